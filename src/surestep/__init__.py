@@ -1,0 +1,57 @@
+"""Single-step adversarial training with regularizers (SAT-R1, SAT-R2, SAT-R3) for PyTorch."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# Resolved at first use (PEP 562): the command line's help needs no torch.
+_HOMES = {
+    "Linf": "surestep.threat",
+    "L2": "surestep.threat",
+    "ThreatModel": "surestep.threat",
+    "UserError": "surestep.errors",
+    "evaluate": "surestep.evaluation",
+    "Evaluation": "surestep.evaluation",
+    "fit": "surestep.training",
+    "FitResult": "surestep.training",
+}
+_ROOMS = ("attacks", "data", "evaluation", "methods", "models", "training")
+
+__all__ = [
+    "L2",
+    "Evaluation",
+    "FitResult",
+    "Linf",
+    "ThreatModel",
+    "UserError",
+    "attacks",
+    "data",
+    "evaluate",
+    "evaluation",
+    "fit",
+    "methods",
+    "models",
+    "training",
+]
+
+if TYPE_CHECKING:
+    from surestep import attacks, data, evaluation, methods, models, training
+    from surestep.errors import UserError
+    from surestep.evaluation import Evaluation, evaluate
+    from surestep.threat import L2, Linf, ThreatModel
+    from surestep.training import FitResult, fit
+
+
+def __getattr__(name: str) -> object:
+    if name in _ROOMS:
+        return importlib.import_module(f"surestep.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'surestep' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

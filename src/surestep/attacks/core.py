@@ -1,0 +1,253 @@
+"""What every gradient attack and every training method is made of.
+
+Input gradients only (no weight gradient is ever computed), and a model that is left as it was
+found: modes, ``requires_grad`` flags, ``.grad`` and buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from surestep.attacks.losses import Objective, log_odds, margin
+from surestep.errors import UserError
+from surestep.threat import ThreatModel
+
+
+@contextmanager
+def attacking(model: nn.Module, *, train_mode: bool = False) -> Iterator[nn.Module]:
+    """Lend the unwrapped ``model`` to an attack and give it back as it was.
+
+    Args:
+        model: any module; of a DistributedDataParallel one, the module inside is lent, since
+            an attack must not take part in gradient synchronisation.
+        train_mode: put it in train mode (batch statistics, dropout) rather than eval mode.
+    """
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    changed = [m for m in inner.modules() if m.training != train_mode]
+    # In eval mode a forward writes no buffer; in train mode batch norm would count the attack in.
+    buffers = [(b, b.clone()) for b in inner.buffers()] if train_mode else []
+    for module in changed:
+        module.training = train_mode
+    try:
+        yield inner
+    finally:
+        for module in changed:
+            module.training = not train_mode
+        for buffer, saved in buffers:
+            # .data: a graph recorded before the attack may hold this buffer.
+            buffer.data.copy_(saved)
+
+
+def forward_logits(model: nn.Module, x: Tensor) -> Tensor:
+    """Run the model and return its logits (N, K) in float32 (float64 stays).
+
+    Raises:
+        UserError: the model does not return one tensor of shape (N, K), K >= 2.
+    """
+    logits = model(x)
+    if not isinstance(logits, Tensor):
+        raise UserError(
+            f"the model returned a {type(logits).__name__}, expected one tensor of logits (N, K): "
+            "wrap it in a module that returns the logits"
+        )
+    if logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
+        raise UserError(
+            f"the model returned shape {tuple(logits.shape)} for {len(x)} images, "
+            "expected logits of shape (N, K) with K >= 2 classes"
+        )
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def check_inputs(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> None:
+    """Refuse what would silently give wrong numbers, or fail later in a puzzling way.
+
+    Looks at the values, so it waits for the device: call it at the door, not in a step.
+
+    Raises:
+        UserError: x is empty, not floating, not finite or outside the data range; y is not an
+            int64 tensor (N,) of labels from 0 to K - 1; the model fails on one such image or
+            returns no logits.
+    """
+    low, high = threat.bounds
+    if not x.is_floating_point() or x.dim() < 2 or len(x) == 0:
+        raise UserError(
+            f"x is {x.dtype} of shape {tuple(x.shape)}, expected floating point images (N, ...) "
+            f"in [{low:g}, {high:g}]: of uint8 images take x.float() / 255"
+        )
+    lowest, highest = (float(v) for v in torch.aminmax(x.detach()))
+    # Written so that NaN fails it too.
+    if not (lowest >= low and highest <= high):
+        raise UserError(
+            f"x has values in [{lowest:g}, {highest:g}], expected [{low:g}, {high:g}]: scale to "
+            "the data range and put any normalisation inside the model"
+        )
+    if y.dtype != torch.int64 or y.shape != x.shape[:1]:
+        raise UserError(
+            f"y is {y.dtype} of shape {tuple(y.shape)}, expected torch.int64 labels of shape "
+            f"({len(x)},)"
+        )
+    classes = _count_classes(model, x)
+    lowest, highest = (int(v) for v in torch.aminmax(y))
+    if lowest < 0 or highest >= classes:
+        raise UserError(
+            f"y has labels from {lowest} to {highest}, but the model has {classes} classes: "
+            f"labels must run from 0 to {classes - 1}"
+        )
+
+
+@torch.no_grad()
+def _count_classes(model: nn.Module, x: Tensor) -> int:
+    with attacking(model) as inner:
+        try:
+            return forward_logits(inner, x[:1]).shape[1]
+        except UserError:
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError) as e:
+            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+            raise UserError(
+                f"the model fails on one image of shape {tuple(x.shape[1:])} and type {x.dtype}: "
+                f"{reason}"
+            ) from e
+
+
+def input_gradient(
+    model: nn.Module, x: Tensor, y: Tensor, objective: Objective = log_odds
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiate the objective with respect to the images, and nothing else.
+
+    Args:
+        model: in the mode the caller wants; see ``attacking``.
+        x: images (N, ...).
+        y: labels (N,).
+        objective: per-sample, to be maximised.
+
+    Returns:
+        The gradient (as x), the objective's values (N,) and the logits (N, K), all detached.
+
+    Raises:
+        UserError: the logits do not depend on x through autograd.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        logits = forward_logits(model, x)
+        if not logits.requires_grad:
+            raise UserError(
+                "the model's output has no gradient with respect to its input (a detach() or "
+                "no_grad() in its forward?): gradient attacks and adversarial training need one"
+            )
+        values = objective(logits, y)
+        (grad,) = torch.autograd.grad(values.sum(), x)
+    return grad, values.detach(), logits.detach()
+
+
+class Best:
+    """Each sample's strongest point so far: misclassified first, then the highest objective.
+
+    Args:
+        x: the clean images (N, ...).
+        y: labels (N,).
+        objective: per-sample, to be maximised.
+        stop_when_wrong: no longer attack a sample once it is misclassified. The accuracy under
+            attack is the same, and the cost falls with it. Under autocast the sample must be
+            misclassified clearly: by a hair in bf16 is often right in float32.
+    """
+
+    def __init__(
+        self, x: Tensor, y: Tensor, objective: Objective, *, stop_when_wrong: bool = False
+    ) -> None:
+        self.x, self.y, self.objective = x, y, objective
+        self.stop_when_wrong = stop_when_wrong
+        self.x_adv = x.clone()
+        self.values = torch.full((len(x),), float("-inf"), device=x.device)
+        self.wrong = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.done = self.wrong.clone()
+        self.slack = 0.05 if torch.is_autocast_enabled(x.device.type) else 0.0
+
+    def rows(self) -> Tensor:
+        """Return the indices of the samples still to be attacked."""
+        if self.stop_when_wrong:
+            return (~self.done).nonzero().squeeze(1)
+        return torch.arange(len(self.x), device=self.x.device)
+
+    def offer(self, rows: Tensor, x_adv: Tensor, logits: Tensor) -> None:
+        """Take the points ``x_adv`` of the samples ``rows`` where they beat the best so far."""
+        values = self.objective(logits, self.y[rows]).to(self.values.dtype)
+        wrong = logits.argmax(1) != self.y[rows]
+        was_wrong = self.wrong[rows]
+        better = (wrong & ~was_wrong) | ((wrong == was_wrong) & (values > self.values[rows]))
+        taken = rows[better]
+        self.x_adv[taken], self.values[taken] = x_adv[better], values[better]
+        self.wrong[rows] = was_wrong | wrong
+        if self.stop_when_wrong:
+            clearly = margin(logits, self.y[rows]) > self.slack * logits.abs().amax(1)
+            self.done[rows] |= wrong & clearly
+
+    @torch.no_grad()
+    def try_points(self, model: nn.Module, rows: Tensor, x_adv: Tensor) -> None:
+        """Offer points that have not been through the model yet."""
+        self.offer(rows, x_adv, forward_logits(model, x_adv))
+
+
+@dataclass
+class Ascent:
+    """Steepest ascent inside the threat model: I-FGSM, MI-FGSM and PGD are settings of it.
+
+    Args:
+        threat: norm, radius and data range.
+        steps: number of gradient steps.
+        step_size: of one step, in pixel units.
+        objective: per-sample, to be maximised.
+        decay: None for plain steps; else MI-FGSM's momentum (Dong et al. 2018, eq. 6).
+    """
+
+    threat: ThreatModel
+    steps: int
+    step_size: float
+    objective: Objective = log_odds
+    decay: float | None = None
+
+    def climb(self, model: nn.Module, x: Tensor, y: Tensor, start: Tensor) -> Tensor:
+        """Return the last iterate from ``start`` (N, ...) around ``x``: what training uses."""
+        x_adv, momentum = start, None
+        for _ in range(self.steps):
+            grad, _, _ = input_gradient(model, x_adv, y, self.objective)
+            momentum = self._direction(grad, momentum)
+            x_adv = self._advance(x_adv, x, momentum)
+        return x_adv
+
+    def search(self, model: nn.Module, best: Best, radius: float | None = None) -> None:
+        """Offer ``best`` every iterate from a random start of ``radius``: what judging uses.
+
+        One forward pass more than ``climb``, for the last iterate.
+        """
+        rows = best.rows()
+        x_adv, momentum = self.threat.random_start(best.x[rows], radius), None
+        for _ in range(self.steps):
+            grad, _, logits = input_gradient(model, x_adv, best.y[rows], self.objective)
+            best.offer(rows, x_adv, logits)
+            if best.stop_when_wrong and bool(best.done[rows].any()):
+                left = ~best.done[rows]
+                rows, x_adv, grad = rows[left], x_adv[left], grad[left]
+                momentum = None if momentum is None else momentum[left]
+                if not len(rows):
+                    return
+            momentum = self._direction(grad, momentum)
+            x_adv = self._advance(x_adv, best.x[rows], momentum)
+        best.try_points(model, rows, x_adv)
+
+    def _direction(self, grad: Tensor, momentum: Tensor | None) -> Tensor:
+        if self.decay is None:
+            return grad
+        size = grad.abs().flatten(1).sum(1).view(-1, *[1] * (grad.dim() - 1))
+        unit = grad / torch.where(size > 0, size, 1)
+        return unit if momentum is None else self.decay * momentum + unit
+
+    def _advance(self, x_adv: Tensor, x: Tensor, direction: Tensor) -> Tensor:
+        step = self.threat.steepest_step(direction, self.step_size)
+        return self.threat.project(x_adv + step, x)

@@ -1,0 +1,168 @@
+"""White-box gradient attacks and random noise, for judging.
+
+All map (model, x, y) to x_adv: x (N, ...) in the threat model's data range, y (N,) int64 labels.
+The model is attacked in eval mode and left as it was found.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from surestep.attacks import losses
+from surestep.attacks.core import Ascent, Best, attacking, check_inputs, input_gradient
+from surestep.errors import UserError
+from surestep.threat import ThreatModel
+
+
+def fgsm(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, loss: str = "ce") -> Tensor:
+    """Take one full step along the gradient's sign (Goodfellow et al. 2015).
+
+    Raises:
+        UserError: on invalid images, labels or loss.
+    """
+    check_inputs(model, x, y, threat)
+    with attacking(model) as inner:
+        grad, _, _ = input_gradient(inner, x, y, losses.get(loss))
+    return threat.project(x + threat.steepest_step(grad, threat.eps), x)
+
+
+def r_fgsm(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    alpha: float | None = None,
+    loss: str = "ce",
+) -> Tensor:
+    """Take a random step of size alpha, then a gradient step of eps - alpha (Tramèr et al. 2018).
+
+    Args:
+        model: the classifier.
+        x: images (N, ...).
+        y: labels (N,).
+        threat: norm, radius and data range.
+        alpha: size of the random step, at most eps; eps / 2 by default, as in the paper.
+        loss: "ce", "margin" or "dlr".
+
+    Raises:
+        UserError: on invalid images, labels, alpha or loss.
+    """
+    check_inputs(model, x, y, threat)
+    alpha = threat.eps / 2 if alpha is None else alpha
+    if not 0 <= alpha <= threat.eps:
+        raise UserError(f"alpha {alpha:g} is outside [0, eps = {threat.eps:g}]")
+    start = threat.clip(x + threat.steepest_step(torch.randn_like(x), alpha))
+    with attacking(model) as inner:
+        grad, _, _ = input_gradient(inner, start, y, losses.get(loss))
+    return threat.project(start + threat.steepest_step(grad, threat.eps - alpha), x)
+
+
+def i_fgsm(
+    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, steps: int = 10, loss: str = "ce"
+) -> Tensor:
+    """Take ``steps`` steps of eps / steps from x itself (Kurakin et al. 2017).
+
+    Raises:
+        UserError: on invalid images, labels, steps or loss.
+    """
+    return pgd(model, x, y, threat, steps, threat.eps / max(steps, 1), loss=loss, start_radius=0.0)
+
+
+def mi_fgsm(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    steps: int = 10,
+    decay: float = 1.0,
+    loss: str = "ce",
+) -> Tensor:
+    """I-FGSM with momentum: L1-normalised gradients accumulated with ``decay`` (Dong et al. 2018).
+
+    Raises:
+        UserError: on invalid images, labels, steps or loss.
+    """
+    return pgd(
+        model,
+        x,
+        y,
+        threat,
+        steps,
+        threat.eps / max(steps, 1),
+        loss=loss,
+        start_radius=0.0,
+        decay=decay,
+    )
+
+
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    steps: int,
+    step_size: float,
+    restarts: int = 1,
+    loss: str = "ce",
+    *,
+    start_radius: float | None = None,
+    decay: float | None = None,
+    stop_when_wrong: bool = False,
+) -> Tensor:
+    """Projected gradient ascent from random starts (Madry et al. 2018); keeps the best iterate.
+
+    Args:
+        model: the classifier.
+        x: images (N, ...).
+        y: labels (N,).
+        threat: norm, radius and data range.
+        steps: gradient steps of each restart.
+        step_size: in pixel units.
+        restarts: how many random starts; per sample the strongest result is kept.
+        loss: "ce", "margin" or "dlr".
+        start_radius: of the random start; eps by default, 0 to start at x.
+        decay: momentum as in MI-FGSM; None for none.
+        stop_when_wrong: leave a sample alone once it is misclassified (faster, same accuracy).
+
+    Returns:
+        x_adv, shaped as x: per sample, over all iterates of all restarts, a misclassified one
+        if there is any, else the one with the highest loss.
+
+    Raises:
+        UserError: on invalid images, labels, steps, restarts, step size or loss.
+    """
+    check_inputs(model, x, y, threat)
+    if steps < 1 or restarts < 1:
+        raise UserError(f"steps {steps} and restarts {restarts} must be at least 1")
+    if not step_size >= 0:
+        raise UserError(f"step_size {step_size} must be a number >= 0, in pixel units")
+    objective = losses.get(loss)
+    ascent = Ascent(threat, steps, step_size, objective, decay)
+    best = Best(x, y, objective, stop_when_wrong=stop_when_wrong)
+    with attacking(model) as inner:
+        for _ in range(restarts):
+            if len(best.rows()):
+                ascent.search(inner, best, start_radius)
+    return best.x_adv
+
+
+def random_noise(
+    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, samples: int = 10
+) -> Tensor:
+    """Draw ``samples`` uniform points of the ball and keep the worst of them per sample.
+
+    No gradient is used: a gradient attack that does worse than this is failing.
+
+    Raises:
+        UserError: on invalid images, labels or number of samples.
+    """
+    check_inputs(model, x, y, threat)
+    if samples < 1:
+        raise UserError(f"samples {samples} must be at least 1")
+    best = Best(x, y, losses.margin)
+    rows = best.rows()
+    with attacking(model) as inner:
+        for _ in range(samples):
+            best.try_points(inner, rows, threat.random_start(x))
+    return best.x_adv

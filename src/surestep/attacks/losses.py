@@ -1,0 +1,77 @@
+"""What an attack maximises: per-sample objectives of logits (N, K) and labels (N,).
+
+All are computed in float32 and none vanishes on a confident network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from surestep.errors import UserError, unknown_name
+
+Objective = Callable[[Tensor, Tensor], Tensor]
+
+
+def _others(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the logits with the true class at minus infinity."""
+    return logits.scatter(1, y[:, None], float("-inf"))
+
+
+def _true(logits: Tensor, y: Tensor) -> Tensor:
+    return logits.gather(1, y[:, None]).squeeze(1)
+
+
+def log_odds(logits: Tensor, y: Tensor) -> Tensor:
+    """Return log((1 - p_y) / p_y): cross entropy, without its vanishing gradient.
+
+    With CE = -log p_y this is log(exp(CE) - 1), an increasing function of CE, so both rank
+    points alike; and grad CE = (1 - p_y) * grad log_odds, so per sample both point the same
+    way and every normalised step (sign, unit L2) is the same. Only the factor 1 - p_y is
+    gone, and that is what underflows: in float32 it is 0 once the true logit leads by about 100,
+    and an FGSM step of zero leaves the image as it was.
+
+    Args:
+        logits: (N, K), K >= 2.
+        y: labels (N,).
+    """
+    return torch.logsumexp(_others(logits, y), dim=1) - _true(logits, y)
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Return max_{j != y} z_j - z_y (Carlini & Wagner 2017); positive when misclassified."""
+    return _others(logits, y).amax(dim=1) - _true(logits, y)
+
+
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the difference of logits ratio (Croce & Hein 2020, eq. 6).
+
+    The margin divided by the distance of the largest from the third largest logit, hence
+    free of shift and scale.
+
+    Raises:
+        UserError: fewer than three classes.
+    """
+    if logits.shape[1] < 3:
+        raise UserError(
+            f"the dlr loss needs at least 3 classes, the model has {logits.shape[1]}: "
+            "use the margin loss"
+        )
+    top = logits.topk(3, dim=1).values
+    return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+OBJECTIVES: dict[str, Objective] = {"ce": log_odds, "margin": margin, "dlr": dlr}
+
+
+def get(name: str) -> Objective:
+    """Return the objective called ``name`` ("ce", "margin" or "dlr").
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in OBJECTIVES:
+        raise unknown_name("attack loss", name, OBJECTIVES)
+    return OBJECTIVES[name]

@@ -1,0 +1,143 @@
+"""The settings of a run: one typed description for Python, YAML and the command line.
+
+Imports no torch, so that the command line can describe every option at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from surestep.errors import UserError, unknown_name
+
+
+def _ratio(value: Any) -> Any:
+    """Read "8/255" as the number; leave everything else to the validation."""
+    if isinstance(value, str) and "/" in value:
+        try:
+            return float(Fraction(value.replace(" ", "")))
+        except (ValueError, ZeroDivisionError):
+            raise ValueError("expected a number or a ratio such as 8/255") from None
+    return value
+
+
+Ratio = Annotated[float, BeforeValidator(_ratio)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class FitSettings(BaseModel):
+    """How a method is trained; the keyword arguments of ``surestep.fit``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    epochs: Positive = Field(8, description="passes over the training images")
+    batch_size: Positive = Field(128, description="images of one step, over all processes")
+    optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="the optimizer")
+    lr: float = Field(0.1, gt=0, description="peak learning rate")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD (Adam's betas are 0.9, 0.999)")
+    weight_decay: float = Field(5e-4, ge=0, description="on all parameters")
+    schedule: Literal["step", "onecycle", "triangular", "cosine", "constant"] = Field(
+        "onecycle", description="of the learning rate; step: /5, /25, /125 at 1/4, 1/2, 3/4"
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the update's cross entropy")
+    clip_grad: float | None = Field(None, gt=0, description="largest norm of the weight gradient")
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of a weight average (0.999)")
+    augment: Literal["none", "crop-flip"] = Field("none", description="of the training images")
+    seed: int = Field(0, ge=0, description="of weights, data order and perturbations")
+    engine: Literal["auto", "fast", "reference"] = Field(
+        "auto", description="fast: channels_last, autocast, tuned allocator; reference: plain"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="of the forward pass (losses are always fp32)"
+    )
+    val_images: int = Field(
+        1000, ge=0, description="held-out images attacked after each epoch (0: no validation)"
+    )
+    val_attacks: tuple[str, ...] = Field(
+        ("fgsm", "pgd-20x2"), description="attacks of the validation; the worst case selects"
+    )
+    select: Literal["best", "last"] = Field(
+        "best", description="weights to keep: best worst case in validation, or the last epoch's"
+    )
+    checkpoint_every: int | None = Field(
+        None,
+        ge=1,
+        description="steps between checkpoints within an epoch (each epoch's end anyway)",
+    )
+    tensorboard: bool = Field(False, description="also log to TensorBoard, in the run folder")
+
+
+class RunConfig(FitSettings):
+    """A whole run, as written to ``config.yaml``."""
+
+    method: str = Field("sat-r2", description="what a step minimises; see `surestep methods`")
+    params: dict[str, bool | int | Ratio | None] = Field(
+        {}, description="the method's hyperparameters, by name"
+    )
+    dataset: str = Field(
+        "mnist", description="mnist (embedded), cifar10, cifar100, folder, npz, hf"
+    )
+    data: str | None = Field(None, description="where the data set lies (folder or file)")
+    image_size: Positive | None = Field(None, description="resize the images of a folder to this")
+    model: str = Field("lenet+", description="architecture, or timm:NAME")
+    norm: Literal["linf", "l2"] = Field("linf", description="of the threat model")
+    eps: Ratio = Field(0.3, ge=0, description="radius of the threat model: 0.3 or 8/255")
+    device: str | None = Field(None, description="cpu, cuda, cuda:1, mps; by default the best")
+
+
+C = TypeVar("C", bound=BaseModel)
+
+
+def parse(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
+    """Validate values into a settings class.
+
+    Args:
+        cls: ``FitSettings`` or ``RunConfig``.
+        values: by field name.
+        where: said first in an error, such as the file's name.
+
+    Raises:
+        UserError: an unknown name (naming the nearest) or an invalid value, in one line.
+    """
+    for name in values:
+        if name not in cls.model_fields:
+            error = unknown_name("setting", str(name), cls.model_fields)
+            raise UserError(f"{where}{error}")
+    try:
+        return cls.model_validate(dict(values))
+    except ValidationError as e:
+        first = e.errors()[0]
+        name = str(first["loc"][0])
+        value = values.get(name)
+        if len(first["loc"]) > 1 and isinstance(value, Mapping):
+            name = f"{name}.{first['loc'][1]}"
+            value = value.get(str(first["loc"][1]))
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{where}{name} {value!r} is invalid: {message}") from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file of settings.
+
+    Raises:
+        UserError: the file is missing or is not a YAML mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text("utf-8"))
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is no valid YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no settings: expected lines such as 'method: sat-r2'")
+    return values
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """Write settings as YAML, in the order given."""
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)

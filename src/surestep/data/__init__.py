@@ -1,0 +1,142 @@
+"""Data: labelled images in memory, the built-in data sets, batches on the device.
+
+`load` returns a split of a named data set, `as_images` checks data of your own, `Batches` makes
+batches of either. Pixels are in [0, 1]; normalisation belongs to the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from surestep.data import augment
+from surestep.data._batches import Batches
+from surestep.data._images import Images, as_images
+from surestep.data._splits import check_split
+from surestep.errors import UserError, unknown_name
+
+__all__ = ["Batches", "Images", "as_images", "augment", "describe", "load", "names"]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A named data set: its one line, and what its loader (the module of ``file``) takes."""
+
+    about: str
+    file: str
+    needs_place: str = ""
+    takes: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
+
+
+_SOURCES = {
+    "mnist": _Source("28 x 28 grey digits, 50k/10k/10k, embedded in surestep", "mnist"),
+    "cifar10": _Source(
+        "32 x 32 colour, 10 classes, 40k/10k/10k, standard files or downloaded",
+        "cifar",
+        takes=("download",),
+        fixed=("cifar10",),
+    ),
+    "cifar100": _Source(
+        "32 x 32 colour, 100 classes, 40k/10k/10k, standard files or downloaded",
+        "cifar",
+        takes=("download",),
+        fixed=("cifar100",),
+    ),
+    "folder": _Source(
+        "folder:PATH, image files in [SPLIT/]CLASS/ folders",
+        "folder",
+        needs_place="the folder",
+        takes=("image_size",),
+    ),
+    "npz": _Source(
+        "npz:FILE, NumPy arrays x_train, y_train, x_test, y_test or x, y",
+        "npz",
+        needs_place="the .npz file",
+    ),
+    "hf": _Source(
+        "hf:NAME, an image data set of the Hugging Face Hub",
+        "hf",
+        needs_place="the name of the data set",
+        takes=("image_size",),
+    ),
+}
+
+
+def names() -> list[str]:
+    """Return the names `load` knows."""
+    return list(_SOURCES)
+
+
+def describe(name: str) -> str:
+    """Say in one line what the data set ``name`` is.
+
+    Raises:
+        UserError: if the name is unknown.
+    """
+    return _source(name).about
+
+
+def load(
+    name: str,
+    split: str = "train",
+    *,
+    root: str | Path | None = None,
+    download: bool = True,
+    image_size: int | None = None,
+) -> Images:
+    """Load one split of a data set into memory.
+
+    The test files are never opened for the train or validation split.
+
+    Args:
+        name: one of `names`. The place of the data may follow a colon: ``folder:PATH``,
+            ``npz:FILE``, ``hf:NAME``, ``mnist:PATH``, ``cifar10:PATH``.
+        split: "train", "validation" or "test".
+        root: the place of the data, if the name does not give it. By default MNIST is read from
+            the package, and CIFAR from ``$SURESTEP_DATA`` or ``~/.cache/surestep``.
+        download: download CIFAR if its files are not there.
+        image_size: side in pixels to which images of a folder or of the Hub are cut and resized.
+
+    Returns:
+        Images on the CPU, x uint8 (N, C, H, W) (an .npz file may hold float32 or features).
+
+    Raises:
+        UserError: unknown name or split, an option the data set does not have, files that are
+            missing or damaged.
+    """
+    part = check_split(split)
+    kind, colon, place = name.partition(":")
+    source = _source(kind)
+    if colon and not place:
+        raise UserError(f"{name!r} ends at the colon: give {source.needs_place or 'the folder'}")
+    if place and root is not None:
+        raise UserError(f"{name!r} and root {str(root)!r} both give the place: give one of them")
+    where = place or root
+    if where is not None and kind != "hf":
+        where = Path(where).expanduser()
+    if source.needs_place and where is None:
+        raise UserError(f"{kind!r} needs {source.needs_place}: write {source.about.split(',')[0]}")
+    if image_size is not None:
+        if "image_size" not in source.takes:
+            raise UserError(f"image_size {image_size}: {kind} has one fixed size; leave it out")
+        if image_size < 1:
+            raise UserError(f"image_size {image_size}: give 1 or more pixels")
+    options = {"download": download, "image_size": image_size}
+    return _loader(source)(
+        *source.fixed, part, where, **{option: options[option] for option in source.takes}
+    )
+
+
+def _source(name: str) -> _Source:
+    if name not in _SOURCES:
+        raise unknown_name("dataset", name, _SOURCES)
+    return _SOURCES[name]
+
+
+def _loader(source: _Source) -> Callable[..., Images]:
+    # Imported by name at the first use: the room stays light, and a loader costs nothing until
+    # somebody asks for its data.
+    return import_module(f"surestep.data.{source.file}").load

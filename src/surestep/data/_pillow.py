@@ -1,0 +1,82 @@
+"""From decoded pictures (Pillow) to one tensor, for every loader that reads pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from surestep.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+_GREY = {"1", "L"}
+_COLOUR = {"RGB", "RGBA", "P", "PA", "LA", "CMYK", "YCbCr", "HSV", "LAB"}
+
+
+def stack(pictures: Iterable[tuple[str, Picture]], image_size: int | None) -> Tensor:
+    """Decode pictures into uint8 (N, C, H, W): C = 1 if all of them are grey, else 3 (RGB).
+
+    Args:
+        pictures: pairs of a name for messages and a picture, which may still be undecoded.
+        image_size: side in pixels of the centred square each picture is cut and resized to
+            (bilinear); None keeps them as they are.
+
+    Raises:
+        UserError: a picture cannot be decoded, has more than 8 bits a channel, or has another size
+            than the first.
+    """
+    arrays: list[np.ndarray] = []
+    first = ""
+    for name, picture in pictures:
+        array = _decode(name, picture, image_size)
+        if not arrays:
+            first = name
+        elif array.shape[:2] != arrays[0].shape[:2]:
+            raise UserError(
+                f"{name} is {_size(array)} pixels and {first} is {_size(arrays[0])}: give images "
+                "of one size, or an image_size to resize them to"
+            )
+        arrays.append(array)
+    channels = max(array.shape[2] for array in arrays)
+    whole = np.empty((len(arrays), channels, *arrays[0].shape[:2]), np.uint8)
+    for place, array in zip(whole, arrays, strict=True):
+        place[:] = array.transpose(2, 0, 1)  # a grey picture fills all three channels
+    return torch.from_numpy(whole)
+
+
+def _decode(name: str, picture: Picture, image_size: int | None) -> np.ndarray:
+    """Decode one picture into uint8 (H, W, 1) or (H, W, 3)."""
+    from PIL import Image, ImageOps
+
+    if picture.mode not in _GREY | _COLOUR:
+        raise UserError(
+            f"{name} has pixels of mode {picture.mode!r}: expected 8 bits a channel; convert it"
+        )
+    try:
+        if picture.mode in _GREY:
+            picture = picture.convert("L")
+        else:
+            if "transparency" in picture.info:  # Pillow warns about the direct way
+                picture = picture.convert("RGBA")
+            picture = picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise unreadable(name, error) from None
+    if image_size is not None and picture.size != (image_size, image_size):
+        side = (image_size, image_size)
+        picture = ImageOps.fit(picture, side, method=Image.Resampling.BILINEAR)
+    array = np.asarray(picture)
+    return array.reshape(*array.shape[:2], -1)
+
+
+def unreadable(name: str, error: Exception) -> UserError:
+    """Build the error for a picture that Pillow cannot read."""
+    return UserError(f"{name} is not a readable image ({error}): replace or remove it")
+
+
+def _size(array: np.ndarray) -> str:
+    return f"{array.shape[1]} x {array.shape[0]}"

@@ -1,0 +1,122 @@
+"""Random crop and horizontal flip on whole batches, and the way back.
+
+A draw is kept apart from its application so that whatever belongs to an image (the perturbation a
+method stores for it, say) can follow the same crop and flip.
+Source: the usual CIFAR augmentation, He et al. 2015 (arXiv 1512.03385, section 4.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from surestep.errors import UserError, unknown_name
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """The crops and flips drawn for n images.
+
+    Attributes:
+        dy: int64 (n,), rows by which the window moves down, in -pad..pad.
+        dx: int64 (n,), columns by which the window moves right, in -pad..pad.
+        flip: bool (n,), whether the cropped image is mirrored.
+        pad: the width of the zero border.
+    """
+
+    dy: Tensor
+    dx: Tensor
+    flip: Tensor
+    pad: int
+
+    def __len__(self) -> int:
+        return len(self.dy)
+
+    def __getitem__(self, part: slice | Tensor) -> Draw:
+        return Draw(self.dy[part], self.dx[part], self.flip[part], self.pad)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Crop, then flip: (n, C, H, W) of any dtype to the same shape, zero outside the image.
+
+        Runs on the device of ``x`` without waiting for it.
+
+        Raises:
+            UserError: if ``x`` is not (n, C, H, W).
+        """
+        rows, columns, dy, dx, flip = self._grid(x)
+        columns = torch.where(flip, x.shape[-1] - 1 - columns, columns)
+        return self._take(x, rows + dy, columns + dx)
+
+    def undo(self, x: Tensor) -> Tensor:
+        """Put cropped (n, C, H, W) values back where they came from, zero where nothing was seen.
+
+        Raises:
+            UserError: if ``x`` is not (n, C, H, W).
+        """
+        rows, columns, dy, dx, flip = self._grid(x)
+        columns = columns - dx
+        columns = torch.where(flip, x.shape[-1] - 1 - columns, columns)
+        return self._take(x, rows - dy, columns)
+
+    def _grid(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        if x.dim() != 4 or len(x) != len(self):
+            raise UserError(
+                f"crop and flip got shape {tuple(x.shape)}: expected ({len(self)}, C, H, W)"
+            )
+        height, width = x.shape[-2:]
+        rows = torch.arange(height, device=x.device)[None]
+        columns = torch.arange(width, device=x.device)[None]
+        dy, dx, flip = (
+            v.to(x.device, non_blocking=True)[:, None] for v in (self.dy, self.dx, self.flip)
+        )
+        return rows, columns, dy, dx, flip
+
+    def _take(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Read ``x`` at rows (n, H) and columns (n, W), each at most ``pad`` outside it."""
+        n, channels, height, width = x.shape
+        padded = F.pad(x, (self.pad,) * 4)
+        where = (rows + self.pad)[:, :, None] * padded.shape[-1] + (columns + self.pad)[:, None, :]
+        where = where.view(n, 1, height * width).expand(-1, channels, -1)
+        return padded.flatten(2).gather(2, where).view(n, channels, height, width)
+
+
+@dataclass(frozen=True)
+class CropFlip:
+    """Random crop out of a zero border of ``pad`` pixels, then a mirror image half of the time.
+
+    Raises:
+        UserError: if ``pad`` is negative.
+    """
+
+    pad: int = 4
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        if self.pad < 0:
+            raise UserError(f"crop pad is {self.pad}: give 0 (no crop) or more pixels")
+
+    def draw(self, n: int, generator: torch.Generator) -> Draw:
+        """Draw for ``n`` images from a CPU ``generator``."""
+        dy, dx = torch.randint(-self.pad, self.pad + 1, (2, n), generator=generator)
+        flip = torch.randint(2, (n,), generator=generator, dtype=torch.bool)
+        # The flips are drawn even when unused, so that the crops do not depend on the option.
+        return Draw(dy, dx, flip if self.flip else torch.zeros_like(flip), self.pad)
+
+
+def names() -> list[str]:
+    """Return the names `get` knows."""
+    return ["none", "crop-flip"]
+
+
+def get(name: str) -> CropFlip | None:
+    """Return the augmentation called ``name``: None for "none", CropFlip() for "crop-flip".
+
+    Raises:
+        UserError: for any other name.
+    """
+    if name not in names():
+        raise unknown_name("augmentation", name, names())
+    return CropFlip() if name == "crop-flip" else None

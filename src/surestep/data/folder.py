@@ -1,0 +1,143 @@
+"""Folders of image files, one folder a class.
+
+Either ``root/{train,val|validation,test}/CLASS/*.png`` or ``root/CLASS/*.png``; the second is
+divided 80/10/10 within each class, always the same way.
+Needs Pillow: pip install 'surestep[folder]'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from surestep.data._images import Images
+from surestep.data._pillow import stack, unreadable
+from surestep.data._splits import SPLITS, Split, divide
+from surestep.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_FOLDERS: dict[Split, tuple[str, ...]] = {
+    "train": ("train",),
+    "validation": ("validation", "val"),
+    "test": ("test",),
+}
+
+
+def load(split: Split, root: str | Path, *, image_size: int | None = None) -> Images:
+    """Load a split of a folder of images.
+
+    Classes are numbered in the alphabetical order of the class folders (of the training split,
+    where there is one). Without a validation folder, a tenth of each training class is held out
+    for validation and left out of training.
+
+    Args:
+        split: "train", "validation" or "test".
+        root: the folder.
+        image_size: side in pixels of the centred square to cut and resize to; None if all images
+            have one size.
+
+    Returns:
+        Images with x uint8 (N, C, H, W), C = 1 if every image of the split is grey, else 3.
+
+    Raises:
+        UserError: Pillow is not installed; a folder is missing or empty; an image cannot be read or
+            has another size; the classes of two splits disagree.
+    """
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "reading image folders needs Pillow: install it with pip install 'surestep[folder]'"
+        ) from None
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder: give one with a sub-folder for each class")
+    classes, files = _find(root, split)
+    y = torch.tensor([k for k, name in enumerate(classes) for _ in files.get(name, ())])
+    paths = [path for name in classes for path in files.get(name, ())]
+    with_pictures = ((str(path), picture) for path, picture in _open(paths))
+    return Images(stack(with_pictures, image_size), y, classes, root.name or "folder")
+
+
+def _find(root: Path, split: Split) -> tuple[tuple[str, ...], dict[str, list[Path]]]:
+    """Return the class names and, by class, the files of ``split``."""
+    folders = {part: _split_folder(root, part) for part in SPLITS}
+    if not any(folders.values()):
+        return _part_of(root, split, test=True)
+    train, wanted = folders["train"], folders[split]
+    if train and folders["validation"] is None and split != "test":
+        return _part_of(train, split, test=False)
+    if wanted is None:
+        expected = " or ".join(_FOLDERS[split])
+        raise UserError(f"{root} has no {split} split: expected a folder {expected} with classes")
+    files = _files(wanted)
+    classes = tuple(_class_folders(train)) if train else tuple(files)
+    extra = sorted(set(files) - set(classes))
+    if extra:
+        raise UserError(
+            f"{wanted / extra[0]} is a class that {train} does not have: give both the same classes"
+        )
+    return classes, files
+
+
+def _split_folder(root: Path, split: Split) -> Path | None:
+    """Return the folder of ``split`` if it holds class folders (it may itself be a class)."""
+    for name in _FOLDERS[split]:
+        if _class_folders(root / name):
+            return root / name
+    return None
+
+
+def _class_folders(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        return {}
+    found = (p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return {p.name: p for p in sorted(found)}
+
+
+def _files(folder: Path) -> dict[str, list[Path]]:
+    """Return the image files of each class under ``folder``, in a fixed order."""
+    found = {name: _images_in(place) for name, place in _class_folders(folder).items()}
+    for name, paths in found.items():
+        if not paths:
+            raise UserError(
+                f"{folder / name} holds no images: expected files ending in {', '.join(_SUFFIXES)}"
+            )
+    if not found:
+        raise UserError(f"{folder} holds no class folders: give one with CLASS/*.png")
+    return found
+
+
+def _images_in(folder: Path) -> list[Path]:
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
+    return sorted(p for p in found if not p.name.startswith("."))
+
+
+def _part_of(
+    folder: Path, split: Split, *, test: bool
+) -> tuple[tuple[str, ...], dict[str, list[Path]]]:
+    """Divide the files under ``folder`` class by class and keep those of ``split``."""
+    files = _files(folder)
+    kept = {
+        name: [paths[i] for i in divide(len(paths), split, what=str(folder / name), test=test)]
+        for name, paths in files.items()
+    }
+    return tuple(files), kept
+
+
+def _open(paths: Iterable[Path]) -> Iterator[tuple[Path, Picture]]:
+    from PIL import Image
+
+    for path in paths:
+        try:
+            picture = Image.open(path)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise unreadable(str(path), error) from None
+        with picture:
+            yield path, picture

@@ -1,0 +1,132 @@
+"""Image data sets of the Hugging Face Hub. Needs ``datasets``: pip install 'surestep[hf]'."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from surestep.data._images import Images, number_names
+from surestep.data._pillow import stack
+from surestep.data._splits import Split, divide
+from surestep.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+_SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
+    "train": ("train",),
+    "validation": ("validation", "valid", "val"),
+    "test": ("test",),
+}
+_IMAGE_COLUMNS = ("image", "img")
+_LABEL_COLUMNS = ("label", "labels", "fine_label")
+
+
+def load(split: Split, name: str, *, image_size: int | None = None) -> Images:
+    """Load a split of the Hub's data set ``name`` ("owner/name").
+
+    The image and label columns are those whose type says so (``Image``, ``ClassLabel``), or, for
+    untyped labels, the ones called label, labels or fine_label. If there is no validation split,
+    a tenth of the training split is held out, always the same one.
+
+    Args:
+        split: "train", "validation" or "test"; only the files of this one are opened.
+        name: name of the data set.
+        image_size: side in pixels of the centred square to cut and resize to; None if all images
+            have one size.
+
+    Returns:
+        Images with x uint8 (N, C, H, W), C = 1 if every image of the split is grey, else 3.
+
+    Raises:
+        UserError: ``datasets`` or Pillow is not installed; the data set cannot be fetched; a split
+            is missing; no column, or several, can be the images or the labels; unlabelled rows;
+            images of different sizes.
+    """
+    try:
+        import datasets  # pyright: ignore[reportMissingImports]
+        import PIL.Image  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "reading the Hugging Face Hub needs datasets and Pillow: install them with "
+            "pip install 'surestep[hf]'"
+        ) from None
+    name = str(name)
+    try:
+        available = list(datasets.get_dataset_split_names(name))
+        stored = _stored_split(name, split, available)
+        rows = datasets.load_dataset(name, split=stored or "train")
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"the data set {name!r} cannot be fetched from the Hub ({reason}): check the name and "
+            "the network"
+        ) from None
+    if stored is None:
+        rows = rows.select(divide(len(rows), split, what=name, test=False).tolist())
+    if len(rows) == 0:
+        raise UserError(f"the {split} split of {name!r} is empty: choose another data set")
+    image, label = _columns(name, rows.features)
+    labels: list[int] = []
+    x = stack(_pictures(name, rows, image, label, labels), image_size)
+    y = torch.tensor(labels)
+    classes = getattr(rows.features[label], "names", None) or number_names(int(y.max()) + 1)
+    return Images(x, y, tuple(classes), name)
+
+
+def _stored_split(name: str, split: Split, available: list[str]) -> str | None:
+    """Return the Hub's name of ``split``; None if it has to be divided off the training split."""
+    stored = {
+        part: next((known for known in known_as if known in available), None)
+        for part, known_as in _SPLIT_NAMES.items()
+    }
+    if split != "test" and stored["train"] and not stored["validation"]:
+        return None
+    if found := stored[split]:
+        return found
+    raise UserError(f"{name!r} has no {split} split: it has {', '.join(available) or 'none'}")
+
+
+def _columns(name: str, features: dict[str, Any]) -> tuple[str, str]:
+    """Return the names of the image and the label column."""
+    return (
+        _column(name, features, "image", "Image", _IMAGE_COLUMNS),
+        _column(name, features, "label", "ClassLabel", _LABEL_COLUMNS),
+    )
+
+
+def _column(
+    name: str, features: dict[str, Any], what: str, kind: str, usual: tuple[str, ...]
+) -> str:
+    typed = [column for column, feature in features.items() if type(feature).__name__ == kind]
+    if len(typed) == 1:
+        return typed[0]
+    for column in usual:
+        if column in (typed or features):
+            return column
+    raise UserError(
+        f"{name!r} has {len(typed) or 'no'} {what} columns among {', '.join(features)}: expected "
+        f"one of type {kind}, or one called {' or '.join(usual)}"
+    )
+
+
+def _pictures(
+    name: str, rows: Any, image: str, label: str, labels: list[int]
+) -> Iterator[tuple[str, Picture]]:
+    """Yield the pictures and put their labels into ``labels``: one pass decodes each row once."""
+    for i in range(len(rows)):
+        row = rows[i]
+        where = f"row {i} of {name!r}"
+        if not isinstance(row[label], int) or row[label] < 0:
+            raise UserError(
+                f"{where} has the label {row[label]!r}: expected a class number 0 or above; "
+                "the split may be unlabelled"
+            )
+        if not hasattr(row[image], "convert"):
+            raise UserError(f"{where} holds no picture in column {image!r}: expected an image")
+        labels.append(row[label])
+        yield where, row[image]

@@ -1,0 +1,27 @@
+"""The one exception for a user's mistake, and the sentence for a misspelt name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line: the value, what was expected, what to do.
+
+    The command line prints it without a traceback and exits with code 2.
+    """
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """Build the error for a ``name`` that is not among the ``known`` ones.
+
+    Args:
+        kind: what is being named, in words ("method", "dataset").
+        name: the name as the user wrote it.
+        known: the valid names.
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return UserError(f"unknown {kind} {name!r}: {hint}known are {', '.join(names)}")

@@ -1,0 +1,142 @@
+"""Files that are whole or absent: atomic writes, tensors without pickle."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from surestep.errors import UserError
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file so that a crash leaves either the old or the new one.
+
+    Raises:
+        UserError: the disk is full or the place cannot be written to.
+    """
+    part = path.with_name(f".{path.name}.part")
+    content = content.encode() if isinstance(content, str) else content
+    try:
+        with part.open("wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        if e.errno == errno.ENOSPC:
+            raise UserError(
+                f"no space left to write {path} ({len(content) / 1e6:.0f} MB): free some, then "
+                "go on with --resume"
+            ) from e
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
+
+
+def save_tree(path: Path, tree: Any) -> None:
+    """Save nested dicts, lists and tuples of tensors, numbers, strings and None.
+
+    One safetensors file: the tensors in it, the structure as JSON in its header.
+    """
+    tensors: dict[str, Tensor] = {}
+    structure = json.dumps(_pack(tree, tensors))
+    write_atomically(path, safetensors.torch.save(tensors, {"structure": structure}))
+
+
+def load_tree(path: Path) -> Any:
+    """Load what ``save_tree`` saved, onto the CPU. Nothing is ever unpickled.
+
+    Raises:
+        UserError: the file is missing, truncated, corrupt or no such file.
+    """
+    tensors, metadata = _read(path)
+    if "structure" not in metadata:
+        raise UserError(f"{path} is no surestep checkpoint: its header has no structure")
+    return _unpack(json.loads(metadata["structure"]), tensors)
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """Save a model's parameters and buffers as safetensors.
+
+    Tensors that share memory (tied weights) are written once under each name.
+    """
+    state = {k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items()}
+    write_atomically(path, safetensors.torch.save(state, {"format": "pt"}))
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Load safetensors weights into a model.
+
+    Raises:
+        UserError: the file is missing, truncated or corrupt, or does not fit the model.
+    """
+    state, _ = _read(path)
+    expected = model.state_dict()
+    missing = sorted(expected.keys() - state.keys())
+    extra = sorted(state.keys() - expected.keys())
+    if missing or extra:
+        raise UserError(
+            f"{path} does not fit the model: "
+            f"missing {', '.join(missing[:3]) or 'nothing'}, unexpected "
+            f"{', '.join(extra[:3]) or 'nothing'}"
+        )
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise UserError(
+                f"{path} does not fit the model: {name} has shape {tuple(tensor.shape)}, the "
+                f"model's has {tuple(expected[name].shape)}"
+            )
+    model.load_state_dict(state)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        with safetensors.safe_open(path, "pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as e:
+        raise UserError(
+            f"{path} is truncated, corrupt or no safetensors file ({e}): restore it or remove it"
+        ) from e
+
+
+def _pack(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(tree, Tensor):
+        name = str(len(tensors))
+        tensors[name] = tree.detach().cpu().clone().contiguous()
+        return {"tensor": name}
+    if isinstance(tree, Mapping):
+        # As pairs: the keys of an optimizer's state are integers, which JSON objects have not.
+        return {"dict": [[k, _pack(v, tensors)] for k, v in tree.items()]}
+    if isinstance(tree, tuple):
+        return {"tuple": [_pack(v, tensors) for v in tree]}
+    if isinstance(tree, list):
+        return {"list": [_pack(v, tensors) for v in tree]}
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return tree
+    raise TypeError(f"cannot save a {type(tree).__name__}")
+
+
+def _unpack(node: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(node, dict):
+        return node
+    ((kind, value),) = node.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "dict":
+        return {k: _unpack(v, tensors) for k, v in value}
+    items = [_unpack(v, tensors) for v in value]
+    return tuple(items) if kind == "tuple" else items

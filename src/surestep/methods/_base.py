@@ -1,0 +1,243 @@
+"""What a method is, what it costs, and the registry.
+
+A method maps a model and a batch to the loss that one training step minimises. It holds no
+training loop and does no I/O. Adding one means adding a file with a registered subclass of
+``Method`` and a card of the same slug in ``cards/``.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from typing import Any, ClassVar, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surestep.attacks.core import check_inputs
+from surestep.errors import UserError, unknown_name
+from surestep.threat import ThreatModel
+
+Criterion = Callable[..., Tensor]
+"""Called as ``criterion(logits, y, reduction="mean" | "none")``, as ``F.cross_entropy`` is."""
+
+
+class StepResult(NamedTuple):
+    """What a method returns for one batch.
+
+    Attributes:
+        loss: scalar, to be minimised; the only part with a graph.
+        terms: the parts of the loss by name, detached scalars, for logging.
+        x_adv: the images that ``logits`` belong to (N, ...), detached.
+        logits: at ``x_adv`` in the update's forward pass, (N, K), detached.
+    """
+
+    loss: Tensor
+    terms: Mapping[str, Tensor]
+    x_adv: Tensor
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Passes per training image of one step. A standard step is 1 + 1 + 1."""
+
+    forward: float
+    input_grad: float
+    weight_grad: float
+
+    @property
+    def total(self) -> float:
+        """The sum; the three kinds of pass are about equal work."""
+        return self.forward + self.input_grad + self.weight_grad
+
+    @classmethod
+    def of(cls, *, attack: float, update: float) -> Cost:
+        """Build the cost of ``attack`` input gradients and an update on ``update`` images."""
+        return cls(attack + update, attack + update, update)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A recipe: the method's parameters with the training settings they were meant for.
+
+    Attributes:
+        eps: radius of the l-inf threat model.
+        params: of the method, by field name.
+        settings: of training, by the names of ``surestep.config.FitSettings``.
+        model: the architecture.
+        dataset: the data.
+        source: where the recipe is from.
+    """
+
+    eps: float
+    params: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    model: str
+    dataset: str
+    source: str
+
+
+@dataclass
+class Method(ABC):
+    """One step of a training method, called as ``method(model, x, y)``.
+
+    Subclasses are dataclasses; their fields are the hyperparameters.
+
+    Args:
+        threat: norm, radius and data range of the perturbations trained against.
+        label_smoothing: of the cross entropy in the update (never in the attack).
+
+    Raises:
+        UserError: a hyperparameter is outside its range.
+    """
+
+    slug: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[str]
+    presets: ClassVar[Mapping[str, Preset]] = {}
+
+    threat: ThreatModel
+    label_smoothing: float = field(default=0.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        self._inputs_checked = False
+        self.require(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)")
+        self.validate()
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None = None
+    ) -> StepResult:
+        """Compute the loss of one batch.
+
+        Args:
+            model: returns logits (N, K); may be wrapped in DistributedDataParallel. Its mode,
+                flags, gradients and buffers are left as found, but for the buffers that the one
+                update forward writes in train mode.
+            x: images (N, ...) in the threat model's data range.
+            y: int64 labels (N,).
+            index: position of each image in its data set (N,), for methods that remember.
+
+        Raises:
+            UserError: the first batch has values, labels or shapes that cannot be trained on
+                (later batches are not checked: that would wait for the device at each step).
+        """
+        if not self._inputs_checked:
+            check_inputs(model, x, y, self.threat)
+            self._inputs_checked = True
+        return self.step(model, x, y, index)
+
+    @abstractmethod
+    def step(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> StepResult:
+        """Compute the loss of one batch; see ``__call__``."""
+
+    @abstractmethod
+    def cost(self, batch_size: int) -> Cost:
+        """Return the passes per image of one step at this batch size."""
+
+    def validate(self) -> None:
+        """Check the hyperparameters; raise ``UserError`` through ``require``."""
+
+    def require(self, ok: bool, name: str, expected: str) -> None:
+        """Raise the error for a hyperparameter that is not ``ok``.
+
+        Raises:
+            UserError: naming parameter, value and what was expected.
+        """
+        if not ok:
+            raise UserError(f"{self.slug}: {name} {getattr(self, name)!r} is not {expected}")
+
+    @property
+    def criterion(self) -> Criterion:
+        """The cross entropy of the update, with label smoothing."""
+        return functools.partial(F.cross_entropy, label_smoothing=self.label_smoothing)
+
+    def params(self) -> dict[str, Any]:
+        """Return the method's own hyperparameters by name."""
+        return {name: getattr(self, name) for name in parameter_names(type(self))}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what must survive a resume: tensors, numbers, strings, lists and dicts."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+
+
+METHODS: dict[str, type[Method]] = {}
+
+
+def register(slug: str) -> Callable[[type[Method]], type[Method]]:
+    """Register a subclass of ``Method`` under its slug."""
+
+    def add(cls: type[Method]) -> type[Method]:
+        cls.slug = slug
+        METHODS[slug] = cls
+        return cls
+
+    return add
+
+
+def get(slug: str) -> type[Method]:
+    """Return the method class of a slug.
+
+    Example:
+        >>> method = get("sat-r3")(surestep.Linf(8 / 255), tau=0.6)
+
+    Raises:
+        UserError: there is no such method; names the nearest.
+    """
+    if slug not in METHODS:
+        raise unknown_name("method", slug, METHODS)
+    return METHODS[slug]
+
+
+def names() -> list[str]:
+    """Return the slugs of all methods."""
+    return sorted(METHODS)
+
+
+def parameter_names(cls: type[Method]) -> list[str]:
+    """Return the names of a method's own hyperparameters: its fields but those of ``Method``."""
+    shared = {f.name for f in fields(Method)}
+    return [f.name for f in fields(cls) if f.name not in shared]
+
+
+def build(
+    slug: str, threat: ThreatModel, params: Mapping[str, Any], *, label_smoothing: float = 0.0
+) -> Method:
+    """Build a method from its slug and parameters, as the command line does.
+
+    Raises:
+        UserError: unknown method or parameter, or a value of the wrong type or range.
+    """
+    cls = get(slug)
+    known = parameter_names(cls)
+    for name in params:
+        if name not in known:
+            raise unknown_name(f"parameter of {slug}", name, known)
+    try:
+        return cls(threat, **params, label_smoothing=label_smoothing)
+    except TypeError as e:
+        raise UserError(f"{slug}: a parameter of {dict(params)} has the wrong type ({e})") from e
+
+
+def preset(slug: str, name: str) -> Preset:
+    """Return a method's preset.
+
+    Raises:
+        UserError: the method has no preset of that name.
+    """
+    presets = get(slug).presets
+    if name not in presets:
+        raise unknown_name(f"preset of {slug}", name, presets)
+    return presets[name]
+
+
+def card(slug: str) -> str:
+    """Return the method's card as Markdown."""
+    get(slug)
+    return (resources.files("surestep.methods") / "cards" / f"{slug}.md").read_text("utf-8")

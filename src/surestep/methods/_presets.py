@@ -1,0 +1,68 @@
+"""Training settings that several methods' published recipes share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from surestep.methods._base import Preset
+
+_V20 = "Vivek & Babu 2020, arXiv 2002.00614, and the authors' code"
+
+MNIST_SAT = Preset(
+    eps=0.3,
+    params={},
+    settings={"epochs": 20, "batch_size": 32, "lr": 0.01, "schedule": "step"},
+    model="lenet+",
+    dataset="mnist",
+    source=_V20,
+)
+CIFAR_SAT = Preset(
+    eps=8 / 255,
+    params={},
+    settings={
+        "epochs": 100,
+        "batch_size": 64,
+        "lr": 0.1,
+        "schedule": "step",
+        "augment": "crop-flip",
+    },
+    model="wrn-28-10",
+    dataset="cifar10",
+    source=_V20,
+)
+MNIST_FAST = Preset(
+    eps=0.3,
+    params={},
+    settings={"epochs": 8, "batch_size": 128, "lr": 0.1, "schedule": "onecycle"},
+    model="lenet+",
+    dataset="mnist",
+    source="ours: benchmarks/mnist_table.py",
+)
+CIFAR_RESNET = Preset(
+    eps=8 / 255,
+    params={},
+    settings={
+        "epochs": 100,
+        "batch_size": 128,
+        "lr": 0.1,
+        "schedule": "step",
+        "augment": "crop-flip",
+    },
+    model="resnet18",
+    dataset="cifar10",
+    source="SGD, momentum 0.9, weight decay 5e-4, the field's usual settings",
+)
+
+
+def recipe(
+    base: Preset, *, settings: Mapping[str, Any] | None = None, source: str = "", **params: Any
+) -> Preset:
+    """Return ``base`` with a method's parameters, and with some settings changed."""
+    return replace(
+        base,
+        params=params,
+        settings={**base.settings, **(settings or {})},
+        source=source or base.source,
+    )

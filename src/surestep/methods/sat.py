@@ -1,0 +1,282 @@
+"""SAT-R1, SAT-R2, SAT-R3: single-step adversarial training with a regularizer.
+
+Vivek & Babu 2020, "Regularizers for Single-step Adversarial Training", arXiv 2002.00614.
+Plain FGSM training drifts to models on which FGSM is weak. Each regularizer penalises one
+measurable difference between such a model and a robust one. There is no clean term in any loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surestep.attacks.core import Ascent, attacking, forward_logits, input_gradient
+from surestep.methods._base import Cost, Criterion, Method, StepResult, register
+from surestep.methods._presets import CIFAR_SAT, MNIST_FAST, MNIST_SAT, recipe
+from surestep.threat import ThreatModel
+
+
+def regularised_images(batch: int, fraction: float | None) -> int:
+    """Return how many images of a batch SAT-R1 regularises: one if ``fraction`` is None."""
+    return 1 if fraction is None else min(batch, max(1, round(fraction * batch)))
+
+
+def sat_r1_loss(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    lam: float,
+    steps: int,
+    fraction: float | None = None,
+    criterion: Criterion = F.cross_entropy,
+) -> StepResult:
+    """Compute CE at FGSM plus lam times the squared distance of FGSM's to I-FGSM's logits.
+
+    On a masked model the two attacks disagree. I-FGSM is dear, so only the last images of the
+    batch take part: one in the paper.
+
+    Args:
+        model: the classifier, in train mode.
+        x: images (N, ...).
+        y: labels (N,).
+        threat: norm, radius and data range.
+        lam: weight of the regularizer.
+        steps: K of I-FGSM, each of eps / K.
+        fraction: share of the batch that is regularised (the distance is its mean); None: one.
+        criterion: the cross entropy.
+    """
+    n = regularised_images(len(x), fraction)
+    with attacking(model) as inner:
+        grad, _, _ = input_gradient(inner, x, y)
+        x_fgsm = threat.project(x + threat.steepest_step(grad, threat.eps), x)
+        # I-FGSM's first gradient is FGSM's own.
+        x_n, y_n, size = x[-n:], y[-n:], threat.eps / steps
+        first = threat.project(x_n + threat.steepest_step(grad[-n:], size), x_n)
+        x_ifgsm = Ascent(threat, steps - 1, size).climb(inner, x_n, y_n, first)
+    logits = forward_logits(model, torch.cat([x_fgsm, x_ifgsm]))
+    at_fgsm, at_ifgsm = logits.split([len(x), n])
+    ce = criterion(at_fgsm, y)
+    distance = (at_fgsm[-n:] - at_ifgsm).square().sum(1).mean()
+    return StepResult(
+        ce + lam * distance,
+        {"ce": ce.detach(), "distance": distance.detach()},
+        x_fgsm,
+        at_fgsm.detach(),
+    )
+
+
+def sat_r2_loss(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    lam: float,
+    alpha: float,
+    project: bool = False,
+    criterion: Criterion = F.cross_entropy,
+) -> StepResult:
+    """Compute CE at FGSM plus lam times the squared distance of FGSM's to R-FGSM's logits.
+
+    On a masked model the loss surface near the image is so rough that a small random step
+    changes where FGSM leads.
+
+    Args:
+        model: the classifier, in train mode.
+        x: images (N, ...).
+        y: labels (N,).
+        threat: norm, radius and data range.
+        lam: weight of the regularizer.
+        alpha: size of the random step before R-FGSM's gradient.
+        project: keep R-FGSM in the eps ball. The authors' code does not: there its point lies up
+            to eps + alpha from x.
+        criterion: the cross entropy.
+    """
+    noisy = x + threat.steepest_step(torch.randn_like(x), alpha)
+    starts = torch.cat([x, noisy])
+    with attacking(model) as inner:
+        grad, _, _ = input_gradient(inner, starts, torch.cat([y, y]))
+    points = starts + threat.steepest_step(grad, threat.eps)
+    x_fgsm, x_rfgsm = points.split(len(x))
+    x_fgsm = threat.project(x_fgsm, x)
+    x_rfgsm = threat.project(x_rfgsm, x) if project else threat.clip(x_rfgsm)
+    logits = forward_logits(model, torch.cat([x_fgsm, x_rfgsm]))
+    at_fgsm, at_rfgsm = logits.split(len(x))
+    ce = criterion(at_fgsm, y)
+    distance = (at_fgsm - at_rfgsm).square().sum(1).mean()
+    return StepResult(
+        ce + lam * distance,
+        {"ce": ce.detach(), "distance": distance.detach()},
+        x_fgsm,
+        at_fgsm.detach(),
+    )
+
+
+def sat_r3_loss(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    lam: float,
+    tau: float,
+    alpha: float,
+    eps_low: float,
+    project: bool = False,
+    per_sample: bool = False,
+    criterion: Criterion = F.cross_entropy,
+) -> StepResult:
+    """Compute L(eps) plus lam times the hinge of L(eps_low) - tau * L(eps).
+
+    On a masked model the loss does not grow along the FGSM direction: a short step costs as
+    much as a full one. The hinge asks for L(eps_low) <= tau * L(eps).
+
+    Args:
+        model: the classifier, in train mode.
+        x: images (N, ...).
+        y: labels (N,).
+        threat: norm, radius and data range; its eps is the paper's eps_high.
+        lam: weight of the regularizer.
+        tau: highest share of L(eps) that L(eps_low) may have.
+        alpha: size of the random step before the gradient.
+        eps_low: length of the short step.
+        project: keep both points in the eps ball. The authors' code does not: the far one lies up
+            to eps + alpha from x.
+        per_sample: hinge each sample, then average, rather than hinge the batch means.
+        criterion: the cross entropy.
+    """
+    start = threat.clip(x + threat.steepest_step(torch.randn_like(x), alpha))
+    with attacking(model) as inner:
+        grad, _, _ = input_gradient(inner, start, y)
+    low, high = (start + threat.steepest_step(grad, size) for size in (eps_low, threat.eps))
+    low, high = (threat.project(p, x) if project else threat.clip(p) for p in (low, high))
+    logits = forward_logits(model, torch.cat([low, high]))
+    losses = criterion(logits, torch.cat([y, y]), reduction="none")
+    at_low, at_high = losses.split(len(x))
+    if per_sample:
+        hinge = F.relu(at_low - tau * at_high).mean()
+    else:
+        hinge = F.relu(at_low.mean() - tau * at_high.mean())
+    ce = at_high.mean()
+    return StepResult(
+        ce + lam * hinge,
+        {"ce": ce.detach(), "ce_low": at_low.mean().detach(), "hinge": hinge.detach()},
+        high,
+        logits[len(x) :].detach(),
+    )
+
+
+@register("sat-r1")
+@dataclass
+class SATR1(Method):
+    """SAT-R1: FGSM and I-FGSM must lead to the same logits. See ``sat_r1_loss``."""
+
+    summary = "FGSM and I-FGSM must agree, on one image of each batch"
+    paper = "Vivek & Babu 2020, arXiv 2002.00614"
+
+    lam: float = 0.2
+    steps: int = 10
+    fraction: float | None = None
+
+    presets = {
+        "mnist": recipe(MNIST_SAT, lam=0.2, steps=10),
+        "mnist-fast": recipe(MNIST_FAST, lam=0.2, steps=10, fraction=1 / 32),
+        "cifar10": recipe(CIFAR_SAT, lam=0.2, steps=3),
+    }
+
+    def validate(self) -> None:
+        """Check the hyperparameters."""
+        self.require(self.lam >= 0, "lam", ">= 0")
+        self.require(self.steps >= 1, "steps", ">= 1")
+        self.require(self.fraction is None or 0 < self.fraction <= 1, "fraction", "in (0, 1]")
+
+    def step(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> StepResult:
+        """Compute ``sat_r1_loss``."""
+        return sat_r1_loss(model, x, y, self.threat, criterion=self.criterion, **self.params())
+
+    def cost(self, batch_size: int) -> Cost:
+        """FGSM on all, K - 1 further steps and one more image in the update for the share."""
+        share = regularised_images(batch_size, self.fraction) / batch_size
+        return Cost.of(attack=1 + (self.steps - 1) * share, update=1 + share)
+
+
+@register("sat-r2")
+@dataclass
+class SATR2(Method):
+    """SAT-R2: FGSM and R-FGSM must lead to the same logits. See ``sat_r2_loss``."""
+
+    summary = "FGSM from the image and from a point beside it must agree"
+    paper = "Vivek & Babu 2020, arXiv 2002.00614"
+
+    lam: float = 5.0
+    alpha: float = 0.01
+    project: bool = False
+
+    presets = {
+        "mnist": recipe(MNIST_SAT, lam=5.0, alpha=0.01),
+        "mnist-fast": recipe(MNIST_FAST, lam=5.0, alpha=0.01),
+        "cifar10": recipe(CIFAR_SAT, lam=25.0, alpha=2 / 255),
+    }
+
+    def validate(self) -> None:
+        """Check the hyperparameters."""
+        self.require(self.lam >= 0, "lam", ">= 0")
+        self.require(self.alpha >= 0, "alpha", ">= 0")
+
+    def step(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> StepResult:
+        """Compute ``sat_r2_loss``."""
+        return sat_r2_loss(model, x, y, self.threat, criterion=self.criterion, **self.params())
+
+    def cost(self, batch_size: int) -> Cost:
+        """Both views through the attack and through the update."""
+        return Cost.of(attack=2, update=2)
+
+
+@register("sat-r3")
+@dataclass
+class SATR3(Method):
+    """SAT-R3: the loss must grow along the FGSM direction. See ``sat_r3_loss``.
+
+    ``eps_low`` is a third of eps by default, the paper's share on MNIST (a quarter on CIFAR-10).
+    """
+
+    summary = "the loss must grow along the FGSM direction"
+    paper = "Vivek & Babu 2020, arXiv 2002.00614"
+
+    lam: float = 1.0
+    tau: float = 0.4
+    alpha: float = 0.01
+    eps_low: float | None = None
+    project: bool = False
+    per_sample: bool = False
+
+    presets = {
+        "mnist": recipe(
+            MNIST_SAT, lam=1.0, tau=0.4, alpha=0.01, eps_low=0.1, settings={"lr": 0.05}
+        ),
+        "mnist-fast": recipe(MNIST_FAST, lam=1.0, tau=0.4, alpha=0.01, eps_low=0.1),
+        "cifar10": recipe(CIFAR_SAT, lam=1.0, tau=0.6, alpha=2 / 255, eps_low=2 / 255),
+    }
+
+    def validate(self) -> None:
+        """Check the hyperparameters and fill in the one that follows eps."""
+        self.eps_low = self.threat.eps / 3 if self.eps_low is None else self.eps_low
+        self.require(self.lam >= 0, "lam", ">= 0")
+        self.require(self.tau > 0, "tau", "> 0")
+        self.require(self.alpha >= 0, "alpha", ">= 0")
+        self.require(
+            0 <= self.eps_low <= self.threat.eps, "eps_low", f"in [0, eps = {self.threat.eps:g}]"
+        )
+
+    def step(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> StepResult:
+        """Compute ``sat_r3_loss``."""
+        return sat_r3_loss(model, x, y, self.threat, criterion=self.criterion, **self.params())
+
+    def cost(self, batch_size: int) -> Cost:
+        """One gradient, two points."""
+        return Cost.of(attack=1, update=2)

@@ -1,0 +1,31 @@
+"""Standard training: the clean loss, no attack. The unit in which costs are counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from surestep.attacks.core import forward_logits
+from surestep.methods._base import Cost, Method, StepResult, register
+from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+
+
+@register("standard")
+@dataclass
+class Standard(Method):
+    """Cross entropy on clean images."""
+
+    summary = "no perturbation: cross entropy on clean images"
+    paper = "the usual empirical risk"
+    presets = {"mnist": recipe(MNIST_FAST), "cifar10": recipe(CIFAR_RESNET)}
+
+    def step(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> StepResult:
+        """Compute the cross entropy at x."""
+        logits = forward_logits(model, x)
+        loss = self.criterion(logits, y)
+        return StepResult(loss, {"ce": loss.detach()}, x, logits.detach())
+
+    def cost(self, batch_size: int) -> Cost:
+        """One update pass."""
+        return Cost.of(attack=0, update=1)

@@ -1,0 +1,100 @@
+"""TRADES: clean accuracy traded for agreement between clean and adversarial outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surestep.attacks.core import Ascent, attacking, forward_logits
+from surestep.methods._base import Cost, Criterion, Method, StepResult, register
+from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.threat import ThreatModel
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return KL(p || q) per sample from log-probabilities (N, K)."""
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+
+
+def trades_loss(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    beta: float,
+    steps: int,
+    alpha: float,
+    sigma: float = 0.001,
+    criterion: Criterion = F.cross_entropy,
+) -> StepResult:
+    """Compute clean CE plus beta times KL(f(x) || f(x_adv)), x_adv found by maximising that KL.
+
+    The clean output of the attack is computed once, not at every step. The update takes clean
+    and adversarial images through one forward pass, so batch statistics are of both.
+
+    Args:
+        model: the classifier, in train mode.
+        x: images (N, ...).
+        y: labels (N,).
+        threat: norm, radius and data range.
+        beta: weight of the KL term.
+        steps: of the attack.
+        alpha: size of one step.
+        sigma: deviation of the Gaussian start.
+        criterion: the cross entropy of the clean term.
+    """
+    with attacking(model) as inner:
+        with torch.no_grad():
+            log_clean = F.log_softmax(forward_logits(inner, x), dim=1)
+        ascent = Ascent(
+            threat, steps, alpha, lambda logits, _: kl(log_clean, F.log_softmax(logits, dim=1))
+        )
+        x_adv = ascent.climb(inner, x, y, x + sigma * torch.randn_like(x))
+    logits = forward_logits(model, torch.cat([x, x_adv]))
+    clean, adversarial = logits.split(len(x))
+    ce = criterion(clean, y)
+    divergence = kl(F.log_softmax(clean, dim=1), F.log_softmax(adversarial, dim=1)).mean()
+    return StepResult(
+        ce + beta * divergence,
+        {"ce": ce.detach(), "kl": divergence.detach()},
+        x_adv,
+        adversarial.detach(),
+    )
+
+
+@register("trades")
+@dataclass
+class TRADES(Method):
+    """TRADES, see ``trades_loss``. ``alpha`` is 0.007 / (8 / 255) of eps by default."""
+
+    summary = "clean cross entropy plus the divergence of clean and adversarial outputs"
+    paper = "Zhang et al. 2019, arXiv 1901.08573"
+    presets = {
+        "mnist": recipe(MNIST_FAST, beta=1.0, steps=40, alpha=0.01),
+        "cifar10": recipe(CIFAR_RESNET, beta=6.0, steps=10, alpha=0.007),
+    }
+
+    beta: float = 6.0
+    steps: int = 10
+    alpha: float | None = None
+    sigma: float = 0.001
+
+    def validate(self) -> None:
+        """Check the hyperparameters."""
+        self.alpha = self.threat.eps * 0.007 * 255 / 8 if self.alpha is None else self.alpha
+        self.require(self.beta >= 0, "beta", ">= 0")
+        self.require(self.steps >= 1, "steps", ">= 1")
+        self.require(self.alpha >= 0, "alpha", ">= 0")
+        self.require(self.sigma >= 0, "sigma", ">= 0")
+
+    def step(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> StepResult:
+        """Compute ``trades_loss``."""
+        return trades_loss(model, x, y, self.threat, criterion=self.criterion, **self.params())
+
+    def cost(self, batch_size: int) -> Cost:
+        """One clean forward and the steps; clean and adversarial images in the update."""
+        return Cost(1 + self.steps + 2, self.steps + 2, 2)

@@ -1,0 +1,21 @@
+"""Image classifiers that take pixels in [0, 1]; any normalisation is inside the model."""
+
+from surestep.models._base import Classifier, Normalize
+from surestep.models._registry import create, describe, names, register
+from surestep.models.lenet import CNNSmall, LeNetPlus
+from surestep.models.resnet import PreActResNet, ResNet
+from surestep.models.wideresnet import WideResNet
+
+__all__ = [
+    "CNNSmall",
+    "Classifier",
+    "LeNetPlus",
+    "Normalize",
+    "PreActResNet",
+    "ResNet",
+    "WideResNet",
+    "create",
+    "describe",
+    "names",
+    "register",
+]

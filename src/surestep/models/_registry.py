@@ -1,0 +1,136 @@
+"""Models by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from torch import nn
+
+from surestep.errors import UserError, unknown_name
+from surestep.models._base import Normalize, choose_normalize
+from surestep.models._timm import PREFIX, create_timm
+
+
+class Builder(Protocol):
+    """Anything that makes a model from these four: a class or a function."""
+
+    def __call__(
+        self, num_classes: int, in_channels: int, image_size: int, normalize: Normalize | None
+    ) -> nn.Module:
+        """Build the model."""
+        ...
+
+
+B = TypeVar("B", bound=Builder)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    build: Builder
+    description: str
+    in_channels: int
+    image_size: int
+    statistics: tuple[Sequence[float], Sequence[float]] | None
+
+
+_ENTRIES: dict[str, _Entry] = {}
+
+
+def register(
+    name: str,
+    description: str,
+    *,
+    in_channels: int,
+    image_size: int,
+    statistics: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> Callable[[B], B]:
+    """Make a model available to ``create`` under ``name``; decorates its class or function.
+
+    Args:
+        name: what users type.
+        description: one line.
+        in_channels: default number of channels.
+        image_size: default height and width.
+        statistics: default normalisation (mean, std) for pixels in [0, 1], or None.
+
+    Raises:
+        UserError: the name is taken.
+    """
+
+    def add(build: B) -> B:
+        if name in _ENTRIES:
+            raise UserError(f"model {name!r} is already registered: choose another name")
+        _ENTRIES[name] = _Entry(build, description, in_channels, image_size, statistics)
+        return build
+
+    return add
+
+
+def names() -> list[str]:
+    """List the registered models (those of timm come on top, as ``timm:NAME``)."""
+    return list(_ENTRIES)
+
+
+def describe(name: str) -> str:
+    """Return the one-line description of a registered model.
+
+    Raises:
+        UserError: the name is unknown.
+    """
+    return _entry(name).description
+
+
+def create(
+    name: str,
+    num_classes: int = 10,
+    *,
+    in_channels: int | None = None,
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> nn.Module:
+    """Create a model with fresh weights that maps pixels in [0, 1] to logits.
+
+    Args:
+        name: one of ``names()``, or ``timm:NAME`` with timm installed.
+        num_classes: number of logits.
+        in_channels: channels of the images; default: the model's own (1 or 3).
+        image_size: height and width of the images; default: the model's own. Models with global
+            average pooling take any size, whatever is given here.
+        mean: per channel, to normalise with inside the model, for pixels in [0, 1]. The default
+            is the model's own, or no normalisation if that is for another number of channels.
+            ``mean`` 0 and ``std`` 1 turn normalisation off.
+        std: per channel, goes with ``mean``.
+
+    Returns:
+        A module from images (N, in_channels, H, W) to logits (N, num_classes).
+
+    Raises:
+        UserError: the name is unknown, a number is not positive, mean and std do not match
+            in_channels, the model cannot be built for this size, or timm is not installed.
+    """
+    for what, value in (
+        ("num_classes", num_classes),
+        ("in_channels", in_channels),
+        ("image_size", image_size),
+    ):
+        if value is not None and value < 1:
+            raise UserError(f"{what} is {value}: give a number of 1 or more")
+    if name.startswith(PREFIX):
+        return create_timm(name, num_classes, in_channels or 3, image_size, mean, std)
+    entry = _entry(name)
+    in_channels = in_channels or entry.in_channels
+    return entry.build(
+        num_classes=num_classes,
+        in_channels=in_channels,
+        image_size=image_size or entry.image_size,
+        normalize=choose_normalize(in_channels, mean, std, entry.statistics),
+    )
+
+
+def _entry(name: str) -> _Entry:
+    if name not in _ENTRIES:
+        raise unknown_name("model", name, [*_ENTRIES, f"{PREFIX}NAME"])
+    return _ENTRIES[name]

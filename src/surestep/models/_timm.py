@@ -1,0 +1,63 @@
+"""Models of the timm library, imported only when one is asked for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from surestep.errors import UserError
+from surestep.models._base import Classifier, choose_normalize
+
+PREFIX = "timm:"
+
+
+def create_timm(
+    name: str,
+    num_classes: int,
+    in_channels: int,
+    image_size: int | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> Classifier:
+    """Create ``timm:NAME`` with fresh weights, normalising as its pretrained weights expect.
+
+    timm's own classifier stays inside ``body``; ``head`` is the identity.
+
+    Raises:
+        UserError: timm is not installed, cannot create the model, or mean and std do not match
+            in_channels.
+    """
+    try:
+        # By name, because timm is an optional dependency that type checkers need not find.
+        timm: Any = importlib.import_module("timm")
+    except ModuleNotFoundError as error:
+        raise UserError(f"{name} needs timm: pip install 'surestep[timm]'") from error
+
+    def build(**options: int) -> Any:
+        try:
+            return timm.create_model(
+                name.removeprefix(PREFIX), num_classes=num_classes, in_chans=in_channels, **options
+            )
+        # What timm raises for an unknown name or tag, and for a size that a model cannot take.
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(
+                f"timm cannot create {name!r} ({error}): timm.list_models() lists its models"
+            ) from error
+
+    model = build()
+    config = model.pretrained_cfg
+    # Only models of a fixed size, such as vision transformers, know the option img_size.
+    fixed_size = config["input_size"][-1] if config.get("fixed_input_size") else None
+    if fixed_size and image_size not in (None, fixed_size):
+        model, fixed_size = build(img_size=image_size), image_size
+    return Classifier(
+        name,
+        body=model,
+        head=nn.Identity(),
+        in_channels=in_channels,
+        image_size=fixed_size,
+        normalize=choose_normalize(in_channels, mean, std, (config["mean"], config["std"])),
+    )

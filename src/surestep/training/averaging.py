@@ -1,0 +1,48 @@
+"""Exponential moving average of the weights, without the bias of its first value."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class WeightAverage:
+    """Keep a moving average of a model's parameters; buffers are copied.
+
+    After t updates the average is sum_i d^(t-i) w_i / sum_i d^(t-i): the mean of the weights seen,
+    however high the decay d (Adam's bias correction). An average that starts at the random
+    weights instead stays near them for 1 / (1 - d) steps.
+
+    Args:
+        model: the module whose weights are averaged.
+        decay: d, in (0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.model = copy.deepcopy(model).requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the model's present weights."""
+        self.updates += 1
+        share = (1 - self.decay) / (1 - self.decay**self.updates)
+        for own, new in zip(self.model.parameters(), model.parameters(), strict=True):
+            own.lerp_(new, share)
+        # Batch norm's statistics are moving averages already.
+        for own, new in zip(self.model.buffers(), model.buffers(), strict=True):
+            own.copy_(new)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the average and the number of updates."""
+        return {"updates": self.updates, "model": self.model.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.updates = state["updates"]
+        self.model.load_state_dict(state["model"])

@@ -1,0 +1,88 @@
+"""Checkpoints of a run: written whole, the last two kept, never unpickled."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from surestep import files
+from surestep.errors import UserError
+
+_KEPT = 2
+
+
+def rng_state() -> dict[str, Any]:
+    """Return the random state of every library a step may draw from."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
+    return {
+        "python": random.getstate(),
+        "numpy": (str(kind), [int(k) for k in keys], position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restore what ``rng_state`` returned."""
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write a checkpoint, then remove all but the newest two.
+
+    Raises:
+        UserError: the disk is full or the place cannot be written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:08d}.safetensors"
+    files.save_tree(path, state)
+    for old in found(folder)[:-_KEPT]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def found(folder: Path) -> list[Path]:
+    """Return the checkpoints of a folder, oldest first."""
+    return sorted(p for p in folder.glob("step-*.safetensors") if re.match(r"step-\d+\.", p.name))
+
+
+def load_newest(folder: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
+    """Load the newest checkpoint that is whole; None if there is none at all.
+
+    Args:
+        folder: of the checkpoints.
+        warn: told about each damaged checkpoint that is passed over.
+
+    Raises:
+        UserError: there are checkpoints, but all are damaged.
+    """
+    paths = found(folder)
+    for path in reversed(paths):
+        try:
+            return files.load_tree(path)
+        except UserError as e:
+            warn(f"passing over a damaged checkpoint: {e}")
+    if paths:
+        raise UserError(
+            f"every checkpoint in {folder} is damaged ({len(paths)} found): start the run again "
+            "with --overwrite"
+        )
+    return None

@@ -1,0 +1,206 @@
+"""The step as the training loop takes it, and how fast it is taken."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surestep.errors import UserError, unknown_name
+from surestep.methods import Method, StepResult
+from surestep.training.averaging import WeightAverage
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a step is computed; never what it computes.
+
+    Attributes:
+        precision: of the forward passes; other than float32 means autocast.
+        channels_last: memory format of images and convolution weights.
+        tuned: raise glibc's thresholds for returning memory to the system.
+    """
+
+    precision: torch.dtype = torch.float32
+    channels_last: bool = False
+    tuned: bool = False
+
+    @classmethod
+    def choose(
+        cls, name: str = "auto", precision: str = "auto", device: torch.device | str = "cpu"
+    ) -> Engine:
+        """Choose the engine for a device.
+
+        Args:
+            name: "fast" (channels_last, autocast, tuned allocator), "reference" (float32,
+                contiguous), or "auto": fast, in bf16 where the hardware multiplies it.
+            precision: "fp32", "bf16" or "fp16" override what the name implies.
+            device: where the step will run.
+
+        Raises:
+            UserError: an unknown name or precision.
+        """
+        if name not in ("auto", "fast", "reference"):
+            raise unknown_name("engine", name, ("auto", "fast", "reference"))
+        if precision not in ("auto", *PRECISIONS):
+            raise unknown_name("precision", precision, ("auto", *PRECISIONS))
+        fast = name != "reference"
+        if precision != "auto":
+            dtype = PRECISIONS[precision]
+        else:
+            bf16 = fast and has_bf16(torch.device(device))
+            dtype = torch.bfloat16 if bf16 else torch.float32
+        return cls(dtype, channels_last=fast, tuned=fast)
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Bring a model's weights into the engine's memory format, in place."""
+        if self.tuned:
+            keep_freed_memory()
+        return model.to(memory_format=torch.channels_last) if self.channels_last else model  # pyright: ignore[reportCallIssue]
+
+    def place_images(self, x: Tensor) -> Tensor:
+        """Bring images into the engine's memory format."""
+        if self.channels_last and x.dim() == 4:
+            return x.contiguous(memory_format=torch.channels_last)
+        return x
+
+    def autocast(self, device: torch.device) -> Any:
+        """Return the context of a forward pass."""
+        if self.precision == torch.float32:
+            return nullcontext()
+        return torch.autocast(device.type, self.precision)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Tell whether the device multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        return bool(probe and probe())
+    return False
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed memory for reuse, once per process; elsewhere do nothing.
+
+    By default it returns each large buffer to the system, and the next step pays for it again
+    in page faults: a tenth to a third of a step of large batches.
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+class TrainStep:
+    """One training step, called as ``step(x, y)``; see ``make_step``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        optimizer: torch.optim.Optimizer,
+        engine: Engine,
+        *,
+        clip_grad: float | None = None,
+        average: WeightAverage | None = None,
+    ) -> None:
+        self.model, self.method, self.optimizer, self.engine = model, method, optimizer, engine
+        self.clip_grad, self.average = clip_grad, average
+        self.device = next(model.parameters()).device
+        # Only float16 has too few exponents for unscaled gradients.
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=engine.precision == torch.float16
+        )
+
+    def __call__(self, x: Tensor, y: Tensor, index: Tensor | None = None) -> StepResult:
+        """Take one step on images x (N, ...) in the data range with labels y (N,).
+
+        Waits for the device nowhere (but for the first batch, which is checked).
+        """
+        x = self.engine.place_images(x)
+        with self.engine.autocast(self.device):
+            result = self.method(self.model, x, y, index)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(result.loss).backward()
+        if self.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update(getattr(self.model, "module", self.model))
+        return result._replace(loss=result.loss.detach())
+
+
+def make_step(
+    model: nn.Module,
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    engine: str | Engine = "auto",
+    *,
+    clip_grad: float | None = None,
+    average: WeightAverage | None = None,
+) -> TrainStep:
+    """Return the step exactly as the training loop takes it, a callable of (x, y).
+
+    Args:
+        model: in train mode, on its device; wrapped in DistributedDataParallel or not. Its
+            weights are brought into the engine's memory format.
+        method: what the step minimises.
+        optimizer: over the model's parameters.
+        engine: "auto", "fast", "reference" or an ``Engine``.
+        clip_grad: largest norm of the weight gradient.
+        average: updated after each step.
+
+    Raises:
+        UserError: unknown engine, or a model without parameters.
+    """
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise UserError("the model has no parameters to train")
+    if isinstance(engine, str):
+        engine = Engine.choose(engine, device=parameter.device)
+    engine.place(model)
+    return TrainStep(model, method, optimizer, engine, clip_grad=clip_grad, average=average)
+
+
+def make_optimizer(
+    name: str,
+    parameters: Iterable[nn.Parameter],
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+) -> torch.optim.Optimizer:
+    """Build the optimizer of a name: "sgd", "adam" or "adamw".
+
+    Raises:
+        UserError: an unknown name.
+    """
+    parameters = list(parameters)
+    # The fused kernels update all tensors in one pass over memory.
+    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    if name == "sgd":
+        return torch.optim.SGD(
+            parameters, lr, momentum=momentum, weight_decay=weight_decay, fused=fused
+        )
+    if name == "adam":
+        return torch.optim.Adam(parameters, lr, weight_decay=weight_decay, fused=fused)
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=fused)
+    raise unknown_name("optimizer", name, ("sgd", "adam", "adamw"))

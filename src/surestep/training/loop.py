@@ -1,0 +1,495 @@
+"""The training loop. There is one, for all methods; one process is its simplest case."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from surestep import files
+from surestep.config import FitSettings, parse, to_yaml
+from surestep.errors import UserError
+from surestep.evaluation import Evaluation, evaluate
+from surestep.methods import Method
+from surestep.training import checkpoint
+from surestep.training.averaging import WeightAverage
+from surestep.training.engine import Engine, make_optimizer, make_step
+from surestep.training.progress import Display
+from surestep.training.schedules import learning_rate
+from surestep.training.source import Source, make_source, split
+
+COLLAPSE = 0.20
+"""Fall of robust accuracy between two epochs that counts as collapse (Kim et al. 2021)."""
+
+
+class TrainingDiverged(UserError):
+    """The loss is no longer a finite number."""
+
+
+@dataclass
+class FitResult:
+    """What training gave.
+
+    Attributes:
+        model: the trained model, the selected weights loaded, in eval mode.
+        history: one row an epoch, as in ``metrics.jsonl``.
+        best_epoch: the epoch (from 1) whose weights were selected.
+        train_seconds: time spent in training steps, without validation.
+        out: the run folder, if there is one.
+    """
+
+    model: nn.Module
+    history: list[dict[str, Any]]
+    best_epoch: int
+    train_seconds: float
+    out: Path | None
+
+
+def fit(
+    model: nn.Module,
+    data: Any,
+    method: Method,
+    *,
+    out: str | Path | None = None,
+    validation: Any = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    device: str | None = None,
+    describe: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> FitResult:
+    """Train a model with a method, validating by strong attacks on held-out images.
+
+    After each epoch the held-out images are attacked, and the weights with the best worst case
+    are kept; never are they chosen on test data. The random state of python, numpy and torch is
+    seeded. Runs on several processes when started by ``torchrun`` or ``accelerate launch``.
+
+    Args:
+        model: returns logits (N, K) for images in the method's data range; is changed in place.
+        data: Images, a pair of tensors (x, y), a Dataset or a DataLoader.
+        method: what a step minimises.
+        out: run folder for ``config.yaml``, ``metrics.jsonl``, ``model.safetensors`` and
+            ``checkpoints/``; None writes nothing.
+        validation: held-out data; by default a tenth of ``data``, at most ``val_images``.
+        resume: go on from the newest checkpoint in ``out``; the result is bit-identical to that
+            of a run that was never stopped.
+        overwrite: delete what is in ``out`` first.
+        quiet: show nothing.
+        device: such as "cpu" or "cuda"; by default the best there is.
+        describe: written to ``config.yaml`` before the settings.
+        settings: of ``surestep.config.FitSettings``: epochs, batch_size, lr, schedule, ...
+
+    Returns:
+        The result; its model is ``model`` itself.
+
+    Raises:
+        UserError: invalid settings or data, a run folder that exists already, a full disk.
+        TrainingDiverged: the loss became NaN or infinite; the last good checkpoint is kept.
+    """
+    config = parse(FitSettings, settings)
+    method.label_smoothing = config.label_smoothing or method.label_smoothing
+    accelerator = _accelerator(device, out if config.tensorboard else None, config.tensorboard)
+    target = _device(device, accelerator)
+    run = _Run.open(out, resume=resume, overwrite=overwrite, main=accelerator.is_main_process)
+    accelerator.wait_for_everyone()
+    trainer = _Trainer(model, data, method, config, accelerator, target, run, validation, quiet)
+    if run and accelerator.is_main_process and not resume:
+        described = describe or {"method": method.slug, "params": method.params()}
+        files.write_atomically(run.config, to_yaml({**described, **config.model_dump(mode="json")}))
+    return trainer.train(resume=resume)
+
+
+def _accelerator(device: str | None, folder: str | Path | None, tensorboard: bool) -> Accelerator:
+    if not tensorboard:
+        return Accelerator(cpu=device == "cpu")
+    if folder is None:
+        raise UserError("tensorboard=True needs a run folder to write to: give out=...")
+    if importlib.util.find_spec("tensorboard") is None:
+        raise UserError("TensorBoard is not installed: pip install 'surestep[tensorboard]'")
+    return Accelerator(cpu=device == "cpu", log_with="tensorboard", project_dir=folder)
+
+
+def _device(name: str | None, accelerator: Accelerator) -> torch.device:
+    if name is None:
+        return accelerator.device
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise UserError(f"device {name!r} cannot be used here: {reason}") from e
+    return device
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The places of a run folder."""
+
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "model.safetensors"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @classmethod
+    def open(
+        cls, out: str | Path | None, *, resume: bool, overwrite: bool, main: bool
+    ) -> _Run | None:
+        """Make the folder, or refuse one that holds something."""
+        if out is None:
+            if resume:
+                raise UserError("resume=True needs the run folder: give out=...")
+            return None
+        folder = Path(out)
+        if not main:
+            return cls(folder)
+        if resume:
+            if not folder.is_dir():
+                raise UserError(f"cannot resume {folder}: there is no such run folder")
+            return cls(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            if not overwrite:
+                raise UserError(
+                    f"{folder} exists already: choose another --out, go on with --resume, or "
+                    "replace it with --overwrite"
+                )
+            if folder.is_dir() and not (folder / "config.yaml").exists():
+                raise UserError(f"{folder} is no run folder (it has no config.yaml): not deleted")
+            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"cannot make the run folder {folder}: {e.strerror}") from e
+        return cls(folder)
+
+
+@dataclass
+class _Progress:
+    """How far a run is: everything in a checkpoint that is a plain number."""
+
+    step: int = 0
+    epoch: int = 0
+    best_epoch: int = 0
+    best_score: float = -1.0
+    last_robust: float = -1.0
+    train_seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class _Sums:
+    """Means over an epoch, summed on the device: nothing waits for it until they are read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.steps = 0
+        self.totals: dict[str, Tensor] = {}
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def add(self, number: int, values: Mapping[str, Tensor]) -> None:
+        self.steps += 1
+        for name, value in values.items():
+            total = self.totals.get(name)
+            self.totals[name] = value.clone() if total is None else total + value
+        bad = ~torch.isfinite(values["loss"]) & (self.bad_step < 0)
+        self.bad_step = torch.where(bad, number, self.bad_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "totals": self.totals}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.steps = state["steps"]
+        self.totals = {k: v.to(self.device) for k, v in state["totals"].items()}
+
+    def means(self) -> dict[str, float]:
+        return {k: float(v) / self.steps for k, v in self.totals.items()}
+
+
+class _Trainer:
+    """One run: the loop, and the state that a checkpoint holds."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Any,
+        method: Method,
+        config: FitSettings,
+        accelerator: Accelerator,
+        device: torch.device,
+        run: _Run | None,
+        validation: Any,
+        quiet: bool,
+    ) -> None:
+        checkpoint.seed_everything(config.seed + accelerator.process_index)
+        self.model, self.method, self.config, self.run = model, method, config, run
+        self.accelerator, self.device = accelerator, device
+        self.quiet = quiet or not accelerator.is_main_process
+        train, self.held_out = split(data, validation, config.val_images, config.seed)
+        self.source: Source = make_source(
+            train,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            augmentation=config.augment,
+            checkpoint_every=config.checkpoint_every,
+            device=device,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            prepare=accelerator.prepare,
+        )
+        self.total = self.source.steps_per_epoch * config.epochs
+        if not self.total:
+            raise UserError("there is no batch to train on: the data hold fewer images than one")
+        engine = Engine.choose(config.engine, config.precision, device)
+        engine.place(model.to(device)).train()
+        optimizer = make_optimizer(
+            config.optimizer,
+            model.parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        self.average = WeightAverage(model, config.ema) if config.ema else None
+        self._best: dict[str, Tensor] = {}
+        self.take_step = make_step(
+            accelerator.prepare_model(model, device_placement=False),
+            method,
+            optimizer,
+            engine,
+            clip_grad=config.clip_grad,
+            average=self.average,
+        )
+        self.engine, self.optimizer = engine, optimizer
+        self.at = _Progress()
+
+    @property
+    def judged(self) -> nn.Module:
+        """The weights that are validated and kept: the average, if there is one."""
+        return self.average.model if self.average else self.model
+
+    def train(self, *, resume: bool) -> FitResult:
+        if self.config.tensorboard:
+            self.accelerator.init_trackers("tensorboard")
+        with Display(self.total, 0, quiet=self.quiet) as self.display:
+            restored = self._restore() if resume else None
+            while self.at.epoch < self.config.epochs:
+                self._epoch(restored)
+                restored = None
+        self._finish()
+        return FitResult(
+            self.model,
+            self.at.history,
+            self.at.best_epoch,
+            self.at.train_seconds,
+            self.run.folder if self.run else None,
+        )
+
+    def _epoch(self, restored: dict[str, Any] | None) -> None:
+        """Train one epoch (from a checkpoint within it: the rest of it), validate, save."""
+        steps, skip = self.source.steps_per_epoch, self.at.step % self.source.steps_per_epoch
+        sums = _Sums(self.device)
+        begin, seconds_before = time.perf_counter(), self.at.train_seconds
+        batches = self.source.epoch(self.at.epoch, skip)
+        if restored:
+            sums.load_state_dict(restored["sums"])
+            checkpoint.set_rng_state(restored["rng"][self.accelerator.process_index])
+        lr = 0.0
+        for x, y, index in batches:
+            lr = learning_rate(self.config.schedule, self.config.lr, self.at.step, self.total)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            result = self.take_step(x, y, index)
+            self.at.step += 1
+            hits = (result.logits.argmax(1) == y).float().mean()
+            sums.add(self.at.step, {"loss": result.loss, **result.terms, "adv_accuracy": hits})
+            if self.display.due():
+                self._show(sums, begin, len(x))
+            every = self.config.checkpoint_every
+            if every and self.at.step % every == 0 and self.at.step % steps:
+                self.at.train_seconds = seconds_before + time.perf_counter() - begin
+                self._check_finite(sums)
+                self._save(sums)
+        self._check_finite(sums)
+        row_seconds = time.perf_counter() - begin
+        self.at.train_seconds = seconds_before + row_seconds
+        self.at.epoch += 1
+        row = {
+            "epoch": self.at.epoch,
+            "step": self.at.step,
+            "lr": lr,
+            **sums.means(),
+            "images_per_second": sums.steps * self._global_batch() / row_seconds,
+            "train_seconds": self.at.train_seconds,
+        }
+        self._validate(row)
+        self._record(row)
+
+    def _global_batch(self) -> int:
+        loader = getattr(self.source, "loader", None)
+        size = getattr(loader, "total_batch_size", None) or getattr(loader, "batch_size", None)
+        return size or self.config.batch_size
+
+    def _show(self, sums: _Sums, begin: float, batch: int) -> None:
+        self._check_finite(sums)
+        means = sums.means()
+        speed = sums.steps * batch * self.accelerator.num_processes
+        speed /= max(time.perf_counter() - begin, 1e-9)
+        robust = f"  robust {self.at.last_robust:.1%}" if self.at.last_robust >= 0 else ""
+        parts = "  ".join(f"{k} {v:.3f}" for k, v in means.items() if k != "adv_accuracy")
+        epoch = f"epoch {self.at.epoch + 1}/{self.config.epochs}"
+        self.display.step(self.at.step, epoch, f"{parts}{robust}  {speed:,.0f} img/s")
+
+    def _check_finite(self, sums: _Sums) -> None:
+        bad = int(sums.bad_step)
+        if bad < 0:
+            return
+        kept = checkpoint.found(self.run.checkpoints) if self.run else []
+        where = f"last good checkpoint: {kept[-1]}" if kept else "no checkpoint was written yet"
+        epoch = (bad - 1) // self.source.steps_per_epoch + 1
+        raise TrainingDiverged(
+            f"the loss became NaN or infinite at step {bad} (epoch {epoch}); {where}: lower lr "
+            f"({self.config.lr:g}), set clip_grad, or use precision fp32"
+        )
+
+    def _validate(self, row: dict[str, Any]) -> None:
+        """Attack the held-out images, watch for collapse, and keep the best weights."""
+        if self.held_out is None:
+            self.at.best_epoch = self.at.epoch
+            return
+        found = self._attack_held_out()
+        row["val_n"] = found.n
+        row["val_clean"] = found.clean_accuracy
+        row |= {f"val_{name}": value for name, value in found.robust_accuracy.items()}
+        row["val_worst_case"] = score = found.worst_case_accuracy
+        row["val_seconds"] = found.seconds
+        one_step = found.robust_accuracy.get("fgsm", score)
+        fell = self.at.last_robust - score > COLLAPSE
+        masked = one_step - score > max(COLLAPSE, one_step / 2)
+        if fell or masked:
+            row["collapse"] = True
+            self.display.say(
+                f"warning: gradient masking after epoch {self.at.epoch}: accuracy under FGSM is "
+                f"{one_step:.1%}, under the strongest attack {score:.1%}"
+                + (f" (it was {self.at.last_robust:.1%})" if fell else ""),
+                "yellow",
+            )
+        self.at.last_robust = score
+        if self.config.select == "last" or score > self.at.best_score:
+            self.at.best_epoch, self.at.best_score = self.at.epoch, score
+
+    def _attack_held_out(self) -> Evaluation:
+        return evaluate(
+            self.judged,
+            self.held_out,
+            self.method.threat,
+            self.config.val_attacks,
+            n=self.config.val_images,
+            seed=self.config.seed,
+            precision=self.engine.precision,
+        )
+
+    def _record(self, row: dict[str, Any]) -> None:
+        """Write the epoch's row, then the weights if they are the best, then the checkpoint."""
+        self.at.history.append(row)
+        self.accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=self.at.step)
+        robust = f"  robust {row['val_worst_case']:.1%}" if "val_worst_case" in row else ""
+        clean = f"  clean {row['val_clean']:.1%}" if "val_clean" in row else ""
+        self.display.say(
+            f"epoch {self.at.epoch}/{self.config.epochs}  loss {row['loss']:.4f}{clean}{robust}"
+            f"  {row['images_per_second']:,.0f} img/s"
+        )
+        if self.run and self.accelerator.is_main_process:
+            rows = "".join(json.dumps(r) + "\n" for r in self.at.history)
+            files.write_atomically(self.run.metrics, rows)
+            if self.at.best_epoch == self.at.epoch:
+                files.save_weights(self.run.weights, self.judged)
+        if self.at.best_epoch == self.at.epoch:
+            self._best = {} if self.run else _copy(self.judged.state_dict())
+        self._save(_Sums(self.device))
+
+    def _save(self, sums: _Sums) -> None:
+        """Write a checkpoint of everything the rest of the run depends on."""
+        if self.run is None:
+            return
+        states = gather_object([checkpoint.rng_state()])
+        if self.accelerator.is_main_process:
+            checkpoint.save(
+                self.run.checkpoints,
+                self.at.step,
+                {
+                    "progress": asdict(self.at),
+                    "model": self.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": self.take_step.scaler.state_dict(),
+                    "average": self.average.state_dict() if self.average else None,
+                    "method": self.method.state_dict(),
+                    "sums": sums.state_dict(),
+                    "rng": states,
+                },
+            )
+
+    def _restore(self) -> dict[str, Any] | None:
+        """Load the newest checkpoint, but for what the epoch itself restores; return it."""
+        assert self.run is not None
+        state = checkpoint.load_newest(self.run.checkpoints, self.display.say)
+        if state is None:
+            return None
+        if len(state["rng"]) != self.accelerator.num_processes:
+            raise UserError(
+                f"{self.run.folder} was run on {len(state['rng'])} processes, this is "
+                f"{self.accelerator.num_processes}: resume with the same number"
+            )
+        self.at = _Progress(**state["progress"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        _match_layout(self.optimizer)
+        self.take_step.scaler.load_state_dict(state["scaler"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+        self.method.load_state_dict(state["method"])
+        self.display.say(f"resuming {self.run.folder} at step {self.at.step} of {self.total}")
+        return state
+
+    def _finish(self) -> None:
+        """Leave the selected weights in the model."""
+        self.accelerator.wait_for_everyone()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        if self.run:
+            files.load_weights(self.run.weights, self.model)
+        else:
+            self.model.load_state_dict(self._best)
+        self.model.eval()
+
+
+def _match_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Give loaded state its parameter's strides: fused kernels walk all tensors in memory order."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter).copy_(value)
+
+
+def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in state.items()}

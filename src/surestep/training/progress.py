@@ -1,0 +1,57 @@
+"""What a person sees while a model trains."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN = 0.5
+
+
+class Display:
+    """A progress bar on a terminal, a line an epoch elsewhere, nothing when ``quiet``."""
+
+    def __init__(self, total_steps: int, done: int, *, quiet: bool) -> None:
+        self.console = Console(quiet=quiet, stderr=True)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[info]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=quiet or not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("", total=total_steps, completed=done, info="")
+        self._next = 0.0
+
+    def __enter__(self) -> Display:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bar.stop()
+
+    def due(self) -> bool:
+        """Tell whether it is time to show numbers again (reading them waits for the device)."""
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + _SECONDS_BETWEEN
+        return True
+
+    def step(self, number: int, epoch: str, info: str) -> None:
+        """Show the state of training at a step."""
+        self.bar.update(self.task, completed=number, description=epoch, info=info)
+
+    def say(self, text: str, style: str | None = None) -> None:
+        """Print a line above the bar."""
+        self.console.print(text, style=style, highlight=False, soft_wrap=True)

@@ -1,0 +1,140 @@
+"""Where the training loop takes its batches and its held-out images from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from surestep.data import Batches, as_images, augment
+from surestep.errors import UserError
+
+Batch = tuple[Tensor, Tensor, Tensor | None]
+
+
+class Source(Protocol):
+    """Batches of an epoch."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of batches in an epoch."""
+        ...
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """Yield (x, y, index) of an epoch from step ``skip`` on."""
+        ...
+
+
+class LoaderSource:
+    """Batches from a torch DataLoader, whose order follows the global random state."""
+
+    def __init__(self, loader: DataLoader, device: torch.device) -> None:
+        self.loader, self.device = loader, device
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of batches in an epoch."""
+        return len(self.loader)
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """Yield (x, y, None)."""
+        # The order is drawn at the start, from a random state that a checkpoint within the epoch
+        # no longer has; `make_source` refuses such checkpoints.
+        assert skip == 0
+        for x, y in self.loader:
+            yield x.to(self.device), y.to(self.device), None
+
+
+def hold_out(n: int, wanted: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Split n indices into training and held-out ones: at most ``wanted``, at most a tenth."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    held = min(wanted, n // 10)
+    return order[held:], order[:held]
+
+
+def split(data: Any, validation: Any, wanted: int, seed: int) -> tuple[Any, Any]:
+    """Return the training data and the held-out data, None if none is wanted.
+
+    Args:
+        data: Images, a pair (x, y), a Dataset or a DataLoader.
+        validation: held-out data of the same kinds; None to take some of ``data``.
+        wanted: number of held-out images.
+        seed: of the draw.
+
+    Raises:
+        UserError: a DataLoader without ``validation``, since nothing can be held out of it.
+    """
+    loader = isinstance(data, DataLoader)
+    data = data if loader or isinstance(data, Dataset) else as_images(data)
+    if not wanted:
+        return data, None
+    if validation is not None:
+        return data, validation
+    if loader:
+        raise UserError(
+            "nothing can be held out of a DataLoader: pass validation=(x, y), or val_images=0"
+        )
+    train, held = hold_out(len(data), wanted, seed)
+    if not len(held):
+        return data, None
+    if isinstance(data, Dataset):
+        return Subset(data, train.tolist()), Subset(data, held.tolist())
+    return data.subset(train), data.subset(held)
+
+
+def make_source(
+    data: Any,
+    *,
+    batch_size: int,
+    seed: int,
+    augmentation: str,
+    checkpoint_every: int | None,
+    device: torch.device,
+    rank: int,
+    world: int,
+    prepare: Any,
+) -> Source:
+    """Return the source of batches for any kind of data.
+
+    Args:
+        data: Images, a Dataset or a DataLoader.
+        batch_size: of all processes together (a DataLoader keeps its own).
+        seed: of the order and the augmentation.
+        augmentation: name of it.
+        checkpoint_every: steps between checkpoints within an epoch, if there are to be any.
+        device: where batches are wanted.
+        rank: of this process.
+        world: number of processes.
+        prepare: shards a DataLoader over the processes (Accelerate's ``prepare``).
+
+    Raises:
+        UserError: augmentation of, or checkpoints within an epoch of, data not held in memory.
+    """
+    if not isinstance(data, DataLoader | Dataset):
+        return Batches(
+            data,
+            batch_size,
+            seed=seed,
+            augment=augment.get(augmentation),
+            device=device,
+            rank=rank,
+            world=world,
+        )
+    if augmentation != "none":
+        raise UserError(
+            f"augment={augmentation!r} works on tensors in memory: augment in your Dataset, or "
+            "pass a pair of tensors"
+        )
+    if checkpoint_every:
+        raise UserError(
+            f"checkpoint_every={checkpoint_every} needs data in memory: a DataLoader cannot go on "
+            "within an epoch; leave it out to save at the end of each"
+        )
+    if isinstance(data, Dataset):
+        if batch_size % world:
+            raise UserError(f"batch_size {batch_size} is not divisible by {world} processes")
+        data = DataLoader(data, batch_size // world, shuffle=True, drop_last=True)
+    return LoaderSource(prepare(data), device)

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from surestep import data
+
+
+def paint(path: Path, value: int, size=(4, 4), mode: str = "RGB") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value if mode in ("L", "P") else (value,) * len(mode)).save(path)
+
+
+@pytest.fixture
+def flat(tmp_path) -> Path:
+    for k in range(20):
+        paint(tmp_path / "cat" / f"{k:02}.png", k)
+        paint(tmp_path / "dog" / f"{k:02}.png", 100 + k)
+    return tmp_path
+
+
+def values(images) -> list[int]:
+    return images.x[:, 0, 0, 0].tolist()
+
+
+def test_a_flat_folder_is_divided_within_each_class(flat):
+    splits = {s: data.load(f"folder:{flat}", s) for s in ("train", "validation", "test")}
+    assert [len(s) for s in splits.values()] == [32, 4, 4]
+    together = [v for s in splits.values() for v in values(s)]
+    assert sorted(together) == [*range(20), *range(100, 120)]
+    for split in splits.values():
+        assert split.classes == ("cat", "dog")
+        assert split.image_shape == (3, 4, 4)
+        assert split.y.tolist() == [int(v >= 100) for v in values(split)]
+    assert values(data.load("folder", "test", root=flat)) == values(splits["test"])
+
+
+@pytest.mark.parametrize("val", ["val", "validation"])
+def test_split_folders(tmp_path, val):
+    for k, split in enumerate(("train", val, "test")):
+        paint(tmp_path / split / "b" / "0.png", 10 + k)
+        paint(tmp_path / split / "a" / "0.JPG", 50 + k)
+    (tmp_path / "test" / "a" / "0.JPG").write_bytes(b"damaged")
+    assert data.load(f"folder:{tmp_path}").y.tolist() == [0, 1]
+    validation = data.load(f"folder:{tmp_path}", "validation")
+    assert values(validation) == [51, 11]
+
+
+def test_without_a_validation_folder_a_tenth_is_held_out(tmp_path):
+    for k in range(10):
+        paint(tmp_path / "train" / "a" / f"{k}.png", k)
+    paint(tmp_path / "test" / "a" / "0.png", 99)
+    train = values(data.load(f"folder:{tmp_path}"))
+    validation = values(data.load(f"folder:{tmp_path}", "validation"))
+    assert sorted(train + validation) == list(range(10))
+    assert len(validation) == 1
+    assert values(data.load(f"folder:{tmp_path}", "test")) == [99]
+
+
+def test_a_test_split_follows_the_classes_of_training(tmp_path, refused):
+    for name in "abc":
+        paint(tmp_path / "train" / name / "0.png", 0)
+    paint(tmp_path / "test" / "c" / "0.png", 0)
+    assert data.load(f"folder:{tmp_path}", "test").y.tolist() == [2]
+    assert data.load(f"folder:{tmp_path}", "test").num_classes == 3
+    paint(tmp_path / "test" / "d" / "0.png", 0)
+    refused(lambda: data.load(f"folder:{tmp_path}", "test"), "d is a class that")
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    for k in range(3):
+        paint(tmp_path / "train" / f"{k}.png", k)
+        paint(tmp_path / "bus" / f"{k}.png", k)
+    assert data.load(f"folder:{tmp_path}").classes == ("bus", "train")
+
+
+def test_grey_images_have_one_channel_unless_some_are_coloured(tmp_path):
+    for k in range(3):
+        paint(tmp_path / "test" / "a" / f"{k}.png", 10 * k, mode="L")
+    grey = data.load(f"folder:{tmp_path}", "test")
+    assert grey.image_shape == (1, 4, 4)
+    assert values(grey) == [0, 10, 20]
+    paint(tmp_path / "test" / "a" / "9.png", 90, mode="RGBA")
+    mixed = data.load(f"folder:{tmp_path}", "test")
+    assert mixed.image_shape == (3, 4, 4)
+    assert torch.equal(mixed.x[1], torch.full((3, 4, 4), 10))
+
+
+def test_a_palette_with_transparency(tmp_path):
+    path = tmp_path / "test" / "a" / "0.png"
+    path.parent.mkdir(parents=True)
+    picture = Image.new("P", (4, 4))
+    picture.putpalette([7, 8, 9] * 256)
+    picture.save(path, transparency=bytes(256))
+    assert data.load(f"folder:{tmp_path}", "test").x[0, :, 0, 0].tolist() == [7, 8, 9]
+
+
+def test_image_size(tmp_path, refused):
+    paint(tmp_path / "test" / "a" / "0.png", 1)
+    paint(tmp_path / "test" / "a" / "odd.png", 7, size=(8, 6))
+    place = f"folder:{tmp_path}"
+    refused(lambda: data.load(place, "test"), "odd.png is 8 x 6", "0.png is 4 x 4", "image_size")
+    assert data.load(place, "test", image_size=5).image_shape == (3, 5, 5)
+
+
+def test_mistakes(tmp_path, refused):
+    def load(split="test"):
+        return data.load(f"folder:{tmp_path}/set", split)
+
+    refused(load, "not a folder")
+    (tmp_path / "set").mkdir()
+    refused(load, "no class folders")
+    (tmp_path / "set" / "test" / "a").mkdir(parents=True)
+    refused(load, "no images")
+    refused(lambda: load("train"), "no train split")
+    bad = tmp_path / "set" / "test" / "a" / "x.png"
+    bad.write_bytes(b"nonsense")
+    refused(load, "x.png", "not a readable image")
+    paint(bad, 1, size=(50, 50))
+    bad.write_bytes(bad.read_bytes()[:-40])
+    refused(load, "x.png", "not a readable image")
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(bad)
+    refused(load, "x.png", "8 bits")
+
+
+def test_too_few_images_to_divide(tmp_path, refused):
+    paint(tmp_path / "a" / "0.png", 0)
+    refused(lambda: data.load(f"folder:{tmp_path}"), "1 example,", "at least 3")
+
+
+def test_without_pillow(monkeypatch, flat, refused):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    refused(lambda: data.load(f"folder:{flat}"), "pip install 'surestep[folder]'")

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image as Pillow
+
+from surestep import data
+
+
+class Image:
+    """Stands for datasets.Image."""
+
+
+class Value:
+    """Stands for datasets.Value."""
+
+
+class ClassLabel:
+    """Stands for datasets.ClassLabel."""
+
+    def __init__(self, *names: str):
+        self.names = list(names)
+
+
+class Rows:
+    """What surestep uses of a datasets.Dataset."""
+
+    def __init__(self, features, rows):
+        self.features, self.rows = features, rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.rows[i]
+
+    def select(self, index):
+        return Rows(self.features, [self.rows[i] for i in index])
+
+
+TYPED = {"picture": Image(), "kind": ClassLabel("cat", "dog"), "id": Value()}
+
+
+def rows(n: int, features=TYPED, size=(4, 4), label=None) -> Rows:
+    image, kind = list(features)[:2]
+    made = [
+        {image: Pillow.new("L", size, i), kind: i % 2 if label is None else label} for i in range(n)
+    ]
+    return Rows(features, made)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub with one data set; the test says what its splits are. Loaded ones are noted."""
+    splits: dict[str, Rows] = {}
+    loaded: list[str] = []
+
+    def load_dataset(name, split):
+        loaded.append(split)
+        return splits[split]
+
+    def get_dataset_split_names(name):
+        if name != "me/set":
+            raise FileNotFoundError(f"Dataset '{name}' doesn't exist\non the Hub")
+        return list(splits)
+
+    fake = SimpleNamespace(
+        load_dataset=load_dataset, get_dataset_split_names=get_dataset_split_names
+    )
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    return SimpleNamespace(splits=splits, loaded=loaded)
+
+
+def test_columns_are_found_by_type(hub):
+    hub.splits |= {"train": rows(6), "valid": rows(4), "test": rows(2)}
+    for split, n in (("train", 6), ("validation", 4), ("test", 2)):
+        images = data.load("hf:me/set", split)
+        assert len(images) == n
+        assert images.classes == ("cat", "dog")
+        assert images.image_shape == (1, 4, 4)
+        assert images.y.tolist() == [i % 2 for i in range(n)]
+        assert images.x[:, 0, 0, 0].tolist() == list(range(n))
+        assert images.name == "me/set"
+    assert hub.loaded == ["train", "valid", "test"]
+
+
+def test_validation_is_held_out_of_training(hub):
+    hub.splits |= {"train": rows(20), "test": rows(2)}
+    parts = [data.load("hf:me/set", s) for s in ("train", "validation")]
+    assert [len(p) for p in parts] == [18, 2]
+    assert sorted(v for p in parts for v in p.x[:, 0, 0, 0].tolist()) == list(range(20))
+    assert hub.loaded == ["train", "train"]
+
+
+def test_untyped_labels_are_found_by_name(hub):
+    hub.splits["test"] = rows(4, {"img": Image(), "label": Value()})
+    images = data.load("hf:me/set", "test")
+    assert images.classes == ("0", "1")
+
+
+def test_of_several_class_labels_the_fine_one(hub):
+    fine, coarse = ClassLabel("a", "b"), ClassLabel("c")
+    hub.splits["test"] = rows(2, {"img": Image(), "fine_label": fine, "coarse_label": coarse})
+    assert data.load("hf:me/set", "test").classes == ("a", "b")
+
+
+def test_images_are_resized(hub):
+    hub.splits["test"] = rows(2, size=(9, 5))
+    assert data.load("hf:me/set", "test", image_size=3).image_shape == (1, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        (rows(2, label=-1), ["row 0", "label -1", "unlabelled"]),
+        (rows(2, label=None).select([]), ["empty"]),
+        (rows(2, {"a": Value(), "label": Value()}), ["image columns", "a, label"]),
+        (rows(2, {"image": Image(), "b": Value()}), ["label columns"]),
+        (rows(2, {"image": Value(), "label": Value()}), None),
+        (Rows(TYPED, [{"picture": b"", "kind": 0}]), ["row 0", "no picture"]),
+    ],
+)
+def test_mistakes(refused, hub, split, words):
+    hub.splits["test"] = split
+    if words is None:  # an image column found by its name alone is fine
+        assert len(data.load("hf:me/set", "test")) == 2
+    else:
+        refused(lambda: data.load("hf:me/set", "test"), "me/set", *words)
+
+
+def test_more_mistakes(refused, hub, monkeypatch):
+    hub.splits["train"] = rows(2)
+    refused(lambda: data.load("hf:me/set", "test"), "no test split", "it has train")
+    refused(lambda: data.load("hf:me/other"), "me/other", "doesn't exist", "check the name")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    refused(lambda: data.load("hf:me/set"), "pip install 'surestep[hf]'")

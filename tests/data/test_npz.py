@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from surestep import data
+
+RNG = np.random.default_rng(0)
+Y = np.arange(20) % 4
+
+
+def save(path, **arrays) -> str:
+    np.savez(path / "set.npz", **arrays)
+    return f"npz:{path / 'set.npz'}"
+
+
+def test_named_splits(tmp_path):
+    arrays = {}
+    for k, part in enumerate(("train", "val", "test")):
+        arrays |= {f"x_{part}": np.full((4, 5, 5, 3), k, np.uint8), f"y_{part}": Y[:4]}
+    arrays["y_test"] = np.zeros((4, 1), np.int32)
+    place = save(tmp_path, **arrays)
+    for k, split in enumerate(("train", "validation", "test")):
+        images = data.load(place, split)
+        assert images.image_shape == (3, 5, 5)
+        assert images.num_classes == 4  # of the training labels, though the test lacks some
+        assert images.x.unique().tolist() == [k]
+        assert images.name == "set"
+
+
+def test_x_and_y_are_divided(tmp_path):
+    x = np.arange(20)[:, None, None] * np.ones((1, 4, 6)) / 255
+    place = save(tmp_path, x=x, y=Y)
+    parts = [data.load(place, s) for s in ("train", "validation", "test")]
+    assert [len(p) for p in parts] == [16, 2, 2]
+    found = [round(v * 255) for p in parts for v in p.x[:, 0, 0, 0].tolist()]
+    assert sorted(found) == list(range(20))
+    for part in parts:
+        assert part.y.tolist() == [round(v * 255) % 4 for v in part.x[:, 0, 0, 0].tolist()]
+        assert part.num_classes == 4
+
+
+def test_without_validation_arrays_a_tenth_is_held_out(tmp_path):
+    x = RNG.integers(0, 256, (20, 1, 3, 3), dtype=np.uint8)
+    place = save(tmp_path, x_train=x, y_train=Y, x_test=x[:5], y_test=Y[:5])
+    sizes = [len(data.load(place, s)) for s in ("train", "validation", "test")]
+    assert sizes == [18, 2, 5]
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((20, 6, 7, 3), (3, 6, 7)),
+        ((20, 6, 7, 1), (1, 6, 7)),
+        ((20, 3, 6, 7), (3, 6, 7)),
+        ((20, 3, 6, 3), (3, 6, 3)),
+        ((20, 6, 7), (1, 6, 7)),
+        ((20, 9), (9,)),
+    ],
+)
+def test_the_channel_dimension_is_found(tmp_path, shape, expected):
+    x = RNG.random(shape)
+    images = data.load(save(tmp_path, x_test=x, y_test=Y), "test")
+    assert images.image_shape == expected
+    if shape == (20, 6, 7, 3):
+        assert np.array_equal(images.x.numpy(), x.transpose(0, 3, 1, 2).astype(np.float32))
+
+
+X = np.zeros((20, 1, 2, 2), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"a": X}, ["no array 'x_train'", "it has a"]),
+        ({"x_train": X}, ["no array 'y_train'"]),
+        ({"x": X.reshape(20, 2, 2, 1).repeat(2, 3), "y": Y}, ["(20, 2, 2, 2)", "channels"]),
+        ({"x": X + 300.0, "y": Y}, ["300"]),
+        ({"x": X + 9.0, "y": Y}, ["divide x by 255"]),
+        ({"x": X, "y": Y / 2}, ["float64"]),
+        ({"x": X, "y": Y[:3]}, ["3 labels"]),
+        ({"x": X[:2], "y": Y[:2]}, ["2 examples", "at least 3"]),
+        ({"x": X[:0], "y": Y[:0]}, ["empty"]),
+        ({"x": np.array([None] * 20), "y": Y}, ["set.npz", "without pickled objects"]),
+    ],
+)
+def test_mistakes(refused, tmp_path, arrays, words):
+    place = save(tmp_path, **arrays)
+    refused(lambda: data.load(place), "set", *words)
+
+
+def test_files_that_are_no_archive(refused, tmp_path):
+    path = tmp_path / "set.npz"
+    refused(lambda: data.load(f"npz:{path}"), "does not exist")
+    path.write_bytes(b"nonsense")
+    refused(lambda: data.load(f"npz:{path}"), "cannot be read")
+    with path.open("wb") as file:
+        np.save(file, X)
+    refused(lambda: data.load(f"npz:{path}"), "one bare array")
+    save(tmp_path, x=X, y=Y)
+    path.write_bytes(path.read_bytes()[:300])
+    refused(lambda: data.load(f"npz:{path}"), "cannot be read")

@@ -1,0 +1,79 @@
+"""timm is not needed here: a stand-in with its interface takes its place."""
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+from surestep.errors import UserError
+from surestep.models import create
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class FakeModel(nn.Module):
+    def __init__(self, num_classes, in_chans, size, fixed):
+        super().__init__()
+        self.pretrained_cfg = {"mean": MEAN, "std": STD, "input_size": (3, 224, 224)}
+        if fixed:
+            self.pretrained_cfg["fixed_input_size"] = True
+        self.size = size
+        self.fc = nn.Linear(in_chans, num_classes)
+
+    def forward(self, x):
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def timm(monkeypatch):
+    def create_model(name, *, num_classes, in_chans, **options):
+        if name == "net" and not options:
+            return FakeModel(num_classes, in_chans, size=None, fixed=False)
+        if name == "vit":
+            return FakeModel(num_classes, in_chans, size=options.get("img_size", 224), fixed=True)
+        raise RuntimeError(f"Unknown model ({name})")
+
+    module = ModuleType("timm")
+    module.create_model = create_model
+    monkeypatch.setitem(sys.modules, "timm", module)
+
+
+def test_timm_model_normalises_as_pretrained():
+    model = create("timm:net", num_classes=5)
+    x = torch.rand(2, 3, 16, 16)
+    normalised = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    assert model(x).shape == (2, 5)
+    torch.testing.assert_close(model(x), model.body(normalised))
+
+
+def test_timm_model_takes_other_statistics_and_channels():
+    grey = create("timm:net", in_channels=1)
+    assert grey.normalize is None
+    assert grey(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+    own = create("timm:net", mean=(0.1, 0.2, 0.3), std=(1, 1, 1))
+    assert own.normalize.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    with pytest.raises(UserError, match="mean has 1 values"):
+        create("timm:net", mean=(0.1,), std=(0.2,))
+
+
+def test_image_size_reaches_only_models_of_a_fixed_size():
+    assert create("timm:net", image_size=32).image_size is None
+    assert create("timm:vit").image_size == 224
+    vit = create("timm:vit", image_size=32)
+    assert vit.image_size == vit.body.size == 32
+    with pytest.raises(UserError, match=r"timm:vit takes images of shape \(N, 3, 32, 32\)"):
+        vit(torch.rand(2, 3, 64, 64))
+
+
+def test_unknown_timm_name():
+    with pytest.raises(UserError, match=r"timm cannot create 'timm:nonet' \(Unknown model"):
+        create("timm:nonet")
+
+
+def test_without_timm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError) as error:
+        create("timm:net")
+    assert str(error.value) == "timm:net needs timm: pip install 'surestep[timm]'"

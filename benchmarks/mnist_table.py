@@ -21,18 +21,22 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-FIELDS = (
-    "method recipe seed epochs batch_size lr params train_seconds clean fgsm pgd_100 "
-    "pgd_100_margin worst_case n val_worst_case selected_epoch threads commit torch machine date "
-    "command"
-).split()
+FIELDS = [
+    *("method", "recipe", "seed", "epochs", "batch_size", "lr", "params", "train_seconds"),
+    *("clean", "fgsm", "pgd_100", "pgd_100_margin", "worst_case", "n", "val_worst_case"),
+    *("selected_epoch", "threads", "commit", "torch", "machine", "date", "command"),
+]
 
 
 def jobs(epochs: int, seeds: int) -> list[tuple[str, str, int, int | None]]:
     """Return (method, preset, seed, epochs), the longest first."""
     rows: list[tuple[str, str, int, int | None]] = [("pgd", "mnist-fast", 0, epochs)]
     rows += [(f"sat-r{k}", "mnist", 0, None) for k in (2, 1, 3)]
-    rows += [(m, "mnist-fast", s, epochs) for s in range(seeds) for m in ("sat-r2", "sat-r3", "sat-r1", "fgsm")]
+    rows += [
+        (m, "mnist-fast", s, epochs)
+        for s in range(seeds)
+        for m in ("sat-r2", "sat-r3", "sat-r1", "fgsm")
+    ]
     return rows
 
 
@@ -124,7 +128,10 @@ def main() -> None:
         command += [str(seed), str(epochs or 0), str(args.n)]
         start = time.time()
         out = subprocess.run(
-            command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            command,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             check=False,
         )
         if out.returncode:

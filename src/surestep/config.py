@@ -35,59 +35,68 @@ class FitSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    epochs: Positive = Field(8, description="passes over the training images")
-    batch_size: Positive = Field(128, description="images of one step, over all processes")
-    optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="the optimizer")
-    lr: float = Field(0.1, gt=0, description="peak learning rate")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD (Adam's betas are 0.9, 0.999)")
-    weight_decay: float = Field(5e-4, ge=0, description="on all parameters")
-    schedule: Literal["step", "onecycle", "triangular", "cosine", "constant"] = Field(
-        "onecycle", description="of the learning rate; step: /5, /25, /125 at 1/4, 1/2, 3/4"
+    epochs: Positive = Field(8, description="Passes over the training images")
+    batch_size: Positive = Field(128, description="Images of one step, over all processes")
+    optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="The optimizer")
+    lr: float = Field(0.1, gt=0, description="Peak learning rate")
+    momentum: float = Field(
+        0.9, ge=0, lt=1, description="Momentum of SGD; onecycle moves it by 0.05"
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the update's cross entropy")
-    clip_grad: float | None = Field(None, gt=0, description="largest norm of the weight gradient")
-    ema: float | None = Field(None, gt=0, lt=1, description="decay of a weight average (0.999)")
-    augment: Literal["none", "crop-flip"] = Field("none", description="of the training images")
-    seed: int = Field(0, ge=0, description="of weights, data order and perturbations")
+    weight_decay: float = Field(5e-4, ge=0, description="Weight decay, on all parameters")
+    schedule: Literal["step", "onecycle", "triangular", "cosine", "constant"] = Field(
+        "onecycle", description="Course of the learning rate; step: /5, /25, /125 at 1/4, 1/2, 3/4"
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="Label smoothing of the update's cross entropy"
+    )
+    clip_grad: float | None = Field(None, gt=0, description="Largest norm of the weight gradient")
+    ema: float | None = Field(None, gt=0, lt=1, description="Decay of a weight average (0.999)")
+    augment: Literal["none", "crop-flip"] = Field(
+        "none", description="Augmentation of the training images"
+    )
+    seed: int = Field(0, ge=0, description="Seed of weights, data order and perturbations")
     engine: Literal["auto", "fast", "reference"] = Field(
-        "auto", description="fast: channels_last, autocast, tuned allocator; reference: plain"
+        "auto",
+        description="How steps are computed; fast: channels_last, autocast; reference: plain",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="of the forward pass (losses are always fp32)"
+        "auto", description="Precision of the forward pass (losses are always fp32)"
     )
     val_images: int = Field(
-        1000, ge=0, description="held-out images attacked after each epoch (0: no validation)"
+        1000, ge=0, description="Held-out images attacked after each epoch (0: no validation)"
     )
     val_attacks: tuple[str, ...] = Field(
-        ("fgsm", "pgd-20x2"), description="attacks of the validation; the worst case selects"
+        ("fgsm", "pgd-20x2"), description="Attacks of the validation; the worst case selects"
     )
     select: Literal["best", "last"] = Field(
-        "best", description="weights to keep: best worst case in validation, or the last epoch's"
+        "best", description="Weights to keep: best worst case in validation, or last epoch's"
     )
     checkpoint_every: int | None = Field(
         None,
         ge=1,
-        description="steps between checkpoints within an epoch (each epoch's end anyway)",
+        description="Steps between checkpoints within an epoch (its end anyway)",
     )
-    tensorboard: bool = Field(False, description="also log to TensorBoard, in the run folder")
+    tensorboard: bool = Field(False, description="Also log to TensorBoard, in the run folder")
 
 
 class RunConfig(FitSettings):
     """A whole run, as written to ``config.yaml``."""
 
-    method: str = Field("sat-r2", description="what a step minimises; see `surestep methods`")
+    method: str = Field("sat-r2", description="What a step minimises; see `surestep methods`")
     params: dict[str, bool | int | Ratio | None] = Field(
-        {}, description="the method's hyperparameters, by name"
+        {}, description="The method's hyperparameters, by name"
     )
     dataset: str = Field(
-        "mnist", description="mnist (embedded), cifar10, cifar100, folder, npz, hf"
+        "mnist", description="Data set: mnist (embedded), cifar10, cifar100, folder, npz or hf"
     )
-    data: str | None = Field(None, description="where the data set lies (folder or file)")
-    image_size: Positive | None = Field(None, description="resize the images of a folder to this")
-    model: str = Field("lenet+", description="architecture, or timm:NAME")
-    norm: Literal["linf", "l2"] = Field("linf", description="of the threat model")
-    eps: Ratio = Field(0.3, ge=0, description="radius of the threat model: 0.3 or 8/255")
-    device: str | None = Field(None, description="cpu, cuda, cuda:1, mps; by default the best")
+    data: str | None = Field(None, description="Where the data set lies (folder or file)")
+    image_size: Positive | None = Field(None, description="Resize the images of a folder to this")
+    model: str = Field("lenet+", description="Architecture, or timm:NAME")
+    norm: Literal["linf", "l2"] = Field("linf", description="Norm of the threat model")
+    eps: Ratio = Field(0.3, ge=0, description="Radius of the threat model: 0.3 or 8/255")
+    device: str | None = Field(
+        None, description="Where to run: cpu, cuda, cuda:1, mps; by default the best"
+    )
 
 
 C = TypeVar("C", bound=BaseModel)

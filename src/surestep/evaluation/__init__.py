@@ -1,5 +1,5 @@
 """Evaluation: how many images survive the strongest attack found."""
 
-from surestep.evaluation.evaluate import DEFAULT_ATTACKS, Evaluation, evaluate, wilson_interval
+from surestep.evaluation._evaluate import DEFAULT_ATTACKS, Evaluation, evaluate, wilson_interval
 
 __all__ = ["DEFAULT_ATTACKS", "Evaluation", "evaluate", "wilson_interval"]

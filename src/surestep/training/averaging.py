@@ -32,11 +32,11 @@ class WeightAverage:
         """Take in the model's present weights."""
         self.updates += 1
         share = (1 - self.decay) / (1 - self.decay**self.updates)
-        for own, new in zip(self.model.parameters(), model.parameters(), strict=True):
-            own.lerp_(new, share)
+        for mean, weight in zip(self.model.parameters(), model.parameters(), strict=True):
+            mean.lerp_(weight, share)
         # Batch norm's statistics are moving averages already.
-        for own, new in zip(self.model.buffers(), model.buffers(), strict=True):
-            own.copy_(new)
+        for own, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
+            own.copy_(buffer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average and the number of updates."""

@@ -65,7 +65,10 @@ class Engine:
         """Bring a model's weights into the engine's memory format, in place."""
         if self.tuned:
             keep_freed_memory()
-        return model.to(memory_format=torch.channels_last) if self.channels_last else model  # pyright: ignore[reportCallIssue]
+        if self.channels_last:
+            # torch's own stubs leave this overload out.
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model
 
     def place_images(self, x: Tensor) -> Tensor:
         """Bring images into the engine's memory format."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from surestep import files
 from surestep.config import FitSettings, parse, to_yaml
+from surestep.devices import pick_device
 from surestep.errors import UserError
 from surestep.evaluation import Evaluation, evaluate
 from surestep.methods import Method
@@ -25,7 +26,7 @@ from surestep.training import checkpoint
 from surestep.training.averaging import WeightAverage
 from surestep.training.engine import Engine, make_optimizer, make_step
 from surestep.training.progress import Display
-from surestep.training.schedules import learning_rate
+from surestep.training.schedules import learning_rate, momentum
 from surestep.training.source import Source, make_source, split
 
 COLLAPSE = 0.20
@@ -100,7 +101,7 @@ def fit(
     config = parse(FitSettings, settings)
     method.label_smoothing = config.label_smoothing or method.label_smoothing
     accelerator = _accelerator(device, out if config.tensorboard else None, config.tensorboard)
-    target = _device(device, accelerator)
+    target = pick_device(device) if device else accelerator.device
     run = _Run.open(out, resume=resume, overwrite=overwrite, main=accelerator.is_main_process)
     accelerator.wait_for_everyone()
     trainer = _Trainer(model, data, method, config, accelerator, target, run, validation, quiet)
@@ -118,18 +119,6 @@ def _accelerator(device: str | None, folder: str | Path | None, tensorboard: boo
     if importlib.util.find_spec("tensorboard") is None:
         raise UserError("TensorBoard is not installed: pip install 'surestep[tensorboard]'")
     return Accelerator(cpu=device == "cpu", log_with="tensorboard", project_dir=folder)
-
-
-def _device(name: str | None, accelerator: Accelerator) -> torch.device:
-    if name is None:
-        return accelerator.device
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise UserError(f"device {name!r} cannot be used here: {reason}") from e
-    return device
 
 
 @dataclass(frozen=True)
@@ -316,9 +305,7 @@ class _Trainer:
             checkpoint.set_rng_state(restored["rng"][self.accelerator.process_index])
         lr = 0.0
         for x, y, index in batches:
-            lr = learning_rate(self.config.schedule, self.config.lr, self.at.step, self.total)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            lr = self._set_rates()
             result = self.take_step(x, y, index)
             self.at.step += 1
             hits = (result.logits.argmax(1) == y).float().mean()
@@ -344,6 +331,16 @@ class _Trainer:
         }
         self._validate(row)
         self._record(row)
+
+    def _set_rates(self) -> float:
+        """Set learning rate and momentum of the step to come; return the former."""
+        name, done = self.config.schedule, self.at.step / self.total
+        lr = learning_rate(name, self.config.lr, done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+            if "momentum" in group:
+                group["momentum"] = momentum(name, self.config.momentum, done)
+        return lr
 
     def _global_batch(self) -> int:
         loader = getattr(self.source, "loader", None)

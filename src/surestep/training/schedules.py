@@ -51,18 +51,28 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
-def learning_rate(name: str, peak: float, step_number: int, total: int) -> float:
-    """Return the learning rate of a step.
+def learning_rate(name: str, peak: float, done: float) -> float:
+    """Return the learning rate when a share ``done`` in [0, 1) of the steps is behind.
 
     Args:
         name: of the schedule.
         peak: the highest learning rate.
-        step_number: counted from 0.
-        total: steps of the whole training.
+        done: step number (from 0) over total steps.
 
     Raises:
         UserError: no schedule of that name.
     """
     if name not in SCHEDULES:
         raise unknown_name("schedule", name, SCHEDULES)
-    return peak * SCHEDULES[name](step_number / total)
+    return peak * SCHEDULES[name](done)
+
+
+def momentum(name: str, base: float, done: float) -> float:
+    """Return SGD's momentum: constant, but for onecycle.
+
+    There it mirrors the learning rate, from base + 0.05 to base - 0.05 at the peak and back
+    (Smith & Topin 2019, section 3), which is what lets the peak be high.
+    """
+    if name != "onecycle" or not base:
+        return base
+    return min(base + 0.05 - 0.1 * onecycle(done, start=0.0, end=0.0), 0.99)

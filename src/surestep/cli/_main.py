@@ -1,0 +1,97 @@
+"""The entry point: commands, and how mistakes are told."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from surestep import __version__
+from surestep.errors import UserError
+
+_COMMANDS = {
+    "train": "Train a robust classifier with a method.",
+    "evaluate": "Measure a run's accuracy clean and under attack.",
+    "demo": "See FGSM training fail and SAT succeed, in minutes on a laptop.",
+    "methods": "List the training methods, or show the card of one.",
+    "env": "Describe this machine and installation, for bug reports.",
+}
+
+
+class _Lazy(click.Group):
+    """Commands that are imported when called; the list of them needs no import."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"surestep.cli.{cmd_name}")
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in _COMMANDS and not args[0].startswith("-"):
+            close = difflib.get_close_matches(args[0], _COMMANDS, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise click.UsageError(
+                f"unknown command {args[0]!r}: {hint}known are {', '.join(_COMMANDS)}"
+            )
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(__version__, "--version", prog_name="surestep")
+def surestep() -> None:
+    """Train image classifiers that withstand adversarial perturbations, in one attack step.
+
+    New here? `surestep demo` takes about three minutes and needs no download. Then
+    `surestep train --method sat-r2 --dataset mnist` and `surestep evaluate RUN`.
+    """
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; exit with 0 when done, 2 on a user's mistake, 1 on a failure of ours.
+
+    Args:
+        args: without the program's name; those of the process by default.
+    """
+    try:
+        surestep(args=args, prog_name="surestep", standalone_mode=False)
+    except UserError as e:
+        _fail(str(e), 2)
+    except click.exceptions.Abort:
+        _fail("stopped", 130)
+    except click.ClickException as e:
+        _fail(e.format_message(), 2)
+    except click.exceptions.Exit as e:
+        sys.exit(e.exit_code)
+    except KeyboardInterrupt:
+        _fail("stopped; a run goes on with `surestep train --resume RUN`", 130)
+    except BrokenPipeError:
+        # The reader (head, say) has seen enough; keep the interpreter's exit from writing again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception:
+        traceback.print_exc()
+        _fail("this is a fault in surestep: please report it with the output of `surestep env`", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(
+        f"surestep: error: {' '.join(message.split())}" if code != 130 else message, file=sys.stderr
+    )
+    sys.exit(code)

@@ -1,0 +1,115 @@
+"""Options shared by commands, made from the typed configuration."""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import click
+import yaml
+from pydantic.fields import FieldInfo
+
+from surestep.config import RunConfig
+from surestep.errors import UserError
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+json_option = click.option(
+    "--json", "json_file", metavar="FILE", help="Also write the result as JSON; - is stdout."
+)
+
+
+def config_options(names: Iterable[str]) -> Decorator:
+    """Return a decorator that adds an option for each field of ``RunConfig`` that is named.
+
+    Values stay as the user wrote them: YAML and command line meet in the same validation.
+    """
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for name in reversed(list(names)):
+            command = _option(name, RunConfig.model_fields[name])(command)
+        return command
+
+    return add
+
+
+def _option(name: str, field: FieldInfo) -> Decorator:
+    flag = f"--{name.replace('_', '-')}"
+    text = f"{field.description}."
+    if field.annotation is bool:
+        return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
+    default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+    if default is not None and name not in ("method", "dataset"):
+        text += f" [default: {default if not isinstance(default, float) else f'{default:g}'}]"
+    return click.option(flag, name, metavar=_metavar(field.annotation), help=text)
+
+
+def _metavar(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return "|".join(get_args(annotation))
+    if get_origin(annotation) in (Union, types.UnionType):
+        return _metavar(next(a for a in get_args(annotation) if a is not type(None)))
+    if get_origin(annotation) is tuple:
+        return "A,B,..."
+    if get_origin(annotation) is Annotated:
+        return _metavar(get_args(annotation)[0])
+    return {int: "INT", float: "NUMBER"}.get(annotation, "TEXT")
+
+
+def given(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the options the user gave, as settings."""
+    settings = {k: v for k, v in values.items() if v is not None}
+    if "val_attacks" in settings:
+        settings["val_attacks"] = settings["val_attacks"].split(",")
+    return {k: None if v == "none" and _optional(k) else v for k, v in settings.items()}
+
+
+def _optional(name: str) -> bool:
+    return type(None) in get_args(RunConfig.model_fields[name].annotation)
+
+
+def parse_params(pairs: Iterable[str]) -> dict[str, Any]:
+    """Read ``--param NAME=VALUE`` pairs.
+
+    Raises:
+        UserError: a pair without "=".
+    """
+    params = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise UserError(f"--param {pair!r} is not NAME=VALUE: write --param lam=5")
+        params[name.replace("-", "_")] = yaml.safe_load(value)
+    return params
+
+
+def write_json(value: Any, target: str | None) -> None:
+    """Write a result as JSON to a file, or to stdout for "-".
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if target is None:
+        return
+    text = json.dumps(value, indent=2) + "\n"
+    if target == "-":
+        click.echo(text, nl=False)
+        return
+    try:
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        Path(target).write_text(text, "utf-8")
+    except OSError as e:
+        raise UserError(f"cannot write {target}: {e.strerror or e}") from e
+
+
+def check_writable(target: str | None) -> None:
+    """Refuse a ``--json`` target before the work rather than after it.
+
+    Raises:
+        UserError: it is a folder, or its parent cannot be made.
+    """
+    if target not in (None, "-") and Path(target).is_dir():
+        raise UserError(f"cannot write {target}: it is a folder")

@@ -1,0 +1,72 @@
+"""How commands show progress and results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from surestep.evaluation import Evaluation
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int, float], None]]:
+    """Show a bar on stderr; yield the callback that ``surestep.evaluate`` takes."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Left
+
+    columns = (TextColumn(what), BarColumn(bar_width=20), MofNCompleteColumn())
+    console = Console(stderr=True)
+    with Progress(
+        *columns,
+        TextColumn("worst case {task.fields[worst]}"),
+        Left(),
+        console=console,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task(what, total=None, worst="")
+
+        def show(done: int, total: int, worst: float) -> None:
+            bar.update(task, completed=done, total=total or None, worst=f"{worst:.1%}")
+
+        yield show
+
+
+def evaluation_table(
+    results: Mapping[str, Evaluation], extra: Mapping[str, Mapping[str, str]] | None = None
+) -> None:
+    """Print evaluations side by side: one column a model, one row an accuracy.
+
+    Args:
+        results: by the name of the model.
+        extra: further rows, by their name and the model's.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    first = next(iter(results.values()))
+    threat = f"{first.threat['norm']} eps {first.threat['eps']:.4g}"
+    table = Table(title=f"accuracy on {first.n:,} test images, {threat} (95% interval)")
+    table.add_column("")
+    for name in results:
+        table.add_column(name, justify="right")
+    rows = ["clean", *first.robust_accuracy, "worst case"]
+    for row in rows:
+        cells = []
+        for result in results.values():
+            value = {
+                "clean": result.clean_accuracy,
+                "worst case": result.worst_case_accuracy,
+                **result.robust_accuracy,
+            }[row]
+            low, high = result.intervals[row]
+            cells.append(f"{value:.1%} ({100 * low:.1f}-{100 * high:.1f})")
+        table.add_row(row, *cells, style="bold" if row == "worst case" else None)
+    for row, values in (extra or {}).items():
+        table.add_row(row, *(values.get(name, "") for name in results), style="dim")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, 40 + 32 * len(results)))
+    console.print(table)

@@ -1,0 +1,127 @@
+"""``surestep train``."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from surestep.cli._options import (
+    check_writable,
+    config_options,
+    given,
+    json_option,
+    parse_params,
+    write_json,
+)
+from surestep.config import RunConfig, read_yaml
+from surestep.errors import UserError
+
+_FIRST = ("method", "dataset", "model", "eps", "epochs", "batch_size", "lr", "seed")
+
+
+@click.command(short_help="Train a robust classifier with a method.")
+@config_options(_FIRST)
+@click.option(
+    "--preset", metavar="NAME", help="Recipe of the method: its data set's by default; none."
+)
+@click.option(
+    "--param",
+    "pairs",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Hyperparameter of the method; repeat.",
+)
+@click.option("--out", metavar="RUN", help="Run folder. [default: runs/<date>-<method>-<dataset>]")
+@click.option(
+    "--config", "config_file", metavar="FILE", help="YAML of settings, such as a run's config.yaml."
+)
+@click.option("--resume", metavar="RUN", help="Continue a run folder; takes every setting from it.")
+@click.option("--overwrite", is_flag=True, help="Replace the run folder if it exists.")
+@json_option
+@click.option("--quiet", is_flag=True, help="Show nothing while training.")
+@config_options(n for n in RunConfig.model_fields if n not in (*_FIRST, "params"))
+def train(
+    preset: str | None,
+    pairs: tuple[str, ...],
+    out: str | None,
+    config_file: str | None,
+    resume: str | None,
+    overwrite: bool,
+    json_file: str | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Train a robust classifier with a method.
+
+    Settings come from, each over the one before: the defaults, the method's preset for the data
+    set, the --config file, the command line.
+
+    \b
+    Examples:
+      surestep train --method sat-r2 --dataset mnist --preset mnist-fast
+      surestep train --method sat-r3 --dataset cifar10 --model preactresnet18 --epochs 30
+      surestep train --config runs/one/config.yaml --seed 1 --out runs/two
+      surestep train --resume runs/one
+    """
+    settings = given(options)
+    if params := parse_params(pairs):
+        settings["params"] = params
+    check_writable(json_file)
+    if resume is not None and (settings or preset or config_file or out or overwrite):
+        extra = [*settings, *(["preset"] if preset else []), *(["config"] if config_file else [])]
+        extra += [*(["out"] if out else []), *(["overwrite"] if overwrite else [])]
+        named = ", ".join(f"--{e.replace('_', '-')}" for e in extra)
+        raise UserError(
+            f"--resume takes every setting from {resume}/config.yaml: leave out {named}, or start "
+            "a new run with --config"
+        )
+
+    from surestep import runs
+
+    if resume is not None:
+        config, out = runs.read_config(resume), resume
+    else:
+        if config_file is not None:
+            from_file = read_yaml(config_file)
+            settings = {
+                **from_file,
+                **settings,
+                "params": {**(from_file.get("params") or {}), **params},
+            }
+            # A file is complete in itself: a preset is taken only if one is named.
+            preset = preset or "none"
+        config = runs.resolve(settings, preset)
+        out = out or _new_folder(config)
+    result = runs.train(config, out, resume=resume is not None, overwrite=overwrite, quiet=quiet)
+    last = next(r for r in result.history if r["epoch"] == result.best_epoch)
+    if json_file != "-" and not quiet:
+        judged = ""
+        if "val_worst_case" in last:
+            judged = f", worst case {last['val_worst_case']:.1%} of {last['val_n']} held-out images"
+        seconds = f"{result.train_seconds:.0f} s of training"
+        click.echo(f"{out}: epoch {result.best_epoch} selected{judged}, {seconds}")
+        click.echo(f"judge it on test data: surestep evaluate {out}")
+    write_json(
+        {
+            "run": str(out),
+            "method": config.method,
+            "selected_epoch": result.best_epoch,
+            "train_seconds": result.train_seconds,
+            "validation": {k: v for k, v in last.items() if k.startswith("val_")},
+        },
+        json_file,
+    )
+
+
+def _new_folder(config: RunConfig) -> str:
+    """Return runs/<date>-<method>-<dataset>, numbered if that exists."""
+    day = datetime.datetime.now().strftime("%Y%m%d")
+    dataset = config.dataset.partition(":")[0]
+    base = Path("runs") / f"{day}-{config.method}-{dataset}"
+    folder, number = base, 2
+    while folder.exists():
+        folder, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return str(folder)

@@ -1,0 +1,27 @@
+"""Which device to run on."""
+
+from __future__ import annotations
+
+import torch
+
+from surestep.errors import UserError
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """Return the device of a name; without one an accelerator if there is any, else the CPU.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if name is None:
+        if torch.cuda.is_available():
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise UserError(f"device {name!r} cannot be used here: {reason}") from e
+    return device

@@ -1,0 +1,177 @@
+"""Runs by name: from a configuration to a trained model, and from a run folder back.
+
+What the command line does, callable from Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from surestep import data, files, methods, models, threat
+from surestep.config import FitSettings, RunConfig, parse, read_yaml
+from surestep.data import Images
+from surestep.devices import pick_device
+from surestep.errors import UserError
+from surestep.methods import Method
+from surestep.threat import ThreatModel
+from surestep.training import FitResult, fit
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run, loaded from its folder.
+
+    Attributes:
+        config: its settings.
+        model: with the selected weights, in eval mode.
+        threat: the threat model it was trained against.
+        folder: where it lies.
+    """
+
+    config: RunConfig
+    model: nn.Module
+    threat: ThreatModel
+    folder: Path
+
+
+def resolve(values: Mapping[str, Any], preset: str | None = None) -> RunConfig:
+    """Complete a user's settings with a preset's.
+
+    A preset brings data set, model, eps, the method's parameters and the training settings;
+    what the user gives explicitly wins. Without a preset's name, the one called as the data set
+    is taken if the method has it, unless the user names another model or eps.
+
+    Args:
+        values: by the names of ``RunConfig``'s fields.
+        preset: name of one of the method's presets, or "none".
+
+    Raises:
+        UserError: an unknown name or an invalid value.
+    """
+    method = str(values.get("method", RunConfig.model_fields["method"].default))
+    cls = methods.get(method)
+    if preset is None:
+        dataset = str(values.get("dataset", RunConfig.model_fields["dataset"].default))
+        preset = dataset.partition(":")[0] if dataset in cls.presets else "none"
+    if preset == "none":
+        return parse(RunConfig, {"method": method, **values})
+    chosen = methods.preset(method, preset)
+    merged = {
+        "method": method,
+        "dataset": chosen.dataset,
+        "model": chosen.model,
+        "eps": chosen.eps,
+        **chosen.settings,
+        **values,
+    }
+    merged["params"] = {**chosen.params, **(values.get("params") or {})}
+    return parse(RunConfig, merged)
+
+
+def build_threat(config: RunConfig) -> ThreatModel:
+    """Build the threat model of a run."""
+    return threat.make(config.norm, config.eps)
+
+
+def build_method(config: RunConfig) -> Method:
+    """Build the method of a run."""
+    return methods.build(
+        config.method,
+        build_threat(config),
+        config.params,
+        label_smoothing=config.label_smoothing,
+    )
+
+
+def load_data(config: RunConfig, split: str) -> Images:
+    """Load a split ("train", "validation", "test") of a run's data set."""
+    return data.load(config.dataset, split, root=config.data, image_size=config.image_size)
+
+
+def build_model(config: RunConfig, images: Images) -> nn.Module:
+    """Build a run's model for its data, with the random weights of its seed."""
+    torch.manual_seed(config.seed)
+    shape = images.image_shape
+    if len(shape) != 3:
+        raise UserError(
+            f"{images.name} has samples of shape {shape}, the models of the command line take "
+            "images (C, H, W): use surestep.fit with your own model"
+        )
+    return models.create(
+        config.model, images.num_classes, in_channels=shape[0], image_size=shape[-1]
+    )
+
+
+def train(
+    config: RunConfig,
+    out: str | Path | None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> FitResult:
+    """Train a run as configured; see ``surestep.fit``."""
+    method = build_method(config)
+    images = load_data(config, "train")
+    settings = {name: getattr(config, name) for name in FitSettings.model_fields}
+    described = {
+        k: v for k, v in config.model_dump(mode="json").items() if k not in FitSettings.model_fields
+    }
+    return fit(
+        build_model(config, images),
+        images,
+        method,
+        out=out,
+        validation=load_data(config, "validation") if config.val_images else None,
+        resume=resume,
+        overwrite=overwrite,
+        quiet=quiet,
+        device=config.device,
+        describe={**described, "params": method.params()},
+        **settings,
+    )
+
+
+def read_config(folder: str | Path) -> RunConfig:
+    """Read the configuration of a run folder.
+
+    Raises:
+        UserError: the folder is no run folder, or was written by ``surestep.fit`` with a model or
+            data of the user's own.
+    """
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is no run folder: it has no config.yaml")
+    values = read_yaml(folder / "config.yaml")
+    if "dataset" not in values or "model" not in values:
+        raise UserError(
+            f"{folder} was trained from Python with a model and data of your own: resume it with "
+            "surestep.fit(..., resume=True), judge it with surestep.evaluate"
+        )
+    return parse(RunConfig, values, where=f"{folder / 'config.yaml'}: ")
+
+
+def load(folder: str | Path, device: str | None = None) -> Run:
+    """Load a run folder.
+
+    Args:
+        folder: as written by ``surestep train``.
+        device: for the model; by default the best there is.
+
+    Raises:
+        UserError: it is no run folder, or its weights are missing or damaged.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{folder} has no weights yet: continue it with --resume {folder}")
+    model = build_model(config, load_data(config, "test"))
+    files.load_weights(weights, model)
+    return Run(config, model.to(pick_device(device)).eval(), build_threat(config), folder)

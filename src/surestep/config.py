@@ -92,6 +92,7 @@ class RunConfig(FitSettings):
     data: str | None = Field(None, description="Where the data set lies (folder or file)")
     image_size: Positive | None = Field(None, description="Resize the images of a folder to this")
     model: str = Field("lenet+", description="Architecture, or timm:NAME")
+    normalize: bool = Field(True, description="Normalise inside the model, where it does so")
     norm: Literal["linf", "l2"] = Field("linf", description="Norm of the threat model")
     eps: Ratio = Field(0.3, ge=0, description="Radius of the threat model: 0.3 or 8/255")
     device: str | None = Field(

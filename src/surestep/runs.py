@@ -67,6 +67,7 @@ def resolve(values: Mapping[str, Any], preset: str | None = None) -> RunConfig:
         "dataset": chosen.dataset,
         "model": chosen.model,
         "eps": chosen.eps,
+        "normalize": chosen.normalize,
         **chosen.settings,
         **values,
     }
@@ -103,8 +104,15 @@ def build_model(config: RunConfig, images: Images) -> nn.Module:
             f"{images.name} has samples of shape {shape}, the models of the command line take "
             "images (C, H, W): use surestep.fit with your own model"
         )
+    # Mean 0 and deviation 1 are no normalisation; None takes the architecture's own.
+    mean, std = (None, None) if config.normalize else ((0.0,) * shape[0], (1.0,) * shape[0])
     return models.create(
-        config.model, images.num_classes, in_channels=shape[0], image_size=shape[-1]
+        config.model,
+        images.num_classes,
+        in_channels=shape[0],
+        image_size=shape[-1],
+        mean=mean,
+        std=std,
     )
 
 

@@ -1,6 +1,6 @@
 """What an attack maximises: per-sample objectives of logits (N, K) and labels (N,).
 
-All are computed in float32 and none vanishes on a confident network.
+All are computed in float32. Those that attacks offer by name do not vanish on a confident network.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from surestep.errors import UserError, unknown_name
@@ -31,13 +32,22 @@ def log_odds(logits: Tensor, y: Tensor) -> Tensor:
     points alike; and grad CE = (1 - p_y) * grad log_odds, so per sample both point the same
     way and every normalised step (sign, unit L2) is the same. Only the factor 1 - p_y is
     gone, and that is what underflows: in float32 it is 0 once the true logit leads by about 100,
-    and an FGSM step of zero leaves the image as it was.
+    and an FGSM step of zero leaves the image as it was. (Per sample: in eval mode.)
 
     Args:
         logits: (N, K), K >= 2.
         y: labels (N,).
     """
     return torch.logsumexp(_others(logits, y), dim=1) - _true(logits, y)
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Return -log p_y per sample, for attacks in train mode.
+
+    There batch norm couples the samples, so that the weights 1 - p_y of their gradients matter
+    and log-odds would point elsewhere.
+    """
+    return F.cross_entropy(logits, y, reduction="none")
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:

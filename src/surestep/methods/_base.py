@@ -71,6 +71,7 @@ class Preset:
         model: the architecture.
         dataset: the data.
         source: where the recipe is from.
+        normalize: whether the model normalises its input, with the data set's statistics.
     """
 
     eps: float
@@ -79,6 +80,7 @@ class Preset:
     model: str
     dataset: str
     source: str
+    normalize: bool = True
 
 
 @dataclass

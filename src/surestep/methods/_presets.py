@@ -31,6 +31,7 @@ CIFAR_SAT = Preset(
     model="wrn-28-10",
     dataset="cifar10",
     source=_V20,
+    normalize=False,
 )
 MNIST_FAST = Preset(
     eps=0.3,

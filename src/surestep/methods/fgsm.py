@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from surestep.attacks.core import attacking, forward_logits, input_gradient
+from surestep.attacks.losses import cross_entropy, log_odds
 from surestep.methods._base import Cost, Method, Preset, StepResult, register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, MNIST_SAT, recipe
 
@@ -20,6 +21,7 @@ class SingleStep(Method):
     """One gradient step from a start, then cross entropy at the result."""
 
     train_mode = False
+    objective = staticmethod(log_odds)
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return x_adv (N, ...) from a model that is ready to be attacked."""
@@ -39,7 +41,7 @@ class SingleStep(Method):
 
     def ascend(self, model: nn.Module, start: Tensor, y: Tensor, size: float) -> Tensor:
         """Return ``start`` moved by one steepest step of ``size``, unclipped."""
-        grad, _, _ = input_gradient(model, start, y)
+        grad, _, _ = input_gradient(model, start, y, self.objective)
         return start + self.threat.steepest_step(grad, size)
 
 
@@ -124,6 +126,7 @@ class RSFGSM(SingleStep):
         ),
     }
     train_mode = True
+    objective = staticmethod(cross_entropy)
 
     alpha: float | None = None
 

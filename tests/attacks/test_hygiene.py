@@ -1,0 +1,222 @@
+"""An attack leaves everything as it found it, wherever it is called from."""
+
+import copy
+
+import pytest
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from surestep import attacks
+from surestep.attacks.core import attacking, check_inputs, forward_logits, input_gradient
+
+
+def snapshot(net):
+    return {
+        "modes": {name: m.training for name, m in net.named_modules()},
+        "flags": {name: p.requires_grad for name, p in net.named_parameters()},
+        "state": {name: t.clone() for name, t in net.state_dict().items()},
+        "grads": {name: p.grad for name, p in net.named_parameters()},
+    }
+
+
+def assert_untouched(net, before):
+    after = snapshot(net)
+    for part in ("modes", "flags"):
+        assert after[part] == before[part]
+    for name, value in before["state"].items():
+        assert torch.equal(after["state"][name], value), name
+    for name, value in before["grads"].items():
+        assert after["grads"][name] is value, name
+
+
+def break_at(net, call):
+    """Make the network raise at the given forward call, counted from 1."""
+    calls = iter(range(1, 100))
+
+    def hook(module, args):
+        if next(calls) == call:
+            raise KeyError("the model broke")
+
+    return net.register_forward_pre_hook(hook)
+
+
+def test_model_images_and_labels_are_left_as_found(convnet, images, threat, attack):
+    x, y = images()
+    before, x_before, y_before = snapshot(convnet), x.clone(), y.clone()
+    assert {True, False} == set(before["modes"].values())
+    x_adv = attack(convnet, x, y, threat)
+    assert_untouched(convnet, before)
+    assert torch.equal(x, x_before)
+    assert torch.equal(y, y_before)
+    assert x.grad is None
+    assert not x.requires_grad
+    assert not x_adv.requires_grad
+    assert x_adv.grad_fn is None
+    assert x_adv.data_ptr() != x.data_ptr()
+
+
+def test_no_graph_even_from_images_that_ask_for_one(convnet, images, threat, attack):
+    x, y = images()
+    x.requires_grad_()
+    x_adv = attack(convnet, x, y, threat)
+    assert not x_adv.requires_grad
+    assert x.grad is None
+
+
+def test_existing_gradients_survive(convnet, images, threat, attack):
+    x, y = images()
+    nn.functional.cross_entropy(convnet(x), y).backward()
+    before = snapshot(convnet)
+    kept = {name: g.clone() for name, g in before["grads"].items() if g is not None}
+    attack(convnet, x, y, threat)
+    assert_untouched(convnet, before)
+    for name, grad in kept.items():
+        assert torch.equal(before["grads"][name], grad)
+
+
+def test_modes_are_restored_when_the_model_raises(convnet, images, threat, attack):
+    x, y = images()
+    before = snapshot(convnet)
+    handle = break_at(convnet, 2)  # the first call is the check of the inputs
+    with pytest.raises(KeyError, match="the model broke"):
+        attack(convnet, x, y, threat)
+    handle.remove()
+    assert_untouched(convnet, before)
+
+
+@pytest.mark.parametrize("train_mode", [False, True])
+@pytest.mark.parametrize("broken", [False, True])
+def test_attacking_restores(convnet, images, train_mode, broken):
+    x, y = images()
+    before = snapshot(convnet)
+    handle = break_at(convnet, 3 if broken else 99)
+    try:
+        with attacking(convnet, train_mode=train_mode) as inner:
+            assert all(m.training == train_mode for m in inner.modules())
+            for _ in range(3):
+                input_gradient(inner, x, y)
+            changed = not torch.equal(inner[5].running_mean, before["state"]["5.running_mean"])
+            assert changed == train_mode
+    except KeyError:
+        assert broken
+    handle.remove()
+    assert_untouched(convnet, before)
+
+
+def test_a_graph_from_before_a_train_mode_attack_still_differentiates(convnet, images):
+    x, y = images()
+    loss = nn.functional.cross_entropy(convnet(x), y)
+    with attacking(convnet, train_mode=True) as inner:
+        input_gradient(inner, x, y)
+    loss.backward()
+    assert convnet[0].weight.grad.isfinite().all()
+
+
+def test_eval_and_train_mode_attacks_see_different_networks(convnet, images):
+    x, y = images()
+    convnet[3] = nn.Identity()
+    grads = []
+    for train_mode in (False, True):
+        with attacking(convnet, train_mode=train_mode) as inner:
+            grads.append(input_gradient(inner, x, y)[0])
+    assert not torch.allclose(*grads)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("inside", [False, True], ids=["tensors-from-outside", "from-inside"])
+def test_works_where_gradients_are_off(convnet, images, threat, attack, context, inside):
+    x, y = images()
+    torch.manual_seed(0)
+    expected = attack(convnet, x, y, threat)
+    torch.manual_seed(0)
+    with context():
+        if inside:
+            x, y = x.clone(), y.clone()
+        assert torch.equal(attack(convnet, x, y, threat), expected)
+
+
+@pytest.mark.parametrize("outer", [torch.enable_grad, torch.no_grad])
+def test_the_gradient_mode_is_given_back(convnet, images, threat, attack, outer):
+    with outer():
+        before = torch.is_grad_enabled()
+        attack(convnet, *images(), threat)
+        assert torch.is_grad_enabled() == before
+
+
+def test_works_under_bf16_autocast(convnet, images, threat, attack):
+    x, y = images()
+    before = snapshot(convnet)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert convnet(x).dtype == torch.bfloat16
+        assert forward_logits(convnet, x).dtype == torch.float32
+    convnet.load_state_dict(before["state"])
+    with torch.autocast("cpu", torch.bfloat16):
+        x_adv = attack(convnet, x, y, threat)
+    assert x_adv.dtype == torch.float32
+    assert bool((x_adv - x).abs().max() <= torch.tensor(threat.eps))
+    assert bool((x_adv != x).any())
+    assert_untouched(convnet, before)
+
+
+class Forbidden(torch.autograd.Function):
+    """The identity on a weight; fails if that weight's gradient is asked for."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise AssertionError("a weight gradient was computed")
+
+
+class Guarded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(16, 36))
+        self.last = nn.Parameter(torch.randn(4, 16))
+
+    def forward(self, x):
+        hidden = nn.functional.linear(x.flatten(1), Forbidden.apply(self.first)).tanh()
+        return nn.functional.linear(hidden, Forbidden.apply(self.last))
+
+
+def test_no_weight_gradient_is_computed(images, threat, attack):
+    torch.manual_seed(0)
+    net = Guarded()
+    x, y = images()
+    with pytest.raises(AssertionError, match="a weight gradient"):
+        nn.functional.cross_entropy(net(x), y).backward()
+    assert attack(net, x, y, threat).shape == x.shape
+
+
+def test_works_on_frozen_weights(convnet, images, threat, attack):
+    x, y = images()
+    frozen = copy.deepcopy(convnet).requires_grad_(False)
+    torch.manual_seed(0)
+    expected = attack(convnet, x, y, threat)
+    torch.manual_seed(0)
+    assert torch.equal(attack(frozen, x, y, threat), expected)
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_check_inputs_leaves_the_model_as_found(convnet, images, threat):
+    before = snapshot(convnet)
+    check_inputs(convnet, *images(), threat)
+    assert_untouched(convnet, before)
+
+
+def test_distributed_model_is_attacked_unwrapped(mlp, digits, threat):
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(mlp)
+        wrapped.register_forward_pre_hook(lambda m, args: pytest.fail("the wrapper was called"))
+        x, y = digits()
+        with attacking(wrapped) as inner:
+            assert inner is mlp
+            input_gradient(inner, x, y)
+        assert wrapped.training
+    finally:
+        distributed.destroy_process_group()
+    assert attacks.fgsm(mlp, x, y, threat).shape == x.shape

@@ -1,0 +1,123 @@
+"""What makes an attack a judge: the best iterate, restarts, stopping, and staying inside."""
+
+import pytest
+import torch
+from torch import nn
+
+from surestep import L2, Linf, UserError, attacks
+from surestep.attacks import losses
+
+
+class Peak(nn.Module):
+    """Two classes, the second one in front only near x = 0.57: a step of 0.1 jumps over it."""
+
+    def forward(self, x):
+        height = 0.05 - (x - 0.57).abs().sum(1)
+        return torch.stack([torch.zeros_like(height), height], 1)
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_pgd_keeps_the_best_iterate(stop):
+    """From 0.5 it steps to 0.6 (wrong), then back to 0.5 (right)."""
+    x, y = torch.full((3, 1), 0.5), torch.zeros(3, dtype=torch.int64)
+    run = {"start_radius": 0.0, "stop_when_wrong": stop}
+    x_adv = attacks.pgd(Peak(), x, y, Linf(0.3), 2, 0.1, **run)
+    torch.testing.assert_close(x_adv, torch.full((3, 1), 0.6))
+    assert Peak()(x_adv).argmax(1).tolist() == [1, 1, 1]
+
+
+def test_best_is_kept_per_sample():
+    """Samples that start at different places peak at different steps."""
+    x, y = torch.tensor([[0.5], [0.4], [0.1]]), torch.zeros(3, dtype=torch.int64)
+    x_adv = attacks.pgd(Peak(), x, y, Linf(0.3), 2, 0.1, start_radius=0.0)
+    torch.testing.assert_close(x_adv, torch.tensor([[0.6], [0.6], [0.3]]))
+
+
+@pytest.mark.parametrize("loss", ["ce", "margin", "dlr"])
+def test_restarts_never_hurt(mlp, digits, loss):
+    x, y = digits(32)
+    worst = []
+    for restarts in (1, 2, 5):
+        torch.manual_seed(0)
+        x_adv = attacks.pgd(mlp, x, y, Linf(0.03), 2, 0.02, restarts, loss)
+        logits = mlp(x_adv).detach()
+        worst.append((logits.argmax(1) != y, losses.get(loss)(logits, y)))
+    for (wrong, value), (more_wrong, more_value) in zip(worst, worst[1:], strict=False):
+        assert bool((more_wrong | ~wrong).all())
+        assert bool((more_value >= value - 1e-6)[wrong == more_wrong].all())
+    assert not torch.equal(worst[0][1], worst[-1][1])
+
+
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_stopping_early_gives_the_same_accuracy_for_less(mlp, digits, decay):
+    x, _ = digits(64)
+    y = mlp(x).argmax(1)
+    seen, right = [], []
+    handle = mlp.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
+    work = []
+    for stop in (False, True):
+        torch.manual_seed(0)
+        seen.clear()
+        run = {"decay": decay, "stop_when_wrong": stop}
+        x_adv = attacks.pgd(mlp, x, y, Linf(0.6), 10, 0.1, **run)
+        work.append(sum(seen))
+        right.append(mlp(x_adv).argmax(1) == y)
+    handle.remove()
+    assert torch.equal(*right)
+    assert 0 < int(right[0].sum()) < 64
+    assert work[1] < 0.8 * work[0]
+
+
+def test_stopping_early_when_all_are_wrong_at_once(mlp, digits):
+    x, _ = digits()
+    y = (mlp(x).argmax(1) + 1) % 4
+    x_adv = attacks.pgd(mlp, x, y, Linf(0.0), 3, 0.1, 2, stop_when_wrong=True)
+    assert torch.equal(x_adv, x)
+
+
+@pytest.mark.parametrize("limit", [Linf(0.05), L2(0.3), Linf(0.0), Linf(0.1, (-1.0, 1.0))])
+def test_result_is_inside(convnet, images, attack, limit):
+    x, y = images()
+    x = (x * limit.span + limit.bounds[0]).clamp(*limit.bounds)
+    x_adv = attack(convnet, x, y, limit)
+    delta = (x_adv - x).flatten(1)
+    size = delta.abs().amax() if isinstance(limit, Linf) else delta.double().norm(dim=1).amax()
+    assert bool(size <= torch.tensor(limit.eps, dtype=size.dtype))
+    assert limit.bounds[0] <= float(x_adv.min())
+    assert float(x_adv.max()) <= limit.bounds[1]
+    assert bool(delta.any()) == (limit.eps > 0)
+
+
+def test_random_noise_is_worst_of_its_draws(mlp, digits):
+    x, y = digits(32)
+    values = []
+    for samples in (1, 4, 16):
+        torch.manual_seed(0)
+        x_adv = attacks.random_noise(mlp, x, y, Linf(0.3), samples)
+        values.append(losses.margin(mlp(x_adv), y).detach())
+    assert bool((values[1] >= values[0] - 1e-6).all())
+    assert bool((values[2] >= values[1] - 1e-6).all())
+    assert float((values[2] - values[0]).max()) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("pgd", {"steps": 0, "step_size": 0.1}, "steps 0"),
+        ("pgd", {"steps": 1, "step_size": 0.1, "restarts": 0}, "restarts 0"),
+        ("pgd", {"steps": 1, "step_size": -0.1}, "step_size -0.1"),
+        ("pgd", {"steps": 1, "step_size": float("nan")}, "step_size nan"),
+        ("pgd", {"steps": 1, "step_size": 0.1, "loss": "margn"}, "did you mean 'margin'"),
+        ("i_fgsm", {"steps": 0}, "steps 0"),
+        ("mi_fgsm", {"steps": -1}, "steps -1"),
+        ("r_fgsm", {"alpha": 0.06}, "alpha 0.06"),
+        ("r_fgsm", {"alpha": -0.01}, "alpha -0.01"),
+        ("r_fgsm", {"alpha": float("nan")}, "alpha nan"),
+        ("fgsm", {"loss": "cee"}, "did you mean 'ce'"),
+        ("random_noise", {"samples": 0}, "samples 0"),
+    ],
+)
+def test_refuses_settings(mlp, digits, threat, name, arguments, words):
+    x, y = digits()
+    with pytest.raises(UserError, match=rf"\A.*{words}.*\Z"):
+        getattr(attacks, name)(mlp, x, y, threat, **arguments)

@@ -1,0 +1,87 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from surestep import Linf, methods
+
+EPS = 0.1
+# Every method with few steps: the smallest setting in which all of its parts are at work.
+SMALL = {
+    "r-fgsm": {"alpha": 0.03},
+    "sat-r1": {"steps": 3, "lam": 2.0},
+    "sat-r2": {"alpha": 0.03},
+    "sat-r3": {"tau": 0.5, "alpha": 0.03, "eps_low": 0.04},
+    "pgd": {"steps": 3, "alpha": 0.05},
+    "trades": {"steps": 3, "alpha": 0.05, "sigma": 0.01},
+}
+
+
+def mlp():
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 4))
+
+
+def conv():
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.SiLU(),
+        nn.Conv2d(4, 6, 3, stride=2),
+        nn.BatchNorm2d(6),
+        nn.SiLU(),
+        nn.Flatten(),
+        nn.Linear(24, 4),
+    )
+
+
+def flat():
+    return nn.Sequential(nn.Linear(7, 10), nn.BatchNorm1d(10), nn.Tanh(), nn.Linear(10, 3))
+
+
+NETS = {"mlp": (mlp, (1, 4, 4), 4), "conv": (conv, (2, 5, 5), 4), "flat": (flat, (7,), 3)}
+
+
+@pytest.fixture(params=methods.names())
+def slug(request):
+    return request.param
+
+
+@pytest.fixture
+def build():
+    """Build a method with few steps."""
+
+    def make(slug, **params):
+        return methods.get(slug)(Linf(EPS), **{**SMALL.get(slug, {}), **params})
+
+    return make
+
+
+@pytest.fixture
+def method(build, slug):
+    return build(slug)
+
+
+@pytest.fixture
+def make_task():
+    """Make a network in train mode, a batch and labels; batch statistics as after some training."""
+
+    def make(name, n=6, dtype=torch.float64):
+        torch.manual_seed(0)
+        factory, shape, classes = NETS[name]
+        net = factory().to(dtype)
+        g = torch.Generator().manual_seed(1)
+        x = (1.4 * torch.rand(n, *shape, generator=g, dtype=dtype) - 0.2).clamp(0, 1)
+        y = torch.randint(classes, (n,), generator=g)
+        with torch.no_grad():
+            for _ in range(3):
+                net.train()(torch.rand(32, *shape, generator=g, dtype=dtype))
+            net[-1].weight *= 3
+        return SimpleNamespace(net=net, x=x, y=y, classes=classes)
+
+    return make
+
+
+@pytest.fixture(params=NETS)
+def task(request, make_task):
+    return make_task(request.param)

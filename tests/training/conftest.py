@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import surestep
+from surestep import methods
+from surestep.methods import Method
+from surestep.training import FitResult, TrainStep
+
+TIMES = {"images_per_second", "train_seconds", "val_seconds"}
+THREAT = surestep.Linf(0.1)
+
+
+class Stopped(Exception):
+    """Thrown into a run, as a crash would be."""
+
+
+def make_net(*, seed: int = 0, norm: bool = True, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Make the smallest net with a convolution, batch statistics and a head."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers = [nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()]
+        if not norm:
+            del layers[1]
+        return nn.Sequential(*layers, nn.Linear(128, 3)).to(dtype)
+
+
+def make_data(n: int = 64) -> tuple[Tensor, Tensor]:
+    """Make noisy stripes of three kinds; no two images are alike."""
+    generator = torch.Generator().manual_seed(7)
+    y = torch.arange(n) % 3
+    x = torch.rand(n, 1, 8, 8, generator=generator) * 0.5
+    for k in range(3):
+        x[y == k, :, k::3] += 0.5
+    return x, y
+
+
+def make_method(slug: str, threat: surestep.ThreatModel = THREAT, **params: Any) -> Method:
+    """Build a method, with two steps where it has steps."""
+    if "steps" in methods.parameter_names(methods.get(slug)):
+        params = {"steps": 2, **params}
+    return methods.build(slug, threat, params)
+
+
+def train(
+    method: str | Method = "standard",
+    *,
+    out: Path | None = None,
+    model: nn.Module | None = None,
+    data: Any = None,
+    **settings: Any,
+) -> FitResult:
+    """Run ``fit`` on something tiny: 5 steps an epoch, 6 images held out."""
+    defaults = {
+        "epochs": 2,
+        "batch_size": 10,
+        "lr": 0.05,
+        "engine": "reference",
+        "val_attacks": ("fgsm", "pgd-2"),
+        "select": "last",
+        "quiet": True,
+    }
+    return surestep.fit(
+        make_net() if model is None else model,
+        make_data() if data is None else data,
+        make_method(method) if isinstance(method, str) else method,
+        out=out,
+        **{**defaults, **settings},
+    )
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """Read ``metrics.jsonl`` without what differs from run to run."""
+    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [without_times(json.loads(line)) for line in lines]
+
+
+def without_times(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in row.items() if k not in TIMES}
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.fixture
+def tiny() -> SimpleNamespace:
+    """The helpers of this folder, since test modules cannot import from each other."""
+    return SimpleNamespace(
+        net=make_net,
+        data=make_data,
+        method=make_method,
+        train=train,
+        rows=rows,
+        without_times=without_times,
+        weights=weights,
+        same_weights=same_weights,
+        threat=THREAT,
+        Stopped=Stopped,
+    )
+
+
+@pytest.fixture
+def stopping(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return ``stopping(after, run)``: do ``run`` and crash it once ``after`` steps are done."""
+
+    def stop(after: int, run: Callable[[], object]) -> None:
+        done = 0
+        take = TrainStep.__call__
+
+        def step(self: TrainStep, *batch: Any) -> Any:
+            nonlocal done
+            if done == after:
+                raise Stopped
+            done += 1
+            return take(self, *batch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(TrainStep, "__call__", step)
+            with pytest.raises(Stopped):
+                run()
+
+    return stop

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from surestep.training import WeightAverage
+
+
+def wander(model: nn.Module) -> None:
+    """Change the model's weights and its batch statistics, as a training step does."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    model.train()(torch.rand(4, 1, 8, 8))
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.9, 0.999, 0.99999])
+def test_it_is_the_weighted_mean_of_the_weights_seen(tiny, decay):
+    torch.manual_seed(0)
+    model = tiny.net(dtype=torch.float64).float()
+    average = WeightAverage(model, decay)
+    seen: list[list[torch.Tensor]] = []
+    for t in range(1, 31):
+        wander(model)
+        average.update(model)
+        seen.append([p.detach().double().clone() for p in model.parameters()])
+        share = [decay ** (t - i) for i in range(1, t + 1)]
+        for k, own in enumerate(average.model.parameters()):
+            total = sum(s * w[k] for s, w in zip(share, seen, strict=True))
+            torch.testing.assert_close(own.double(), total / sum(share), rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9998])
+def test_the_first_update_takes_the_weights_themselves(tiny, decay):
+    # An average that starts at the initial weights is at chance for 1 / (1 - decay) steps.
+    average = WeightAverage(tiny.net(seed=0), decay)
+    model = tiny.net(seed=1)
+    average.update(model)
+    assert tiny.same_weights(average.model, model)
+
+
+def test_batch_statistics_are_copied(tiny):
+    torch.manual_seed(0)
+    model = tiny.net()
+    average = WeightAverage(model, 0.9)
+    for _ in range(5):
+        wander(model)
+        average.update(model)
+    assert model[1].num_batches_tracked == 5
+    for own, theirs in zip(average.model.buffers(), model.buffers(), strict=True):
+        assert torch.equal(own, theirs)
+        assert own.data_ptr() != theirs.data_ptr()
+
+
+def test_the_model_is_left_alone_and_the_average_needs_no_gradient(tiny):
+    model = tiny.net()
+    before = [p.detach().clone() for p in model.parameters()]
+    average = WeightAverage(model, 0.9)
+    average.update(model)
+    wander(average.model)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(p.requires_grad for p in average.model.parameters())
+
+
+def test_state_round_trip(tiny):
+    torch.manual_seed(0)
+    model = tiny.net()
+    average, other = WeightAverage(model, 0.9), WeightAverage(tiny.net(seed=5), 0.9)
+    for _ in range(3):
+        wander(model)
+        average.update(model)
+    other.load_state_dict(average.state_dict())
+    assert tiny.same_weights(average.model, other.model)
+    # The number of updates must survive too: it decides the next one's share.
+    wander(model)
+    for both in (average, other):
+        both.update(model)
+    assert other.updates == 4
+    assert tiny.same_weights(average.model, other.model)

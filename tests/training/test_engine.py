@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surestep import methods
+from surestep.data import Batches, as_images
+from surestep.errors import UserError
+from surestep.training import Engine, TrainStep, WeightAverage, make_optimizer, make_step
+from surestep.training.engine import has_bf16
+
+FAST32 = Engine(torch.float32, channels_last=True, tuned=True)
+FAST16 = Engine(torch.bfloat16, channels_last=True, tuned=True)
+
+
+def gradients(tiny: Any, method: str, engine: str | Engine, **kwargs: Any) -> Tensor:
+    """Take one step and return the weight gradient it used."""
+    torch.manual_seed(0)
+    model = tiny.net().train()
+    optimizer = make_optimizer("sgd", model.parameters(), lr=0.1)
+    make_step(model, tiny.method(method), optimizer, engine, **kwargs)(*tiny.data())
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("method", ["standard", "fgsm", "sat-r2", "sat-r3"])
+def test_fast_and_reference_agree_in_float32(tiny, method):
+    reference = gradients(tiny, method, "reference")
+    fast = gradients(tiny, method, FAST32)
+    torch.testing.assert_close(fast, reference, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("method", "tolerance"), [("standard", 0.02), ("fgsm", 0.1)])
+def test_bf16_agrees_within_its_precision(tiny, method, tolerance):
+    # bf16 has 8 bits; under an attack, signs of the smallest input gradients turn as well.
+    reference = gradients(tiny, method, "reference")
+    error = (gradients(tiny, method, FAST16) - reference).norm() / reference.norm()
+    assert 0 < error < tolerance
+
+
+def test_channels_last(tiny):
+    model = tiny.net()
+    optimizer = make_optimizer("sgd", model.parameters(), lr=0.1)
+    step = make_step(model, tiny.method("fgsm"), optimizer, FAST32)
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    placed = step.engine.place_images(torch.rand(2, 3, 8, 8))
+    assert placed.is_contiguous(memory_format=torch.channels_last)
+    features = torch.rand(2, 8)
+    assert step.engine.place_images(features) is features
+    plain = tiny.net()
+    make_step(plain, tiny.method("fgsm"), optimizer, "reference")
+    assert plain[0].weight.is_contiguous()
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_the_loss_is_float32_under_autocast(tiny, method):
+    model = tiny.net().train()
+    dtypes = []
+    model[0].register_forward_hook(lambda _module, _args, out: dtypes.append(out.dtype))
+    optimizer = make_optimizer("sgd", model.parameters(), lr=0.1)
+    result = make_step(model, tiny.method(method), optimizer, FAST16)(
+        *tiny.data(), torch.arange(64)
+    )
+    assert set(dtypes) == {torch.bfloat16}
+    assert result.loss.dtype == result.logits.dtype == result.x_adv.dtype == torch.float32
+    assert not result.loss.requires_grad
+    assert {v.dtype for v in result.terms.values()} == {torch.float32}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "expected"),
+    [
+        ("reference", "auto", Engine()),
+        ("reference", "bf16", Engine(torch.bfloat16)),
+        ("fast", "fp32", FAST32),
+        ("fast", "bf16", FAST16),
+        ("auto", "fp16", Engine(torch.float16, channels_last=True, tuned=True)),
+        ("auto", "auto", FAST16 if has_bf16(torch.device("cpu")) else FAST32),
+    ],
+)
+def test_choose(name, precision, expected):
+    assert Engine.choose(name, precision) == expected
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: Engine.choose("fats"), "unknown engine 'fats': did you mean 'fast'"),
+        (lambda: Engine.choose("fast", "bf61"), "unknown precision 'bf61': did you mean 'bf16'"),
+        (lambda: make_optimizer("sdg", [], lr=1), "unknown optimizer 'sdg': did you mean 'sgd'"),
+    ],
+)
+def test_unknown_names(call, said):
+    with pytest.raises(UserError, match=said):
+        call()
+
+
+def test_a_model_without_parameters_is_refused(tiny):
+    some = make_optimizer("sgd", tiny.net().parameters(), lr=0.1)
+    with pytest.raises(UserError, match="no parameters"):
+        make_step(nn.Flatten(), tiny.method("fgsm"), some)
+
+
+def test_clip_grad(tiny):
+    whole = gradients(tiny, "fgsm", "reference")
+    small = gradients(tiny, "fgsm", "reference", clip_grad=0.01)
+    torch.testing.assert_close(small, whole * 0.01 / whole.norm(), rtol=1e-3, atol=1e-7)
+    loose = gradients(tiny, "fgsm", "reference", clip_grad=1e6)
+    torch.testing.assert_close(loose, whole, rtol=0, atol=0)
+
+
+def test_the_average_is_updated_after_the_step(tiny):
+    model = tiny.net().train()
+    average = WeightAverage(model, 0.9)
+    optimizer = make_optimizer("sgd", model.parameters(), lr=0.1)
+    make_step(model, tiny.method("fgsm"), optimizer, average=average)(*tiny.data())
+    assert average.updates == 1
+    assert tiny.same_weights(average.model, model)
+
+
+def perturb_by_hand(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
+    model.eval()
+    x = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(F.cross_entropy(model(x), y), x)
+    model.train()
+    return (x + eps * grad.sign()).clamp(0, 1).detach()
+
+
+@pytest.mark.parametrize("method", ["standard", "fgsm"])
+@pytest.mark.parametrize("out", [False, True])
+def test_fit_is_a_plain_loop_bit_for_bit(tiny, tmp_path, method, out):
+    x, y = tiny.data()
+    model = tiny.net().train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
+    losses = []
+    for xb, yb, _ in Batches(as_images((x, y)), 12, seed=3).epoch(0):
+        xb = perturb_by_hand(model, xb, yb, 0.1) if method == "fgsm" else xb
+        loss = F.cross_entropy(model(xb), yb)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert len(losses) == 5
+    fitted = tiny.train(
+        method,
+        out=tmp_path / "run" if out else None,
+        epochs=1,
+        batch_size=12,
+        seed=3,
+        schedule="constant",
+        val_images=0,
+    )
+    for name, value in model.state_dict().items():
+        # The gradient of a weight sums over the batch; the rest is the same arithmetic.
+        torch.testing.assert_close(fitted.model.state_dict()[name], value, rtol=0, atol=0)
+    assert fitted.history[0]["loss"] == pytest.approx(sum(losses) / 5, rel=1e-6)
+
+
+def test_the_optimizer_steps_once_and_gradients_do_not_add_up(tiny):
+    model = tiny.net().train()
+    optimizer = make_optimizer("sgd", model.parameters(), lr=0.0)
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    step = make_step(model, tiny.method("sat-r3", alpha=0.0), optimizer, "reference")
+    model[1].momentum = 0.0  # so that nothing changes between the steps
+    seen = []
+    for _ in range(3):
+        step(*tiny.data())
+        seen.append([p.grad.clone() for p in model.parameters()])
+    assert len(calls) == 3
+    for one, other in itertools.pairwise(seen):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("method", methods.names())
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_step_waits_for_the_device_nowhere(tiny, monkeypatch, method, optimizer):
+    model = tiny.net().train()
+    step = make_step(
+        model,
+        tiny.method(method),
+        make_optimizer(optimizer, model.parameters(), lr=0.1),
+        FAST16,
+        clip_grad=1.0,
+        average=WeightAverage(model, 0.9),
+    )
+    batch = (*tiny.data(), torch.arange(64))
+    step(*batch)  # the first batch is checked
+
+    def waits(*_: Any, **__: Any) -> Any:
+        pytest.fail("the step reads a tensor on the host")
+
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "numpy", "cpu", "nonzero"):
+            patch.setattr(Tensor, name, waits)
+        for name in ("bool", "float", "int", "index", "contains"):
+            patch.setattr(Tensor, f"__{name}__", waits)
+        result = step(*batch)
+    assert torch.isfinite(result.loss)
+
+
+def test_the_guard_of_that_test_works(tiny, monkeypatch):
+    monkeypatch.setattr(Tensor, "__bool__", lambda _: pytest.fail("read"))
+    with pytest.raises(pytest.fail.Exception, match="read"):
+        bool(torch.ones(()))
+
+
+def test_make_step_returns_what_fit_takes(tiny, monkeypatch):
+    taken = []
+    take = TrainStep.__call__
+    monkeypatch.setattr(
+        TrainStep, "__call__", lambda self, *batch: taken.append(self) or take(self, *batch)
+    )
+    tiny.train("fgsm", epochs=1)
+    assert len(taken) == 5
+    assert type(make_step(tiny.net(), tiny.method("fgsm"), taken[0].optimizer)) is type(taken[0])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,7 +46,7 @@ def make_data(n: int = 64) -> tuple[Tensor, Tensor]:
 
 def make_method(slug: str, threat: surestep.ThreatModel = THREAT, **params: Any) -> Method:
     """Build a method, with two steps where it has steps."""
-    if "steps" in methods.parameter_names(methods.get(slug)):
+    if "steps" in {f.name for f in fields(methods.get(slug))}:
         params = {"steps": 2, **params}
     return methods.build(slug, threat, params)
 

@@ -1,0 +1,147 @@
+"""What the accuracy tables share: rows run one core each, a CSV that can be continued."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FIELDS = [
+    *("method", "recipe", "seed", "epochs", "batch_size", "lr", "params", "train_seconds"),
+    *("clean", "fgsm", "pgd", "pgd_margin", "worst_case", "n", "val_worst_case"),
+    *("selected_epoch", "threads", "commit", "torch", "machine", "date", "command"),
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training run to be judged: a method's preset, with settings changed by name."""
+
+    method: str
+    recipe: str
+    seed: int = 0
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return (self.method, self.recipe, self.seed)
+
+
+def train_and_judge(row: Row, steps: int, n: int, data: str | None) -> dict[str, Any]:
+    """Train a row, judge it on n test images by FGSM and by PGD on cross entropy and margin."""
+    import torch
+
+    from surestep import evaluate, runs
+    from surestep.training import Engine
+
+    config = runs.resolve({"method": row.method, "seed": row.seed, **row.changes}, row.recipe)
+    config = config.model_copy(update={"data": data})
+    fitted = runs.train(config, None)
+    engine = Engine.choose()
+    pgd = f"pgd-{steps}"
+    # The points are made in the engine's precision and judged in float32; see
+    # benchmarks/precision.py for what that changes.
+    judged = evaluate(
+        engine.place(fitted.model),
+        runs.load_data(config, "test"),
+        runs.build_threat(config),
+        ("fgsm", pgd, f"{pgd}-margin"),
+        n=n,
+        precision=engine.precision,
+    )
+    return {
+        "method": row.method,
+        "recipe": row.recipe,
+        "seed": row.seed,
+        "epochs": config.epochs,
+        "batch_size": config.batch_size,
+        "lr": config.lr,
+        "params": json.dumps(config.params),
+        "train_seconds": round(fitted.train_seconds, 1),
+        "clean": judged.clean_accuracy,
+        "fgsm": judged.robust_accuracy["fgsm"],
+        "pgd": judged.robust_accuracy[pgd],
+        "pgd_margin": judged.robust_accuracy[f"{pgd}-margin"],
+        "worst_case": judged.worst_case_accuracy,
+        "n": judged.n,
+        "val_worst_case": json.dumps([r.get("val_worst_case") for r in fitted.history]),
+        "selected_epoch": fitted.best_epoch,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def main(rows: list[Row], *, out: str, steps: int, n: int, data: str | None = None) -> None:
+    """Run the rows that the CSV does not hold yet."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--jobs", type=int, default=2, help="rows at a time, one core each")
+    parser.add_argument("--n", type=int, default=n, help="test images")
+    parser.add_argument("--out", type=Path, default=Path(out), help="the CSV")
+    parser.add_argument("--only", nargs="*", default=[], help="METHOD/RECIPE of rows to run")
+    parser.add_argument("--set", default="{}", help="JSON of settings to change, for searches")
+    parser.add_argument("--data", default=data, help="where the data set lies")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.row:
+        row = Row(**json.loads(args.row))
+        print(json.dumps(train_and_judge(row, steps, args.n, args.data)))
+        return
+    done = set()
+    if args.out.exists():
+        with args.out.open() as f:
+            done = {(r["method"], r["recipe"], int(r["seed"])) for r in csv.DictReader(f)}
+    changes = json.loads(args.set)
+    todo = [
+        Row(r.method, r.recipe, r.seed, {**r.changes, **changes})
+        for r in rows
+        if r.key not in done and (not args.only or f"{r.method}/{r.recipe}" in args.only)
+    ]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda row: _run_and_record(row, args), todo))
+
+
+def _run_and_record(row: Row, args: argparse.Namespace) -> None:
+    command = [sys.executable, sys.argv[0], "--n", str(args.n), "--row", json.dumps(asdict(row))]
+    command += ["--data", args.data] if args.data else []
+    start = time.time()
+    ran = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    if ran.returncode:
+        print(f"FAILED {row}: {ran.stderr[-2000:]}", flush=True)
+        return
+    result = json.loads(ran.stdout.splitlines()[-1])
+    result |= {
+        "commit": _commit(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "date": datetime.date.today().isoformat(),
+        "command": "python " + " ".join(sys.argv),
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    new = not args.out.exists()
+    with args.out.open("a", newline="") as f:
+        writer = csv.DictWriter(f, FIELDS)
+        if new:
+            writer.writeheader()
+        writer.writerow(result)
+    shown = {k: v for k, v in result.items() if k in FIELDS[:15]}
+    print(f"{time.time() - start:.0f} s {json.dumps(shown)}", flush=True)
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

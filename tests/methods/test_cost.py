@@ -1,0 +1,108 @@
+"""Passes per image, counted where they happen, against what each method declares."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+from surestep import Linf, methods
+
+KINDS = ("forward", "input_grad", "weight_grad")
+# Worked out by hand for a batch of 8: (method, parameters, forward, input_grad, weight_grad).
+BY_HAND = [
+    ("standard", {}, 1, 1, 1),
+    ("fgsm", {}, 2, 2, 1),
+    ("r-fgsm", {}, 2, 2, 1),
+    ("rs-fgsm", {}, 2, 2, 1),
+    ("pgd", {"steps": 7}, 8, 8, 1),
+    ("trades", {"steps": 10}, 13, 12, 2),
+    ("trades", {"steps": 1}, 4, 3, 2),
+    ("sat-r1", {"steps": 10}, 2 + 10 / 8, 2 + 10 / 8, 1 + 1 / 8),
+    ("sat-r1", {"steps": 3, "fraction": 0.5}, 2 + 1.5, 2 + 1.5, 1.5),
+    ("sat-r1", {"steps": 1, "fraction": 1.0}, 3, 3, 2),
+    ("sat-r2", {}, 4, 4, 2),
+    ("sat-r3", {}, 3, 3, 2),
+]
+
+
+class Tally(torch.autograd.Function):
+    """The identity; counts n images under a name whenever a gradient comes back through it."""
+
+    @staticmethod
+    def forward(ctx, value, counts, name, n):
+        ctx.note = counts, name, n
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, grad):
+        counts, name, n = ctx.note
+        counts[name] += n
+        return grad, None, None, None
+
+
+class Counting(nn.Module):
+    """A network that counts the images of its passes, and in ``calls`` the passes themselves."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Parameter(torch.randn(6, 5))
+        self.last = nn.Parameter(torch.randn(3, 6))
+        self.counts, self.calls = Counter(), Counter()
+
+    def forward(self, x):
+        self.counts["forward"] += len(x)
+        self.calls["train" if self.training else "eval"] += 1
+        first = Tally.apply(self.first, self.counts, "weight_grad", len(x))
+        logits = nn.functional.linear(nn.functional.linear(x, first).tanh(), self.last)
+        return Tally.apply(logits, self.counts, "input_grad", len(x))
+
+
+def counted(slug, params, n):
+    torch.manual_seed(0)
+    method, net = methods.get(slug)(Linf(0.1), **params), Counting()
+    x, y = torch.rand(n, 5), torch.randint(3, (n,))
+    method(net, x, y).loss.backward()  # the first call checks its batch on one image more
+    net.counts.clear()
+    net.calls.clear()
+    method(net, x, y).loss.backward()
+    return method, net
+
+
+@pytest.mark.parametrize(("slug", "params", "forward", "input_grad", "weight_grad"), BY_HAND)
+def test_passes(slug, params, forward, input_grad, weight_grad):
+    method, net = counted(slug, params, 8)
+    images = {"forward": forward, "input_grad": input_grad, "weight_grad": weight_grad}
+    assert {kind: net.counts[kind] / 8 for kind in KINDS} == images
+    declared = method.cost(8)
+    for kind in KINDS:
+        assert getattr(declared, kind) == pytest.approx(images[kind])
+    assert declared.total == pytest.approx(forward + input_grad + weight_grad)
+
+
+@pytest.mark.parametrize("n", [2, 5, 32])
+def test_declared_cost_at_other_batch_sizes(slug, n):
+    for params in ({}, {"fraction": 0.3}) if slug == "sat-r1" else ({},):
+        method, net = counted(slug, params, n)
+        for kind in KINDS:
+            assert net.counts[kind] == pytest.approx(n * getattr(method.cost(n), kind))
+
+
+def test_the_update_is_one_forward_pass(slug):
+    _, net = counted(slug, {}, 4)
+    assert net.calls["train"] == (2 if slug == "rs-fgsm" else 1)
+
+
+def test_trades_computes_its_clean_output_once():
+    _, net = counted("trades", {"steps": 10}, 4)
+    assert net.calls["eval"] == 1 + 10
+
+
+def test_only_the_updates_loss_has_a_graph(slug):
+    method, net = counted(slug, {}, 4)
+    result = method(net, torch.rand(4, 5), torch.zeros(4, dtype=torch.int64))
+    net.counts.clear()
+    result.loss.backward()
+    once = 4 * method.cost(4).weight_grad
+    assert net.counts["weight_grad"] == net.counts["input_grad"] == pytest.approx(once)

@@ -1,0 +1,237 @@
+"""A step of any method, on any network: what it returns and what it leaves behind."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from surestep import L2, Linf, UserError, methods
+
+HOST = (
+    "item",
+    "tolist",
+    "numpy",
+    "cpu",
+    "nonzero",
+    "__bool__",
+    "__float__",
+    "__int__",
+    "__index__",
+)
+READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero")
+
+
+class NoReading(TorchDispatchMode):
+    """Fails on operations whose result the host must wait for, wherever they come from."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__.strip("_")
+        assert name not in {r.strip("_") for r in READS}, f"the step reads a value: {func}"
+        indices = args[1] if name.startswith("index") and len(args) > 1 else ()
+        for index in indices if isinstance(indices, (list, tuple)) else ():
+            assert index is None or index.dtype != torch.bool, "the step indexes with a mask"
+        return func(*args, **(kwargs or {}))
+
+
+def state(net):
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_modes_flags_and_inputs_stay(method, task, train):
+    net = task.net.train(train)
+    net[0].train(not train)
+    net[-1].bias.requires_grad_(False)
+    modes = [m.training for m in net.modules()]
+    before, x, y = state(net), task.x.clone(), task.y.clone()
+    result = method(net, task.x, task.y)
+    assert all(p.grad is None for p in net.parameters())
+    result.loss.backward()
+    assert [m.training for m in net.modules()] == modes
+    assert [name for name, p in net.named_parameters() if not p.requires_grad] == [
+        f"{len(net) - 1}.bias"
+    ]
+    assert net[-1].bias.grad is None
+    assert torch.equal(task.x, x)
+    assert torch.equal(task.y, y)
+    assert not task.x.requires_grad
+    for name, value in net.named_parameters():
+        assert torch.equal(value, before[name])
+
+
+def test_modes_come_back_when_the_model_raises(method, make_task):
+    task = make_task("conv")
+    method(task.net, task.x, task.y)
+    before = state(task.net)
+
+    def fail(module, args):
+        raise KeyError("the model broke")
+
+    handle = task.net[3].register_forward_pre_hook(fail)
+    with pytest.raises(KeyError, match="the model broke"):
+        method(task.net, task.x, task.y)
+    handle.remove()
+    assert all(m.training for m in task.net.modules())
+    if method.cost(6).forward > method.cost(6).weight_grad:  # it broke in the attack
+        assert all(torch.equal(v, before[name]) for name, v in state(task.net).items())
+
+
+def test_batch_norm_sees_the_update_once(method, make_task):
+    task = make_task("conv")
+    method(task.net, task.x, task.y)
+    reference, seen = copy.deepcopy(task.net), []
+    task.net.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()))
+    method(task.net, task.x, task.y).loss.backward()
+    assert len(seen[-1]) == pytest.approx(6 * method.cost(6).weight_grad)
+    counted = [net[1].num_batches_tracked.item() for net in (reference, task.net)]
+    assert counted[1] == counted[0] + 1
+    reference(seen[-1])
+    for ours, expected in zip(task.net.buffers(), reference.buffers(), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_eval_mode_steps_leave_the_buffers(method, make_task):
+    task = make_task("conv")
+    task.net.eval()
+    before = dict(task.net.named_buffers())
+    before = {name: b.clone() for name, b in before.items()}
+    method(task.net, task.x, task.y).loss.backward()
+    assert all(torch.equal(b, before[name]) for name, b in task.net.named_buffers())
+
+
+def test_result(method, task):
+    result = method(task.net, task.x, task.y)
+    assert result.loss.shape == ()
+    assert result.loss.requires_grad
+    for value in (*result.terms.values(), result.x_adv, result.logits):
+        assert not value.requires_grad
+    assert all(term.shape == () for term in result.terms.values())
+    assert "ce" in result.terms
+    assert result.x_adv.shape == task.x.shape
+    assert result.logits.shape == (len(task.x), task.classes)
+    # A step further by the random start's 0.03 is in the authors' R3.
+    slack = 0.03 if method.slug == "sat-r3" else 0.0
+    assert float((result.x_adv - task.x).abs().max()) <= method.threat.eps + slack
+    assert float(result.x_adv.min()) >= 0
+    assert float(result.x_adv.max()) <= 1
+
+
+def test_images_that_ask_for_a_gradient_leave_no_graph(method, task):
+    task.x.requires_grad_()
+    result = method(task.net, task.x, task.y)
+    assert not result.x_adv.requires_grad
+    result.loss.backward()
+    assert task.x.grad is None
+
+
+def test_same_seed_same_step(build, slug, task):
+    losses = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        losses.append(build(slug)(copy.deepcopy(task.net), task.x, task.y).loss.detach())
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(losses[0], losses[2]) == (slug in ("standard", "fgsm", "sat-r1"))
+
+
+def test_no_step_waits_for_the_device(method, make_task, monkeypatch):
+    task = make_task("conv", dtype=torch.float32)
+    method(task.net, task.x, task.y)
+
+    def read(self, *args, **kwargs):
+        raise AssertionError("the step reads a value on the host")
+
+    with monkeypatch.context() as patch:
+        for name in HOST:
+            patch.setattr(torch.Tensor, name, read)
+        with NoReading():
+            method(task.net, task.x, task.y).loss.backward()
+
+
+@pytest.mark.parametrize("read", [torch.Tensor.item, lambda v: v.view(1).nonzero(), bool])
+def test_the_guard_against_waiting_works(read):
+    with NoReading(), pytest.raises(AssertionError, match="reads a value"):
+        read(torch.ones(()))
+
+
+def test_dropout_and_other_threats(build, slug, make_task):
+    for name, threat in (("mlp", Linf(0.1)), ("flat", L2(0.5)), ("conv", L2(0.5))):
+        task = make_task(name, dtype=torch.float32)
+        net = nn.Sequential(*list(task.net)[:-1], nn.Dropout(0.5), task.net[-1])
+        method = type(build(slug))(threat, **build(slug).params())
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        losses = []
+        for _ in range(2):
+            optimizer.zero_grad()
+            losses.append(method(net, task.x, task.y).loss)
+            losses[-1].backward()
+            optimizer.step()
+        assert bool(torch.stack(losses).isfinite().all())
+        assert len({float(value.detach()) for value in losses}) == 2
+
+
+def test_another_data_range(build, slug, make_task):
+    """The same batch in [-1, 1], with the radius and the weights to match, gives the same loss."""
+    task = make_task("mlp")
+    scaled = copy.deepcopy(task.net)
+    with torch.no_grad():  # f(2x - 1) of the new network is f(x) of the old
+        scaled[1].bias.add_(scaled[1].weight.sum(1) / 2)
+        scaled[1].weight.div_(2)
+    params = build(slug).params()
+    lengths = {k: 2 * v for k, v in params.items() if k in ("alpha", "eps_low", "sigma")}
+    losses = []
+    for net, x, threat, settings in (
+        (task.net, task.x, Linf(0.1), params),
+        (scaled, 2 * task.x - 1, Linf(0.2, (-1.0, 1.0)), {**params, **lengths}),
+    ):
+        torch.manual_seed(0)
+        losses.append(methods.get(slug)(threat, **settings)(net, x, task.y).loss)
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_bf16_autocast_gives_a_float32_loss(method, make_task):
+    task = make_task("conv", dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = method(task.net, task.x, task.y)
+    result.loss.backward()
+    assert result.loss.dtype == result.logits.dtype == result.x_adv.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 for p in task.net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda x, y: (255 * x, y), "x has values"),
+        (lambda x, y: (x * float("nan"), y), "nan"),
+        (lambda x, y: ((255 * x).to(torch.uint8), y), "torch.uint8"),
+        (lambda x, y: (x, y + 4), "4 classes"),
+        (lambda x, y: (x, y - 4), "labels from -"),
+        (lambda x, y: (x, y.float()), "torch.float32"),
+        (lambda x, y: (x[..., :3], y), r"\(1, 4, 3\)"),
+    ],
+)
+def test_the_first_batch_is_checked(method, make_task, spoil, words):
+    task = make_task("mlp")
+    before = state(task.net)
+    for _ in range(2):  # a refused batch does not count as checked
+        with pytest.raises(UserError, match=rf"\A.*{words}.*\Z"):
+            method(task.net, *spoil(task.x, task.y))
+    assert all(m.training for m in task.net.modules())
+    assert all(torch.equal(v, before[name]) for name, v in state(task.net).items())
+    assert method(task.net, task.x, task.y).loss.isfinite()
+
+
+def test_state_survives_a_resume(build, slug, make_task):
+    task = make_task("conv")
+    method, resumed = build(slug), build(slug)
+    index = torch.arange(len(task.x))
+    for _ in range(2):
+        method(task.net, task.x, task.y, index)
+    resumed.load_state_dict(copy.deepcopy(method.state_dict()))
+    losses = []
+    for each in (method, resumed):
+        torch.manual_seed(0)
+        losses.append(each(copy.deepcopy(task.net), task.x, task.y, index).loss)
+    assert torch.equal(*losses)
+    assert str(resumed.state_dict()) == str(method.state_dict())

@@ -28,7 +28,7 @@ def main() -> None:
         )
         accuracies = {**found.robust_accuracy, "worst case": found.worst_case_accuracy}
         text = "  ".join(f"{k} {v:.4f}" for k, v in accuracies.items())
-        print(f"{str(precision):15} n {found.n}  {text}  {found.seconds:.0f} s")
+        print(f"{precision!s:15} n {found.n}  {text}  {found.seconds:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What makes an attack a judge: the best iterate, restarts, stopping, and staying inside."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -42,7 +44,7 @@ def test_restarts_never_hurt(mlp, digits, loss):
         x_adv = attacks.pgd(mlp, x, y, Linf(0.03), 2, 0.02, restarts, loss)
         logits = mlp(x_adv).detach()
         worst.append((logits.argmax(1) != y, losses.get(loss)(logits, y)))
-    for (wrong, value), (more_wrong, more_value) in zip(worst, worst[1:], strict=False):
+    for (wrong, value), (more_wrong, more_value) in pairwise(worst):
         assert bool((more_wrong | ~wrong).all())
         assert bool((more_value >= value - 1e-6)[wrong == more_wrong].all())
     assert not torch.equal(worst[0][1], worst[-1][1])

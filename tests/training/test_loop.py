@@ -165,20 +165,21 @@ RESUMED = {
 }
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return the folder of an uninterrupted run; each is made once."""
+    made: dict[str, Path] = {}
+
+    def run(name: str, train: Callable[..., Any]) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("whole") / "run"
+            train(out=made[name])
+        return made[name]
+
+    return run
+
+
 class TestResume:
-    @pytest.fixture(scope="class")
-    def whole(self, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-        """Return the folder of an uninterrupted run; each is made once."""
-        made: dict[str, Path] = {}
-
-        def run(name: str, train: Callable[..., Any]) -> Path:
-            if name not in made:
-                made[name] = tmp_path_factory.mktemp("whole") / "run"
-                train(out=made[name])
-            return made[name]
-
-        return run
-
     def check(
         self, tiny: Any, stopping: Any, whole: Path, out: Path, after: int, train: Any
     ) -> None:
@@ -329,16 +330,16 @@ class TestResume:
     def test_the_speed_is_that_of_the_steps_taken_since(self, tiny, stopping, tmp_path):
         class Slow(methods.Standard):
             def step(self, *batch: Any) -> Any:
-                time.sleep(0.02)
+                time.sleep(0.05)
                 return super().step(*batch)
 
         def train(**place: Any) -> Any:
-            return tiny.train(Slow(tiny.threat), checkpoint_every=4, **place)
+            return tiny.train(Slow(tiny.threat), checkpoint_every=3, **place)
 
         stopping(9, lambda: train(out=tmp_path / "run"))
-        # 10 images in at least 0.02 s: at most 500 a second.
+        # 10 images in at least 0.05 s: at most 200 a second.
         history = train(out=tmp_path / "run", resume=True).history
-        assert [row["images_per_second"] <= 500 for row in history] == [True, True]
+        assert [row["images_per_second"] <= 200 for row in history] == [True, True]
 
 
 class TestRunFolders:
@@ -495,7 +496,6 @@ class TestData:
         }[kind]
         history = tiny.train(validation=held, val_images=15).history
         assert history[0]["val_n"] == 15
-        assert history == pytest.approx(history)
         expected = tiny.train(validation=(x, y), val_images=15).history
         assert [r["val_worst_case"] for r in history] == [r["val_worst_case"] for r in expected]
 

@@ -92,7 +92,15 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) ->
             f"y is {y.dtype} of shape {tuple(y.shape)}, expected torch.int64 labels of shape "
             f"({len(x)},)"
         )
-    classes = _count_classes(model, x)
+    check_labels(y, count_classes(model, x))
+
+
+def check_labels(y: Tensor, classes: int) -> None:
+    """Refuse labels that are no class of the model.
+
+    Raises:
+        UserError: a label is outside 0 .. classes - 1.
+    """
     lowest, highest = (int(v) for v in torch.aminmax(y))
     if lowest < 0 or highest >= classes:
         raise UserError(
@@ -102,7 +110,12 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) ->
 
 
 @torch.no_grad()
-def _count_classes(model: nn.Module, x: Tensor) -> int:
+def count_classes(model: nn.Module, x: Tensor) -> int:
+    """Run the model on the first of the images x (N, ...) and return its number of classes.
+
+    Raises:
+        UserError: the model fails on it or returns no logits.
+    """
     with attacking(model) as inner:
         try:
             return forward_logits(inner, x[:1]).shape[1]

@@ -109,8 +109,7 @@ def evaluate(
     with attacking(model) as inner, torch.random.fork_rng(cuda):
         torch.manual_seed(seed)
         for x, y in batches:
-            if done == 0:
-                check_inputs(inner, x, y, threat)
+            check_inputs(inner, x, y, threat)
             clean = _right(inner, x, y)
             rows = clean.nonzero().squeeze(1)
             worst = clean.clone()

@@ -17,7 +17,9 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from surestep import files
+from surestep.attacks.core import check_labels, count_classes
 from surestep.config import FitSettings, parse, to_yaml
+from surestep.data import Images
 from surestep.devices import pick_device
 from surestep.errors import UserError
 from surestep.evaluation import Evaluation, evaluate
@@ -252,6 +254,9 @@ class _Trainer:
             raise UserError("there is no batch to train on: the data hold fewer images than one")
         engine = Engine.choose(config.engine, config.precision, device)
         engine.place(model.to(device)).train()
+        if isinstance(train, Images):
+            # The method looks at the first batch only; here all labels are at hand.
+            check_labels(train.y, count_classes(model, train.pixels(slice(0, 1)).to(device)))
         optimizer = make_optimizer(
             config.optimizer,
             model.parameters(),

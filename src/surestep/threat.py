@@ -35,11 +35,10 @@ class ThreatModel(ABC):
     bounds: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        low, high = self.bounds
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        if not (len(self.bounds) == 2 and all(map(_finite, self.bounds)) and self.span > 0):
             raise UserError(f"bounds {self.bounds} are no range: give (low, high), low < high")
-        if not (math.isfinite(self.eps) and self.eps >= 0):
-            raise UserError(f"eps {self.eps} is no radius: give a number >= 0, such as 8/255")
+        if not (_finite(self.eps) and self.eps >= 0):
+            raise UserError(f"eps {self.eps!r} is no radius: give a number >= 0, such as 8/255")
 
     @property
     def span(self) -> float:
@@ -76,7 +75,7 @@ class ThreatModel(ABC):
 
     @abstractmethod
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """Return the point of the ball around ``x`` and of the data range nearest to ``x_adv``.
+        """Bring ``x_adv`` back into the ball around ``x`` and into the data range.
 
         Exact under rounding: the distance of the result from ``x``, computed in the tensors'
         own dtype, never exceeds eps. ``x`` must lie in the data range.
@@ -171,6 +170,10 @@ def make(norm: str, eps: float, bounds: tuple[float, float] = (0.0, 1.0)) -> Thr
     if norm not in NORMS:
         raise unknown_name("norm", norm, NORMS)
     return NORMS[norm](eps, bounds)
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:

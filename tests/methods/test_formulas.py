@@ -177,6 +177,7 @@ CASES = {
     "sat-r1 K=1": (sat_r1, {"lam": 2.0, "steps": 1}, {}),
     "sat-r1 K=10": (sat_r1, {"lam": 2.0, "steps": 10}, {}),
     "sat-r1 half": (sat_r1, {"lam": 2.0, "steps": 3, "fraction": 0.5}, {"last": 3}),
+    "sat-r1 rounded": (sat_r1, {"lam": 2.0, "steps": 2, "fraction": 0.45}, {"last": 3}),
     "sat-r1 all": (sat_r1, {"lam": 2.0, "steps": 2, "fraction": 1.0}, {"last": 6}),
     "sat-r1 few": (sat_r1, {"lam": 2.0, "steps": 2, "fraction": 0.01}, {"last": 1}),
     "sat-r2": (sat_r2, R2, {}),
@@ -184,7 +185,10 @@ CASES = {
     "sat-r3": (sat_r3, R3, {}),
     "sat-r3 slack": (sat_r3, {**R3, "tau": 50.0}, {}),
     "sat-r3 project": (sat_r3, {**R3, "project": True}, {}),
-    "sat-r3 per sample": (sat_r3, {**R3, "tau": 0.9, "per_sample": True}, {}),
+    "sat-r3 tau .78": (sat_r3, {**R3, "tau": 0.78}, {}),
+    "sat-r3 tau .93": (sat_r3, {**R3, "tau": 0.93}, {}),
+    "sat-r3 tau .78 each": (sat_r3, {**R3, "tau": 0.78, "per_sample": True}, {}),
+    "sat-r3 tau .93 each": (sat_r3, {**R3, "tau": 0.93, "per_sample": True}, {}),
 }
 
 
@@ -237,6 +241,17 @@ def test_terms_add_up_to_the_loss(build, make_task, slug, weight, terms):
     first, second = (result.terms[name] for name in terms)
     torch.testing.assert_close(result.loss.detach(), first + 0.7 * second)
     assert float(second) > 0
+
+
+@pytest.mark.parametrize(("name", "tau"), [("mlp", 0.93), ("conv", 0.78), ("flat", 0.78)])
+def test_hinge_of_the_means_is_not_the_mean_of_the_hinges(make_task, name, tau):
+    """So the cases above tell the two apart: some losses grow enough there, some do not."""
+    task, hinges = make_task(name), []
+    for per_sample in (False, True):
+        torch.manual_seed(11)
+        method = methods.SATR3(Linf(EPS), **{**R3, "tau": tau}, per_sample=per_sample)
+        hinges.append(float(method(task.net, task.x, task.y).terms["hinge"]))
+    assert hinges[1] > hinges[0] + 1e-3
 
 
 def test_hinge_is_inactive_where_the_loss_grows(build, make_task):

@@ -494,9 +494,10 @@ class TestData:
             "Dataset": TensorDataset(x, y),
             "DataLoader": DataLoader(TensorDataset(x, y), 7),
         }[kind]
-        history = tiny.train(validation=held, val_images=15).history
+        settings = {"val_images": 15, "val_attacks": ("fgsm", "i-fgsm-2")}
+        history = tiny.train(validation=held, **settings).history
         assert history[0]["val_n"] == 15
-        expected = tiny.train(validation=(x, y), val_images=15).history
+        expected = tiny.train(validation=(x, y), **settings).history
         assert [r["val_worst_case"] for r in history] == [r["val_worst_case"] for r in expected]
 
     @pytest.mark.parametrize("kind", ["pair", "Dataset"])

@@ -121,7 +121,7 @@ def count_classes(model: nn.Module, x: Tensor) -> int:
             return forward_logits(inner, x[:1]).shape[1]
         except UserError:
             raise
-        except (RuntimeError, TypeError, ValueError, IndexError) as e:
+        except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as e:
             reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
             raise UserError(
                 f"the model fails on one image of shape {tuple(x.shape[1:])} and type {x.dtype}: "
@@ -147,15 +147,18 @@ def input_gradient(
         UserError: the logits do not depend on x through autograd.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        x = x.detach().clone().requires_grad_()
+        # y is cloned too: a tensor made in inference mode cannot be saved for backward.
+        x, y = x.detach().clone().requires_grad_(), y.clone()
         logits = forward_logits(model, x)
-        if not logits.requires_grad:
+        values = objective(logits, y)
+        grad = None
+        if values.requires_grad:
+            (grad,) = torch.autograd.grad(values.sum(), x, allow_unused=True)
+        if grad is None:
             raise UserError(
                 "the model's output has no gradient with respect to its input (a detach() or "
                 "no_grad() in its forward?): gradient attacks and adversarial training need one"
             )
-        values = objective(logits, y)
-        (grad,) = torch.autograd.grad(values.sum(), x)
     return grad, values.detach(), logits.detach()
 
 

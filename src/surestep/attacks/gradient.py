@@ -22,6 +22,7 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, loss: str 
         UserError: on invalid images, labels or loss.
     """
     check_inputs(model, x, y, threat)
+    x = x.detach()
     with attacking(model) as inner:
         grad, _, _ = input_gradient(inner, x, y, losses.get(loss))
     return threat.project(x + threat.steepest_step(grad, threat.eps), x)
@@ -49,6 +50,7 @@ def r_fgsm(
         UserError: on invalid images, labels, alpha or loss.
     """
     check_inputs(model, x, y, threat)
+    x = x.detach()
     alpha = threat.eps / 2 if alpha is None else alpha
     if not 0 <= alpha <= threat.eps:
         raise UserError(f"alpha {alpha:g} is outside [0, eps = {threat.eps:g}]")
@@ -133,6 +135,7 @@ def pgd(
         UserError: on invalid images, labels, steps, restarts, step size or loss.
     """
     check_inputs(model, x, y, threat)
+    x = x.detach()
     if steps < 1 or restarts < 1:
         raise UserError(f"steps {steps} and restarts {restarts} must be at least 1")
     if not step_size >= 0:
@@ -158,6 +161,7 @@ def random_noise(
         UserError: on invalid images, labels or number of samples.
     """
     check_inputs(model, x, y, threat)
+    x = x.detach()
     if samples < 1:
         raise UserError(f"samples {samples} must be at least 1")
     best = Best(x, y, losses.margin)

@@ -8,11 +8,12 @@ training loop and does no I/O. Adding one means adding a file with a registered 
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from importlib import resources
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, get_args, get_type_hints
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -107,6 +108,11 @@ class Method(ABC):
 
     def __post_init__(self) -> None:
         self._inputs_checked = False
+        hints = get_type_hints(type(self))
+        for name in ("label_smoothing", *parameter_names(type(self))):
+            kinds = get_args(hints[name]) or (hints[name],)
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            self.require(_fits(getattr(self, name), kinds), name, f"a finite {expected}")
         self.require(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)")
         self.validate()
 
@@ -130,7 +136,7 @@ class Method(ABC):
         if not self._inputs_checked:
             check_inputs(model, x, y, self.threat)
             self._inputs_checked = True
-        return self.step(model, x, y, index)
+        return self.step(model, x.detach(), y, index)
 
     @abstractmethod
     def step(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> StepResult:
@@ -167,6 +173,14 @@ class Method(ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
+
+
+def _fits(value: Any, kinds: tuple[type, ...]) -> bool:
+    """Tell whether a hyperparameter is of one of the types, and finite if it is a number."""
+    if isinstance(value, float):
+        return float in kinds and math.isfinite(value)
+    # Exact types: True is an int to isinstance, and a weight of "true" is a mistake.
+    return type(value) in kinds or (type(value) is int and float in kinds)
 
 
 METHODS: dict[str, type[Method]] = {}
@@ -221,10 +235,7 @@ def build(
     for name in params:
         if name not in known:
             raise unknown_name(f"parameter of {slug}", name, known)
-    try:
-        return cls(threat, **params, label_smoothing=label_smoothing)
-    except TypeError as e:
-        raise UserError(f"{slug}: a parameter of {dict(params)} has the wrong type ({e})") from e
+    return cls(threat, **params, label_smoothing=label_smoothing)
 
 
 def preset(slug: str, name: str) -> Preset:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from surestep.attacks.core import attacking, forward_logits, input_gradient
 from surestep.attacks.losses import cross_entropy, log_odds
 from surestep.methods._base import Cost, Method, Preset, StepResult, register
-from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, MNIST_SAT, recipe
+from surestep.methods._presets import CIFAR_RESNET, MNIST_DEMO, MNIST_FAST, MNIST_SAT, recipe
 
 
 class SingleStep(Method):
@@ -55,6 +55,7 @@ class FGSM(SingleStep):
     presets = {
         "mnist": recipe(MNIST_SAT),
         "mnist-fast": recipe(MNIST_FAST),
+        "mnist-demo": recipe(MNIST_DEMO, settings={"epochs": 3}),
         "cifar10": recipe(CIFAR_RESNET),
     }
 

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """More threads only wait for each other on tensors this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    """A net with batch statistics and dropout, in train mode, its statistics not the initial."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(1, 6, 3, 2, 1),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.3),
+            nn.Linear(96, 3),
+        )
+        for _ in range(3):
+            net(torch.rand(8, 1, 8, 8))
+    return net.train()
+
+
+@pytest.fixture
+def images(net: nn.Module) -> tuple[Tensor, Tensor]:
+    """Ninety images; the labels are the net's own, but for every ninth."""
+    x = torch.rand(90, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        y = net.eval()(x).argmax(1)
+    net.train()
+    y[::9] = (y[::9] + 1) % 3
+    return x, y
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., nn.Module]:
+    """Return ``told(**broken)``: make attacks that break just the images they are told to.
+
+    Returns the model to go with them: an image's first pixel, 0.1 k, says its class k; an attack
+    breaks image number i, known by its second pixel, by adding a class.
+    """
+
+    class Reader(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            classes = torch.arange(5.0) * 0.1
+            return -(x[:, :1] - classes).abs()
+
+    def install(**broken: set[int]) -> nn.Module:
+        def parse(name: str, threat: object) -> Callable[..., Tensor]:
+            def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+                numbers = (x[:, 1] * 1000).round().int().tolist()
+                hit = torch.tensor([n in broken[name] for n in numbers])
+                x = x.clone()
+                x[hit, 0] += 0.1
+                return x
+
+            return attack
+
+        monkeypatch.setattr("surestep.evaluation.suite.parse", parse)
+        return Reader()
+
+    return install

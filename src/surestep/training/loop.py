@@ -195,12 +195,13 @@ class _Sums:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.steps = 0
+        self.steps = self.images = 0
         self.totals: dict[str, Tensor] = {}
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
 
-    def add(self, number: int, values: Mapping[str, Tensor]) -> None:
+    def add(self, number: int, images: int, values: Mapping[str, Tensor]) -> None:
         self.steps += 1
+        self.images += images
         for name, value in values.items():
             total = self.totals.get(name)
             self.totals[name] = value.clone() if total is None else total + value
@@ -314,9 +315,10 @@ class _Trainer:
             result = self.take_step(x, y, index)
             self.at.step += 1
             hits = (result.logits.argmax(1) == y).float().mean()
-            sums.add(self.at.step, {"loss": result.loss, **result.terms, "adv_accuracy": hits})
+            values = {"loss": result.loss, **result.terms, "adv_accuracy": hits}
+            sums.add(self.at.step, len(x), values)
             if self.display.due():
-                self._show(sums, begin, len(x))
+                self._show(sums, begin)
             every = self.config.checkpoint_every
             if every and self.at.step % every == 0 and self.at.step % steps:
                 self.at.train_seconds = seconds_before + time.perf_counter() - begin
@@ -331,7 +333,7 @@ class _Trainer:
             "step": self.at.step,
             "lr": lr,
             **sums.means(),
-            "images_per_second": sums.steps * self._global_batch() / row_seconds,
+            "images_per_second": sums.images * self.accelerator.num_processes / row_seconds,
             "train_seconds": self.at.train_seconds,
         }
         self._validate(row)
@@ -347,16 +349,10 @@ class _Trainer:
                 group["momentum"] = momentum(name, self.config.momentum, done)
         return lr
 
-    def _global_batch(self) -> int:
-        loader = getattr(self.source, "loader", None)
-        size = getattr(loader, "total_batch_size", None) or getattr(loader, "batch_size", None)
-        return size or self.config.batch_size
-
-    def _show(self, sums: _Sums, begin: float, batch: int) -> None:
+    def _show(self, sums: _Sums, begin: float) -> None:
         self._check_finite(sums)
         means = sums.means()
-        speed = sums.steps * batch * self.accelerator.num_processes
-        speed /= max(time.perf_counter() - begin, 1e-9)
+        speed = sums.images * self.accelerator.num_processes / (time.perf_counter() - begin)
         robust = f"  robust {self.at.last_robust:.1%}" if self.at.last_robust >= 0 else ""
         parts = "  ".join(f"{k} {v:.3f}" for k, v in means.items() if k != "adv_accuracy")
         epoch = f"epoch {self.at.epoch + 1}/{self.config.epochs}"

@@ -1,0 +1,73 @@
+"""From a run folder to its accuracies."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+ATTACKS = ("--attacks", "fgsm,pgd-3,pgd-3-margin")
+
+
+def test_end_to_end(done, finished, tmp_path):
+    file = tmp_path / "new" / "result.json"
+    table = done("evaluate", finished, *ATTACKS, "--json", file)
+    result = json.loads(file.read_text("utf-8"))
+    assert {
+        *("clean_accuracy", "robust_accuracy", "worst_case_accuracy", "n", "seconds", "run")
+    } <= result.keys()
+    assert result["n"] == 100
+    assert list(result["robust_accuracy"]) == ["fgsm", "pgd-3", "pgd-3-margin"]
+    assert result["worst_case_accuracy"] <= min(result["robust_accuracy"].values())
+    assert max(result["robust_accuracy"].values()) <= result["clean_accuracy"]
+    assert result["threat"] == {"norm": "linf", "eps": 0.3, "bounds": [0.0, 1.0]}
+    for row, value in (
+        ("clean", result["clean_accuracy"]),
+        *result["robust_accuracy"].items(),
+        ("worst case", result["worst_case_accuracy"]),
+    ):
+        low, high = result["intervals"][row]
+        shown = f"{value:.1%} ({100 * low:.1f}-{100 * high:.1f})"
+        assert any(f" {row} " in line and shown in line for line in table.splitlines())
+    assert "100 test images" in " ".join(table.split())
+
+
+def test_json_on_stdout_is_json_only(cli, finished):
+    result = cli("evaluate", finished, *ATTACKS, "--n", "20", "--json", "-")
+    assert (result.code, result.err) == (0, "")
+    assert json.loads(result.out)["n"] == 20
+
+
+def test_the_same_twice_and_in_another_batch_size(done, finished):
+    def accuracies(*args):
+        found = json.loads(done("evaluate", finished, "--attacks", "pgd-3x2", *args, "--json", "-"))
+        return {k: v for k, v in found.items() if "accuracy" in k}
+
+    assert accuracies() == accuracies()
+    assert accuracies()["clean_accuracy"] == accuracies("--batch-size", "7")["clean_accuracy"]
+
+
+def test_eps_of_ones_own(done, finished):
+    def found(eps):
+        return json.loads(
+            done("evaluate", finished, "--attacks", "pgd-3", "--eps", eps, "--json", "-")
+        )
+
+    none, some = found("0"), found("8/255")
+    assert none["worst_case_accuracy"] == none["clean_accuracy"]
+    assert some["threat"]["eps"] == 8 / 255
+    assert some["worst_case_accuracy"] <= none["worst_case_accuracy"]
+
+
+def test_a_run_may_be_moved(done, finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert "moved" in done("evaluate", "moved", "--attacks", "fgsm")
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl"])
+def test_weights_and_configuration_are_enough(done, run, name):
+    path = run / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    done("evaluate", run, "--attacks", "fgsm")

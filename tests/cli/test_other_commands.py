@@ -1,0 +1,244 @@
+"""Help, methods, env, the script, and the demo."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+import surestep
+from surestep import methods
+
+COMMANDS = ("train", "evaluate", "demo", "methods", "env")
+HEAVY = "torch numpy accelerate safetensors torchvision PIL tensorboard timm datasets"
+
+
+class TestHelp:
+    @pytest.mark.parametrize("args", [[], *([c] for c in COMMANDS)], ids=" ".join)
+    def test_it_imports_no_torch(self, args):
+        code = (
+            "import sys; from surestep.cli import main; main(sys.argv[1:]);"
+            f"print('loaded:', sorted(set(sys.modules) & set('{HEAVY}'.split())))"
+        )
+        ended = subprocess.run(
+            [sys.executable, "-W", "error", "-c", code, *args, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=100,
+        )
+        assert ended.stdout.startswith("Usage: surestep")
+        assert ended.stdout.endswith("loaded: []\n")
+        assert ended.stderr == ""
+
+    @pytest.mark.parametrize("flag", ["-h", "--help"])
+    def test_the_commands(self, done, flag):
+        text = done(flag)
+        assert all(f"\n  {command} " in text for command in COMMANDS)
+        assert "surestep demo" in text
+
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_every_option_is_explained(self, done, name):
+        text = done(name, "--help")
+        command = getattr(importlib.import_module(f"surestep.cli.{name}"), name)
+        options = [p for p in command.params if p.param_type_name == "option"]
+        assert options
+        for option in options:
+            assert f"  {option.opts[0]}" in text
+            assert option.help, option.name
+            assert option.help.rstrip("]")[-1] in ".)" or "[default" in option.help
+
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_the_list_says_what_the_command_says(self, done, name):
+        command = getattr(importlib.import_module(f"surestep.cli.{name}"), name)
+        assert f"{command.short_help}\n" in done("--help")
+
+    def test_version(self, done):
+        assert done("--version") == f"surestep, version {surestep.__version__}\n"
+
+
+class TestMethods:
+    def test_all_are_listed(self, done):
+        first = {line.split()[0] for line in done("methods").splitlines() if line.strip()}
+        assert set(methods.names()) <= first
+
+    def test_json(self, done):
+        rows = json.loads(done("methods", "--json", "-"))
+        assert sorted(r["name"] for r in rows) == methods.names()
+        assert [r["passes"] for r in rows] == sorted(r["passes"] for r in rows)
+        by_name = {r["name"]: r for r in rows}
+        assert by_name["standard"]["passes"] == 3
+        assert by_name["sat-r3"]["passes"] == 8
+        assert "mnist" in by_name["sat-r3"]["presets"]
+        assert all(r["summary"] and r["paper"] for r in rows)
+
+    @pytest.mark.parametrize("name", methods.names())
+    def test_the_card_of_one(self, done, name):
+        card = done("methods", name)
+        assert card.rstrip() == methods.card(name).rstrip()
+        assert card.startswith("# ")
+
+    def test_the_card_as_json(self, done, tmp_path):
+        done("methods", "sat-r3", "--json", tmp_path / "card.json")
+        found = json.loads((tmp_path / "card.json").read_text("utf-8"))
+        assert found == {"name": "sat-r3", "card": methods.card("sat-r3")}
+
+
+class TestEnv:
+    def test_json(self, done):
+        facts = json.loads(done("env", "--json", "-"))
+        assert facts["surestep"] == surestep.__version__
+        assert facts["torch"] == torch.__version__
+        assert facts["torch threads"] == torch.get_num_threads()
+        assert {"python", "platform", "cores", "device", "engine", "accelerate"} <= facts.keys()
+
+    def test_text(self, done):
+        lines = dict(line.split(maxsplit=1) for line in done("env").splitlines())
+        assert lines["surestep"] == surestep.__version__
+        assert lines["torch"]
+
+
+class TestProcess:
+    """The real thing: what a shell sees."""
+
+    def test_the_script(self):
+        script = Path(sysconfig.get_path("scripts")) / "surestep"
+        if not script.exists():
+            pytest.skip("surestep is not installed as a script")
+        ended = subprocess.run(
+            [script, "--version"], capture_output=True, text=True, check=False, timeout=100
+        )
+        assert (ended.returncode, ended.stderr) == (0, "")
+        assert surestep.__version__ in ended.stdout
+
+    def test_exit_codes_and_streams(self, process):
+        ended = process("train", "--method", "sat-r9")
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert ended.stderr.startswith("surestep: error: unknown method 'sat-r9'")
+        assert ended.stderr.count("\n") == 1
+
+    def test_a_result(self, process, finished):
+        ended = process("evaluate", finished, "--attacks", "fgsm", "--json", "-")
+        assert (ended.returncode, ended.stderr) == (0, "")
+        assert json.loads(ended.stdout)["n"] == 100
+
+    @pytest.mark.xfail(
+        strict=True,
+        reason="README says `torchrun -m surestep train`, but there is no surestep/__main__.py",
+    )
+    def test_as_a_module(self):
+        ended = subprocess.run(
+            [sys.executable, "-m", "surestep", "--version"],
+            capture_output=True,
+            check=False,
+            timeout=100,
+        )
+        assert ended.returncode == 0
+
+
+class TestDemo:
+    @pytest.fixture
+    def tiny(self, few_digits, monkeypatch):
+        """Make the demo a matter of a second: few images, small network, one epoch."""
+        from surestep import runs
+
+        resolve, configs = runs.resolve, []
+
+        def small(*args):
+            config = resolve(*args)
+            configs.append(config)
+            change = {"model": "cnn-small", "epochs": 1, "batch_size": 50, "val_images": 0}
+            return config.model_copy(update=change)
+
+        monkeypatch.setattr(runs, "resolve", small)
+        return configs
+
+    def test_table_sentence_and_json(self, cli, tiny, tmp_path):
+        code, out, err = cli("demo", "--n", "20", "--json", tmp_path / "demo.json", "--seed", "3")
+        assert code == 0, err
+        assert "training with fgsm\n" in err
+        assert "training with sat-r2\n" in err
+        found = json.loads((tmp_path / "demo.json").read_text("utf-8"))
+        assert list(found) == ["fgsm", "sat-r2"]
+        for result in found.values():
+            assert list(result["robust_accuracy"]) == ["fgsm", "pgd-100", "pgd-100-margin"]
+            assert (result["n"], result["threat"]["eps"]) == (20, 0.3)
+            assert result["train_seconds"] > 0
+        assert (found["fgsm"]["passes_per_image"], found["sat-r2"]["passes_per_image"]) == (5, 10)
+        rows = {row.split("  ")[0].strip("│ "): row for row in out.splitlines()}
+        for name, key in (("clean", "clean_accuracy"), ("worst case", "worst_case_accuracy")):
+            for result in found.values():
+                assert f"{result[key]:.1%} (" in rows[name]
+        assert {"fgsm", "pgd-100", "pgd-100-margin", "passes per image"} <= rows.keys()
+        assert f"keeps {found['sat-r2']['worst_case_accuracy']:.1%}." in out
+        assert "s in all)" in out
+        assert not list(tmp_path.glob("fgsm*"))
+
+    def test_both_runs_are_alike_but_for_the_method(self, done, tiny):
+        done("demo", "--n", "1", "--json", "-", "--seed", "3")
+        one, other = (c.model_dump(exclude={"method", "params"}) for c in tiny)
+        assert one == other
+        assert (one["dataset"], one["eps"], one["seed"]) == ("mnist", 0.3, 3)
+        assert [c.method for c in tiny] == ["fgsm", "sat-r2"]
+
+    def test_json_on_stdout_is_json_only(self, done, tiny):
+        assert json.loads(done("demo", "--n", "1", "--json", "-")).keys() == {"fgsm", "sat-r2"}
+
+    @pytest.mark.parametrize(
+        ("under_fgsm", "worst", "said"),
+        [
+            (0.97, 0.02, "looks robust under the attack it trained on (97.0%), but the stronger "),
+            (0.97, 0.02, "attacks leave 2.0%: its gradients are masked; SAT-R2, which penalises"),
+            (0.9, 0.8, "FGSM training kept 80.0% under the strongest attack this time; SAT-R2,"),
+        ],
+    )
+    def test_the_sentence_follows_the_numbers(
+        self, done, tiny, monkeypatch, under_fgsm, worst, said
+    ):
+        def judge(model, data, threat, n, progress):
+            progress(n, n, worst)
+            found = evaluate(model, data, threat, ["fgsm"], n=n)
+            scores = {"fgsm": under_fgsm, "pgd-100": worst}
+            intervals = dict.fromkeys(("clean", *scores, "worst case"), (0.0, 1.0))
+            return replace(
+                found, robust_accuracy=scores, worst_case_accuracy=worst, intervals=intervals
+            )
+
+        from dataclasses import replace
+
+        evaluate = surestep.evaluate
+        monkeypatch.setattr(surestep, "evaluate", judge)
+        assert said in " ".join(done("demo", "--n", "5").split())
+
+    def test_runs_are_kept_and_refused(self, done, refused, tiny, tmp_path, tools):
+        out = tmp_path / "demo"
+        done("demo", "--n", "1", "--out", out)
+        assert {p.name for p in out.iterdir()} == {"fgsm", "sat-r2"}
+        assert all((p / "model.safetensors").is_file() for p in out.iterdir())
+        assert "run" in done("evaluate", out / "sat-r2", "--n", "1", "--json", "-")
+        before = tools.contents(out)
+        code_line = self.last(refused, "demo", "--n", "1", "--out", out)
+        assert f"{out / 'fgsm'} exists already" in code_line
+        assert "--overwrite" in code_line
+        assert tools.contents(out) == before
+        done("demo", "--n", "1", "--out", out, "--overwrite")
+
+    @staticmethod
+    def last(refused, *args):
+        head = "surestep demo: LeNet+ on MNIST, l-inf eps 0.3, two training methods\n"
+        return refused(*args, after=f"{head}training with fgsm\n")
+
+    @pytest.mark.xfail(
+        strict=True, reason="the second run's folder is looked at after the first is trained"
+    )
+    def test_it_looks_at_both_folders_first(self, cli, tiny, tmp_path):
+        (tmp_path / "sat-r2").mkdir()
+        (tmp_path / "sat-r2" / "config.yaml").write_text("method: sat-r2\n")
+        assert cli("demo", "--n", "1", "--out", tmp_path).code == 2
+        assert not (tmp_path / "fgsm").exists()

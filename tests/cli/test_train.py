@@ -1,0 +1,225 @@
+"""From the command to the run folder, and back."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from surestep.config import FitSettings, RunConfig
+
+WEIGHTS = "model.safetensors"
+
+
+class TestRunFolder:
+    def test_what_it_holds(self, finished):
+        names = {p.name for p in finished.iterdir()}
+        assert names == {"config.yaml", "metrics.jsonl", WEIGHTS, "checkpoints"}
+        checkpoints = sorted(p.name for p in (finished / "checkpoints").iterdir())
+        assert checkpoints == ["step-00000009.safetensors", "step-00000018.safetensors"]
+
+    def test_a_row_an_epoch(self, finished, tools):
+        rows = tools.rows(finished)
+        assert [(r["epoch"], r["step"]) for r in rows] == [(1, 9), (2, 18)]
+        expected = {"loss", "ce", "hinge", "val_n", "val_clean", "val_fgsm", "val_worst_case"}
+        assert all(expected <= r.keys() for r in rows)
+        assert all(r["val_n"] == 100 for r in rows)
+
+    def test_the_configuration_is_resolved(self, finished, digits):
+        config = yaml.safe_load((finished / "config.yaml").read_text("utf-8"))
+        assert config.keys() == RunConfig.model_fields.keys()
+        assert config["data"] == str(digits)
+        assert config["val_attacks"] == ["fgsm", "pgd-2"]
+        assert config["params"].keys() == {
+            *("lam", "tau", "alpha", "eps_low", "project", "per_sample")
+        }
+        assert config["params"]["eps_low"] == pytest.approx(0.1)
+
+    def test_only_two_checkpoints_are_kept(self, done, small, tmp_path):
+        out = tmp_path / "run"
+        args = ("--epochs", "1", "--checkpoint-every", "2", "--val-images", "0", "--quiet")
+        done("train", *small, *args, "--out", out)
+        found = sorted(p.name for p in (out / "checkpoints").iterdir())
+        assert found == ["step-00000008.safetensors", "step-00000009.safetensors"]
+        assert (out / WEIGHTS).is_file()
+
+
+class TestAgain:
+    def test_a_configuration_makes_the_same_run(self, done, finished, tmp_path, tools):
+        out = tmp_path / "other"
+        done("train", "--config", finished / "config.yaml", "--out", out, "--quiet")
+        assert (out / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
+        assert (out / "config.yaml").read_bytes() == (finished / "config.yaml").read_bytes()
+        assert tools.rows(out) == tools.rows(finished)
+
+    def test_another_seed_makes_another(self, done, finished, tmp_path):
+        out = tmp_path / "other"
+        config = finished / "config.yaml"
+        done("train", "--config", config, "--seed", "1", "--out", out, "--quiet")
+        assert (out / WEIGHTS).read_bytes() != (finished / WEIGHTS).read_bytes()
+
+    def test_a_finished_run_resumes_to_itself(self, done, run, tools):
+        before = tools.contents(run)
+        assert f"surestep evaluate {run}" in done("train", "--resume", run)
+        assert tools.contents(run) == before
+
+    def test_overwrite_replaces_the_whole_run(self, done, run, small, finished):
+        (run / "old").touch()
+        done("train", "--method", "sat-r3", *small, "--out", run, "--overwrite", "--quiet")
+        assert not (run / "old").exists()
+        assert (run / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
+
+    def test_killed_and_resumed(self, done, small, tmp_path, tools):
+        """SIGKILL at the first checkpoint, within an epoch: bit for bit the same in the end."""
+        out, whole = tmp_path / "killed", tmp_path / "whole"
+        args = ["train", "--method", "sat-r2", *small, "--epochs", "6", "--checkpoint-every", "2"]
+        with subprocess.Popen(
+            [sys.executable, "-c", "from surestep.cli import main; main()", *args, "--out", out],
+            env=tools.environment(),
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        ) as process:
+            end = time.monotonic() + 90
+            while process.poll() is None and time.monotonic() < end:
+                if list(out.glob("checkpoints/step-*.safetensors")):
+                    break
+                time.sleep(0.002)
+            process.kill()
+        assert process.returncode == -signal.SIGKILL, "it must be killed, not done"
+        assert not (out / "metrics.jsonl").exists() or len(tools.rows(out)) < 6
+        done("train", "--resume", out, "--quiet")
+        done("train", "--config", out / "config.yaml", "--out", whole, "--quiet")
+        assert (out / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+        assert tools.rows(out) == tools.rows(whole)
+        assert {p.name for p in out.rglob("*")} == {p.name for p in whole.rglob("*")}
+
+
+class TestSettings:
+    @pytest.fixture
+    def config(self, monkeypatch, cli, tmp_path):
+        """Return the configuration a command line comes to, without training."""
+        seen = []
+
+        class Done(Exception):
+            pass
+
+        def train(config, out, **_):
+            seen.append((config, out))
+            raise Done
+
+        monkeypatch.setattr("surestep.runs.train", train)
+        monkeypatch.chdir(tmp_path)
+
+        def resolve(*args):
+            cli("train", *args)
+            return seen.pop()
+
+        return resolve
+
+    def test_preset_config_and_command_line(self, config, tmp_path):
+        (tmp_path / "c.yaml").write_text("epochs: 3\nlr: 0.3\nparams: {lam: 2, alpha: 0.02}\n")
+        args = ("--preset", "mnist", "--config", "c.yaml", "--lr", "0.4", "--param", "lam=7")
+        found, _ = config(*args)
+        assert (found.batch_size, found.schedule) == (32, "step"), "the preset's"
+        assert (found.epochs, found.params["alpha"]) == (3, 0.02), "the file's"
+        assert (found.lr, found.params["lam"]) == (0.4, 7), "the command line's"
+        assert found.momentum == 0.9, "the default"
+
+    def test_a_file_takes_no_preset_by_itself(self, config, tmp_path):
+        (tmp_path / "c.yaml").write_text("method: sat-r2\ndataset: mnist\n")
+        assert config("--config", "c.yaml")[0].epochs == RunConfig.model_fields["epochs"].default
+
+    @pytest.mark.parametrize(
+        ("args", "name", "value"),
+        [
+            (("--eps", "8/255"), "eps", 8 / 255),
+            (("--eps", "0"), "eps", 0),
+            (("--val-attacks", "fgsm,pgd-2x3"), "val_attacks", ("fgsm", "pgd-2x3")),
+            (("--no-normalize",), "normalize", False),
+            (("--ema", "none"), "ema", None),
+            (("--batch-size", "7"), "batch_size", 7),
+            (("--param", "eps-low=2/255"), "params", {"eps_low": 2 / 255}),
+            (("--param", "lam=1", "--param", "project=true"), "params", {"lam": 1, "project": 1}),
+            (("--param", "eps_low=null"), "params", {"eps_low": None}),
+        ],
+    )
+    def test_values(self, config, args, name, value):
+        found, _ = config("--method", "sat-r3", "--preset", "none", *args)
+        assert getattr(found, name) == value
+
+    def test_the_folder_by_default(self, config, tmp_path):
+        day = time.strftime("%Y%m%d")
+        for number in ("", "-2", "-3"):
+            _, out = config("--method", "sat-r1", "--dataset", f"npz:{tmp_path}/a.npz")
+            assert out == f"runs/{day}-sat-r1-npz{number}"
+            Path(out).mkdir(parents=True)
+
+    def test_every_setting_of_fit_is_an_option(self, done):
+        text = done("train", "--help")
+        assert all(f"--{name.replace('_', '-')}" in text for name in FitSettings.model_fields)
+
+
+class TestWhatItSays:
+    def test_where_the_run_is_and_what_next(self, done, small, tmp_path):
+        out = tmp_path / "run"
+        text = done("train", *small, "--epochs", "1", "--out", out)
+        assert text.startswith(f"{out}: epoch 1 selected, worst case ")
+        assert "% of 100 held-out images" in text
+        assert text.endswith(f"surestep evaluate {out}\n")
+
+    def test_progress_is_on_stderr(self, cli, small, tmp_path):
+        result = cli("train", *small, "--epochs", "1", "--out", tmp_path / "run", "--json", "-")
+        assert result.err.startswith("epoch 1/1  loss ")
+        assert json.loads(result.out)["run"] == str(tmp_path / "run")
+
+    def test_quiet(self, cli, small, tmp_path):
+        args = ("--epochs", "1", "--quiet", "--json", tmp_path / "new" / "r.json")
+        assert cli("train", *small, *args, "--out", tmp_path / "run") == (0, "", "")
+        result = json.loads((tmp_path / "new" / "r.json").read_text())
+        assert result["method"] == "sat-r2"
+        assert result["selected_epoch"] == 1
+        assert result["train_seconds"] > 0
+        assert result["validation"]["val_n"] == 100
+
+    def test_mnist_with_its_preset(self, done, few_digits, tmp_path):
+        """The embedded data set by name; the recipe of its name comes with it."""
+        out = tmp_path / "run"
+        args = ("--epochs", "1", "--model", "cnn-small", "--batch-size", "50", "--quiet")
+        done("train", "--method", "sat-r3", "--dataset", "mnist", *args, "--out", out)
+        config = yaml.safe_load((out / "config.yaml").read_text("utf-8"))
+        assert (config["schedule"], config["lr"], config["params"]["eps_low"]) == ("step", 0.05, 0.1)
+
+
+class TestFullDisk:
+    @pytest.mark.parametrize(
+        "name", ["metrics.jsonl", WEIGHTS, "step-00000009.safetensors", "step-00000018.safetensors"]
+    )
+    def test_it_goes_on_once_there_is_room(
+        self, done, cli, small, tmp_path, finished, monkeypatch, name
+    ):
+        out, replace = tmp_path / "run", os.replace
+
+        def full(source, target):
+            if Path(target).name == name:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", full)
+        code, _, err = cli("train", "--method", "sat-r3", *small, "--out", out, "--quiet")
+        assert code == 2
+        assert err.startswith("surestep: error: no space left to write ")
+        assert name in err
+        assert "--resume" in err
+        assert err.count("\n") == 1
+        assert not [p for p in out.rglob(".*")], "a part is left"
+        monkeypatch.undo()
+        done("train", "--resume", out, "--quiet")
+        assert (out / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()

@@ -18,6 +18,9 @@ from surestep.attacks.losses import Objective, log_odds, margin
 from surestep.errors import UserError
 from surestep.threat import ThreatModel
 
+_SHRINK = 0.9
+"""Share of a batch still under attack at which the samples that are done leave it."""
+
 
 @contextmanager
 def attacking(model: nn.Module, *, train_mode: bool = False) -> Iterator[nn.Module]:
@@ -247,12 +250,15 @@ class Ascent:
         for _ in range(self.steps):
             grad, _, logits = input_gradient(model, x_adv, best.y[rows], self.objective)
             best.offer(rows, x_adv, logits)
-            if best.stop_when_wrong and bool(best.done[rows].any()):
+            if best.stop_when_wrong:
                 left = ~best.done[rows]
-                rows, x_adv, grad = rows[left], x_adv[left], grad[left]
-                momentum = None if momentum is None else momentum[left]
-                if not len(rows):
-                    return
+                # Not at every loss of a sample: each new batch size makes the backend prepare its
+                # kernels anew, and keep them.
+                if int(left.sum()) <= _SHRINK * len(rows):
+                    rows, x_adv, grad = rows[left], x_adv[left], grad[left]
+                    momentum = None if momentum is None else momentum[left]
+                    if not len(rows):
+                        return
             momentum = self._direction(grad, momentum)
             x_adv = self._advance(x_adv, best.x[rows], momentum)
         best.try_points(model, rows, x_adv)

@@ -3,9 +3,10 @@
     python benchmarks/resume_trials.py --trials 20 --out benchmarks/results/resume.csv
     python benchmarks/resume_trials.py --trials 3 --method sat-r2
 
-Each trial is a fresh process on 512 embedded MNIST images, killed some time after its first
-checkpoint, one time in three killed again after the resume. Identical means that
-``model.safetensors`` holds the same bytes and ``metrics.jsonl`` the same numbers. Exits with 1 if any trial differs.
+Each trial is a process of its own that trains on 512 embedded MNIST images and is killed some time
+after its first checkpoint; another one resumes, and one time in three it is killed, too. Identical
+means that ``model.safetensors`` holds the same bytes and ``metrics.jsonl`` the same numbers but
+for the times. Exits with 1 if any trial differs. Processes are forked, so not for Windows.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import csv
 import datetime
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -39,14 +41,16 @@ SETTINGS = {
 AGAIN = 1 / 3
 
 
-def work(method: str, out: Path, resume: bool) -> None:
-    """Train in this process; print a line a step."""
+def work(method: str, images: Any, out: Path, resume: bool, log: Path) -> None:
+    """Train in this process; write a line a step to the log."""
     import torch
 
     import surestep
-    from surestep import data, methods, models
+    from surestep import methods, models
     from surestep.training import TrainStep
 
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     take = TrainStep.__call__
 
     def step(self: TrainStep, *batch: Any) -> Any:
@@ -57,7 +61,6 @@ def work(method: str, out: Path, resume: bool) -> None:
     TrainStep.__call__ = step
     torch.manual_seed(0)
     model = models.create("cnn-small")
-    images = data.load("mnist").first(IMAGES)
     step_of = methods.get(method)(surestep.Linf(0.3))
     surestep.fit(model, images, step_of, out=out, resume=resume, quiet=True, **SETTINGS)
 
@@ -76,48 +79,51 @@ class Attempt:
     seconds: float
 
 
-def attempt(method: str, out: Path, *, resume: bool, kill_after: float | None) -> Attempt:
+def attempt(
+    method: str, images: Any, out: Path, *, resume: bool, kill_after: float | None
+) -> Attempt:
     """Run a process; kill it ``kill_after`` seconds after the first checkpoint it writes."""
-    before = checkpoints(out)
-    command = [sys.executable, __file__, "--worker", method, str(out), *["resume"] * resume]
+    seen = before = checkpoints(out)
     log = out.with_suffix(".log")
-    with log.open("w") as f:
-        process = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT)
-        first = last = None
-        seen = before
-        while process.poll() is None:
-            now = checkpoints(out)
-            if now != seen:
-                seen, last = now, time.monotonic()
-                first = first or last
-            if first and kill_after is not None and time.monotonic() - first >= kill_after:
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.002)
-        code = process.wait()
-    if code not in (0, -signal.SIGKILL):
+    log.unlink(missing_ok=True)
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=work, args=(method, images, out, resume, log))
+    process.start()
+    first = last = 0.0
+    while process.is_alive():
+        now = checkpoints(out)
+        if now != seen:
+            seen, last = now, time.monotonic()
+            first = first or last
+        if first and kill_after is not None and time.monotonic() - first >= kill_after:
+            process.kill()
+            break
+        time.sleep(0.005)
+    process.join()
+    if process.exitcode not in (0, -signal.SIGKILL):
         sys.exit(f"{method}: the process failed\n{log.read_text()[-3000:]}")
-    steps = log.read_text().splitlines().count("step")
-    seconds = last - first if first and last else 0.0
-    return Attempt((before or [0])[-1] + steps, code != 0, seconds)
+    steps = log.read_text().splitlines().count("step") if log.exists() else 0
+    return Attempt((before or [0])[-1] + steps, process.exitcode != 0, last - first)
 
 
-def trial(method: str, span: float, out: Path, rng: random.Random) -> tuple[Path, list[int]]:
+def trial(
+    method: str, images: Any, span: float, out: Path, rng: random.Random
+) -> tuple[Path, list[int]]:
     """Kill and resume until the run is done; return it and the steps at which it was killed."""
     killed: list[int] = []
     while not killed:
-        began = attempt(method, out, resume=False, kill_after=rng.uniform(0, span))
+        began = attempt(method, images, out, resume=False, kill_after=rng.uniform(0, span))
         if began.killed:
             killed.append(began.step)
         else:  # It was faster than the uninterrupted run: once more, in another folder.
             span /= 2
             out = out.with_name(out.name + "x")
     if rng.random() < AGAIN:
-        again = attempt(method, out, resume=True, kill_after=rng.uniform(0, span / 2))
+        again = attempt(method, images, out, resume=True, kill_after=rng.uniform(0, span / 2))
         if not again.killed:
             return out, killed
         killed.append(again.step)
-    attempt(method, out, resume=True, kill_after=None)
+    attempt(method, images, out, resume=True, kill_after=None)
     return out, killed
 
 
@@ -139,14 +145,14 @@ def main() -> None:
     parser.add_argument("--method", help="only this one")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, help="CSV to write")
-    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if args.worker:
-        method, out, *resume = args.worker
-        work(method, Path(out), bool(resume))
-        return
-    from surestep import methods
+    # All that a child needs is imported here, once: its process begins as a copy of this one.
+    # Torch puts seconds of imports off to the first optimizer.
+    from surestep import data, methods, models, training
+
+    training.make_optimizer("sgd", models.create("cnn-small").parameters(), lr=1.0)
+    images = data.load("mnist").first(IMAGES)
 
     names = [methods.get(args.method).slug] if args.method else methods.names()
     commit = subprocess.run(
@@ -166,10 +172,10 @@ def main() -> None:
             begin = time.monotonic()
             if name not in whole:
                 place = Path(folder, f"whole-{name}")
-                span = attempt(name, place, resume=False, kill_after=None).seconds
+                span = attempt(name, images, place, resume=False, kill_after=None).seconds
                 whole[name] = place, span
             reference, span = whole[name]
-            out, killed = trial(name, span, Path(folder, f"trial-{number}"), rng)
+            out, killed = trial(name, images, span, Path(folder, f"trial-{number}"), rng)
             same = identical(out, reference)
             steps = " ".join(map(str, killed))
             row = {"trial": number, "method": name, "killed_at_step": steps, "identical": same}

@@ -61,7 +61,7 @@ def test_stopping_early_gives_the_same_accuracy_for_less(mlp, digits, decay):
         torch.manual_seed(0)
         seen.clear()
         run = {"decay": decay, "stop_when_wrong": stop}
-        x_adv = attacks.pgd(mlp, x, y, Linf(0.6), 10, 0.1, **run)
+        x_adv = attacks.pgd(mlp, x, y, Linf(0.8), 10, 0.1, **run)
         work.append(sum(seen))
         right.append(mlp(x_adv).argmax(1) == y)
     handle.remove()

@@ -82,12 +82,12 @@ class TestAgain:
         out, whole = tmp_path / "killed", tmp_path / "whole"
         args = ["train", "--method", "sat-r2", *small, "--epochs", "6", "--checkpoint-every", "2"]
         with subprocess.Popen(
-            [sys.executable, "-c", "from surestep.cli import main; main()", *args, "--out", out],
+            [sys.executable, "-m", "surestep", *args, "--out", out],
             env=tools.environment(),
             stderr=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
         ) as process:
-            end = time.monotonic() + 90
+            end = time.monotonic() + 300
             while process.poll() is None and time.monotonic() < end:
                 if list(out.glob("checkpoints/step-*.safetensors")):
                     break
@@ -143,6 +143,10 @@ class TestSettings:
             (("--eps", "8/255"), "eps", 8 / 255),
             (("--eps", "0"), "eps", 0),
             (("--val-attacks", "fgsm,pgd-2x3"), "val_attacks", ("fgsm", "pgd-2x3")),
+            pytest.param(
+                *(("--val-attacks", "fgsm, pgd-2"), "val_attacks", ("fgsm", "pgd-2")),
+                marks=pytest.mark.xfail(strict=True, reason="train keeps the blank, evaluate not"),
+            ),
             (("--no-normalize",), "normalize", False),
             (("--ema", "none"), "ema", None),
             (("--batch-size", "7"), "batch_size", 7),
@@ -192,10 +196,11 @@ class TestWhatItSays:
     def test_mnist_with_its_preset(self, done, few_digits, tmp_path):
         """The embedded data set by name; the recipe of its name comes with it."""
         out = tmp_path / "run"
-        args = ("--epochs", "1", "--model", "cnn-small", "--batch-size", "50", "--quiet")
+        args = ("--epochs", "1", "--batch-size", "50", "--val-attacks", "fgsm", "--quiet")
         done("train", "--method", "sat-r3", "--dataset", "mnist", *args, "--out", out)
         config = yaml.safe_load((out / "config.yaml").read_text("utf-8"))
-        assert (config["schedule"], config["lr"], config["params"]["eps_low"]) == ("step", 0.05, 0.1)
+        assert (config["schedule"], config["lr"]) == ("step", 0.05)
+        assert config["params"]["eps_low"] == 0.1
 
 
 class TestFullDisk:
@@ -219,7 +224,7 @@ class TestFullDisk:
         assert name in err
         assert "--resume" in err
         assert err.count("\n") == 1
-        assert not [p for p in out.rglob(".*")], "a part is left"
+        assert not list(out.rglob(".*")), "a part is left"
         monkeypatch.undo()
         done("train", "--resume", out, "--quiet")
         assert (out / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()

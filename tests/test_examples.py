@@ -1,0 +1,78 @@
+"""The examples run as they are; what README.md shows can be typed."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    """The code blocks of README.md, as pairs (language, text)."""
+    readme = ROOT / "README.md"
+    if not readme.exists():
+        pytest.skip("there is no README.md yet")
+    return BLOCK.findall(readme.read_text("utf-8"))
+
+
+def test_there_are_examples():
+    assert "own_loop.py" in {p.name for p in EXAMPLES}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
+def test_an_example_runs(path, tmp_path):
+    """Each as it is, but on an eighth of the images it asks for."""
+    code = (
+        "import runpy, sys; from surestep.data import Images; first = Images.first;"
+        "Images.first = lambda self, n: first(self, n // 8);"
+        "runpy.run_path(sys.argv[1], run_name='__main__')"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, path],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.strip(), "an example shows what came of it"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
+def test_an_example_says_what_it_is(path):
+    assert path.read_text("utf-8").startswith('"""')
+
+
+def test_ones_own_loop_is_short():
+    lines = (ROOT / "examples" / "own_loop.py").read_text("utf-8").splitlines()
+    assert len(lines) <= 25
+
+
+def test_python_in_the_readme_compiles(blocks):
+    found = [text for language, text in blocks if language == "python"]
+    assert found
+    for text in found:
+        compile(text, "README.md", "exec")
+
+
+def test_commands_in_the_readme_exist(blocks):
+    """Each line is read by the command it names, options, values and all, without running it."""
+    lines = [line for language, text in blocks if language != "python" for line in text.split("\n")]
+    commands = [shlex.split(x, comments=True) for x in lines if x.startswith("surestep ")]
+    assert commands
+    for _, name, *args in commands:
+        command = getattr(importlib.import_module(f"surestep.cli.{name}"), name)
+        assert isinstance(command.make_context(name, list(args)), click.Context)

@@ -326,7 +326,6 @@ class TestResume:
             tiny.train(out=where and tmp_path / where, resume=True)
         assert not list(tmp_path.iterdir())
 
-    @pytest.mark.xfail(strict=True, reason="steps from before the stop count, their time does not")
     def test_the_speed_is_that_of_the_steps_taken_since(self, tiny, stopping, tmp_path):
         class Slow(methods.Standard):
             def step(self, *batch: Any) -> Any:

@@ -18,8 +18,16 @@ from surestep.attacks.losses import Objective, log_odds, margin
 from surestep.errors import UserError
 from surestep.threat import ThreatModel
 
-_SHRINK = 0.9
-"""Share of a batch still under attack at which the samples that are done leave it."""
+_BUCKET = 32
+
+
+def round_up(count: int, most: int) -> int:
+    """Round a number of images up to a multiple of 32, but not above ``most``.
+
+    Backends prepare, and keep, kernels for every batch size they meet. Batches that shrink one
+    image at a time would fill memory with them and spend their time making them.
+    """
+    return min(most, -(-count // _BUCKET) * _BUCKET)
 
 
 @contextmanager
@@ -251,14 +259,15 @@ class Ascent:
             grad, _, logits = input_gradient(model, x_adv, best.y[rows], self.objective)
             best.offer(rows, x_adv, logits)
             if best.stop_when_wrong:
-                left = ~best.done[rows]
-                # Not at every loss of a sample: each new batch size makes the backend prepare its
-                # kernels anew, and keep them.
-                if int(left.sum()) <= _SHRINK * len(rows):
-                    rows, x_adv, grad = rows[left], x_adv[left], grad[left]
-                    momentum = None if momentum is None else momentum[left]
-                    if not len(rows):
-                        return
+                done = best.done[rows]
+                left = len(rows) - int(done.sum())
+                if not left:
+                    return
+                if (kept := round_up(left, len(rows))) < len(rows):
+                    # Those still right first; done ones fill up.
+                    order = done.int().argsort(stable=True)[:kept]
+                    rows, x_adv, grad = rows[order], x_adv[order], grad[order]
+                    momentum = None if momentum is None else momentum[order]
             momentum = self._direction(grad, momentum)
             x_adv = self._advance(x_adv, best.x[rows], momentum)
         best.try_points(model, rows, x_adv)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from surestep.attacks.core import attacking, check_inputs, forward_logits
+from surestep.attacks.core import attacking, check_inputs, forward_logits, round_up
 from surestep.data import Batches, Images, as_images
 from surestep.errors import UserError
 from surestep.evaluation import suite
@@ -111,7 +111,9 @@ def evaluate(
         for x, y in batches:
             check_inputs(inner, x, y, threat)
             clean = _right(inner, x, y)
-            rows = clean.nonzero().squeeze(1)
+            # Those that are right; others only to fill up to a batch size met before.
+            attacked = round_up(int(clean.sum()), len(x))
+            rows = clean.int().argsort(descending=True, stable=True)[:attacked]
             worst = clean.clone()
             right["clean"].append(clean)
             for name, attack in by_name.items():
@@ -120,7 +122,7 @@ def evaluate(
                 if len(rows):
                     with _autocast(device, precision):
                         x_adv = attack(inner, x[rows], y[rows])
-                    ok[rows] = _right(inner, x_adv, y[rows])
+                    ok[rows] &= _right(inner, x_adv, y[rows])
                 right[name].append(ok)
                 worst &= ok
                 seconds[name] += time.perf_counter() - begin

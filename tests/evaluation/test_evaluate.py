@@ -60,10 +60,11 @@ class TestWorstCase:
         assert found.robust_accuracy == {"a": 0.9, "b": 0.8}
         assert found.worst_case_accuracy == 0.8
 
-    def test_only_images_that_are_right_are_attacked(self, told, monkeypatch):
+    def test_images_that_are_wrong_only_fill_up_a_batch(self, told, monkeypatch):
+        monkeypatch.setattr("surestep.attacks.core._BUCKET", 3)
         model = told(a={3})
         y = self.y.clone()
-        y[:4] = 1
+        y[:5] = 1
         seen = []
 
         def parse(*_: Any) -> Any:
@@ -71,7 +72,7 @@ class TestWorstCase:
 
         monkeypatch.setattr("surestep.evaluation.suite.parse", parse)
         evaluate(model, (self.x, y), THREAT, ["a"])
-        assert seen == [(6, 0)]
+        assert seen == [(6, 1)]  # five that are right, one that is not
 
     def test_all_wrong(self, told):
         found = evaluate(told(a={1}), (self.x, self.y + 1), THREAT, ["a"])

@@ -55,25 +55,11 @@ class TestResolve:
         config = runs.resolve({"dataset": dataset})
         assert config == RunConfig(dataset=dataset)
 
-    @pytest.mark.xfail(
-        strict=True, reason="resolve looks for the preset under 'mnist:PATH', path and all"
-    )
     @pytest.mark.parametrize("name", ["mnist", "cifar10"])
     def test_a_data_set_with_its_place_keeps_the_preset(self, name):
         found = runs.resolve({"dataset": f"{name}:somewhere"})
         expected = runs.resolve({"dataset": name})
         assert found == expected.model_copy(update={"dataset": f"{name}:somewhere"})
-
-    @pytest.mark.xfail(
-        strict=True, reason="the docstring says the preset is then left out; it is not"
-    )
-    @pytest.mark.parametrize(
-        "values", [{"model": "cnn-small"}, {"eps": 0.05}, {"eps": 0.05, "method": "sat-r3"}]
-    )
-    def test_another_model_or_eps_takes_no_preset_by_itself(self, values):
-        config = runs.resolve(values)
-        assert config == runs.resolve(values, "none")
-        runs.build_method(config)
 
     def test_an_explicit_preset_wins_over_the_data_set(self):
         assert runs.resolve({"dataset": "npz"}, "mnist").dataset == "npz"

@@ -26,7 +26,19 @@ def _ratio(value: Any) -> Any:
     return value
 
 
+def _param(value: Any) -> Any:
+    """Read a hyperparameter as written: a number, a ratio, true, false or none."""
+    value = _ratio(value)
+    if isinstance(value, str):
+        try:
+            return float(value) if set(value) & set(".eE") else int(value)
+        except ValueError:
+            raise ValueError("expected a number, a ratio such as 8/255, true or false") from None
+    return value
+
+
 Ratio = Annotated[float, BeforeValidator(_ratio)]
+Param = Annotated[bool | int | float | None, BeforeValidator(_param)]
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -54,7 +66,9 @@ class FitSettings(BaseModel):
     augment: Literal["none", "crop-flip"] = Field(
         "none", description="Augmentation of the training images"
     )
-    seed: int = Field(0, ge=0, description="Seed of weights, data order and perturbations")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="Seed of weights, data order and perturbations"
+    )
     engine: Literal["auto", "fast", "reference"] = Field(
         "auto",
         description="How steps are computed; fast: channels_last, autocast; reference: plain",
@@ -83,9 +97,7 @@ class RunConfig(FitSettings):
     """A whole run, as written to ``config.yaml``."""
 
     method: str = Field("sat-r2", description="What a step minimises; see `surestep methods`")
-    params: dict[str, bool | int | Ratio | None] = Field(
-        {}, description="The method's hyperparameters, by name"
-    )
+    params: dict[str, Param] = Field({}, description="The method's hyperparameters, by name")
     dataset: str = Field(
         "mnist", description="Data set: mnist (embedded), cifar10, cifar100, folder, npz or hf"
     )
@@ -128,6 +140,8 @@ def parse(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
             name = f"{name}.{first['loc'][1]}"
             value = value.get(str(first["loc"][1]))
         message = first["msg"].removeprefix("Value error, ")
+        if name.startswith("params."):
+            message = "expected a number, a ratio such as 8/255, true, false or none"
         raise UserError(f"{where}{name} {value!r} is invalid: {message}") from None
 
 

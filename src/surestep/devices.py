@@ -23,5 +23,8 @@ def pick_device(name: str | None = None) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         reason = str(e).strip().splitlines()[0]
-        raise UserError(f"device {name!r} cannot be used here: {reason}") from e
+        raise UserError(
+            f"device {name!r} cannot be used here ({reason}): give cpu, cuda, cuda:1 or mps, or "
+            "leave it out"
+        ) from e
     return device

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -36,7 +39,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         finally:
             os.close(folder)
     except OSError as e:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         if e.errno == errno.ENOSPC:
             raise UserError(
                 f"no space left to write {path} ({len(content) / 1e6:.0f} MB): free some, then "
@@ -48,7 +52,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 def save_tree(path: Path, tree: Any) -> None:
     """Save nested dicts, lists and tuples of tensors, numbers, strings and None.
 
-    One safetensors file: the tensors in it, the structure as JSON in its header.
+    One safetensors file: the tensors in it, the structure with checksums as JSON in its header.
     """
     tensors: dict[str, Tensor] = {}
     structure = json.dumps(_pack(tree, tensors))
@@ -64,7 +68,10 @@ def load_tree(path: Path) -> Any:
     tensors, metadata = _read(path)
     if "structure" not in metadata:
         raise UserError(f"{path} is no surestep checkpoint: its header has no structure")
-    return _unpack(json.loads(metadata["structure"]), tensors)
+    try:
+        return _unpack(json.loads(metadata["structure"]), tensors)
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise UserError(f"{path} is corrupt ({e}): restore it or remove it") from e
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
@@ -113,11 +120,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from e
 
 
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
 def _pack(tree: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(tree, Tensor):
         name = str(len(tensors))
         tensors[name] = tree.detach().cpu().clone().contiguous()
-        return {"tensor": name}
+        return {"tensor": [name, _checksum(tensors[name])]}
     if isinstance(tree, Mapping):
         # As pairs: the keys of an optimizer's state are integers, which JSON objects have not.
         return {"dict": [[k, _pack(v, tensors)] for k, v in tree.items()]}
@@ -135,7 +146,10 @@ def _unpack(node: Any, tensors: Mapping[str, Tensor]) -> Any:
         return node
     ((kind, value),) = node.items()
     if kind == "tensor":
-        return tensors[value]
+        name, checksum = value
+        if _checksum(tensors[name]) != checksum:
+            raise ValueError(f"tensor {name} does not match its checksum")
+        return tensors[name]
     if kind == "dict":
         return {k: _unpack(v, tensors) for k, v in value}
     items = [_unpack(v, tensors) for v in value]

@@ -45,7 +45,7 @@ def resolve(values: Mapping[str, Any], preset: str | None = None) -> RunConfig:
 
     A preset brings data set, model, eps, the method's parameters and the training settings;
     what the user gives explicitly wins. Without a preset's name, the one called as the data set
-    is taken if the method has it, unless the user names another model or eps.
+    is taken if the method has it.
 
     Args:
         values: by the names of ``RunConfig``'s fields.
@@ -58,7 +58,8 @@ def resolve(values: Mapping[str, Any], preset: str | None = None) -> RunConfig:
     cls = methods.get(method)
     if preset is None:
         dataset = str(values.get("dataset", RunConfig.model_fields["dataset"].default))
-        preset = dataset.partition(":")[0] if dataset in cls.presets else "none"
+        name = dataset.partition(":")[0]
+        preset = name if name in cls.presets else "none"
     if preset == "none":
         return parse(RunConfig, {"method": method, **values})
     chosen = methods.preset(method, preset)
@@ -71,7 +72,9 @@ def resolve(values: Mapping[str, Any], preset: str | None = None) -> RunConfig:
         **chosen.settings,
         **values,
     }
-    merged["params"] = {**chosen.params, **(values.get("params") or {})}
+    params = values.get("params") or {}
+    if isinstance(params, Mapping):
+        merged["params"] = {**chosen.params, **params}
     return parse(RunConfig, merged)
 
 

@@ -218,9 +218,6 @@ class TestDemo:
         assert tools.contents(out) == before
         done("demo", "--n", "1", "--out", out, "--overwrite")
 
-    @pytest.mark.xfail(
-        strict=True, reason="the second run's folder is looked at after the first is trained"
-    )
     def test_it_looks_at_both_folders_first(self, cli, tiny, tmp_path):
         (tmp_path / "sat-r2").mkdir()
         (tmp_path / "sat-r2" / "config.yaml").write_text("method: sat-r2\n")

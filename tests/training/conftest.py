@@ -26,13 +26,14 @@ class Stopped(Exception):
 
 
 def make_net(*, seed: int = 0, norm: bool = True, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Make the smallest net with a convolution, batch statistics and a head."""
+    """Make a small net with batch statistics, and with weights that have a memory format."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        layers = [nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()]
+        layers = [nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU()]
+        layers += [nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3)]
         if not norm:
             del layers[1]
-        return nn.Sequential(*layers, nn.Linear(128, 3)).to(dtype)
+        return nn.Sequential(*layers).to(dtype)
 
 
 def make_data(n: int = 64) -> tuple[Tensor, Tensor]:

@@ -215,9 +215,6 @@ class TestResume:
             "DataLoader",
             pytest.param(
                 "DataLoader with its own generator",
-                marks=pytest.mark.xfail(
-                    strict=True, reason="the state of a loader's generator is not saved"
-                ),
             ),
         ],
     )
@@ -232,7 +229,6 @@ class TestResume:
         # 64 images: 6 steps by Dataset (the last, incomplete one dropped), 7 by DataLoader.
         self.check(tiny, stopping, whole(kind, train), tmp_path / "run", 9, train)
 
-    @pytest.mark.xfail(strict=True, reason="the check of the first batch draws random numbers")
     def test_a_model_that_draws_random_numbers(self, tiny, stopping, whole, tmp_path):
         class Noisy(nn.Sequential):
             def forward(self, x: Tensor) -> Tensor:
@@ -307,7 +303,6 @@ class TestResume:
         assert snapshot(out) == before
 
     @pytest.mark.parametrize("other", ["the model", "ema", "the method"])
-    @pytest.mark.xfail(strict=True, reason="resume does not compare the settings with the run's")
     def test_with_other_settings(self, tiny, stopping, tmp_path, other):
         out = tmp_path / "run"
         stopping(5, lambda: tiny.train(out=out))
@@ -368,14 +363,9 @@ class TestRunFolders:
         "kind",
         [
             "folder",
-            pytest.param(
-                "file", marks=pytest.mark.xfail(strict=True, reason="overwrite deletes any file")
-            ),
+            pytest.param("file"),
             pytest.param(
                 "project with a config.yaml",
-                marks=pytest.mark.xfail(
-                    strict=True, reason="any folder with a config.yaml passes for a run"
-                ),
             ),
         ],
     )
@@ -404,10 +394,7 @@ class TestRunFolders:
             pytest.param({"model": nn.Flatten()}, "no parameters", id="model"),
         ],
     )
-    def test_settings_that_are_refused_cost_no_run(self, tiny, tmp_path, request, settings, said):
-        if request.node.callspec.id not in ("misspelt", "device"):
-            reason = "the run folder is emptied or made before the rest is checked"
-            request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+    def test_settings_that_are_refused_cost_no_run(self, tiny, tmp_path, settings, said):
         out = tmp_path / "run"
         tiny.train(out=out)
         before = snapshot(tmp_path)
@@ -587,7 +574,6 @@ class TestData:
             tiny.train(data=source, val_images=0)
         assert "\n" not in str(caught.value)
 
-    @pytest.mark.xfail(strict=True, reason="data without a length end in a TypeError")
     def test_data_without_a_length(self, tiny):
         class Stream(torch.utils.data.IterableDataset):
             def __iter__(self) -> Iterator[Any]:
@@ -596,7 +582,6 @@ class TestData:
         with pytest.raises(UserError, match="length"):
             tiny.train(data=Stream(), val_images=0)
 
-    @pytest.mark.xfail(strict=True, reason="batches other than pairs end in an AttributeError")
     def test_batches_that_are_no_pairs(self, tiny):
         rows = [{"x": image, "y": label} for image, label in Pairs(*tiny.data())]
         with pytest.raises(UserError, match="pair"):
@@ -646,9 +631,6 @@ class TestDivergence:
         assert all(torch.isfinite(t).all() for t in tensors)
 
     @pytest.mark.parametrize("step", [4, 5, 10])
-    @pytest.mark.xfail(
-        strict=True, reason="weights that a NaN gradient spoilt are saved: the loss was finite"
-    )
     def test_a_gradient_that_is_not_finite(self, tiny, tmp_path, step):
         out = tmp_path / "run"
         model = NotANumber(tiny.net(), step, backward=True)
@@ -797,20 +779,17 @@ class TestSettings:
             tiny.train(out=tmp_path / "run", tensorboard=True)
         assert not list(tmp_path.iterdir())
 
-    @pytest.mark.xfail(strict=True, reason="fit writes its label smoothing into the method")
     def test_the_method_is_left_as_it_was(self, tiny):
         method = tiny.method("standard")
         tiny.train(method, label_smoothing=0.2)
         assert method.label_smoothing == 0.0
 
-    @pytest.mark.xfail(strict=True, reason="config.yaml has the setting, not what was used")
     def test_config_has_the_smoothing_that_was_used(self, tiny, tmp_path):
         method = methods.Standard(tiny.threat, label_smoothing=0.2)
         tiny.train(method, out=tmp_path / "run")
         config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
         assert config["label_smoothing"] == 0.2
 
-    @pytest.mark.xfail(strict=True, reason="without describe, norm and eps are not written")
     def test_config_has_the_threat_model(self, tiny, tmp_path):
         tiny.train("fgsm", out=tmp_path / "run")
         config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())

@@ -109,7 +109,6 @@ def test_momentum_of_onecycle_mirrors_the_rate():
     [
         pytest.param(
             0.02,
-            marks=pytest.mark.xfail(strict=True, reason="onecycle's momentum below zero at peak"),
         ),
         0.05,
         0.5,

@@ -127,7 +127,9 @@ def count_classes(model: nn.Module, x: Tensor) -> int:
     Raises:
         UserError: the model fails on it or returns no logits.
     """
-    with attacking(model) as inner:
+    # A look at the model must not change what it draws at random afterwards.
+    devices = [x.device] if x.device.type == "cuda" else []
+    with attacking(model) as inner, torch.random.fork_rng(devices):
         try:
             return forward_logits(inner, x[:1]).shape[1]
         except UserError:

@@ -70,18 +70,17 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: without the program's name; those of the process by default.
     """
+    given = list(sys.argv[1:] if args is None else args)
     try:
-        surestep(args=args, prog_name="surestep", standalone_mode=False)
+        surestep(args=given or ["--help"], prog_name="surestep", standalone_mode=False)
     except UserError as e:
         _fail(str(e), 2)
-    except click.exceptions.Abort:
-        _fail("stopped", 130)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        _fail("stopped; a run goes on with `surestep train --resume RUN`", 130)
     except click.ClickException as e:
         _fail(e.format_message(), 2)
     except click.exceptions.Exit as e:
         sys.exit(e.exit_code)
-    except KeyboardInterrupt:
-        _fail("stopped; a run goes on with `surestep train --resume RUN`", 130)
     except BrokenPipeError:
         # The reader (head, say) has seen enough; keep the interpreter's exit from writing again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -22,14 +22,14 @@ json_option = click.option(
 )
 
 
-def config_options(names: Iterable[str]) -> Decorator:
+def config_options(fields: Iterable[str]) -> Decorator:
     """Return a decorator that adds an option for each field of ``RunConfig`` that is named.
 
     Values stay as the user wrote them: YAML and command line meet in the same validation.
     """
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        for name in reversed(list(names)):
+        for name in reversed(list(fields)):
             command = _option(name, RunConfig.model_fields[name])(command)
         return command
 
@@ -63,8 +63,13 @@ def given(values: dict[str, Any]) -> dict[str, Any]:
     """Return the options the user gave, as settings."""
     settings = {k: v for k, v in values.items() if v is not None}
     if "val_attacks" in settings:
-        settings["val_attacks"] = settings["val_attacks"].split(",")
+        settings["val_attacks"] = names(settings["val_attacks"])
     return {k: None if v == "none" and _optional(k) else v for k, v in settings.items()}
+
+
+def names(text: str) -> list[str]:
+    """Read "a, b" as ["a", "b"]."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _optional(name: str) -> bool:
@@ -82,7 +87,12 @@ def parse_params(pairs: Iterable[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise UserError(f"--param {pair!r} is not NAME=VALUE: write --param lam=5")
-        params[name.replace("-", "_")] = yaml.safe_load(value)
+        try:
+            params[name.replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(
+                f"--param {pair!r}: {value!r} is no number: write --param lam=5"
+            ) from None
     return params
 
 
@@ -99,7 +109,6 @@ def write_json(value: Any, target: str | None) -> None:
         click.echo(text, nl=False)
         return
     try:
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
         Path(target).write_text(text, "utf-8")
     except OSError as e:
         raise UserError(f"cannot write {target}: {e.strerror or e}") from e
@@ -109,7 +118,13 @@ def check_writable(target: str | None) -> None:
     """Refuse a ``--json`` target before the work rather than after it.
 
     Raises:
-        UserError: it is a folder, or its parent cannot be made.
+        UserError: it is a folder, or its folder cannot be made.
     """
-    if target not in (None, "-") and Path(target).is_dir():
+    if target is None or target == "-":
+        return
+    if Path(target).is_dir():
         raise UserError(f"cannot write {target}: it is a folder")
+    try:
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot write {target}: {e.strerror or e}") from e

@@ -17,7 +17,9 @@ _METHODS = ("fgsm", "sat-r2")
 
 
 @click.command(short_help="See FGSM training fail and SAT succeed, in minutes on a laptop.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of both.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Seed of both."
+)
 @click.option(
     "--n",
     type=click.IntRange(1, 10_000),
@@ -41,7 +43,10 @@ def demo(seed: int, n: int, out: str | None, overwrite: bool, json_file: str | N
 
     import surestep
     from surestep import methods, runs
+    from surestep.training.run_folder import RunFolder
 
+    for name in _METHODS if out else ():
+        RunFolder.plan(f"{out}/{name}", overwrite=overwrite)
     start = time.perf_counter()
     results, costs, seconds = {}, {}, {}
     for name in _METHODS:

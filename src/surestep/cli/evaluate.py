@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from surestep.cli._options import check_writable, json_option, write_json
+from surestep.cli._options import check_writable, json_option, names, write_json
 from surestep.cli._show import evaluation_table, progress_bar
 
 _POSITIVE = click.IntRange(min=1)
@@ -29,7 +29,11 @@ _POSITIVE = click.IntRange(min=1)
     help="Of the attacks.",
 )
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random starts."
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Of the random starts.",
 )
 @click.option("--device", metavar="TEXT", help="cpu, cuda, cuda:1, mps; by default the best.")
 @json_option
@@ -68,7 +72,7 @@ def evaluate(
             loaded.model,
             runs.load_data(loaded.config, "test"),
             threat,
-            [a.strip() for a in attacks.split(",") if a.strip()],
+            names(attacks),
             batch_size=batch_size,
             n=n,
             seed=seed,

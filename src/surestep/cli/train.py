@@ -16,7 +16,7 @@ from surestep.cli._options import (
     parse_params,
     write_json,
 )
-from surestep.config import RunConfig, read_yaml
+from surestep.config import RunConfig, parse, read_yaml
 from surestep.errors import UserError
 
 _FIRST = ("method", "dataset", "model", "eps", "epochs", "batch_size", "lr", "seed")
@@ -57,7 +57,7 @@ def train(
     """Train a robust classifier with a method.
 
     Settings come from, each over the one before: the defaults, the method's preset for the data
-    set, the --config file, the command line.
+    set (with --config only if --preset names one), the --config file, the command line.
 
     \b
     Examples:
@@ -73,7 +73,7 @@ def train(
     if resume is not None and (settings or preset or config_file or out or overwrite):
         extra = [*settings, *(["preset"] if preset else []), *(["config"] if config_file else [])]
         extra += [*(["out"] if out else []), *(["overwrite"] if overwrite else [])]
-        named = ", ".join(f"--{e.replace('_', '-')}" for e in extra)
+        named = ", ".join("--" + e.replace("_", "-").replace("params", "param") for e in extra)
         raise UserError(
             f"--resume takes every setting from {resume}/config.yaml: leave out {named}, or start "
             "a new run with --config"
@@ -86,6 +86,7 @@ def train(
     else:
         if config_file is not None:
             from_file = read_yaml(config_file)
+            parse(RunConfig, from_file, where=f"{config_file}: ")
             settings = {
                 **from_file,
                 **settings,

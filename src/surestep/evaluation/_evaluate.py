@@ -97,9 +97,7 @@ def evaluate(
     Raises:
         UserError: unknown attack, no data, or images, labels or model that cannot be judged.
     """
-    if not attacks:
-        raise UserError(f"no attack given: name some of {suite.NAMES}")
-    by_name = {name: suite.parse(name, threat) for name in attacks}
+    by_name = suite.parse_all(attacks, threat)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     batches, total = _batches(data, batch_size, n, device)
     right: dict[str, list[Tensor]] = {name: [] for name in ("clean", *by_name)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
@@ -65,3 +65,15 @@ def parse(name: str, threat: ThreatModel) -> Attack:
         return attacks.pgd(model, x, y, threat, count, size, restarts, loss, stop_when_wrong=True)
 
     return attack
+
+
+def parse_all(names: Iterable[str], threat: ThreatModel) -> dict[str, Attack]:
+    """Return several attacks by their names.
+
+    Raises:
+        UserError: one is unknown, or there is none.
+    """
+    found = {name: parse(name, threat) for name in names}
+    if not found:
+        raise UserError(f"no attack given: name some of {NAMES}")
+    return found

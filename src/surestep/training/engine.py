@@ -193,9 +193,11 @@ def make_optimizer(
     """Build the optimizer of a name: "sgd", "adam" or "adamw".
 
     Raises:
-        UserError: an unknown name.
+        UserError: an unknown name, or no parameters.
     """
     parameters = list(parameters)
+    if not parameters:
+        raise UserError("the model has no parameters to train")
     # The fused kernels update all tensors in one pass over memory.
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
     if name == "sgd":

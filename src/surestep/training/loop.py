@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,18 +18,19 @@ from torch import Tensor, nn
 
 from surestep import files
 from surestep.attacks.core import check_labels, count_classes
-from surestep.config import FitSettings, parse, to_yaml
+from surestep.config import FitSettings, parse
 from surestep.data import Images
 from surestep.devices import pick_device
 from surestep.errors import UserError
-from surestep.evaluation import Evaluation, evaluate
+from surestep.evaluation import Evaluation, evaluate, suite
 from surestep.methods import Method
 from surestep.training import checkpoint
 from surestep.training.averaging import WeightAverage
 from surestep.training.engine import Engine, make_optimizer, make_step
 from surestep.training.progress import Display
+from surestep.training.run_folder import RunFolder
 from surestep.training.schedules import learning_rate, momentum
-from surestep.training.source import Source, make_source, split
+from surestep.training.source import LoaderSource, Source, make_source, split
 
 COLLAPSE = 0.20
 """Fall of robust accuracy between two epochs that counts as collapse (Kim et al. 2021)."""
@@ -101,80 +102,47 @@ def fit(
         TrainingDiverged: the loss became NaN or infinite; the last good checkpoint is kept.
     """
     config = parse(FitSettings, settings)
-    method.label_smoothing = config.label_smoothing or method.label_smoothing
-    accelerator = _accelerator(device, out if config.tensorboard else None, config.tensorboard)
-    target = pick_device(device) if device else accelerator.device
-    run = _Run.open(out, resume=resume, overwrite=overwrite, main=accelerator.is_main_process)
-    accelerator.wait_for_everyone()
+    if config.label_smoothing:
+        method = copy.copy(method)
+        method.label_smoothing = config.label_smoothing
+    else:
+        config = config.model_copy(update={"label_smoothing": method.label_smoothing})
+    if config.val_images:
+        suite.parse_all(config.val_attacks, method.threat)
+    run = RunFolder.plan(out, resume=resume, overwrite=overwrite)
+    target = pick_device(device)
+    accelerator = _accelerator(target, run, tensorboard=config.tensorboard)
+    if device is None:
+        target = accelerator.device
+    threat = method.threat
+    describe = describe or {
+        "method": method.slug,
+        "params": method.params(),
+        "norm": type(threat).__name__.lower(),
+        "eps": threat.eps,
+    }
+    described = {**describe, **config.model_dump(mode="json")}
+    if run and resume:
+        run.check_same(described)
     trainer = _Trainer(model, data, method, config, accelerator, target, run, validation, quiet)
+    # Only now is everything checked: a mistake must not cost an old run.
+    accelerator.wait_for_everyone()
     if run and accelerator.is_main_process and not resume:
-        described = describe or {"method": method.slug, "params": method.params()}
-        files.write_atomically(run.config, to_yaml({**described, **config.model_dump(mode="json")}))
+        run.make(described)
+    accelerator.wait_for_everyone()
     return trainer.train(resume=resume)
 
 
-def _accelerator(device: str | None, folder: str | Path | None, tensorboard: bool) -> Accelerator:
+def _accelerator(device: torch.device, run: RunFolder | None, *, tensorboard: bool) -> Accelerator:
+    # On a machine without accelerators, several processes find each other only when told cpu.
+    cpu = device.type == "cpu"
     if not tensorboard:
-        return Accelerator(cpu=device == "cpu")
-    if folder is None:
+        return Accelerator(cpu=cpu)
+    if run is None:
         raise UserError("tensorboard=True needs a run folder to write to: give out=...")
     if importlib.util.find_spec("tensorboard") is None:
         raise UserError("TensorBoard is not installed: pip install 'surestep[tensorboard]'")
-    return Accelerator(cpu=device == "cpu", log_with="tensorboard", project_dir=folder)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """The places of a run folder."""
-
-    folder: Path
-
-    @property
-    def config(self) -> Path:
-        return self.folder / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def weights(self) -> Path:
-        return self.folder / "model.safetensors"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    @classmethod
-    def open(
-        cls, out: str | Path | None, *, resume: bool, overwrite: bool, main: bool
-    ) -> _Run | None:
-        """Make the folder, or refuse one that holds something."""
-        if out is None:
-            if resume:
-                raise UserError("resume=True needs the run folder: give out=...")
-            return None
-        folder = Path(out)
-        if not main:
-            return cls(folder)
-        if resume:
-            if not folder.is_dir():
-                raise UserError(f"cannot resume {folder}: there is no such run folder")
-            return cls(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            if not overwrite:
-                raise UserError(
-                    f"{folder} exists already: choose another --out, go on with --resume, or "
-                    "replace it with --overwrite"
-                )
-            if folder.is_dir() and not (folder / "config.yaml").exists():
-                raise UserError(f"{folder} is no run folder (it has no config.yaml): not deleted")
-            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"cannot make the run folder {folder}: {e.strerror}") from e
-        return cls(folder)
+    return Accelerator(cpu=cpu, log_with="tensorboard", project_dir=run.folder)
 
 
 @dataclass
@@ -230,7 +198,7 @@ class _Trainer:
         config: FitSettings,
         accelerator: Accelerator,
         device: torch.device,
-        run: _Run | None,
+        run: RunFolder | None,
         validation: Any,
         quiet: bool,
     ) -> None:
@@ -308,7 +276,7 @@ class _Trainer:
         batches = self.source.epoch(self.at.epoch, skip)
         if restored:
             sums.load_state_dict(restored["sums"])
-            checkpoint.set_rng_state(restored["rng"][self.accelerator.process_index])
+            self._set_random_state(restored["rng"][self.accelerator.process_index])
         lr = 0.0
         for x, y, index in batches:
             lr = self._set_rates()
@@ -322,9 +290,9 @@ class _Trainer:
             every = self.config.checkpoint_every
             if every and self.at.step % every == 0 and self.at.step % steps:
                 self.at.train_seconds = seconds_before + time.perf_counter() - begin
-                self._check_finite(sums)
+                self._check_finite(sums, weights=True)
                 self._save(sums)
-        self._check_finite(sums)
+        self._check_finite(sums, weights=True)
         row_seconds = time.perf_counter() - begin
         self.at.train_seconds = seconds_before + row_seconds
         self.at.epoch += 1
@@ -358,8 +326,12 @@ class _Trainer:
         epoch = f"epoch {self.at.epoch + 1}/{self.config.epochs}"
         self.display.step(self.at.step, epoch, f"{parts}{robust}  {speed:,.0f} img/s")
 
-    def _check_finite(self, sums: _Sums) -> None:
+    def _check_finite(self, sums: _Sums, *, weights: bool = False) -> None:
+        """Stop if a loss was not finite, or the weights no longer are."""
         bad = int(sums.bad_step)
+        if bad < 0 and weights:
+            finite = [p.detach().isfinite().all() for p in self.model.parameters()]
+            bad = -1 if bool(torch.stack(finite).all()) else self.at.step
         if bad < 0:
             return
         kept = checkpoint.found(self.run.checkpoints) if self.run else []
@@ -372,6 +344,7 @@ class _Trainer:
 
     def _validate(self, row: dict[str, Any]) -> None:
         """Attack the held-out images, watch for collapse, and keep the best weights."""
+        self._share_buffers()
         if self.held_out is None:
             self.at.best_epoch = self.at.epoch
             return
@@ -430,7 +403,8 @@ class _Trainer:
         """Write a checkpoint of everything the rest of the run depends on."""
         if self.run is None:
             return
-        states = gather_object([checkpoint.rng_state()])
+        self._share_buffers()
+        states = gather_object([self._random_state()])
         if self.accelerator.is_main_process:
             checkpoint.save(
                 self.run.checkpoints,
@@ -447,6 +421,25 @@ class _Trainer:
                 },
             )
 
+    def _share_buffers(self) -> None:
+        """Give every process the batch statistics of the first, whose weights are kept."""
+        if self.accelerator.num_processes > 1:
+            for module in {self.model, self.judged}:
+                for buffer in module.buffers():
+                    torch.distributed.broadcast(buffer, 0)
+
+    def _loader_generators(self) -> list[torch.Generator]:
+        return self.source.generators() if isinstance(self.source, LoaderSource) else []
+
+    def _random_state(self) -> dict[str, Any]:
+        loader = [generator.get_state() for generator in self._loader_generators()]
+        return {**checkpoint.rng_state(), "loader": loader}
+
+    def _set_random_state(self, state: dict[str, Any]) -> None:
+        checkpoint.set_rng_state(state)
+        for generator, value in zip(self._loader_generators(), state["loader"], strict=True):
+            generator.set_state(value)
+
     def _restore(self) -> dict[str, Any] | None:
         """Load the newest checkpoint, but for what the epoch itself restores; return it."""
         assert self.run is not None
@@ -459,7 +452,11 @@ class _Trainer:
                 f"{self.accelerator.num_processes}: resume with the same number"
             )
         self.at = _Progress(**state["progress"])
-        self.model.load_state_dict(state["model"])
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as e:
+            reason = " ".join(str(e).split())[:200]
+            raise UserError(f"cannot resume {self.run.folder} with another model: {reason}") from e
         self.optimizer.load_state_dict(state["optimizer"])
         _match_layout(self.optimizer)
         self.take_step.scaler.load_state_dict(state["scaler"])

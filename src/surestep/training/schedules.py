@@ -75,4 +75,5 @@ def momentum(name: str, base: float, done: float) -> float:
     """
     if name != "onecycle" or not base:
         return base
-    return min(base + 0.05 - 0.1 * onecycle(done, start=0.0, end=0.0), 0.99)
+    moved = base + 0.05 - 0.1 * onecycle(done, start=0.0, end=0.0)
+    return min(max(moved, 0.0), 0.99)

@@ -7,10 +7,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from surestep.data import Batches, as_images, augment
 from surestep.errors import UserError
+
+_NO_LENGTH = "has no length, which schedules need: give a Dataset with __len__ and __getitem__"
 
 Batch = tuple[Tensor, Tensor, Tensor | None]
 
@@ -29,23 +31,53 @@ class Source(Protocol):
 
 
 class LoaderSource:
-    """Batches from a torch DataLoader, whose order follows the global random state."""
+    """Batches from a torch DataLoader, whose order follows random states.
+
+    Args:
+        loader: yields pairs (x, y).
+        device: where batches are wanted.
+
+    Raises:
+        UserError: the loader has no length.
+    """
 
     def __init__(self, loader: DataLoader, device: torch.device) -> None:
         self.loader, self.device = loader, device
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Number of batches in an epoch."""
-        return len(self.loader)
+        try:
+            self.steps_per_epoch = len(loader)
+        except TypeError:
+            raise UserError(f"the DataLoader {_NO_LENGTH}") from None
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """Yield (x, y, None)."""
+        """Yield (x, y, None).
+
+        Raises:
+            UserError: a batch is no pair.
+        """
         # The order is drawn at the start, from a random state that a checkpoint within the epoch
         # no longer has; `make_source` refuses such checkpoints.
         assert skip == 0
-        for x, y in self.loader:
+        for batch in self.loader:
+            if not isinstance(batch, tuple | list) or len(batch) != 2:
+                raise UserError(
+                    f"the data yield a {type(batch).__name__}, expected a pair (x, y): write a "
+                    "collate_fn that returns one"
+                )
+            x, y = batch
             yield x.to(self.device), y.to(self.device), None
+
+    def generators(self) -> list[torch.Generator]:
+        """Return the random generators of the loader and its samplers, outermost first."""
+        found: list[torch.Generator] = []
+        places: list[Any] = [self.loader]
+        while places:
+            place = places.pop(0)
+            generator = getattr(place, "generator", None)
+            if isinstance(generator, torch.Generator) and generator not in found:
+                found.append(generator)
+            nested = (getattr(place, name, None) for name in ("batch_sampler", "sampler"))
+            places += [n for n in nested if n is not None]
+        return found
 
 
 def hold_out(n: int, wanted: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -65,14 +97,18 @@ def split(data: Any, validation: Any, wanted: int, seed: int) -> tuple[Any, Any]
         seed: of the draw.
 
     Raises:
-        UserError: a DataLoader without ``validation``, since nothing can be held out of it.
+        UserError: data or validation of another kind, or without a length; a DataLoader without
+            ``validation``, since nothing can be held out of it.
     """
+    if isinstance(data, IterableDataset):
+        raise UserError(f"{type(data).__name__} {_NO_LENGTH}")
     loader = isinstance(data, DataLoader)
     data = data if loader or isinstance(data, Dataset) else as_images(data)
     if not wanted:
         return data, None
     if validation is not None:
-        return data, validation
+        held_out = isinstance(validation, DataLoader | Dataset)
+        return data, validation if held_out else as_images(validation)
     if loader:
         raise UserError(
             "nothing can be held out of a DataLoader: pass validation=(x, y), or val_images=0"

@@ -1,0 +1,114 @@
+"""The folder of a run: its places, and the rules for making, replacing and resuming one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surestep import files
+from surestep.config import read_yaml, to_yaml
+from surestep.errors import UserError
+
+_ENTRIES = {
+    *("config.yaml", "metrics.jsonl", "model.safetensors", "checkpoints", "report.html"),
+    "tensorboard",
+}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The places of a run folder."""
+
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved settings, which re-run the run."""
+        return self.folder / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON row an epoch."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def weights(self) -> Path:
+        """The selected weights."""
+        return self.folder / "model.safetensors"
+
+    @property
+    def checkpoints(self) -> Path:
+        """What a resume starts from."""
+        return self.folder / "checkpoints"
+
+    @classmethod
+    def plan(
+        cls, out: str | Path | None, *, resume: bool = False, overwrite: bool = False
+    ) -> RunFolder | None:
+        """Decide on the folder of a run without touching anything yet.
+
+        Raises:
+            UserError: it exists and is neither to be resumed nor replaced; it is to be replaced
+                but is no run folder; it is to be resumed but there is none.
+        """
+        if out is None:
+            if resume:
+                raise UserError("resume=True needs the run folder: give out=...")
+            return None
+        run = cls(Path(out))
+        if resume:
+            if not run.config.is_file():
+                raise UserError(f"cannot resume {out}: it is no run folder (no config.yaml)")
+            return run
+        if not run.folder.exists() or (run.folder.is_dir() and not any(run.folder.iterdir())):
+            return run
+        if not overwrite:
+            raise UserError(
+                f"{out} exists already: choose another --out, go on with --resume, or replace it "
+                "with --overwrite"
+            )
+        foreign = run._foreign()
+        if foreign:
+            raise UserError(f"{out} is no run folder ({foreign}), so it is not deleted")
+        return run
+
+    def _foreign(self) -> str:
+        """Say what shows that this is no run folder; nothing if it is one."""
+        if not self.config.is_file():
+            return "it has no config.yaml"
+        entries = sorted(p.name for p in self.folder.iterdir() if not p.name.endswith(".part"))
+        others = [name for name in entries if name not in _ENTRIES]
+        if others:
+            return f"it holds {others[0]}"
+        return "" if "method" in read_yaml(self.config) else "its config.yaml names no method"
+
+    def make(self, settings: Mapping[str, Any]) -> None:
+        """Make the folder, in the place of the old one, and write the settings.
+
+        Raises:
+            UserError: it cannot be made or written to.
+        """
+        try:
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
+            self.folder.mkdir(parents=True)
+        except OSError as e:
+            raise UserError(f"cannot make the run folder {self.folder}: {e.strerror}") from e
+        files.write_atomically(self.config, to_yaml(settings))
+
+    def check_same(self, settings: Mapping[str, Any]) -> None:
+        """Refuse to resume with other settings than the run was begun with.
+
+        Raises:
+            UserError: naming the first that differs.
+        """
+        begun = read_yaml(self.config)
+        for name in {**begun, **settings}:
+            if begun.get(name) != settings.get(name):
+                raise UserError(
+                    f"cannot resume {self.folder} with {name} {settings.get(name)!r}: it was begun "
+                    f"with {begun.get(name)!r}"
+                )

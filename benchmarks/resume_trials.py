@@ -29,7 +29,7 @@ from typing import Any
 
 FIELDS = ["trial", "method", "killed_at_step", "identical", "commit", "date", "command"]
 IMAGES = 512
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "epochs": 2,
     "batch_size": 32,
     "checkpoint_every": 3,
@@ -58,7 +58,7 @@ def work(method: str, images: Any, out: Path, resume: bool, log: Path) -> None:
         print("step", flush=True)
         return result
 
-    TrainStep.__call__ = step
+    TrainStep.__call__ = step  # type: ignore[method-assign, assignment]
     torch.manual_seed(0)
     model = models.create("cnn-small")
     step_of = methods.get(method)(surestep.Linf(0.3))

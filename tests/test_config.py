@@ -143,6 +143,8 @@ class TestParams:
         assert type(run(params={"steps": written}).params["steps"]) is not bool
 
 
+# PyYAML takes the controls of Unicode, such as U+0085, for line breaks.
+TEXT = st.text(st.characters(exclude_categories=["C", "Z"]), max_size=8)
 SETTINGS = st.fixed_dictionaries(
     {},
     optional={
@@ -150,13 +152,13 @@ SETTINGS = st.fixed_dictionaries(
         "lr": st.floats(1e-8, 1e3),
         "ema": st.none() | st.floats(0.1, 0.9999),
         "optimizer": st.sampled_from(["sgd", "adam", "adamw"]),
-        "val_attacks": st.lists(st.text(max_size=5), max_size=3),
+        "val_attacks": st.lists(TEXT, max_size=3),
         "seed": st.integers(0, 2**32 - 1),
-        "method": st.text(max_size=10),
+        "method": TEXT,
         "params": st.dictionaries(
-            st.text(max_size=5), st.booleans() | st.integers() | st.floats(-1e9, 1e9), max_size=3
+            TEXT, st.booleans() | st.integers() | st.floats(-1e9, 1e9), max_size=3
         ),
-        "data": st.none() | st.text(max_size=10),
+        "data": st.none() | TEXT,
         "eps": st.floats(0, 10) | st.just("8/255"),
         "tensorboard": st.booleans(),
     },

@@ -288,9 +288,7 @@ class TestWriting:
         "parent",
         [
             "missing",
-            pytest.param(
-                "file",
-            ),
+            "file",
         ],
     )
     def test_a_place_that_cannot_be_written_to(self, tmp_path, parent):

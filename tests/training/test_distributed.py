@@ -156,9 +156,7 @@ def test_there_are_two_without_naming_the_device(tmp_path):
         "norm-out",
         "resumed",
         "resumed-9",
-        pytest.param(
-            "norm",
-        ),
+        "norm",
     ],
 )
 def test_both_end_with_the_same_weights(place, name):
@@ -192,9 +190,7 @@ def test_two_processes_take_the_step_of_one(tiny, place, name, params, settings)
     "name",
     [
         "resumed",
-        pytest.param(
-            "resumed-norm",
-        ),
+        "resumed-norm",
     ],
 )
 def test_resume(place, tiny, name, stop):

@@ -15,6 +15,7 @@ from surestep.errors import UserError
 from surestep.training import Engine, TrainStep, WeightAverage, make_optimizer, make_step
 from surestep.training.engine import has_bf16
 
+WEIGHTS = [nn.Parameter(torch.ones(2))]
 FAST32 = Engine(torch.float32, channels_last=True, tuned=True)
 FAST16 = Engine(torch.bfloat16, channels_last=True, tuned=True)
 
@@ -93,7 +94,10 @@ def test_choose(name, precision, expected):
     [
         (lambda: Engine.choose("fats"), "unknown engine 'fats': did you mean 'fast'"),
         (lambda: Engine.choose("fast", "bf61"), "unknown precision 'bf61': did you mean 'bf16'"),
-        (lambda: make_optimizer("sdg", [], lr=1), "unknown optimizer 'sdg': did you mean 'sgd'"),
+        (
+            lambda: make_optimizer("sdg", WEIGHTS, lr=1),
+            "unknown optimizer 'sdg': did you mean 'sgd'",
+        ),
     ],
 )
 def test_unknown_names(call, said):
@@ -102,6 +106,8 @@ def test_unknown_names(call, said):
 
 
 def test_a_model_without_parameters_is_refused(tiny):
+    with pytest.raises(UserError, match="no parameters"):
+        make_optimizer("sgd", nn.Flatten().parameters(), lr=0.1)
     some = make_optimizer("sgd", tiny.net().parameters(), lr=0.1)
     with pytest.raises(UserError, match="no parameters"):
         make_step(nn.Flatten(), tiny.method("fgsm"), some)

@@ -107,9 +107,7 @@ def test_momentum_of_onecycle_mirrors_the_rate():
 @pytest.mark.parametrize(
     "base",
     [
-        pytest.param(
-            0.02,
-        ),
+        0.02,
         0.05,
         0.5,
         0.97,

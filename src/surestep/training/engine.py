@@ -17,6 +17,11 @@ from surestep.errors import UserError, unknown_name
 from surestep.methods import Method, StepResult
 from surestep.training.averaging import WeightAverage
 
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -196,16 +201,16 @@ def make_optimizer(
         UserError: an unknown name, or no parameters.
     """
     parameters = list(parameters)
+    if name not in OPTIMIZERS:
+        raise unknown_name("optimizer", name, OPTIMIZERS)
     if not parameters:
         raise UserError("the model has no parameters to train")
     # The fused kernels update all tensors in one pass over memory.
-    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    options: dict[str, Any] = {
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "fused": all(p.device.type in ("cpu", "cuda") for p in parameters),
+    }
     if name == "sgd":
-        return torch.optim.SGD(
-            parameters, lr, momentum=momentum, weight_decay=weight_decay, fused=fused
-        )
-    if name == "adam":
-        return torch.optim.Adam(parameters, lr, weight_decay=weight_decay, fused=fused)
-    if name == "adamw":
-        return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=fused)
-    raise unknown_name("optimizer", name, ("sgd", "adam", "adamw"))
+        options["momentum"] = momentum
+    return OPTIMIZERS[name](parameters, **options)

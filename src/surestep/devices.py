@@ -20,8 +20,8 @@ def pick_device(name: str | None = None) -> torch.device:
             name = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
         reason = str(e).strip().splitlines()[0]
         raise UserError(
             f"device {name!r} cannot be used here ({reason}): give cpu, cuda, cuda:1 or mps, or "

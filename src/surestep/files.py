@@ -33,11 +33,12 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        if os.name != "nt":  # Windows opens no folders
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as e:
         with contextlib.suppress(OSError):
             part.unlink()

@@ -165,7 +165,9 @@ class Method(ABC):
 
     def params(self) -> dict[str, Any]:
         """Return the method's own hyperparameters by name."""
-        return {name: getattr(self, name) for name in parameter_names(type(self))}
+        values = {name: getattr(self, name) for name in parameter_names(type(self))}
+        # A NumPy float is a float to us, but not to whatever writes it down.
+        return {k: float(v) if isinstance(v, float) else v for k, v in values.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what must survive a resume: tensors, numbers, strings, lists and dicts."""

@@ -43,7 +43,7 @@ MNIST_FAST = Preset(
 )
 MNIST_DEMO = replace(
     MNIST_FAST,
-    settings={**MNIST_FAST.settings, "epochs": 5, "val_images": 300, "select": "last"},
+    settings={**MNIST_FAST.settings, "epochs": 4, "val_images": 100, "select": "last"},
     source="ours: what `surestep demo` trains",
 )
 CIFAR_RESNET = Preset(

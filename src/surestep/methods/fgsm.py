@@ -55,7 +55,7 @@ class FGSM(SingleStep):
     presets = {
         "mnist": recipe(MNIST_SAT),
         "mnist-fast": recipe(MNIST_FAST),
-        "mnist-demo": recipe(MNIST_DEMO, settings={"epochs": 3}),
+        "mnist-demo": recipe(MNIST_DEMO, settings={"lr": 0.05}),
         "cifar10": recipe(CIFAR_RESNET),
     }
 

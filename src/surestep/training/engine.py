@@ -203,8 +203,8 @@ def make_optimizer(
     parameters = list(parameters)
     if name not in OPTIMIZERS:
         raise unknown_name("optimizer", name, OPTIMIZERS)
-    if not parameters:
-        raise UserError("the model has no parameters to train")
+    if not any(p.requires_grad for p in parameters):
+        raise UserError("the model has no parameters to train (all of them frozen?)")
     # The fused kernels update all tensors in one pass over memory.
     options: dict[str, Any] = {
         "lr": lr,

@@ -119,7 +119,7 @@ def fit(
         "method": method.slug,
         "params": method.params(),
         "norm": type(threat).__name__.lower(),
-        "eps": threat.eps,
+        "eps": float(threat.eps),
     }
     described = {**describe, **config.model_dump(mode="json")}
     if run and resume:
@@ -291,8 +291,10 @@ class _Trainer:
             if every and self.at.step % every == 0 and self.at.step % steps:
                 self.at.train_seconds = seconds_before + time.perf_counter() - begin
                 self._check_finite(sums, weights=True)
+                self._share_buffers()
                 self._save(sums)
         self._check_finite(sums, weights=True)
+        self._share_buffers()
         row_seconds = time.perf_counter() - begin
         self.at.train_seconds = seconds_before + row_seconds
         self.at.epoch += 1
@@ -344,7 +346,6 @@ class _Trainer:
 
     def _validate(self, row: dict[str, Any]) -> None:
         """Attack the held-out images, watch for collapse, and keep the best weights."""
-        self._share_buffers()
         if self.held_out is None:
             self.at.best_epoch = self.at.epoch
             return
@@ -403,7 +404,6 @@ class _Trainer:
         """Write a checkpoint of everything the rest of the run depends on."""
         if self.run is None:
             return
-        self._share_buffers()
         states = gather_object([self._random_state()])
         if self.accelerator.is_main_process:
             checkpoint.save(
@@ -424,7 +424,7 @@ class _Trainer:
     def _share_buffers(self) -> None:
         """Give every process the batch statistics of the first, whose weights are kept."""
         if self.accelerator.num_processes > 1:
-            for module in {self.model, self.judged}:
+            for module in dict.fromkeys((self.model, self.judged)):
                 for buffer in module.buffers():
                     torch.distributed.broadcast(buffer, 0)
 

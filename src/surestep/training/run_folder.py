@@ -91,13 +91,14 @@ class RunFolder:
         Raises:
             UserError: it cannot be made or written to.
         """
+        text = to_yaml(settings)
         try:
             if self.folder.exists():
                 shutil.rmtree(self.folder)
             self.folder.mkdir(parents=True)
         except OSError as e:
             raise UserError(f"cannot make the run folder {self.folder}: {e.strerror}") from e
-        files.write_atomically(self.config, to_yaml(settings))
+        files.write_atomically(self.config, text)
 
     def check_same(self, settings: Mapping[str, Any]) -> None:
         """Refuse to resume with other settings than the run was begun with.

@@ -167,9 +167,9 @@ class TestDemo:
         assert "s in all)" in out
         assert not list(tmp_path.glob("fgsm*"))
 
-    def test_both_runs_are_alike_but_for_method_and_length(self, done, tiny):
+    def test_both_runs_are_alike_but_for_method_length_and_rate(self, done, tiny):
         done("demo", "--n", "1", "--json", "-", "--seed", "3")
-        one, other = (c.model_dump(exclude={"method", "params", "epochs"}) for c in tiny)
+        one, other = (c.model_dump(exclude={"method", "params", "epochs", "lr"}) for c in tiny)
         assert one == other
         assert (one["dataset"], one["eps"], one["seed"]) == ("mnist", 0.3, 3)
         assert [c.method for c in tiny] == ["fgsm", "sat-r2"]

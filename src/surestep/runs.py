@@ -21,6 +21,7 @@ from surestep.errors import UserError
 from surestep.methods import Method
 from surestep.threat import ThreatModel
 from surestep.training import FitResult, fit
+from surestep.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -156,16 +157,16 @@ def read_config(folder: str | Path) -> RunConfig:
         UserError: the folder is no run folder, or was written by ``surestep.fit`` with a model or
             data of the user's own.
     """
-    folder = Path(folder)
-    if not (folder / "config.yaml").is_file():
+    run = RunFolder(Path(folder))
+    if not run.config.is_file():
         raise UserError(f"{folder} is no run folder: it has no config.yaml")
-    values = read_yaml(folder / "config.yaml")
+    values = read_yaml(run.config)
     if "dataset" not in values or "model" not in values:
         raise UserError(
             f"{folder} was trained from Python with a model and data of your own: resume it with "
             "surestep.fit(..., resume=True), judge it with surestep.evaluate"
         )
-    return parse(RunConfig, values, where=f"{folder / 'config.yaml'}: ")
+    return parse(RunConfig, values, where=f"{run.config}: ")
 
 
 def load(folder: str | Path, device: str | None = None) -> Run:
@@ -180,7 +181,7 @@ def load(folder: str | Path, device: str | None = None) -> Run:
     """
     folder = Path(folder)
     config = read_config(folder)
-    weights = folder / "model.safetensors"
+    weights = RunFolder(folder).weights
     if not weights.is_file():
         raise UserError(f"{folder} has no weights yet: continue it with --resume {folder}")
     model = build_model(config, load_data(config, "test"))

@@ -76,8 +76,9 @@ def fail_on_size(net, x):
 
 
 BAD_MODELS = {
-    "tuple": (lambda net, x: (net(x), x), ("tuple", "logits")),
-    "dict": (lambda net, x: {"logits": net(x)}, ("dict", "logits")),
+    "empty tuple": (lambda net, x: (), ("tuple", "logits")),
+    "tuple of dicts": (lambda net, x: ({"logits": net(x)},), ("tuple", "logits")),
+    "dict": (lambda net, x: {"scores": net(x)}, ("dict", "logits")),
     "one score": (lambda net, x: net(x)[:, :1], ("(1, 1)", "K >= 2")),
     "no classes": (lambda net, x: net(x)[:, 0], ("(1,)", "(N, K)")),
     "maps": (lambda net, x: net(x)[:, :, None], ("(1, 4, 1)", "(N, K)")),

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from surestep.evaluation.suite import Attack, Found
+
 
 @pytest.fixture
 def net() -> nn.Module:
@@ -50,15 +52,15 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., nn.Module]:
             return -(x[:, :1] - classes).abs()
 
     def install(**broken: set[int]) -> nn.Module:
-        def parse(name: str, threat: object) -> Callable[..., Tensor]:
-            def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        def parse(name: str, threat: object, sources: object = ()) -> Attack:
+            def attack(model: nn.Module, x: Tensor, y: Tensor) -> Found:
                 numbers = (x[:, 1] * 1000).round().int().tolist()
                 hit = torch.tensor([n in broken[name] for n in numbers])
                 x = x.clone()
                 x[hit, 0] += 0.1
-                return x
+                return Found(x)
 
-            return attack
+            return Attack(attack)
 
         monkeypatch.setattr("surestep.evaluation.suite.parse", parse)
         return Reader()

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 import random
 from typing import Any
@@ -15,7 +14,8 @@ import surestep
 from surestep import attacks
 from surestep.data import Images
 from surestep.errors import UserError
-from surestep.evaluation import DEFAULT_ATTACKS, Evaluation, evaluate, wilson_interval
+from surestep.evaluation import Evaluation, evaluate, suite, wilson_interval
+from surestep.evaluation.suite import BUDGETS, Attack, Found
 
 THREAT = surestep.Linf(0.05)
 STEADY = ("fgsm", "i-fgsm-5")
@@ -24,7 +24,9 @@ STEADY = ("fgsm", "i-fgsm-5")
 
 def numbers(found: Evaluation) -> dict[str, Any]:
     """Return everything but the times."""
-    return {k: v for k, v in dataclasses.asdict(found).items() if "seconds" not in k}
+    values = found.to_dict()
+    values["attacks"] = [{k: v for k, v in a.items() if k != "seconds"} for a in values["attacks"]]
+    return {k: v for k, v in values.items() if "seconds" not in k}
 
 
 class TestWorstCase:
@@ -68,7 +70,7 @@ class TestWorstCase:
         seen = []
 
         def parse(*_: Any) -> Any:
-            return lambda _model, x, y: seen.append((len(x), y.sum().item())) or x
+            return Attack(lambda _model, x, y: seen.append((len(x), y.sum().item())) or Found(x))
 
         monkeypatch.setattr("surestep.evaluation.suite.parse", parse)
         evaluate(model, (self.x, y), THREAT, ["a"])
@@ -113,14 +115,15 @@ class TestAgainstAttacks:
     def test_a_seed_decides_the_random_starts(self, net, images):
         def run(seed: int) -> Tensor:
             points = []
-            pgd = attacks.pgd
+            search = suite.search
 
-            def spy(*args: Any, **kwargs: Any) -> Tensor:
-                points.append(pgd(*args, **kwargs))
-                return points[-1]
+            def spy(*args: Any, **kwargs: Any) -> Any:
+                found = search(*args, **kwargs)
+                points.append(found.x_adv)
+                return found
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(attacks, "pgd", spy)
+                patch.setattr(suite, "search", spy)
                 evaluate(net, images, THREAT, ["pgd-2"], seed=seed)
             return torch.cat(points)
 
@@ -144,9 +147,10 @@ class TestAgainstAttacks:
             "bounds": [0.0, 1.0],
         }
 
-    def test_the_default_attacks_are_parsed(self, net, images):
-        found = evaluate(net, images, THREAT, n=5)
-        assert tuple(found.robust_accuracy) == DEFAULT_ATTACKS
+    def test_the_default_is_the_standard_budget(self, net, images):
+        found = evaluate(net, images, surestep.Linf(0.01), n=2)
+        assert tuple(found.robust_accuracy) == BUDGETS["standard"]
+        assert [a["scope"] for a in found.attacks] == ["all"] * 4 + ["survivors"]
 
 
 class TestKinds:
@@ -198,7 +202,7 @@ class TestKinds:
         [
             (lambda x, y: (x * 255, y), "divide x by 255"),
             (lambda x, y: (x, y + 3), "labels from .* but the model has 3 classes"),
-            (lambda x, y: (x[:, :, :5], y), "the model fails on one image"),
+            (lambda x, y: (x[:, :, :5], y), "the model fails on one batch of shape"),
             (lambda x, y: (x, y[:5]), "90 images and y has 5 labels"),
             (lambda x, y: DataLoader(TensorDataset(x * 2 - 1, y), 5), r"expected \[0, 1\]"),
         ],

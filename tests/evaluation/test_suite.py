@@ -1,44 +1,61 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import surestep
-from surestep import attacks
 from surestep.errors import UserError
 from surestep.evaluation import suite
 
 THREAT = surestep.Linf(0.3)
 
 
+PGD = {"start_radius": None, "decay": None}
+FROM_X = {"start_radius": 0.0, "decay": None}
+
+
 @pytest.mark.parametrize(
     ("name", "called", "args"),
     [
-        ("fgsm", "fgsm", ("ce",)),
-        ("fgsm-margin", "fgsm", ("margin",)),
-        ("r-fgsm", "r_fgsm", ("ce",)),
-        ("i-fgsm-10", "i_fgsm", (10, "ce")),
-        ("i-fgsm-3-dlr", "i_fgsm", (3, "dlr")),
-        ("mi-fgsm-10", "mi_fgsm", (10, "ce")),
-        ("noise-10", "random_noise", (10,)),
-        ("pgd-100", "pgd", (100, 0.01, 1, "ce", True)),
-        ("pgd-20x2", "pgd", (20, 0.3 / 8, 2, "ce", True)),
-        ("pgd-100-margin", "pgd", (100, 0.01, 1, "margin", True)),
-        ("pgd-50x10-dlr", "pgd", (50, 0.015, 10, "dlr", True)),
-        ("pgd-1-ce", "pgd", (1, 0.75, 1, "ce", True)),
+        ("fgsm", "attacks.fgsm", ("ce",)),
+        ("fgsm-margin", "attacks.fgsm", ("margin",)),
+        ("r-fgsm", "attacks.r_fgsm", ("ce",)),
+        ("noise-10", "attacks.random_noise", (10,)),
+        ("i-fgsm-10", "search", (10, 0.03, 1, "ce", FROM_X)),
+        ("i-fgsm-3-dlr", "search", (3, 0.1, 1, "dlr", FROM_X)),
+        ("mi-fgsm-10", "search", (10, 0.03, 1, "ce", {"start_radius": 0.0, "decay": 1.0})),
+        ("pgd-100", "search", (100, 0.01, 1, "ce", PGD)),
+        ("pgd-20x2", "search", (20, 0.3 / 8, 2, "ce", PGD)),
+        ("pgd-100-margin", "search", (100, 0.01, 1, "margin", PGD)),
+        ("pgd-50x10-dlr", "search", (50, 0.015, 10, "dlr", PGD)),
+        ("pgd-1-ce", "search", (1, 0.75, 1, "ce", PGD)),
+        ("square", "autoattack.square", (5000,)),
+        ("square-30", "autoattack.square", (30,)),
+        ("apgd-ce", "autoattack.apgd_ce", ()),
+        ("apgd-t", "autoattack.apgd_t", ()),
+        ("fab-t", "autoattack.fab_t", ()),
+        ("autoattack", "autoattack.autoattack", ()),
     ],
 )
 def test_names(monkeypatch, name, called, args):
     calls: list[Any] = []
 
-    def note(model: Any, x: Any, y: Any, threat: Any, *rest: Any, **named: Any) -> str:
-        calls.append((model, x, y, threat, *rest, *named.values()))
-        return "x_adv"
+    def note(model: Any, x: Any, y: Any, threat: Any, *rest: Any, **named: Any) -> Any:
+        calls.append((model, x, y, threat, *rest))
+        if called != "search":
+            calls[-1] += tuple(named.values())
+            return "x_adv"
+        assert named.pop("stop_when_wrong")
+        calls[-1] += (named,)
+        return SimpleNamespace(x_adv="x_adv", first_wrong="steps")
 
-    monkeypatch.setattr(attacks, called, note)
-    assert suite.parse(name, THREAT)("model", "x", "y") == "x_adv"
+    monkeypatch.setattr(f"surestep.evaluation.suite.{called}", note)
+    found = suite.parse(name, THREAT).run("model", "x", "y")
+    assert found.x_adv == "x_adv"
+    assert found.first_wrong == ("steps" if called == "search" else None)
     (call,) = calls
     assert call[:4] == ("model", "x", "y", THREAT)
     given = [pytest.approx(a) if type(a) is float else a for a in args]
@@ -73,6 +90,12 @@ def test_names(monkeypatch, name, called, args):
         "noise-5-margin",
         "noise-5x2",
         "autoattak",
+        "autoattack-3",
+        "square-margin",
+        "squarex2",
+        "apgd",
+        "apgd-t-3",
+        "transferx2",
     ],
 )
 def test_what_is_no_name(name):
@@ -97,13 +120,65 @@ def test_any_number_of_steps_crosses_the_ball(steps):
 
 
 @pytest.mark.parametrize(
-    "name", ["fgsm", "r-fgsm", "i-fgsm-3", "mi-fgsm-3", "noise-3", "pgd-3x2", "pgd-3-margin"]
+    "name",
+    [
+        *("fgsm", "r-fgsm", "i-fgsm-3", "mi-fgsm-3", "noise-3", "pgd-3x2", "pgd-3-margin"),
+        *("square-30", "apgd-ce", "transfer"),
+    ],
 )
 def test_points_are_in_the_ball(net, images, name):
     x, y = images
     torch.manual_seed(0)
-    x_adv = suite.parse(name, THREAT)(net, x, y)
+    x_adv = suite.parse(name, THREAT, [net]).run(net, x, y).x_adv
     assert (x_adv - x).abs().max() <= 0.3
     assert x_adv.min() >= 0
     assert x_adv.max() <= 1
     assert not torch.equal(x_adv, x)
+
+
+def test_transfer_needs_a_source():
+    with pytest.raises(UserError, match="needs source models"):
+        suite.parse("transfer", THREAT)
+
+
+def test_transfer_finds_on_the_source_what_breaks_the_model(net, images):
+    """The model shows no gradient; one with its weights and a gradient does."""
+
+    class Hidden(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return net(x.detach())
+
+    x, y = images
+    net.eval()
+    found = suite.parse("transfer", THREAT, [net]).run(Hidden(), x, y).x_adv
+    white = suite.parse("pgd-50", THREAT).run(net, x, y).x_adv
+    with torch.no_grad():
+        clean, left, direct = ((net(z).argmax(1) == y).sum() for z in (x, found, white))
+    assert left <= direct < clean
+
+
+def test_steps_of_success(net, images):
+    """``first_wrong`` is the first iterate that a plain loop finds misclassified."""
+    x, y = images
+    net.eval()
+    found = suite.parse("i-fgsm-6", THREAT).run(net, x, y)
+    expected = torch.full((len(x),), -1)
+    point = x.clone()
+    for step in range(7):
+        point = point.detach().requires_grad_()
+        logits = net(point)
+        wrong = logits.argmax(1) != y
+        expected[wrong & (expected < 0)] = step
+        loss = torch.nn.functional.cross_entropy(logits, y, reduction="sum")
+        (grad,) = torch.autograd.grad(loss, point)
+        point = (point + 0.05 * grad.sign()).clamp(x - 0.3, x + 0.3).clamp(0, 1)
+    assert found.first_wrong.tolist() == expected.tolist()
+    assert len(expected.unique()) > 2
+
+
+def test_budgets():
+    for name, names in suite.BUDGETS.items():
+        assert suite.budget(name) == names
+        suite.parse_all(names, THREAT)
+    with pytest.raises(UserError, match="unknown budget 'quik': did you mean 'quick'"):
+        suite.budget("quik")

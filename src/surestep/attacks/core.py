@@ -6,7 +6,7 @@ found: modes, ``requires_grad`` flags, ``.grad`` and buffers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -58,13 +58,22 @@ def attacking(model: nn.Module, *, train_mode: bool = False) -> Iterator[nn.Modu
 def forward_logits(model: nn.Module, x: Tensor) -> Tensor:
     """Run the model and return its logits (N, K) in float32 (float64 stays).
 
+    Of a tuple or list the first entry is taken, of a dict or a Hugging Face output ``logits``.
+
     Raises:
-        UserError: the model does not return one tensor of shape (N, K), K >= 2.
+        UserError: what the model returns holds no tensor of shape (N, K), K >= 2.
     """
-    logits = model(x)
+    returned = model(x)
+    logits = returned
+    if isinstance(returned, Mapping) or hasattr(returned, "logits"):
+        entries = returned if isinstance(returned, Mapping) else vars(returned)
+        logits = entries.get("logits")
+    elif isinstance(returned, tuple | list) and returned:
+        logits = returned[0]
     if not isinstance(logits, Tensor):
         raise UserError(
-            f"the model returned a {type(logits).__name__}, expected one tensor of logits (N, K): "
+            f"the model returned a {type(returned).__name__}, expected a tensor of logits (N, K), "
+            "a tuple that begins with it or a dict with 'logits': "
             "wrap it in a module that returns the logits"
         )
     if logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
@@ -175,8 +184,16 @@ def input_gradient(
     return grad, values.detach(), logits.detach()
 
 
+def misclassified(logits: Tensor, y: Tensor) -> Tensor:
+    """Return which samples are wrong: another class leads, or a logit is NaN."""
+    return (logits.argmax(1) != y) | logits.isnan().any(1)
+
+
 class Best:
     """Each sample's strongest point so far: misclassified first, then the highest objective.
+
+    ``first_wrong`` is the number of points a sample had been offered before the first that was
+    misclassified, -1 if there was none: after how many steps an attack succeeded.
 
     Args:
         x: the clean images (N, ...).
@@ -196,6 +213,8 @@ class Best:
         self.values = torch.full((len(x),), float("-inf"), device=x.device)
         self.wrong = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self.done = self.wrong.clone()
+        self.first_wrong = torch.full((len(x),), -1, device=x.device)
+        self.offers = 0
         self.slack = 0.05 if torch.is_autocast_enabled(x.device.type) else 0.0
 
     def rows(self) -> Tensor:
@@ -207,12 +226,14 @@ class Best:
     def offer(self, rows: Tensor, x_adv: Tensor, logits: Tensor) -> None:
         """Take the points ``x_adv`` of the samples ``rows`` where they beat the best so far."""
         values = self.objective(logits, self.y[rows]).to(self.values.dtype)
-        wrong = logits.argmax(1) != self.y[rows]
+        wrong = misclassified(logits, self.y[rows])
         was_wrong = self.wrong[rows]
         better = (wrong & ~was_wrong) | ((wrong == was_wrong) & (values > self.values[rows]))
         taken = rows[better]
         self.x_adv[taken], self.values[taken] = x_adv[better], values[better]
         self.wrong[rows] = was_wrong | wrong
+        self.first_wrong[rows[wrong & ~was_wrong]] = self.offers
+        self.offers += 1
         if self.stop_when_wrong:
             clearly = margin(logits, self.y[rows]) > self.slack * logits.abs().amax(1)
             self.done[rows] |= wrong & clearly

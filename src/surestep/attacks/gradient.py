@@ -134,6 +134,36 @@ def pgd(
     Raises:
         UserError: on invalid images, labels, steps, restarts, step size or loss.
     """
+    return search(
+        model,
+        x,
+        y,
+        threat,
+        steps,
+        step_size,
+        restarts,
+        loss,
+        start_radius=start_radius,
+        decay=decay,
+        stop_when_wrong=stop_when_wrong,
+    ).x_adv
+
+
+def search(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    steps: int,
+    step_size: float,
+    restarts: int = 1,
+    loss: str = "ce",
+    *,
+    start_radius: float | None = None,
+    decay: float | None = None,
+    stop_when_wrong: bool = False,
+) -> Best:
+    """Run ``pgd`` and return all it found: points, losses, the step at which each was broken."""
     check_inputs(model, x, y, threat)
     x = x.detach()
     if steps < 1 or restarts < 1:
@@ -147,7 +177,7 @@ def pgd(
         for _ in range(restarts):
             if len(best.rows()):
                 ascent.search(inner, best, start_radius)
-    return best.x_adv
+    return best
 
 
 def random_noise(

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from surestep.attacks.core import attacking, check_inputs, forward_logits, round_up
+from surestep.attacks.core import (
+    attacking,
+    check_inputs,
+    forward_logits,
+    misclassified,
+    round_up,
+)
 from surestep.data import Batches, Images, as_images
 from surestep.errors import UserError
 from surestep.evaluation import suite
+from surestep.evaluation._state import State, digest, model_digest
+from surestep.evaluation.adapt import Adapted
 from surestep.threat import ThreatModel
 
-DEFAULT_ATTACKS = ("fgsm", "pgd-100", "pgd-100-margin")
+FORMAT, VERSION = "surestep-evaluation", 1
 
 
 @dataclass(frozen=True)
@@ -31,26 +41,39 @@ class Evaluation:
         robust_accuracy: by attack, the share right both clean and under that attack.
         worst_case_accuracy: share that no attack of the suite broke, taken per image.
         n: number of images.
+        seed: of the random starts.
         intervals: 95% Wilson intervals of these accuracies by name.
         seconds: wall time of the whole.
         attack_seconds: wall time by attack.
         threat: norm, eps and data range in words.
+        attacks: by attack, its ``scope`` ("all" that are right clean, or the "survivors" of the
+            other attacks: its accuracy is then theirs together), accuracy, seconds, and
+            ``by_step``: for an iterative attack the share still right after each point tried.
+        per_class: per label, its number of images, clean and worst-case accuracy.
+        curve: accuracies at other radii, if these were asked for.
+        right: (n,) each, which images were right "clean", by attack and in the "worst case"; not
+            part of ``to_dict``.
     """
 
     clean_accuracy: float
     robust_accuracy: dict[str, float]
     worst_case_accuracy: float
     n: int
+    seed: int
     intervals: dict[str, tuple[float, float]]
     seconds: float
     attack_seconds: dict[str, float]
     threat: dict[str, Any]
+    attacks: list[dict[str, Any]]
+    per_class: list[dict[str, Any]]
+    curve: list[dict[str, Any]]
+    right: dict[str, Tensor] = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings, lists and dicts, as written by ``--json``."""
-        values = asdict(self)
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "right"}
         values["intervals"] = {k: list(v) for k, v in self.intervals.items()}
-        return values
+        return {"format": FORMAT, "version": VERSION, **values}
 
 
 def wilson_interval(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -67,90 +90,261 @@ def evaluate(
     model: nn.Module,
     data: Images | tuple[Tensor, Tensor] | Dataset | DataLoader,
     threat: ThreatModel,
-    attacks: Sequence[str] = DEFAULT_ATTACKS,
+    attacks: Sequence[str] | Mapping[str, suite.Attack] | None = None,
     *,
+    budget: str = "standard",
     batch_size: int = 500,
     n: int | None = None,
     seed: int = 0,
+    eps: Sequence[float] = (),
     precision: torch.dtype = torch.float32,
+    preprocess: nn.Module | None = None,
+    sources: Sequence[nn.Module] = (),
+    state: str | Path | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Evaluation:
     """Measure clean accuracy and accuracy under each attack.
 
     The model is judged in eval mode and left as it was found. An image counts as robust to an
     attack when it is right clean and at the attack's point. Only images that are right clean are
-    attacked. The global random state is left as it was.
+    attacked, cheap attacks first; AutoAttack only attacks what the others left, which cannot
+    change the worst case. The global random state is left as it was.
 
     Args:
-        model: returns logits (N, K) for images in the threat model's range.
+        model: returns logits (N, K) for images in the threat model's range; alone, or first in a
+            tuple, or as "logits" in a dict.
         data: a pair of tensors (x, y), a Dataset or a DataLoader of such pairs.
         threat: norm, radius and data range.
-        attacks: names, see ``surestep.evaluation.suite``.
+        attacks: names, see ``surestep.evaluation.suite``; by default those of the budget.
+        budget: "quick", "standard" or "thorough"; without ``attacks``.
         batch_size: of the attacks.
         n: only the first n images; all by default.
         seed: of the random starts.
+        eps: further radii, for the curve of accuracy against eps.
         precision: bfloat16 or float16 crafts the perturbations under autocast. Whether a point is
             misclassified is decided in float32 in any case.
+        preprocess: what the model needs done to the pixels first, such as ``models.Normalize``.
+        sources: models whose points the "transfer" attack tries.
+        state: a file to keep what is done in; given again after a stop, the evaluation goes on
+            and ends with the same numbers.
         progress: called after each batch with images done, images in all (0 if unknown) and the
             worst-case accuracy so far.
 
     Raises:
-        UserError: unknown attack, no data, or images, labels or model that cannot be judged.
+        UserError: unknown attack or budget, no data, a state of another evaluation, or images,
+            labels or model that cannot be judged.
     """
-    by_name = suite.parse_all(attacks, threat)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    batches, total = _batches(data, batch_size, n, device)
-    right: dict[str, list[Tensor]] = {name: [] for name in ("clean", *by_name)}
-    seconds = dict.fromkeys(by_name, 0.0)
-    start, done, survived = time.perf_counter(), 0, 0
-    cuda = [device.index or 0] if device.type == "cuda" else []
-    with attacking(model) as inner, torch.random.fork_rng(cuda):
-        torch.manual_seed(seed)
-        for x, y in batches:
-            check_inputs(inner, x, y, threat)
-            clean = _right(inner, x, y)
-            # Those that are right; others only to fill up to a batch size met before.
-            attacked = round_up(int(clean.sum()), len(x))
-            rows = clean.int().argsort(descending=True, stable=True)[:attacked]
-            worst = clean.clone()
-            right["clean"].append(clean)
-            for name, attack in by_name.items():
-                begin = time.perf_counter()
-                ok = clean.clone()
-                if len(rows):
-                    with _autocast(device, precision):
-                        x_adv = attack(inner, x[rows], y[rows])
-                    ok[rows] &= _right(inner, x_adv, y[rows])
-                right[name].append(ok)
-                worst &= ok
-                seconds[name] += time.perf_counter() - begin
-            done += len(x)
-            survived += int(worst.sum())
-            if progress:
-                progress(done, total, survived / done)
-    if not done:
-        raise UserError("there is no image to evaluate on")
-    counts = {name: int(torch.cat(parts).sum()) for name, parts in right.items()}
-    counts["worst case"] = survived
-    return Evaluation(
-        clean_accuracy=counts["clean"] / done,
-        robust_accuracy={name: counts[name] / done for name in by_name},
-        worst_case_accuracy=survived / done,
-        n=done,
-        intervals={name: wilson_interval(c, done) for name, c in counts.items()},
-        seconds=time.perf_counter() - start,
-        attack_seconds=seconds,
-        threat={
-            "norm": type(threat).__name__.lower(),
-            "eps": threat.eps,
-            "bounds": list(threat.bounds),
-        },
+    names = suite.budget(budget) if attacks is None else attacks
+    by_name = (
+        dict(attacks) if isinstance(attacks, Mapping) else suite.parse_all(names, threat, sources)
     )
+    radii = [threat.with_eps(e) for e in eps]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    settings = {
+        "attacks": list(by_name),
+        "threat": _describe(threat),
+        "batch_size": batch_size,
+        "n": n,
+        "seed": seed,
+        "precision": str(precision),
+        "model": model_digest(model) if state is not None else "",
+    }
+    kept = State(state, settings)
+    start = time.perf_counter()
+    adapted = Adapted(model, preprocess)
+    judge = _Judge(adapted, threat, by_name, seed, precision, kept)
+    cuda = [device.index or 0] if device.type == "cuda" else []
+    try:
+        with attacking(adapted), torch.random.fork_rng(cuda):
+            torch.manual_seed(seed)
+            batches, total = _batches(data, batch_size, n, device)
+            for x, y in batches:
+                judge.batch(x, y)
+                if progress:
+                    progress(judge.done, total, judge.survivors / judge.done)
+    finally:
+        kept.close()
+    if not judge.done:
+        raise UserError("there is no image to evaluate on")
+    curve = [
+        _at(
+            radius,
+            evaluate(
+                model,
+                data,
+                radius,
+                names if not isinstance(attacks, Mapping) else list(attacks),
+                batch_size=batch_size,
+                n=n,
+                seed=seed,
+                precision=precision,
+                preprocess=preprocess,
+                sources=sources,
+                state=None if state is None else f"{state}.eps-{radius.eps:g}",
+            ),
+        )
+        for radius in radii
+    ]
+    return judge.result(time.perf_counter() - start, curve)
 
 
-@torch.no_grad()
-def _right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return forward_logits(model, x).argmax(1) == y
+def _describe(threat: ThreatModel) -> dict[str, Any]:
+    name = type(threat).__name__.lower()
+    return {"norm": name, "eps": threat.eps, "bounds": list(threat.bounds)}
+
+
+def _at(threat: ThreatModel, found: Evaluation) -> dict[str, Any]:
+    kept = ("clean_accuracy", "robust_accuracy", "worst_case_accuracy", "n")
+    return {"eps": threat.eps, **{name: getattr(found, name) for name in kept}}
+
+
+class _Judge:
+    """Attacks batch after batch and counts."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        threat: ThreatModel,
+        attacks: dict[str, suite.Attack],
+        seed: int,
+        precision: torch.dtype,
+        state: State,
+    ) -> None:
+        self.model, self.threat, self.attacks = model, threat, attacks
+        self.seed, self.precision, self.state = seed, precision, state
+        # Cheapest first: what they break, those on survivors need not attack.
+        self.order = sorted(attacks, key=lambda k: (attacks[k].survivors, attacks[k].passes))
+        self.right: dict[str, list[Tensor]] = {name: [] for name in ("clean", *attacks)}
+        self.first_wrong: dict[str, list[Tensor]] = {
+            name: [] for name, attack in attacks.items() if attack.looks
+        }
+        self.seconds = dict.fromkeys(attacks, 0.0)
+        self.labels: list[Tensor] = []
+        self.worst: list[Tensor] = []
+        self.done = self.survivors = self.number = 0
+
+    def batch(self, x: Tensor, y: Tensor) -> None:
+        """Run every attack on a batch, but those that the state already knows."""
+        check_inputs(self.model, x, y, self.threat)
+        clean = self._clean(x, y)
+        worst = clean.clone()
+        for name in self.order:
+            known = self.state.get(self.number, name)
+            if known is None:
+                targets = worst if self.attacks[name].survivors else clean
+                known = self._attack(name, x, y, targets)
+                self.state.put(self.number, name, **known)
+            broken = torch.tensor(known["broken"], dtype=torch.int64)
+            ok = (worst if self.attacks[name].survivors else clean).clone()
+            ok[broken] = False
+            self.right[name].append(ok)
+            if name in self.first_wrong:
+                steps = torch.full((len(x),), -1)
+                steps[broken] = torch.tensor(known["steps"], dtype=torch.int64)
+                self.first_wrong[name].append(steps)
+            worst &= ok
+            self.seconds[name] += known["seconds"]
+        self.right["clean"].append(clean)
+        self.worst.append(worst)
+        self.labels.append(y.cpu())
+        self.done += len(x)
+        self.survivors += int(worst.sum())
+        self.number += 1
+
+    def _clean(self, x: Tensor, y: Tensor) -> Tensor:
+        fingerprint = digest(x, y) if self.state.kept else ""
+        known = self.state.get(self.number, "clean")
+        if known is None:
+            clean = self._right(x, y)
+            wrong = (~clean).nonzero().squeeze(1).tolist()
+            self.state.put(self.number, "clean", wrong=wrong, data=fingerprint)
+            return clean
+        if known["data"] != fingerprint:
+            raise UserError(
+                f"batch {self.number} differs from the one that the state file was written for: "
+                "give the same data in the same order, or another state file"
+            )
+        clean = torch.ones(len(x), dtype=torch.bool)
+        clean[torch.tensor(known["wrong"], dtype=torch.int64)] = False
+        return clean
+
+    def _attack(self, name: str, x: Tensor, y: Tensor, targets: Tensor) -> dict[str, Any]:
+        """Run one attack on the images ``targets`` (N,) of a batch."""
+        begin = time.perf_counter()
+        # Of its own, so that an attack finds the same whatever ran before it, or was resumed.
+        torch.manual_seed(zlib.crc32(f"{self.seed}/{self.number}/{name}".encode()))
+        broken: list[int] = []
+        steps: list[int] = []
+        # The targets; others only to fill up to a batch size met before.
+        attacked = round_up(int(targets.sum()), len(x))
+        rows = targets.int().argsort(descending=True, stable=True)[:attacked]
+        if len(rows):
+            at = rows.to(x.device)
+            with _autocast(x.device, self.precision):
+                found = self.attacks[name].run(self.model, x[at], y[at])
+            wrong = targets[rows] & ~self._right(found.x_adv, y[at])
+            broken = rows[wrong].tolist()
+            if found.first_wrong is not None:
+                # Crafted in low precision, broken in full: by the last point then.
+                last = (self.attacks[name].looks or 1) - 1
+                first = found.first_wrong.cpu()[wrong]
+                steps = torch.where(first < 0, last, first).tolist()
+        return {"broken": broken, "steps": steps, "seconds": time.perf_counter() - begin}
+
+    @torch.no_grad()
+    def _right(self, x: Tensor, y: Tensor) -> Tensor:
+        return ~misclassified(forward_logits(self.model, x), y).cpu()
+
+    def result(self, seconds: float, curve: list[dict[str, Any]]) -> Evaluation:
+        """Count."""
+        n = self.done
+        right = {name: torch.cat(parts) for name, parts in self.right.items()}
+        counts = {name: int(mask.sum()) for name, mask in right.items()}
+        counts["worst case"] = self.survivors
+        labels, worst, clean = torch.cat(self.labels), torch.cat(self.worst), right["clean"]
+        per_class = []
+        for label in labels.unique().tolist():
+            of = labels == label
+            per_class.append(
+                {
+                    "label": label,
+                    "n": int(of.sum()),
+                    "clean_accuracy": clean[of].double().mean().item(),
+                    "worst_case_accuracy": worst[of].double().mean().item(),
+                }
+            )
+        return Evaluation(
+            clean_accuracy=counts["clean"] / n,
+            robust_accuracy={name: counts[name] / n for name in self.attacks},
+            worst_case_accuracy=self.survivors / n,
+            n=n,
+            seed=self.seed,
+            intervals={name: wilson_interval(c, n) for name, c in counts.items()},
+            seconds=seconds,
+            attack_seconds=self.seconds,
+            threat=_describe(self.threat),
+            attacks=[
+                {
+                    "name": name,
+                    "scope": "survivors" if attack.survivors else "all",
+                    "accuracy": counts[name] / n,
+                    "seconds": self.seconds[name],
+                    "by_step": self._by_step(name, counts["clean"]),
+                }
+                for name, attack in self.attacks.items()
+            ],
+            per_class=per_class,
+            curve=curve,
+            right={**right, "worst case": worst},
+        )
+
+    def _by_step(self, name: str, clean: int) -> list[float] | None:
+        looks = self.attacks[name].looks
+        if looks is None:
+            return None
+        steps = torch.cat(self.first_wrong[name])
+        broken = torch.bincount(steps[steps >= 0], minlength=looks).cumsum(0)
+        return [(clean - b) / self.done for b in broken.tolist()]
 
 
 def _autocast(device: torch.device, dtype: torch.dtype):

@@ -1,23 +1,73 @@
-"""The attacks of an evaluation, by name."""
+"""The attacks of an evaluation, by name, and the budgets that bundle them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from surestep import attacks
-from surestep.errors import UserError
+from surestep.attacks import autoattack
+from surestep.attacks.core import attacking, forward_logits, misclassified
+from surestep.attacks.gradient import search
+from surestep.errors import UserError, unknown_name
 from surestep.threat import ThreatModel
 
-Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
-
-NAMES = "fgsm, r-fgsm, i-fgsm-STEPS, mi-fgsm-STEPS, noise-SAMPLES, pgd-STEPS[xRESTARTS][-LOSS]"
+NAMES = (
+    "fgsm, r-fgsm, i-fgsm-STEPS, mi-fgsm-STEPS, noise-SAMPLES, pgd-STEPS[xRESTARTS][-LOSS], "
+    "apgd-ce, apgd-t, fab-t, square[-QUERIES], autoattack, transfer"
+)
 _NAME = re.compile(
-    r"(?P<kind>fgsm|r-fgsm|i-fgsm|mi-fgsm|noise|pgd)"
+    r"(?P<kind>fgsm|r-fgsm|i-fgsm|mi-fgsm|noise|pgd|square|transfer|autoattack|apgd-ce|apgd-t|fab-t)"
     r"(?:-(?P<count>[1-9]\d*))?(?:x(?P<restarts>[1-9]\d*))?(?:-(?P<loss>ce|margin|dlr))?"
 )
+_COUNTED = ("pgd", "i-fgsm", "mi-fgsm", "noise")
+_PLAIN = ("fgsm", "r-fgsm", *_COUNTED[:3])
+
+BUDGETS: dict[str, tuple[str, ...]] = {
+    "quick": ("fgsm", "noise-20", "pgd-50", "pgd-50-margin"),
+    "standard": ("fgsm", "noise-20", "pgd-100", "pgd-100-margin", "autoattack"),
+    "thorough": (
+        *("fgsm", "r-fgsm", "i-fgsm-100", "mi-fgsm-100", "noise-1000"),
+        *("pgd-100x5", "pgd-100x5-margin", "pgd-100-dlr", "square", "autoattack"),
+    ),
+}
+"""Attacks by budget. AutoAttack runs on the images that the others left."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an attack found in a batch.
+
+    Attributes:
+        x_adv: its points, shaped as the images.
+        first_wrong: of an iterative attack, after how many steps each image was first
+            misclassified (N,), -1 for never; else None.
+    """
+
+    x_adv: Tensor
+    first_wrong: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An attack of an evaluation.
+
+    Attributes:
+        run: maps (model, x, y) to what it found.
+        passes: about how many forward passes an image costs that withstands it (a gradient
+            counts as two); the order of an evaluation goes by it.
+        survivors: run it only on what the other attacks left; its accuracy is then theirs together.
+        looks: how many points an iterative attack tries, the start included.
+    """
+
+    run: Callable[[nn.Module, Tensor, Tensor], Found]
+    passes: float = 1
+    survivors: bool = False
+    looks: int | None = None
 
 
 def pgd_step_size(eps: float, steps: int) -> float:
@@ -28,52 +78,121 @@ def pgd_step_size(eps: float, steps: int) -> float:
     return eps * max(2.5 / steps, 1 / 30)
 
 
-def parse(name: str, threat: ThreatModel) -> Attack:
-    """Return the attack of a name, called as ``attack(model, x, y)``.
+def parse(name: str, threat: ThreatModel, sources: Sequence[nn.Module] = ()) -> Attack:
+    """Return the attack of a name.
 
     Args:
-        name: such as "fgsm", "pgd-100", "pgd-20x2" (two restarts), "pgd-100-margin", "noise-10".
+        name: such as "fgsm", "pgd-100", "pgd-20x2" (two restarts), "pgd-100-margin", "noise-10",
+            "square-1000", "autoattack".
         threat: norm, radius and data range.
+        sources: models for "transfer".
 
     Raises:
-        UserError: the name is none of these.
+        UserError: the name is none of these, or transfer has no source.
     """
     match = _NAME.fullmatch(name)
-    counted = match is not None and match["kind"] in ("pgd", "i-fgsm", "mi-fgsm", "noise")
     if (
         match is None
-        or counted != (match["count"] is not None)
+        or (match["kind"] in _COUNTED and match["count"] is None)
+        or (match["count"] is not None and match["kind"] not in (*_COUNTED, "square"))
         or (match["restarts"] is not None and match["kind"] != "pgd")
-        or (match["loss"] is not None and match["kind"] == "noise")
+        or (match["loss"] is not None and match["kind"] not in _PLAIN)
     ):
         raise UserError(f"unknown attack {name!r}: write one of {NAMES}, LOSS ce, margin or dlr")
     kind, loss = match["kind"], match["loss"] or "ce"
     count, restarts = int(match["count"] or 0), int(match["restarts"] or 1)
+    if kind in ("pgd", "i-fgsm", "mi-fgsm"):
+        return _iterative(kind, threat, count, restarts, loss)
+    if kind == "transfer":
+        if not sources:
+            raise UserError("the transfer attack needs source models: give at least one")
+        return transfer(sources, threat)
+    count = count or autoattack.QUERIES
+    simple: Mapping[str, tuple[Callable[[nn.Module, Tensor, Tensor], Tensor], float]] = {
+        "fgsm": (lambda m, x, y: attacks.fgsm(m, x, y, threat, loss), 2),
+        "r-fgsm": (lambda m, x, y: attacks.r_fgsm(m, x, y, threat, loss=loss), 2),
+        "noise": (lambda m, x, y: attacks.random_noise(m, x, y, threat, count), count),
+        "square": (lambda m, x, y: autoattack.square(m, x, y, threat, count), count),
+        "apgd-ce": (lambda m, x, y: autoattack.apgd_ce(m, x, y, threat), 200),
+        "apgd-t": (lambda m, x, y: autoattack.apgd_t(m, x, y, threat), 1800),
+        "fab-t": (lambda m, x, y: autoattack.fab_t(m, x, y, threat), 2700),
+        "autoattack": (lambda m, x, y: autoattack.autoattack(m, x, y, threat), 9700),
+    }
+    run, passes = simple[kind]
+    return Attack(lambda m, x, y: Found(run(m, x, y)), passes, survivors=kind == "autoattack")
 
-    def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        if kind == "fgsm":
-            return attacks.fgsm(model, x, y, threat, loss)
-        if kind == "r-fgsm":
-            return attacks.r_fgsm(model, x, y, threat, loss=loss)
-        if kind == "i-fgsm":
-            return attacks.i_fgsm(model, x, y, threat, count, loss)
-        if kind == "mi-fgsm":
-            return attacks.mi_fgsm(model, x, y, threat, count, loss=loss)
-        if kind == "noise":
-            return attacks.random_noise(model, x, y, threat, count)
-        size = pgd_step_size(threat.eps, count)
-        return attacks.pgd(model, x, y, threat, count, size, restarts, loss, stop_when_wrong=True)
 
-    return attack
+def _iterative(kind: str, threat: ThreatModel, steps: int, restarts: int, loss: str) -> Attack:
+    eps = threat.eps
+    size = pgd_step_size(eps, steps) if kind == "pgd" else eps / steps
+
+    def run(model: nn.Module, x: Tensor, y: Tensor) -> Found:
+        best = search(
+            model,
+            x,
+            y,
+            threat,
+            steps,
+            size,
+            restarts,
+            loss,
+            start_radius=None if kind == "pgd" else 0.0,
+            decay=1.0 if kind == "mi-fgsm" else None,
+            stop_when_wrong=True,
+        )
+        return Found(best.x_adv, best.first_wrong)
+
+    return Attack(run, 2 * steps * restarts, looks=(steps + 1) * restarts)
 
 
-def parse_all(names: Iterable[str], threat: ThreatModel) -> dict[str, Attack]:
+def transfer(sources: Sequence[nn.Module], threat: ThreatModel) -> Attack:
+    """Return the attack that makes its points on other models: PGD and MI-FGSM on each source.
+
+    A model with masked gradients falls to points that were made elsewhere (Athalye et al. 2018).
+
+    Args:
+        sources: models for the same data.
+        threat: norm, radius and data range.
+    """
+
+    def run(model: nn.Module, x: Tensor, y: Tensor) -> Found:
+        x_adv = x.clone()
+        left = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        for source in sources:
+            for make in (
+                lambda s: attacks.pgd(s, x, y, threat, 50, pgd_step_size(threat.eps, 50)),
+                lambda s: attacks.mi_fgsm(s, x, y, threat, 20, loss="margin"),
+            ):
+                points = make(source)
+                with torch.no_grad(), attacking(model) as inner:
+                    broken = misclassified(forward_logits(inner, points), y) & left
+                x_adv[broken] = points[broken]
+                left &= ~broken
+        return Found(x_adv)
+
+    return Attack(run, 140 * len(sources))
+
+
+def parse_all(
+    names: Iterable[str], threat: ThreatModel, sources: Sequence[nn.Module] = ()
+) -> dict[str, Attack]:
     """Return several attacks by their names.
 
     Raises:
         UserError: one is unknown, or there is none.
     """
-    found = {name: parse(name, threat) for name in names}
+    found = {name: parse(name, threat, sources) for name in names}
     if not found:
         raise UserError(f"no attack given: name some of {NAMES}")
     return found
+
+
+def budget(name: str) -> tuple[str, ...]:
+    """Return the attacks of a budget: "quick", "standard" or "thorough".
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in BUDGETS:
+        raise unknown_name("budget", name, BUDGETS)
+    return BUDGETS[name]

@@ -1,0 +1,184 @@
+"""AutoAttack and its parts, from the authors' package pyautoattack (Croce & Hein 2020).
+
+The package is adapted, not changed: images of any shape (N, ...) and any data range, the random
+state left as it was, its warnings (surestep's audit has its own checks) kept quiet, and no point
+ever outside the threat model.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from surestep.attacks.core import attacking, check_inputs, forward_logits
+from surestep.attacks.gradient import pgd
+from surestep.errors import UserError
+from surestep.threat import L2, Linf, ThreatModel
+
+QUERIES = 5000
+"""Square's queries in AutoAttack's standard version."""
+
+
+def apgd_ce(
+    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, steps: int = 100
+) -> Tensor:
+    """APGD on cross entropy: step sizes that adapt themselves (Croce & Hein 2020, section 3).
+
+    Raises:
+        UserError: on invalid images or labels, or a norm other than L-inf and L2.
+    """
+
+    def run(predict: Callable, z: Tensor, y: Tensor, shared: dict) -> Tensor:
+        from pyautoattack.autopgd_base import APGDAttack
+
+        attack = APGDAttack(predict, n_iter=steps, logger=_SILENT, **shared)
+        return attack.perturb(z, y)
+
+    return _run(run, model, x, y, threat)
+
+
+def apgd_t(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, steps: int = 100) -> Tensor:
+    """APGD on the targeted DLR loss, towards the nine likeliest wrong classes (or all).
+
+    With fewer than four classes, where that loss does not exist, PGD on the margin.
+
+    Raises:
+        UserError: on invalid images or labels, or a norm other than L-inf and L2.
+    """
+
+    def run(predict: Callable, z: Tensor, y: Tensor, shared: dict) -> Tensor:
+        from pyautoattack.autopgd_base import APGDAttack_targeted
+
+        classes = predict(z[:1]).shape[1]
+        if classes < 4:
+            size = 2.5 * threat.eps / steps
+            return _unscale(
+                pgd(model, x, y, threat, steps, size, 5, "margin", stop_when_wrong=True), threat
+            ).view_as(z)
+        attack = APGDAttack_targeted(
+            predict, n_iter=steps, n_target_classes=min(9, classes - 1), logger=_SILENT, **shared
+        )
+        return attack.perturb(z, y)
+
+    return _run(run, model, x, y, threat)
+
+
+def fab_t(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, steps: int = 100) -> Tensor:
+    """FAB, targeted: steps towards the nearest boundary of each likely class (Croce & Hein 2020b).
+
+    Raises:
+        UserError: on invalid images or labels, or a norm other than L-inf and L2.
+    """
+
+    def run(predict: Callable, z: Tensor, y: Tensor, shared: dict) -> Tensor:
+        from pyautoattack.fab_pt import FABAttack_PT
+
+        classes = predict(z[:1]).shape[1]
+        attack = FABAttack_PT(
+            predict, n_iter=steps, targeted=True, n_target_classes=min(9, classes - 1), **shared
+        )
+        return attack.perturb(z, y)
+
+    return _run(run, model, x, y, threat)
+
+
+def square(
+    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, queries: int = QUERIES
+) -> Tensor:
+    """Square: random square-shaped changes, no gradient at all (Andriushchenko et al. 2020).
+
+    Raises:
+        UserError: on invalid images or labels, or a norm other than L-inf and L2.
+    """
+
+    def run(predict: Callable, z: Tensor, y: Tensor, shared: dict) -> Tensor:
+        from pyautoattack.square import SquareAttack
+
+        attack = SquareAttack(predict, n_queries=queries, resc_schedule=False, **shared)
+        with torch.no_grad():
+            return attack.perturb(z, y)
+
+    return _run(run, model, x, y, threat)
+
+
+def autoattack(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
+    """Run AutoAttack's standard version: the four parts, each on what the earlier ones left.
+
+    Args:
+        model: the classifier.
+        x: images (N, ...).
+        y: labels (N,).
+        threat: norm (L-inf or L2), radius and data range.
+
+    Returns:
+        x_adv, shaped as x: misclassified where a part succeeded, else the clean image.
+
+    Raises:
+        UserError: on invalid images or labels, another norm, or pyautoattack not installed.
+    """
+    x_adv = x.detach().clone()
+    with attacking(model) as inner, torch.no_grad():
+        left = (forward_logits(inner, x).argmax(1) == y).nonzero().squeeze(1)
+        for part in (apgd_ce, apgd_t, fab_t, square):
+            if not len(left):
+                break
+            found = part(model, x[left], y[left], threat)
+            broken = forward_logits(inner, found).argmax(1) != y[left]
+            x_adv[left[broken]] = found[broken]
+            left = left[~broken]
+    return x_adv
+
+
+_SILENT = logging.getLogger("surestep.autoattack")
+_SILENT.addHandler(logging.NullHandler())
+_SILENT.propagate = False
+
+Part = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor, dict], Tensor]
+
+
+def _run(run: Part, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
+    """Call a part on images scaled to [0, 1] and shaped (N, C, H, W), as the package wants."""
+    try:
+        import pyautoattack  # noqa: F401
+    except ImportError as e:
+        raise UserError(
+            f"AutoAttack and Square need the package pyautoattack: pip install pyautoattack ({e})"
+        ) from e
+    norm = {Linf: "Linf", L2: "L2"}.get(type(threat))
+    if norm is None:
+        raise UserError(f"AutoAttack knows the norms linf and l2, not {type(threat).__name__}")
+    check_inputs(model, x, y, threat)
+    if threat.eps == 0:
+        return x.detach().clone()
+    z = _unscale(x.detach(), threat)
+    z = z if z.dim() == 4 else z.reshape(len(z), 1, 1, -1)
+    devices = [x.device] if x.device.type == "cuda" else []
+    # Drawn before the fork: the seed of the whole evaluation decides it.
+    seed = int(torch.randint(2**31 - 1, ()))
+    shared = {"norm": norm, "eps": threat.eps / threat.span, "seed": seed, "device": x.device}
+    with (
+        attacking(model) as inner,
+        torch.random.fork_rng(devices),
+        warnings.catch_warnings(),
+        torch.enable_grad(),
+    ):
+        warnings.simplefilter("ignore")
+
+        def predict(z: Tensor) -> Tensor:
+            return forward_logits(
+                inner, threat.bounds[0] + z.reshape(-1, *x.shape[1:]) * threat.span
+            )
+
+        found = run(predict, z, y, shared).detach()
+    found = threat.bounds[0] + found.reshape(x.shape) * threat.span
+    # A failed part may return NaN (FAB, on a flat model): the image itself then.
+    found = torch.where(found.isfinite(), found, x)
+    return threat.project(found, x)
+
+
+def _unscale(x: Tensor, threat: ThreatModel) -> Tensor:
+    return (x - threat.bounds[0]) / threat.span

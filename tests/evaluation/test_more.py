@@ -1,0 +1,222 @@
+"""What an evaluation tells beside its accuracies, and whose models it judges."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import surestep
+from surestep import attacks
+from surestep.errors import UserError
+from surestep.evaluation import Adapted, evaluate
+from surestep.evaluation.suite import Attack, Found
+from surestep.models import Normalize
+
+THREAT = surestep.Linf(0.05)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, net, wrap):
+        super().__init__()
+        self.net, self.wrap = net, wrap
+
+    def forward(self, x):
+        return self.wrap(self.net, x)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda net, x: (net(x), x),
+        lambda net, x: [net(x)],
+        lambda net, x: {"loss": None, "logits": net(x)},
+        lambda net, x: type("Output", (), {})(),
+    ],
+    ids=["tuple", "list", "dict", "object"],
+)
+def test_logits_are_found_in_what_a_model_returns(net, images, wrap):
+    def give(net, x):
+        returned = wrap(net, x)
+        if type(returned).__name__ == "Output":
+            returned.logits = net(x)
+        return returned
+
+    found = evaluate(Wrapped(net, give), images, THREAT, ["fgsm", "pgd-3"])
+    plain = evaluate(net, images, THREAT, ["fgsm", "pgd-3"])
+    assert found.robust_accuracy == plain.robust_accuracy
+
+
+def test_half_precision(net, images):
+    found = evaluate(net.bfloat16(), images, THREAT, ["fgsm"])
+    assert found.clean_accuracy > 0.7
+    assert found.worst_case_accuracy < found.clean_accuracy
+
+
+def test_declared_preprocessing_is_normalisation_inside(net, images):
+    norm = Normalize([0.3], [0.2])
+    inside = nn.Sequential(norm, net)
+    x, _ = images
+    y = inside.eval()(x).argmax(1).detach()
+    a = evaluate(net, (x, y), THREAT, ["fgsm", "pgd-3"], preprocess=norm)
+    b = evaluate(inside, (x, y), THREAT, ["fgsm", "pgd-3"])
+    assert a.robust_accuracy == b.robust_accuracy
+    assert a.worst_case_accuracy < a.clean_accuracy == 1
+
+
+def test_nan_is_wrong(net, images):
+    """A model that fails on some images does not get them right, clean or attacked."""
+    x, y = images
+    bad = torch.arange(90) < 9  # image 0 is wrong already
+
+    def spoil(net, z):
+        out = net(z).clone()
+        for row, image in enumerate(z):
+            if (image.detach() - x[bad]).abs().amax((1, 2, 3)).min() < 0.051:
+                out[row] = float("nan")
+        return out
+
+    found = evaluate(Wrapped(net, spoil), (x, y), THREAT, ["noise-1"], n=30)
+    plain = evaluate(net, (x, y), THREAT, ["noise-1"], n=30)
+    assert found.clean_accuracy == pytest.approx(plain.clean_accuracy - 8 / 30)
+    assert found.worst_case_accuracy <= plain.worst_case_accuracy
+
+
+def test_a_model_that_raises_later(net, images):
+    """The first image passes; a later batch does not."""
+
+    def fail(net, x):
+        if len(x) > 5:
+            raise KeyError("no such feature")
+        return net(x)
+
+    with pytest.raises(UserError, match=r"fails on one batch of shape .* KeyError") as caught:
+        evaluate(Wrapped(net, fail), images, THREAT, ["fgsm"])
+    assert "\n" not in str(caught.value)
+
+
+def test_the_model_keeps_its_mode(net, images):
+    for mode in (True, False):
+        net.train(mode)
+        evaluate(net, images, THREAT, ["fgsm"])
+        assert net.training == mode
+    assert Adapted(net.train()).training
+
+
+def test_per_class_and_curve(net, images):
+    found = evaluate(net, images, THREAT, ["i-fgsm-5"], eps=[0.0, 0.02, 0.05])
+    assert [row["label"] for row in found.per_class] == images[1].unique().tolist()
+    assert sum(row["n"] for row in found.per_class) == 90
+    for name in ("clean_accuracy", "worst_case_accuracy"):
+        mean = sum(row["n"] * row[name] for row in found.per_class) / 90
+        assert mean == pytest.approx(getattr(found, name))
+    at = [row["worst_case_accuracy"] for row in found.curve]
+    assert at[0] == found.clean_accuracy
+    assert at[2] == found.worst_case_accuracy
+    assert at == sorted(at, reverse=True)
+
+
+def test_by_step(net, images):
+    """The curve of success by step is that of attacks with fewer steps of the same size."""
+    (row,) = evaluate(net, images, THREAT, ["i-fgsm-5"]).attacks
+    x, y = images
+    net.eval()
+    curve = []
+    for steps in range(6):
+        x_adv = x
+        if steps:
+            x_adv = attacks.pgd(net, x, y, THREAT, steps, 0.01, start_radius=0.0)
+        curve.append(((net(x).argmax(1) == y) & (net(x_adv).argmax(1) == y)).sum().item() / 90)
+    assert row["by_step"] == curve
+    assert len(set(curve)) > 2
+
+
+def test_survivors_only(told):
+    """AutoAttack's place: after all others, on what they left; the cheap ones first."""
+    seen: dict[str, list[float]] = {}
+
+    def attack(name: str, hit: set[int], **more) -> Attack:
+        def run(model, x, y):
+            numbers = (x[:, 1] * 1000).round().int().tolist()
+            seen[name] = [*seen.get(name, []), *sorted(numbers)]
+            order.append(name)
+            x = x.clone()
+            x[[n in hit for n in numbers], 0] += 0.1
+            return Found(x)
+
+        return Attack(run, **more)
+
+    order: list[str] = []
+    suite = {
+        "last": attack("last", {1, 5}, passes=1, survivors=True),
+        "dear": attack("dear", {2}, passes=9),
+        "cheap": attack("cheap", {0, 1}, passes=2),
+    }
+    x = torch.stack([torch.zeros(40), torch.arange(40) / 1000], 1)
+    y = torch.zeros(40, dtype=torch.int64)
+    found = evaluate(told(), (x, y), THREAT, suite, batch_size=40)
+    assert order == ["cheap", "dear", "last"]
+    assert list(found.robust_accuracy) == ["last", "dear", "cheap"]
+    # 37 survivors: rounded up to 40 for the backend's sake, 1 counts as broken before.
+    assert found.robust_accuracy == {"last": 36 / 40, "dear": 39 / 40, "cheap": 38 / 40}
+    assert found.worst_case_accuracy == 36 / 40
+
+
+class TestAutoAttack:
+    def test_any_shape_and_range(self, images):
+        """Vectors in [-1, 1] are attacked like images in [0, 1]."""
+        x, y = images
+        torch.manual_seed(0)
+        net = nn.Linear(64, 4)
+        flat = (x * 2 - 1).flatten(1)
+        y = net(flat).argmax(1).detach()
+        threat = surestep.Linf(0.02, (-1.0, 1.0))
+        state = torch.get_rng_state()
+        for attack in (
+            attacks.autoattack.autoattack,
+            attacks.autoattack.apgd_t,
+            attacks.autoattack.fab_t,
+            attacks.autoattack.apgd_ce,
+            lambda *a: attacks.autoattack.square(*a, 200),
+        ):
+            x_adv = attack(net, flat, y, threat)
+            assert x_adv.shape == flat.shape
+            assert (x_adv - flat).abs().max() <= torch.tensor(0.02)
+            assert x_adv.abs().max() <= 1
+            # Of a linear model the truth is known: margin_j - eps * |w_y - w_j|_1 < 0.
+            w = net.weight[y][:, None] - net.weight[None]
+            gain = net(flat).gather(1, y[:, None]) - net(flat)
+            low = (flat - 0.02).clamp(-1, 1)[:, None]
+            high = (flat + 0.02).clamp(-1, 1)[:, None]
+            reach = gain - (w * flat[:, None]).sum(2) + torch.where(w > 0, w * low, w * high).sum(2)
+            truth = (reach < 0).any(1)
+            broken = net(x_adv).argmax(1) != y
+            assert not (broken & ~truth).any()
+            if attack is attacks.autoattack.autoattack:
+                assert broken.sum() >= 0.95 * truth.sum() > 0
+        # The package seeds the global state; drawing one number for it each time is all it may see.
+        torch.set_rng_state(state)
+        torch.randint(2**31 - 1, (5,))
+        expected = torch.rand(3)
+        torch.set_rng_state(state)
+        for _ in range(5):
+            attacks.autoattack.square(net, flat, y, threat, 5)
+        assert torch.equal(torch.rand(3), expected)
+
+    @pytest.mark.parametrize("classes", [2, 3])
+    def test_few_classes(self, images, classes):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
+        x, _ = images
+        y = net(x).argmax(1).detach()
+        x_adv = attacks.autoattack.autoattack(net, x[:20], y[:20], surestep.Linf(0.1))
+        assert (net(x_adv).argmax(1) != y[:20]).any()
+
+    def test_missing_package(self, net, images, monkeypatch):
+        monkeypatch.setitem(__import__("sys").modules, "pyautoattack", None)
+        with pytest.raises(UserError, match="pip install pyautoattack"):
+            attacks.autoattack.square(net, *images, THREAT, 5)
+
+    def test_eps_zero(self, net, images):
+        x_adv = attacks.autoattack.autoattack(net, *images, surestep.Linf(0.0))
+        assert torch.equal(x_adv, images[0])

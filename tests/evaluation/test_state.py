@@ -1,0 +1,118 @@
+"""Killed and given again, an evaluation ends with the numbers of one that was never stopped."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import surestep
+from surestep.errors import UserError
+from surestep.evaluation import evaluate
+
+THREAT = surestep.Linf(0.05)
+ATTACKS = ("pgd-4x2", "noise-3", "fgsm", "square-20")
+
+
+def without_times(found: Any) -> str:
+    values = found.to_dict()
+    values.pop("seconds")
+    values.pop("attack_seconds")
+    for attack in values["attacks"]:
+        attack.pop("seconds")
+    return json.dumps(values)
+
+
+def run(net, data, state=None, **changes: Any) -> str:
+    given = {"attacks": ATTACKS, "batch_size": 20, "eps": [0.02], **changes}
+    return without_times(evaluate(net, data, THREAT, state=state, **given))
+
+
+def test_cut_at_any_byte(net, images, tmp_path):
+    whole = run(net, images)
+    path = tmp_path / "state.jsonl"
+    assert run(net, images, path) == whole
+    written = path.read_bytes()
+    assert written.count(b"\n") == 1 + 5 * (1 + len(ATTACKS))
+    for size in [0, 1, *range(7, len(written), len(written) // 9), len(written) - 1]:
+        path.write_bytes(written[:size])
+        assert run(net, images, path) == whole
+    assert len(path.read_bytes().splitlines()) == len(written.splitlines())
+
+
+def test_what_is_done_is_not_done_again(net, images, tmp_path):
+    path = tmp_path / "new" / "state.jsonl"
+    whole = run(net, images, path)
+    net.register_forward_hook(lambda _m, args, _o: calls.append(len(args[0])))
+    calls: list[int] = []
+    assert run(net, images, path) == whole
+    assert set(calls) == {1}  # the look at one image of each batch, no attack
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": 1}, "other seed"),
+        ({"batch_size": 19}, "other batch_size"),
+        ({"attacks": ATTACKS[:2]}, "other attacks"),
+        ({"n": 7}, "other n"),
+        ({"precision": torch.bfloat16}, "other precision"),
+    ],
+)
+def test_other_settings_are_refused_and_nothing_is_lost(net, images, tmp_path, changes, said):
+    path = tmp_path / "state.jsonl"
+    run(net, images, path)
+    written = path.read_bytes()
+    with pytest.raises(UserError, match=said):
+        run(net, images, path, **changes)
+    assert path.read_bytes() == written
+
+
+def test_another_model_or_other_data_are_refused(net, images, tmp_path):
+    path = tmp_path / "state.jsonl"
+    run(net, images, path)
+    written = path.read_bytes()
+    x, y = images
+    with pytest.raises(UserError, match="batch 0 differs"):
+        run(net, (x.flip(0), y.flip(0)), path)
+    with torch.no_grad():
+        net[0].weight.mul_(1.01)
+    with pytest.raises(UserError, match="other model"):
+        run(net, images, path)
+    assert path.read_bytes() == written
+
+
+@pytest.mark.parametrize("text", ["hello\n", '{"a": 1}\nhello\n', "[1]\n[2]\n", "\n\n"])
+def test_what_is_no_state(net, images, tmp_path, text):
+    path = tmp_path / "state.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match="state of an evaluation"):
+        run(net, images, path)
+    assert path.read_text() == text
+
+
+def test_a_place_that_cannot_be_written(net, images, tmp_path):
+    with pytest.raises(UserError, match="cannot use the state file"):
+        run(net, images, tmp_path)
+
+
+def test_a_loader_can_be_continued(net, images, tmp_path):
+    path = tmp_path / "state.jsonl"
+    loader = DataLoader(TensorDataset(*images), 13)
+    whole = run(net, loader)
+    assert run(net, loader, path) == whole
+    path.write_bytes(path.read_bytes()[:900])
+    assert run(net, loader, path) == whole
+
+
+def test_the_curve_keeps_its_own_state(net, images, tmp_path):
+    path = tmp_path / "state.jsonl"
+    run(net, images, path, eps=[0.01, 0.02])
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "state.jsonl",
+        "state.jsonl.eps-0.01",
+        "state.jsonl.eps-0.02",
+    ]

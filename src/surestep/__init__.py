@@ -13,21 +13,26 @@ _HOMES = {
     "L2": "surestep.threat",
     "ThreatModel": "surestep.threat",
     "UserError": "surestep.errors",
+    "audit": "surestep.auditing",
+    "Audit": "surestep.auditing",
     "evaluate": "surestep.evaluation",
     "Evaluation": "surestep.evaluation",
     "fit": "surestep.training",
     "FitResult": "surestep.training",
 }
-_ROOMS = ("attacks", "data", "evaluation", "methods", "models", "training")
+_ROOMS = ("attacks", "auditing", "data", "evaluation", "methods", "models", "training")
 
 __all__ = [
     "L2",
+    "Audit",
     "Evaluation",
     "FitResult",
     "Linf",
     "ThreatModel",
     "UserError",
     "attacks",
+    "audit",
+    "auditing",
     "data",
     "evaluate",
     "evaluation",
@@ -38,7 +43,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from surestep import attacks, data, evaluation, methods, models, training
+    from surestep import attacks, auditing, data, evaluation, methods, models, training
+    from surestep.auditing import Audit, audit
     from surestep.errors import UserError
     from surestep.evaluation import Evaluation, evaluate
     from surestep.threat import L2, Linf, ThreatModel

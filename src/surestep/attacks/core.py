@@ -280,6 +280,8 @@ class Ascent:
         x_adv, momentum = self.threat.random_start(best.x[rows], radius), None
         for _ in range(self.steps):
             grad, _, logits = input_gradient(model, x_adv, best.y[rows], self.objective)
+            # A NaN would stay in the point from here on, and a broken point breaks the model.
+            grad = grad.nan_to_num(0.0)
             best.offer(rows, x_adv, logits)
             if best.stop_when_wrong:
                 done = best.done[rows]

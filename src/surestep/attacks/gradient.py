@@ -25,7 +25,7 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, loss: str 
     x = x.detach()
     with attacking(model) as inner:
         grad, _, _ = input_gradient(inner, x, y, losses.get(loss))
-    return threat.project(x + threat.steepest_step(grad, threat.eps), x)
+    return threat.project(x + threat.steepest_step(grad.nan_to_num(0.0), threat.eps), x)
 
 
 def r_fgsm(
@@ -57,7 +57,8 @@ def r_fgsm(
     start = threat.clip(x + threat.steepest_step(torch.randn_like(x), alpha))
     with attacking(model) as inner:
         grad, _, _ = input_gradient(inner, start, y, losses.get(loss))
-    return threat.project(start + threat.steepest_step(grad, threat.eps - alpha), x)
+    step = threat.steepest_step(grad.nan_to_num(0.0), threat.eps - alpha)
+    return threat.project(start + step, x)
 
 
 def i_fgsm(

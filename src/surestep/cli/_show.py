@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from surestep.auditing import Audit
     from surestep.evaluation import Evaluation
 
 
@@ -70,3 +71,63 @@ def evaluation_table(
     if not console.is_terminal:
         console = Console(width=max(console.width, 40 + 32 * len(results)))
     console.print(table)
+
+
+def audit_tables(name: str, found: Audit) -> None:
+    """Print an audit: the verdict, the claims against what was found, the twenty checks."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, 120))
+    colour = {"robust": "green", "inconclusive": "yellow"}.get(found.verdict, "red")
+    console.print(f"[bold {colour}]{found.verdict}[/]  {name}", highlight=False)
+    console.print(found.sentence, highlight=False)
+    low, high = found.found_interval
+    table = Table(title=f"{found.n:,} images, {found.threat['norm']} eps {found.threat['eps']:.4g}")
+    table.add_column("")
+    table.add_column("accuracy", justify="right")
+    table.add_row("clean", f"{found.clean_accuracy:.1%}")
+    for claim, value in found.claims.items():
+        table.add_row(f"a report on {claim} alone", f"{value:.1%}")
+    table.add_row(
+        f"strongest attack ({found.found_by})",
+        f"{found.found_accuracy:.1%} ({100 * low:.1f}-{100 * high:.1f})",
+        style="bold",
+    )
+    console.print(table)
+    checks = Table(title="masking checks")
+    for column in ("", "check", "result", "", "flags when"):
+        checks.add_column(column)
+    for check in found.checks:
+        style = {"flagged": "bold red", "skipped": "dim"}.get(check.status)
+        row = (str(check.number), check.title, check.status, check.sentence, check.threshold)
+        checks.add_row(*row, style=style)
+    console.print(checks)
+    if found.escalation:
+        steps = Table(title="what was run on the images that were left")
+        for column in ("attack", "left", "why"):
+            steps.add_column(column)
+        for step in found.escalation:
+            steps.add_row(step["name"], f"{step['accuracy']:.1%}", step["why"])
+        console.print(steps)
+
+
+def provenance() -> dict[str, Any]:
+    """Return what a result needs to be made again: the command and the versions."""
+    import platform
+    import sys
+
+    import torch
+
+    import surestep
+
+    return {
+        "command": "surestep " + " ".join(sys.argv[1:]),
+        "versions": {
+            "surestep": surestep.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }

@@ -2,82 +2,100 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from surestep.cli._options import check_writable, json_option, names, write_json
-from surestep.cli._show import evaluation_table, progress_bar
+from surestep.cli._show import evaluation_table, progress_bar, provenance
+from surestep.cli._target import POSITIVE, open_target, target_options
 
-_POSITIVE = click.IntRange(min=1)
 
-
-@click.command(short_help="Measure a run's accuracy clean and under attack.")
-@click.argument("run", metavar="RUN")
+@click.command(short_help="Measure a model's accuracy clean and under attack.")
+@target_options
+@click.option(
+    "--eps",
+    metavar="A,B,...",
+    help="Radius, 0.3 or 8/255; several give a curve, the "
+    "last of them the accuracies. [default: the run's]",
+)
+@click.option(
+    "--budget",
+    type=click.Choice(["quick", "standard", "thorough"]),
+    default="standard",
+    show_default=True,
+    help="Which attacks; standard and thorough end with AutoAttack.",
+)
 @click.option(
     "--attacks",
-    default="fgsm,pgd-100,pgd-100-margin",
-    show_default=True,
     metavar="A,B,...",
-    help="fgsm, r-fgsm, i-fgsm-K, mi-fgsm-K, noise-K, pgd-K[xRESTARTS][-ce|-margin|-dlr].",
-)
-@click.option("--n", type=_POSITIVE, help="Only the first N test images. [default: all]")
-@click.option("--eps", metavar="NUMBER", help="Radius, 0.3 or 8/255. [default: the run's]")
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=500,
-    show_default=True,
-    help="Of the attacks.",
+    help="Instead of a budget: fgsm, r-fgsm, i-fgsm-K, mi-fgsm-K, noise-K, "
+    "pgd-K[xRESTARTS][-ce|-margin|-dlr], apgd-ce, apgd-t, fab-t, square[-K], autoattack, transfer.",
 )
 @click.option(
-    "--seed",
-    type=click.IntRange(0, 2**32 - 1),
-    default=0,
-    show_default=True,
-    help="Of the random starts.",
+    "--source",
+    "sources",
+    multiple=True,
+    metavar="RUN",
+    help="A run folder whose points the transfer attack tries; may be repeated.",
 )
-@click.option("--device", metavar="TEXT", help="cpu, cuda, cuda:1, mps; by default the best.")
+@click.option("--n", type=POSITIVE, help="Only the first N test images. [default: all]")
+@click.option("--batch-size", type=POSITIVE, default=500, show_default=True, help="Of the attacks.")
+@click.option("--state", metavar="FILE", help="Keep what is done here; given again, go on from it.")
 @json_option
 def evaluate(
-    run: str,
-    attacks: str,
-    n: int | None,
     eps: str | None,
-    batch_size: int,
-    seed: int,
-    device: str | None,
+    budget: str,
+    attacks: str | None,
+    sources: tuple[str, ...],
     json_file: str | None,
+    seed: int,
+    **values: Any,
 ) -> None:
-    """Measure the accuracy of the run folder RUN on its test images, clean and under attack.
+    """Measure the accuracy of MODEL on test images, clean and under attack.
 
-    The worst case counts, per image, the strongest of all attacks; it is the number to quote.
+    MODEL is a run folder, FILE.py:FACTORY, a TorchScript (.pt) or torch.export (.pt2) program,
+    timm:NAME or hf:NAME. The worst case counts, per image, the strongest of all attacks; it is the
+    number to quote.
 
     \b
     Examples:
-      surestep evaluate runs/one
+      surestep evaluate runs/one --budget quick
       surestep evaluate runs/one --attacks pgd-50x10,pgd-50x10-margin --n 1000 --json result.json
+      surestep evaluate net.py:make --weights w.safetensors --dataset cifar10 --eps 8/255
     """
     check_writable(json_file)
 
     import surestep
     from surestep import runs
-    from surestep.config import RunConfig, parse
 
-    loaded = runs.load(run, device)
-    threat = loaded.threat
-    if eps is not None:
-        changed = parse(RunConfig, {**loaded.config.model_dump(), "eps": eps})
-        threat = runs.build_threat(changed)
+    radii = names(eps) if eps else [None]
+    target = open_target(values, radii[-1])
+    more = [target.threat.with_eps(e).eps for e in _ratios(radii)] if len(radii) > 1 else []
+    others = [runs.load(source, None).model for source in sources]
+    chosen = names(attacks) if attacks is not None else None
+    if chosen is None and others:
+        chosen = [*surestep.evaluation.suite.budget(budget), "transfer"]
     with progress_bar("attacking") as progress:
         result = surestep.evaluate(
-            loaded.model,
-            runs.load_data(loaded.config, "test"),
-            threat,
-            names(attacks),
-            batch_size=batch_size,
-            n=n,
+            target.model,
+            target.images,
+            target.threat,
+            chosen,
+            budget=budget,
             seed=seed,
+            eps=more,
+            preprocess=target.preprocess,
+            sources=others,
             progress=progress,
+            **values,
         )
     if json_file != "-":
-        evaluation_table({run: result})
-    write_json({"run": run, "seed": seed, **result.to_dict()}, json_file)
+        evaluation_table({target.name: result})
+    write_json({**result.to_dict(), "run": target.name, **provenance()}, json_file)
+
+
+def _ratios(texts: list[Any]) -> list[float]:
+    from surestep.config import RunConfig, parse
+
+    return [parse(RunConfig, {"eps": text}).eps for text in texts]

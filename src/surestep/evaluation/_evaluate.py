@@ -282,7 +282,9 @@ class _Judge:
             at = rows.to(x.device)
             with _autocast(x.device, self.precision):
                 found = self.attacks[name].run(self.model, x[at], y[at])
-            wrong = targets[rows] & ~self._right(found.x_adv, y[at])
+            # Whatever an attack returns, only a point of the threat model counts.
+            x_adv = torch.where(found.x_adv.isfinite(), found.x_adv, x[at])
+            wrong = targets[rows] & ~self._right(self.threat.project(x_adv, x[at]), y[at])
             broken = rows[wrong].tolist()
             if found.first_wrong is not None:
                 # Crafted in low precision, broken in full: by the last point then.

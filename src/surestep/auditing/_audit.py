@@ -1,0 +1,383 @@
+"""The audit: claims, checks, escalation, verdict."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from surestep.attacks.core import attacking, check_inputs, forward_logits
+from surestep.attacks.losses import log_odds
+from surestep.auditing import escalation
+from surestep.auditing._subject import Subject, budget
+from surestep.auditing.checks import CHECKS, Check, zero_share
+from surestep.data import Images, as_images
+from surestep.errors import UserError
+from surestep.evaluation import Adapted, wilson_interval
+from surestep.threat import ThreatModel
+
+FORMAT, VERSION = "surestep-audit", 1
+ROBUST, PSEUDO, NOT_ROBUST, INCONCLUSIVE = "robust", "pseudo-robust", "not robust", "inconclusive"
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found. Accuracies are shares in [0, 1].
+
+    Attributes:
+        verdict: "robust", "pseudo-robust", "not robust" or "inconclusive".
+        sentence: the verdict in words.
+        checks: the twenty masking checks.
+        clean_accuracy: share of images classified right as they are.
+        claims: the accuracy that a report on FGSM alone, or on PGD-10 alone, would have given.
+        found_accuracy: share of images that nothing broke.
+        found_interval: its 95% interval.
+        found_by: the attack that took the most images, and how many it left.
+        attacks: accuracy by attack; of those on survivors only, what was left after it.
+        escalation: what was run because checks flagged, why, and what it left.
+        chance: share of the commonest label.
+        n: number of images.
+        budget: its name.
+        seed: of all that is random.
+        threat: norm, eps and data range in words.
+        seconds: wall time.
+    """
+
+    verdict: str
+    sentence: str
+    checks: list[Check]
+    clean_accuracy: float
+    claims: dict[str, float]
+    found_accuracy: float
+    found_interval: tuple[float, float]
+    found_by: str
+    attacks: dict[str, float]
+    escalation: list[dict[str, Any]]
+    chance: float
+    n: int
+    budget: str
+    seed: int
+    threat: dict[str, Any]
+    seconds: float
+
+    @property
+    def flagged(self) -> list[Check]:
+        """The checks that flagged."""
+        return [check for check in self.checks if check.flagged]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers, strings, lists and dicts, as written by ``--json``."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["checks"] = [check.to_dict() for check in self.checks]
+        values["found_interval"] = list(self.found_interval)
+        return {"format": FORMAT, "version": VERSION, **values}
+
+
+def audit(
+    model: nn.Module,
+    data: Images | tuple[Tensor, Tensor] | Dataset | DataLoader,
+    threat: ThreatModel,
+    *,
+    budget: str = "standard",
+    n: int | None = 1000,
+    seed: int = 0,
+    batch_size: int = 250,
+    preprocess: nn.Module | None = None,
+    sources: Sequence[nn.Module] = (),
+    tell: Callable[[str], None] = lambda _: None,
+) -> Audit:
+    """Tell whether a model's robustness is real, or gradients are masked.
+
+    The model's accuracy is measured as a weak report would (FGSM, PGD-10) and as attacks can
+    that use gradients, queries only, and points made on a substitute. Twenty checks look for
+    masking; where one flags, attacks made for it follow. The verdict rests on what all of these
+    found. The model is judged in eval mode and left as it was found; so is the random state.
+
+    Args:
+        model: any classifier of images in the threat model's range.
+        data: a pair of tensors (x, y), a Dataset or a DataLoader; images it was not trained on.
+        threat: norm, radius and data range.
+        budget: "quick", "standard" or "thorough".
+        n: only the first n images; None for all.
+        seed: of all that is random.
+        batch_size: of the attacks.
+        preprocess: what the model needs done to the pixels first, such as ``models.Normalize``.
+        sources: further models for the transfer attack.
+        tell: called with a sentence on what is being done.
+
+    Raises:
+        UserError: an unknown budget, or a model or data that cannot be judged.
+    """
+    start = time.perf_counter()
+    spend = _budget(budget)
+    adapted = Adapted(model, preprocess)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    x, y = _tensors(data, n, device)
+    cuda = [device.index or 0] if device.type == "cuda" else []
+    with attacking(adapted), torch.random.fork_rng(cuda):
+        torch.manual_seed(seed)
+        for part in range(0, len(x), batch_size):
+            check_inputs(adapted, x[part:][:batch_size], y[part:][:batch_size], threat)
+        subject = Subject(adapted, x, y, threat, spend, seed, batch_size, tell)
+        _suite(subject, list(sources))
+        tell("masking checks")
+        checks = [check(subject) for check in CHECKS]
+        blind = zero_share(subject, *subject.probe, log_odds)
+        claims = {name: subject.accuracy(name) for name in ("fgsm", "pgd-10")}
+        steps = _escalate(subject, checks, blind)
+    return _conclude(subject, checks, claims, steps, blind, budget, time.perf_counter() - start)
+
+
+_budget = budget
+
+
+def _tensors(data: Any, n: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    if isinstance(data, Dataset) and not isinstance(data, Images):
+        data = DataLoader(data, 500)
+    if isinstance(data, DataLoader):
+        xs, ys, left = [], [], float("inf") if n is None else n
+        for x, y in data:
+            xs.append(x)
+            ys.append(y)
+            left -= len(x)
+            if left <= 0:
+                break
+        if not xs:
+            raise UserError("there is no image to audit on")
+        x, y = torch.cat(xs)[:n], torch.cat(ys)[:n]
+    else:
+        images = as_images(data)
+        images = images if n is None else images.first(n)
+        x, y = images.tensors()
+    return x.to(device), y.to(device)
+
+
+def _suite(s: Subject, sources: list[nn.Module]) -> None:
+    """Run what every audit runs, on every image that is right clean."""
+    steps, budget = s.budget.steps, s.budget
+    s.attack(
+        [
+            *("fgsm", "fgsm-margin", "pgd-10", f"noise-{budget.noise}"),
+            *(f"pgd-{steps}", f"pgd-{steps}-margin", f"square-{budget.queries}"),
+        ]
+    )
+    if s.right["clean"].any():
+        attack = escalation.substitute_attack(s, sources)
+        s.attack({"transfer": attack}, s.right["clean"])
+
+
+def _escalate(s: Subject, checks: list[Check], blind: float) -> list[dict[str, Any]]:
+    """Run attacks made for what flagged, on what is left, and say why each was run."""
+    flagged = {check.name for check in checks if check.flagged}
+    if not flagged and not s.budget.autoattack:
+        return []
+    steps: list[dict[str, Any]] = []
+
+    def run(name: str, why: str, attack: Any = None) -> None:
+        left = s.survivors
+        if left.any():
+            s.attack([name] if attack is None else {name: attack}, left)
+            steps.append({"name": name, "why": why, "accuracy": s.survivors.double().mean().item()})
+
+    budget, pgd_steps = s.budget, 2 * s.budget.steps
+    x, _ = s.probe
+    if "logits-not-probabilities" in flagged:
+        inverse = escalation.LogProbabilities(s.model)
+        run(
+            "log-probabilities",
+            "the model returns probabilities: attack their logarithm",
+            escalation.on_stand_in(inverse, s.threat, budget.steps),
+        )
+    if "deterministic-forward" in flagged:
+        expected = escalation.Expected(s.model)
+        run(
+            f"eot-{escalation.EOT_SAMPLES}",
+            "the model is random: attack its mean over passes",
+            escalation.on_stand_in(expected, s.threat, budget.steps),
+        )
+    if blind > 0 or flagged & {
+        "broken-gradients",
+        "random-beats-gradient",
+        "one-step-beats-many",
+        "black-box-beats-white-box",
+        "optimisation-in-forward",
+    }:
+        layers = escalation.flat_layers(s.model, x[:32])
+        if layers:
+            wrapping = {id(m): name for name, m in s.model.named_modules()}[id(s.inner)] + "."
+            names = ", ".join(name.removeprefix(wrapping) for name in layers)
+            with escalation.straight_through(s.model, x[:64], layers) as smooth:
+                run(
+                    "bpda",
+                    f"no gradient flows through {names}: straight through it",
+                    escalation.on_stand_in(smooth, s.threat, budget.steps, budget.restarts),
+                )
+    if flagged:
+        why = f"flagged: {', '.join(sorted(flagged))}"
+        restarts = f"x{budget.restarts}" if budget.restarts > 1 else ""
+        run(f"pgd-{pgd_steps}{restarts}-margin", why)
+        run(f"square-{budget.late_queries}", why)
+    if budget.autoattack:
+        run("autoattack", "part of this budget")
+    return steps
+
+
+def _conclude(
+    s: Subject,
+    checks: list[Check],
+    claims: dict[str, float],
+    steps: list[dict[str, Any]],
+    blind: float,
+    budget: str,
+    seconds: float,
+) -> Audit:
+    n, left = len(s.x), s.survivors
+    found = left.double().mean().item()
+    interval = wilson_interval(int(left.sum()), n)
+    chance = s.y.bincount().max().item() / n
+    clean = s.accuracy("clean")
+    taken = {name: s.accuracy(name) for name in s.right if name != "clean"}
+    strongest = min(taken, key=lambda name: taken[name])
+    verdict, sentence = judge(
+        clean, claims, found, interval[0], chance, checks, blind, budget, strongest
+    )
+    return Audit(
+        verdict=verdict,
+        sentence=sentence,
+        checks=checks,
+        clean_accuracy=clean,
+        claims=claims,
+        found_accuracy=found,
+        found_interval=interval,
+        found_by=strongest,
+        attacks=taken,
+        escalation=steps,
+        chance=chance,
+        n=n,
+        budget=budget,
+        seed=s.seed,
+        threat={
+            "norm": type(s.threat).__name__.lower(),
+            "eps": s.threat.eps,
+            "bounds": list(s.threat.bounds),
+        },
+        seconds=seconds,
+    )
+
+
+# Without these, what gradient attacks leave says nothing: more than a tenth of blind images.
+_DECISIVE = ("broken-gradients", "random-beats-gradient", "one-step-beats-many")
+
+
+def judge(
+    clean: float,
+    claims: dict[str, float],
+    found: float,
+    low: float,
+    chance: float,
+    checks: list[Check],
+    blind: float,
+    budget: str,
+    strongest: str,
+) -> tuple[str, str]:
+    """Return the verdict and its sentence.
+
+    Args:
+        clean: clean accuracy.
+        claims: accuracy under FGSM and PGD-10, as a weak report has it.
+        found: accuracy after all attacks.
+        low: lower end of its interval.
+        chance: share of the commonest label.
+        checks: the twenty.
+        blind: share of images on which even a safe loss has no gradient.
+        budget: the name of the one spent.
+        strongest: the attack that left the least.
+    """
+    flags = [check.title.lower() for check in checks if check.flagged]
+    seen = f"flagged: {', '.join(flags)}" if flags else "no check flagged"
+    floor = chance + 0.15 * (1 - chance)
+    if clean <= floor:
+        return INCONCLUSIVE, (
+            f"The model is right on {clean:.1%} of clean images, near chance ({chance:.1%}): there "
+            "is no robustness to judge; check data, labels and preprocessing."
+        )
+    # FGSM alone is weak: an undefended model may keep some accuracy under it. Only where it
+    # leaves half does it look like a defence.
+    looks = max(
+        claims["fgsm"] if claims["fgsm"] >= 0.5 * clean else 0.0,
+        claims["pgd-10"] if claims["pgd-10"] > floor else 0.0,
+    )
+    if found < 0.5 * looks:
+        name = max(claims, key=lambda k: claims[k])
+        return PSEUDO, (
+            f"The model only looks robust: {claims[name]:.1%} under {name.upper()}, but "
+            f"{found:.1%} under the strongest attack ({strongest}); {seen}."
+        )
+    # An undefended model may be hidden well enough that nothing here broke it.
+    doubt = [c.title.lower() for c in checks if c.flagged and c.name in _DECISIVE]
+    if found > floor and (doubt or blind > 0.1):
+        why = ", ".join(doubt) or f"no gradient on {blind:.0%} of the images"
+        more = {"quick": "standard", "standard": "thorough"}.get(budget)
+        advice = f"--budget {more}" if more else "an attack written for this model"
+        return INCONCLUSIVE, (
+            f"{found:.1%} withstood everything tried, but gradient attacks are blind here ({why}): "
+            f"{advice} would decide."
+        )
+    if low > floor:
+        return ROBUST, (
+            f"The model is robust: {found:.1%} of the images withstand the strongest attack "
+            f"({strongest}), {clean:.1%} are right clean; {seen}."
+        )
+    if found > floor:
+        return INCONCLUSIVE, (
+            f"{found:.1%} withstand the strongest attack, too close to chance ({chance:.1%}) to "
+            "tell on so few images: give more with --n."
+        )
+    return NOT_ROBUST, (
+        f"The model is not robust: the strongest attack ({strongest}) leaves {found:.1%} of "
+        f"{clean:.1%} clean; {seen}."
+    )
+
+
+def estimate(
+    model: nn.Module,
+    images: Images,
+    budget: str,
+    n: int,
+    preprocess: nn.Module | None = None,
+) -> float:
+    """Return about how many seconds an audit takes at most: what a robust model costs.
+
+    Args:
+        model: on its device.
+        images: to be audited on.
+        budget: its name.
+        n: images.
+        preprocess: as for ``audit``.
+    """
+    spend = _budget(budget)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    batch = images.first(min(100, len(images)))
+    x, y = batch.pixels().to(device), batch.y.to(device)
+    adapted = Adapted(model, preprocess)
+    with attacking(adapted):
+        seconds = []
+        for _ in range(2):  # the first pass prepares kernels
+            start = time.perf_counter()
+            with torch.enable_grad():
+                z = x.clone().requires_grad_()
+                logits = forward_logits(adapted, z)
+                if logits.requires_grad:
+                    logits.gather(1, y[:, None]).sum().backward(inputs=[z])
+            seconds.append(time.perf_counter() - start)
+    image = seconds[1] / len(x) / 3  # a gradient is about three forwards
+    forwards = 3 * (2 * spend.steps + 12 + 70) + spend.noise + spend.queries
+    forwards += 3 * 4 * spend.steps * spend.restarts + spend.late_queries
+    forwards += 12_000 if spend.autoattack else 0
+    close = 3 * 900 * spend.probe
+    return image * (forwards * n + close + 40 * 250)

@@ -1,0 +1,192 @@
+"""What the checks look at: the model, a few images, and what the attacks found on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surestep.attacks.core import forward_logits, input_gradient
+from surestep.attacks.losses import Objective, log_odds
+from surestep.errors import UserError, unknown_name
+from surestep.evaluation import Adapted, Evaluation, evaluate
+from surestep.evaluation.suite import Attack
+from surestep.threat import ThreatModel
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much an audit may spend.
+
+    Attributes:
+        steps: of PGD.
+        noise: random points per image.
+        queries: of Square on every image that is right clean.
+        probe: images for the checks that look closely.
+        restarts: of PGD when a check flags.
+        late_queries: of Square, on what is left, when a check flags.
+        autoattack: run AutoAttack's standard version on what is left.
+    """
+
+    steps: int
+    noise: int
+    queries: int
+    probe: int
+    restarts: int
+    late_queries: int
+    autoattack: bool
+
+
+BUDGETS = {
+    "quick": Budget(50, 50, 200, 100, 1, 500, autoattack=False),
+    "standard": Budget(100, 500, 1000, 200, 3, 2000, autoattack=True),
+    "thorough": Budget(200, 10_000, 5000, 500, 5, 5000, autoattack=True),
+}
+
+
+def budget(name: str) -> Budget:
+    """Return a budget by its name.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in BUDGETS:
+        raise unknown_name("budget", name, BUDGETS)
+    return BUDGETS[name]
+
+
+class Graphed(nn.Module):
+    """Give a model without a gradient one that is zero, so that attacks can run on it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the model's logits."""
+        return forward_logits(self.model, x) + 0 * x.flatten(1).sum(1, keepdim=True)
+
+
+@dataclass
+class Subject:
+    """A model under audit.
+
+    Attributes:
+        model: in eval mode, pixels in, logits out.
+        x: images (N, ...) on the model's device.
+        y: labels (N,).
+        threat: norm, radius and data range.
+        budget: what may be spent.
+        seed: of all that is random.
+        batch_size: of the attacks.
+        right: (N,) each: which images an attack left right, by its name; "clean" too.
+        detached: the model's output has no gradient with respect to its input.
+        tell: called with a sentence on what is being done.
+    """
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    threat: ThreatModel
+    budget: Budget
+    seed: int
+    batch_size: int
+    tell: Callable[[str], None]
+    right: dict[str, Tensor] = field(default_factory=dict)
+    detached: bool = False
+    suite: Evaluation | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            input_gradient(self.model, self.x[:1], self.y[:1])
+        except UserError as e:
+            if "no gradient" not in str(e):
+                raise
+            self.detached = True
+            self.model = Graphed(self.model)
+
+    @property
+    def inner(self) -> nn.Module:
+        """The user's own model, without what the audit wrapped around it."""
+        model = self.model
+        while isinstance(model, Graphed | Adapted):
+            model = model.model
+        return model
+
+    @property
+    def survivors(self) -> Tensor:
+        """Which images (N,) nothing has broken so far."""
+        return torch.stack(list(self.right.values())).all(0)
+
+    def accuracy(self, name: str) -> float:
+        """Return the share of images that an attack left right."""
+        return self.right[name].double().mean().item()
+
+    def attack(self, attacks: list[str] | dict[str, Attack], on: Tensor | None = None) -> None:
+        """Run attacks on the images ``on`` (N,), by default all, and take down what they left."""
+        rows = torch.arange(len(self.x)) if on is None else on.nonzero().squeeze(1)
+        if not len(rows):
+            for name in attacks:
+                self.right[name] = torch.zeros(len(self.x), dtype=torch.bool)
+            return
+        self.tell(f"{', '.join(attacks)} on {len(rows):,} images")
+        at = rows.to(self.x.device)
+        found = evaluate(
+            self.model,
+            (self.x[at], self.y[at]),
+            self.threat,
+            attacks,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
+        if on is None:
+            self.suite = found
+            self.right["clean"] = found.right["clean"]
+        for name in attacks:
+            left = torch.zeros(len(self.x), dtype=torch.bool)
+            left[rows] = found.right[name]
+            self.right[name] = left
+
+    @property
+    def probe(self) -> tuple[Tensor, Tensor]:
+        """The first images that are right clean, and their labels; all if none is right."""
+        rows = self.right["clean"].nonzero().squeeze(1)[: self.budget.probe]
+        at = (rows if len(rows) else torch.arange(len(self.x))[: self.budget.probe]).to(
+            self.x.device
+        )
+        return self.x[at], self.y[at]
+
+    def map(self, function: Callable[..., Any], *tensors: Tensor) -> Any:
+        """Apply a function to batches of tensors and concatenate what it returns."""
+        parts = [
+            function(*batch)
+            for batch in zip(*(t.split(self.batch_size) for t in tensors), strict=True)
+        ]
+        if isinstance(parts[0], tuple):
+            return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        return torch.cat(parts)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the logits (N, K) of images."""
+        with torch.no_grad():
+            found: Tensor = self.map(lambda z: forward_logits(self.model, z), x)
+        return found
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the cross entropy (N,) of images."""
+        return F.cross_entropy(self.logits(x), y, reduction="none")
+
+    def gradient(self, x: Tensor, y: Tensor, objective: Objective = log_odds) -> Tensor:
+        """Return the gradient of an objective with respect to images, shaped as they."""
+        found: Tensor = self.map(lambda a, b: input_gradient(self.model, a, b, objective)[0], x, y)
+        return found
+
+    def fgsm(self, x: Tensor, y: Tensor, share: float = 1.0) -> Tensor:
+        """Return the point ``share`` of the way along the FGSM step."""
+        step = self.threat.steepest_step(self.gradient(x, y).nan_to_num(0), self.threat.eps)
+        return self.threat.project(x + share * step, x)

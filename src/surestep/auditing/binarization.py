@@ -1,0 +1,118 @@
+"""The binarization test (Zimmermann et al. 2022, "Increasing confidence...", section 3).
+
+Around each image points are drawn well inside the ball and one on its surface. A linear readout of
+the model's features is fitted that tells the one from the others: so an adversarial point exists,
+and an attack that does not find one is too weak for this model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from surestep.attacks.core import forward_logits
+from surestep.threat import ThreatModel
+
+INNER, RANDOM, STEPS = 200, 200, 30
+
+
+def feature_reader(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a function from images to what the model's last linear layer sees (N, D).
+
+    Without such a layer: to the logits.
+    """
+    seen: list[Tensor] = []
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+
+    def features(z: Tensor) -> Tensor:
+        if not linear:
+            return forward_logits(model, z)
+        handle = linear[-1].register_forward_hook(lambda _m, args, _out: seen.append(args[0]))
+        try:
+            logits = forward_logits(model, z)
+        finally:
+            handle.remove()
+        found = seen[-1].flatten(1).float() if seen else logits
+        seen.clear()
+        return found if len(found) == len(z) else logits
+
+    return features
+
+
+def binarization_rates(
+    model: nn.Module, x: Tensor, threat: ThreatModel
+) -> tuple[float, float, int] | None:
+    """Return the success rates of PGD and of random points, and how many problems were posed.
+
+    Args:
+        model: in eval mode.
+        x: images (N, ...).
+        threat: norm, radius and data range.
+
+    Returns:
+        None if no problem could be posed: the features of the planted point are no different.
+    """
+    features = feature_reader(model, x)
+    readouts, biases, kept = [], [], []
+    for row in range(len(x)):
+        image = x[row : row + 1]
+        inner = threat.random_start(image.expand(INNER, *image.shape[1:]), 0.95 * threat.eps)
+        planted = threat.project(
+            image + threat.steepest_step(torch.randn_like(image), threat.eps), image
+        )
+        with torch.no_grad():
+            feats = features(torch.cat([image, inner, planted])).double()
+        readout = _separate(feats[:-1], feats[-1])
+        if readout is not None:
+            readouts.append(readout[0])
+            biases.append(readout[1])
+            kept.append(row)
+    if not kept:
+        return None
+    weight, bias, x = torch.stack(readouts), torch.stack(biases), x[kept]
+
+    def score(z: Tensor) -> Tensor:
+        return (features(z).double() * weight).sum(1) + bias
+
+    solved = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    point = threat.random_start(x)
+    for _ in range(STEPS):
+        with torch.enable_grad():
+            point = point.detach().requires_grad_()
+            value = score(point)
+            grad = (
+                torch.autograd.grad(value.sum(), point, allow_unused=True)[0]
+                if value.requires_grad
+                else None
+            )
+        solved |= value.detach() > 0
+        if grad is None:
+            break
+        step = threat.steepest_step(grad.nan_to_num(0), threat.eps * 2.5 / STEPS)
+        point = threat.project(point.detach() + step, x)
+    lucky = torch.zeros_like(solved)
+    with torch.no_grad():
+        solved |= score(point) > 0
+        for _ in range(RANDOM):
+            lucky |= score(threat.random_start(x)) > 0
+    return solved.double().mean().item(), lucky.double().mean().item(), len(x)
+
+
+def _separate(inner: Tensor, planted: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return weight (D,) and bias of a readout positive at ``planted`` only, if there is one."""
+    mean, std = inner.mean(0), inner.std(0)
+    away = planted - mean
+    # Whitened by a ridge, in the span of the samples: D may be far above their number.
+    centred = inner - mean
+    ridge = 1e-3 * centred.square().sum() / len(inner) + 1e-12
+    gram = centred @ centred.T + len(inner) * ridge * torch.eye(len(inner)).to(inner)
+    weight = (away - centred.T @ torch.linalg.solve(gram, centred @ away)) / ridge
+    if not weight.isfinite().all() or not std.any():
+        return None
+    highest, at = (inner @ weight).max(), planted @ weight
+    if not at > highest * (1 + 1e-9) + 1e-9:
+        return None
+    # Close to the planted point, as the authors have it: little else is on its side.
+    return weight, -(highest + 0.9 * (at - highest))

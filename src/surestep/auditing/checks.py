@@ -1,0 +1,518 @@
+"""The twenty masking checks: each one function, one value, one threshold, its evidence.
+
+A flag is a reason to look harder, not a verdict: the verdict rests on what the attacks find that a
+flag calls for. Thresholds were set on the models of benchmarks/audit_zoo.py, whose truth is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from surestep.attacks import losses
+from surestep.attacks.core import Ascent, Best, forward_logits
+from surestep.attacks.gradient import search
+from surestep.auditing._subject import Subject
+from surestep.auditing.binarization import binarization_rates
+from surestep.evaluation import evaluate
+from surestep.evaluation.suite import pgd_step_size
+from surestep.threat import Linf
+
+C19 = "Carlini et al. 2019"
+A18 = "Athalye et al. 2018"
+AA = "Croce & Hein 2020, AutoAttack"
+IOAF = "Pintor et al. 2022, indicators of attack failure"
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one masking check found.
+
+    Attributes:
+        number: 1 to 20.
+        name: for programs.
+        title: for people.
+        status: "passed", "flagged" or "skipped".
+        value: what was measured; None if nothing was.
+        threshold: in words, when it flags.
+        sentence: what it means here.
+        source: where the check is from.
+        evidence: numbers behind it.
+    """
+
+    number: int
+    name: str
+    title: str
+    status: str
+    value: float | None
+    threshold: str
+    sentence: str
+    source: str
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def flagged(self) -> bool:
+        """Whether it gives a reason to doubt."""
+        return self.status == "flagged"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check's function returns: whether it flags (None: not applicable), value, sentence."""
+
+    flag: bool | None
+    value: float | None
+    sentence: str
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+
+Checker = Callable[[Subject], Check]
+CHECKS: list[Checker] = []
+
+
+def _check(number: int, title: str, threshold: str, source: str) -> Callable[..., Checker]:
+    """Register a check; its name is the function's."""
+
+    def register(function: Callable[[Subject], Finding]) -> Checker:
+        def run(subject: Subject) -> Check:
+            torch.manual_seed(subject.seed * 100 + number)
+            found = function(subject)
+            status = {None: "skipped", True: "flagged", False: "passed"}[found.flag]
+            name = function.__name__.replace("_", "-")
+            return Check(
+                number,
+                name,
+                title,
+                status,
+                found.value,
+                threshold,
+                found.sentence,
+                source,
+                found.evidence,
+            )
+
+        run.__doc__ = function.__doc__
+        run.__name__ = function.__name__
+        CHECKS.append(run)
+        return run
+
+    return register
+
+
+@_check(1, "Deterministic forward", "normalised logits differ by > 1e-4, or #right differs", AA)
+def deterministic_forward(s: Subject) -> Finding:
+    """Five passes over the same images must agree."""
+    x, y = s.probe
+    runs = [s.logits(x) for _ in range(5)]
+    unit = [F.normalize(r.double(), dim=1) for r in runs]
+    apart = max((u - unit[0]).norm(dim=1).max().item() for u in unit)
+    right = [int((r.argmax(1) == y).sum()) for r in runs]
+    flag = not apart <= 1e-4 or len(set(right)) > 1
+    said = "answers change from pass to pass: the model is random" if flag else "passes agree"
+    return Finding(flag, apart, said, {"right": right})
+
+
+@_check(2, "Logits, not probabilities", "outputs in [0, 1] that sum to 1 within 1e-5", AA)
+def logits_not_probabilities(s: Subject) -> Finding:
+    """Probabilities saturate and their gradients with them."""
+    out = s.logits(s.probe[0])
+    off = (out.sum(1) - 1).abs().max().item()
+    flag = bool(out.min() >= 0 and out.max() <= 1 and off <= 1e-5)
+    said = "the model returns probabilities" if flag else "the model returns logits"
+    return Finding(flag, off, said, {"min": out.min().item(), "max": out.max().item()})
+
+
+def zero_share(s: Subject, x: Tensor, y: Tensor, objective: losses.Objective) -> float:
+    """Return the share of images whose gradient is zero everywhere."""
+    sizes = s.gradient(x, y, objective).flatten(1).abs().sum(1)
+    return (sizes == 0).double().mean().item()
+
+
+@_check(3, "Vanishing gradients", "any image whose input gradient is zero", f"{AA}; {IOAF}")
+def vanishing_gradients(s: Subject) -> Finding:
+    """Gradients of zero tell an attack nothing."""
+    x, y = s.probe
+    near = s.threat.random_start(x)
+    kinds = {"ce": losses.cross_entropy, "log-odds": losses.log_odds, "margin": losses.margin}
+    shares = {
+        f"{name} at {where}": zero_share(s, z, y, objective)
+        for name, objective in kinds.items()
+        for where, z in (("x", x), ("a random start", near))
+    }
+    worst = max(shares.values())
+    flag = worst > 0
+    said = f"the gradient is zero on up to {worst:.0%} of the images" if flag else "none is zero"
+    return Finding(flag, worst, said, {"shares": shares})
+
+
+@_check(4, "Broken gradients", "graph broken, NaN or Inf in gradients or logits", IOAF)
+def broken_gradients(s: Subject) -> Finding:
+    """NaN stops an ascent, and a detached layer stops every gradient attack."""
+    x, y = s.probe
+    near = s.threat.random_start(x)
+    grad = torch.cat([s.gradient(x, y), s.gradient(near, y)]).flatten(1)
+    out = torch.cat([s.logits(s.x), s.logits(near)])
+    shares = {
+        "gradients": (~grad.isfinite()).any(1).double().mean().item(),
+        "logits": (~out.isfinite()).any(1).double().mean().item(),
+    }
+    worst = max(1.0 if s.detached else 0.0, *shares.values())
+    if s.detached:
+        said = "the output does not depend on the input through autograd"
+    elif worst:
+        of_grads, of_logits = shares["gradients"], shares["logits"]
+        said = f"NaN or Inf in {of_grads:.0%} of gradients, {of_logits:.1%} of logits"
+    else:
+        said = "all finite"
+    return Finding(worst > 0, worst, said, {**shares, "detached": s.detached})
+
+
+@_check(5, "Optimisation inside forward", "autograd called in forward", AA)
+def optimisation_in_forward(s: Subject) -> Finding:
+    """A forward that itself follows gradients adapts to the attack."""
+    calls = 0
+    grad, backward = torch.autograd.grad, torch.autograd.backward
+
+    def count(original: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return original(*args, **kwargs)
+
+        return counted
+
+    torch.autograd.grad, torch.autograd.backward = count(grad), count(backward)
+    try:
+        with torch.enable_grad():
+            forward_logits(s.model, s.x[:2])
+    finally:
+        torch.autograd.grad, torch.autograd.backward = grad, backward
+    said = f"forward calls autograd {calls} times" if calls else "forward calls no autograd"
+    return Finding(calls > 0, float(calls), said)
+
+
+@_check(6, "One step beats many", "accuracy under FGSM < under PGD", f"{C19}; {A18}")
+def one_step_beats_many(s: Subject) -> Finding:
+    """More steps must find at least as much; when one finds more, the gradients mislead."""
+    fgsm, pgd = s.accuracy("fgsm"), s.accuracy(f"pgd-{s.budget.steps}")
+    # The two are measured on the same images: half a point is five of a thousand.
+    flag = fgsm < pgd - 0.005
+    return Finding(flag, pgd - fgsm, f"FGSM leaves {fgsm:.1%}, PGD {pgd:.1%}")
+
+
+@_check(
+    7,
+    "Collapse",
+    "FGSM leaves > half of clean accuracy and PGD > 20 points less",
+    "Kim et al. 2021; Wong et al. 2020",
+)
+def collapse(s: Subject) -> Finding:
+    """Catastrophic overfitting: robust to the one-step attack only."""
+    fgsm, pgd = s.accuracy("fgsm"), min(s.accuracy(n) for n in s.right if n.startswith("pgd"))
+    flag = fgsm > 0.5 * s.accuracy("clean") and fgsm - pgd > 0.2
+    return Finding(flag, fgsm - pgd, f"FGSM leaves {fgsm:.1%}, PGD {pgd:.1%}")
+
+
+@_check(
+    8,
+    "Black-box beats white-box",
+    "Square or transfer leaves less than gradients, by > .002",
+    f"{AA}; {A18}; {C19}",
+)
+def black_box_beats_white_box(s: Subject) -> Finding:
+    """An attack without gradients must not find what gradients cannot."""
+    white = torch.stack([s.right[n] for n in s.right if n.startswith(("fgsm", "pgd"))]).all(0)
+    black = {n: s.accuracy(n) for n in s.right if n.startswith(("square", "transfer"))}
+    if not black:
+        return Finding(None, None, "no black-box attack was run")
+    name = min(black, key=lambda n: black[n])
+    best = white.double().mean().item()
+    only = {n: int((white & ~s.right[n]).sum()) for n in black}
+    said = f"{name} leaves {black[name]:.1%}, gradient attacks {best:.1%}"
+    return Finding(
+        black[name] < best - 0.002,
+        best - black[name],
+        said,
+        {"accuracy": black, "broken only by it": only},
+    )
+
+
+@_check(
+    9, "Random beats gradient", "random points break more images than gradients", f"{C19}; {A18}"
+)
+def random_beats_gradient(s: Subject) -> Finding:
+    """Random search in a ball finds next to nothing where gradients work."""
+    white = torch.stack([s.right[n] for n in s.right if n.startswith(("fgsm", "pgd"))]).all(0)
+    noise = s.accuracy(f"noise-{s.budget.noise}")
+    value = white.double().mean().item() - noise
+    said = f"{s.budget.noise:,} random points leave {noise:.1%}, gradients {noise + value:.1%}"
+    return Finding(value > 0, value, said)
+
+
+@_check(
+    10,
+    "Sweep of eps",
+    "accuracy grows with eps, is above chance at eps .5, or unbounded > 0",
+    f"{C19}; {A18}",
+)
+def eps_sweep(s: Subject) -> Finding:
+    """A larger ball holds the smaller one; one without bounds holds every image."""
+    x, y = s.probe
+    span, top = (
+        s.threat.span,
+        s.threat.span * (1 if isinstance(s.threat, Linf) else x[0].numel() ** 0.5),
+    )
+    radii = sorted({s.threat.eps * k for k in (0.25, 0.5, 0.75, 1, 1.5)} | {top})
+    if isinstance(s.threat, Linf):
+        radii = sorted({min(r, span) for r in radii} | {span / 2})
+    accuracy = []
+    for eps in radii:
+        found = evaluate(
+            s.model,
+            (x, y),
+            s.threat.with_eps(eps),
+            ["pgd-50"],
+            batch_size=s.batch_size,
+            seed=s.seed,
+        )
+        accuracy.append(found.worst_case_accuracy)
+    rise = max(max(b - a for a, b in pairwise(accuracy)), 0.0)
+    chance = s.y.bincount().max().item() / len(s.y)
+    half = max(
+        (
+            a
+            for r, a in zip(radii, accuracy, strict=True)
+            if isinstance(s.threat, Linf) and r >= span / 2
+        ),
+        default=0.0,
+    )
+    flag = rise > 0.02 or half > chance + 0.05 or accuracy[-1] > 0
+    said = f"accuracy without bounds {accuracy[-1]:.0%}, largest rise {rise:.1%}"
+    return Finding(flag, accuracy[-1], said, {"eps": radii, "accuracy": accuracy})
+
+
+@_check(
+    11,
+    "Convergence",
+    "twice the steps or restarts change accuracy by > .01, or loss still moves",
+    f"{C19}; {IOAF}",
+)
+def convergence(s: Subject) -> Finding:
+    """An attack that is still finding has not finished."""
+    x, y = s.probe
+    steps = [5, 10, 25, 50, 100]
+    size = pgd_step_size(s.threat.eps, 100)
+    best = search(s.model, x, y, s.threat, 100, size)
+    broken = [int(((best.first_wrong >= 0) & (best.first_wrong <= k)).sum()) for k in steps]
+    by_step = [1 - b / len(x) for b in broken]
+    left, by_restart = best.wrong.logical_not(), [by_step[-1]]
+    for _ in range(2):
+        if left.any():
+            again = search(s.model, x[left], y[left], s.threat, 50, 2 * size)
+            left[left.clone()] = ~again.wrong
+        by_restart.append(left.double().mean().item())
+    moving = _late_movement(s, x, y)
+    late, restart = by_step[-2] - by_step[-1], by_restart[0] - by_restart[1]
+    flag = late > 0.01 or restart > 0.01 or moving > 0.05
+    said = (
+        f"steps 50 to 100 find {late:.1%} more, a restart {restart:.1%}; the loss still moves by "
+        f"{moving:.0%} of its range"
+    )
+    return Finding(
+        flag,
+        max(late, restart),
+        said,
+        {
+            "steps": steps,
+            "accuracy": by_step,
+            "restarts": [1, 2, 3],
+            "restart_accuracy": by_restart,
+            "late_movement": moving,
+        },
+    )
+
+
+def _late_movement(s: Subject, x: Tensor, y: Tensor) -> float:
+    """Return how far the mean loss moves in the last 10 of 50 steps, as share of its range."""
+    ascent = Ascent(s.threat, 1, pgd_step_size(s.threat.eps, 50))
+    point, course = s.threat.random_start(x), []
+    for _ in range(50):
+        course.append(s.loss(point, y).mean().item())
+        point = s.map(lambda a, b, c: ascent.climb(s.model, a, b, c), x, y, point)
+    last, whole = course[-10:], max(course) - min(course)
+    return (max(last) - min(last)) / whole if whole > 0 else 0.0
+
+
+@_check(12, "Silent success", "> 1% of images were broken on the way and right at the end", IOAF)
+def silent_success(s: Subject) -> Finding:
+    """An attack that returns its last iterate loses these; surestep's keep the best."""
+    x, y = s.probe
+    best = Best(x, y, losses.log_odds)
+    ascent = Ascent(s.threat, 1, pgd_step_size(s.threat.eps, 50))
+    rows, point = best.rows(), s.threat.random_start(x)
+    for _ in range(50):
+        best.try_points(s.model, rows, point)
+        point = s.map(lambda a, b, c: ascent.climb(s.model, a, b, c), x, y, point)
+    lost = (best.wrong & (s.logits(point).argmax(1) == y)).double().mean().item()
+    return Finding(lost > 0.01, lost, f"{lost:.1%} were broken only on the way")
+
+
+@_check(13, "Cross entropy against margin", "the margin attack leaves > .05 less", AA)
+def losses_agree(s: Subject) -> Finding:
+    """Scaled or smoothed logits blind one loss and not the other."""
+    steps = s.budget.steps
+    ce, other = s.accuracy(f"pgd-{steps}"), s.accuracy(f"pgd-{steps}-margin")
+    return Finding(
+        ce - other > 0.05, ce - other, f"cross entropy leaves {ce:.1%}, margin {other:.1%}"
+    )
+
+
+@_check(
+    14,
+    "Gradient alignment",
+    "mean cosine of gradients at x and nearby < .2",
+    "Andriushchenko & Flammarion 2020, GradAlign",
+)
+def gradient_alignment(s: Subject) -> Finding:
+    """Where the loss is locally linear the gradient is the same nearby."""
+    x, y = s.probe
+    here = s.gradient(x, y).flatten(1)
+    near = s.gradient(s.threat.random_start(x), y).flatten(1)
+    cosine = F.cosine_similarity(here, near).nan_to_num(0).mean().item()
+    pgd = search(s.model, x, y, s.threat, 10, pgd_step_size(s.threat.eps, 10)).x_adv - x
+    to_pgd = F.cosine_similarity((s.fgsm(x, y) - x).flatten(1), pgd.flatten(1)).mean().item()
+    said = f"cosine {cosine:.2f}; of the FGSM and PGD perturbations {to_pgd:.2f}"
+    return Finding(cosine < 0.2, cosine, said, {"fgsm_pgd": to_pgd})
+
+
+@_check(
+    15,
+    "Local linearity",
+    "error of linear interpolation > half the mean loss",
+    "Abad Rocamora et al. 2024, ELLE",
+)
+def local_linearity(s: Subject) -> Finding:
+    """The loss between two points of the ball against the line between them."""
+    x, y = s.probe
+    a, b = s.threat.random_start(x), s.threat.random_start(x)
+    share = torch.rand(len(x), device=x.device)
+    mixed = share.view(-1, *[1] * (x.dim() - 1))
+    at = [s.loss(p, y).double() for p in (a, b, (1 - mixed) * a + mixed * b)]
+    error = (at[2] - (1 - share) * at[0] - share * at[1]).square().mean().item()
+    scale = torch.stack(at).square().mean().item()
+    value = (error / scale) ** 0.5 if scale > 0 else 0.0
+    return Finding(value > 0.5, value, f"relative error {value:.2f}", {"error": error})
+
+
+@_check(
+    16,
+    "Abnormal examples",
+    "the FGSM step lowers the loss of > 5% of images",
+    "Lin et al. 2024, AAER",
+)
+def abnormal_examples(s: Subject) -> Finding:
+    """A step along the gradient that lowers the loss went over a ridge."""
+    x, y = s.probe
+    share = (s.loss(s.fgsm(x, y), y) < s.loss(x, y)).double().mean().item()
+    return Finding(share > 0.05, share, f"on {share:.1%} of the images the step lowers the loss")
+
+
+@_check(
+    17,
+    "Distorted boundary",
+    "> 5% of images right at both ends are wrong between",
+    "Kim et al. 2021",
+)
+def distorted_boundary(s: Subject) -> Finding:
+    """Between an image and its FGSM point, both right, lies another class."""
+    x, y = s.probe
+    end = s.fgsm(x, y)
+    both = (s.logits(x).argmax(1) == y) & (s.logits(end).argmax(1) == y)
+    changed = torch.zeros_like(both)
+    for k in range(1, 21):
+        changed |= s.logits(x + (end - x) * (k / 21)).argmax(1) != y
+    if not both.any():
+        return Finding(False, 0.0, "FGSM leaves no image right", {"right at both ends": 0})
+    share = changed[both].double().mean().item()
+    said = f"of {int(both.sum())} images right at both ends, {share:.1%} are wrong between"
+    return Finding(share > 0.05, share, said, {"right at both ends": int(both.sum())})
+
+
+@_check(
+    18,
+    "The SAT properties",
+    "loss at eps / 3 > .9 of the loss at eps, on images FGSM leaves right",
+    "Vivek & Babu 2020, arXiv 2002.00614",
+)
+def sat_properties(s: Subject) -> Finding:
+    """What SAT-R1, R2 and R3 penalise: logits that disagree, a loss that does not grow."""
+    x, y = s.probe
+    at_f = s.logits(s.fgsm(x, y))
+    ifgsm = search(s.model, x, y, s.threat, 10, s.threat.eps / 10, start_radius=0.0).x_adv
+    alpha = s.threat.eps / 30
+    noisy = s.threat.clip(x + s.threat.steepest_step(torch.randn_like(x), alpha))
+    rfgsm = s.threat.project(s.fgsm(noisy, y), x)
+    size = at_f.square().sum(1).mean().item() or 1.0
+    apart = {
+        "FGSM to I-FGSM": (at_f - s.logits(ifgsm)).square().sum(1).mean().item() / size,
+        "FGSM to R-FGSM": (at_f - s.logits(rfgsm)).square().sum(1).mean().item() / size,
+    }
+    shares = [k / 10 for k in range(11)]
+    kept = at_f.argmax(1) == y
+    step = s.threat.steepest_step(s.gradient(x, y).nan_to_num(0.0), s.threat.eps)
+    points = [s.loss(s.threat.project(x + share * step, x), y) for share in shares]
+    course = [p.mean().item() for p in points]
+    low = s.loss(s.threat.project(x + step / 3, x), y)
+    held = points[-1][kept].mean().item() if kept.any() else float("nan")
+    ratio = low[kept].mean().item() / held if kept.any() and held > 0 else 0.0
+    said = (
+        f"the loss at eps / 3 is {ratio:.2f} of that at eps; logits apart by "
+        f"{apart['FGSM to I-FGSM']:.2f} (I-FGSM) and {apart['FGSM to R-FGSM']:.2f} (R-FGSM)"
+    )
+    return Finding(ratio > 0.9, ratio, said, {"step": shares, "loss": course, **apart})
+
+
+@_check(
+    19,
+    "Binarization test",
+    "PGD solves < 80% of problems that have a solution, or random as many",
+    "Zimmermann et al. 2022",
+)
+def binarization(s: Subject) -> Finding:
+    """A readout with a planted adversarial point: an attack that works must find one."""
+    x, _ = s.probe
+    rates = binarization_rates(s.model, x[: min(len(x), 40)], s.threat)
+    if rates is None:
+        return Finding(None, None, "no linear layer to read features from, or no problem was posed")
+    pgd, noise, posed = rates
+    flag = pgd < 0.8 or pgd <= noise
+    said = f"of {posed} posed problems PGD solves {pgd:.0%}, random points {noise:.0%}"
+    return Finding(flag, pgd, said, {"pgd": pgd, "random": noise, "posed": posed})
+
+
+@_check(
+    20,
+    "Profile of gaps",
+    "PGD-50 over AutoAttack > 8 points, or PGD-10 over PGD > 3",
+    "medians of 186 public runs: 5.2 and 0.7 points",
+)
+def gap_profile(s: Subject) -> Finding:
+    """How much each stronger attack takes, against what is usual."""
+    pgd, ten = s.accuracy(f"pgd-{s.budget.steps}"), s.accuracy("pgd-10")
+    gaps = {"pgd-10 over pgd": ten - pgd}
+    flag = ten - pgd > 0.03
+    if "autoattack" in s.right:
+        gaps["pgd over autoattack"] = pgd - s.survivors.double().mean().item()
+        flag |= gaps["pgd over autoattack"] > 0.08
+    said = ", ".join(f"{name} {100 * gap:.1f} points" for name, gap in gaps.items())
+    return Finding(flag, max(gaps.values()), said, gaps)

@@ -1,0 +1,256 @@
+"""What an audit does when a check flags: attacks made for the way this model may hide.
+
+All run on the images that nothing has broken so far, and count like any other attack: what they
+find is misclassified by the model itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surestep.attacks.core import forward_logits, misclassified
+from surestep.attacks.gradient import pgd
+from surestep.auditing._subject import Subject
+from surestep.evaluation.suite import Attack, Found, pgd_step_size, transfer
+from surestep.threat import ThreatModel
+
+EOT_SAMPLES = 10
+
+
+class LogProbabilities(nn.Module):
+    """Undo a softmax that a model returns as logits: log p differs from them by a constant."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return log probabilities (N, K)."""
+        return forward_logits(self.model, x).double().clamp(min=1e-300).log()
+
+
+class Expected(nn.Module):
+    """A random model's mean prediction over several passes (expectation over transformation)."""
+
+    def __init__(self, model: nn.Module, samples: int = EOT_SAMPLES) -> None:
+        super().__init__()
+        self.model, self.samples = model, samples
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the mean of the log probabilities (N, K)."""
+        runs = [F.log_softmax(forward_logits(self.model, x), dim=1) for _ in range(self.samples)]
+        return torch.stack(runs).mean(0)
+
+
+def on_stand_in(stand_in: nn.Module, threat: ThreatModel, steps: int, restarts: int = 1) -> Attack:
+    """Return PGD (margin, then cross entropy) on a stand-in, judged on the model itself.
+
+    Args:
+        stand_in: what the gradients come from.
+        threat: norm, radius and data range.
+        steps: of PGD.
+        restarts: of each loss.
+    """
+
+    def run(model: nn.Module, x: Tensor, y: Tensor) -> Found:
+        x_adv, left = x.clone(), torch.ones(len(x), dtype=torch.bool, device=x.device)
+        size = pgd_step_size(threat.eps, steps)
+        for loss in ("margin", "ce") * restarts:
+            points = pgd(stand_in, x, y, threat, steps, size, 1, loss)
+            with torch.no_grad():
+                broken = left & misclassified(forward_logits(model, points), y)
+            x_adv[broken] = points[broken]
+            left &= ~broken
+        return Found(x_adv)
+
+    return Attack(run, 4 * steps * restarts)
+
+
+def flat_layers(model: nn.Module, x: Tensor) -> list[str]:
+    """Return the names of the innermost layers through which no gradient flows.
+
+    Args:
+        model: in eval mode.
+        x: some images (N, ...).
+    """
+    flat: list[str] = []
+    seen: dict[str, tuple[Tensor, nn.Module]] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if name:
+
+            def note(m: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+                    seen.setdefault(name, (args[0].detach().clone(), m))
+
+            handles.append(module.register_forward_pre_hook(note))
+    try:
+        with torch.no_grad():
+            forward_logits(model, x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, (given, module) in seen.items():
+        if _is_flat(module, given):
+            flat.append(name)
+    return [n for n in flat if not any(other.startswith(f"{n}.") for other in flat)]
+
+
+def _is_flat(module: nn.Module, given: Tensor) -> bool:
+    with torch.enable_grad():
+        given = given.clone().requires_grad_()
+        try:
+            out = module(given)
+        except Exception:  # a layer that wants more than one argument
+            return False
+        if not isinstance(out, Tensor) or not out.is_floating_point() or torch.equal(out, given):
+            return isinstance(out, Tensor) and not out.requires_grad
+        if not out.requires_grad:
+            return True
+        (grad,) = torch.autograd.grad((out * torch.randn_like(out)).sum(), given, allow_unused=True)
+    if grad is None:
+        return True
+    # A ReLU is flat on some inputs; a quantiser on practically all.
+    return bool((grad != 0).double().mean() < 1e-3) and bool((out != 0).any())
+
+
+@contextmanager
+def straight_through(model: nn.Module, x: Tensor, names: list[str]) -> Iterator[nn.Module]:
+    """Lend the model with a differentiable backward through the named layers (BPDA).
+
+    The forward stays as it is. Backward, a layer whose output has the shape of its input counts
+    as the identity (Athalye et al. 2018, section 4.1); else as a small network fitted to it.
+
+    Args:
+        model: in eval mode.
+        x: some images (N, ...), to fit on.
+        names: of layers, see ``flat_layers``.
+    """
+    handles = []
+    for name in names:
+        module = model.get_submodule(name)
+        given: list[Tensor] = []
+        out: list[Tensor] = []
+
+        def note(
+            _m: nn.Module,
+            args: tuple[Any, ...],
+            result: Tensor,
+            given: list[Tensor] = given,
+            out: list[Tensor] = out,
+        ) -> None:
+            given.append(args[0].detach())
+            out.append(result.detach())
+
+        handle = module.register_forward_hook(note)
+        with torch.no_grad():
+            forward_logits(model, x)
+        handle.remove()
+        smooth = _surrogate(given[0], out[0])
+        if smooth is None:
+            continue
+
+        def replace(
+            _m: nn.Module,
+            args: tuple[Any, ...],
+            result: Tensor,
+            smooth: Callable[[Tensor], Tensor] = smooth,
+        ) -> Tensor:
+            soft = smooth(args[0])
+            return soft + (result - soft).detach()
+
+        handles.append(module.register_forward_hook(replace))
+    try:
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _surrogate(given: Tensor, out: Tensor) -> Callable[[Tensor], Tensor] | None:
+    if given.shape == out.shape:
+        return lambda z: z
+    if given.dim() == 4 and out.dim() == 4 and given.shape[2:] == out.shape[2:]:
+        net: nn.Module = nn.Sequential(
+            nn.Conv2d(given.shape[1], 64, 1), nn.GELU(), nn.Conv2d(64, out.shape[1], 1)
+        )
+    elif given.numel() / len(given) <= 20_000:
+        size = out[0].numel()
+        net = nn.Sequential(
+            nn.Flatten(), nn.Linear(given[0].numel(), 256), nn.GELU(), nn.Linear(256, size)
+        )
+    else:
+        return None
+    net = net.to(given.device, torch.float32)
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    with torch.enable_grad():
+        for _ in range(200):
+            loss = F.mse_loss(net(given.float()).view_as(out), out.float())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    return lambda z: net(z.float()).view(len(z), *out.shape[1:])
+
+
+def substitute(
+    s: Subject, *, steps: int = 250, width: int = 16, teacher: nn.Module | None = None
+) -> nn.Module:
+    """Train a small network to answer like the model, from questions only (Papernot et al. 2017).
+
+    The questions are the audit's images with noise of up to eps, so it needs no other data.
+
+    Args:
+        s: the subject.
+        steps: of Adam, on batches of 64.
+        width: channels of its first layer.
+        teacher: whose answers; by default the subject's model.
+    """
+    teacher = s.model if teacher is None else teacher
+    classes = s.logits(s.x[:1]).shape[1]
+    body: list[nn.Module]
+    if s.x.dim() == 4 and min(s.x.shape[2:]) >= 8:
+        channels, side = s.x.shape[1], min(7, s.x.shape[2] // 4)
+        body = [
+            nn.Conv2d(channels, width, 3, 2, 1),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, 2, 1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(side),
+            nn.Flatten(),
+            nn.Linear(2 * width * side**2, 128),
+        ]
+    else:
+        body = [nn.Flatten(), nn.Linear(s.x[0].numel(), 256)]
+    net = nn.Sequential(*body, nn.ReLU(), nn.Linear(body[-1].out_features, classes))  # type: ignore[arg-type]
+    net.to(s.x.device)
+    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
+    generator = torch.Generator().manual_seed(s.seed)
+    for _ in range(steps):
+        rows = torch.randint(len(s.x), (64,), generator=generator).to(s.x.device)
+        radius = float(torch.rand((), generator=generator)) * s.threat.eps
+        x = s.threat.random_start(s.x[rows], radius)
+        with torch.no_grad():
+            answers = forward_logits(teacher, x).argmax(1)
+        with torch.enable_grad():
+            loss = F.cross_entropy(net(x), answers)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return net.eval()
+
+
+def substitute_attack(s: Subject, sources: list[nn.Module]) -> Attack:
+    """Return the transfer attack from a substitute of the subject, and from given sources."""
+    s.tell("training a substitute for the transfer attack")
+    devices = [s.x.device] if s.x.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(s.seed)
+        return transfer([substitute(s), *sources], s.threat)

@@ -1,0 +1,65 @@
+"""Options of the commands that judge a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surestep.errors import UserError
+
+if TYPE_CHECKING:
+    from surestep.targets import Target
+
+POSITIVE = click.IntRange(min=1)
+
+_OPTIONS = (
+    click.argument("model", metavar="MODEL"),
+    click.option("--weights", metavar="FILE", help="Of FILE.py:FACTORY: safetensors, state_dict."),
+    click.option("--dataset", metavar="TEXT", help="As for training. [default: the run's]"),
+    click.option("--data", "place", metavar="TEXT", help="Where the data set lies."),
+    click.option("--norm", metavar="linf|l2", help="[default: the run's, or linf]"),
+    click.option("--mean", metavar="A,B,...", help="Normalise the images by this first."),
+    click.option("--std", metavar="A,B,...", help="With --mean: per channel, pixels in [0, 1]."),
+    click.option("--device", metavar="TEXT", help="cpu, cuda, cuda:1, mps; by default the best."),
+    click.option(
+        "--seed",
+        type=click.IntRange(0, 2**32 - 1),
+        default=0,
+        show_default=True,
+        help="Of all that is random.",
+    ),
+)
+
+
+def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what names a model, its weights, data and norm."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def open_target(values: dict[str, Any], eps: str | None) -> Target:
+    """Take the options of ``target_options`` out of a command's values and load the model.
+
+    Raises:
+        UserError: see ``surestep.targets.open_target``.
+    """
+    from surestep import targets
+
+    names = ("weights", "dataset", "place", "norm", "device")
+    options = {name: values.pop(name) for name in names}
+    statistics = {name: _numbers(name, values.pop(name)) for name in ("mean", "std")}
+    return targets.open_target(values.pop("model"), eps=eps, **options, **statistics)
+
+
+def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(
+            f"--{name} {text!r}: give numbers, one per channel: 0.49,0.48,0.45"
+        ) from None

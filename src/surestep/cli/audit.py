@@ -1,0 +1,68 @@
+"""``surestep audit``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from surestep.cli._options import check_writable, json_option, write_json
+from surestep.cli._show import audit_tables, provenance
+from surestep.cli._target import POSITIVE, open_target, target_options
+
+
+@click.command(short_help="Tell whether a model's robustness is real, or gradients are masked.")
+@target_options
+@click.option("--eps", metavar="NUMBER", help="Radius, 0.3 or 8/255. [default: the run's]")
+@click.option(
+    "--budget",
+    type=click.Choice(["quick", "standard", "thorough"]),
+    default="standard",
+    show_default=True,
+    help="How much is spent; standard and thorough end with AutoAttack.",
+)
+@click.option("--n", type=POSITIVE, default=1000, show_default=True, help="Test images.")
+@click.option("--batch-size", type=POSITIVE, default=250, show_default=True, help="Of the attacks.")
+@json_option
+def audit(eps: str | None, budget: str, json_file: str | None, seed: int, **values: Any) -> None:
+    """Tell whether the robustness of MODEL is real, or its gradients are masked.
+
+    MODEL is a run folder, FILE.py:FACTORY, a TorchScript (.pt) or torch.export (.pt2) program,
+    timm:NAME or hf:NAME. The verdict is robust, pseudo-robust, not robust or inconclusive.
+
+    \b
+    Examples:
+      surestep audit runs/one --budget quick
+      surestep audit net.py:make --weights w.safetensors --dataset cifar10 --eps 8/255
+    """
+    check_writable(json_file)
+
+    import surestep
+    from surestep.auditing import estimate
+
+    target = open_target(values, eps)
+    n = min(values["n"], len(target.images))
+    seconds = estimate(target.model, target.images, budget, n, target.preprocess)
+    click.echo(f"audit of {n:,} images, budget {budget}: {_about(seconds)}", err=True)
+    found = surestep.audit(
+        target.model,
+        target.images,
+        target.threat,
+        budget=budget,
+        seed=seed,
+        preprocess=target.preprocess,
+        tell=lambda text: print(f"  {text}", file=sys.stderr, flush=True),
+        **values,
+    )
+    if json_file != "-":
+        audit_tables(target.name, found)
+    write_json({**found.to_dict(), "run": target.name, **provenance()}, json_file)
+
+
+def _about(seconds: float) -> str:
+    return (
+        f"at most about {seconds / 60:.0f} minutes here"
+        if seconds > 90
+        else f"at most about {seconds:.0f} seconds here"
+    )

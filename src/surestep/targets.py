@@ -1,0 +1,266 @@
+"""Anyone's model, by what it is called on the command line.
+
+Nothing is ever unpickled: weights are safetensors, or a ``state_dict`` read by torch's
+``weights_only``. A Python file that makes a model is run, since the user names it as code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pickle
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surestep import data, files, models, runs, threat
+from surestep.config import RunConfig, parse
+from surestep.data import Images
+from surestep.devices import pick_device
+from surestep.errors import UserError
+from surestep.threat import ThreatModel
+
+KINDS = (
+    "a run folder, FILE.py:FACTORY, a TorchScript (.pt) or torch.export (.pt2) program, timm:NAME "
+    "or hf:NAME"
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model to be judged, and on what.
+
+    Attributes:
+        name: as the user gave it.
+        model: on its device, in eval mode.
+        images: the test images.
+        threat: norm, radius and data range.
+        preprocess: what the model needs done to the pixels first, if it was declared.
+        run: the run folder, if it is one.
+    """
+
+    name: str
+    model: nn.Module
+    images: Images
+    threat: ThreatModel
+    preprocess: nn.Module | None = None
+    run: Path | None = None
+
+
+def open_target(
+    name: str,
+    *,
+    weights: str | None = None,
+    dataset: str | None = None,
+    place: str | None = None,
+    norm: str | None = None,
+    eps: str | float | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    device: str | None = None,
+) -> Target:
+    """Load a model by its name, its test images and its threat model.
+
+    Args:
+        name: a run folder, ``FILE.py:FACTORY``, a TorchScript or torch.export program,
+            ``timm:NAME`` or ``hf:NAME`` (with pretrained weights).
+        weights: a .safetensors file or a saved state_dict, for FILE.py:FACTORY and timm.
+        dataset: as for training; by default the run's own.
+        place: where the data set lies.
+        norm: "linf" or "l2"; by default the run's, or "linf".
+        eps: the radius; by default the run's.
+        mean: per channel, if the model wants normalised images; with ``std``.
+        std: per channel.
+        device: by default the best there is.
+
+    Raises:
+        UserError: it is none of these, files are missing or do not fit, or the data set or the
+            radius is not known.
+    """
+    if (mean is None) != (std is None):
+        raise UserError("mean and std go together: give both or neither")
+    preprocess = None if mean is None or std is None else models.Normalize(mean, std)
+    folder = Path(name)
+    if folder.is_dir():
+        if weights is not None:
+            raise UserError(f"{name} is a run folder and has its own weights: leave --weights out")
+        run = runs.load(folder, device)
+        changes = {"dataset": dataset, "data": place, "norm": norm, "eps": eps}
+        changes = {k: v for k, v in changes.items() if v is not None}
+        config = parse(RunConfig, {**run.config.model_dump(), **changes})
+        images = runs.load_data(config, "test")
+        model: nn.Module = run.model
+        limits = runs.build_threat(config)
+    else:
+        if dataset is None or eps is None:
+            missing = " and ".join(
+                flag for flag, value in (("--dataset", dataset), ("--eps", eps)) if value is None
+            )
+            raise UserError(
+                f"{name} is no run folder, so its data and radius are needed: {missing}"
+            )
+        config = parse(
+            RunConfig, {"dataset": dataset, "data": place, "eps": eps, "norm": norm or "linf"}
+        )
+        images = data.load(config.dataset, "test", root=config.data)
+        limits = threat.make(config.norm, config.eps)
+        model = _load(name, weights, images)
+    target = pick_device(device)
+    return Target(
+        name,
+        _eval(model.to(target)),
+        images,
+        limits,
+        None if preprocess is None else preprocess.to(target),
+        folder if folder.is_dir() else None,
+    )
+
+
+def _eval(model: nn.Module) -> nn.Module:
+    # An exported program refuses eval(); it is what it was exported as.
+    for module in model.modules():
+        module.training = False
+    return model
+
+
+def _load(name: str, weights: str | None, images: Images) -> nn.Module:
+    if name.startswith("timm:"):
+        return _timm(name, weights, images)
+    if name.startswith("hf:"):
+        return _hugging_face(name.removeprefix("hf:"))
+    file, colon, factory = name.rpartition(":")
+    if colon and file.endswith(".py"):
+        model = _call(Path(file), factory)
+        if weights is not None:
+            load_any_weights(Path(weights), model)
+        return model
+    path = Path(name)
+    if path.suffix in (".pt", ".pth", ".ts", ".pt2"):
+        if not path.is_file():
+            raise UserError(f"{name} is not there")
+        return _program(path)
+    if name.endswith(".py"):
+        raise UserError(f"{name} names no factory: write {name}:make_model")
+    raise UserError(f"{name} is no model: give {KINDS}")
+
+
+def _call(file: Path, factory: str) -> nn.Module:
+    """Run a Python file and call the function in it that makes the model."""
+    if not file.is_file():
+        raise UserError(f"{file} is not there")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Files beside it can be imported, as if it were run.
+    sys.path.insert(0, str(file.parent.resolve()))
+    try:
+        spec.loader.exec_module(module)
+        make = getattr(module, factory, None)
+        if make is None:
+            known = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
+            raise UserError(f"{file} has no {factory!r}: it has {', '.join(known) or 'nothing'}")
+        model = make()
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"{file}:{factory} fails: {type(e).__name__} {e}") from e
+    finally:
+        sys.path.pop(0)
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"{file}:{factory} returned a {type(model).__name__}, expected a torch.nn.Module"
+        )
+    return model
+
+
+def load_any_weights(path: Path, model: nn.Module) -> None:
+    """Load safetensors weights or a saved ``state_dict`` into a model.
+
+    Of a checkpoint the entry "state_dict" or "model" is taken, and the prefixes "module." and
+    "model." of its names are dropped where the model has none.
+
+    Raises:
+        UserError: the file is missing, damaged, holds more than tensors, or does not fit.
+    """
+    if path.suffix == ".safetensors":
+        return files.load_weights(path, model)
+    try:
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as e:
+        raise UserError(f"{path} is not there") from e
+    except pickle.UnpicklingError as e:
+        raise UserError(
+            f"{path} holds more than tensors, and loading it could run code: save "
+            "model.state_dict(), or safetensors"
+        ) from e
+    except (RuntimeError, OSError, EOFError, ValueError) as e:
+        raise UserError(f"{path} cannot be read as weights: {' '.join(str(e).split())}") from e
+    for key in ("state_dict", "model"):
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping) or not any(isinstance(v, Tensor) for v in found.values()):
+        raise UserError(f"{path} holds no state_dict: save model.state_dict()")
+    expected = model.state_dict()
+    state = dict(found)
+    for prefix in ("module.", "model.", "module.model."):
+        if not expected.keys() & state.keys():
+            state = {k.removeprefix(prefix): v for k, v in found.items()}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:
+        reason = " ".join(str(e).split())
+        raise UserError(f"{path} does not fit the model: {reason[:300]}") from e
+
+
+def _program(path: Path) -> nn.Module:
+    try:
+        if path.suffix == ".pt2":
+            return torch.export.load(path).module()
+        return torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
+    except Exception as e:
+        kind = "torch.export" if path.suffix == ".pt2" else "TorchScript"
+        raise UserError(
+            f"{path} is no {kind} program: of weights alone, name the code that makes the model as "
+            f"FILE.py:FACTORY with --weights {path}"
+        ) from e
+
+
+def _timm(name: str, weights: str | None, images: Images) -> nn.Module:
+    shape = images.image_shape
+    if weights is None:
+        timm = _optional("timm", name)
+        try:
+            made = timm.create_model(name.removeprefix("timm:"), pretrained=True)
+        except Exception as e:
+            raise UserError(f"timm cannot load {name!r} with weights: {e}") from e
+        config = made.pretrained_cfg
+        return nn.Sequential(models.Normalize(config["mean"], config["std"]), made)
+    model = models.create(name, images.num_classes, in_channels=shape[0], image_size=shape[-1])
+    load_any_weights(Path(weights), getattr(model, "body", model))
+    return model
+
+
+def _hugging_face(name: str) -> nn.Module:
+    transformers = _optional("transformers", f"hf:{name}")
+    try:
+        model = transformers.AutoModelForImageClassification.from_pretrained(name)
+        processor = transformers.AutoImageProcessor.from_pretrained(name)
+    except Exception as e:
+        raise UserError(f"transformers cannot load {name!r}: {' '.join(str(e).split())}") from e
+    if getattr(processor, "do_normalize", False):
+        return nn.Sequential(models.Normalize(processor.image_mean, processor.image_std), model)
+    found: nn.Module = model
+    return found
+
+
+def _optional(module: str, what: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise UserError(f"{what} needs {module}: pip install {module}") from e

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import surestep
+from surestep.auditing import Audit, _subject, audit
+
+
+@pytest.fixture(scope="session")
+def images() -> tuple[Tensor, Tensor]:
+    """Sixty images of three classes: a template each, and a little noise."""
+    generator = torch.Generator().manual_seed(0)
+    templates = (torch.rand(3, 1, 8, 8, generator=generator) > 0.5).float() * 0.4 + 0.3
+    y = torch.arange(60) % 3
+    x = templates[y] + 0.1 * torch.randn(60, 1, 8, 8, generator=generator)
+    return x.clamp(0, 1), y
+
+
+@pytest.fixture
+def net(images: tuple[Tensor, Tensor]) -> nn.Module:
+    """A network that tells the templates apart, so that it withstands eps 0.05 and not 0.3."""
+    x, y = images
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 3))
+        optimizer = torch.optim.Adam(net.parameters(), 0.01)
+        for _ in range(60):
+            noisy = (x + 0.1 * torch.randn_like(x)).clamp(0, 1)
+            loss = nn.functional.cross_entropy(net(noisy), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    net.zero_grad()
+    return net.eval()
+
+
+@pytest.fixture
+def run(images, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Audit]:
+    """Audit a model on the images, with a budget of seconds."""
+    small = _subject.Budget(20, 20, 60, 30, 1, 200, autoattack=False)
+    monkeypatch.setitem(_subject.BUDGETS, "quick", small)
+
+    def call(model: nn.Module, eps: float = 0.3, **more) -> Audit:
+        return audit(model, images, surestep.Linf(eps), budget="quick", **more)
+
+    return call
+
+
+@pytest.fixture
+def checked(run) -> Callable[..., dict[str, str]]:
+    """Return the status of each check on a model."""
+    return lambda model, eps=0.3: {c.name: c.status for c in run(model, eps).checks}

@@ -1,0 +1,204 @@
+"""Models whose truth is known by construction get the verdict they must get."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import surestep
+from surestep.auditing import CHECKS, audit
+from surestep.auditing._audit import judge
+from surestep.errors import UserError
+from surestep.evaluation.suite import Attack, Found
+
+
+class Layer(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def quantise(x):
+    return (x * 7).round() / 7
+
+
+def thermometer(x):
+    return (x > torch.arange(0.05, 1, 0.1).view(1, -1, 1, 1)).float()
+
+
+MASKS = {
+    "quantised": lambda net: nn.Sequential(Layer(quantise), net),
+    "detached": lambda net: nn.Sequential(Layer(torch.Tensor.detach), net),
+    "no gradient at all": lambda net: Layer(lambda x: net(x.detach()).detach()),
+    "probabilities": lambda net: nn.Sequential(net, Layer(lambda z: (8 * z).softmax(1))),
+    "logits x 1e4": lambda net: nn.Sequential(net, Layer(lambda z: 1e4 * z)),
+    "noise": lambda net: nn.Sequential(Layer(lambda x: x + 0.1 * torch.randn_like(x)), net),
+    "thermometer": lambda net: nn.Sequential(
+        Layer(thermometer), Layer(lambda x: x.mean(1, keepdim=True)), net
+    ),
+    "nan gradients": lambda net: nn.Sequential(Layer(lambda x: x + 0 * (x - x).sqrt()), net),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_hidden_or_not_a_weak_model_is_not_called_robust(run, net, mask):
+    found = run(MASKS[mask](net))
+    assert found.clean_accuracy > 0.9
+    assert found.found_accuracy < 0.1
+    assert found.verdict in ("pseudo-robust", "not robust")
+    assert found.verdict == ("pseudo-robust" if found.claims["pgd-10"] > 0.5 else "not robust")
+
+
+@pytest.mark.parametrize("mask", ["quantised", "detached", "no gradient at all", "nan gradients"])
+def test_what_gradient_attacks_cannot_see_is_pseudo_robust(run, net, mask):
+    found = run(MASKS[mask](net))
+    assert found.verdict == "pseudo-robust"
+    assert found.claims["pgd-10"] > 0.8
+    assert {"vanishing-gradients", "broken-gradients"} & {c.name for c in found.flagged}
+
+
+@pytest.mark.parametrize("mask", ["quantised", "detached", "thermometer"])
+def test_bpda_is_run_where_a_layer_is_flat(run, net, mask, monkeypatch):
+    """Nothing that needs no gradient may break the model first."""
+    monkeypatch.setattr(
+        "surestep.auditing.escalation.transfer", lambda *_: Attack(lambda model, x, y: Found(x))
+    )
+    monkeypatch.setattr("surestep.attacks.autoattack.square", lambda model, x, *_: x)
+    found = run(MASKS[mask](net))
+    (step,) = [s for s in found.escalation if s["name"] == "bpda"]
+    assert step["why"] == "no gradient flows through 0: straight through it"
+    assert step["accuracy"] < 0.1
+    assert found.verdict == ("not robust" if found.claims["pgd-10"] < 0.5 else "pseudo-robust")
+
+
+HONEST = {
+    "plain": lambda net: net,
+    "logits x 10": lambda net: nn.Sequential(net, Layer(lambda z: 10 * z)),
+    "logits x .1": lambda net: nn.Sequential(net, Layer(lambda z: 0.1 * z)),
+    "dropout": lambda net: nn.Sequential(nn.Dropout(0.5), net, nn.Dropout(0.5)).eval(),
+    "normalised inside": lambda net: nn.Sequential(
+        surestep.models.Normalize([0.5], [0.5]), Layer(lambda z: z * 0.5 + 0.5), net
+    ),
+    "a tuple": lambda net: Layer(lambda x: (net(x), x)),
+    "half precision": lambda net: net.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("kind", HONEST)
+def test_honest_models(run, net, kind):
+    model = HONEST[kind](net)
+    assert run(model, 0.05).verdict == "robust"
+    assert run(model, 0.3).verdict == "not robust"
+
+
+def test_what_an_audit_says(run, net):
+    found = run(net, 0.3)
+    values = found.to_dict()
+    assert json.loads(json.dumps(values)) == values
+    assert [c["number"] for c in values["checks"]] == list(range(1, 21))
+    assert values["n"] == 60
+    assert set(values["claims"]) == {"fgsm", "pgd-10"}
+    assert found.found_accuracy == min(found.attacks.values())
+    assert found.attacks[found.found_by] == found.found_accuracy
+    low, high = found.found_interval
+    assert low <= found.found_accuracy <= high
+
+
+def test_the_same_twice_and_nothing_is_touched(run, net):
+    net.train()
+    state = torch.get_rng_state()
+    first = run(net)
+    assert torch.equal(state, torch.get_rng_state())
+    assert net.training
+    assert all(p.grad is None for p in net.parameters())
+    second = run(net).to_dict()
+    for values in (one := first.to_dict(), second):
+        values.pop("seconds")
+    assert one == second
+
+
+def test_a_given_source_counts(run, net):
+    """A model that only a source's points break (its own substitute is useless) is broken."""
+    hidden = Layer(lambda x: net(x.detach()).detach())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "surestep.auditing.escalation.substitute",
+            lambda s: nn.Sequential(nn.Flatten(), nn.Linear(64, 3)),
+        )
+        without = run(hidden)
+        found = run(hidden, sources=[net])
+    assert found.attacks["transfer"] < 0.1 < without.attacks["transfer"]
+
+
+def test_near_chance_is_inconclusive(run, net):
+    found = run(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)))
+    assert found.verdict == "inconclusive"
+    assert "near chance" in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (Layer(lambda x: x.flatten(1)[:, :2]), "model has 2 classes"),
+        (Layer(lambda x: 1 / 0), "the model fails"),
+        (Layer(lambda x: "hello"), "returned a str"),
+    ],
+)
+def test_what_cannot_be_judged(run, model, said):
+    with pytest.raises(UserError, match=said) as caught:
+        run(model)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_budget(net, images):
+    with pytest.raises(UserError, match="unknown budget 'quik': did you mean 'quick'"):
+        audit(net, images, surestep.Linf(0.1), budget="quik")
+
+
+def test_nan_for_some_inputs_is_flagged(run, net, images):
+    x, _ = images
+
+    def spoil(z):
+        out = net(z).clone()
+        out[(z.detach() - x[3]).abs().amax((1, 2, 3)) < 1e-6] = float("nan")
+        return out
+
+    found = run(Layer(spoil), 0.05)
+    (check,) = [c for c in found.checks if c.name == "broken-gradients"]
+    assert check.status == "flagged"
+    assert found.clean_accuracy <= 59 / 60
+
+
+def test_one_class_too_many(run, net):
+    wide = nn.Sequential(net, Layer(lambda z: nn.functional.pad(z, (0, 1), value=-5.0)))
+    assert run(wide, 0.05).verdict == "robust"
+
+
+@pytest.mark.parametrize(
+    ("fgsm", "pgd", "found", "verdict"),
+    [
+        (0.98, 0.00, 0.00, "pseudo-robust"),
+        (0.98, 0.90, 0.10, "pseudo-robust"),
+        (0.94, 0.91, 0.86, "robust"),
+        (0.94, 0.80, 0.60, "robust"),
+        (0.30, 0.00, 0.00, "not robust"),
+        (0.10, 0.60, 0.05, "pseudo-robust"),
+        (0.50, 0.40, 0.31, "robust"),
+        (0.30, 0.25, 0.245, "inconclusive"),
+    ],
+)
+def test_the_rule(fgsm, pgd, found, verdict):
+    claims = {"fgsm": fgsm, "pgd-10": pgd}
+    said, sentence = judge(0.98, claims, found, found - 0.02, 0.1, [], 0.0, "quick", "pgd-100")
+    assert said == verdict
+    assert f"{found:.1%}" in sentence
+
+
+def test_checks_are_numbered():
+    assert len(CHECKS) == 20

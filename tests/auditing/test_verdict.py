@@ -127,10 +127,8 @@ def test_a_given_source_counts(run, net):
     """A model that only a source's points break (its own substitute is useless) is broken."""
     hidden = Layer(lambda x: net(x.detach()).detach())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "surestep.auditing.escalation.substitute",
-            lambda s: nn.Sequential(nn.Flatten(), nn.Linear(64, 3)),
-        )
+        useless = nn.Sequential(nn.Flatten(), Layer(lambda x: 0 * x[:, :3]))
+        patch.setattr("surestep.auditing.escalation.substitute", lambda s: useless)
         without = run(hidden)
         found = run(hidden, sources=[net])
     assert found.attacks["transfer"] < 0.1 < without.attacks["transfer"]

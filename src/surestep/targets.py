@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import pickle
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,7 +223,10 @@ def _program(path: Path) -> nn.Module:
     try:
         if path.suffix == ".pt2":
             return torch.export.load(path).module()
-        return torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():
+            # Deprecated, and still what people have.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return torch.jit.load(path, map_location="cpu")
     except Exception as e:
         kind = "torch.export" if path.suffix == ".pt2" else "TorchScript"
         raise UserError(

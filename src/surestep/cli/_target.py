@@ -50,8 +50,8 @@ def open_target(values: dict[str, Any], eps: str | None) -> Target:
 
     names = ("weights", "dataset", "place", "norm", "device")
     options = {name: values.pop(name) for name in names}
-    statistics = {name: _numbers(name, values.pop(name)) for name in ("mean", "std")}
-    return targets.open_target(values.pop("model"), eps=eps, **options, **statistics)
+    mean, std = (_numbers(name, values.pop(name)) for name in ("mean", "std"))
+    return targets.open_target(values.pop("model"), eps=eps, mean=mean, std=std, **options)
 
 
 def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:

@@ -1,0 +1,180 @@
+"""From a model of any kind to its verdict, and to its accuracies."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+
+import pytest
+import torch
+
+from surestep import files, models
+from surestep.auditing import _subject
+
+MODEL = """
+import torch
+from surestep import models
+
+def make():
+    return models.create("cnn-small", 10)
+
+def broken():
+    return 1 / 0
+
+def number():
+    return 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def small_budget(monkeypatch):
+    small = _subject.Budget(5, 5, 20, 10, 1, 30, autoattack=False)
+    monkeypatch.setitem(_subject.BUDGETS, "quick", small)
+
+
+@pytest.fixture(scope="module")
+def weights(finished, tmp_path_factory):
+    """The finished run's weights, as others save them; and the file that makes the model."""
+    tmp_path = tmp_path_factory.mktemp("weights")
+    model = models.create("cnn-small", 10)
+    files.load_weights(finished / "model.safetensors", model)
+    (tmp_path / "net.py").write_text(MODEL)
+    files.save_weights(tmp_path / "w.safetensors", model)
+    torch.save(model.state_dict(), tmp_path / "plain.pt")
+    wrapped = {f"module.{k}": v for k, v in model.state_dict().items()}
+    torch.save({"state_dict": wrapped, "epoch": 3}, tmp_path / "wrapped.pth")
+    torch.save(model, tmp_path / "pickled.pt")
+    (tmp_path / "torn.pt").write_bytes((tmp_path / "plain.pt").read_bytes()[:900])
+    example = torch.rand(2, 1, 28, 28)
+    with warnings.catch_warnings():  # deprecated, and still what people have
+        warnings.simplefilter("ignore")
+        torch.jit.trace(model.eval(), example).save(str(tmp_path / "script.ts"))
+    batch = torch.export.Dim("batch", min=1, max=512)
+    exported = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
+    torch.export.save(exported, tmp_path / "exported.pt2")
+    return tmp_path
+
+
+@pytest.fixture
+def on(digits):
+    return ("--dataset", "npz", "--data", digits, "--eps", "0.3", "--n", "40", "--json", "-")
+
+
+def test_a_run(cli, finished, tmp_path):
+    file = tmp_path / "audit.json"
+    result = cli("audit", finished, "--budget", "quick", "--n", "40", "--json", file)
+    assert result.code == 0, result.err
+    found = json.loads(file.read_text("utf-8"))
+    assert found["format"] == "surestep-audit"
+    assert found["n"] == 40
+    assert found["verdict"] in result.out
+    assert [c["number"] for c in found["checks"]] == list(range(1, 21))
+    for check in found["checks"]:
+        assert check["title"].split()[0] in result.out
+    assert "at most about" in result.err
+    assert found["command"].startswith("surestep ")
+
+
+def test_every_kind_of_model_gives_the_same(done, finished, weights, on):
+    def accuracies(*model):
+        return json.loads(done("evaluate", *model, *on, "--attacks", "fgsm,i-fgsm-3"))
+
+    expected = accuracies(finished)
+    for model in (
+        (f"{weights}/net.py:make", "--weights", weights / "w.safetensors"),
+        (f"{weights}/net.py:make", "--weights", weights / "plain.pt"),
+        (f"{weights}/net.py:make", "--weights", weights / "wrapped.pth"),
+        (weights / "script.ts",),
+        (weights / "exported.pt2",),
+    ):
+        found = accuracies(*model)
+        assert found["robust_accuracy"] == expected["robust_accuracy"], model
+        assert found["clean_accuracy"] == expected["clean_accuracy"] > 0.1
+
+
+def test_an_audit_of_a_file(done, weights, on):
+    model = f"{weights}/net.py:make"
+    args = ("--weights", weights / "w.safetensors", "--budget", "quick")
+    found = json.loads(done("audit", model, *args, *on))
+    assert found["verdict"] in ("robust", "pseudo-robust", "not robust", "inconclusive")
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "said"),
+    [
+        ("{0}/net.py:nothing", (), "has no 'nothing': it has make, broken, number"),
+        ("{0}/net.py:broken", (), "net.py:broken fails: ZeroDivisionError"),
+        ("{0}/net.py:number", (), "returned a int, expected a torch.nn.Module"),
+        ("{0}/net.py", (), "names no factory"),
+        ("{0}/missing.py:make", (), "is not there"),
+        ("{0}/missing.pt", (), "is not there"),
+        ("{0}/plain.pt", (), "is no TorchScript program: of weights alone"),
+        ("{0}/nothing", (), "is no model: give a run folder"),
+        ("{0}/net.py:make", ("--weights", "{0}/missing.pt"), "is not there"),
+        ("{0}/net.py:make", ("--weights", "{0}/pickled.pt"), "could run code"),
+        ("{0}/net.py:make", ("--weights", "{0}/torn.pt"), "cannot be read as weights"),
+        ("{0}/net.py:make", ("--mean", "0.1"), "mean and std go together"),
+        ("{0}/net.py:make", ("--mean", "a", "--std", "1"), "give numbers, one per channel"),
+        ("timm:nothing", (), "timm"),
+        ("hf:nothing", (), "transformers"),
+    ],
+)
+def test_refused(refused, weights, on, model, more, said):
+    given = [str(m).format(weights) for m in more]
+    assert said in refused("evaluate", model.format(weights), *given, *on)
+
+
+def test_data_and_radius_are_needed(refused, weights):
+    assert "--dataset and --eps" in refused("audit", f"{weights}/net.py:make")
+
+
+def test_weights_of_a_run(refused, finished):
+    assert "leave --weights out" in refused("audit", finished, "--weights", "w.pt")
+
+
+def test_a_pickle_is_not_run(refused, weights, on):
+    """Loading must not run what a pickle says."""
+
+    class Trap:
+        def __reduce__(self):
+            return (os.mkdir, (str(weights / "trap"),))
+
+    torch.save({"state_dict": Trap()}, weights / "trap.pt")
+    refused("audit", f"{weights}/net.py:make", "--weights", weights / "trap.pt", *on)
+    assert not (weights / "trap").exists()
+
+
+def test_a_curve(done, finished):
+    args = ("--attacks", "i-fgsm-3", "--eps", "0,0.1,3/10", "--n", "40", "--json", "-")
+    found = json.loads(done("evaluate", finished, *args))
+    assert [row["eps"] for row in found["curve"]] == [0, 0.1, 0.3]
+    assert found["threat"]["eps"] == 0.3
+    worst = [row["worst_case_accuracy"] for row in found["curve"]]
+    assert worst == sorted(worst, reverse=True)
+    assert worst[-1] == found["worst_case_accuracy"]
+
+
+def test_transfer_from_a_run(done, finished):
+    args = ("--attacks", "transfer", "--source", finished, "--n", "40", "--json", "-")
+    found = json.loads(done("evaluate", finished, *args))
+    assert found["robust_accuracy"]["transfer"] <= found["clean_accuracy"]
+
+
+def test_state(done, refused, finished, tmp_path):
+    args = ("evaluate", finished, "--attacks", "pgd-3", "--n", "40", "--json", "-")
+    state = ("--state", tmp_path / "state")
+    first = json.loads(done(*args, *state))
+    again = json.loads(done(*args, *state))
+    for found in (first, again):
+        found.pop("seconds")
+    assert again.pop("command")
+    assert first.pop("command")
+    assert first == again
+    assert "other seed" in refused(*args, *state, "--seed", "3")
+
+
+def test_budgets(done, refused, finished):
+    found = json.loads(done("evaluate", finished, "--budget", "quick", "--n", "20", "--json", "-"))
+    assert list(found["robust_accuracy"]) == ["fgsm", "noise-20", "pgd-50", "pgd-50-margin"]
+    assert "quick" in refused("evaluate", finished, "--budget", "quik")

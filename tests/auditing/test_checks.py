@@ -1,0 +1,170 @@
+"""Each check flags where its property is broken on purpose, and passes where it holds."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import surestep
+from surestep.auditing import CHECKS, _subject
+from surestep.auditing._subject import Subject
+from surestep.evaluation import Adapted
+
+BY_NAME = {check.__name__.replace("_", "-"): check for check in CHECKS}
+
+
+class Layer(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.fixture
+def ask(images):
+    """Return ``ask(name, model)``: the outcome of one check, on attacks' results as given."""
+
+    def call(name, model, eps=0.05, **right):
+        x, y = images
+        budget = _subject.Budget(20, 20, 60, 30, 1, 200, autoattack=False)
+        torch.manual_seed(0)
+        s = Subject(Adapted(model).eval(), x, y, surestep.Linf(eps), budget, 0, 25, lambda _: None)
+        s.right["clean"] = s.logits(x).argmax(1) == y
+        for attack, share in right.items():
+            left = torch.arange(len(x)) < round(share * len(x))
+            s.right[attack.replace("_", "-")] = left
+        return BY_NAME[name](s)
+
+    return call
+
+
+def random(net):
+    return nn.Sequential(Layer(lambda x: x + 0.1 * torch.randn_like(x)), net)
+
+
+def quantised(net):
+    return nn.Sequential(Layer(lambda x: (x * 7).round() / 7), net)
+
+
+def with_gradient_inside(net):
+    def forward(x):
+        with torch.enable_grad():
+            z = x.detach().requires_grad_()
+            torch.autograd.grad(net(z).sum(), z)
+        return net(x)
+
+    return Layer(forward)
+
+
+def wavy(net):
+    """Ripples too fine to matter to the class: gradients that say nothing about the ball."""
+    return Layer(lambda x: net(x) + 3 * torch.sin(300 * x.flatten(1)[:, :3]))
+
+
+FLAGGED = {
+    "deterministic-forward": random,
+    "logits-not-probabilities": lambda net: nn.Sequential(net, nn.Softmax(1)),
+    "vanishing-gradients": quantised,
+    "broken-gradients": lambda net: nn.Sequential(
+        Layer(lambda x: x + 0 * (x - x.detach()).abs().sqrt()), net
+    ),
+    "optimisation-in-forward": with_gradient_inside,
+    "gradient-alignment": wavy,
+    "local-linearity": wavy,
+    "abnormal-examples": wavy,
+    "eps-sweep": quantised,
+    "binarization": quantised,
+    "sat-properties": quantised,
+}
+
+
+@pytest.mark.parametrize("name", FLAGGED)
+def test_models(ask, net, name):
+    assert ask(name, net).status == "passed"
+    found = ask(name, FLAGGED[name](net))
+    assert found.status == "flagged", found
+    assert math.isfinite(found.value)
+    assert found.sentence
+    assert found.threshold
+    assert found.source
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "flagged"),
+    [
+        ("one-step-beats-many", {"fgsm": 0.5, "pgd_20": 0.7}, True),
+        ("one-step-beats-many", {"fgsm": 0.7, "pgd_20": 0.5}, False),
+        ("collapse", {"fgsm": 0.9, "pgd_20": 0.9, "pgd_10": 0.1}, True),
+        ("collapse", {"fgsm": 0.3, "pgd_20": 0.0}, False),
+        ("collapse", {"fgsm": 0.9, "pgd_20": 0.8}, False),
+        ("black-box-beats-white-box", {"fgsm": 0.9, "pgd_20": 0.8, "square_60": 0.7}, True),
+        ("black-box-beats-white-box", {"fgsm": 0.9, "pgd_20": 0.8, "transfer": 0.7}, True),
+        ("black-box-beats-white-box", {"fgsm": 0.9, "pgd_20": 0.8, "square_60": 0.9}, False),
+        ("random-beats-gradient", {"fgsm": 0.9, "pgd_20": 0.9, "noise_20": 0.8}, True),
+        ("random-beats-gradient", {"fgsm": 0.9, "pgd_20": 0.7, "noise_20": 0.8}, False),
+        ("losses-agree", {"pgd_20": 0.9, "pgd_20_margin": 0.8}, True),
+        ("losses-agree", {"pgd_20": 0.8, "pgd_20_margin": 0.9}, False),
+        ("gap-profile", {"pgd_10": 0.9, "pgd_20": 0.8}, True),
+        ("gap-profile", {"pgd_10": 0.82, "pgd_20": 0.8}, False),
+        ("gap-profile", {"pgd_10": 0.8, "pgd_20": 0.8, "autoattack": 0.6}, True),
+    ],
+)
+def test_accuracies(ask, net, name, right, flagged):
+    found = ask(name, net, **right)
+    assert found.status == ("flagged" if flagged else "passed"), found
+
+
+def test_nothing_to_compare_is_skipped(ask, net):
+    found = ask("black-box-beats-white-box", net, fgsm=0.9, pgd_20=0.8)
+    assert (found.status, found.value) == ("skipped", None)
+
+
+def test_alignment_against_plain_loops(ask, net, images):
+    """A linear model's gradient is the same everywhere: cosine 1."""
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    with torch.no_grad():
+        linear[1].weight[1] = -linear[1].weight[0]
+    assert ask("gradient-alignment", linear).value == pytest.approx(1, abs=1e-5)
+    assert ask("local-linearity", nn.Sequential(linear, Layer(lambda z: 0 * z))).value == 0
+
+
+def test_sat_properties_of_a_linear_margin(ask, net, images):
+    """The course of the loss along the FGSM direction is that of a plain loop."""
+    x, y = images
+    found = ask("sat-properties", net)
+    right = net(x).argmax(1) == y
+    x, y = x[right][:30], y[right][:30]
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(F.cross_entropy(net(x), y), x)
+    for share, value in zip(found.evidence["step"], found.evidence["loss"], strict=True):
+        point = (x + share * 0.05 * grad.sign()).clamp(0, 1)
+        assert value == pytest.approx(F.cross_entropy(net(point), y).item(), rel=1e-4)
+
+
+def test_convergence_evidence(ask, net):
+    found = ask("convergence", net, eps=0.12)
+    steps, accuracy = found.evidence["steps"], found.evidence["accuracy"]
+    assert steps == [5, 10, 25, 50, 100]
+    assert accuracy == sorted(accuracy, reverse=True)
+    restarts = found.evidence["restart_accuracy"]
+    assert restarts == sorted(restarts, reverse=True)
+    assert restarts[0] == accuracy[-1]
+
+
+def test_sweep_evidence(ask, net):
+    found = ask("eps-sweep", net)
+    assert found.evidence["eps"][-1] == 1.0
+    assert found.evidence["accuracy"][-1] == 0
+    assert found.evidence["accuracy"][0] == 1
+
+
+def test_optimisation_check_puts_autograd_back(ask, net):
+    before = torch.autograd.grad, torch.autograd.backward
+    ask("optimisation-in-forward", with_gradient_inside(net))
+    assert (torch.autograd.grad, torch.autograd.backward) == before

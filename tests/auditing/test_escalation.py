@@ -1,0 +1,94 @@
+"""The attacks made for models that hide."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import surestep
+from surestep.auditing import escalation
+from surestep.auditing.binarization import binarization_rates
+
+THREAT = surestep.Linf(0.3)
+
+
+class Layer(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def test_flat_layers_are_the_innermost(net, images):
+    model = nn.Sequential(
+        nn.Sequential(nn.Identity(), Layer(torch.round), nn.Identity()),
+        net,
+        nn.Sequential(nn.Identity()),
+    )
+    assert escalation.flat_layers(model, images[0]) == ["0.1"]
+    assert escalation.flat_layers(net, images[0]) == []
+    hidden = nn.Sequential(Layer(torch.Tensor.detach), net)
+    assert escalation.flat_layers(hidden, images[0]) == ["0"]
+
+
+def test_straight_through_keeps_the_forward_and_gives_a_gradient(net, images):
+    x, _ = images
+    quantise = Layer(lambda z: (z * 7).round() / 7)
+    model = nn.Sequential(quantise, net)
+    plain = model(x)
+    with escalation.straight_through(model, x, ["0"]) as smooth:
+        z = x.clone().requires_grad_()
+        out = smooth(z)
+        (grad,) = torch.autograd.grad(out.sum(), z)
+        assert torch.allclose(out, plain, atol=1e-5)
+    # The gradient of what follows, at the quantised point.
+    q = quantise(x).requires_grad_()
+    (expected,) = torch.autograd.grad(net(q).sum(), q)
+    assert torch.allclose(grad, expected, atol=1e-5)
+    z = x.clone().requires_grad_()
+    assert not torch.autograd.grad(model(z).sum(), z)[0].any()
+
+
+def test_a_layer_that_changes_shape_gets_a_fitted_network(images):
+    x, _ = images
+    torch.manual_seed(0)
+    codes = Layer(lambda z: (z > torch.arange(0.05, 1, 0.1).view(1, -1, 1, 1)).float())
+    model = nn.Sequential(codes, Layer(lambda z: z.sum((2, 3))))
+    with escalation.straight_through(model, x, ["0"]) as smooth:
+        z = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(smooth(z).sum(), z)
+    # More light, more comparisons hold: about ten per unit of light.
+    assert grad.mean() > 5
+    assert (grad > 0).float().mean() > 0.8
+
+
+def test_expectation_over_passes(net, images):
+    x, _ = images
+    noisy = nn.Sequential(Layer(lambda z: z + 0.3 * torch.randn_like(z)), net)
+    torch.manual_seed(0)
+
+    def spread(model):
+        return torch.stack([model(x).log_softmax(1) for _ in range(8)]).std(0).mean()
+
+    assert spread(escalation.Expected(noisy, 25)) < 0.4 * spread(noisy)
+
+
+def test_log_probabilities_undo_a_softmax(net, images):
+    x, _ = images
+    inverse = escalation.LogProbabilities(nn.Sequential(net, nn.Softmax(1)))
+    apart = inverse(x) - net(x)
+    assert torch.allclose(apart, apart[:, :1].expand_as(apart), atol=1e-4)
+
+
+def test_binarization(net, images):
+    x, _ = images
+    torch.manual_seed(0)
+    pgd, noise, posed = binarization_rates(net, x[:20], surestep.Linf(0.05))
+    assert posed == 20
+    assert pgd > 0.9 > noise
+    blind = nn.Sequential(Layer(lambda z: (z * 7).round() / 7), net)
+    pgd, noise, posed = binarization_rates(blind, x[:20], surestep.Linf(0.05)) or (0, 0, 0)
+    assert pgd < 0.5
+    assert binarization_rates(Layer(lambda z: z.flatten(1)[:, :3] * 0), x[:3], THREAT) is None

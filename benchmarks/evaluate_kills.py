@@ -48,7 +48,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
         start = time.time()
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         whole = here / "whole.json"
         subprocess.run(command(args.run, args.n, here / "whole", whole), check=True, **quiet)
         lasts = time.time() - start

@@ -47,7 +47,19 @@ def test_import_is_light():
 
 def test_every_module_without_the_optional_packages():
     """Also shows that no import asks for the network, and that every public name resolves."""
-    optional = ["torchvision", "PIL", "timm", "datasets", "tensorboard", "torch.utils.tensorboard"]
+    optional = [
+        "altair",
+        "vl_convert",
+        "tabulate",
+        "jsonschema",
+        "pyautoattack",
+        "torchvision",
+        "PIL",
+        "timm",
+        "datasets",
+        "tensorboard",
+        "torch.utils.tensorboard",
+    ]
     code = f"""
 import importlib, sys
 sys.modules |= dict.fromkeys({optional})

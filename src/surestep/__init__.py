@@ -20,7 +20,10 @@ _HOMES = {
     "fit": "surestep.training",
     "FitResult": "surestep.training",
 }
-_ROOMS = ("attacks", "auditing", "data", "evaluation", "methods", "models", "training")
+_ROOMS = (
+    *("attacks", "auditing", "comparing", "data", "evaluation", "interchange"),
+    *("methods", "models", "report", "training"),
+)
 
 __all__ = [
     "L2",
@@ -33,17 +36,31 @@ __all__ = [
     "attacks",
     "audit",
     "auditing",
+    "comparing",
     "data",
     "evaluate",
     "evaluation",
     "fit",
+    "interchange",
     "methods",
     "models",
+    "report",
     "training",
 ]
 
 if TYPE_CHECKING:
-    from surestep import attacks, auditing, data, evaluation, methods, models, training
+    from surestep import (
+        attacks,
+        auditing,
+        comparing,
+        data,
+        evaluation,
+        interchange,
+        methods,
+        models,
+        report,
+        training,
+    )
     from surestep.auditing import Audit, audit
     from surestep.errors import UserError
     from surestep.evaluation import Evaluation, evaluate

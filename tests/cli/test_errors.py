@@ -23,7 +23,7 @@ class TestCommands:
         ("args", "said"),
         [
             (["trian"], ["'trian'", "did you mean 'train'?"]),
-            (["xyz"], ["'xyz'", "known are train, evaluate, demo, methods, env"]),
+            (["xyz"], ["'xyz'", "known are train, evaluate, audit, compare, demo, methods, env"]),
             (["--nope"], ["--nope"]),
             (["train", "--epoch", "3"], ["--epoch", "--epochs"]),
             (["train", "--eps"], ["--eps", "requires an argument"]),

@@ -14,7 +14,7 @@ from surestep.errors import UserError
 
 _ENTRIES = {
     *("config.yaml", "metrics.jsonl", "model.safetensors", "checkpoints", "report.html"),
-    "tensorboard",
+    *("tensorboard", "comparison.json"),
 }
 
 
@@ -79,7 +79,9 @@ class RunFolder:
         """Say what shows that this is no run folder; nothing if it is one."""
         if not self.config.is_file():
             return "it has no config.yaml"
-        entries = sorted(p.name for p in self.folder.iterdir() if not p.name.endswith(".part"))
+        entries = sorted(
+            p.name for p in self.folder.iterdir() if not p.name.endswith((".part", ".state"))
+        )
         others = [name for name in entries if name not in _ENTRIES]
         if others:
             return f"it holds {others[0]}"

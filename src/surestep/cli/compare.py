@@ -1,0 +1,203 @@
+"""``surestep compare``."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surestep.cli._options import (
+    check_writable,
+    config_options,
+    given,
+    json_option,
+    names,
+    write_json,
+)
+from surestep.cli._show import provenance
+from surestep.cli._target import POSITIVE
+from surestep.config import RunConfig
+from surestep.errors import UserError
+
+if TYPE_CHECKING:
+    from surestep.comparing import Comparison
+
+_TRAINING = [name for name in RunConfig.model_fields if name not in ("method", "params", "seed")]
+
+
+@click.command(short_help="Train and judge several methods, side by side in one table.")
+@click.argument("folders", metavar="[RUN]...", nargs=-1)
+@click.option("--methods", metavar="A,B,...", help="Methods to train; see `surestep methods`.")
+@click.option(
+    "--seeds",
+    metavar="N",
+    help="How many runs a method; with a comma (0,5) the seeds themselves. [default: 3]",
+)
+@click.option(
+    "--out", metavar="DIR", help="Where runs, tables and report go; given again, go on from it."
+)
+@click.option(
+    "--preset",
+    metavar="NAME",
+    help="Recipe of all: each method's for the data set by default; none.",
+)
+@click.option(
+    "--attacks",
+    metavar="A,B,...",
+    help="Of the evaluation, as for `surestep evaluate`. [default: fgsm,pgd-100,pgd-100-margin]",
+)
+@click.option(
+    "--budget",
+    type=click.Choice(["quick", "standard", "thorough"]),
+    help="Instead of --attacks; standard and thorough end with AutoAttack.",
+)
+@click.option(
+    "--audit/--no-audit", default=True, show_default=True, help="Audit every run, on budget quick."
+)
+@click.option("--n", type=POSITIVE, default=1000, show_default=True, help="Test images.")
+@click.option(
+    "--format",
+    "style",
+    type=click.Choice(["terminal", "md", "csv", "latex"]),
+    default="terminal",
+    show_default=True,
+    help="Of the table on stdout.",
+)
+@json_option
+@config_options(_TRAINING)
+def compare(
+    folders: tuple[str, ...],
+    methods: str | None,
+    seeds: str | None,
+    out: str | None,
+    preset: str | None,
+    attacks: str | None,
+    budget: str | None,
+    audit: bool,
+    n: int,
+    style: str,
+    json_file: str | None,
+    **options: Any,
+) -> None:
+    """Train METHODS with several seeds each and judge them alike, or judge the run folders RUN.
+
+    Runs are trained one after another into DIR/<method>-seed<k>, each in a process of its own,
+    then evaluated and audited. A comparison that was stopped goes on when it is given again. The
+    table has a row a method: mean and standard deviation over the seeds.
+
+    \b
+    Examples:
+      surestep compare --methods fgsm,sat-r1,sat-r2,pgd --preset mnist-fast --out table
+      surestep compare --methods sat-r2,trades --dataset cifar10 --seeds 5 --out table
+      surestep compare runs/one runs/two --budget standard --format md
+    """
+    settings = given(options)
+    _check(folders, methods, out, {**settings, "preset": preset, "seeds": seeds})
+    check_writable(json_file)
+    chosen = names(attacks) if attacks is not None else None
+    if chosen is not None and budget is not None:
+        raise UserError("--attacks and --budget exclude each other: give one of them")
+    counted = _seeds(seeds)
+
+    from surestep import comparing
+
+    if style in ("md", "latex"):
+        comparing.need_tabulate()  # before the work, not after it
+    common: dict[str, Any] = {
+        "attacks": chosen,
+        "budget": budget,
+        "audit": "quick" if audit else None,
+        "n": n,
+        "out": out,
+        "tell": _tell,
+    }
+    if folders:
+        found = comparing.compare_runs(folders, **common, **settings)
+    else:
+        found = comparing.compare(
+            names(methods or ""), counted, preset=preset, **common, **settings
+        )
+    made = provenance()
+    if out is not None:
+        comparing.save(found, out, **made, tell=_tell)
+    if json_file != "-":
+        _show(found, style)
+    write_json({**found.to_dict(), **made}, json_file)
+    _end(found)
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _check(
+    folders: tuple[str, ...], methods: str | None, out: str | None, training: dict[str, Any]
+) -> None:
+    """Refuse what does not go together: a comparison trains methods or judges run folders."""
+    if folders and methods is not None:
+        raise UserError("give run folders or --methods, not both")
+    if not folders and methods is None:
+        raise UserError("there is nothing to compare: give --methods A,B and --out, or run folders")
+    if not folders and out is None:
+        raise UserError("--methods needs a place for the run folders: give --out DIR")
+    extra = [k for k, v in training.items() if v is not None and k != "device"]
+    if folders and extra:
+        named = ", ".join("--" + name.replace("_", "-") for name in extra)
+        raise UserError(f"run folders are trained already: leave out {named}, or give --methods")
+
+
+def _seeds(text: str | None) -> int | list[int]:
+    """Read "3" as a number of seeds and "3,5" as which."""
+    try:
+        if text is None:
+            return 3
+        return [int(part) for part in names(text)] if "," in text else int(text)
+    except ValueError:
+        raise UserError(f"--seeds {text!r}: give how many, 3, or which, 0,5,7") from None
+
+
+def _show(found: Comparison, style: str) -> None:
+    if style == "terminal":
+        _table(found)
+    else:
+        text = {"md": found.to_markdown, "csv": found.to_csv, "latex": found.to_latex}[style]()
+        click.echo(text, nl=False)
+
+
+def _table(found: Comparison) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    titles, body = found.table()
+    # As Text: a name is shown as it is, not read as markup.
+    table = Table(title=Text(found.title))
+    for title in titles:
+        left = title in ("method", "verdict")
+        table.add_column(title, justify="left" if left else "right", overflow="fold")
+    colours = {"robust": "green", "inconclusive": "yellow"}
+    for row, texts in zip(found.rows, body, strict=True):
+        cells = [Text(text or "–") for text in texts]
+        if row.verdict is not None:
+            cells[titles.index("verdict")].stylize(colours.get(row.verdict, "red"))
+        table.add_row(*cells)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, 200))
+    console.print(table)
+    for note in found.notes:
+        console.print(Text(note))
+
+
+def _end(found: Comparison) -> None:
+    """Fail if a run did, now that the results of the others are out."""
+    if not found.failures:
+        return
+    first = found.failures[0]
+    count = f"{len(found.failures)} of {len(found.failures) + len(found.runs)} runs failed"
+    message = f"{count}; {first.run}: {first.message}"
+    if any(failure.fault for failure in found.failures):
+        _tell(f"surestep: error: {message}")
+        sys.exit(1)
+    raise UserError(message)

@@ -1,0 +1,411 @@
+"""RobustBench's ``model_info`` files: written from an evaluation, read in all their variants."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surestep.errors import UserError, unknown_name
+from surestep.interchange._json import read_json, shorten
+from surestep.interchange._schema import validate
+
+KEYS = (
+    *("link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue"),
+    *("architecture", "eps", "clean_acc", "reported", "autoattack_acc"),
+)
+"""The keys of an entry, in RobustBench's order."""
+
+TEST_SETS = {"mnist": 10_000, "cifar10": 10_000, "cifar100": 10_000, "imagenet": 5_000}
+"""Images in the test set by dataset; of ImageNet those that RobustBench evaluates on."""
+
+_NORMS = {"linf": "Linf", "l2": "L2"}
+# What people write where there is no number.
+_ABSENT = ("", "-", "--", "?", "n/a", "na", "nan", "none", "null", "unknown", "unaltered")
+_ACCURACIES = ("clean_acc", "autoattack_acc", "AA", "reported", "external")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """An entry of RobustBench. Accuracies are shares in [0, 1], None where the file has none.
+
+    Attributes:
+        link: to the paper.
+        name: its title.
+        authors: in one line.
+        additional_data: whether data beside the training set were used; None if not stated.
+        number_forward_passes: per prediction; None if not stated.
+        dataset: such as "cifar10".
+        venue: where and when it was published.
+        architecture: of the model.
+        eps: radius of the threat model, pixels in [0, 1].
+        clean_accuracy: on clean images.
+        reported: robust accuracy by the authors' own evaluation.
+        autoattack_accuracy: under AutoAttack.
+        external: robust accuracy by a stronger evaluation; RobustBench ranks by it if there is one.
+        footnote: of the leaderboard.
+        unreliable: whether AutoAttack is thought to overestimate this model.
+        norm: "linf" or "l2" by the folder it was read from; None for others.
+    """
+
+    link: str
+    name: str
+    authors: str
+    additional_data: bool | None
+    number_forward_passes: int | None
+    dataset: str
+    venue: str
+    architecture: str
+    eps: float | None
+    clean_accuracy: float | None
+    reported: float | None
+    autoattack_accuracy: float | None
+    external: float | None = None
+    footnote: str = ""
+    unreliable: bool = False
+    norm: str | None = None
+
+
+def format_eps(eps: float) -> str:
+    """Return a radius as RobustBench writes it: "8/255" for 8/255, else a decimal.
+
+    0.2 is 51/255 too: of the two spellings the shorter is taken, which is what people mean.
+
+    Args:
+        eps: the radius, pixels in [0, 1]; one that went through float32 is recognised.
+
+    Raises:
+        UserError: it is no finite number >= 0.
+    """
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
+        raise UserError(f"eps {shorten(eps)} is no radius: give a number >= 0, such as 8/255")
+    decimal = repr(float(f"{eps:.7g}"))
+    k = round(min(eps, 1e6) * 255)  # which would be infinite for the largest floats
+    fraction = f"{k}/255"
+    if math.isclose(eps, k / 255, rel_tol=1e-6) and len(fraction) < len(decimal):
+        return fraction
+    return decimal
+
+
+def parse_eps(text: str) -> float:
+    """Return the radius that ``format_eps`` or a person wrote: "8/255", "0.031".
+
+    Raises:
+        UserError: it is no such number >= 0.
+    """
+    above, *below = text.split("/")
+    try:
+        eps = float(above) / (float(below[0]) if len(below) == 1 else 1.0)
+    except (ValueError, ZeroDivisionError):
+        eps = math.nan
+    if len(below) > 1 or not 0 <= eps < math.inf:
+        raise UserError(f"eps {shorten(text)} is no radius: expected such as 8/255 or 0.5")
+    return eps
+
+
+def to_model_info(
+    evaluation: dict[str, Any],
+    *,
+    name: str,
+    authors: str,
+    link: str,
+    venue: str,
+    architecture: str,
+    dataset: str,
+    additional_data: bool = False,
+    number_forward_passes: int = 1,
+    reported: float | None = None,
+    test_set_size: int | None = None,
+    allow_subset: bool = False,
+) -> dict[str, Any]:
+    """Return an evaluation as an entry of RobustBench.
+
+    Where AutoAttack ran on the survivors of other attacks, its accuracy is that of all of them
+    together: never above AutoAttack's own, at times below.
+
+    Args:
+        evaluation: as from ``Evaluation.to_dict`` or ``load``, with attack "autoattack".
+        name: title of the paper.
+        authors: in one line, separated by commas.
+        link: to the paper.
+        venue: such as "ICML 2020" or "arXiv, Feb 2020".
+        architecture: such as "ResNet-18".
+        dataset: RobustBench knows cifar10, cifar100 and imagenet.
+        additional_data: whether data beside the training set were used.
+        number_forward_passes: per prediction.
+        reported: robust accuracy in the paper, a share in [0, 1]; left empty by default.
+        test_set_size: number of images; known for mnist, cifar10, cifar100 and imagenet.
+        allow_subset: take an evaluation on fewer images than the whole test set.
+
+    Raises:
+        UserError: the evaluation is invalid, lacks AutoAttack or the rest of the test set, or its
+            pixels are not in [0, 1]; or a value is not what is described above.
+    """
+    validate(evaluation)
+    if evaluation["format"] != "surestep-evaluation":
+        raise UserError(f"a {evaluation['format']} has no RobustBench entry: give an evaluation")
+    accuracies = evaluation["robust_accuracy"]
+    if "autoattack" not in accuracies:
+        raise UserError(
+            f"the evaluation has no attack 'autoattack', only {', '.join(accuracies) or 'none'}: "
+            "RobustBench's robust accuracy is AutoAttack's, so evaluate with it"
+        )
+    low, high = evaluation["threat"]["bounds"]
+    if (low, high) != (0, 1):
+        raise UserError(
+            f"the evaluation's pixels are in [{low:g}, {high:g}], RobustBench's in [0, 1]: put the "
+            "scaling into the model"
+        )
+    if type(additional_data) is not bool:
+        raise UserError(f"additional_data is {shorten(additional_data)}, expected True or False")
+    if type(number_forward_passes) is not int or number_forward_passes < 1:
+        raise UserError(
+            f"number_forward_passes is {shorten(number_forward_passes)}, expected an integer >= 1"
+        )
+    if reported is not None and not (
+        isinstance(reported, int | float) and not isinstance(reported, bool) and 0 <= reported <= 1
+    ):
+        raise UserError(f"reported is {shorten(reported)}, expected a share in [0, 1], such as 0.5")
+    dataset = _folder(dataset)
+    _check_size(evaluation["n"], dataset, test_set_size, allow_subset)
+    return {
+        "link": link,
+        "name": name,
+        "authors": authors,
+        "additional_data": additional_data,
+        "number_forward_passes": number_forward_passes,
+        "dataset": dataset,
+        "venue": venue,
+        "architecture": architecture,
+        "eps": format_eps(evaluation["threat"]["eps"]),
+        "clean_acc": _percent(evaluation["clean_accuracy"]),
+        "reported": "" if reported is None else _percent(reported),
+        "autoattack_acc": _percent(accuracies["autoattack"]),
+    }
+
+
+def _check_size(n: int, dataset: str, size: int | None, allow_subset: bool) -> None:
+    size = TEST_SETS.get(dataset) if size is None else size
+    if size is None:
+        if not allow_subset:
+            raise UserError(f"the size of {dataset}'s test set is unknown: give test_set_size")
+    elif n > size:
+        raise UserError(
+            f"the evaluation has {n} images, {dataset}'s test set {size}: which images?"
+        )
+    elif n < size and not allow_subset:
+        raise UserError(
+            f"the evaluation has {n} of the {size} images of {dataset}'s test set: evaluate on "
+            "all, or give allow_subset=True"
+        )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}"
+
+
+def _folder(dataset: str) -> str:
+    if not re.fullmatch(r"\w[\w.-]*", dataset, re.ASCII):
+        raise UserError(f"dataset {shorten(dataset)} is no name of a folder: such as 'cifar10'")
+    return dataset
+
+
+def model_info_path(dataset: str, norm: str, name: str, year: int, first_word: str) -> Path:
+    """Return ``model_info/<dataset>/<Linf|L2>/<Name><Year><FirstWord>.json``.
+
+    Args:
+        dataset: such as "cifar10".
+        norm: "linf" or "l2".
+        name: surname of the first author; accents and spaces go.
+        year: four digits.
+        first_word: of the title; a variant's suffix may follow, as in "Fixing_R18".
+
+    Raises:
+        UserError: one of these cannot be part of such a path.
+    """
+    folder = _NORMS.get(norm.lower())
+    if folder is None:
+        raise unknown_name("norm", norm, _NORMS)
+    if not 1900 <= year <= 9999:
+        raise UserError(f"year {year} is no year: give four digits")
+    stem = f"{_word('name', name)}{year}{_word('first_word', first_word)}"
+    return Path("model_info", _folder(dataset), folder, f"{stem}.json")
+
+
+def _word(what: str, text: str) -> str:
+    """Return letters and digits without accents, the first in upper case."""
+    plain = unicodedata.normalize("NFKD", text)
+    word = re.sub(r"[^A-Za-z0-9_-]", "", plain).strip("-_")
+    if not word:
+        raise UserError(f"{what} {shorten(text)} has no letter for a file's name")
+    return word[0].upper() + word[1:]
+
+
+def write_model_info(
+    info: Mapping[str, Any],
+    folder: str | Path,
+    *,
+    norm: str,
+    year: int | None = None,
+    suffix: str = "",
+    overwrite: bool = False,
+) -> Path:
+    """Write an entry to its place below a folder, such as a checkout of RobustBench.
+
+    The file is named after the first author's surname (the last word before the first comma), the
+    year and the first word of the title.
+
+    Args:
+        info: as from ``to_model_info``.
+        folder: where ``model_info`` is, or shall be.
+        norm: "linf" or "l2": an entry does not say.
+        year: of publication; by default the one in the venue.
+        suffix: tells models of one paper apart, such as "R18".
+        overwrite: replace a file that is there.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: ``info`` is no such entry, has no name for its file, or the file exists or
+            cannot be written.
+    """
+    # Where it is needed only: it imports torch, which reading entries does without.
+    from surestep.files import write_atomically
+
+    missing = [key for key in KEYS if key not in info]
+    if missing:
+        raise UserError(f"the entry lacks {', '.join(missing)}")
+    known = _parse(info, "the entry")
+    if year is None:
+        years = re.findall(r"\b(?:19|20)\d\d\b", known.venue)
+        if len(years) != 1:
+            raise UserError(f"venue {shorten(known.venue)} does not tell the year: give year")
+        year = int(years[0])
+    surname = (known.authors.split(",")[0].split() or [""])[-1]
+    first = (known.name.split() or [""])[0]
+    if suffix:
+        first = f"{_word('name', first)}_{suffix}"
+    path = Path(folder) / model_info_path(known.dataset, norm, surname, year, first)
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists: give a suffix for another model, or overwrite=True")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot make {path.parent}: {e.strerror or e}") from e
+    write_atomically(path, json.dumps(dict(info), indent=2, ensure_ascii=False) + "\n")
+    return path
+
+
+def read_model_info(path: str | Path) -> ModelInfo:
+    """Read an entry of RobustBench.
+
+    Its files vary: keys are missing, null, empty or words such as "n/a"; AutoAttack's accuracy is
+    "AA" in old ones. A string is in percent. A number is a share, as RobustBench's own
+    ``benchmark`` writes it, unless an accuracy of the file is above 1: then all numbers are in
+    percent. Keys unknown here are ignored.
+
+    Args:
+        path: the file.
+
+    Raises:
+        UserError: it is missing, is no JSON object, or a value cannot be understood.
+    """
+    path = Path(path)
+    info = read_json(path)
+    if not isinstance(info, dict):
+        raise UserError(f"{path} is no RobustBench entry: {shorten(info)} is no object")
+    norm = next((n for n, folder in _NORMS.items() if path.absolute().parent.name == folder), None)
+    return _parse(info, str(path), norm)
+
+
+def _parse(info: Mapping[str, Any], what: str, norm: str | None = None) -> ModelInfo:
+    numbers = [info[key] for key in _ACCURACIES if _is_number(info.get(key))]
+    unit = 100 if any(number > 1 for number in numbers) else 1
+
+    def fail(key: str, expected: str) -> UserError:
+        return UserError(f"{what}: {key} is {shorten(info[key])}, expected {expected}")
+
+    def absent(key: str) -> bool:
+        value = info.get(key)
+        return value is None or (isinstance(value, str) and value.strip().lower() in _ABSENT)
+
+    def text(key: str) -> str:
+        value = info.get(key)
+        if value is None:
+            return ""
+        if not isinstance(value, str):
+            raise fail(key, "text")
+        return " ".join(value.split())
+
+    def accuracy(key: str) -> float | None:
+        if absent(key):
+            return None
+        value = info[key]
+        try:
+            share = value / unit if _is_number(value) else float(value.rstrip("% \n")) / 100
+        except (AttributeError, ValueError, OverflowError):
+            share = math.nan
+        if not 0 <= share <= 1:
+            raise fail(key, "a percentage from 0 to 100")
+        return share
+
+    def eps() -> float | None:
+        if absent("eps"):
+            return None
+        value = info["eps"]
+        if not isinstance(value, str) and not (_is_number(value) and 0 <= value < math.inf):
+            raise fail("eps", 'a radius such as "8/255"')
+        try:
+            return parse_eps(value) if isinstance(value, str) else float(value)
+        except UserError as e:
+            raise fail("eps", 'a radius such as "8/255"') from e
+
+    def flag(key: str) -> bool | None:
+        if absent(key):
+            return None
+        known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        found = known.get(str(info[key]).strip().lower())
+        if found is None:
+            raise fail(key, "true or false")
+        return found
+
+    def passes() -> int | None:
+        key = "number_forward_passes"
+        if absent(key):
+            return None
+        try:
+            count = float(info[key])
+        except (TypeError, ValueError, OverflowError):
+            count = math.nan
+        if isinstance(info[key], bool) or count < 1 or not count.is_integer():
+            raise fail(key, "an integer >= 1")
+        return int(count)
+
+    return ModelInfo(
+        link=text("link"),
+        name=text("name"),
+        authors=text("authors"),
+        additional_data=flag("additional_data"),
+        number_forward_passes=passes(),
+        dataset=text("dataset"),
+        venue=text("venue"),
+        architecture=text("architecture"),
+        eps=eps(),
+        clean_accuracy=accuracy("clean_acc"),
+        reported=accuracy("reported"),
+        autoattack_accuracy=accuracy("AA" if "autoattack_acc" not in info else "autoattack_acc"),
+        external=accuracy("external"),
+        footnote=text("footnote"),
+        unreliable=bool(flag("unreliable")),
+        norm=norm,
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

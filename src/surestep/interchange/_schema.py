@@ -1,0 +1,171 @@
+"""Evaluations and audits as documents: their JSON schemas, and the one line when one is broken."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from importlib import import_module, resources
+from pathlib import Path
+from typing import Any
+
+from surestep.errors import UserError, unknown_name
+from surestep.interchange._json import read_json, shorten
+
+_FILES = {
+    "surestep-evaluation": {1: "evaluation-1.json"},
+    "surestep-audit": {1: "audit-1.json"},
+}
+_TYPES = {
+    "object": "an object",
+    "array": "a list",
+    "string": "a string",
+    "number": "a finite number",
+    "integer": "an integer",
+    "boolean": "true or false",
+    "null": "null",
+}
+
+
+def schema(format: str, version: int = 1) -> dict[str, Any]:
+    """Return the JSON schema (draft 2020-12) of a kind of document.
+
+    Args:
+        format: "surestep-evaluation" or "surestep-audit".
+        version: of the format.
+
+    Raises:
+        UserError: there is no such format or version.
+    """
+    if format not in tuple(_FILES):  # a document may hold a list here, which no dict looks up
+        if not isinstance(format, str):
+            raise UserError(f"format is {shorten(format)}, expected {_either(_FILES)}")
+        raise unknown_name("format", format, _FILES)
+    versions = _FILES[format]
+    if isinstance(version, bool) or version not in tuple(versions):
+        raise UserError(
+            f"unknown version {shorten(version)} of {format}: known are "
+            f"{', '.join(map(str, versions))}"
+        )
+    file = resources.files("surestep.interchange") / "schemas" / versions[version]
+    return json.loads(file.read_text("utf-8"))
+
+
+def validate(document: dict[str, Any]) -> None:
+    """Check a document against the schema that its "format" and "version" name.
+
+    Args:
+        document: what ``Evaluation.to_dict`` or ``Audit.to_dict`` returned, or such JSON.
+
+    Raises:
+        UserError: it is none of these or breaks its schema; the line names the place, the value
+            and what was expected. Or jsonschema is not installed.
+    """
+    if not isinstance(document, dict):
+        raise UserError(f"the document is {shorten(document)}, expected an object")
+    if "format" not in document:
+        raise UserError(f"the document lacks 'format', expected {_either(_FILES)}")
+    if "version" not in document:
+        raise UserError(
+            f"the document lacks 'version', a number beside format {document['format']!r}"
+        )
+    format, version = document["format"], document["version"]
+    schema(format, version)
+    # Of several mistakes the outermost; a misspelt key rather than the one that then lacks.
+    errors = _validator(format, version).iter_errors(document)
+    first = min(
+        errors,
+        key=lambda e: (len(e.absolute_path), e.validator != "additionalProperties"),
+        default=None,
+    )
+    if first is not None:
+        raise UserError(_sentence(first))
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read an evaluation or audit from a JSON file, and check it.
+
+    Args:
+        path: a file as written by ``--json``.
+
+    Raises:
+        UserError: the file is missing, is no JSON, or no valid document; see ``validate``.
+    """
+    document = read_json(Path(path))
+    _jsonschema()  # its absence is no fault of the file
+    try:
+        validate(document)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from e
+    return document
+
+
+def _jsonschema() -> Any:
+    try:
+        return import_module("jsonschema")
+    except ImportError as e:
+        raise UserError(
+            "checking documents needs jsonschema: pip install 'surestep[interchange]'"
+        ) from e
+
+
+@cache
+def _validator(format: str, version: int) -> Any:
+    draft = _jsonschema().Draft202012Validator
+    # NaN passes every comparison with a bound, and a dict may hold tuples where JSON has lists.
+    types = draft.TYPE_CHECKER.redefine_many(
+        {
+            "number": lambda _, value: (
+                draft.TYPE_CHECKER.is_type(value, "number")
+                and (isinstance(value, int) or math.isfinite(value))
+            ),
+            "array": lambda _, value: isinstance(value, list | tuple),
+        }
+    )
+    validator = _jsonschema().validators.extend(draft, type_checker=types)
+    return validator(schema(format, version))
+
+
+def _sentence(error: Any) -> str:
+    """Return the line for an error of jsonschema: place, value, expectation."""
+    place = _place(error.absolute_path)
+    rule, limit, value = error.validator, error.validator_value, error.instance
+    if rule == "additionalProperties":
+        known = error.schema["properties"]
+        extra = next(str(key) for key in value if key not in known)
+        return f"{place}: {unknown_name('key', extra[:60], known)}"
+    if rule == "required":
+        return f"{place} lacks {', '.join(repr(key) for key in limit if key not in value)}"
+    if rule == "type":
+        kinds = [limit] if isinstance(limit, str) else limit
+        wanted = "plain JSON" if len(kinds) > 3 else " or ".join(_TYPES[k] for k in kinds)
+    elif rule == "enum":
+        wanted = _either(limit)
+    elif rule == "const":
+        wanted = repr(limit)
+    elif rule in ("minimum", "maximum"):
+        low, high = error.schema.get("minimum"), error.schema.get("maximum")
+        wanted = f"at least {low}" if high is None else f"from {low} to {high}"
+    elif rule in ("minItems", "maxItems"):
+        low, high = error.schema.get("minItems"), error.schema.get("maxItems")
+        wanted = f"{low} values" if low == high else f"at least {low} value"
+    elif rule == "minLength":
+        wanted = "some text"
+    else:  # a rule that a later schema uses and this has no words for
+        wanted = f"{rule} {shorten(limit)}"
+    return f"{place} is {shorten(value)}, expected {wanted}"
+
+
+def _place(path: Any) -> str:
+    """Return where in a document, such as ``attacks[0].accuracy``."""
+    place = ""
+    for part in path:
+        if isinstance(part, str) and part.replace("-", "").isidentifier():
+            place += f".{part}" if place else part
+        else:
+            place += f"[{shorten(part)}]"
+    return place or "the document"
+
+
+def _either(names: Any) -> str:
+    return " or ".join(map(repr, names))

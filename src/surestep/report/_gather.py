@@ -1,0 +1,196 @@
+"""What a report shows of the model itself: its loss around a few images, and how these break."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surestep.attacks import pgd
+from surestep.attacks.core import attacking, check_inputs, forward_logits, input_gradient
+from surestep.attacks.losses import cross_entropy
+from surestep.errors import UserError
+from surestep.evaluation.suite import pgd_step_size
+from surestep.report import _png
+from surestep.threat import ThreatModel
+
+_LARGEST = 96  # pixels on a side of an embedded picture
+
+
+def gather(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    name: str = "this model",
+    samples: int = 8,
+    points: int = 21,
+    steps: int = 50,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Compute the loss surface and adversarial examples that a report shows.
+
+    Of the images given, the first ``samples`` that are right clean are taken (others only if there
+    are too few). The model is judged in eval mode and in float32, and left as it was found, as is
+    the global random state.
+
+    Args:
+        model: returns logits (N, K) for images in the threat model's range.
+        x: images (N, ...); of shape (N, 1 or 3, H, W) they are also shown as pictures.
+        y: labels (N,).
+        threat: norm, radius and data range.
+        name: of the model, in the report.
+        samples: how many images.
+        points: of the surface along each of its two directions; odd, so that 0 is among them.
+        steps: of the PGD that makes the adversarial examples.
+        batch_size: images in one forward pass.
+        seed: of the random direction and of PGD's start.
+
+    Returns:
+        ``surfaces`` and ``examples``, plain data that ``Report`` takes.
+
+    Raises:
+        UserError: invalid images, labels or sizes, or a model without an input gradient.
+    """
+    sizes = {"samples": samples, "points": points, "steps": steps, "batch_size": batch_size}
+    for what, value in sizes.items():
+        if value < 1:
+            raise UserError(f"{what} {value}: give 1 or more")
+    if points % 2 == 0 or points < 3:
+        raise UserError(f"points {points}: give an odd number from 3, so that the image is one")
+    device = next((p.device for p in model.parameters()), x.device)
+    cuda = [device.index or 0] if device.type == "cuda" else []
+    with (
+        attacking(model) as inner,
+        torch.random.fork_rng(cuda),
+        torch.autocast(device.type, enabled=False),
+    ):
+        torch.manual_seed(seed)
+        x, y = _choose(inner, x, y, threat, samples, batch_size, device)
+        surface = _surface(inner, x, y, threat, points, batch_size)
+        surface |= {"norm": _norm(threat), "eps": threat.eps, "seed": seed}
+        examples = _examples(inner, x, y, threat, steps)
+    return {"surfaces": {name: surface}, "examples": examples}
+
+
+def _norm(threat: ThreatModel) -> str:
+    return type(threat).__name__.lower()
+
+
+def _choose(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    samples: int,
+    batch_size: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Return the first images that are right clean, filled up with the first others."""
+    right: list[int] = []
+    wrong: list[int] = []
+    for start in range(0, len(x), batch_size):
+        part, labels = x[start : start + batch_size].to(device), y[start : start + batch_size]
+        part = part.float() if part.is_floating_point() else part
+        if start == 0:
+            check_inputs(model, part, labels.to(device), threat)
+        with torch.no_grad():
+            predicted = forward_logits(model, part).argmax(1).cpu()
+        for i, ok in enumerate((predicted == labels.cpu()).tolist(), start):
+            (right if ok else wrong).append(i)
+        if len(right) >= samples:
+            break
+    if not right and not wrong:
+        raise UserError("there is no image to make a report of")
+    rows = torch.tensor((right + wrong)[:samples])
+    return x[rows].to(device).float(), y[rows].to(device)
+
+
+def _surface(
+    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, points: int, batch_size: int
+) -> dict[str, Any]:
+    """Measure cross entropy at x + a (FGSM step) + b (random step) for a, b from -1 to 1."""
+    grad, _, _ = input_gradient(model, x, y)
+    steps = threat.steepest_step(grad, threat.eps)
+    # Drawn on the CPU, so that every device measures along the same direction.
+    noise = torch.randn(x.shape).to(x)
+    aside = threat.steepest_step(noise, threat.eps)
+    shares = torch.linspace(-1, 1, points, device=x.device)
+    losses = []
+    for start in range(0, len(x) * points * points, batch_size):
+        at = torch.arange(start, min(start + batch_size, len(x) * points * points), device=x.device)
+        row, place = at // points**2, at % points**2
+        along = shares[place % points].view(-1, *[1] * (x.dim() - 1))
+        across = shares[place // points].view(-1, *[1] * (x.dim() - 1))
+        # The corners lie outside the ball: a surface shows the neighbourhood, no attack is made.
+        around = threat.clip(x[row] + along * steps[row] + across * aside[row])
+        with torch.no_grad():
+            losses.append(cross_entropy(forward_logits(model, around), y[row]))
+    grid = torch.cat(losses).view(len(x), points, points).double().cpu()
+    return {
+        "format": "surestep-surface",
+        "version": 1,
+        "shares": [round(v, 4) for v in shares.tolist()],
+        "mean": _rounded(grid.mean(0)),
+        "samples": [
+            {"label": int(label), "loss": _rounded(one)}
+            for label, one in zip(y.tolist(), grid, strict=True)
+        ],
+        "n": len(x),
+    }
+
+
+def _rounded(grid: Tensor) -> list[list[float]]:
+    """Four digits are more than a colour shows, and keep the page small."""
+    return [[float(f"{v:.4g}") for v in row] for row in grid.tolist()]
+
+
+def _examples(
+    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, steps: int
+) -> list[dict[str, Any]]:
+    """Attack the images and draw what came out; nothing if they are no pictures."""
+    if x.dim() != 4 or x.shape[1] not in (1, 3):
+        return []
+    x_adv = pgd(model, x, y, threat, steps, pgd_step_size(threat.eps, steps))
+    with torch.no_grad():
+        clean, attacked = (forward_logits(model, v).softmax(1).cpu() for v in (x, x_adv))
+    delta = (x_adv - x).cpu()
+    largest = delta.abs().max().item()
+    factor = threat.span / (2 * largest) if largest > 0 else 1.0
+    low, span = threat.bounds[0], threat.span
+    return [
+        {
+            "label": int(y[i]),
+            "clean": _png.data_uri(_shrink((x[i].cpu() - low) / span)),
+            "perturbation": _png.data_uri(_shrink(delta[i] * factor / span + 0.5, mix=False)),
+            "adversarial": _png.data_uri(_shrink((x_adv[i].cpu() - low) / span)),
+            "clean_prediction": int(clean[i].argmax()),
+            "clean_confidence": round(float(clean[i].max()), 4),
+            "adversarial_prediction": int(attacked[i].argmax()),
+            "adversarial_confidence": round(float(attacked[i].max()), 4),
+            "factor": float(f"{factor:.3g}"),
+            "linf": float(f"{delta[i].abs().max().item():.4g}"),
+            "l2": float(f"{delta[i].flatten().norm().item():.4g}"),
+            "attack": f"pgd-{steps}",
+        }
+        for i in range(len(x))
+    ]
+
+
+def _shrink(picture: Tensor, *, mix: bool = True) -> Tensor:
+    """Bring a large picture (C, H, W) down to the size at which it is shown.
+
+    Args:
+        picture: to shrink.
+        mix: average pixels; False picks some, since the average of a perturbation is nothing.
+    """
+    height, width = picture.shape[1:]
+    scale = _LARGEST / max(height, width)
+    if scale >= 1:
+        return picture
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    return F.interpolate(picture[None], size, mode="area" if mix else "nearest")[0]

@@ -1,0 +1,348 @@
+"""From a report to its page: the words and numbers in order, the template does the rest."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from surestep.errors import UserError
+from surestep.report import _evidence, charts
+from surestep.report._needs import need
+from surestep.report._plots import Plot, plots
+from surestep.report._read import get, number, plain, stated
+from surestep.report._save import VEGA_LITE
+
+if TYPE_CHECKING:
+    from surestep.report._report import Report
+
+_VERDICTS = {
+    "robust": "good",
+    "pseudo-robust": "bad",
+    "not robust": "bad",
+    "inconclusive": "unsure",
+}
+_STATUSES = ("flagged", "passed", "skipped")
+_CLASSES = 30  # rows of the table by class
+_COLUMNS = {
+    "clean_accuracy": "Clean",
+    "fgsm": "FGSM",
+    "pgd": "PGD",
+    "autoattack": "AutoAttack",
+    "worst_case_accuracy": "Worst case",
+    "passes": "Passes per image",
+    "seconds": "Training seconds",
+    "peak_memory_mb": "Peak memory, MB",
+}
+_COSTS = ("passes", "seconds", "peak_memory_mb")
+
+
+def render(report: Report) -> str:
+    """Return the page of a report.
+
+    Raises:
+        UserError: contents of another shape, or a package is missing.
+    """
+    jinja2 = need("jinja2")
+    drawn = plots(report)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("surestep.report", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "span": span, "figure": figure}
+    names = ("comparison", "curves", "surfaces", "training")
+    sections = {name: [p for p in drawn if p.section == name] for name in names}
+    return environment.get_template("page.html.jinja").render(
+        title=str(report.title),
+        verdict=_verdict(report),
+        tiles=_tiles(report),
+        setting=_setting(report),
+        tables=_attack_tables(report),
+        plots=sections,
+        examples=[_example(e, report.classes) for e in report.examples],
+        audit=report.audit,
+        checks=_checks(report),
+        per_class=_per_class(report),
+        class_count=len((report.evaluation or {}).get("per_class") or ()),
+        comparison=_comparison(report),
+        costs=_costs(report),
+        command=report.command or _first(report, "command") or "",
+        versions=report.versions or _first(report, "versions") or {},
+        seeds=report.seeds or _seeds(report),
+        config={k: _evidence.text(v) for k, v in report.config.items()},
+        specs=_script({p.name: _spec(p) for p in drawn}),
+        bundle=_bundle() if drawn else "",
+    )
+
+
+def percent(share: Any) -> str:
+    """Write a share as a percentage."""
+    value = number(share)
+    return "–" if value is None else f"{100 * value:.1f}%"
+
+
+def span(interval: Sequence[float] | None) -> str:
+    """Write a 95% interval of a share."""
+    return f"{100 * interval[0]:.1f}–{100 * interval[1]:.1f}" if interval else ""
+
+
+def figure(value: Any) -> str:
+    """Write a number in the digits that matter."""
+    found = number(value)
+    if found is None:
+        return "–" if value is None else str(value)
+    if abs(found) >= 1000:
+        return f"{found:,.0f}"
+    return f"{found:.4g}"
+
+
+def _verdict(report: Report) -> dict[str, str] | None:
+    if report.audit is not None:
+        verdict = str(get(report.audit, "verdict", "the audit"))
+        sentence = str(get(report.audit, "sentence", "the audit"))
+        kind = _VERDICTS.get(verdict, "unsure")
+        return {"name": verdict, "kind": kind, "sentence": sentence}
+    if report.evaluation is not None:
+        worst = percent(get(report.evaluation, "worst_case_accuracy", "the evaluation"))
+        count = len(get(report.evaluation, "robust_accuracy", "the evaluation"))
+        n = get(report.evaluation, "n", "the evaluation")
+        attacks = "one attack" if count == 1 else f"each of {count} attacks"
+        sentence = (
+            f"{worst} of {n:,} images stay right under {attacks}. "
+            "No audit was run: whether gradients are masked is not known."
+        )
+        return {"name": "not audited", "kind": "unsure", "sentence": sentence}
+    return None
+
+
+def _tiles(report: Report) -> list[dict[str, str]]:
+    """Return the few numbers that stand beside the verdict: label, value, note."""
+    tiles = []
+    source = report.audit or report.evaluation
+    if source is None:
+        return []
+    clean = get(source, "clean_accuracy", "the audit or evaluation")
+    tiles.append(("Clean accuracy", percent(clean), ""))
+    if report.audit is not None:
+        claims = get(report.audit, "claims", "the audit")
+        if claims:
+            name, value = max(claims.items(), key=lambda item: number(item[1]) or 0.0)
+            tiles.append(("A weak report claims", percent(value), f"under {name} alone"))
+        found = percent(get(report.audit, "found_accuracy", "the audit"))
+        interval = span(report.audit.get("found_interval"))
+        by = report.audit.get("found_by") or "the audit"
+        tiles.append(("This audit finds", found, f"{interval} · by {by}" if interval else by))
+        flagged = sum(c.get("status") == "flagged" for c in report.checks)
+        tiles.append(("Checks flagged", f"{flagged} of {len(report.checks)}", ""))
+    if report.evaluation is not None:
+        worst = get(report.evaluation, "worst_case_accuracy", "the evaluation")
+        interval = span(get(report.evaluation, "intervals", "the evaluation").get("worst case"))
+        tiles.append(
+            ("Worst case of all attacks", percent(worst), f"95% interval {interval}")
+            if interval
+            else ("Worst case of all attacks", percent(worst), "")
+        )
+    return [dict(zip(("label", "value", "note"), tile, strict=True)) for tile in tiles]
+
+
+def _setting(report: Report) -> list[str]:
+    """Say on what was measured."""
+    source = report.evaluation or report.audit
+    if source is None:
+        return []
+    threat = get(source, "threat", "the audit or evaluation")
+    low, high = threat.get("bounds", (0, 1))
+    words = [
+        f"{get(threat, 'norm', 'the threat model')} eps "
+        f"{get(threat, 'eps', 'the threat model'):.4g}",
+        f"pixels in [{low:g}, {high:g}]",
+        f"{get(source, 'n', 'the audit or evaluation'):,} images",
+    ]
+    if report.audit is not None and report.audit.get("budget"):
+        words.append(f"{report.audit['budget']} budget")
+    return words
+
+
+def _attack_tables(report: Report) -> list[dict[str, Any]]:
+    tables: list[dict[str, Any]] = []
+    if report.evaluation is not None:
+        tables.append({"title": "Evaluation", "rows": _evaluated(report.evaluation)})
+    found = (report.audit or {}).get("attacks") or {}
+    if found:
+        rows = [_attack_row(name, accuracy) for name, accuracy in found.items()]
+        tables.append({"title": "Attacks of the audit", "rows": rows})
+    for table in tables:
+        table["timed"] = any(row["seconds"] is not None for row in table["rows"])
+    return tables
+
+
+def _evaluated(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    intervals = get(evaluation, "intervals", "the evaluation")
+    seconds = evaluation.get("attack_seconds") or {}
+    scopes = {a.get("name"): a.get("scope") for a in evaluation.get("attacks") or ()}
+    return [
+        _attack_row(name, accuracy, intervals.get(name), seconds.get(name), scopes.get(name))
+        for name, accuracy in charts.named_accuracies(evaluation).items()
+    ]
+
+
+def _attack_row(
+    name: str,
+    accuracy: Any,
+    interval: Sequence[float] | None = None,
+    seconds: float | None = None,
+    scope: str | None = None,
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "accuracy": number(accuracy),
+        "interval": interval,
+        "seconds": seconds,
+        "note": "cumulative" if scope == "survivors" else "",
+        "strong": name == charts.WORST,
+    }
+
+
+def _example(example: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Any]:
+    def name(key: str) -> str:
+        label = get(example, key, "an example")
+        return str(classes[label]) if 0 <= label < len(classes) else str(label)
+
+    for key in ("clean", "perturbation", "adversarial"):
+        if not str(get(example, key, "an example")).startswith("data:image/png;base64,"):
+            raise UserError(f"an example's {key!r} is no PNG data URI: give those of gather")
+    return {
+        **example,
+        "label": name("label"),
+        "clean_name": name("clean_prediction"),
+        "adversarial_name": name("adversarial_prediction"),
+        "broken": get(example, "adversarial_prediction", "") != get(example, "label", ""),
+    }
+
+
+def _checks(report: Report) -> list[dict[str, Any]]:
+    """Return the checks by status, those to worry about first."""
+    groups = []
+    for status in _STATUSES:
+        checks = [
+            {
+                "number": check.get("number"),
+                "title": get(check, "title", "a check"),
+                "value": "" if check.get("value") is None else figure(check["value"]),
+                "threshold": check.get("threshold") or "",
+                "sentence": check.get("sentence") or "",
+                "source": check.get("source") or "",
+                "evidence": _evidence.parts(check.get("evidence") or {}),
+            }
+            for check in report.checks
+            if get(check, "status", "a check") == status
+        ]
+        if checks:
+            groups.append({"status": status, "checks": checks})
+    return groups
+
+
+def _per_class(report: Report) -> list[dict[str, Any]]:
+    """Return the classes, or if these are many, those with the lowest worst case."""
+    rows = (report.evaluation or {}).get("per_class") or ()
+    if len(rows) > _CLASSES:
+        rows = sorted(rows, key=lambda r: number(r.get("worst_case_accuracy")) or 0.0)[:_CLASSES]
+    named = []
+    for row in rows:
+        label = get(row, "label", "a class")
+        name = report.classes[label] if label < len(report.classes) else str(label)
+        named.append({**row, "name": name})
+    return named
+
+
+def _comparison(report: Report) -> dict[str, Any] | None:
+    rows = report.comparison
+    if not rows:
+        return None
+    columns = [c for c in _COLUMNS if any(stated(r.get(c))[0] is not None for r in rows)]
+    # Of the worst case only: a masked model would lead under FGSM.
+    best = max((stated(r.get("worst_case_accuracy"))[0] or 0.0 for r in rows), default=0.0)
+    counts = {n for row in rows for c in columns if (n := stated(row.get(c))[2]) is not None}
+    body = [
+        {
+            "method": get(row, "method", "a row of the comparison"),
+            "verdict": row.get("verdict") or "",
+            "kind": _VERDICTS.get(str(row.get("verdict")), "unsure"),
+            "cells": [_cell(row.get(c), c, best) for c in columns],
+        }
+        for row in rows
+    ]
+    note = f"Mean ± standard deviation over {counts.pop()} seeds." if len(counts) == 1 else ""
+    return {"columns": [_COLUMNS[c] for c in columns], "rows": body, "note": note}
+
+
+def _cell(value: Any, column: str, best: float) -> dict[str, Any]:
+    mean, deviation, _ = stated(value)
+    if mean is None:
+        return {"text": "–", "spread": "", "best": False}
+    if column in _COSTS:
+        text, spread = figure(mean), "" if deviation is None else f"± {figure(deviation)}"
+    else:
+        text = f"{100 * mean:.1f}"
+        spread = "" if deviation is None else f"± {100 * deviation:.1f}"
+    return {
+        "text": text,
+        "spread": spread,
+        "best": column == "worst_case_accuracy" and mean == best,
+    }
+
+
+def _costs(report: Report) -> dict[str, str]:
+    costs = {}
+    if report.history:
+        last = report.history[-1]
+        for key, name in (("train_seconds", "Training"), ("images_per_second", "Throughput")):
+            if (value := number(last.get(key))) is not None:
+                unit = "s" if key == "train_seconds" else "images/s"
+                costs[name] = f"{figure(value)} {unit}"
+        costs["Epochs"] = str(len(report.history))
+    for name, source in (("Evaluation", report.evaluation), ("Audit", report.audit)):
+        if source is not None and (value := number(source.get("seconds"))) is not None:
+            costs[name] = f"{figure(value)} s"
+    return costs
+
+
+def _seeds(report: Report) -> dict[str, Any]:
+    given = (
+        ("training", report.config.get("seed")),
+        ("evaluation", (report.evaluation or {}).get("seed")),
+        ("audit", (report.audit or {}).get("seed")),
+    )
+    return {name: seed for name, seed in given if seed is not None}
+
+
+def _first(report: Report, key: str) -> Any:
+    return (report.evaluation or {}).get(key) or (report.audit or {}).get(key)
+
+
+def _spec(plot: Plot) -> dict[str, Any]:
+    # Not validated: the charts are ours, and their tests validate them.
+    spec = plot.chart.to_dict(validate=False)
+    # The page's own colours and fonts take the place of Altair's.
+    spec.pop("config", None)
+    if "vconcat" not in spec:
+        spec["width"] = "container"
+    return {"title": plot.title, "spec": plain(spec)}
+
+
+def _script(value: Any) -> Any:
+    """Return JSON that may stand inside <script>: no text in it can end the element."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return need("markupsafe").Markup(text.replace("<", "\\u003c"))
+
+
+@functools.cache
+def _bundle() -> Any:
+    """Return Vega, Vega-Lite and vega-embed as one script, ``vegaEmbed`` its only global."""
+    code = need("vl_convert").javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE)
+    code = code.replace("</script", "<\\/script").replace("<!--", "<\\!--")
+    return need("markupsafe").Markup(code)

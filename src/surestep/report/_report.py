@@ -1,0 +1,109 @@
+"""The report: what it holds, and how it becomes a page or pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from surestep import files
+from surestep.errors import UserError
+from surestep.report import _page
+from surestep.report._plots import plots
+from surestep.report._save import save_chart
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known about a run, an evaluation, an audit or a comparison. Every part is optional.
+
+    Attributes:
+        title: of the page, such as the run's name.
+        evaluation: as ``Evaluation.to_dict`` gives it.
+        audit: as ``Audit.to_dict`` gives it.
+        history: the rows of ``metrics.jsonl``.
+        comparison: a row a method; its cells are numbers, None or {"mean", "std", "n"}.
+        surfaces: loss surfaces by model's name, from ``gather``.
+        examples: adversarial examples, from ``gather``.
+        classes: names of the classes; by default their numbers.
+        command: the exact command; by default the evaluation's or the audit's.
+        versions: of packages and machine; by default the evaluation's or the audit's.
+        seeds: by what they seed; by default the evaluation's and the audit's.
+        config: the settings of the run.
+    """
+
+    title: str
+    evaluation: Mapping[str, Any] | None = None
+    audit: Mapping[str, Any] | None = None
+    history: Sequence[Mapping[str, Any]] | None = None
+    comparison: Sequence[Mapping[str, Any]] | None = None
+    surfaces: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    examples: Sequence[Mapping[str, Any]] = ()
+    classes: Sequence[str] = ()
+    command: str = ""
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    seeds: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        given = (("evaluation", "evaluate", self.evaluation), ("audit", "audit", self.audit))
+        for name, command, value in given:
+            if value is None:
+                continue
+            expected = f"surestep-{name}"
+            found = value.get("format") if isinstance(value, Mapping) else None
+            if found != expected:
+                raise UserError(
+                    f"the {name} has format {found!r}, expected {expected!r}: give what "
+                    f"`surestep {command} --json` wrote"
+                )
+        for name in ("history", "comparison", "examples"):
+            rows = getattr(self, name) or ()
+            if isinstance(rows, Mapping | str) or any(not isinstance(r, Mapping) for r in rows):
+                raise UserError(f"the {name} is no list of dicts, one a row")
+        if not isinstance(self.surfaces, Mapping):
+            raise UserError("the surfaces are no dict by model's name: give those of gather")
+
+    @property
+    def checks(self) -> Sequence[Mapping[str, Any]]:
+        """The audit's checks, if there is an audit."""
+        return (self.audit or {}).get("checks") or ()
+
+    def to_html(self) -> str:
+        """Return the page: one file that needs no network.
+
+        Raises:
+            UserError: contents of another shape, or a package is missing.
+        """
+        return _page.render(self)
+
+
+def write_html(report: Report, path: str | Path) -> None:
+    """Write the page of a report, whole or not at all.
+
+    Raises:
+        UserError: contents of another shape, a place that cannot be written to, or a package is
+            missing.
+    """
+    files.write_atomically(Path(path), report.to_html())
+
+
+def save_plots(report: Report, folder: str | Path) -> list[Path]:
+    """Write every plot of a report as PNG and SVG and return the paths.
+
+    Raises:
+        UserError: contents of another shape, a place that cannot be written to, or a package is
+            missing.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot make the folder {folder}: {e.strerror}") from e
+    written = []
+    for plot in plots(report):
+        for ending in (".png", ".svg"):
+            written.append(folder / f"{plot.name}{ending}")
+            save_chart(plot.chart, written[-1])
+    return written

@@ -1,0 +1,47 @@
+"""Charts as files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from surestep import files
+from surestep.errors import UserError
+from surestep.report import _theme
+from surestep.report._needs import need
+
+if TYPE_CHECKING:
+    import altair as alt
+
+FORMATS = (".png", ".svg", ".html", ".json")
+VEGA_LITE = "6.4"
+
+
+def save_chart(chart: alt.TopLevelMixin, path: str | Path) -> None:
+    """Write a chart as a picture, as a page that needs no network, or as a Vega-Lite spec.
+
+    Args:
+        chart: any Altair chart, such as those of ``surestep.report.charts``.
+        path: ends in .png, .svg, .html or .json.
+
+    Raises:
+        UserError: another ending, a place that cannot be written to, or a package is missing.
+    """
+    path = Path(path)
+    if path.suffix not in FORMATS:
+        raise UserError(f"cannot save a chart as {path.name}: end it in {', '.join(FORMATS)}")
+    spec = chart.to_dict()
+    # Altair's own default asks for nothing but a size of the view, which the charts state.
+    spec["config"] = _theme.config()
+    convert = need("vl_convert")
+    content: bytes | str
+    if path.suffix == ".json":
+        content = json.dumps(spec, indent=1)
+    elif path.suffix == ".png":
+        content = convert.vegalite_to_png(spec, vl_version=VEGA_LITE, scale=2)
+    elif path.suffix == ".svg":
+        content = convert.vegalite_to_svg(spec, vl_version=VEGA_LITE)
+    else:
+        content = convert.vegalite_to_html(spec, vl_version=VEGA_LITE, bundle=True)
+    files.write_atomically(path, content)

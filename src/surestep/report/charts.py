@@ -1,0 +1,417 @@
+"""Charts for notebooks and reports: plain dicts in, Altair charts out.
+
+A chart brings data and encodings, no colours of its own but the loss surface's: those come from
+the page, the notebook or ``save_chart``, so that one chart serves light and dark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from surestep.errors import UserError
+from surestep.report._needs import need
+from surestep.report._read import Row, get, number, pairs, some, stated
+
+if TYPE_CHECKING:
+    import altair as alt
+
+WIDTH, HEIGHT = 440, 260
+WORST = "worst case"
+VERDICTS = ["inconclusive", "pseudo-robust", "robust", "not robust", "not audited"]
+_METRIC_NAMES = {"adv_accuracy": "training batches", "val_worst_case": WORST}
+
+
+def accuracy_by_eps(source: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> alt.LayerChart:
+    """Draw accuracy against eps.
+
+    Args:
+        source: the ``curve`` of an evaluation, or the evidence {"eps", "accuracy"} of the eps
+            sweep.
+
+    Raises:
+        UserError: there is nothing in it, or it has another shape.
+    """
+    if isinstance(source, Mapping):
+        found = pairs(source, "eps", "accuracy", "the evidence")
+        rows = [{"x": x, "accuracy": y, "attack": "strongest attack"} for x, y in found]
+    else:
+        rows = []
+        for point in source:
+            eps = number(get(point, "eps", "a point of the curve"))
+            accuracies = {
+                "clean": get(point, "clean_accuracy", "a point of the curve"),
+                **get(point, "robust_accuracy", "a point of the curve"),
+                WORST: get(point, "worst_case_accuracy", "a point of the curve"),
+            }
+            rows += [{"x": eps, "accuracy": v, "attack": k} for k, v in accuracies.items()]
+    return _lines(some(rows, "the curve"), "eps", "accuracy", share=True)
+
+
+def accuracy_by_step(source: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> alt.LayerChart:
+    """Draw the accuracy that is left after each step of iterative attacks.
+
+    Args:
+        source: the ``attacks`` of an evaluation, or the evidence {"steps", "accuracy"} of the
+            convergence check.
+
+    Raises:
+        UserError: no attack has steps, or it has another shape.
+    """
+    if isinstance(source, Mapping):
+        found = pairs(source, "steps", "accuracy", "the evidence")
+        rows = [{"x": x, "accuracy": y, "attack": "pgd"} for x, y in found]
+    else:
+        rows = [
+            {"x": step, "accuracy": number(accuracy), "attack": get(attack, "name", "an attack")}
+            for attack in source
+            for step, accuracy in enumerate(attack.get("by_step") or ())
+        ]
+    return _lines(some(rows, "the accuracy by step"), "attack steps", "accuracy", share=True)
+
+
+def accuracy_by_restart(evidence: Mapping[str, Any]) -> alt.LayerChart:
+    """Draw the accuracy that is left after each restart.
+
+    Args:
+        evidence: {"restarts", "restart_accuracy"} of the convergence check.
+
+    Raises:
+        UserError: it has another shape.
+    """
+    found = pairs(evidence, "restarts", "restart_accuracy", "the evidence")
+    rows = [{"x": x, "accuracy": y, "attack": "pgd"} for x, y in found]
+    return _lines(some(rows, "the accuracy by restart"), "restarts", "accuracy", share=True)
+
+
+def loss_along_fgsm(source: Mapping[str, Any]) -> alt.LayerChart:
+    """Draw the loss along the FGSM direction, from the image to the full step.
+
+    Args:
+        source: {"step", "loss"}: shares of eps, and the mean cross entropy there, as in the
+            evidence of the check of the SAT properties; or several such dicts by model's name.
+
+    Raises:
+        UserError: one has another shape.
+    """
+    by_model = {"this model": source} if "loss" in source else source
+    rows = [
+        {"x": x, "loss": y, "model": name}
+        for name, one in by_model.items()
+        for x, y in pairs(one, "step", "loss", "the evidence")
+    ]
+    title = "step along the FGSM direction (share of eps)"
+    return _lines(some(rows, "the loss"), title, "loss", by="model")
+
+
+def along_fgsm(surface: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Cut a loss surface through the images: the evidence that ``loss_along_fgsm`` takes.
+
+    Raises:
+        UserError: it is no loss surface.
+    """
+    shares, mean = get(surface, "shares", "the surface"), get(surface, "mean", "the surface")
+    middle = mean[len(shares) // 2]
+    ahead = [(s, v) for s, v in zip(shares, middle, strict=True) if s >= 0]
+    return {"step": [s for s, _ in ahead], "loss": [v for _, v in ahead]}
+
+
+def loss_surface(surface: Mapping[str, Any], title: str = "") -> alt.VConcatChart:
+    """Draw the loss around images as a heat map, with a cross-section that follows the pointer.
+
+    A menu chooses between the mean and single images. Pointing at the map shows below it the loss
+    along the FGSM direction at that place along the random direction.
+
+    Args:
+        surface: one of the ``surfaces`` of ``gather``.
+        title: above the map.
+
+    Raises:
+        UserError: it is no loss surface.
+    """
+    alt = need("altair")
+    shares = [float(s) for s in get(surface, "shares", "the surface")]
+    count = len(shares)
+    n = get(surface, "n", "the surface")
+    grids = {f"mean of {n} images": get(surface, "mean", "the surface")}
+    for i, one in enumerate(surface.get("samples", ()), 1):
+        grids[f"image {i} (label {one['label']})"] = one["loss"]
+    for name, grid in grids.items():
+        if count < 2 or len(grid) != count or any(len(line) != count for line in grid):
+            raise UserError(f"the surface of {name} is no grid of {count} x {count} losses")
+    half = round((shares[1] - shares[0]) / 2, 4)
+    rows = [
+        {"of": of, "f": f, "r": r, "loss": number(loss)}
+        for of, grid in enumerate(grids.values())
+        for r, line in zip(shares, grid, strict=True)
+        for f, loss in zip(shares, line, strict=True)
+    ]
+    menu = alt.binding_select(options=list(range(len(grids))), labels=list(grids), name="Loss of ")
+    shown = alt.param(name="shown", value=0, bind=menu)
+    row = alt.selection_point(
+        name="row",
+        fields=["r"],
+        on="pointerover",
+        clear=False,
+        value=[{"r": 0}],
+    )
+    # Not nice: the map would be framed by an empty margin. Cells of half a step's margin instead.
+    span = alt.Scale(domain=[shares[0] - half, shares[-1] + half], nice=False)
+    ticks = alt.Axis(values=[-1, -0.5, 0, 0.5, 1], grid=False)
+    tips = [
+        alt.Tooltip("f:Q", title="FGSM direction", format="+.1f"),
+        alt.Tooltip("r:Q", title="random direction", format="+.1f"),
+        alt.Tooltip("loss:Q", title="loss", format=".3f"),
+    ]
+    base = alt.Chart().transform_filter("datum.of == shown")
+    cells = (
+        base.transform_calculate(
+            f0=f"datum.f - {half}",
+            f1=f"datum.f + {half}",
+            r0=f"datum.r - {half}",
+            r1=f"datum.r + {half}",
+        )
+        .mark_rect(strokeWidth=0)
+        .encode(
+            x=alt.X("f0:Q", title=None, scale=span, axis=ticks),
+            x2="f1:Q",
+            y=alt.Y("r0:Q", title="random direction", scale=span, axis=ticks),
+            y2="r1:Q",
+            color=alt.Color(
+                "loss:Q",
+                title="loss",
+                scale=alt.Scale(scheme="viridis"),
+                legend=alt.Legend(orient="top", gradientLength=180, gradientThickness=8),
+            ),
+            tooltip=tips,
+        )
+        .add_params(row, shown)
+    )
+    # The line across the map: where the cross-section below is taken.
+    chosen = base.transform_filter(row)
+    cut = chosen.transform_filter("datum.f == 0").mark_rule(strokeWidth=1.5, color="white")
+    cut = cut.encode(y=alt.Y("r:Q", title="random direction"))
+    map_ = alt.layer(cells, cut).properties(width=WIDTH - 120, height=WIDTH - 160, title=title)
+    line = (
+        chosen.mark_line(point=alt.OverlayMarkDef(size=18))
+        .encode(
+            x=alt.X("f:Q", title="FGSM direction (share of eps)", scale=span, axis=ticks),
+            y=alt.Y("loss:Q", title="loss on this line", scale=alt.Scale(zero=True)),
+            tooltip=tips,
+        )
+        .properties(width=WIDTH - 120, height=110)
+    )
+    both = alt.vconcat(map_, line, spacing=14).resolve_scale(color="independent")
+    return _with(both, rows)
+
+
+def training_curves(history: Sequence[Mapping[str, Any]]) -> alt.LayerChart:
+    """Draw the accuracies of ``metrics.jsonl``: on training batches and on held-out images.
+
+    Args:
+        history: the rows, one an epoch.
+
+    Raises:
+        UserError: there is no row, or none with an epoch or an accuracy.
+    """
+    history = some(history, "the history")
+    columns = dict.fromkeys(
+        k for row in history for k in row if k == "adv_accuracy" or k.startswith("val_")
+    )
+    for no_accuracy in ("val_n", "val_seconds"):
+        columns.pop(no_accuracy, None)
+    rows = _history(history, columns, "accuracy")
+    return _lines(some(rows, "the accuracies of the history"), "epoch", "accuracy", share=True)
+
+
+def training_losses(history: Sequence[Mapping[str, Any]]) -> alt.LayerChart:
+    """Draw the loss of ``metrics.jsonl`` and its terms.
+
+    Args:
+        history: the rows, one an epoch.
+
+    Raises:
+        UserError: there is no row, or none with an epoch or a loss.
+    """
+    history = some(history, "the history")
+    columns = dict.fromkeys(k for row in history for k in row)
+    for other in ("epoch", "step", "lr", "adv_accuracy", "images_per_second", "train_seconds"):
+        columns.pop(other, None)
+    columns = {k: None for k in columns if not k.startswith("val_")}
+    rows = _history(history, columns, "loss", by="term")
+    return _lines(some(rows, "the losses of the history"), "epoch", "loss", by="term")
+
+
+def accuracy_by_attack(evaluation: Mapping[str, Any]) -> alt.LayerChart:
+    """Draw the accuracy under each attack with its 95% interval.
+
+    Args:
+        evaluation: as ``Evaluation.to_dict`` gives it.
+
+    Raises:
+        UserError: it lacks accuracies or intervals.
+    """
+    alt = need("altair")
+    accuracies = named_accuracies(evaluation)
+    intervals = get(evaluation, "intervals", "the evaluation")
+    rows = [
+        {"attack": k, "accuracy": v, "low": intervals[k][0], "high": intervals[k][1]}
+        for k, v in accuracies.items()
+        if k in intervals
+    ]
+    rows = some(rows, "the evaluation")
+    base = alt.Chart().encode(
+        y=alt.Y("attack:N", sort=[r["attack"] for r in rows], title=None),
+        tooltip=[
+            alt.Tooltip("attack:N"),
+            alt.Tooltip("accuracy:Q", format=".1%"),
+            alt.Tooltip("low:Q", title="95% from", format=".1%"),
+            alt.Tooltip("high:Q", title="to", format=".1%"),
+        ],
+    )
+    axis = alt.Axis(format="%")
+    scale = alt.Scale(domain=[0, 1])
+    bars = base.mark_rule(strokeWidth=2).encode(
+        x=alt.X("low:Q", scale=scale, axis=axis, title="accuracy (95% interval)"), x2="high:Q"
+    )
+    dots = base.mark_point(filled=True, size=70, opacity=1).encode(x="accuracy:Q")
+    chart = alt.layer(bars, dots).properties(width=WIDTH, height=28 * len(rows) + 10)
+    return _with(chart, rows)
+
+
+def pareto(rows: Sequence[Mapping[str, Any]], cost: str = "") -> alt.LayerChart:
+    """Draw worst-case accuracy against the cost of training, a point a method.
+
+    Args:
+        rows: of a comparison.
+        cost: "passes" (per image) or "seconds" (of training); by default passes if all
+            rows have it.
+
+    Raises:
+        UserError: no row has both numbers, or ``cost`` is unknown.
+    """
+    alt = need("altair")
+    titles = {"passes": "passes per image", "seconds": "training seconds"}
+    if not cost:
+        known = all(stated(row.get("passes"))[0] is not None for row in rows)
+        cost = "passes" if known else "seconds"
+    if cost not in titles:
+        raise UserError(f"unknown cost {cost!r}: known are {', '.join(titles)}")
+    points: list[Row] = []
+    for row in rows:
+        worst, spread, _ = stated(row.get("worst_case_accuracy"))
+        price, _, _ = stated(row.get(cost))
+        if worst is not None and price is not None and price > 0:
+            point = {"method": get(row, "method", "a row"), "cost": price, "accuracy": worst}
+            spread = spread or 0.0
+            point |= {"low": max(0.0, worst - spread), "high": min(1.0, worst + spread)}
+            points.append(point | {"verdict": row.get("verdict") or "not audited"})
+    points = some(points, f"worst case and {cost} of the comparison")
+    prices = [point["cost"] for point in points]
+    # PGD costs ten times what the others do, which then lie on top of each other.
+    kind: Row = {"type": "log"} if max(prices) > 4 * min(prices) else {"zero": True}
+    # All verdicts in the scale, so that each has the same colour in every chart.
+    verdicts = alt.Scale(domain=VERDICTS)
+    present = [v for v in VERDICTS if any(point["verdict"] == v for point in points)]
+    legend = alt.Legend(values=present)
+    base = alt.Chart().encode(
+        x=alt.X(
+            "cost:Q",
+            title=titles[cost],
+            scale=alt.Scale(nice=False, padding=28, **kind),
+            axis=alt.Axis(grid=False, format="~g"),
+        ),
+        color=alt.Color("verdict:N", title=None, scale=verdicts, legend=legend),
+        tooltip=[
+            alt.Tooltip("method:N"),
+            alt.Tooltip("accuracy:Q", title="worst case", format=".1%"),
+            alt.Tooltip("cost:Q", title=titles[cost], format=".3~g"),
+            alt.Tooltip("verdict:N"),
+        ],
+    )
+    y = alt.Y("accuracy:Q", title="worst-case accuracy", scale=alt.Scale(domain=[0, 1]))
+    axis = alt.Axis(format="%")
+    bars = base.mark_rule(strokeWidth=1.5).encode(y=alt.Y("low:Q", axis=axis), y2="high:Q")
+    dots = base.mark_point(filled=True, size=90, opacity=1).encode(
+        y=y, shape=alt.Shape("verdict:N", title=None, scale=verdicts, legend=legend)
+    )
+    names = base.mark_text(dy=-12, fontSize=12).encode(y=y, text="method:N")
+    chart = alt.layer(bars, dots, names).properties(width=WIDTH, height=HEIGHT + 40)
+    return _with(chart, points)
+
+
+def named_accuracies(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """Return an evaluation's accuracies by name: clean, the attacks, the worst case.
+
+    Raises:
+        UserError: it lacks one of them.
+    """
+    return {
+        "clean": get(evaluation, "clean_accuracy", "the evaluation"),
+        **get(evaluation, "robust_accuracy", "the evaluation"),
+        WORST: get(evaluation, "worst_case_accuracy", "the evaluation"),
+    }
+
+
+def _history(
+    history: Sequence[Mapping[str, Any]], columns: Mapping[str, Any], value: str, by: str = "attack"
+) -> list[Row]:
+    return [
+        {
+            "x": get(row, "epoch", "a row of the history"),
+            value: number(row[column]),
+            by: _METRIC_NAMES.get(column, column.removeprefix("val_")),
+        }
+        for column in columns
+        for row in history
+        if number(row.get(column)) is not None
+    ]
+
+
+def _lines(
+    rows: list[Row], x: str, value: str, *, by: str = "attack", share: bool = False
+) -> alt.LayerChart:
+    """Draw one line a series, with a point at each value that tells it when pointed at.
+
+    Args:
+        rows: with "x", ``value`` and the series' name under ``by``.
+        x: title of the axis.
+        value: the column of the value.
+        by: the column of the series' name.
+        share: the value is a share, to be drawn from 0 to 100%.
+    """
+    alt = need("altair")
+    series = list(dict.fromkeys(row[by] for row in rows))
+    whole = all(float(row["x"]).is_integer() for row in rows if row["x"] is not None)
+    scale = alt.Scale(domain=[0, 1]) if share else alt.Scale(zero=True)
+    axis = alt.Axis(format="%") if share else alt.Axis()
+    # One line needs no legend.
+    legend = alt.Legend(title=None) if len(series) > 1 else None
+    base = alt.Chart().encode(
+        x=alt.X(
+            "x:Q",
+            title=x,
+            scale=alt.Scale(nice=False, zero=False, padding=8),
+            axis=alt.Axis(grid=False, **({"tickMinStep": 1} if whole else {})),
+        ),
+        y=alt.Y(f"{value}:Q", title=value, scale=scale, axis=axis),
+        color=alt.Color(f"{by}:N", sort=series, scale=alt.Scale(domain=series), legend=legend),
+    )
+    line = base.mark_line(strokeWidth=2, clip=True)
+    # Points too small to crowd a line of a hundred steps, with a wide invisible ring to hit.
+    dense = len({row["x"] for row in rows}) > 40
+    dots = base.mark_point(filled=True, size=8 if dense else 32, opacity=1, clip=False)
+    tips = [
+        alt.Tooltip(f"{by}:N"),
+        alt.Tooltip("x:Q", title=x, format=".4~g"),
+        alt.Tooltip(f"{value}:Q", format=".1%" if share else ".4~g"),
+    ]
+    rings = base.mark_point(filled=True, size=180, opacity=0).encode(tooltip=tips)
+    chart = alt.layer(line, dots, rings).properties(width=WIDTH, height=HEIGHT)
+    return _with(chart, rows)
+
+
+def _with(chart: Any, rows: list[Row]) -> Any:
+    """Give a finished chart its data: Altair checks every row each time a part is made of it."""
+    chart.data = need("altair").Data(values=rows)
+    return chart

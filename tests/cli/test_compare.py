@@ -1,0 +1,271 @@
+"""``surestep compare``: the command, and one comparison that is killed and goes on."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+import time
+from typing import Any
+
+import psutil
+import pytest
+
+from surestep import comparing
+from surestep.cli import main
+from surestep.cli.compare import compare
+from surestep.comparing import Comparison, Failure, Number, Row
+
+QUICK = ("--attacks", "fgsm,pgd-2,pgd-2-margin", "--no-audit", "--n", "20")
+
+
+def made(name: str = "sat-r2", failures: tuple[Failure, ...] = ()) -> Comparison:
+    numbers = {"clean_accuracy": Number(0.9, 0.01, 3), "passes": Number(10.0, 0.0, 3)}
+    return Comparison(
+        rows=[Row(name, [0, 1, 2], numbers, {"robust": 3})],
+        runs=[{"run": f"{name}-seed{k}"} for k in range(3)],
+        failures=list(failures),
+        dataset="mnist",
+        threat={"norm": "linf", "eps": 0.3},
+        n=1000,
+        attacks=["fgsm"],
+        audit="quick",
+        notes=["A note on [b]this[/b]."],
+    )
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Compare nothing: keep what was asked for, and return ``gives``."""
+    calls: dict[str, Any] = {"gives": made()}
+
+    def keep(*args: Any, **options: Any) -> Comparison:
+        calls.update(args=args, **options)
+        return calls["gives"]
+
+    monkeypatch.setattr(comparing, "compare", keep)
+    monkeypatch.setattr(comparing, "compare_runs", keep)
+    return calls
+
+
+@pytest.fixture
+def trained_here(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Train in this process, which saves the start of another."""
+    calls: list[list[str]] = []
+
+    def train(arguments: list[str], tell: Any) -> tuple[int, int, str]:
+        calls.append(arguments)
+        main([*arguments, "--quiet"])
+        return 0, 300_000, ""
+
+    monkeypatch.setattr(comparing, "_measured", train)
+    return calls
+
+
+class TestOptions:
+    def test_what_is_asked_for(self, done, asked, tmp_path):
+        done(
+            *("compare", "--methods", "fgsm, sat-r2", "--seeds", "5", "--preset", "mnist-fast"),
+            *("--epochs", "2", "--eps", "8/255", "--budget", "standard", "--n", "7"),
+            *("--out", tmp_path / "out"),
+        )
+        tell = asked.pop("tell")
+        assert callable(tell)
+        assert asked.pop("gives")
+        assert asked == {
+            "args": (["fgsm", "sat-r2"], 5),
+            "preset": "mnist-fast",
+            "epochs": "2",
+            "eps": "8/255",
+            "attacks": None,
+            "budget": "standard",
+            "audit": "quick",
+            "n": 7,
+            "out": str(tmp_path / "out"),
+        }
+
+    def test_the_defaults(self, done, asked, tmp_path):
+        done("compare", "--methods", "fgsm", "--out", tmp_path)
+        assert asked["args"] == (["fgsm"], 3)
+        assert (asked["attacks"], asked["budget"], asked["n"]) == (None, None, 1000)
+
+    def test_which_seeds_and_no_audit(self, done, asked, tmp_path):
+        done("compare", "--methods", "fgsm", "--seeds", "3,5", "--no-audit", "--out", tmp_path)
+        assert asked["args"][1] == [3, 5]
+        assert asked["audit"] is None
+
+    def test_run_folders(self, done, asked, tmp_path):
+        done("compare", "a", "b", "--attacks", "fgsm,pgd-5", "--device", "cpu")
+        assert asked["args"] == (("a", "b"),)
+        assert asked["attacks"] == ["fgsm", "pgd-5"]
+        assert (asked["out"], asked["device"]) == (None, "cpu")
+
+    @pytest.mark.parametrize(
+        ("args", "said"),
+        [
+            ([], "give --methods A,B and --out, or run folders"),
+            (["--methods", "fgsm"], "--methods needs a place for the run folders: give --out DIR"),
+            (["run", "--methods", "fgsm"], "give run folders or --methods, not both"),
+            (["run", "--epochs", "3"], "run folders are trained already: leave out --epochs"),
+            (["run", "--seeds", "3", "--preset", "x"], "leave out --preset, --seeds"),
+            (["--methods", ",", "--out", "x"], "give at least one method"),
+            (["--methods", "fgsm", "--out", "x", "--seeds", "0"], "give at least one seed"),
+            (["--methods", "fgsm", "--out", "x", "--seeds", ","], "give at least one seed"),
+            (["--methods", "fgsm", "--out", "x", "--seeds", "two"], "--seeds 'two': give how many"),
+            (["--methods", "sat-r9", "--out", "x"], "unknown method 'sat-r9': did you mean"),
+            (["--methods", "fgsm", "--out", "x", "--eps", "9"], "eps 9 is larger than the data"),
+            (["run", "--attacks", "fgsm", "--budget", "quick"], "--attacks and --budget exclude"),
+            (["nowhere"], "nowhere is no run folder"),
+            (["run", "--n", "0"], "--n"),
+            (["run", "--format", "pdf"], "--format"),
+            (["run", "--json", "."], "cannot write .: it is a folder"),
+        ],
+    )
+    def test_refused(self, refused, tmp_path, monkeypatch, args, said):
+        monkeypatch.chdir(tmp_path)
+        assert said in refused("compare", *args)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_help_imports_no_torch(self, done):
+        code = (
+            "import sys; from surestep.cli import main; main(['compare', '--help']);"
+            "print('loaded:', sorted(set(sys.modules) & {'torch', 'numpy', 'tabulate', 'altair'}))"
+        )
+        ended = subprocess.run(
+            [sys.executable, "-W", "error", "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=300,
+        )
+        assert ended.stdout.endswith("loaded: []\n")
+        assert f"\n  compare   {compare.short_help}\n" in done("--help")
+
+    def test_every_option_is_explained(self, done):
+        text = done("compare", "--help")
+        for option in compare.params:
+            if option.param_type_name == "option":
+                assert f"  {option.opts[0]}" in text
+                assert option.help
+
+
+class TestOutput:
+    def test_the_terminal_shows_names_as_they_are(self, done, asked):
+        asked["gives"] = made("sat[red]r2[/red]")
+        text = done("compare", "run")
+        assert "sat[red]r2[/red]" in text
+        assert "90.0 ± 1.0" in text
+        assert "A note on [b]this[/b]." in text
+        assert "mean ± standard deviation over 3 seeds" in text
+
+    def test_formats(self, done, asked):
+        found = made()
+        assert done("compare", "run", "--format", "csv") == found.to_csv()
+        assert done("compare", "run", "--format", "md") == found.to_markdown()
+        assert done("compare", "run", "--format", "latex") == found.to_latex()
+
+    @pytest.mark.parametrize("style", ["md", "latex"])
+    def test_without_tabulate_before_any_work(self, refused, asked, monkeypatch, style):
+        monkeypatch.setitem(sys.modules, "tabulate", None)
+        line = refused("compare", "run", "--format", style)
+        assert "pip install 'surestep[report]'" in line
+        assert "args" not in asked
+
+    def test_json_on_stdout_is_json_only(self, done, asked):
+        found = json.loads(done("compare", "run", "--json", "-"))
+        assert found["rows"][0]["verdict"] == "robust"
+        assert found["command"].startswith("surestep")
+
+    def test_a_failed_run_is_told_after_the_table(self, cli, asked, tmp_path):
+        asked["gives"] = made(failures=(Failure("fgsm-seed0", "the loss is nan"),))
+        code, out, err = cli("compare", "--methods", "fgsm", "--out", tmp_path)
+        assert code == 2
+        assert "90.0 ± 1.0" in out
+        line = "surestep: error: 1 of 4 runs failed; fgsm-seed0: the loss is nan\n"
+        assert err.endswith(line)
+        assert (tmp_path / "comparison.csv").is_file()
+
+    def test_a_fault_of_ours_is_no_user_error(self, cli, asked):
+        asked["gives"] = made(failures=(Failure("fgsm-seed0", "a fault", fault=True),))
+        code, out, err = cli("compare", "run")
+        assert code == 1
+        assert "90.0 ± 1.0" in out
+        assert err == "surestep: error: 1 of 4 runs failed; fgsm-seed0: a fault\n"
+
+
+class TestReal:
+    def test_train_judge_and_write(self, cli, small, tmp_path, trained_here, tools):
+        out = tmp_path / "out"
+        args = ("compare", "--methods", "fgsm", "--seeds", "1", *small, "--epochs", "1")
+        args = (*args, "--attacks", "fgsm,pgd-2,pgd-2-margin", "--n", "10", "--out", out)
+        code, text, err = cli(*args, "--format", "csv")
+        assert code == 0, err
+        (row,) = csv.DictReader(io.StringIO(text))
+        assert (row["method"], row["seeds"], row["passes_mean"]) == ("fgsm", "1", "5.0")
+        outcome = json.loads((out / "fgsm-seed0" / "comparison.json").read_text("utf-8"))
+        assert outcome["evaluation"]["format"] == "surestep-evaluation"
+        assert outcome["audit"]["format"] == "surestep-audit"
+        assert outcome["audit"]["budget"] == "quick"
+        assert (outcome["evaluation"]["n"], outcome["audit"]["n"]) == (10, 10)
+        assert float(row["clean_accuracy_mean"]) == outcome["evaluation"]["clean_accuracy"]
+        assert row["verdict"] == outcome["audit"]["verdict"]
+        assert {p.name for p in out.iterdir()} >= {"comparison.json", "comparison.csv"}
+        assert not list(out.glob("*/*.state"))
+        before = {name: data for name, data in tools.contents(out).items() if "/" in name}
+        trained_here.clear()
+        again = cli(*args, "--format", "csv")
+        assert again.out == text
+        assert trained_here == []
+        assert {k: v for k, v in tools.contents(out).items() if "/" in k} == before
+
+    def test_a_run_folder(self, done, finished, tmp_path):
+        found = json.loads(done("compare", finished, *QUICK, "--json", "-"))
+        row = found["rows"][0]
+        assert row["method"] == "sat-r3"
+        assert row["passes"] == {"mean": 8.0, "std": None, "n": 1}
+        assert row["peak_memory_mb"] is None
+        assert not (finished / "comparison.json").exists()
+
+    def test_killed_and_continued(self, done, small, tmp_path, tools, monkeypatch):
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        out = tmp_path / "out"
+        args = ("compare", "--methods", "fgsm,sat-r3", "--seeds", "1", *small)
+        args = (*args, "--checkpoint-every", "1", *QUICK, "--out", str(out))
+        # The first run is there already, so that the kill comes into the second.
+        alone = ("--checkpoint-every", "1", "--quiet")
+        done("train", "--method", "fgsm", *small, *alone, "--out", out / "fgsm-seed0")
+        command = [sys.executable, "-m", "surestep", *map(str, args)]
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=tools.environment()
+        ) as process:
+            checkpoints = out / "sat-r3-seed0" / "checkpoints"
+            wait(lambda: list(checkpoints.glob("step-*")), process)
+            family = psutil.Process(process.pid).children(recursive=True)
+            assert len(family) == 2
+            process.kill()
+        # Nobody goes on training: another comparison may take the folder.
+        _, alive = psutil.wait_procs(family, timeout=60)
+        assert alive == []
+        kept = out / "fgsm-seed0" / "comparison.json"
+        before = kept.stat().st_mtime_ns
+        metrics = out / "sat-r3-seed0" / "metrics.jsonl"
+        assert not metrics.exists() or len(metrics.read_text("utf-8").splitlines()) < 2
+
+        found = json.loads(done(*args, "--json", "-"))
+        assert kept.stat().st_mtime_ns == before
+        assert [row["method"] for row in found["rows"]] == ["fgsm", "sat-r3"]
+        assert 100 < found["rows"][1]["peak_memory_mb"]["mean"] < 2000
+        whole = tmp_path / "whole"
+        done("train", "--method", "sat-r3", *small, *alone, "--out", whole)
+        weights = "model.safetensors"
+        assert (out / "sat-r3-seed0" / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def wait(ready: Any, process: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.01)

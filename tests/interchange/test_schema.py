@@ -1,0 +1,278 @@
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import surestep
+from surestep import UserError, interchange
+
+EXTRAS = {"run": "runs/one", "command": "surestep audit runs/one", "versions": {"torch": "2.13"}}
+
+
+def line(document: Any) -> str:
+    """Return the one line with which a document is refused."""
+    with pytest.raises(UserError) as caught:
+        interchange.validate(document)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def put(document: dict[str, Any], path: list[Any], value: Any) -> dict[str, Any]:
+    changed = copy.deepcopy(document)
+    at: Any = changed
+    for part in path[:-1]:
+        at = at[part]
+    at[path[-1]] = value
+    return changed
+
+
+@pytest.mark.parametrize("format", ["surestep-evaluation", "surestep-audit"])
+def test_a_schema_is_a_schema_and_describes_each_key(format: str) -> None:
+    schema = interchange.schema(format)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    parts = [schema, *schema["$defs"].values()]
+    for part in parts:
+        for key, rule in part.get("properties", {}).items():
+            assert "description" in rule or "$ref" in rule, key
+        if "properties" in part:
+            assert part["additionalProperties"] is False
+    assert schema["properties"]["format"]["const"] == format
+
+
+@pytest.mark.parametrize("kind", ["evaluation", "audit"])
+def test_what_the_rooms_write_passes(kind: str, request: pytest.FixtureRequest) -> None:
+    document = request.getfixturevalue(kind)
+    interchange.validate(document)
+    interchange.validate({**document, **EXTRAS})
+    interchange.validate(json.loads(json.dumps(document)))
+
+
+@pytest.mark.parametrize("kind", ["evaluation", "audit"])
+def test_each_key_is_needed_and_no_other_is_known(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    document = request.getfixturevalue(kind)
+
+    strict = {
+        "evaluation": ["", "threat", "attacks", "per_class", "curve"],
+        "audit": ["", "threat", "escalation", "checks"],
+    }
+    for name in strict[kind]:
+        changed = copy.deepcopy(document)
+        at = changed[name] if name else changed
+        at = at[0] if isinstance(at, list) else at
+        for key in list(at):
+            kept = at.pop(key)
+            assert f"lacks '{key}'" in line(changed)
+            at[f"{key}x"] = kept
+            if key not in ("format", "version"):  # without these there is no schema to go by
+                assert f"unknown key '{key}x': did you mean {key!r}?" in line(changed)
+            del at[f"{key}x"]
+            at[key] = kept
+        interchange.validate(changed)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["n"], 0, "n is 0, expected at least 1"),
+        (["n"], 1.5, "n is 1.5, expected an integer"),
+        (["n"], True, "n is True, expected an integer"),
+        (["seconds"], -1, "seconds is -1, expected at least 0"),
+        (["clean_accuracy"], 98.2, "clean_accuracy is 98.2, expected from 0 to 1"),
+        (["clean_accuracy"], "0.9", "clean_accuracy is '0.9', expected a finite number"),
+        (["clean_accuracy"], float("nan"), "clean_accuracy is nan, expected a finite number"),
+        (["seconds"], float("inf"), "seconds is inf, expected a finite number"),
+        (
+            ["robust_accuracy", "pgd-100"],
+            -0.5,
+            "robust_accuracy.pgd-100 is -0.5, expected from 0 to 1",
+        ),
+        (
+            ["intervals", "worst case"],
+            [0.1],
+            "intervals['worst case'] is [0.1], expected 2 values",
+        ),
+        (["intervals", "clean"], [0, 0, 1], "intervals.clean is [0, 0, 1], expected 2 values"),
+        (["intervals"], {"clean": [0, 1]}, "intervals lacks 'worst case'"),
+        (["threat", "norm"], "Linf", "threat.norm is 'Linf', expected 'linf' or 'l2'"),
+        (["threat", "eps"], -1, "threat.eps is -1, expected at least 0"),
+        (["attacks", 1, "by_step", 0], 2, "attacks[1].by_step[0] is 2, expected from 0 to 1"),
+        (["attacks", 1, "by_step"], "no", "attacks[1].by_step is 'no', expected a list or null"),
+        (["attacks", 0, "scope"], "some", "attacks[0].scope is 'some', expected 'all' or"),
+        (["attacks", 0, "name"], "", "attacks[0].name is '', expected some text"),
+        (["per_class", 0, "label"], -1, "per_class[0].label is -1, expected at least 0"),
+        (["curve", 0, "n"], None, "curve[0].n is None, expected an integer"),
+        (["versions"], {"torch": 2}, "versions.torch is 2, expected a string"),
+        (["per_class"], None, "per_class is None, expected a list"),
+        (["threat"], [1] * 100, "threat is [1, 1, 1, 1, 1, 1,"),
+    ],
+)
+def test_an_evaluation_is_refused_by_one_line(
+    evaluation: dict[str, Any], path: list[Any], value: Any, message: str
+) -> None:
+    found = line(put(evaluation, path, value))
+    assert found.startswith(message)
+    assert len(found) < 160
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["verdict"], "fine", "verdict is 'fine', expected 'robust' or 'pseudo-robust' or"),
+        (["budget"], "huge", "budget is 'huge', expected 'quick' or 'standard' or 'thorough'"),
+        (["checks"], [], "checks is [], expected at least 1 value"),
+        (["checks", 0, "status"], "ok", "checks[0].status is 'ok', expected 'passed' or"),
+        (["checks", 0, "value"], "1", "checks[0].value is '1', expected a finite number or null"),
+        (
+            ["checks", 0, "evidence", "by", "name", 0],
+            float("nan"),
+            "checks[0].evidence.by.name[0] is nan, expected plain JSON",
+        ),
+        (["escalation", 0, "accuracy"], 2, "escalation[0].accuracy is 2, expected from 0 to 1"),
+        (["found_interval", 1], 1.1, "found_interval[1] is 1.1, expected from 0 to 1"),
+        (["claims", "a\nb"], 2, "claims['a\\nb'] is 2, expected from 0 to 1"),
+    ],
+)
+def test_an_audit_is_refused_by_one_line(
+    audit: dict[str, Any], path: list[Any], value: Any, message: str
+) -> None:
+    assert line(put(audit, path, value)).startswith(message)
+
+
+def test_the_outermost_mistake_is_told_first(evaluation: dict[str, Any]) -> None:
+    del evaluation["attacks"][0]["name"]
+    evaluation["sed"] = evaluation.pop("seed")
+    assert line(evaluation).startswith("the document: unknown key 'sed': did you mean 'seed'?")
+
+
+@pytest.mark.parametrize("version", [2, 0, "1", None, True, [1]])
+def test_an_unknown_version_says_which_are_known(evaluation: dict[str, Any], version: Any) -> None:
+    message = line({**evaluation, "version": version})
+    assert message == f"unknown version {version!r} of surestep-evaluation: known are 1"
+
+
+def test_formats(evaluation: dict[str, Any]) -> None:
+    assert "did you mean 'surestep-evaluation'?" in line({**evaluation, "format": "evaluation"})
+    assert line({**evaluation, "format": ["a"]}).startswith("format is ['a'], expected")
+    assert line({"n": 3}).startswith("the document lacks 'format'")
+    assert line({"format": "surestep-audit"}).startswith("the document lacks 'version'")
+    assert line([1, 2]) == "the document is [1, 2], expected an object"
+
+
+def test_tuples_count_as_lists(audit: dict[str, Any]) -> None:
+    audit["checks"][0]["evidence"] = {"eps": (0.0, 0.1)}
+    interchange.validate(audit)
+    audit["checks"][0]["evidence"] = {"eps": (0.0, float("inf"))}
+    assert "evidence.eps[1] is inf" in line(audit)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(document=JSON, key=st.sampled_from(["format", "version", "threat", "checks", "n"]))
+def test_nothing_but_one_line_ever(document: Any, key: str) -> None:
+    head = {"format": "surestep-audit", "version": 1}
+    for candidate in (document, {**head, key: document}):
+        assert line(candidate)
+
+
+def test_load(evaluation: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps({**evaluation, **EXTRAS}), "utf-8-sig")
+    assert interchange.load(path) == {**evaluation, **EXTRAS}
+    assert interchange.load(str(path))["n"] == 10_000
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is no JSON: "),
+        ("", "is no JSON: "),
+        ("[" * 100_000, "is no JSON: "),
+        (b"\xff\xfe\x00", "is no JSON: "),
+        ('{"format": NaN}', "is no JSON: NaN is no JSON number"),
+        ("[]", ": the document is [], expected an object"),
+        ('{"link": ""}', ": the document lacks 'format'"),
+        ('{"format": "x", "version": 1}', ": unknown format 'x': known are"),
+        ('{"format": "surestep-audit", "version": 7}', ": unknown version 7 of surestep-audit"),
+    ],
+)
+def test_load_refuses_by_one_line(tmp_path: Path, content: str | bytes, message: str) -> None:
+    path = tmp_path / "result.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as caught:
+        interchange.load(path)
+    assert str(caught.value).startswith(str(path))
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_load_what_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.json does not exist$"):
+        interchange.load(tmp_path / "none.json")
+    with pytest.raises(UserError, match=r"^cannot read .*irectory"):
+        interchange.load(tmp_path)
+
+
+def test_without_jsonschema_one_line_says_what_to_install(evaluation: dict[str, Any]) -> None:
+    code = (
+        "import sys, json; sys.modules['jsonschema'] = None\n"
+        "from surestep import interchange\n"
+        "try: interchange.validate(json.loads(sys.argv[1]))\n"
+        "except ValueError as e: print(e)\n"
+        "print('torch' in sys.modules)"
+    )
+    run = [sys.executable, "-W", "error", "-c", code, json.dumps(evaluation)]
+    ended = subprocess.run(run, capture_output=True, text=True, check=True)
+    said, torch_too = ended.stdout.splitlines()
+    assert said == "checking documents needs jsonschema: pip install 'surestep[interchange]'"
+    assert torch_too == "False"  # what reads results needs no torch
+
+
+@pytest.fixture
+def linear() -> tuple[nn.Module, torch.Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        x = torch.rand(24, 1, 8, 8)
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval(), x
+
+
+def test_a_true_evaluation_passes(linear: tuple[nn.Module, torch.Tensor]) -> None:
+    model, x = linear
+    y = model(x).argmax(1)
+    found = surestep.evaluate(
+        model,
+        (x, y),
+        surestep.Linf(8 / 255),
+        attacks=["fgsm", "pgd-2", "square-5"],
+        eps=[1 / 255],
+    )
+    interchange.validate(found.to_dict())
+    interchange.validate(json.loads(json.dumps(found.to_dict())))
+
+
+@pytest.mark.parametrize("right", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_true_audit_passes(linear: tuple[nn.Module, torch.Tensor], right: int) -> None:
+    model, x = linear
+    y = (model(x).argmax(1) + 1 - right) % 3  # with no image right, checks have no value
+    found = surestep.audit(model, (x, y), surestep.Linf(8 / 255), budget="quick")
+    interchange.validate(found.to_dict())
+    interchange.validate(json.loads(json.dumps(found.to_dict())))

@@ -1,0 +1,615 @@
+"""The logic of a comparison, with trainings and attacks that are made up."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+import signal
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from surestep import UserError, comparing
+from surestep.comparing import Comparison, Failure, Number, Row, compare, compare_runs, save
+from surestep.data import Images
+
+HOSTILE = "a|b_[red]&%\\<script>$\n#{x}"
+SHORT = {"dataset": "mnist", "preset": "none", "epochs": 2}
+
+
+def evaluated(attacks: dict[str, float], clean: float = 0.9) -> dict[str, Any]:
+    return {
+        "clean_accuracy": clean,
+        "robust_accuracy": attacks,
+        "worst_case_accuracy": min(attacks.values()),
+        "n": 40,
+    }
+
+
+def audited(verdict: str, found: float = 0.5) -> dict[str, Any]:
+    return {
+        "verdict": verdict,
+        "sentence": f"It is {verdict}.",
+        "found_accuracy": found,
+        "found_by": "square",
+    }
+
+
+class World:
+    """Trainings and judgements that cost nothing; what was done is written down."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.ends: dict[str, tuple[int, int, str]] = {}
+        self.accuracies = {"fgsm": 0.8, "pgd-100": 0.6, "pgd-100-margin": 0.5}
+        self.verdicts: dict[str, str] = {}
+        self.found = 0.5
+        self.breaks: dict[str, Exception] = {}
+        self.images = Images(torch.zeros(40, 1, 4, 4), torch.zeros(40, dtype=torch.int64))
+        self.other_images: dict[str | None, Images] = {}
+
+    def train(self, arguments: list[str], tell: Any) -> tuple[int, int, str]:
+        assert arguments.pop(0) == "train"
+        given = dict(zip(arguments[::2], arguments[1::2], strict=True))
+        folder = Path(given.get("--out") or given["--resume"])
+        self.done.append(f"{'resume' if '--resume' in given else 'train'} {folder.name}")
+        if "--config" in given:
+            self.write(folder, yaml.safe_load(Path(given["--config"]).read_text("utf-8")), epochs=0)
+        if folder.name in self.ends:
+            return self.ends[folder.name]
+        self.write(folder, yaml.safe_load((folder / "config.yaml").read_text("utf-8")))
+        tell("  epoch 1/1")
+        return 0, 500_000, ""
+
+    def write(self, folder: Path, config: dict[str, Any], epochs: int | None = None) -> None:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config), "utf-8")
+        count = config["epochs"] if epochs is None else epochs
+        rows = [{"epoch": k, "step": 9 * k, "train_seconds": 10.0 * k} for k in range(1, count + 1)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
+        if count:
+            (folder / "model.safetensors").write_bytes(folder.name.encode())
+            (folder / "checkpoints" / f"step-{9 * count:08d}.safetensors").touch()
+
+    def load(self, folder: Path, device: str | None) -> SimpleNamespace:
+        return SimpleNamespace(model=folder.name, threat="threat")
+
+    def load_data(self, config: Any, split: str) -> Images:
+        assert split == "test"
+        return self.other_images.get(config.data, self.images)
+
+    def evaluate(self, model: str, images: Images, threat: Any, attacks: Any, **options: Any):
+        self.judge("evaluate", model)
+        shift = 0.01 * int(model[-1]) if model[-1].isdigit() else 0.0
+        scores = {name: self.accuracies.get(name, 0.4) + shift for name in attacks}
+        return SimpleNamespace(to_dict=lambda: evaluated(scores, 0.9 + shift))
+
+    def audit(self, model: str, images: Images, threat: Any, **options: Any):
+        self.judge("audit", model)
+        verdict = self.verdicts.get(model, "robust")
+        return SimpleNamespace(to_dict=lambda: audited(verdict, self.found))
+
+    def judge(self, what: str, model: str) -> None:
+        if what in self.breaks:
+            raise self.breaks.pop(what)
+        self.done.append(f"{what} {model}")
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    made = World()
+    monkeypatch.setattr(comparing, "_measured", made.train)
+    monkeypatch.setattr(comparing.runs, "load", made.load)
+    monkeypatch.setattr(comparing.runs, "load_data", made.load_data)
+    monkeypatch.setattr(comparing.evaluation, "evaluate", made.evaluate)
+    monkeypatch.setattr(comparing.auditing, "audit", made.audit)
+    return made
+
+
+@pytest.fixture
+def run_of(world: World, tmp_path: Path):
+    """Make a finished run folder."""
+
+    def make(name: str, epochs: int | None = None, **settings: Any) -> Path:
+        values = {"method": "sat-r2", **SHORT, **settings}
+        config = comparing.runs.resolve(values, values.pop("preset"))
+        world.write(tmp_path / name, comparing._whole(config).model_dump(mode="json"), epochs)
+        return tmp_path / name
+
+    return make
+
+
+class TestTraining:
+    def test_every_run_is_trained_and_judged_in_turn(self, world, tmp_path):
+        told: list[str] = []
+        found = compare(["fgsm", "sat-r2"], 2, out=tmp_path, tell=told.append, **SHORT)
+        labels = ["fgsm-seed0", "fgsm-seed1", "sat-r2-seed0", "sat-r2-seed1"]
+        steps = ("train", "evaluate", "audit")
+        assert world.done == [f"{step} {label}" for label in labels for step in steps]
+        assert [r["run"] for r in found.runs] == labels
+        assert [(row.method, row.seeds) for row in found.rows] == [
+            ("fgsm", [0, 1]),
+            ("sat-r2", [0, 1]),
+        ]
+        assert told[:2] == ["training fgsm-seed0 (1 of 4)", "  epoch 1/1"]
+
+    def test_the_numbers(self, world, tmp_path):
+        row = compare(["sat-r2"], [0, 2], out=tmp_path, **SHORT).rows[0]
+        assert row.numbers.keys() == comparing.COLUMNS.keys() - {"autoattack"}
+        expected = {
+            "clean_accuracy": (0.9, 0.92),
+            "fgsm": (0.8, 0.82),
+            "pgd": (0.5, 0.52),  # the lower of the two, not the first
+            "worst_case_accuracy": (0.5, 0.52),
+            "passes": (10, 10),
+            "seconds": (20, 20),
+        }
+        for key, values in expected.items():
+            number = row.numbers[key]
+            assert number.mean == pytest.approx(statistics.mean(values)), key
+            assert number.std == pytest.approx(statistics.stdev(values)), key
+            assert number.n == 2
+        unit = 1 if sys.platform == "darwin" else 1024
+        assert row.numbers["peak_memory_mb"].mean == pytest.approx(500_000 * unit / 1e6)
+
+    def test_one_seed_has_no_deviation(self, world, tmp_path):
+        found = compare(["sat-r2"], 1, out=tmp_path, **SHORT)
+        assert {number.std for number in found.rows[0].numbers.values()} == {None}
+        assert "±" not in "".join(found.table()[1][0])
+        assert "deviation" not in found.title
+
+    def test_autoattack_has_a_column_when_run(self, world, tmp_path):
+        found = compare(["sat-r2"], 1, out=tmp_path, budget="standard", **SHORT)
+        assert found.rows[0].numbers["autoattack"].mean == 0.4
+        assert "AutoAttack" in found.table()[0]
+        assert any(note.startswith("AutoAttack attacks what") for note in found.notes)
+
+    def test_transfer_from_elsewhere_is_no_pgd(self, world, tmp_path):
+        found = compare(["sat-r2"], 1, out=tmp_path, attacks=["apgd-ce", "fgsm"], **SHORT)
+        assert "pgd" not in found.rows[0].numbers
+        assert not any(note.startswith("PGD") for note in found.notes)
+
+    def test_the_configuration_that_is_trained(self, world, tmp_path):
+        compare(["sat-r3"], [7], out=tmp_path, **SHORT, lr=0.5)
+        config = yaml.safe_load((tmp_path / "sat-r3-seed7" / "config.yaml").read_text("utf-8"))
+        assert (config["method"], config["seed"], config["lr"]) == ("sat-r3", 7, 0.5)
+        assert {"lam", "tau"} <= config["params"].keys()
+
+    def test_presets_that_differ_are_told(self, world, tmp_path):
+        found = compare(["fgsm", "pgd"], 1, out=tmp_path)
+        note = next(n for n in found.notes if "different settings" in n)
+        assert "epochs 20 (fgsm), 6 (pgd)" in note
+        alike = compare(["fgsm", "pgd"], 1, out=tmp_path / "b", preset="mnist-fast")
+        assert not any("different settings" in n for n in alike.notes)
+
+
+class TestVerdicts:
+    def test_the_most_severe_counts(self, world, tmp_path):
+        world.verdicts = {"sat-r2-seed1": "pseudo-robust", "sat-r2-seed2": "inconclusive"}
+        row = compare(["sat-r2"], 3, out=tmp_path, **SHORT).rows[0]
+        assert row.verdict == "pseudo-robust"
+        assert row.verdict_text == "pseudo-robust (1 of 3; inconclusive 1, robust 1)"
+        assert row.to_dict()["verdicts"] == {"pseudo-robust": 1, "inconclusive": 1, "robust": 1}
+
+    def test_when_all_agree(self, world, tmp_path):
+        row = compare(["sat-r2"], 2, out=tmp_path, **SHORT).rows[0]
+        assert row.verdict_text == "robust"
+
+    def test_without_an_audit(self, world, tmp_path):
+        found = compare(["sat-r2"], 1, out=tmp_path, audit=None, **SHORT)
+        assert world.done == ["train sat-r2-seed0", "evaluate sat-r2-seed0"]
+        assert found.rows[0].verdict is None
+        assert "verdict" not in found.table()[0]
+
+    def test_an_audit_that_finds_more_is_told(self, world, tmp_path):
+        world.found = 0.125
+        found = compare(["sat-r2"], 1, out=tmp_path, **SHORT)
+        assert any("leave less than the worst case: sat-r2 12.5%" in n for n in found.notes)
+
+    def test_every_verdict_has_its_place(self):
+        from surestep.auditing import _audit
+
+        known = {_audit.ROBUST, _audit.PSEUDO, _audit.NOT_ROBUST, _audit.INCONCLUSIVE}
+        assert set(comparing.SEVERITY) == known
+
+
+class TestAgain:
+    def test_nothing_is_done_twice(self, world, tmp_path):
+        first = compare(["fgsm", "sat-r2"], 2, out=tmp_path, **SHORT)
+        world.done.clear()
+        assert compare(["fgsm", "sat-r2"], 2, out=tmp_path, **SHORT) == first
+        assert world.done == []
+
+    def test_more_seeds_only_cost_the_new_ones(self, world, tmp_path):
+        compare(["sat-r2"], 1, out=tmp_path, **SHORT)
+        world.done.clear()
+        compare(["sat-r2"], 2, out=tmp_path, **SHORT)
+        assert world.done == [f"{k} sat-r2-seed1" for k in ("train", "evaluate", "audit")]
+
+    @pytest.mark.parametrize("at", ["evaluate", "audit"])
+    def test_a_kill_costs_the_step_it_came_in(self, world, tmp_path, at):
+        world.breaks = {at: KeyboardInterrupt()}
+        with pytest.raises(KeyboardInterrupt):
+            compare(["sat-r2"], 1, out=tmp_path, **SHORT)
+        world.done.clear()
+        found = compare(["sat-r2"], 1, out=tmp_path, **SHORT)
+        steps = ("evaluate", "audit") if at == "evaluate" else ("audit",)
+        assert world.done == [f"{step} sat-r2-seed0" for step in steps]
+        # Measured in the first attempt, and not lost with it.
+        assert found.rows[0].numbers["peak_memory_mb"].mean > 400
+
+    def test_a_half_finished_run_goes_on(self, world, tmp_path):
+        compare(["sat-r2"], 1, out=tmp_path, **SHORT)
+        folder = tmp_path / "sat-r2-seed0"
+        (folder / "comparison.json").unlink()
+        config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+        world.write(folder, config, epochs=1)
+        world.done.clear()
+        compare(["sat-r2"], 1, out=tmp_path, **SHORT)
+        assert world.done[0] == "resume sat-r2-seed0"
+
+    def test_a_run_without_its_last_checkpoint_goes_on(self, world, tmp_path):
+        compare(["sat-r2"], 1, out=tmp_path, **SHORT)
+        last = tmp_path / "sat-r2-seed0" / "checkpoints" / "step-00000018.safetensors"
+        last.rename(last.with_name("step-00000009.safetensors"))
+        world.done.clear()
+        compare(["sat-r2"], 1, out=tmp_path, **SHORT)
+        assert world.done == ["resume sat-r2-seed0"]
+
+    def test_a_run_whose_checkpoints_were_removed_is_finished(self, world, tmp_path):
+        compare(["sat-r2"], 1, out=tmp_path, **SHORT)
+        for path in (tmp_path / "sat-r2-seed0" / "checkpoints").iterdir():
+            path.unlink()
+        world.done.clear()
+        compare(["sat-r2"], 1, out=tmp_path, **SHORT)
+        assert world.done == []
+
+    def test_other_weights_are_judged_anew(self, world, tmp_path):
+        compare(["sat-r2"], 1, out=tmp_path, **SHORT)
+        (tmp_path / "sat-r2-seed0" / "model.safetensors").write_bytes(b"others")
+        world.done.clear()
+        found = compare(["sat-r2"], 1, out=tmp_path, **SHORT)
+        assert world.done == ["evaluate sat-r2-seed0", "audit sat-r2-seed0"]
+        assert "peak_memory_mb" not in found.rows[0].numbers
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"n": 7}, "n 1000, this comparison has 7"),
+            ({"attacks": ["fgsm"]}, "attacks fgsm,pgd-100,pgd-100-margin, this comparison has"),
+            ({"audit": None}, "audit quick, this comparison has none"),
+            ({"epochs": 3}, "begun with epochs 2, this comparison has 3"),
+            ({"eps": 0.1}, "begun with eps 0.3, this comparison has 0.1"),
+        ],
+    )
+    def test_other_settings_are_refused_before_any_work(self, world, tmp_path, change, said):
+        compare(["sat-r2"], 1, out=tmp_path, **SHORT)
+        world.done.clear()
+        with pytest.raises(UserError, match=re.escape(said)) as e:
+            compare(["fgsm", "sat-r2"], 1, out=tmp_path, **{**SHORT, **change})
+        assert str(tmp_path / "sat-r2-seed0") in str(e.value)
+        assert "\n" not in str(e.value)
+        assert world.done == []
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [("{", "cannot be read"), ("[]", "is no outcome"), ('{"format": "x"}', "is no outcome")],
+    )
+    def test_a_damaged_outcome(self, world, tmp_path, text, said):
+        compare(["sat-r2"], 1, out=tmp_path, **SHORT)
+        (tmp_path / "sat-r2-seed0" / "comparison.json").write_text(text, "utf-8")
+        with pytest.raises(UserError, match=said):
+            compare(["sat-r2"], 1, out=tmp_path, **SHORT)
+
+
+class TestFailures:
+    def test_the_others_results_are_kept(self, world, tmp_path):
+        world.ends = {"fgsm-seed0": (2, 0, "the loss is nan at step 3")}
+        found = compare(["fgsm", "sat-r2"], 2, out=tmp_path, **SHORT)
+        assert found.failures == [Failure("fgsm-seed0", "the loss is nan at step 3")]
+        assert [(row.method, row.seeds) for row in found.rows] == [
+            ("fgsm", [1]),
+            ("sat-r2", [0, 1]),
+        ]
+        assert found.rows[0].numbers["fgsm"].n == 1
+        titles, body = found.table()
+        assert [line[titles.index("seeds")] for line in body] == ["1", "2"]
+        assert "Without fgsm-seed0, of which there is no result." in found.notes
+
+    def test_a_method_without_any_result_has_no_row(self, world, tmp_path):
+        world.ends = {"fgsm-seed0": (2, 0, "no")}
+        found = compare(["fgsm", "sat-r2"], 1, out=tmp_path, **SHORT)
+        assert [row.method for row in found.rows] == ["sat-r2"]
+
+    def test_none_succeeds(self, world, tmp_path):
+        world.ends = {"fgsm-seed0": (2, 0, "the disk is full")}
+        with pytest.raises(UserError, match="no run succeeded; fgsm-seed0: the disk is full"):
+            compare(["fgsm"], 1, out=tmp_path, **SHORT)
+
+    def test_a_fault_of_ours_is_no_user_error(self, world, tmp_path):
+        world.ends = {"fgsm-seed0": (1, 0, "this is a fault")}
+        with pytest.raises(RuntimeError, match="fgsm-seed0: this is a fault"):
+            compare(["fgsm"], 1, out=tmp_path, **SHORT)
+        assert compare(["fgsm", "pgd"], 1, out=tmp_path, **SHORT).failures[0].fault
+
+    def test_a_killed_training(self, world, tmp_path):
+        world.ends = {"fgsm-seed0": (-9, 0, "")}
+        found = compare(["fgsm", "pgd"], 1, out=tmp_path, **SHORT)
+        assert found.failures == [Failure("fgsm-seed0", "the training was killed by signal 9")]
+
+    def test_stopped_from_the_keyboard(self, world, tmp_path):
+        world.ends = {"fgsm-seed0": (130, 0, "")}
+        with pytest.raises(KeyboardInterrupt):
+            compare(["fgsm", "pgd"], 1, out=tmp_path, **SHORT)
+        assert world.done == ["train fgsm-seed0"]
+
+    def test_an_evaluation_that_is_refused(self, world, tmp_path):
+        world.breaks = {"evaluate": UserError("the weights are damaged")}
+        found = compare(["fgsm", "pgd"], 1, out=tmp_path, **SHORT)
+        assert found.failures == [Failure("fgsm-seed0", "the weights are damaged")]
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("args", "said"),
+        [
+            ({"methods": ["sat-r9"]}, "unknown method 'sat-r9': did you mean 'sat-r3'"),
+            ({"methods": []}, "nothing to compare: give at least one method"),
+            ({"seeds": 0}, "nothing to compare: give at least one seed"),
+            ({"seeds": []}, "nothing to compare: give at least one seed"),
+            ({"seeds": [-1]}, "seed -1 is invalid"),
+            ({"seeds": [1, 1]}, "seed '1' is named twice"),
+            ({"methods": ["fgsm", "fgsm"]}, "method 'fgsm' is named twice"),
+            ({"preset": "mnist-fats"}, "did you mean 'mnist-fast'"),
+            ({"attacks": ["pgd"]}, "unknown attack 'pgd'"),
+            ({"attacks": []}, "no attack given"),
+            ({"attacks": ["fgsm"], "budget": "quick"}, "exclude each other"),
+            ({"budget": "qick"}, "did you mean 'quick'"),
+            ({"audit": "qick"}, "did you mean 'quick'"),
+            ({"n": 0}, "n 0: give 1"),
+            ({"epoch": 3}, "unknown setting 'epoch': did you mean 'epochs'"),
+            ({"seed": 3}, "seed is no setting of a comparison: give seeds"),
+            ({"method": "pgd"}, "method is no setting of a comparison: give methods"),
+        ],
+    )
+    def test_before_any_work(self, world, tmp_path, args, said):
+        values = {"methods": ["fgsm"], "seeds": 1, **SHORT, **args}
+        with pytest.raises(UserError, match=re.escape(said)) as e:
+            compare(values.pop("methods"), values.pop("seeds"), out=tmp_path / "out", **values)
+        assert "\n" not in str(e.value)
+        assert world.done == []
+        assert not (tmp_path / "out").exists()
+
+    def test_a_place_that_is_a_file(self, world, tmp_path):
+        (tmp_path / "out").touch()
+        with pytest.raises(UserError, match="out is a file: give a folder"):
+            compare(["fgsm"], 1, out=tmp_path / "out", **SHORT)
+
+
+class TestRunFolders:
+    def test_seeds_share_a_row(self, world, run_of):
+        folders = [run_of("a0"), run_of("b1", seed=1), run_of("c", method="fgsm")]
+        found = compare_runs(folders)
+        assert [(row.method, row.seeds) for row in found.rows] == [
+            ("sat-r2", [0, 1]),
+            ("fgsm", [0]),
+        ]
+        assert [r["run"] for r in found.runs] == ["a0", "b1", "c"]
+        assert not any(step.startswith("train") for step in world.done)
+
+    def test_settings_that_differ_make_rows(self, run_of):
+        folders = [run_of("a", params={"lam": 5}), run_of("b", params={"lam": 10.5}, seed=1)]
+        found = compare_runs(folders)
+        assert [row.method for row in found.rows] == ["sat-r2 (lam=5)", "sat-r2 (lam=10.5)"]
+
+    def test_peak_memory_is_known_of_runs_that_were_compared(self, world, tmp_path):
+        compare(["sat-r2"], 1, out=tmp_path, **SHORT)
+        for n in (1000, 7):  # judged alike, and otherwise
+            found = compare_runs([tmp_path / "sat-r2-seed0"], n=n)
+            assert found.rows[0].numbers["peak_memory_mb"].mean > 400
+        assert world.done.count("evaluate sat-r2-seed0") == 2
+
+    def test_results_are_kept_where_asked_only(self, world, run_of, tmp_path):
+        folder = run_of("a")
+        before = sorted(p.name for p in folder.iterdir())
+        compare_runs([folder])
+        compare_runs([folder], out=tmp_path / "out")
+        assert world.done == ["evaluate a", "audit a"] * 2
+        compare_runs([folder], out=tmp_path / "out")
+        assert len(world.done) == 4
+        assert sorted(p.name for p in folder.iterdir()) == before
+        assert (tmp_path / "out" / "a" / "comparison.json").is_file()
+
+    def test_folders_of_one_name(self, run_of, tmp_path):
+        found = compare_runs([run_of("x/run"), run_of("y/run", seed=1)], out=tmp_path / "out")
+        assert [r["run"] for r in found.runs] == ["run", "run-2"]
+
+    @pytest.mark.parametrize(
+        ("settings", "said"),
+        [
+            ({"eps": 0.1}, "eps 0.3 and 0.1"),
+            ({"dataset": "cifar10"}, "dataset 'mnist' and 'cifar10'"),
+            ({"norm": "l2"}, "norm 'linf' and 'l2'"),
+            ({"data": "elsewhere"}, "their test images differ (None and elsewhere)"),
+        ],
+    )
+    def test_what_cannot_be_compared(self, world, run_of, tmp_path, settings, said):
+        other = Images(torch.ones(40, 1, 4, 4), torch.zeros(40, dtype=torch.int64))
+        world.other_images = {"elsewhere": other}
+        folders = [run_of("a"), run_of("b", seed=1, **settings)]
+        with pytest.raises(UserError) as e:
+            compare_runs(folders)
+        assert str(e.value) == f"{folders[0]} and {folders[1]} cannot be compared: {said}"
+        assert world.done == []
+
+    def test_the_same_images_at_two_places(self, world, run_of):
+        copy = Images(world.images.x.clone(), world.images.y.clone())
+        world.other_images = {"elsewhere": copy}
+        assert len(compare_runs([run_of("a"), run_of("b", seed=1, data="elsewhere")]).rows) == 2
+
+    def test_the_same_run_twice(self, run_of):
+        with pytest.raises(UserError, match=r"a and .*b are the same run \(method sat-r2, seed 0"):
+            compare_runs([run_of("a"), run_of("b")])
+        with pytest.raises(UserError, match="is named twice"):
+            compare_runs([run_of("a"), run_of("a")])
+
+    def test_no_run(self, tmp_path, run_of):
+        with pytest.raises(UserError, match="is no run folder: it has no config"):
+            compare_runs([run_of("a"), tmp_path])
+        with pytest.raises(UserError, match="give at least one run folder"):
+            compare_runs([])
+
+    def test_an_unfinished_run(self, run_of):
+        with pytest.raises(UserError, match=r"is not finished \(epoch 1 of 2\): go on with"):
+            compare_runs([run_of("a", epochs=1)])
+
+
+@pytest.fixture
+def hostile() -> Comparison:
+    numbers = {
+        "clean_accuracy": Number(0.98765, 0.00123, 3),
+        "worst_case_accuracy": Number(0.5, None, 1),
+        "passes": Number(10.0, 0.0, 3),
+        "seconds": Number(1234.5, 12.3, 3),
+    }
+    return Comparison(
+        rows=[Row(HOSTILE, [0, 1, 2], numbers, {"robust": 3}), Row("fgsm", [0], {})],
+        runs=[],
+        failures=[],
+        dataset="mnist",
+        threat={"norm": "linf", "eps": 0.3},
+        n=1000,
+        attacks=["fgsm"],
+        audit="quick",
+        notes=["A note on <b>_this_</b> 100%\nof it."],
+    )
+
+
+class TestFormats:
+    def test_csv(self, hostile):
+        first, second = csv.DictReader(io.StringIO(hostile.to_csv()))
+        assert first["method"] == " ".join(HOSTILE.split())
+        assert float(first["clean_accuracy_mean"]) == 0.98765
+        assert float(first["clean_accuracy_std"]) == 0.00123
+        assert (first["seeds"], first["verdict"], first["verdicts"]) == ("3", "robust", "robust 3")
+        assert (first["worst_case_accuracy_std"], first["fgsm_mean"]) == ("", "")
+        assert (second["method"], second["clean_accuracy_mean"]) == ("fgsm", "")
+
+    def test_markdown(self, hostile):
+        lines = hostile.to_markdown().splitlines()
+        rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines if line.startswith("|")]
+        assert len({len(row) for row in rows}) == 1
+        assert len(rows) == 4
+        assert re.fullmatch(r":-+", rows[1][0])
+        assert re.fullmatch(r"-+:", rows[1][3])
+        named = dict(zip((t.strip() for t in rows[0]), (c.strip() for c in rows[2]), strict=True))
+        assert named["clean"] == "98.8 ± 0.1"
+        assert named["worst case"] == "50.0"
+        assert named["passes per image"] == "10"
+        assert named["training seconds"] == "1234 ± 12"
+        assert named["verdict"] == "robust"
+        assert "a\\|b\\_\\[red\\]&amp;%\\\\&lt;script>" in named["method"]
+        assert [c.strip() for c in rows[3]][2:] == ["–"] * 5
+        assert "- A note on &lt;b>\\_this\\_&lt;/b> 100% of it." in lines
+
+    def test_latex(self, hostile):
+        text = hostile.to_latex()
+        assert text.isascii()
+        comments = [line for line in text.splitlines() if line.startswith("%")]
+        assert len(comments) == 2
+        body = text[text.index("\\midrule") : text.index("\\bottomrule")]
+        rows = [line for line in body.splitlines() if line.endswith("\\\\")]
+        assert len(rows) == 2
+        cells = [re.split(r"(?<!\\)&", row) for row in rows]
+        assert {len(c) for c in cells} == {7}
+        assert "98.8 $\\pm$ 0.1" in cells[0][2]
+        assert "a|b\\_[red]\\&\\%" in cells[0][0]
+        # Nothing that LaTeX reads is left as it was.
+        plain = re.sub(r"\\(textbackslash|ensuremath|textless|textgreater|lbrace|rbrace|[&%$#_{}])",
+                       "", cells[0][0])  # fmt: skip
+        assert not set(plain) & set("&%#_$")
+
+    def test_without_tabulate(self, hostile, monkeypatch):
+        monkeypatch.setitem(sys.modules, "tabulate", None)
+        for make in (hostile.to_markdown, hostile.to_latex):
+            with pytest.raises(UserError, match=re.escape("pip install 'surestep[report]'")):
+                make()
+        hostile.to_csv()
+
+    def test_the_dict_is_json(self, hostile):
+        found = json.loads(json.dumps(hostile.to_dict(), allow_nan=False))
+        assert (found["format"], found["version"]) == ("surestep-comparison", 1)
+        row = found["rows"][0]
+        assert row["clean_accuracy"] == {"mean": 0.98765, "std": 0.00123, "n": 3}
+        assert row["fgsm"] is None
+        assert not any(isinstance(v, float) and math.isnan(v) for v in row.values())
+
+
+class TestSave:
+    def test_every_file(self, hostile, tmp_path):
+        for package in ("altair", "vl_convert", "jinja2", "tabulate"):
+            pytest.importorskip(package)
+        told: list[str] = []
+        written = save(hostile, tmp_path / "out", command="surestep x", tell=told.append)
+        names = ["comparison.json", "comparison.csv", "comparison.md", "comparison.tex"]
+        assert [p.name for p in written] == [*names, "report.html"]
+        assert told == []
+        found = json.loads(written[0].read_text("utf-8"))
+        assert found["command"] == "surestep x"
+        assert {"surestep", "torch", "python"} <= found["versions"].keys()
+        assert written[1].read_text("utf-8") == hostile.to_csv()
+        page = written[-1].read_text("utf-8")
+        assert "pareto" in page
+        assert "<script>$" not in page
+
+    def test_what_is_not_installed_is_left_out(self, hostile, tmp_path, monkeypatch):
+        (tmp_path / "report.html").write_text("old", "utf-8")
+        monkeypatch.setitem(sys.modules, "tabulate", None)
+        monkeypatch.setitem(sys.modules, "jinja2", None)
+        told: list[str] = []
+        written = save(hostile, tmp_path, tell=told.append)
+        assert [p.name for p in written] == ["comparison.json", "comparison.csv"]
+        assert [line.split(":")[0] for line in told] == [
+            f"{name} left out" for name in ("comparison.md", "comparison.tex", "report.html")
+        ]
+        assert all("pip install 'surestep[report]'" in line for line in told)
+        assert {p.name for p in tmp_path.iterdir()} == {"comparison.json", "comparison.csv"}
+
+
+class TestMeasuring:
+    """Processes of their own, with commands that import no torch."""
+
+    def test_peak_memory_is_the_childs(self):
+        told: list[str] = []
+        code, peak, error = comparing._measured(["--version"], told.append)
+        assert (code, error, told) == (0, "", [])
+        # This process holds torch, and a fork of it would be told to have needed as much.
+        unit = 1 if sys.platform == "darwin" else 1024
+        assert 1 < peak * unit / 1e6 < 100
+
+    def test_the_error_line_is_passed_on(self):
+        code, _, error = comparing._measured(["trian"], lambda _: None)
+        assert code == 2
+        assert error.startswith("unknown command 'trian': did you mean 'train'?")
+
+    def test_the_end_of_the_comparison_ends_the_training(self):
+        sleep = [sys.executable, "-I", "-c", "import time; time.sleep(100)"]
+        ended = subprocess.run(
+            [sys.executable, "-I", "-c", comparing._MEASURE, *sleep],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+        assert ended.stdout.split()[0] == str(-signal.SIGTERM)

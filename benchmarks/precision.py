@@ -24,7 +24,12 @@ def main() -> None:
     model = Engine.choose().place(run.model)
     for precision in (torch.float32, torch.bfloat16):
         found = evaluate(
-            model, runs.load_data(run.config, "test"), run.threat, n=args.n, precision=precision
+            model,
+            runs.load_data(run.config, "test"),
+            run.threat,
+            ("fgsm", "pgd-100", "pgd-100-margin"),
+            n=args.n,
+            precision=precision,
         )
         accuracies = {**found.robust_accuracy, "worst case": found.worst_case_accuracy}
         text = "  ".join(f"{k} {v:.4f}" for k, v in accuracies.items())

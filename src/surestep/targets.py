@@ -98,6 +98,7 @@ def open_target(
         model: nn.Module = run.model
         limits = runs.build_threat(config)
     else:
+        _check_kind(name)
         if dataset is None or eps is None:
             missing = " and ".join(
                 flag for flag, value in (("--dataset", dataset), ("--eps", eps)) if value is None
@@ -122,6 +123,20 @@ def open_target(
     )
 
 
+def _check_kind(name: str) -> None:
+    """Refuse what is no model, before asking what else is missing."""
+    file, colon, _ = name.rpartition(":")
+    program = Path(name).suffix in (".pt", ".pth", ".ts", ".pt2")
+    if name.endswith(".py"):
+        raise UserError(f"{name} names no factory: write {name}:make_model")
+    if not (name.startswith(("timm:", "hf:")) or (colon and file.endswith(".py")) or program):
+        raise UserError(
+            f"{name} is no run folder: it has no config.yaml, and no model: give {KINDS}"
+        )
+    if program and not Path(name).is_file():
+        raise UserError(f"{name} is not there")
+
+
 def _eval(model: nn.Module) -> nn.Module:
     # An exported program refuses eval(); it is what it was exported as.
     for module in model.modules():
@@ -135,19 +150,12 @@ def _load(name: str, weights: str | None, images: Images) -> nn.Module:
     if name.startswith("hf:"):
         return _hugging_face(name.removeprefix("hf:"))
     file, colon, factory = name.rpartition(":")
-    if colon and file.endswith(".py"):
-        model = _call(Path(file), factory)
-        if weights is not None:
-            load_any_weights(Path(weights), model)
-        return model
-    path = Path(name)
-    if path.suffix in (".pt", ".pth", ".ts", ".pt2"):
-        if not path.is_file():
-            raise UserError(f"{name} is not there")
-        return _program(path)
-    if name.endswith(".py"):
-        raise UserError(f"{name} names no factory: write {name}:make_model")
-    raise UserError(f"{name} is no model: give {KINDS}")
+    if not (colon and file.endswith(".py")):
+        return _program(Path(name))
+    model = _call(Path(file), factory)
+    if weights is not None:
+        load_any_weights(Path(weights), model)
+    return model
 
 
 def _call(file: Path, factory: str) -> nn.Module:

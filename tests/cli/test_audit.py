@@ -110,7 +110,7 @@ def test_an_audit_of_a_file(done, weights, on):
         ("{0}/missing.py:make", (), "is not there"),
         ("{0}/missing.pt", (), "is not there"),
         ("{0}/plain.pt", (), "is no TorchScript program: of weights alone"),
-        ("{0}/nothing", (), "is no model: give a run folder"),
+        ("{0}/nothing", (), "and no model: give a run folder"),
         ("{0}/net.py:make", ("--weights", "{0}/missing.pt"), "is not there"),
         ("{0}/net.py:make", ("--weights", "{0}/pickled.pt"), "could run code"),
         ("{0}/net.py:make", ("--weights", "{0}/torn.pt"), "cannot be read as weights"),

@@ -28,7 +28,7 @@ class TestCommands:
             (["train", "--epoch", "3"], ["--epoch", "--epochs"]),
             (["train", "--eps"], ["--eps", "requires an argument"]),
             (["train", "mnist"], ["unexpected extra argument", "mnist"]),
-            (["evaluate"], ["RUN"]),
+            (["evaluate"], ["MODEL"]),
             (["methods", "sat-r9"], ["'sat-r9'", "did you mean 'sat-r3'?", "known are fgsm"]),
             (["demo", "--n", "0"], ["--n", "0", "1<=x"]),
             (["demo", "--seed", "-1"], ["--seed", "-1", "0<=x"]),

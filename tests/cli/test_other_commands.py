@@ -188,7 +188,7 @@ class TestDemo:
     def test_the_sentence_follows_the_numbers(
         self, done, tiny, monkeypatch, under_fgsm, worst, said
     ):
-        def judge(model, data, threat, n, progress):
+        def judge(model, data, threat, attacks, n, progress):
             progress(n, n, worst)
             found = evaluate(model, data, threat, ["fgsm"], n=n)
             scores = {"fgsm": under_fgsm, "pgd-100": worst}
@@ -208,7 +208,9 @@ class TestDemo:
         done("demo", "--n", "1", "--out", out)
         assert {p.name for p in out.iterdir()} == {"fgsm", "sat-r2"}
         assert all((p / "model.safetensors").is_file() for p in out.iterdir())
-        assert "run" in done("evaluate", out / "sat-r2", "--n", "1", "--json", "-")
+        assert "run" in done(
+            "evaluate", out / "sat-r2", "--attacks", "fgsm", "--n", "1", "--json", "-"
+        )
         before = tools.contents(out)
         code, text, err = cli("demo", "--n", "1", "--out", out)
         assert (code, text) == (2, "")

@@ -154,12 +154,29 @@ def test_survivors_only(told):
     }
     x = torch.stack([torch.zeros(40), torch.arange(40) / 1000], 1)
     y = torch.zeros(40, dtype=torch.int64)
-    found = evaluate(told(), (x, y), THREAT, suite, batch_size=40)
+    found = evaluate(told(), (x, y), surestep.Linf(0.2), suite, batch_size=40)
     assert order == ["cheap", "dear", "last"]
     assert list(found.robust_accuracy) == ["last", "dear", "cheap"]
     # 37 survivors: rounded up to 40 for the backend's sake, 1 counts as broken before.
     assert found.robust_accuracy == {"last": 36 / 40, "dear": 39 / 40, "cheap": 38 / 40}
     assert found.worst_case_accuracy == 36 / 40
+
+
+def test_a_point_outside_the_threat_model_does_not_count(told):
+    """Nor does one that is NaN: it would break any model."""
+
+    def run(to):
+        def attack(model, x, y):
+            x = x.clone()
+            x[:, 0] += to
+            return Found(x)
+
+        x = torch.stack([torch.zeros(9), torch.arange(9) / 1000], 1)
+        y = torch.zeros(9, dtype=torch.int64)
+        return evaluate(told(), (x, y), surestep.Linf(0.02), {"a": Attack(attack)})
+
+    assert run(0.1).worst_case_accuracy == 1
+    assert run(float("nan")).worst_case_accuracy == 1
 
 
 class TestAutoAttack:

@@ -654,7 +654,7 @@ def scripted(
         k = len(shown)
         shown.append(copy.deepcopy(model))
         robust = {"fgsm": (fgsm or worst)[k], "pgd-2": worst[k]}
-        return Evaluation(0.9, robust, worst[k], 6, {}, 0.0, {}, {})
+        return Evaluation(0.9, robust, worst[k], 6, 0, {}, 0.0, {}, {}, [], [], [], {})
 
     monkeypatch.setattr(loop, "evaluate", evaluate)
     return shown

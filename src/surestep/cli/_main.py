@@ -17,7 +17,7 @@ from surestep.errors import UserError
 _COMMANDS = {
     "train": "Train a robust classifier with a method.",
     "evaluate": "Measure a model's accuracy clean and under attack.",
-    "audit": "Tell whether a model's robustness is real, or gradients are masked.",
+    "audit": "Tell real robustness from masked gradients.",
     "compare": "Train and judge several methods, side by side in one table.",
     "demo": "See FGSM training fail and SAT succeed, in minutes on a laptop.",
     "methods": "List the training methods, or show the card of one.",

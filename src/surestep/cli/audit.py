@@ -12,7 +12,7 @@ from surestep.cli._show import audit_tables, provenance
 from surestep.cli._target import POSITIVE, open_target, target_options
 
 
-@click.command(short_help="Tell whether a model's robustness is real, or gradients are masked.")
+@click.command(short_help="Tell real robustness from masked gradients.")
 @target_options
 @click.option("--eps", metavar="NUMBER", help="Radius, 0.3 or 8/255. [default: the run's]")
 @click.option(

@@ -56,7 +56,12 @@ def demo(seed: int, n: int, out: str | None, overwrite: bool, json_file: str | N
         threat = runs.build_threat(config)
         with progress_bar(f"attacking {name}") as progress:
             results[name] = surestep.evaluate(
-                fitted.model, runs.load_data(config, "test"), threat, n=n, progress=progress
+                fitted.model,
+                runs.load_data(config, "test"),
+                threat,
+                ("fgsm", "pgd-100", "pgd-100-margin"),
+                n=n,
+                progress=progress,
             )
         costs[name] = methods.get(name)(threat).cost(config.batch_size).total
         seconds[name] = fitted.train_seconds

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import nn
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -15,3 +16,21 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    """A net with batch statistics and dropout, in train mode, its statistics not the initial."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(1, 6, 3, 2, 1),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.3),
+            nn.Linear(96, 3),
+        )
+        for _ in range(3):
+            net(torch.rand(8, 1, 8, 8))
+    return net.train()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+V = TypeVar("V")
 
 
 class UserError(ValueError):
@@ -25,3 +28,19 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return UserError(f"unknown {kind} {name!r}: {hint}known are {', '.join(names)}")
+
+
+def look_up(kind: str, name: str, table: Mapping[str, V]) -> V:
+    """Return what a table holds under a name.
+
+    Args:
+        kind: what is being named, in words ("method", "dataset").
+        name: the name as the user wrote it.
+        table: what there is, by name.
+
+    Raises:
+        UserError: there is nothing of that name; the nearest is named.
+    """
+    if name not in table:
+        raise unknown_name(kind, name, table)
+    return table[name]

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from surestep.errors import UserError, unknown_name
+from surestep.errors import UserError, look_up
 
 T = TypeVar("T", bound="ThreatModel")
 
@@ -48,6 +48,10 @@ class ThreatModel(ABC):
     def with_eps(self: T, eps: float) -> T:
         """Return the same threat model with another radius."""
         return replace(self, eps=eps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return norm, eps and data range as plain values, for results."""
+        return {"norm": type(self).__name__.lower(), "eps": self.eps, "bounds": list(self.bounds)}
 
     def clip(self, x: Tensor) -> Tensor:
         """Clip to the data range only (no norm ball)."""
@@ -167,9 +171,7 @@ def make(norm: str, eps: float, bounds: tuple[float, float] = (0.0, 1.0)) -> Thr
     Raises:
         UserError: the norm is unknown, or eps or bounds are invalid.
     """
-    if norm not in NORMS:
-        raise unknown_name("norm", norm, NORMS)
-    return NORMS[norm](eps, bounds)
+    return look_up("norm", norm, NORMS)(eps, bounds)
 
 
 def _finite(value: object) -> bool:

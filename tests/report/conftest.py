@@ -166,24 +166,6 @@ def comparison() -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def net() -> nn.Module:
-    """A net with batch statistics and dropout, in train mode."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = nn.Sequential(
-            nn.Conv2d(1, 6, 3, 2, 1),
-            nn.BatchNorm2d(6),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Dropout(0.3),
-            nn.Linear(96, 3),
-        )
-        for _ in range(3):
-            net(torch.rand(8, 1, 8, 8))
-    return net.train()
-
-
-@pytest.fixture
 def images(net: nn.Module) -> tuple[Tensor, Tensor]:
     """Twelve images; the labels are the net's own, but for every third."""
     x = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(1))

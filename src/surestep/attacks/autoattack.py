@@ -14,7 +14,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import attacking, check_inputs, forward_logits
+from surestep.attacks.core import (
+    attacking,
+    check_inputs,
+    forked_rng,
+    forward_logits,
+)
 from surestep.attacks.gradient import pgd
 from surestep.errors import UserError
 from surestep.threat import L2, Linf, ThreatModel
@@ -156,13 +161,12 @@ def _run(run: Part, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel)
         return x.detach().clone()
     z = _unscale(x.detach(), threat)
     z = z if z.dim() == 4 else z.reshape(len(z), 1, 1, -1)
-    devices = [x.device] if x.device.type == "cuda" else []
     # Drawn before the fork: the seed of the whole evaluation decides it.
     seed = int(torch.randint(2**31 - 1, ()))
     shared = {"norm": norm, "eps": threat.eps / threat.span, "seed": seed, "device": x.device}
     with (
         attacking(model) as inner,
-        torch.random.fork_rng(devices),
+        forked_rng(x.device),
         warnings.catch_warnings(),
         torch.enable_grad(),
     ):

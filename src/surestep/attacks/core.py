@@ -7,7 +7,7 @@ found: modes, ``requires_grad`` flags, ``.grad`` and buffers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,16 @@ def round_up(count: int, most: int) -> int:
     image at a time would fill memory with them and spend their time making them.
     """
     return min(most, -(-count // _BUCKET) * _BUCKET)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's parameters; the CPU if it has none."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def forked_rng(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context that leaves torch's random state, also the device's, as it found it."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 @contextmanager
@@ -137,8 +147,7 @@ def count_classes(model: nn.Module, x: Tensor) -> int:
         UserError: the model fails on it or returns no logits.
     """
     # A look at the model must not change what it draws at random afterwards.
-    devices = [x.device] if x.device.type == "cuda" else []
-    with attacking(model) as inner, torch.random.fork_rng(devices):
+    with attacking(model) as inner, forked_rng(x.device):
         try:
             return forward_logits(inner, x[:1]).shape[1]
         except UserError:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surestep.errors import UserError, unknown_name
+from surestep.errors import UserError, look_up
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 
@@ -82,6 +82,4 @@ def get(name: str) -> Objective:
     Raises:
         UserError: there is none of that name.
     """
-    if name not in OBJECTIVES:
-        raise unknown_name("attack loss", name, OBJECTIVES)
-    return OBJECTIVES[name]
+    return look_up("attack loss", name, OBJECTIVES)

@@ -11,14 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from surestep.attacks.core import attacking, check_inputs, forward_logits
+from surestep.attacks.core import (
+    attacking,
+    check_inputs,
+    device_of,
+    forked_rng,
+    forward_logits,
+    input_gradient,
+)
 from surestep.attacks.losses import log_odds
 from surestep.auditing import escalation
 from surestep.auditing._subject import Subject, budget
 from surestep.auditing.checks import CHECKS, Check, zero_share
-from surestep.data import Images, as_images
+from surestep.data import Images
 from surestep.errors import UserError
 from surestep.evaluation import Adapted, wilson_interval
+from surestep.evaluation._evaluate import batches_of
 from surestep.threat import ThreatModel
 
 FORMAT, VERSION = "surestep-audit", 1
@@ -116,13 +124,15 @@ def audit(
     start = time.perf_counter()
     spend = _budget(budget)
     adapted = Adapted(model, preprocess)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    x, y = _tensors(data, n, device)
-    cuda = [device.index or 0] if device.type == "cuda" else []
-    with attacking(adapted), torch.random.fork_rng(cuda):
+    device = device_of(model)
+    with attacking(adapted), forked_rng(device):
         torch.manual_seed(seed)
-        for part in range(0, len(x), batch_size):
-            check_inputs(adapted, x[part:][:batch_size], y[part:][:batch_size], threat)
+        batches = list(batches_of(data, batch_size, n, device)[0])
+        if not batches:
+            raise UserError("there is no image to audit on")
+        for batch in batches:
+            check_inputs(adapted, *batch, threat)
+        x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
         subject = Subject(adapted, x, y, threat, spend, seed, batch_size, tell)
         _suite(subject, list(sources))
         tell("masking checks")
@@ -134,27 +144,6 @@ def audit(
 
 
 _budget = budget
-
-
-def _tensors(data: Any, n: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    if isinstance(data, Dataset) and not isinstance(data, Images):
-        data = DataLoader(data, 500)
-    if isinstance(data, DataLoader):
-        xs, ys, left = [], [], float("inf") if n is None else n
-        for x, y in data:
-            xs.append(x)
-            ys.append(y)
-            left -= len(x)
-            if left <= 0:
-                break
-        if not xs:
-            raise UserError("there is no image to audit on")
-        x, y = torch.cat(xs)[:n], torch.cat(ys)[:n]
-    else:
-        images = as_images(data)
-        images = images if n is None else images.first(n)
-        x, y = images.tensors()
-    return x.to(device), y.to(device)
 
 
 def _suite(s: Subject, sources: list[nn.Module]) -> None:
@@ -261,11 +250,7 @@ def _conclude(
         n=n,
         budget=budget,
         seed=s.seed,
-        threat={
-            "norm": type(s.threat).__name__.lower(),
-            "eps": s.threat.eps,
-            "bounds": list(s.threat.bounds),
-        },
+        threat=s.threat.to_dict(),
         seconds=seconds,
     )
 
@@ -361,7 +346,7 @@ def estimate(
         preprocess: as for ``audit``.
     """
     spend = _budget(budget)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     batch = images.first(min(100, len(images)))
     x, y = batch.pixels().to(device), batch.y.to(device)
     adapted = Adapted(model, preprocess)
@@ -369,11 +354,10 @@ def estimate(
         seconds = []
         for _ in range(2):  # the first pass prepares kernels
             start = time.perf_counter()
-            with torch.enable_grad():
-                z = x.clone().requires_grad_()
-                logits = forward_logits(adapted, z)
-                if logits.requires_grad:
-                    logits.gather(1, y[:, None]).sum().backward(inputs=[z])
+            try:
+                input_gradient(adapted, x, y)
+            except UserError:  # without a gradient the forward is the cost, or fails again
+                forward_logits(adapted, x)
             seconds.append(time.perf_counter() - start)
     image = seconds[1] / len(x) / 3  # a gradient is about three forwards
     forwards = 3 * (2 * spend.steps + 12 + 70) + spend.noise + spend.queries

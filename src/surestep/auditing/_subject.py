@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from surestep.attacks.core import forward_logits, input_gradient
 from surestep.attacks.losses import Objective, log_odds
-from surestep.errors import UserError, unknown_name
-from surestep.evaluation import Adapted, Evaluation, evaluate
+from surestep.errors import UserError, look_up
+from surestep.evaluation import Adapted, evaluate
 from surestep.evaluation.suite import Attack
 from surestep.threat import ThreatModel
 
@@ -54,9 +54,7 @@ def budget(name: str) -> Budget:
     Raises:
         UserError: there is none of that name.
     """
-    if name not in BUDGETS:
-        raise unknown_name("budget", name, BUDGETS)
-    return BUDGETS[name]
+    return look_up("budget", name, BUDGETS)
 
 
 class Graphed(nn.Module):
@@ -99,7 +97,6 @@ class Subject:
     tell: Callable[[str], None]
     right: dict[str, Tensor] = field(default_factory=dict)
     detached: bool = False
-    suite: Evaluation | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -127,6 +124,12 @@ class Subject:
         """Return the share of images that an attack left right."""
         return self.right[name].double().mean().item()
 
+    @property
+    def white_box(self) -> Tensor:
+        """Which images (N,) the gradient attacks left right."""
+        found = [self.right[name] for name in self.right if name.startswith(("fgsm", "pgd"))]
+        return torch.stack(found).all(0)
+
     def attack(self, attacks: list[str] | dict[str, Attack], on: Tensor | None = None) -> None:
         """Run attacks on the images ``on`` (N,), by default all, and take down what they left."""
         rows = torch.arange(len(self.x)) if on is None else on.nonzero().squeeze(1)
@@ -145,7 +148,6 @@ class Subject:
             seed=self.seed,
         )
         if on is None:
-            self.suite = found
             self.right["clean"] = found.right["clean"]
         for name in attacks:
             left = torch.zeros(len(self.x), dtype=torch.bool)
@@ -167,8 +169,6 @@ class Subject:
             function(*batch)
             for batch in zip(*(t.split(self.batch_size) for t in tensors), strict=True)
         ]
-        if isinstance(parts[0], tuple):
-            return tuple(torch.cat(column) for column in zip(*parts, strict=True))
         return torch.cat(parts)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -186,7 +186,10 @@ class Subject:
         found: Tensor = self.map(lambda a, b: input_gradient(self.model, a, b, objective)[0], x, y)
         return found
 
-    def fgsm(self, x: Tensor, y: Tensor, share: float = 1.0) -> Tensor:
-        """Return the point ``share`` of the way along the FGSM step."""
-        step = self.threat.steepest_step(self.gradient(x, y).nan_to_num(0), self.threat.eps)
-        return self.threat.project(x + share * step, x)
+    def fgsm_step(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the FGSM step, before projection."""
+        return self.threat.steepest_step(self.gradient(x, y).nan_to_num(0), self.threat.eps)
+
+    def fgsm(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the FGSM point."""
+        return self.threat.project(x + self.fgsm_step(x, y), x)

@@ -6,9 +6,9 @@ flag calls for. Thresholds were set on the models of benchmarks/audit_zoo.py, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -231,7 +231,7 @@ def collapse(s: Subject) -> Finding:
 )
 def black_box_beats_white_box(s: Subject) -> Finding:
     """An attack without gradients must not find what gradients cannot."""
-    white = torch.stack([s.right[n] for n in s.right if n.startswith(("fgsm", "pgd"))]).all(0)
+    white = s.white_box
     black = {n: s.accuracy(n) for n in s.right if n.startswith(("square", "transfer"))}
     if not black:
         return Finding(None, None, "no black-box attack was run")
@@ -252,9 +252,8 @@ def black_box_beats_white_box(s: Subject) -> Finding:
 )
 def random_beats_gradient(s: Subject) -> Finding:
     """Random search in a ball finds next to nothing where gradients work."""
-    white = torch.stack([s.right[n] for n in s.right if n.startswith(("fgsm", "pgd"))]).all(0)
     noise = s.accuracy(f"noise-{s.budget.noise}")
-    value = white.double().mean().item() - noise
+    value = s.white_box.double().mean().item() - noise
     said = f"{s.budget.noise:,} random points leave {noise:.1%}, gradients {noise + value:.1%}"
     return Finding(value > 0, value, said)
 
@@ -268,13 +267,12 @@ def random_beats_gradient(s: Subject) -> Finding:
 def eps_sweep(s: Subject) -> Finding:
     """A larger ball holds the smaller one; one without bounds holds every image."""
     x, y = s.probe
-    span, top = (
-        s.threat.span,
-        s.threat.span * (1 if isinstance(s.threat, Linf) else x[0].numel() ** 0.5),
-    )
-    radii = sorted({s.threat.eps * k for k in (0.25, 0.5, 0.75, 1, 1.5)} | {top})
-    if isinstance(s.threat, Linf):
-        radii = sorted({min(r, span) for r in radii} | {span / 2})
+    span, linf = s.threat.span, isinstance(s.threat, Linf)
+    top = span * (1 if linf else x[0].numel() ** 0.5)
+    multiples = {s.threat.eps * k for k in (0.25, 0.5, 0.75, 1, 1.5)}
+    if linf:
+        multiples = {min(r, span) for r in multiples} | {span / 2}
+    radii = sorted(multiples | {top})
     accuracy = []
     for eps in radii:
         found = evaluate(
@@ -288,14 +286,8 @@ def eps_sweep(s: Subject) -> Finding:
         accuracy.append(found.worst_case_accuracy)
     rise = max(max(b - a for a, b in pairwise(accuracy)), 0.0)
     chance = s.y.bincount().max().item() / len(s.y)
-    half = max(
-        (
-            a
-            for r, a in zip(radii, accuracy, strict=True)
-            if isinstance(s.threat, Linf) and r >= span / 2
-        ),
-        default=0.0,
-    )
+    wide = [a for r, a in zip(radii, accuracy, strict=True) if linf and r >= span / 2]
+    half = max(wide, default=0.0)
     flag = rise > 0.02 or half > chance + 0.05 or accuracy[-1] > 0
     said = f"accuracy without bounds {accuracy[-1]:.0%}, largest rise {rise:.1%}"
     return Finding(flag, accuracy[-1], said, {"eps": radii, "accuracy": accuracy})
@@ -342,13 +334,19 @@ def convergence(s: Subject) -> Finding:
     )
 
 
+def _climb(s: Subject, x: Tensor, y: Tensor) -> Iterator[Tensor]:
+    """Yield a random start and the points of 50 PGD steps from it."""
+    ascent = Ascent(s.threat, 1, pgd_step_size(s.threat.eps, 50))
+    point = s.threat.random_start(x)
+    yield point
+    for _ in range(50):
+        point = s.map(lambda a, b, c: ascent.climb(s.model, a, b, c), x, y, point)
+        yield point
+
+
 def _late_movement(s: Subject, x: Tensor, y: Tensor) -> float:
     """Return how far the mean loss moves in the last 10 of 50 steps, as share of its range."""
-    ascent = Ascent(s.threat, 1, pgd_step_size(s.threat.eps, 50))
-    point, course = s.threat.random_start(x), []
-    for _ in range(50):
-        course.append(s.loss(point, y).mean().item())
-        point = s.map(lambda a, b, c: ascent.climb(s.model, a, b, c), x, y, point)
+    course = [s.loss(point, y).mean().item() for point in islice(_climb(s, x, y), 50)]
     last, whole = course[-10:], max(course) - min(course)
     return (max(last) - min(last)) / whole if whole > 0 else 0.0
 
@@ -357,12 +355,9 @@ def _late_movement(s: Subject, x: Tensor, y: Tensor) -> float:
 def silent_success(s: Subject) -> Finding:
     """An attack that returns its last iterate loses these; surestep's keep the best."""
     x, y = s.probe
-    best = Best(x, y, losses.log_odds)
-    ascent = Ascent(s.threat, 1, pgd_step_size(s.threat.eps, 50))
-    rows, point = best.rows(), s.threat.random_start(x)
-    for _ in range(50):
-        best.try_points(s.model, rows, point)
-        point = s.map(lambda a, b, c: ascent.climb(s.model, a, b, c), x, y, point)
+    best, point = Best(x, y, losses.log_odds), x
+    for point in _climb(s, x, y):
+        best.try_points(s.model, best.rows(), point)
     lost = (best.wrong & (s.logits(point).argmax(1) == y)).double().mean().item()
     return Finding(lost > 0.01, lost, f"{lost:.1%} were broken only on the way")
 
@@ -457,7 +452,8 @@ def distorted_boundary(s: Subject) -> Finding:
 def sat_properties(s: Subject) -> Finding:
     """What SAT-R1, R2 and R3 penalise: logits that disagree, a loss that does not grow."""
     x, y = s.probe
-    at_f = s.logits(s.fgsm(x, y))
+    step = s.fgsm_step(x, y)
+    at_f = s.logits(s.threat.project(x + step, x))
     ifgsm = search(s.model, x, y, s.threat, 10, s.threat.eps / 10, start_radius=0.0).x_adv
     alpha = s.threat.eps / 30
     noisy = s.threat.clip(x + s.threat.steepest_step(torch.randn_like(x), alpha))
@@ -469,7 +465,6 @@ def sat_properties(s: Subject) -> Finding:
     }
     shares = [k / 10 for k in range(11)]
     kept = at_f.argmax(1) == y
-    step = s.threat.steepest_step(s.gradient(x, y).nan_to_num(0.0), s.threat.eps)
     points = [s.loss(s.threat.project(x + share * step, x), y) for share in shares]
     course = [p.mean().item() for p in points]
     low = s.loss(s.threat.project(x + step / 3, x), y)

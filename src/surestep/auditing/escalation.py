@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surestep.attacks.core import forward_logits, misclassified
+from surestep.attacks.core import forked_rng, forward_logits, misclassified
 from surestep.attacks.gradient import pgd
 from surestep.auditing._subject import Subject
 from surestep.evaluation.suite import Attack, Found, pgd_step_size, transfer
@@ -250,7 +250,6 @@ def substitute(
 def substitute_attack(s: Subject, sources: list[nn.Module]) -> Attack:
     """Return the transfer attack from a substitute of the subject, and from given sources."""
     s.tell("training a substitute for the transfer attack")
-    devices = [s.x.device] if s.x.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with forked_rng(s.x.device):
         torch.manual_seed(s.seed)
         return transfer([substitute(s), *sources], s.threat)

@@ -33,6 +33,17 @@ _OPTIONS = (
 )
 
 
+def budget_option(what: str) -> Callable[..., Any]:
+    """Return the option ``--budget``; ``what`` says what it decides."""
+    return click.option(
+        "--budget",
+        type=click.Choice(["quick", "standard", "thorough"]),
+        default="standard",
+        show_default=True,
+        help=f"{what}; standard and thorough end with AutoAttack.",
+    )
+
+
 def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add what names a model, its weights, data and norm."""
     for option in reversed(_OPTIONS):

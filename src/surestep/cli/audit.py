@@ -9,19 +9,13 @@ import click
 
 from surestep.cli._options import check_writable, json_option, write_json
 from surestep.cli._show import audit_tables, provenance
-from surestep.cli._target import POSITIVE, open_target, target_options
+from surestep.cli._target import POSITIVE, budget_option, open_target, target_options
 
 
 @click.command(short_help="Tell real robustness from masked gradients.")
 @target_options
 @click.option("--eps", metavar="NUMBER", help="Radius, 0.3 or 8/255. [default: the run's]")
-@click.option(
-    "--budget",
-    type=click.Choice(["quick", "standard", "thorough"]),
-    default="standard",
-    show_default=True,
-    help="How much is spent; standard and thorough end with AutoAttack.",
-)
+@budget_option("How much is spent")
 @click.option("--n", type=POSITIVE, default=1000, show_default=True, help="Test images.")
 @click.option("--batch-size", type=POSITIVE, default=250, show_default=True, help="Of the attacks.")
 @json_option

@@ -8,7 +8,7 @@ import click
 
 from surestep.cli._options import check_writable, json_option, names, write_json
 from surestep.cli._show import evaluation_table, progress_bar, provenance
-from surestep.cli._target import POSITIVE, open_target, target_options
+from surestep.cli._target import POSITIVE, budget_option, open_target, target_options
 
 
 @click.command(short_help="Measure a model's accuracy clean and under attack.")
@@ -19,13 +19,7 @@ from surestep.cli._target import POSITIVE, open_target, target_options
     help="Radius, 0.3 or 8/255; several give a curve, the "
     "last of them the accuracies. [default: the run's]",
 )
-@click.option(
-    "--budget",
-    type=click.Choice(["quick", "standard", "thorough"]),
-    default="standard",
-    show_default=True,
-    help="Which attacks; standard and thorough end with AutoAttack.",
-)
+@budget_option("Which attacks")
 @click.option(
     "--attacks",
     metavar="A,B,...",

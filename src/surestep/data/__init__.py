@@ -15,7 +15,7 @@ from surestep.data import augment
 from surestep.data._batches import Batches
 from surestep.data._images import Images, as_images
 from surestep.data._splits import check_split
-from surestep.errors import UserError, unknown_name
+from surestep.errors import UserError, look_up
 
 __all__ = ["Batches", "Images", "as_images", "augment", "describe", "load", "names"]
 
@@ -131,9 +131,7 @@ def load(
 
 
 def _source(name: str) -> _Source:
-    if name not in _SOURCES:
-        raise unknown_name("dataset", name, _SOURCES)
-    return _SOURCES[name]
+    return look_up("dataset", name, _SOURCES)
 
 
 def _loader(source: _Source) -> Callable[..., Images]:

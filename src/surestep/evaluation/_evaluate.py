@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from surestep.attacks.core import (
     attacking,
     check_inputs,
+    device_of,
+    forked_rng,
     forward_logits,
     misclassified,
     round_up,
@@ -139,10 +141,10 @@ def evaluate(
         dict(attacks) if isinstance(attacks, Mapping) else suite.parse_all(names, threat, sources)
     )
     radii = [threat.with_eps(e) for e in eps]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     settings = {
         "attacks": list(by_name),
-        "threat": _describe(threat),
+        "threat": threat.to_dict(),
         "batch_size": batch_size,
         "n": n,
         "seed": seed,
@@ -153,11 +155,10 @@ def evaluate(
     start = time.perf_counter()
     adapted = Adapted(model, preprocess)
     judge = _Judge(adapted, threat, by_name, seed, precision, kept)
-    cuda = [device.index or 0] if device.type == "cuda" else []
     try:
-        with attacking(adapted), torch.random.fork_rng(cuda):
+        with attacking(adapted), forked_rng(device):
             torch.manual_seed(seed)
-            batches, total = _batches(data, batch_size, n, device)
+            batches, total = batches_of(data, batch_size, n, device)
             for x, y in batches:
                 judge.batch(x, y)
                 if progress:
@@ -173,7 +174,7 @@ def evaluate(
                 model,
                 data,
                 radius,
-                names if not isinstance(attacks, Mapping) else list(attacks),
+                list(names),
                 batch_size=batch_size,
                 n=n,
                 seed=seed,
@@ -186,11 +187,6 @@ def evaluate(
         for radius in radii
     ]
     return judge.result(time.perf_counter() - start, curve)
-
-
-def _describe(threat: ThreatModel) -> dict[str, Any]:
-    name = type(threat).__name__.lower()
-    return {"norm": name, "eps": threat.eps, "bounds": list(threat.bounds)}
 
 
 def _at(threat: ThreatModel, found: Evaluation) -> dict[str, Any]:
@@ -324,7 +320,7 @@ class _Judge:
             intervals={name: wilson_interval(c, n) for name, c in counts.items()},
             seconds=seconds,
             attack_seconds=self.seconds,
-            threat=_describe(self.threat),
+            threat=self.threat.to_dict(),
             attacks=[
                 {
                     "name": name,
@@ -355,7 +351,7 @@ def _autocast(device: torch.device, dtype: torch.dtype):
     return torch.autocast(device.type, dtype)
 
 
-def _batches(
+def batches_of(
     data: Any, batch_size: int, n: int | None, device: torch.device
 ) -> tuple[Iterator[tuple[Tensor, Tensor]], int]:
     """Return the batches on the device, and the number of images if it is known (else 0)."""

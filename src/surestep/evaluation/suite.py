@@ -13,7 +13,7 @@ from surestep import attacks
 from surestep.attacks import autoattack
 from surestep.attacks.core import attacking, forward_logits, misclassified
 from surestep.attacks.gradient import search
-from surestep.errors import UserError, unknown_name
+from surestep.errors import UserError, look_up
 from surestep.threat import ThreatModel
 
 NAMES = (
@@ -193,6 +193,4 @@ def budget(name: str) -> tuple[str, ...]:
     Raises:
         UserError: there is none of that name.
     """
-    if name not in BUDGETS:
-        raise unknown_name("budget", name, BUDGETS)
-    return BUDGETS[name]
+    return look_up("budget", name, BUDGETS)

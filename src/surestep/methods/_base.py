@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.attacks.core import check_inputs
-from surestep.errors import UserError, unknown_name
+from surestep.errors import UserError, look_up, unknown_name
 from surestep.threat import ThreatModel
 
 Criterion = Callable[..., Tensor]
@@ -208,9 +208,7 @@ def get(slug: str) -> type[Method]:
     Raises:
         UserError: there is no such method; names the nearest.
     """
-    if slug not in METHODS:
-        raise unknown_name("method", slug, METHODS)
-    return METHODS[slug]
+    return look_up("method", slug, METHODS)
 
 
 def names() -> list[str]:
@@ -246,10 +244,7 @@ def preset(slug: str, name: str) -> Preset:
     Raises:
         UserError: the method has no preset of that name.
     """
-    presets = get(slug).presets
-    if name not in presets:
-        raise unknown_name(f"preset of {slug}", name, presets)
-    return presets[name]
+    return look_up(f"preset of {slug}", name, get(slug).presets)
 
 
 def card(slug: str) -> str:

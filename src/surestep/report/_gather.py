@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.attacks import pgd
-from surestep.attacks.core import attacking, check_inputs, forward_logits, input_gradient
+from surestep.attacks.core import (
+    attacking,
+    check_inputs,
+    forked_rng,
+    forward_logits,
+    input_gradient,
+)
 from surestep.attacks.losses import cross_entropy
 from surestep.errors import UserError
 from surestep.evaluation.suite import pgd_step_size
@@ -63,10 +69,9 @@ def gather(
     if points % 2 == 0 or points < 3:
         raise UserError(f"points {points}: give an odd number from 3, so that the image is one")
     device = next((p.device for p in model.parameters()), x.device)
-    cuda = [device.index or 0] if device.type == "cuda" else []
     with (
         attacking(model) as inner,
-        torch.random.fork_rng(cuda),
+        forked_rng(device),
         torch.autocast(device.type, enabled=False),
     ):
         torch.manual_seed(seed)

@@ -562,13 +562,14 @@ class TestSave:
         told: list[str] = []
         written = save(hostile, tmp_path / "out", command="surestep x", tell=told.append)
         names = ["comparison.json", "comparison.csv", "comparison.md", "comparison.tex"]
-        assert [p.name for p in written] == [*names, "report.html"]
+        names += ["report.html", "pareto.png", "pareto.svg"]
+        assert [p.name for p in written] == names
         assert told == []
         found = json.loads(written[0].read_text("utf-8"))
         assert found["command"] == "surestep x"
         assert {"surestep", "torch", "python"} <= found["versions"].keys()
         assert written[1].read_text("utf-8") == hostile.to_csv()
-        page = written[-1].read_text("utf-8")
+        page = (tmp_path / "out" / "report.html").read_text("utf-8")
         assert "pareto" in page
         assert "<script>$" not in page
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import surestep
-from surestep import auditing, evaluation, files, runs
+from surestep import auditing, evaluation, files, report, runs
 from surestep import methods as zoo
 from surestep.config import RunConfig, parse, to_yaml
 from surestep.data import Images
@@ -449,8 +449,7 @@ def save(
     versions: Mapping[str, Any] | None = None,
     tell: Tell = lambda _: None,
 ) -> list[Path]:
-    """Write comparison.json, .csv, .md and .tex, and report.html with the plot of robustness
-    against cost.
+    """Write comparison.json, .csv, .md and .tex, report.html, and its plots as PNG and SVG.
 
     What needs a package that is not installed is left out, and ``tell`` is told.
 
@@ -475,12 +474,13 @@ def save(
         "python": platform.python_version(),
     }
     made = {**comparison.to_dict(), "command": command, "versions": dict(versions)}
+    page = _page(comparison, command, versions)
     texts: list[tuple[str, Callable[[], str]]] = [
         ("comparison.json", lambda: json.dumps(made, indent=2) + "\n"),
         ("comparison.csv", comparison.to_csv),
         ("comparison.md", comparison.to_markdown),
         ("comparison.tex", comparison.to_latex),
-        ("report.html", lambda: _page(comparison, command, versions)),
+        ("report.html", page.to_html),
     ]
     written = []
     for name, make in texts:
@@ -493,11 +493,12 @@ def save(
             continue
         files.write_atomically(folder / name, text)
         written.append(folder / name)
+    if folder / "report.html" in written:
+        written += report.save_plots(page, folder / "plots")
     return written
 
 
-def _page(comparison: Comparison, command: str, versions: Mapping[str, Any]) -> str:
-    from surestep import report
+def _page(comparison: Comparison, command: str, versions: Mapping[str, Any]) -> report.Report:
 
     seeds = {"training": sorted({seed for row in comparison.rows for seed in row.seeds})}
     return report.Report(
@@ -514,7 +515,7 @@ def _page(comparison: Comparison, command: str, versions: Mapping[str, Any]) -> 
             "attacks": ", ".join(comparison.attacks),
             "audit": comparison.audit or "none",
         },
-    ).to_html()
+    )
 
 
 _KEPT = "comparison.json"
@@ -701,17 +702,7 @@ def _row_names(groups: list[list[_Job]]) -> list[str]:
 
 def _epochs(folder: Path) -> int:
     """Return how many epochs a run has ended."""
-    return len(_history(folder))
-
-
-def _history(folder: Path) -> list[dict[str, Any]]:
-    path = RunFolder(folder).metrics
-    try:
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} is damaged ({e}): restore it, or train the run again") from e
+    return len(RunFolder(folder).history())
 
 
 def _finished(folder: Path, config: RunConfig) -> bool:
@@ -720,7 +711,8 @@ def _finished(folder: Path, config: RunConfig) -> bool:
     Of an epoch the rows are written first, then the weights, then the checkpoint; a kill may come
     between.
     """
-    run, history = RunFolder(folder), _history(folder)
+    run = RunFolder(folder)
+    history = run.history()
     if len(history) < config.epochs or not run.weights.is_file():
         return False
     steps = [int(path.stem.removeprefix("step-")) for path in checkpoint.found(run.checkpoints)]
@@ -961,7 +953,7 @@ def _numbers(job: _Job, outcome: Mapping[str, Any]) -> dict[str, float | None]:
         "autoattack": robust.get("autoattack"),
         "worst_case_accuracy": outcome["evaluation"]["worst_case_accuracy"],
         "passes": runs.build_method(job.config).cost(job.config.batch_size).total,
-        "seconds": _history(job.folder)[-1].get("train_seconds"),
+        "seconds": RunFolder(job.folder).history()[-1].get("train_seconds"),
         "peak_memory_mb": outcome["peak_memory_mb"],
     }
 

@@ -229,6 +229,14 @@ def test_an_audit_whose_checks_were_skipped(audit):
 def test_a_history_alone(history):
     page = Page(Report("one", history=history).to_html())
     assert set(page.specs()) == {"training-accuracy", "training-loss"}
+    best = max(row["val_worst_case"] for row in history)
+    assert "not judged" in page.text
+    assert f"On held-out images {100 * best:.1f}% stay right" in page.text
+
+
+def test_a_history_without_validation(history):
+    rows = [{k: v for k, v in row.items() if not k.startswith("val_")} for row in history]
+    assert "not judged" not in Page(Report("one", history=rows).to_html()).text
 
 
 def test_a_comparison_alone(comparison):

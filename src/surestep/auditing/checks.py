@@ -506,7 +506,7 @@ def gap_profile(s: Subject) -> Finding:
     pgd, ten = s.accuracy(f"pgd-{s.budget.steps}"), s.accuracy("pgd-10")
     gaps = {"pgd-10 over pgd": ten - pgd}
     flag = ten - pgd > 0.03
-    if "autoattack" in s.right:
+    if "autoattack" in s.right:  # run on what the others left, so its share includes theirs
         gaps["pgd over autoattack"] = pgd - s.survivors.double().mean().item()
         flag |= gaps["pgd over autoattack"] > 0.08
     said = ", ".join(f"{name} {100 * gap:.1f} points" for name, gap in gaps.items())

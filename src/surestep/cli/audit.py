@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from surestep.cli._options import check_writable, json_option, write_json
+from surestep.cli._report import check_report, of_target, report_options, write_report
 from surestep.cli._show import audit_tables, provenance
 from surestep.cli._target import POSITIVE, budget_option, open_target, target_options
 
@@ -19,7 +20,16 @@ from surestep.cli._target import POSITIVE, budget_option, open_target, target_op
 @click.option("--n", type=POSITIVE, default=1000, show_default=True, help="Test images.")
 @click.option("--batch-size", type=POSITIVE, default=250, show_default=True, help="Of the attacks.")
 @json_option
-def audit(eps: str | None, budget: str, json_file: str | None, seed: int, **values: Any) -> None:
+@report_options
+def audit(
+    eps: str | None,
+    budget: str,
+    json_file: str | None,
+    html: str | None,
+    plots: str | None,
+    seed: int,
+    **values: Any,
+) -> None:
     """Tell whether the robustness of MODEL is real, or its gradients are masked.
 
     MODEL is a run folder, FILE.py:FACTORY, a TorchScript (.pt) or torch.export (.pt2) program,
@@ -27,10 +37,11 @@ def audit(eps: str | None, budget: str, json_file: str | None, seed: int, **valu
 
     \b
     Examples:
-      surestep audit runs/one --budget quick
+      surestep audit runs/one --budget quick --html audit.html
       surestep audit net.py:make --weights w.safetensors --dataset cifar10 --eps 8/255
     """
     check_writable(json_file)
+    check_report(html, plots)
 
     import surestep
     from surestep.auditing import estimate
@@ -51,7 +62,10 @@ def audit(eps: str | None, budget: str, json_file: str | None, seed: int, **valu
     )
     if json_file != "-":
         audit_tables(target.name, found)
-    write_json({**found.to_dict(), "run": target.name, **provenance()}, json_file)
+    told = {**found.to_dict(), "run": target.name, **provenance()}
+    write_json(told, json_file)
+    if html or plots:
+        write_report(html, plots, target.name, audit=told, **of_target(target))
 
 
 def _about(seconds: float) -> str:

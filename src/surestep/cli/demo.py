@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from surestep.cli._options import check_writable, json_option, write_json
-from surestep.cli._show import evaluation_table, progress_bar
+from surestep.cli._report import check_report, of_model, report_options, write_report
+from surestep.cli._show import evaluation_table, progress_bar, provenance
 
 if TYPE_CHECKING:
     from surestep.evaluation import Evaluation
@@ -30,7 +31,16 @@ _METHODS = ("fgsm", "sat-r2")
 @click.option("--out", metavar="DIR", help="Keep both run folders in DIR. [default: keep nothing]")
 @click.option("--overwrite", is_flag=True, help="Replace the run folders in DIR.")
 @json_option
-def demo(seed: int, n: int, out: str | None, overwrite: bool, json_file: str | None) -> None:
+@report_options
+def demo(
+    seed: int,
+    n: int,
+    out: str | None,
+    overwrite: bool,
+    json_file: str | None,
+    html: str | None,
+    plots: str | None,
+) -> None:
     """See FGSM training fail and SAT succeed, on MNIST at eps 0.3.
 
     Trains the same small network twice, at nearly the same cost: with plain FGSM, which ends in
@@ -38,6 +48,7 @@ def demo(seed: int, n: int, out: str | None, overwrite: bool, json_file: str | N
     with surestep, nothing is downloaded.
     """
     check_writable(json_file)
+    check_report(html, plots)
     # The one import that takes a moment; say something first.
     click.echo("surestep demo: LeNet+ on MNIST, l-inf eps 0.3, two training methods", err=True)
 
@@ -48,16 +59,16 @@ def demo(seed: int, n: int, out: str | None, overwrite: bool, json_file: str | N
     for name in _METHODS if out else ():
         RunFolder.plan(f"{out}/{name}", overwrite=overwrite)
     start = time.perf_counter()
-    results, costs, seconds = {}, {}, {}
+    results, costs, seconds, pictures = {}, {}, {}, {}
     for name in _METHODS:
         config = runs.resolve({"method": name, "seed": seed}, "mnist-demo")
         click.echo(f"training with {name}", err=True)
         fitted = runs.train(config, f"{out}/{name}" if out else None, overwrite=overwrite)
-        threat = runs.build_threat(config)
+        images, threat = runs.load_data(config, "test"), runs.build_threat(config)
         with progress_bar(f"attacking {name}") as progress:
             results[name] = surestep.evaluate(
                 fitted.model,
-                runs.load_data(config, "test"),
+                images,
                 threat,
                 ("fgsm", "pgd-100", "pgd-100-margin"),
                 n=n,
@@ -65,6 +76,8 @@ def demo(seed: int, n: int, out: str | None, overwrite: bool, json_file: str | N
             )
         costs[name] = methods.get(name)(threat).cost(config.batch_size).total
         seconds[name] = fitted.train_seconds
+        if html or plots:
+            pictures[name] = of_model(fitted.model, images, threat, name)
     if json_file != "-":
         rows = {
             "passes per image": {k: f"{v:g}" for k, v in costs.items()},
@@ -73,6 +86,11 @@ def demo(seed: int, n: int, out: str | None, overwrite: bool, json_file: str | N
         evaluation_table(results, rows)
         click.echo(_sentence(results["fgsm"], results["sat-r2"]))
         click.echo(f"({time.perf_counter() - start:.0f} s in all)")
+    if html or plots:
+        surfaces = {k: v for one in pictures.values() for k, v in one["surfaces"].items()}
+        parts = {**pictures["sat-r2"], "surfaces": surfaces, "seeds": {"training": seed}}
+        comparison = [_row(name, results[name], costs[name], seconds[name]) for name in _METHODS]
+        write_report(html, plots, "demo", comparison=comparison, **parts, **provenance())
     write_json(
         {
             name: {
@@ -84,6 +102,20 @@ def demo(seed: int, n: int, out: str | None, overwrite: bool, json_file: str | N
         },
         json_file,
     )
+
+
+def _row(name: str, judged: Evaluation, passes: float, seconds: float) -> dict[str, Any]:
+    """Return a row of the report's comparison."""
+    pgd = min(v for k, v in judged.robust_accuracy.items() if k.startswith("pgd"))
+    return {
+        "method": name,
+        "clean_accuracy": judged.clean_accuracy,
+        "fgsm": judged.robust_accuracy["fgsm"],
+        "pgd": pgd,
+        "worst_case_accuracy": judged.worst_case_accuracy,
+        "passes": passes,
+        "seconds": seconds,
+    }
 
 
 def _sentence(fgsm: Evaluation, sat: Evaluation) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from surestep.cli._options import check_writable, json_option, names, write_json
+from surestep.cli._report import check_report, of_target, report_options, write_report
 from surestep.cli._show import evaluation_table, progress_bar, provenance
 from surestep.cli._target import POSITIVE, budget_option, open_target, target_options
 
@@ -37,12 +38,15 @@ from surestep.cli._target import POSITIVE, budget_option, open_target, target_op
 @click.option("--batch-size", type=POSITIVE, default=500, show_default=True, help="Of the attacks.")
 @click.option("--state", metavar="FILE", help="Keep what is done here; given again, go on from it.")
 @json_option
+@report_options
 def evaluate(
     eps: str | None,
     budget: str,
     attacks: str | None,
     sources: tuple[str, ...],
     json_file: str | None,
+    html: str | None,
+    plots: str | None,
     seed: int,
     **values: Any,
 ) -> None:
@@ -59,6 +63,7 @@ def evaluate(
       surestep evaluate net.py:make --weights w.safetensors --dataset cifar10 --eps 8/255
     """
     check_writable(json_file)
+    check_report(html, plots)
 
     import surestep
     from surestep import runs
@@ -86,7 +91,10 @@ def evaluate(
         )
     if json_file != "-":
         evaluation_table({target.name: result})
-    write_json({**result.to_dict(), "run": target.name, **provenance()}, json_file)
+    told = {**result.to_dict(), "run": target.name, **provenance()}
+    write_json(told, json_file)
+    if html or plots:
+        write_report(html, plots, target.name, evaluation=told, **of_target(target))
 
 
 def _ratios(texts: list[Any]) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,8 +16,13 @@ from surestep.cli._options import (
     parse_params,
     write_json,
 )
+from surestep.cli._report import of_model, of_run, write_report
+from surestep.cli._show import provenance
 from surestep.config import RunConfig, parse, read_yaml
 from surestep.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _FIRST = ("method", "dataset", "model", "eps", "epochs", "batch_size", "lr", "seed")
 
@@ -97,6 +102,7 @@ def train(
         config = runs.resolve(settings, preset)
         out = out or _new_folder(config)
     result = runs.train(config, out, resume=resume is not None, overwrite=overwrite, quiet=quiet)
+    _report(config, out, result.model)
     last = next(r for r in result.history if r["epoch"] == result.best_epoch)
     if json_file != "-" and not quiet:
         judged = ""
@@ -115,6 +121,25 @@ def train(
         },
         json_file,
     )
+
+
+def _report(config: RunConfig, out: str, model: nn.Module) -> None:
+    """Write the run's report.html; without the packages for it, say how to get them."""
+    from accelerate import PartialState
+
+    from surestep import report, runs
+    from surestep.training.run_folder import RunFolder
+
+    if not PartialState().is_main_process:
+        return
+    run, threat = RunFolder(Path(out)), runs.build_threat(config)
+    try:
+        report.require()
+        images = runs.load_data(config, "test")
+        parts = {**of_model(model, images, threat, out), **of_run(run), **provenance()}
+        write_report(str(run.report), None, out, **parts)
+    except UserError as e:  # the run itself is done and safe
+        click.echo(f"no report.html: {e}", err=True)
 
 
 def _new_folder(config: RunConfig) -> str:

@@ -20,3 +20,13 @@ def need(name: str) -> Any:
         raise UserError(
             "the report needs altair, vl-convert-python and jinja2: pip install 'surestep[report]'"
         ) from e
+
+
+def require() -> None:
+    """Make sure that reports can be written, before the work they tell about.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    for name in ("altair", "vl_convert", "jinja2"):
+        need(name)

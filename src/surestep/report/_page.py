@@ -116,6 +116,14 @@ def _verdict(report: Report) -> dict[str, str] | None:
             "No audit was run: whether gradients are masked is not known."
         )
         return {"name": "not audited", "kind": "unsure", "sentence": sentence}
+    held_out = [r for r in report.history or () if number(r.get("val_worst_case")) is not None]
+    if held_out:
+        best = max(held_out, key=lambda r: r["val_worst_case"])
+        sentence = (
+            f"On held-out images {percent(best['val_worst_case'])} stay right under the attacks of "
+            f"the validation, at best (epoch {best.get('epoch')}). No test data was looked at yet."
+        )
+        return {"name": "not judged", "kind": "unsure", "sentence": sentence}
     return None
 
 

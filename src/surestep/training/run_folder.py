@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,9 +41,29 @@ class RunFolder:
         return self.folder / "model.safetensors"
 
     @property
+    def report(self) -> Path:
+        """The page that tells about it."""
+        return self.folder / "report.html"
+
+    @property
     def checkpoints(self) -> Path:
         """What a resume starts from."""
         return self.folder / "checkpoints"
+
+    def history(self) -> list[dict[str, Any]]:
+        """Return the rows of ``metrics`` so far.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        try:
+            return [json.loads(line) for line in self.metrics.read_text("utf-8").splitlines()]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError) as e:
+            raise UserError(
+                f"{self.metrics} is damaged ({e}): restore it, or train the run again"
+            ) from e
 
     @classmethod
     def plan(

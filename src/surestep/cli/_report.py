@@ -1,0 +1,91 @@
+"""The report that commands write beside their result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surestep.cli._options import check_writable
+from surestep.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from surestep.data import Images
+    from surestep.targets import Target
+    from surestep.threat import ThreatModel
+    from surestep.training.run_folder import RunFolder
+
+_LOOKED_AT = 200  # images among which a report finds some that are right
+
+
+def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--html`` and ``--plots``."""
+    page = click.option("--html", metavar="FILE", help="Also write a report: one page, offline.")
+    plots = click.option("--plots", metavar="DIR", help="Also write its plots, as PNG and SVG.")
+    return page(plots(command))
+
+
+def check_report(html: str | None, plots: str | None = None) -> None:
+    """Refuse a report that cannot be written before the work rather than after it.
+
+    Raises:
+        UserError: the place cannot be written to, or a package is missing.
+    """
+    if html is None and plots is None:
+        return
+    from surestep import report
+
+    check_writable(html)
+    report.require()
+
+
+def write_report(html: str | None, plots: str | None, title: str, **parts: Any) -> None:
+    """Write the page and the plots, if they are wanted.
+
+    Args:
+        html: file of the page.
+        plots: folder of the pictures.
+        title: of the page.
+        **parts: of ``surestep.report.Report``.
+    """
+    if html is None and plots is None:
+        return
+    from surestep import report
+
+    page = report.Report(title, **parts)
+    if html is not None:
+        report.write_html(page, html)
+    if plots is not None:
+        report.save_plots(page, plots)
+
+
+def of_target(target: Target) -> dict[str, Any]:
+    """Return what a report shows of a judged model, apart from the results."""
+    from surestep.evaluation import Adapted
+    from surestep.training.run_folder import RunFolder
+
+    model = Adapted(target.model, target.preprocess)
+    parts = of_model(model, target.images, target.threat, target.name)
+    return parts | (of_run(RunFolder(target.run)) if target.run is not None else {})
+
+
+def of_model(model: nn.Module, images: Images, threat: ThreatModel, name: str) -> dict[str, Any]:
+    """Return a model's loss surface and adversarial examples; without gradients, neither."""
+    from surestep import report
+
+    known = {"classes": images.classes}
+    try:
+        x, y = images.first(min(_LOOKED_AT, len(images))).tensors()
+        return known | report.gather(model, x, y, threat, name=name)
+    except UserError:  # the result stands without pictures
+        return known
+
+
+def of_run(run: RunFolder) -> dict[str, Any]:
+    """Return a run's settings and its course."""
+    from surestep.config import read_yaml
+
+    return {"history": run.history(), "config": read_yaml(run.config)}

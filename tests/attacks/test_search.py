@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from surestep import L2, Linf, UserError, attacks
-from surestep.attacks import losses
+from surestep.attacks import core, losses
 
 
 class Peak(nn.Module):
@@ -123,3 +123,28 @@ def test_refuses_settings(mlp, digits, threat, name, arguments, words):
     x, y = digits()
     with pytest.raises(UserError, match=rf"\A.*{words}.*\Z"):
         getattr(attacks, name)(mlp, x, y, threat, **arguments)
+
+
+def test_attacks_in_turn_see_only_what_is_left():
+    """Images 0 to 1 in eighths; Peak is misled near 0.57 only, or by NaN."""
+    x, y = torch.arange(4.0).view(4, 1) / 8, torch.zeros(4, dtype=torch.int64)
+    seen = []
+
+    def sends(value, to):
+        def attack(images, labels):
+            seen.append((images * 8).flatten().int().tolist())
+            assert len(labels) == len(images)
+            return torch.where(images * 8 == value, torch.tensor(to), images)
+
+        return attack
+
+    tries = [sends(1, 0.57), sends(2, 0.9), sends(0, 0.57), sends(2, float("nan")), sends(3, 0.57)]
+    x_adv = core.in_turn(Peak(), x, y, [*tries, sends(3, 0.57)])
+    assert seen == [[0, 1, 2, 3], [0, 2, 3], [0, 2, 3], [2, 3], [3]]
+    expected = torch.tensor([[0.57], [0.57], [float("nan")], [0.57]])
+    torch.testing.assert_close(x_adv, expected, equal_nan=True)
+
+
+def test_attacks_in_turn_leave_the_image_where_none_succeeds():
+    x, y = torch.tensor([[0.25]]), torch.zeros(1, dtype=torch.int64)
+    assert core.in_turn(Peak(), x, y, [lambda x, _: x + 0.1]).equal(x)

@@ -103,6 +103,12 @@ def test_the_model_keeps_its_mode(net, images):
     assert Adapted(net.train()).training
 
 
+def test_a_curve_wants_attacks_by_name(net, images):
+    mine = {"mine": Attack(lambda m, x, y: Found(x))}
+    with pytest.raises(UserError, match="attacks by name"):
+        evaluate(net, images, THREAT, mine, eps=[0.1])
+
+
 def test_per_class_and_curve(net, images):
     found = evaluate(net, images, THREAT, ["i-fgsm-5"], eps=[0.0, 0.02, 0.05])
     assert [row["label"] for row in found.per_class] == images[1].unique().tolist()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from surestep.attacks.core import (
     check_inputs,
     forked_rng,
     forward_logits,
+    in_turn,
 )
 from surestep.attacks.gradient import pgd
 from surestep.errors import UserError
@@ -125,17 +127,8 @@ def autoattack(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> T
     Raises:
         UserError: on invalid images or labels, another norm, or pyautoattack not installed.
     """
-    x_adv = x.detach().clone()
-    with attacking(model) as inner, torch.no_grad():
-        left = (forward_logits(inner, x).argmax(1) == y).nonzero().squeeze(1)
-        for part in (apgd_ce, apgd_t, fab_t, square):
-            if not len(left):
-                break
-            found = part(model, x[left], y[left], threat)
-            broken = forward_logits(inner, found).argmax(1) != y[left]
-            x_adv[left[broken]] = found[broken]
-            left = left[~broken]
-    return x_adv
+    parts = (apgd_ce, apgd_t, fab_t, square)
+    return in_turn(model, x, y, [partial(part, model, threat=threat) for part in parts])
 
 
 _SILENT = logging.getLogger("surestep.autoattack")

@@ -6,7 +6,7 @@ found: modes, ``requires_grad`` flags, ``.grad`` and buffers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
@@ -196,6 +196,37 @@ def input_gradient(
 def misclassified(logits: Tensor, y: Tensor) -> Tensor:
     """Return which samples are wrong: another class leads, or a logit is NaN."""
     return (logits.argmax(1) != y) | logits.isnan().any(1)
+
+
+def in_turn(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attacks: Iterable[Callable[[Tensor, Tensor], Tensor]],
+) -> Tensor:
+    """Run attacks one after another, each on the samples that the earlier ones left.
+
+    Args:
+        model: what decides whether a point is misclassified.
+        x: images (N, ...).
+        y: labels (N,).
+        attacks: each maps images and labels to points, on whatever model it likes.
+
+    Returns:
+        x_adv, shaped as x: misclassified where an attack succeeded, else the image itself.
+    """
+    x_adv = x.detach().clone()
+    left = torch.arange(len(x), device=x.device)
+    with attacking(model) as inner:
+        for attack in attacks:
+            if not len(left):
+                break
+            found = attack(x[left], y[left])
+            with torch.no_grad():
+                broken = misclassified(forward_logits(inner, found), y[left])
+            x_adv[left[broken]] = found[broken]
+            left = left[~broken]
+    return x_adv
 
 
 class Best:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from surestep.attacks.core import forward_logits
 from surestep.threat import ThreatModel
 
-INNER, RANDOM, STEPS = 200, 200, 30
+INNER, RANDOM, STEPS = 999, 200, 30
 
 
 def feature_reader(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surestep.attacks.core import forked_rng, forward_logits, misclassified
+from surestep.attacks.core import forked_rng, forward_logits, in_turn
 from surestep.attacks.gradient import pgd
 from surestep.auditing._subject import Subject
 from surestep.evaluation.suite import Attack, Found, pgd_step_size, transfer
@@ -58,16 +59,14 @@ def on_stand_in(stand_in: nn.Module, threat: ThreatModel, steps: int, restarts: 
         restarts: of each loss.
     """
 
+    size = pgd_step_size(threat.eps, steps)
+    tries = [
+        partial(pgd, stand_in, threat=threat, steps=steps, step_size=size, loss=loss)
+        for loss in ("margin", "ce") * restarts
+    ]
+
     def run(model: nn.Module, x: Tensor, y: Tensor) -> Found:
-        x_adv, left = x.clone(), torch.ones(len(x), dtype=torch.bool, device=x.device)
-        size = pgd_step_size(threat.eps, steps)
-        for loss in ("margin", "ce") * restarts:
-            points = pgd(stand_in, x, y, threat, steps, size, 1, loss)
-            with torch.no_grad():
-                broken = left & misclassified(forward_logits(model, points), y)
-            x_adv[broken] = points[broken]
-            left &= ~broken
-        return Found(x_adv)
+        return Found(in_turn(model, x, y, tries))
 
     return Attack(run, 4 * steps * restarts)
 

@@ -136,6 +136,8 @@ def evaluate(
         UserError: unknown attack or budget, no data, a state of another evaluation, or images,
             labels or model that cannot be judged.
     """
+    if isinstance(attacks, Mapping) and eps:
+        raise UserError("eps takes attacks by name: an Attack is made for one radius")
     names = suite.budget(budget) if attacks is None else attacks
     by_name = (
         dict(attacks) if isinstance(attacks, Mapping) else suite.parse_all(names, threat, sources)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from surestep import attacks
 from surestep.attacks import autoattack
-from surestep.attacks.core import attacking, forward_logits, misclassified
+from surestep.attacks.core import in_turn
 from surestep.attacks.gradient import search
 from surestep.errors import UserError, look_up
 from surestep.threat import ThreatModel
@@ -156,20 +156,17 @@ def transfer(sources: Sequence[nn.Module], threat: ThreatModel) -> Attack:
     """
 
     def run(model: nn.Module, x: Tensor, y: Tensor) -> Found:
-        x_adv = x.clone()
-        left = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        for source in sources:
-            for make in (
-                lambda s: attacks.pgd(s, x, y, threat, 50, pgd_step_size(threat.eps, 50)),
-                lambda s: attacks.mi_fgsm(s, x, y, threat, 20, loss="margin"),
-            ):
-                points = make(source)
-                with torch.no_grad(), attacking(model) as inner:
-                    broken = misclassified(forward_logits(inner, points), y) & left
-                x_adv[broken] = points[broken]
-                left &= ~broken
-        return Found(x_adv)
+        return Found(in_turn(model, x, y, makers))
 
+    size = pgd_step_size(threat.eps, 50)
+    makers = [
+        make
+        for s in sources
+        for make in (
+            partial(attacks.pgd, s, threat=threat, steps=50, step_size=size),
+            partial(attacks.mi_fgsm, s, threat=threat, steps=20, loss="margin"),
+        )
+    ]
     return Attack(run, 140 * len(sources))
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import surestep
-from surestep.auditing import CHECKS, audit
+from surestep.auditing import CHECKS, _subject, audit
 from surestep.auditing._audit import judge
 from surestep.errors import UserError
 from surestep.evaluation.suite import Attack, Found
@@ -200,3 +202,12 @@ def test_the_rule(fgsm, pgd, found, verdict):
 
 def test_checks_are_numbered():
     assert len(CHECKS) == 20
+
+
+def test_the_documents_table_of_budgets():
+    text = (Path(__file__).parents[2] / "docs" / "audit.md").read_text("utf-8")
+    for name, budget in _subject.BUDGETS.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
+        numbers = [int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\d|\d", row)]
+        assert numbers == [budget.steps, budget.queries, budget.late_queries, budget.probe]
+        assert ("AutoAttack" in row) is budget.autoattack

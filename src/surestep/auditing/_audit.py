@@ -365,5 +365,5 @@ def estimate(
     forwards = 3 * (2 * spend.steps + 12 + 70) + spend.noise + spend.queries
     forwards += 3 * 4 * spend.steps * spend.restarts + spend.late_queries
     forwards += 12_000 if spend.autoattack else 0
-    close = 3 * 900 * spend.probe
-    return image * (forwards * n + close + 40 * 250)
+    close = (3 * 900 + 250) * spend.probe  # of it, a fifth reads 1,250 features each
+    return image * (forwards * n + close + 20_000)  # and the substitute's questions

@@ -310,9 +310,7 @@ def convergence(s: Subject) -> Finding:
     left, by_restart = best.wrong.logical_not(), [by_step[-1]]
     for _ in range(2):
         if left.any():
-            again = search(
-                s.model, x[left], y[left], s.threat, 50, 2 * size, stop_when_wrong=True
-            )
+            again = search(s.model, x[left], y[left], s.threat, 50, 2 * size, stop_when_wrong=True)
             left[left.clone()] = ~again.wrong
         by_restart.append(left.double().mean().item())
     moving = _late_movement(s, x, y)
@@ -488,7 +486,7 @@ def sat_properties(s: Subject) -> Finding:
 def binarization(s: Subject) -> Finding:
     """A readout with a planted adversarial point: an attack that works must find one."""
     x, _ = s.probe
-    rates = binarization_rates(s.model, x[: s.budget.probe // 5], s.threat)
+    rates = binarization_rates(s.model, x[: max(20, s.budget.probe // 5)], s.threat)
     if rates is None:
         return Finding(None, None, "no linear layer to read features from, or no problem was posed")
     pgd, noise, posed = rates

@@ -26,7 +26,8 @@ class Budget:
         steps: of PGD.
         noise: random points per image.
         queries: of Square on every image that is right clean.
-        probe: images for the checks that look closely; a fifth of them for binarization (at least 20).
+        probe: images for the checks that look closely; for binarization a fifth of them, but
+            at least 20.
         restarts: of PGD when a check flags.
         late_queries: of Square, on what is left, when a check flags.
         autoattack: run AutoAttack's standard version on what is left.

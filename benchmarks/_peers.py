@@ -1,0 +1,196 @@
+"""SAT, FGSM and PGD steps written the way the field's public training scripts write them.
+
+The mathematics is that of surestep's methods. What differs, all of it habit: the attack calls a
+full ``backward()``, which also computes weight gradients, and clears them; float32; images and
+weights in the default memory format; an optimizer that is not fused; ``.item()`` on the loss and
+the accuracy at each step. (The allocator's settings cannot differ within one process, so the peer
+steps have surestep's.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Step = Callable[[Tensor, Tensor], float]
+
+
+def _sign(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    x = x.detach().clone().requires_grad_()
+    loss = F.cross_entropy(model(x), y)
+    model.zero_grad()
+    loss.backward()
+    assert x.grad is not None
+    return x.grad.sign()
+
+
+def _update(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, logits: Tensor, y: Tensor
+) -> float:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    hits = (logits[: len(y)].argmax(1) == y).sum().item()
+    return loss.item() + 0 * hits
+
+
+def fgsm(model: nn.Module, optimizer: torch.optim.Optimizer, eps: float) -> Step:
+    def step(x: Tensor, y: Tensor) -> float:
+        model.eval()
+        x_adv = torch.clamp(x + eps * _sign(model, x, y), 0, 1)
+        model.train()
+        logits = model(x_adv)
+        return _update(model, optimizer, F.cross_entropy(logits, y), logits, y)
+
+    return step
+
+
+def pgd(
+    model: nn.Module, optimizer: torch.optim.Optimizer, eps: float, steps: int, size: float
+) -> Step:
+    def step(x: Tensor, y: Tensor) -> float:
+        model.eval()
+        x_adv = torch.clamp(x + torch.empty_like(x).uniform_(-eps, eps), 0, 1)
+        for _ in range(steps):
+            x_adv = x_adv + size * _sign(model, x_adv, y)
+            x_adv = torch.clamp(torch.min(torch.max(x_adv, x - eps), x + eps), 0, 1)
+        model.train()
+        logits = model(x_adv)
+        return _update(model, optimizer, F.cross_entropy(logits, y), logits, y)
+
+    return step
+
+
+def sat_r1(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    eps: float,
+    images: int,
+    steps: int = 10,
+    lam: float = 0.2,
+) -> Step:
+    def step(x: Tensor, y: Tensor) -> float:
+        model.eval()
+        x_fgsm = torch.clamp(x + eps * _sign(model, x, y), 0, 1)
+        x_n, y_n = x[-images:], y[-images:]
+        x_adv = x_n.clone()
+        for _ in range(steps):
+            x_adv = torch.clamp(x_adv + eps / steps * _sign(model, x_adv, y_n), 0, 1)
+        model.train()
+        logits = model(torch.cat([x_fgsm, x_adv]))
+        distance = (logits[len(x) - images : len(x)] - logits[len(x) :]).pow(2).sum(1).mean()
+        loss = F.cross_entropy(logits[: len(x)], y) + lam * distance
+        return _update(model, optimizer, loss, logits, y)
+
+    return step
+
+
+def sat_r2(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    eps: float,
+    lam: float = 5.0,
+    alpha: float = 0.01,
+) -> Step:
+    def step(x: Tensor, y: Tensor) -> float:
+        model.eval()
+        both = torch.cat([x, x + alpha * torch.randn_like(x).sign()])
+        x_adv = torch.clamp(both + eps * _sign(model, both, torch.cat([y, y])), 0, 1)
+        model.train()
+        logits = model(x_adv)
+        at_fgsm, at_rfgsm = logits[: len(x)], logits[len(x) :]
+        loss = F.cross_entropy(at_fgsm, y) + lam * (at_fgsm - at_rfgsm).pow(2).sum(1).mean()
+        return _update(model, optimizer, loss, logits, y)
+
+    return step
+
+
+def sat_r3(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    eps: float,
+    lam: float = 1.0,
+    tau: float = 0.4,
+    alpha: float = 0.01,
+    eps_low: float = 0.1,
+) -> Step:
+    def step(x: Tensor, y: Tensor) -> float:
+        model.eval()
+        start = torch.clamp(x + alpha * torch.randn_like(x).sign(), 0, 1)
+        sign = _sign(model, start, y)
+        low, high = start + eps_low * sign, start + eps * sign
+        model.train()
+        logits = model(torch.clamp(torch.cat([high, low]), 0, 1))
+        at_high = F.cross_entropy(logits[: len(x)], y)
+        at_low = F.cross_entropy(logits[len(x) :], y)
+        loss = at_high + lam * F.relu(at_low - tau * at_high)
+        return _update(model, optimizer, loss, logits, y)
+
+    return step
+
+
+def torchattacks_fgsm(model: nn.Module, optimizer: torch.optim.Optimizer, eps: float) -> Step:
+    """Build FGSM training with torchattacks' own class."""
+    from torchattacks import FGSM
+
+    attack = FGSM(model, eps=eps)
+
+    def step(x: Tensor, y: Tensor) -> float:
+        x_adv = attack(x, y)
+        model.train()
+        logits = model(x_adv)
+        return _update(model, optimizer, F.cross_entropy(logits, y), logits, y)
+
+    return step
+
+
+def torchattacks_pgd(
+    model: nn.Module, optimizer: torch.optim.Optimizer, eps: float, steps: int, size: float
+) -> Step:
+    """Build PGD training with torchattacks' own class."""
+    from torchattacks import PGD
+
+    attack = PGD(model, eps=eps, alpha=size, steps=steps)
+
+    def step(x: Tensor, y: Tensor) -> float:
+        x_adv = attack(x, y)
+        model.train()
+        logits = model(x_adv)
+        return _update(model, optimizer, F.cross_entropy(logits, y), logits, y)
+
+    return step
+
+
+def art_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    eps: float,
+    shape: tuple[int, ...],
+    steps: int = 0,
+    size: float = 0.0,
+) -> Step:
+    """Build FGSM training (PGD with ``steps``) with ART's classes, as its trainers loop."""
+    from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescentPyTorch
+    from art.estimators.classification import PyTorchClassifier
+
+    classifier = PyTorchClassifier(
+        model, nn.CrossEntropyLoss(), shape, 10, optimizer=optimizer, clip_values=(0.0, 1.0)
+    )
+    attack = (
+        ProjectedGradientDescentPyTorch(
+            classifier, eps=eps, eps_step=size, max_iter=steps, num_random_init=1, verbose=False
+        )
+        if steps
+        else FastGradientMethod(classifier, eps=eps, batch_size=4096)
+    )
+
+    def step(x: Tensor, y: Tensor) -> float:
+        labels = F.one_hot(y, 10).numpy()
+        x_adv = attack.generate(x.numpy(), labels)
+        classifier.fit(x_adv, labels, batch_size=len(x), nb_epochs=1)
+        return 0.0
+
+    return step

@@ -1,0 +1,250 @@
+"""What a training step costs, against what its mathematics costs and against peers' steps.
+
+    python benchmarks/step_cost.py                    # LeNet+, batch 32 and 128
+    python benchmarks/step_cost.py --model preactresnet18 --batch-size 64 --methods fgsm sat-r2
+    python benchmarks/step_cost.py --peers --out benchmarks/results/step_cost.csv
+    OMP_NUM_THREADS=1 python benchmarks/step_cost.py --methods sat-r2 pgd-40   # one core
+
+All steps run in one process, warm, in turn, round after round; the median over rounds counts, so
+that whatever else the machine does falls on all of them alike. Columns:
+
+- ms/step, with the quartiles, and microseconds per image
+- / standard: the ratio to a step of standard training, same engine
+- over passes: that ratio over the one that the declared passes predict; 1 is the limit
+- share of peak: FLOP/s of those passes against a matrix product's, measured here in this precision
+- peer / ours (--peers): the same mathematics as public training scripts write it, see _peers.py
+
+Run it on an idle machine. Peak memory: --memory, a process for each method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import importlib.util
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import _peers
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from surestep import Linf, data, methods, models
+from surestep.training import Engine, make_optimizer, make_step
+from surestep.training.engine import TrainStep
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "standard": ("standard", {}),
+    "fgsm": ("fgsm", {}),
+    "sat-r1": ("sat-r1", {"fraction": 1 / 32}),
+    "sat-r2": ("sat-r2", {}),
+    "sat-r3": ("sat-r3", {}),
+    "pgd-7": ("pgd", {"steps": 7, "alpha": 0.06}),
+    "pgd-40": ("pgd", {"steps": 40, "alpha": 0.01}),
+}
+EPS = 0.3
+
+
+def build_model(name: str) -> tuple[nn.Module, int, int]:
+    """Return a network with random weights, and the channels and size of its images."""
+    channels, size = (1, 28) if name == "lenet+" else (3, 32)
+    torch.manual_seed(0)
+    return models.create(name, in_channels=channels, image_size=size).train(), channels, size
+
+
+def our_step(model_name: str, name: str, engine: str) -> tuple[TrainStep, methods.Method]:
+    model, _, _ = build_model(model_name)
+    slug, params = METHODS[name]
+    method = methods.build(slug, Linf(EPS), params)
+    optimizer = make_optimizer("sgd", model.parameters(), lr=0.01)
+    return make_step(model, method, optimizer, engine), method
+
+
+def peer_steps(model_name: str, name: str, batch: int) -> dict[str, _peers.Step]:
+    """Return the peers' ways of one method's step, by peer."""
+
+    def made() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model, _, _ = build_model(model_name)
+        return model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+
+    makers: dict[str, Callable[..., _peers.Step]] = {
+        "fgsm": _peers.fgsm,
+        "sat-r1": lambda m, o, e: _peers.sat_r1(m, o, e, max(1, round(batch / 32))),
+        "sat-r2": _peers.sat_r2,
+        "sat-r3": _peers.sat_r3,
+        "pgd-7": lambda m, o, e: _peers.pgd(m, o, e, 7, 0.06),
+    }
+    steps = {}
+    if name in makers:
+        steps["scripts"] = makers[name](*made(), EPS)
+    if importlib.util.find_spec("torchattacks") and name in ("fgsm", "pgd-7"):
+        make = _peers.torchattacks_fgsm if name == "fgsm" else _peers.torchattacks_pgd
+        more: tuple[Any, ...] = () if name == "fgsm" else (7, 0.06)
+        steps["torchattacks"] = make(*made(), EPS, *more)
+    if importlib.util.find_spec("art") and name in ("fgsm", "pgd-7"):
+        _, channels, size = build_model(model_name)
+        more = () if name == "fgsm" else (7, 0.06)
+        steps["art"] = _peers.art_step(*made(), EPS, (channels, size, size), *more)
+    return steps
+
+
+def images(model_name: str, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a batch: MNIST for LeNet+, random pixels (the cost is the same) for the others."""
+    if model_name == "lenet+":
+        x, y, _ = next(iter(data.Batches(data.load("mnist"), batch).epoch(0)))
+        return x, y
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(10, (batch,), generator=generator)
+    return torch.rand(batch, 3, 32, 32, generator=generator), y
+
+
+def peak_rate(precision: torch.dtype) -> float:
+    """Return the FLOP/s of large matrix products in a precision, the best of many."""
+    a = torch.randn(2048, 2048).to(precision)
+    best = 0.0
+    for _ in range(20):
+        start = time.perf_counter()
+        a @ a
+        best = max(best, 2 * 2048**3 / (time.perf_counter() - start))
+    return best
+
+
+def flops(model_name: str, x: torch.Tensor) -> float:
+    """Return the FLOPs of one image's forward pass."""
+    model, _, _ = build_model(model_name)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(x[:2])
+    return counter.get_total_flops() / 2
+
+
+def measure(args: argparse.Namespace, batch: int) -> list[dict[str, Any]]:
+    x, y = images(args.model, batch)
+    steps: dict[tuple[str, str], Callable[..., Any]] = {}
+    costs: dict[str, float] = {}
+    names = ["standard", *(m for m in args.methods if m != "standard")]
+    for name in names:
+        step, method = our_step(args.model, name, args.engine)
+        steps[name, "surestep"] = step
+        costs[name] = method.cost(batch).total
+        if args.peers:
+            steps |= {(name, k): v for k, v in peer_steps(args.model, name, batch).items()}
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
+    for round_number in range(args.rounds + 3):
+        for key, take in steps.items():
+            start = time.perf_counter()
+            take(x, y)
+            if round_number >= 3:  # the first ones warm up
+                seconds[key].append(time.perf_counter() - start)
+    precision = Engine.choose(args.engine).precision
+    image_flops, peak = flops(args.model, x), peak_rate(precision)
+    median = {key: statistics.median(values) for key, values in seconds.items()}
+    rows = []
+    for (name, who), values in seconds.items():
+        ours, standard = median[name, "surestep"], median["standard", "surestep"]
+        low, _, high = statistics.quantiles(values, n=4)
+        ratio = ours / standard
+        row: dict[str, Any] = {"model": args.model, "batch": batch, "method": name, "by": who}
+        row |= {"ms": 1e3 * median[name, who], "ms_low": 1e3 * low, "ms_high": 1e3 * high}
+        row["us_per_image"] = 1e6 * median[name, who] / batch
+        if who == "surestep":
+            predicted = costs[name] / costs["standard"]
+            rate = costs[name] * image_flops * batch / ours
+            row |= {"over_standard": ratio, "passes": costs[name], "predicted": predicted}
+            row |= {"over_passes": ratio / predicted, "share_of_peak": rate / peak}
+        else:
+            row["peer_over_ours"] = median[name, who] / ours
+        rows.append(row)
+    return rows
+
+
+FIELDS = [
+    *("model", "batch", "method", "by", "ms", "ms_low", "ms_high", "us_per_image"),
+    *("over_standard", "passes", "predicted", "over_passes", "share_of_peak", "peer_over_ours"),
+    *("peak_mb", "engine", "threads", "rounds", "torch", "machine", "commit", "date"),
+]
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    head = f"{'method':9} {'by':12} {'ms/step':>9} {'quartiles':>15} {'us/image':>9}"
+    print(f"{head} {'/standard':>10} {'over passes':>12} {'of peak':>8} {'peer/ours':>10}")
+    for r in rows:
+        between = f"{r['ms_low']:.2f}-{r['ms_high']:.2f}"
+        line = f"{r['method']:9} {r['by']:12} {r['ms']:9.2f} {between:>15} {r['us_per_image']:9.1f}"
+        if r["by"] == "surestep":
+            line += (
+                f" {r['over_standard']:10.2f} {r['over_passes']:12.2f} {r['share_of_peak']:8.1%}"
+            )
+        else:
+            line += f" {'':10} {'':12} {'':8} {r['peer_over_ours']:10.2f}"
+        print(line)
+
+
+def peak_memory(args: argparse.Namespace) -> None:
+    """Print the resident memory of a process that takes five steps of each method."""
+    for batch in args.batch_size:
+        for name in args.methods:
+            options = ["--model", args.model, "--engine", args.engine, "--batch-size", str(batch)]
+            command = [sys.executable, __file__, *options, "--one", name]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            print(f"batch {batch:4} {name:9} peak {done.stdout.strip()} MB", flush=True)
+
+
+def one(args: argparse.Namespace) -> None:
+    x, y = images(args.model, args.batch_size[0])
+    step, _ = our_step(args.model, args.one, args.engine)
+    for _ in range(5):
+        step(x, y)
+    print(round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="lenet+")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[32, 128])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS)[:-1], choices=list(METHODS))
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--engine", default="auto", choices=("auto", "fast", "reference"))
+    parser.add_argument("--peers", action="store_true", help="also the peers' ways")
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of seconds")
+    parser.add_argument("--out", type=Path, help="CSV to add the rows to")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        return one(args)
+    if args.memory:
+        return peak_memory(args)
+    for batch in args.batch_size:
+        rows = measure(args, batch)
+        threads = torch.get_num_threads()
+        print(f"\n{args.model}, batch {batch}, engine {args.engine}, {threads} threads")
+        show(rows)
+        if args.out:
+            commit = subprocess.run(
+                ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+            )
+            made = {"engine": args.engine, "threads": threads, "rounds": args.rounds}
+            made |= {"torch": torch.__version__, "commit": commit.stdout.strip()}
+            made |= {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+            made["date"] = datetime.date.today().isoformat()
+            new = not args.out.exists()
+            with args.out.open("a", newline="") as f:
+                writer = csv.DictWriter(f, FIELDS)
+                if new:
+                    writer.writeheader()
+                writer.writerows({**row, **made} for row in rows)
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
     python benchmarks/audit_zoo.py                      # every model, seed 0
     python benchmarks/audit_zoo.py --seeds 0 1 2 --n 200
     python benchmarks/audit_zoo.py --only jpeg kwta --autoattack
+    python benchmarks/audit_zoo.py --table              # the rows so far, as Markdown
 
 Bases are trained here in minutes (LeNet+ on MNIST, eps 0.3) and kept in --cache. A masked model
 must come out "pseudo-robust", or "not robust" where its true accuracy is near zero and the audit's
@@ -210,6 +211,9 @@ class Bases:
             params=params,
         )
 
+    def n_fgsm(self) -> nn.Module:
+        return self.run("n-fgsm", "n-fgsm", "mnist", epochs=3)
+
     def sparse(self) -> nn.Module:
         """Give each ReLU of the plain model a dead zone of 1.5 deviations of its channel."""
         model = self.plain()
@@ -276,6 +280,7 @@ ZOO: Zoo = {
     ),
     "sat-r2 dropout": (HONEST, lambda b: nn.Sequential(nn.Dropout(0.5), b.sat(2), nn.Dropout(0.5))),
     "sat-r3": (HONEST, lambda b: b.sat(3)),
+    "n-fgsm": (HONEST, Bases.n_fgsm),
     "pgd": (HONEST, Bases.pgd),
     "trades": (HONEST, Bases.trades),
 }
@@ -327,6 +332,26 @@ def _autoattack() -> Any:
     return Attack(lambda m, x, y: Found(autoattack(m, x, y, THREAT)))
 
 
+def table(rows: list[dict[str, str]]) -> None:
+    """Print a line a model: the verdict it must get, those it got, means over the seeds."""
+    print("| model | must be | verdicts | clean | FGSM | PGD-10 | found | AutoAttack | flags |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == name]
+        verdicts = [row["verdict"] for row in mine]
+        got = ", ".join(f"{v} x{verdicts.count(v)}" for v in dict.fromkeys(verdicts))
+        flags = sorted({int(f) for row in mine for f in row["flags"].split()})
+        cells = []
+        for key in ("clean", "fgsm", "pgd_10", "found", "autoattack"):
+            values = [float(row[key]) for row in mine if row[key]]
+            cells.append(f"{100 * sum(values) / len(values):.1f}" if values else "")
+        line = [name, mine[0]["expected"], got, *cells, " ".join(map(str, flags))]
+        print(f"| {' | '.join(line)} |")
+    wrong = [row for row in rows if row["ok"] != "True"]
+    n = ", ".join(sorted({row["n"] for row in rows}))
+    print(f"\n{len(rows) - len(wrong)} of {len(rows)} verdicts as they must be (n {n})")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -336,12 +361,16 @@ def main() -> None:
     parser.add_argument("--autoattack", action="store_true", help="compare with AutoAttack")
     parser.add_argument("--cache", type=Path, default=Path(".cache/zoo"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/audit_zoo.csv"))
+    parser.add_argument("--table", action="store_true", help="print what --out holds")
     args = parser.parse_args()
-    images = load("mnist", "test")
-    done = set()
+    rows: list[dict[str, str]] = []
     if args.out.exists():
         with args.out.open() as f:
-            done = {(r["model"], int(r["seed"])) for r in csv.DictReader(f)}
+            rows = list(csv.DictReader(f))
+    if args.table:
+        return table(rows)
+    images = load("mnist", "test")
+    done = {(row["model"], int(row["seed"])) for row in rows}
     for seed in args.seeds:
         bases = Bases(args.cache, seed)
         for name in args.only or ZOO:
@@ -363,6 +392,7 @@ def main() -> None:
                 f"{row['seconds']} s",
                 flush=True,
             )
+    return None
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ BY_HAND = [
     ("fgsm", {}, 2, 2, 1),
     ("r-fgsm", {}, 2, 2, 1),
     ("rs-fgsm", {}, 2, 2, 1),
+    ("n-fgsm", {}, 2, 2, 1),
     ("pgd", {"steps": 7}, 8, 8, 1),
     ("trades", {"steps": 10}, 13, 12, 2),
     ("trades", {"steps": 1}, 4, 3, 2),
@@ -91,7 +92,7 @@ def test_declared_cost_at_other_batch_sizes(slug, n):
 
 def test_the_update_is_one_forward_pass(slug):
     _, net = counted(slug, {}, 4)
-    assert net.calls["train"] == (2 if slug == "rs-fgsm" else 1)
+    assert net.calls["train"] == (2 if slug in ("rs-fgsm", "n-fgsm") else 1)
 
 
 def test_trades_computes_its_clean_output_once():

@@ -82,6 +82,11 @@ def rs_fgsm(net, x, y, smoothing, alpha=1.25 * EPS):
     return ce_at(box(x + delta.clamp(-EPS, EPS)), y, smoothing)
 
 
+def n_fgsm(net, x, y, smoothing, noise=2.0, alpha=EPS):
+    start = x + torch.empty_like(x).uniform_(-noise * EPS, noise * EPS)
+    return ce_at(box(start + alpha * train_signs(net, start, y)), y, smoothing)
+
+
 def pgd(net, x, y, smoothing, steps, alpha=EPS / 4):
     p = ball(x + torch.empty_like(x).uniform_(-EPS, EPS), x)
     for _ in range(steps):
@@ -169,6 +174,8 @@ CASES = {
     "r-fgsm alpha": (r_fgsm, {"alpha": 0.02}, {}),
     "rs-fgsm": (rs_fgsm, {}, {}),
     "rs-fgsm alpha": (rs_fgsm, {"alpha": 0.06}, {}),
+    "n-fgsm": (n_fgsm, {}, {}),
+    "n-fgsm noise alpha": (n_fgsm, {"noise": 0.5, "alpha": 0.07}, {}),
     "pgd": (pgd, {"steps": 4}, {}),
     "pgd alpha": (pgd, {"steps": 2, "alpha": 0.07}, {}),
     "trades": (trades, {"beta": 6.0, "steps": 3, "alpha": 0.03, "sigma": 0.001}, {}),

@@ -5,7 +5,10 @@ import pytest
 from surestep import L2, Linf, UserError, methods
 from surestep.config import FitSettings
 
-SLUGS = ["fgsm", "pgd", "r-fgsm", "rs-fgsm", "sat-r1", "sat-r2", "sat-r3", "standard", "trades"]
+SLUGS = [
+    *("fgsm", "n-fgsm", "pgd", "r-fgsm", "rs-fgsm"),
+    *("sat-r1", "sat-r2", "sat-r3", "standard", "trades"),
+]
 E8, STEP2 = 8 / 255, 2 / 255
 MNIST_SAT = {"epochs": 20, "batch_size": 32, "lr": 0.01, "schedule": "step"}
 CIFAR_SAT = {"epochs": 100, "batch_size": 64, "lr": 0.1, "schedule": "step"}
@@ -27,6 +30,8 @@ PUBLISHED = [
     ("rs-fgsm", "mnist", 0.3, "cnn-small", {"alpha": 0.375}, FAST),
     ("rs-fgsm", "cifar10", E8, None, {"alpha": 10 / 255},
      {"epochs": 15, "lr": 0.2, "schedule": "triangular", "batch_size": 128}),
+    ("n-fgsm", "cifar10", E8, None, {"noise": 2.0},
+     {"epochs": 30, "lr": 0.2, "schedule": "triangular", "batch_size": 128}),
     ("pgd", "mnist", 0.3, "lenet+", {"steps": 40, "alpha": 0.01}, {}),
     ("pgd", "cifar10", E8, None, {"steps": 10, "alpha": STEP2}, {"batch_size": 128}),
     ("trades", "mnist", 0.3, "lenet+", {"beta": 1.0, "steps": 40, "alpha": 0.01}, {}),
@@ -120,6 +125,7 @@ def test_defaults_that_follow_eps():
         ("r-fgsm", {"alpha": 0.2}, ("r-fgsm", "alpha", "0.2", "0.1")),
         ("r-fgsm", {"alpha": -0.2}, ("r-fgsm", "alpha", "-0.2")),
         ("rs-fgsm", {"alpha": -0.2}, ("rs-fgsm", "alpha", "-0.2")),
+        ("n-fgsm", {"noise": -1.0}, ("n-fgsm", "noise", "-1.0")),
         ("pgd", {"steps": 0}, ("pgd", "steps", "0")),
         ("pgd", {"alpha": -0.1}, ("pgd", "alpha", "-0.1")),
         ("trades", {"beta": -1}, ("trades", "beta", "-1")),

@@ -12,7 +12,7 @@ from surestep.methods._base import (
     preset,
     register,
 )
-from surestep.methods.fgsm import FGSM, RFGSM, RSFGSM
+from surestep.methods.fgsm import FGSM, NFGSM, RFGSM, RSFGSM
 from surestep.methods.pgd import PGD
 from surestep.methods.sat import SATR1, SATR2, SATR3, sat_r1_loss, sat_r2_loss, sat_r3_loss
 from surestep.methods.standard import Standard
@@ -20,6 +20,7 @@ from surestep.methods.trades import TRADES, trades_loss
 
 __all__ = [
     "FGSM",
+    "NFGSM",
     "PGD",
     "RFGSM",
     "RSFGSM",

@@ -1,4 +1,4 @@
-"""Adversarial training with one gradient step: FGSM, R-FGSM and RS-FGSM.
+"""Adversarial training with one gradient step: FGSM, R-FGSM, RS-FGSM and N-FGSM.
 
 They share one form: a random start, one gradient there, one step, a clip. They differ in the
 start, in the step's length, and in whether the result returns to the eps ball.
@@ -141,3 +141,43 @@ class RSFGSM(SingleStep):
         assert self.alpha is not None
         start = x + self.threat.random_delta(x)
         return self.threat.project(self.ascend(model, start, y, self.alpha), x)
+
+
+@register("n-fgsm")
+@dataclass
+class NFGSM(SingleStep):
+    """N-FGSM: uniform noise of up to ``noise`` times eps, then a step of ``alpha``; no ball.
+
+    The noise is not taken back: the point may lie ``noise * eps + alpha`` from the image. Attack
+    in train mode, as RS-FGSM; ``alpha`` is eps by default.
+    """
+
+    summary = "strong uniform noise, a full step from there, not projected to the ball"
+    paper = "de Jorge et al. 2022, arXiv 2202.01181"
+    presets = {
+        # The paper has no MNIST; with its noise of 2 eps = 0.6 little is left of a digit.
+        "mnist": recipe(MNIST_FAST, noise=1.0, source="ours: as mnist-fast of the others"),
+        "cifar10": recipe(
+            CIFAR_RESNET,
+            noise=2.0,
+            settings={"epochs": 30, "lr": 0.2, "schedule": "triangular"},
+            source="de Jorge et al. 2022 (they use PreActResNet-18)",
+        ),
+    }
+    train_mode = True
+    objective = staticmethod(cross_entropy)
+
+    noise: float = 2.0
+    alpha: float | None = None
+
+    def validate(self) -> None:
+        """Check the noise and alpha, or take its default."""
+        self.alpha = self.threat.eps if self.alpha is None else self.alpha
+        self.require(self.noise >= 0, "noise", ">= 0")
+        self.require(self.alpha >= 0, "alpha", ">= 0")
+
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Start in the noise, step, clip to the data range only."""
+        assert self.alpha is not None
+        start = x + self.threat.random_delta(x, self.noise * self.threat.eps)
+        return self.threat.clip(self.ascend(model, start, y, self.alpha))

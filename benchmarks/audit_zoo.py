@@ -116,10 +116,10 @@ class DeadZone(nn.Module):
     def __init__(self, mean: Tensor, half: Tensor) -> None:
         super().__init__()
         self.register_buffer("mean", mean)
-        self.register_buffer("half", half)
+        self.register_buffer("reach", half)
 
     def forward(self, x: Tensor) -> Tensor:
-        mean, half = self.get_buffer("mean"), self.get_buffer("half")
+        mean, half = self.get_buffer("mean"), self.get_buffer("reach")
         return torch.where((x - mean).abs() <= half, mean, x)
 
 

@@ -260,9 +260,16 @@ class SATR3(Method):
         "mnist": recipe(
             MNIST_SAT, lam=1.0, tau=0.4, alpha=0.01, eps_low=0.1, settings={"lr": 0.05}
         ),
-        # With the published tau and hinge, masking creeps back in this schedule.
+        # At OneCycle's learning rates masking creeps in; the published schedule, with a random
+        # step ten times as long, keeps it out (benchmarks/results/mnist_search.csv).
         "mnist-fast": recipe(
-            MNIST_FAST, lam=1.0, tau=0.2, alpha=0.01, eps_low=0.1, per_sample=True
+            MNIST_SAT,
+            lam=1.0,
+            tau=0.4,
+            alpha=0.1,
+            eps_low=0.1,
+            settings={"lr": 0.05, "epochs": 6},
+            source="ours: benchmarks/mnist_table.py",
         ),
         "cifar10": recipe(CIFAR_SAT, lam=1.0, tau=0.6, alpha=2 / 255, eps_low=2 / 255),
     }

@@ -124,9 +124,9 @@ class DeadZone(nn.Module):
 
 
 class Purify(nn.Module):
-    """Move the image towards what the net is surest of, by gradient steps inside forward."""
+    """Move the image towards what the net is surest of, by a gradient step inside forward."""
 
-    def __init__(self, net: nn.Module, steps: int = 3) -> None:
+    def __init__(self, net: nn.Module, steps: int = 1) -> None:
         super().__init__()
         self.inner = [net]  # not a submodule: its parameters are the classifier's
         self.steps = steps

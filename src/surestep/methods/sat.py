@@ -268,7 +268,7 @@ class SATR3(Method):
             tau=0.4,
             alpha=0.1,
             eps_low=0.1,
-            settings={"lr": 0.05, "epochs": 6},
+            settings={"lr": 0.05, "epochs": 8},
             source="ours: benchmarks/mnist_table.py",
         ),
         "cifar10": recipe(CIFAR_SAT, lam=1.0, tau=0.6, alpha=2 / 255, eps_low=2 / 255),

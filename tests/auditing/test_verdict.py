@@ -130,7 +130,7 @@ def test_a_given_source_counts(run, net):
     hidden = Layer(lambda x: net(x.detach()).detach())
     with pytest.MonkeyPatch.context() as patch:
         useless = nn.Sequential(nn.Flatten(), Layer(lambda x: 0 * x[:, :3]))
-        patch.setattr("surestep.auditing.escalation.substitute", lambda s: useless)
+        patch.setattr("surestep.auditing.escalation.substitute", lambda *_: useless)
         without = run(hidden)
         found = run(hidden, sources=[net])
     assert found.attacks["transfer"] < 0.1 < without.attacks["transfer"]

@@ -103,6 +103,30 @@ def test_the_model_keeps_its_mode(net, images):
     assert Adapted(net.train()).training
 
 
+def test_transfer_without_sources_trains_one(net, images):
+    """It breaks a model that hides its gradient, twice alike, and draws no number from others."""
+
+    class Hidden(nn.Module):
+        def forward(self, x):
+            with torch.no_grad():
+                return net(x)
+
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    found = [evaluate(Hidden(), images, surestep.Linf(0.3), ["transfer"]) for _ in range(2)]
+    assert torch.random.get_rng_state().equal(state)
+    assert found[0].robust_accuracy == found[1].robust_accuracy
+    assert found[0].clean_accuracy > 0.5
+    assert found[0].robust_accuracy["transfer"] < 0.5 * found[0].clean_accuracy
+
+
+def test_given_sources_take_its_place(net, images, monkeypatch):
+    monkeypatch.setattr(
+        "surestep.evaluation._evaluate.substitute", lambda *_: pytest.fail("trained one")
+    )
+    evaluate(net, images, THREAT, ["transfer"], sources=[net])
+
+
 def test_a_curve_wants_attacks_by_name(net, images):
     mine = {"mine": Attack(lambda m, x, y: Found(x))}
     with pytest.raises(UserError, match="attacks by name"):

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surestep.attacks.core import forked_rng, forward_logits, in_turn
+from surestep.attacks.core import forward_logits, in_turn
 from surestep.attacks.gradient import pgd
 from surestep.auditing._subject import Subject
+from surestep.evaluation._substitute import substitute
 from surestep.evaluation.suite import Attack, Found, pgd_step_size, transfer
 from surestep.threat import ThreatModel
 
@@ -199,56 +200,7 @@ def _surrogate(given: Tensor, out: Tensor) -> Callable[[Tensor], Tensor] | None:
     return lambda z: net(z.float()).view(len(z), *out.shape[1:])
 
 
-def substitute(
-    s: Subject, *, steps: int = 250, width: int = 16, teacher: nn.Module | None = None
-) -> nn.Module:
-    """Train a small network to answer like the model, from questions only (Papernot et al. 2017).
-
-    The questions are the audit's images with noise of up to eps, so it needs no other data.
-
-    Args:
-        s: the subject.
-        steps: of Adam, on batches of 64.
-        width: channels of its first layer.
-        teacher: whose answers; by default the subject's model.
-    """
-    teacher = s.model if teacher is None else teacher
-    classes = s.logits(s.x[:1]).shape[1]
-    body: list[nn.Module]
-    if s.x.dim() == 4 and min(s.x.shape[2:]) >= 8:
-        channels, side = s.x.shape[1], min(7, s.x.shape[2] // 4)
-        body = [
-            nn.Conv2d(channels, width, 3, 2, 1),
-            nn.ReLU(),
-            nn.Conv2d(width, 2 * width, 3, 2, 1),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(side),
-            nn.Flatten(),
-            nn.Linear(2 * width * side**2, 128),
-        ]
-    else:
-        body = [nn.Flatten(), nn.Linear(s.x[0].numel(), 256)]
-    net = nn.Sequential(*body, nn.ReLU(), nn.Linear(body[-1].out_features, classes))  # type: ignore[arg-type]
-    net.to(s.x.device)
-    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
-    generator = torch.Generator().manual_seed(s.seed)
-    for _ in range(steps):
-        rows = torch.randint(len(s.x), (64,), generator=generator).to(s.x.device)
-        radius = float(torch.rand((), generator=generator)) * s.threat.eps
-        x = s.threat.random_start(s.x[rows], radius)
-        with torch.no_grad():
-            answers = forward_logits(teacher, x).argmax(1)
-        with torch.enable_grad():
-            loss = F.cross_entropy(net(x), answers)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return net.eval()
-
-
 def substitute_attack(s: Subject, sources: list[nn.Module]) -> Attack:
     """Return the transfer attack from a substitute of the subject, and from given sources."""
     s.tell("training a substitute for the transfer attack")
-    with forked_rng(s.x.device):
-        torch.manual_seed(s.seed)
-        return transfer([substitute(s), *sources], s.threat)
+    return transfer([substitute(s.model, s.x, s.threat, s.seed), *sources], s.threat)

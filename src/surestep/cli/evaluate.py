@@ -32,7 +32,8 @@ from surestep.cli._target import POSITIVE, budget_option, open_target, target_op
     "sources",
     multiple=True,
     metavar="RUN",
-    help="A run folder whose points the transfer attack tries; may be repeated.",
+    help="A run folder whose points the transfer attack tries; may be repeated. Without any, "
+    "transfer trains a substitute on the model's answers.",
 )
 @click.option("--n", type=POSITIVE, help="Only the first N test images. [default: all]")
 @click.option("--batch-size", type=POSITIVE, default=500, show_default=True, help="Of the attacks.")

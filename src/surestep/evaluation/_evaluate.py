@@ -28,10 +28,12 @@ from surestep.data import Batches, Images, as_images
 from surestep.errors import UserError
 from surestep.evaluation import suite
 from surestep.evaluation._state import State, digest, model_digest
+from surestep.evaluation._substitute import substitute
 from surestep.evaluation.adapt import Adapted
 from surestep.threat import ThreatModel
 
 FORMAT, VERSION = "surestep-evaluation", 1
+_ASKED_ABOUT = 1000  # images that a substitute is trained on
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ def evaluate(
         precision: bfloat16 or float16 crafts the perturbations under autocast. Whether a point is
             misclassified is decided in float32 in any case.
         preprocess: what the model needs done to the pixels first, such as ``models.Normalize``.
-        sources: models whose points the "transfer" attack tries.
+        sources: models whose points the "transfer" attack tries; without any, a small one is
+            trained on the model's own answers.
         state: a file to keep what is done in; given again after a stop, the evaluation goes on
             and ends with the same numbers.
         progress: called after each batch with images done, images in all (0 if unknown) and the
@@ -139,11 +142,15 @@ def evaluate(
     if isinstance(attacks, Mapping) and eps:
         raise UserError("eps takes attacks by name: an Attack is made for one radius")
     names = suite.budget(budget) if attacks is None else attacks
+    device = device_of(model)
+    if "transfer" in names and not isinstance(names, Mapping) and not sources:
+        some = [x for x, _ in batches_of(data, batch_size, _ASKED_ABOUT, device)[0]]
+        if some:
+            sources = [substitute(Adapted(model, preprocess), torch.cat(some), threat, seed)]
     by_name = (
         dict(attacks) if isinstance(attacks, Mapping) else suite.parse_all(names, threat, sources)
     )
     radii = [threat.with_eps(e) for e in eps]
-    device = device_of(model)
     settings = {
         "attacks": list(by_name),
         "threat": threat.to_dict(),

@@ -1,4 +1,4 @@
-"""Which device to run on."""
+"""Which device to run on, and what it can do."""
 
 from __future__ import annotations
 
@@ -28,3 +28,13 @@ def pick_device(name: str | None = None) -> torch.device:
             "leave it out"
         ) from e
     return device
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Tell whether the device multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        return bool(probe and probe())
+    return False

@@ -204,6 +204,38 @@ def test_checks_are_numbered():
     assert len(CHECKS) == 20
 
 
+def subject(model, images, *, fast=True):
+    x, y = images
+    budget = _subject.Budget(5, 5, 20, 30, 1, 30, autoattack=False, fast=fast)
+    return _subject.Subject(model, x, y, surestep.Linf(0.3), budget, 0, 25, lambda _: None)
+
+
+def test_a_quick_audit_crafts_in_bf16_where_the_model_agrees(net, images, monkeypatch):
+    monkeypatch.setattr(_subject, "has_bf16", lambda _: True)
+    assert subject(net, images).precision == torch.bfloat16
+    assert subject(net, images, fast=False).precision == torch.float32
+    random = nn.Sequential(Layer(lambda x: x + 0.5 * torch.randn_like(x)), net)
+    assert subject(random, images).precision == torch.float32
+    cracked = nn.Sequential(net, Layer(lambda z: torch.sin(1000 * z)))
+    assert subject(cracked, images).precision == torch.float32
+    monkeypatch.setattr(_subject, "has_bf16", lambda _: False)
+    assert subject(net, images).precision == torch.float32
+
+
+def test_the_precision_reaches_the_attacks(net, images, monkeypatch):
+    used = []
+    original = _subject.evaluate
+
+    def spy(*args, **kwargs):
+        used.append(kwargs["precision"])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(_subject, "has_bf16", lambda _: True)
+    monkeypatch.setattr(_subject, "evaluate", spy)
+    subject(net, images).attack(["fgsm"])
+    assert used == [torch.bfloat16]
+
+
 def test_the_documents_table_of_budgets():
     text = (Path(__file__).parents[2] / "docs" / "audit.md").read_text("utf-8")
     for name, budget in _subject.BUDGETS.items():

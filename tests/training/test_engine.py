@@ -11,9 +11,9 @@ from torch import Tensor, nn
 import surestep
 from surestep import methods
 from surestep.data import Batches, as_images
+from surestep.devices import has_bf16
 from surestep.errors import UserError
 from surestep.training import Engine, TrainStep, WeightAverage, make_optimizer, make_step
-from surestep.training.engine import has_bf16
 
 WEIGHTS = [nn.Parameter(torch.ones(2))]
 FAST32 = Engine(torch.float32, channels_last=True, tuned=True)

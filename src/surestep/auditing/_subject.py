@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from surestep.attacks.core import forward_logits, input_gradient
 from surestep.attacks.losses import Objective, log_odds
+from surestep.devices import has_bf16
 from surestep.errors import UserError, look_up
 from surestep.evaluation import Adapted, evaluate
 from surestep.evaluation.suite import Attack
@@ -31,6 +32,8 @@ class Budget:
         restarts: of PGD when a check flags.
         late_queries: of Square, on what is left, when a check flags.
         autoattack: run AutoAttack's standard version on what is left.
+        fast: make the attacks' points in bfloat16 where the device multiplies it and the model
+            agrees with itself there; what they break is decided in float32 in any case.
     """
 
     steps: int
@@ -40,10 +43,11 @@ class Budget:
     restarts: int
     late_queries: int
     autoattack: bool
+    fast: bool = False
 
 
 BUDGETS = {
-    "quick": Budget(50, 50, 200, 100, 1, 500, autoattack=False),
+    "quick": Budget(50, 50, 200, 100, 1, 500, autoattack=False, fast=True),
     "standard": Budget(100, 500, 1000, 200, 3, 2000, autoattack=True),
     "thorough": Budget(200, 10_000, 5000, 500, 5, 5000, autoattack=True),
 }
@@ -85,6 +89,7 @@ class Subject:
         batch_size: of the attacks.
         right: (N,) each: which images an attack left right, by its name; "clean" too.
         detached: the model's output has no gradient with respect to its input.
+        precision: in which attacks make their points.
         tell: called with a sentence on what is being done.
     """
 
@@ -98,6 +103,7 @@ class Subject:
     tell: Callable[[str], None]
     right: dict[str, Tensor] = field(default_factory=dict)
     detached: bool = False
+    precision: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         try:
@@ -107,6 +113,20 @@ class Subject:
                 raise
             self.detached = True
             self.model = Graphed(self.model)
+        if self.budget.fast and has_bf16(self.x.device) and self._agrees_in_bf16():
+            self.precision = torch.bfloat16
+
+    @torch.no_grad()
+    def _agrees_in_bf16(self) -> bool:
+        """Tell whether bfloat16 leaves the model's answers as they are.
+
+        A random model, one that quantises or one whose logits saturate may not.
+        """
+        full = self.logits(self.x[:64])
+        with torch.autocast(self.x.device.type, torch.bfloat16):
+            half = self.logits(self.x[:64])
+        apart = (F.normalize(full, dim=1) - F.normalize(half, dim=1)).norm(dim=1).max()
+        return bool(apart < 0.05) and full.argmax(1).equal(half.argmax(1))
 
     @property
     def inner(self) -> nn.Module:
@@ -147,6 +167,7 @@ class Subject:
             attacks,
             batch_size=self.batch_size,
             seed=self.seed,
+            precision=self.precision,
         )
         if on is None:
             self.right["clean"] = found.right["clean"]

@@ -282,6 +282,7 @@ def eps_sweep(s: Subject) -> Finding:
             ["pgd-50"],
             batch_size=s.batch_size,
             seed=s.seed,
+            precision=s.precision,
         )
         accuracy.append(found.worst_case_accuracy)
     rise = max(max(b - a for a, b in pairwise(accuracy)), 0.0)

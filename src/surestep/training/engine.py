@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surestep.devices import has_bf16
 from surestep.errors import UserError, unknown_name
 from surestep.methods import Method, StepResult
 from surestep.training.averaging import WeightAverage
@@ -86,16 +87,6 @@ class Engine:
         if self.precision == torch.float32:
             return nullcontext()
         return torch.autocast(device.type, self.precision)
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Tell whether the device multiplies bfloat16 in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-        return bool(probe and probe())
-    return False
 
 
 @functools.cache

@@ -24,6 +24,7 @@ from surestep.auditing import escalation
 from surestep.auditing._subject import Subject, budget
 from surestep.auditing.checks import CHECKS, Check, zero_share
 from surestep.data import Images
+from surestep.devices import autocast, has_bf16
 from surestep.errors import UserError
 from surestep.evaluation import Adapted, wilson_interval
 from surestep.evaluation._evaluate import batches_of
@@ -352,18 +353,21 @@ def estimate(
     batch = images.first(min(100, len(images)))
     x, y = batch.pixels().to(device), batch.y.to(device)
     adapted = Adapted(model, preprocess)
-    with attacking(adapted):
-        seconds = []
+
+    def forward_seconds(precision: torch.dtype) -> float:
         for _ in range(2):  # the first pass prepares kernels
             start = time.perf_counter()
-            try:
-                input_gradient(adapted, x, y)
-            except UserError:  # without a gradient the forward is the cost, or fails again
-                forward_logits(adapted, x)
-            seconds.append(time.perf_counter() - start)
-    image = seconds[1] / len(x) / 3  # a gradient is about three forwards
+            with attacking(adapted), autocast(device, precision):
+                try:
+                    input_gradient(adapted, x, y)
+                except UserError:  # without a gradient the forward is the cost, or fails again
+                    forward_logits(adapted, x)
+        return (time.perf_counter() - start) / len(x) / 3  # a gradient is about three forwards
+
+    full = forward_seconds(torch.float32)
+    fast = forward_seconds(torch.bfloat16) if spend.fast and has_bf16(device) else full
     forwards = 3 * (2 * spend.steps + 12 + 70) + spend.noise + spend.queries
     forwards += 3 * 4 * spend.steps * spend.restarts + spend.late_queries
     forwards += 12_000 if spend.autoattack else 0
     close = (3 * 900 + 250) * spend.probe  # of it, a fifth reads 1,250 features each
-    return image * (forwards * n + close + 20_000)  # and the substitute's questions
+    return fast * forwards * n + full * (close + 20_000)  # and the substitute's questions

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from surestep.attacks.core import forward_logits, input_gradient
 from surestep.attacks.losses import Objective, log_odds
-from surestep.devices import has_bf16
+from surestep.devices import autocast, has_bf16
 from surestep.errors import UserError, look_up
 from surestep.evaluation import Adapted, evaluate
 from surestep.evaluation.suite import Attack
@@ -123,7 +123,7 @@ class Subject:
         A random model, one that quantises or one whose logits saturate may not.
         """
         full = self.logits(self.x[:64])
-        with torch.autocast(self.x.device.type, torch.bfloat16):
+        with autocast(self.x.device, torch.bfloat16):
             half = self.logits(self.x[:64])
         apart = (F.normalize(full, dim=1) - F.normalize(half, dim=1)).norm(dim=1).max()
         return bool(apart < 0.05) and full.argmax(1).equal(half.argmax(1))

@@ -20,6 +20,7 @@ from surestep.attacks.core import Ascent, Best, forward_logits
 from surestep.attacks.gradient import search
 from surestep.auditing._subject import Subject
 from surestep.auditing.binarization import binarization_rates
+from surestep.devices import autocast
 from surestep.evaluation import evaluate
 from surestep.evaluation.suite import pgd_step_size
 from surestep.threat import Linf
@@ -305,13 +306,16 @@ def convergence(s: Subject) -> Finding:
     x, y = s.probe
     steps = [5, 10, 25, 50, 100]
     size = pgd_step_size(s.threat.eps, 100)
-    best = search(s.model, x, y, s.threat, 100, size, stop_when_wrong=True)
+    with autocast(x.device, s.precision):
+        best = search(s.model, x, y, s.threat, 100, size, stop_when_wrong=True)
     broken = [int(((best.first_wrong >= 0) & (best.first_wrong <= k)).sum()) for k in steps]
     by_step = [1 - b / len(x) for b in broken]
     left, by_restart = best.wrong.logical_not(), [by_step[-1]]
     for _ in range(2):
         if left.any():
-            again = search(s.model, x[left], y[left], s.threat, 50, 2 * size, stop_when_wrong=True)
+            rest = x[left], y[left]
+            with autocast(x.device, s.precision):
+                again = search(s.model, *rest, s.threat, 50, 2 * size, stop_when_wrong=True)
             left[left.clone()] = ~again.wrong
         by_restart.append(left.double().mean().item())
     moving = _late_movement(s, x, y)

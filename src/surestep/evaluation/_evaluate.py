@@ -6,7 +6,6 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from surestep.attacks.core import (
     round_up,
 )
 from surestep.data import Batches, Images, as_images
+from surestep.devices import autocast
 from surestep.errors import UserError
 from surestep.evaluation import suite
 from surestep.evaluation._state import State, digest, model_digest
@@ -285,7 +285,7 @@ class _Judge:
         rows = targets.int().argsort(descending=True, stable=True)[:attacked]
         if len(rows):
             at = rows.to(x.device)
-            with _autocast(x.device, self.precision):
+            with autocast(x.device, self.precision):
                 found = self.attacks[name].run(self.model, x[at], y[at])
             # Whatever an attack returns, only a point of the threat model counts.
             x_adv = torch.where(found.x_adv.isfinite(), found.x_adv, x[at])
@@ -352,12 +352,6 @@ class _Judge:
         steps = torch.cat(self.first_wrong[name])
         broken = torch.bincount(steps[steps >= 0], minlength=looks).cumsum(0)
         return [(clean - b) / self.done for b in broken.tolist()]
-
-
-def _autocast(device: torch.device, dtype: torch.dtype):
-    if dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(device.type, dtype)
 
 
 def batches_of(

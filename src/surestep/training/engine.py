@@ -6,14 +6,13 @@ import ctypes
 import functools
 import sys
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from surestep.devices import has_bf16
+from surestep.devices import autocast, has_bf16
 from surestep.errors import UserError, unknown_name
 from surestep.methods import Method, StepResult
 from surestep.training.averaging import WeightAverage
@@ -84,9 +83,7 @@ class Engine:
 
     def autocast(self, device: torch.device) -> Any:
         """Return the context of a forward pass."""
-        if self.precision == torch.float32:
-            return nullcontext()
-        return torch.autocast(device.type, self.precision)
+        return autocast(device, self.precision)
 
 
 @functools.cache

@@ -47,7 +47,7 @@ class Budget:
 
 
 BUDGETS = {
-    "quick": Budget(50, 50, 200, 100, 1, 500, autoattack=False, fast=True),
+    "quick": Budget(50, 50, 200, 100, 1, 300, autoattack=False, fast=True),
     "standard": Budget(100, 500, 1000, 200, 3, 2000, autoattack=True),
     "thorough": Budget(200, 10_000, 5000, 500, 5, 5000, autoattack=True),
 }

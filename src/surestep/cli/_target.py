@@ -58,7 +58,9 @@ def open_target(values: dict[str, Any], eps: str | None) -> Target:
         UserError: see ``surestep.targets.open_target``.
     """
     from surestep import targets
+    from surestep.training.engine import keep_freed_memory
 
+    keep_freed_memory()  # else every attack step pays page faults for its activations again
     names = ("weights", "dataset", "place", "norm", "device")
     options = {name: values.pop(name) for name in names}
     mean, std = (_numbers(name, values.pop(name)) for name in ("mean", "std"))

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Step = Callable[[Tensor, Tensor], float]
+Step = Callable[[Tensor, Tensor], None]
+Perturb = Callable[[Tensor, Tensor], Tensor]
 
 
 def _sign(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -29,39 +30,45 @@ def _sign(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def _update(
     model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, logits: Tensor, y: Tensor
-) -> float:
+) -> None:
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    hits = (logits[: len(y)].argmax(1) == y).sum().item()
-    return loss.item() + 0 * hits
+    for logged in (loss, (logits[: len(y)].argmax(1) == y).sum()):
+        logged.item()
+
+
+def _train_on(model: nn.Module, optimizer: torch.optim.Optimizer, perturb: Perturb) -> Step:
+    """Build the step that trains on what an attack returns."""
+
+    def step(x: Tensor, y: Tensor) -> None:
+        model.eval()
+        x_adv = perturb(x, y)
+        model.train()
+        logits = model(x_adv)
+        _update(model, optimizer, F.cross_entropy(logits, y), logits, y)
+
+    return step
 
 
 def fgsm(model: nn.Module, optimizer: torch.optim.Optimizer, eps: float) -> Step:
-    def step(x: Tensor, y: Tensor) -> float:
-        model.eval()
-        x_adv = torch.clamp(x + eps * _sign(model, x, y), 0, 1)
-        model.train()
-        logits = model(x_adv)
-        return _update(model, optimizer, F.cross_entropy(logits, y), logits, y)
+    def perturb(x: Tensor, y: Tensor) -> Tensor:
+        return torch.clamp(x + eps * _sign(model, x, y), 0, 1)
 
-    return step
+    return _train_on(model, optimizer, perturb)
 
 
 def pgd(
     model: nn.Module, optimizer: torch.optim.Optimizer, eps: float, steps: int, size: float
 ) -> Step:
-    def step(x: Tensor, y: Tensor) -> float:
-        model.eval()
+    def perturb(x: Tensor, y: Tensor) -> Tensor:
         x_adv = torch.clamp(x + torch.empty_like(x).uniform_(-eps, eps), 0, 1)
         for _ in range(steps):
             x_adv = x_adv + size * _sign(model, x_adv, y)
             x_adv = torch.clamp(torch.min(torch.max(x_adv, x - eps), x + eps), 0, 1)
-        model.train()
-        logits = model(x_adv)
-        return _update(model, optimizer, F.cross_entropy(logits, y), logits, y)
+        return x_adv
 
-    return step
+    return _train_on(model, optimizer, perturb)
 
 
 def sat_r1(
@@ -72,7 +79,7 @@ def sat_r1(
     steps: int = 10,
     lam: float = 0.2,
 ) -> Step:
-    def step(x: Tensor, y: Tensor) -> float:
+    def step(x: Tensor, y: Tensor) -> None:
         model.eval()
         x_fgsm = torch.clamp(x + eps * _sign(model, x, y), 0, 1)
         x_n, y_n = x[-images:], y[-images:]
@@ -83,7 +90,7 @@ def sat_r1(
         logits = model(torch.cat([x_fgsm, x_adv]))
         distance = (logits[len(x) - images : len(x)] - logits[len(x) :]).pow(2).sum(1).mean()
         loss = F.cross_entropy(logits[: len(x)], y) + lam * distance
-        return _update(model, optimizer, loss, logits, y)
+        _update(model, optimizer, loss, logits, y)
 
     return step
 
@@ -95,7 +102,7 @@ def sat_r2(
     lam: float = 5.0,
     alpha: float = 0.01,
 ) -> Step:
-    def step(x: Tensor, y: Tensor) -> float:
+    def step(x: Tensor, y: Tensor) -> None:
         model.eval()
         both = torch.cat([x, x + alpha * torch.randn_like(x).sign()])
         x_adv = torch.clamp(both + eps * _sign(model, both, torch.cat([y, y])), 0, 1)
@@ -103,7 +110,7 @@ def sat_r2(
         logits = model(x_adv)
         at_fgsm, at_rfgsm = logits[: len(x)], logits[len(x) :]
         loss = F.cross_entropy(at_fgsm, y) + lam * (at_fgsm - at_rfgsm).pow(2).sum(1).mean()
-        return _update(model, optimizer, loss, logits, y)
+        _update(model, optimizer, loss, logits, y)
 
     return step
 
@@ -117,7 +124,7 @@ def sat_r3(
     alpha: float = 0.01,
     eps_low: float = 0.1,
 ) -> Step:
-    def step(x: Tensor, y: Tensor) -> float:
+    def step(x: Tensor, y: Tensor) -> None:
         model.eval()
         start = torch.clamp(x + alpha * torch.randn_like(x).sign(), 0, 1)
         sign = _sign(model, start, y)
@@ -127,7 +134,7 @@ def sat_r3(
         at_high = F.cross_entropy(logits[: len(x)], y)
         at_low = F.cross_entropy(logits[len(x) :], y)
         loss = at_high + lam * F.relu(at_low - tau * at_high)
-        return _update(model, optimizer, loss, logits, y)
+        _update(model, optimizer, loss, logits, y)
 
     return step
 
@@ -136,15 +143,7 @@ def torchattacks_fgsm(model: nn.Module, optimizer: torch.optim.Optimizer, eps: f
     """Build FGSM training with torchattacks' own class."""
     from torchattacks import FGSM
 
-    attack = FGSM(model, eps=eps)
-
-    def step(x: Tensor, y: Tensor) -> float:
-        x_adv = attack(x, y)
-        model.train()
-        logits = model(x_adv)
-        return _update(model, optimizer, F.cross_entropy(logits, y), logits, y)
-
-    return step
+    return _train_on(model, optimizer, FGSM(model, eps=eps))
 
 
 def torchattacks_pgd(
@@ -153,15 +152,7 @@ def torchattacks_pgd(
     """Build PGD training with torchattacks' own class."""
     from torchattacks import PGD
 
-    attack = PGD(model, eps=eps, alpha=size, steps=steps)
-
-    def step(x: Tensor, y: Tensor) -> float:
-        x_adv = attack(x, y)
-        model.train()
-        logits = model(x_adv)
-        return _update(model, optimizer, F.cross_entropy(logits, y), logits, y)
-
-    return step
+    return _train_on(model, optimizer, PGD(model, eps=eps, alpha=size, steps=steps))
 
 
 def art_step(
@@ -187,10 +178,9 @@ def art_step(
         else FastGradientMethod(classifier, eps=eps, batch_size=4096)
     )
 
-    def step(x: Tensor, y: Tensor) -> float:
+    def step(x: Tensor, y: Tensor) -> None:
         labels = F.one_hot(y, 10).numpy()
         x_adv = attack.generate(x.numpy(), labels)
         classifier.fit(x_adv, labels, batch_size=len(x), nb_epochs=1)
-        return 0.0
 
     return step

@@ -126,7 +126,7 @@ def _run_and_record(row: Row, args: argparse.Namespace) -> None:
         return
     result = json.loads(ran.stdout.splitlines()[-1])
     result |= {
-        "commit": _commit(),
+        "commit": commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "date": datetime.date.today().isoformat(),
         "command": "python " + " ".join(sys.argv),
@@ -142,6 +142,7 @@ def _run_and_record(row: Row, args: argparse.Namespace) -> None:
     print(f"{time.time() - start:.0f} s {json.dumps(shown)}", flush=True)
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Return the commit that is checked out."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

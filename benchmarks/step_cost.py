@@ -9,7 +9,8 @@ All steps run in one process, warm, in turn, round after round; the median over 
 that whatever else the machine does falls on all of them alike. Columns:
 
 - ms/step, with the quartiles, and microseconds per image
-- / standard: the ratio to a step of standard training, same engine
+- / standard: the ratio to a step of standard training, same engine; / dearest: to the dearest step
+  of this run, of surestep's
 - over passes: that ratio over the one that the declared passes predict; 1 is the limit
 - share of peak: FLOP/s of those passes against a matrix product's, measured here in this precision
 - peer / ours (--peers): the same mathematics as public training scripts write it, see _peers.py
@@ -23,6 +24,7 @@ import argparse
 import csv
 import datetime
 import importlib.util
+import os
 import platform
 import resource
 import statistics
@@ -35,6 +37,7 @@ from typing import Any
 
 import _peers
 import torch
+from _table import commit
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -147,6 +150,7 @@ def measure(args: argparse.Namespace, batch: int) -> list[dict[str, Any]]:
     precision = Engine.choose(args.engine).precision
     image_flops, peak = flops(args.model, x), peak_rate(precision)
     median = {key: statistics.median(values) for key, values in seconds.items()}
+    dearest = max(median[name, "surestep"] for name in names)
     rows = []
     for (name, who), values in seconds.items():
         ours, standard = median[name, "surestep"], median["standard", "surestep"]
@@ -158,6 +162,7 @@ def measure(args: argparse.Namespace, batch: int) -> list[dict[str, Any]]:
         if who == "surestep":
             predicted = costs[name] / costs["standard"]
             rate = costs[name] * image_flops * batch / ours
+            row["over_dearest"] = ours / dearest
             row |= {"over_standard": ratio, "passes": costs[name], "predicted": predicted}
             row |= {"over_passes": ratio / predicted, "share_of_peak": rate / peak}
         else:
@@ -168,23 +173,31 @@ def measure(args: argparse.Namespace, batch: int) -> list[dict[str, Any]]:
 
 FIELDS = [
     *("model", "batch", "method", "by", "ms", "ms_low", "ms_high", "us_per_image"),
-    *("over_standard", "passes", "predicted", "over_passes", "share_of_peak", "peer_over_ours"),
+    *(
+        "over_standard",
+        "over_dearest",
+        "passes",
+        "predicted",
+        "over_passes",
+        "share_of_peak",
+        "peer_over_ours",
+    ),
     *("peak_mb", "engine", "threads", "rounds", "torch", "machine", "commit", "date"),
 ]
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     head = f"{'method':9} {'by':12} {'ms/step':>9} {'quartiles':>15} {'us/image':>9}"
-    print(f"{head} {'/standard':>10} {'over passes':>12} {'of peak':>8} {'peer/ours':>10}")
+    head += f" {'/standard':>10} {'/dearest':>9} {'over passes':>12}"
+    print(f"{head} {'of peak':>8} {'peer/ours':>10}")
     for r in rows:
         between = f"{r['ms_low']:.2f}-{r['ms_high']:.2f}"
         line = f"{r['method']:9} {r['by']:12} {r['ms']:9.2f} {between:>15} {r['us_per_image']:9.1f}"
         if r["by"] == "surestep":
-            line += (
-                f" {r['over_standard']:10.2f} {r['over_passes']:12.2f} {r['share_of_peak']:8.1%}"
-            )
+            line += f" {r['over_standard']:10.2f} {r['over_dearest']:9.3f}"
+            line += f" {r['over_passes']:12.2f} {r['share_of_peak']:8.1%}"
         else:
-            line += f" {'':10} {'':12} {'':8} {r['peer_over_ours']:10.2f}"
+            line += f" {'':10} {'':9} {'':12} {'':8} {r['peer_over_ours']:10.2f}"
         print(line)
 
 
@@ -230,12 +243,9 @@ def main() -> None:
         print(f"\n{args.model}, batch {batch}, engine {args.engine}, {threads} threads")
         show(rows)
         if args.out:
-            commit = subprocess.run(
-                ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-            )
             made = {"engine": args.engine, "threads": threads, "rounds": args.rounds}
-            made |= {"torch": torch.__version__, "commit": commit.stdout.strip()}
-            made |= {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+            made |= {"torch": torch.__version__, "commit": commit()}
+            made |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores"}
             made["date"] = datetime.date.today().isoformat()
             new = not args.out.exists()
             with args.out.open("a", newline="") as f:

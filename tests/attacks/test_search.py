@@ -148,3 +148,20 @@ def test_attacks_in_turn_see_only_what_is_left():
 def test_attacks_in_turn_leave_the_image_where_none_succeeds():
     x, y = torch.tensor([[0.25]]), torch.zeros(1, dtype=torch.int64)
     assert core.in_turn(Peak(), x, y, [lambda x, _: x + 0.1]).equal(x)
+
+
+def test_attacks_in_turn_are_decided_in_float32():
+    """A point that only bf16 takes for wrong is not done: the next attack gets it."""
+    net, seen = nn.Linear(1, 2, bias=False), []
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[1.0], [1.001]]))  # alike in bf16, and argmax takes 0
+
+    def keep(x, _):
+        seen.append(len(x))
+        return x
+
+    x, y = torch.ones(3, 1), torch.ones(3, dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net(x).argmax(1).tolist() == [0, 0, 0]
+        core.in_turn(net, x, y, [keep, keep])
+    assert seen == [3, 3]

@@ -222,7 +222,8 @@ def in_turn(
             if not len(left):
                 break
             found = attack(x[left], y[left])
-            with torch.no_grad():
+            # In float32: what is wrong by a hair in bf16 may be right, and is not done then.
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 broken = misclassified(forward_logits(inner, found), y[left])
             x_adv[left[broken]] = found[broken]
             left = left[~broken]

@@ -43,16 +43,14 @@ def check_report(html: str | None, plots: str | None = None) -> None:
 
 
 def write_report(html: str | None, plots: str | None, title: str, **parts: Any) -> None:
-    """Write the page and the plots, if they are wanted.
+    """Write the page, the plots or both.
 
     Args:
-        html: file of the page.
-        plots: folder of the pictures.
+        html: file of the page, if it is wanted.
+        plots: folder of the pictures, if they are.
         title: of the page.
         **parts: of ``surestep.report.Report``.
     """
-    if html is None and plots is None:
-        return
     from surestep import report
 
     page = report.Report(title, **parts)
@@ -62,14 +60,17 @@ def write_report(html: str | None, plots: str | None, title: str, **parts: Any) 
         report.save_plots(page, plots)
 
 
-def of_target(target: Target) -> dict[str, Any]:
-    """Return what a report shows of a judged model, apart from the results."""
+def report_target(html: str | None, plots: str | None, target: Target, **results: Any) -> None:
+    """Write what is wanted of a judged model's report: its results, and what it shows beside."""
+    if html is None and plots is None:
+        return
     from surestep.evaluation import Adapted
     from surestep.training.run_folder import RunFolder
 
     model = Adapted(target.model, target.preprocess)
     parts = of_model(model, target.images, target.threat, target.name)
-    return parts | (of_run(RunFolder(target.run)) if target.run is not None else {})
+    parts |= of_run(RunFolder(target.run)) if target.run is not None else {}
+    write_report(html, plots, target.name, **results, **parts)
 
 
 def of_model(model: nn.Module, images: Images, threat: ThreatModel, name: str) -> dict[str, Any]:

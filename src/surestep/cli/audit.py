@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from surestep.cli._options import check_writable, json_option, write_json
-from surestep.cli._report import check_report, of_target, report_options, write_report
+from surestep.cli._report import check_report, report_options, report_target
 from surestep.cli._show import audit_tables, provenance
 from surestep.cli._target import POSITIVE, budget_option, open_target, target_options
 
@@ -64,8 +64,7 @@ def audit(
         audit_tables(target.name, found)
     told = {**found.to_dict(), "run": target.name, **provenance()}
     write_json(told, json_file)
-    if html or plots:
-        write_report(html, plots, target.name, audit=told, **of_target(target))
+    report_target(html, plots, target, audit=told)
 
 
 def _about(seconds: float) -> str:

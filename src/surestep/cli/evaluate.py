@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from surestep.cli._options import check_writable, json_option, names, write_json
-from surestep.cli._report import check_report, of_target, report_options, write_report
+from surestep.cli._report import check_report, report_options, report_target
 from surestep.cli._show import evaluation_table, progress_bar, provenance
 from surestep.cli._target import POSITIVE, budget_option, open_target, target_options
 
@@ -94,8 +94,7 @@ def evaluate(
         evaluation_table({target.name: result})
     told = {**result.to_dict(), "run": target.name, **provenance()}
     write_json(told, json_file)
-    if html or plots:
-        write_report(html, plots, target.name, evaluation=told, **of_target(target))
+    report_target(html, plots, target, evaluation=told)
 
 
 def _ratios(texts: list[Any]) -> list[float]:

@@ -77,13 +77,10 @@ def gather(
         torch.manual_seed(seed)
         x, y = _choose(inner, x, y, threat, samples, batch_size, device)
         surface = _surface(inner, x, y, threat, points, batch_size)
-        surface |= {"norm": _norm(threat), "eps": threat.eps, "seed": seed}
+        described = threat.to_dict()
+        surface |= {"norm": described["norm"], "eps": described["eps"], "seed": seed}
         examples = _examples(inner, x, y, threat, steps)
     return {"surfaces": {name: surface}, "examples": examples}
-
-
-def _norm(threat: ThreatModel) -> str:
-    return type(threat).__name__.lower()
 
 
 def _choose(

@@ -118,7 +118,7 @@ def fit(
     describe = describe or {
         "method": method.slug,
         "params": method.params(),
-        "norm": type(threat).__name__.lower(),
+        "norm": threat.to_dict()["norm"],
         "eps": float(threat.eps),
     }
     described = {**describe, **config.model_dump(mode="json")}

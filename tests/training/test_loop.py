@@ -145,6 +145,13 @@ class TestARun:
         # The last step of epochs 1 to 4; each quarter of training is one epoch.
         assert [row["lr"] for row in history] == pytest.approx([0.1, 0.02, 0.004, 0.0008])
 
+    def test_the_rate_warms_up_over_its_epochs(self, tiny):
+        history = tiny.train(epochs=4, schedule="step", lr=0.1, warmup=2.5).history
+        # The share of the warm-up that each epoch's last step has reached, times the schedule.
+        assert [row["lr"] for row in history] == pytest.approx(
+            [0.1 / 2.5, 0.02 * 2 / 2.5, 0.004, 0.0008]
+        )
+
     def test_tensorboard(self, tiny, tmp_path):
         tiny.train(out=tmp_path / "run", tensorboard=True)
         (events,) = (tmp_path / "run").rglob("events.out.tfevents.*")
@@ -160,7 +167,7 @@ RESUMED = {
     "bf16": {"engine": "fast", "precision": "bf16"},
     "channels-last": {"engine": "fast", "precision": "fp32", "ema": 0.9},
     "clip and smooth": {"clip_grad": 0.5, "label_smoothing": 0.1},
-    "step": {"schedule": "step"},
+    "step": {"schedule": "step", "warmup": 1.5},
     "triangular": {"schedule": "triangular"},
     "no validation": {"val_images": 0},
     "best": {"select": "best", "epochs": 3},

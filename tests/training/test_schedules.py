@@ -6,7 +6,7 @@ import math
 import pytest
 
 from surestep.errors import UserError
-from surestep.training.schedules import SCHEDULES, learning_rate, momentum
+from surestep.training.schedules import SCHEDULES, learning_rate, momentum, warm_up
 
 TOTALS = [1, 2, 7, 100, 391 * 30]
 
@@ -87,6 +87,12 @@ def test_an_unknown_name_names_the_nearest():
     with pytest.raises(UserError, match=r"unknown schedule 'cosin'.*'cosine'") as caught:
         learning_rate("cosin", 0.1, 0)
     assert "\n" not in str(caught.value)
+
+
+def test_the_warm_up_is_linear_and_ends():
+    assert [warm_up(i, 4) for i in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert [warm_up(i, 1.5) for i in range(3)] == pytest.approx([2 / 3, 1, 1])
+    assert [warm_up(i, 0) for i in range(3)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("base", [0.0, 0.5, 0.9])

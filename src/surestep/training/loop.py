@@ -29,7 +29,7 @@ from surestep.training.averaging import WeightAverage
 from surestep.training.engine import Engine, make_optimizer, make_step
 from surestep.training.progress import Display
 from surestep.training.run_folder import RunFolder
-from surestep.training.schedules import learning_rate, momentum
+from surestep.training.schedules import learning_rate, momentum, warm_up
 from surestep.training.source import LoaderSource, Source, make_source, split
 
 COLLAPSE = 0.20
@@ -312,7 +312,8 @@ class _Trainer:
     def _set_rates(self) -> float:
         """Set learning rate and momentum of the step to come; return the former."""
         name, done = self.config.schedule, self.at.step / self.total
-        lr = learning_rate(name, self.config.lr, done)
+        warmup = self.config.warmup * self.source.steps_per_epoch
+        lr = learning_rate(name, self.config.lr, done) * warm_up(self.at.step, warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
             if "momentum" in group:

@@ -67,6 +67,11 @@ def learning_rate(name: str, peak: float, done: float) -> float:
     return peak * SCHEDULES[name](done)
 
 
+def warm_up(step: int, steps: float) -> float:
+    """Return the factor of the learning rate at a step: linear up to 1 in the first ``steps``."""
+    return min(1.0, (step + 1) / steps) if steps else 1.0
+
+
 def momentum(name: str, base: float, done: float) -> float:
     """Return SGD's momentum: constant, but for onecycle.
 

@@ -59,7 +59,7 @@ class FitSettings(BaseModel):
         "onecycle", description="Course of the learning rate; step: /5, /25, /125 at 1/4, 1/2, 3/4"
     )
     warmup: float = Field(
-        0.0, ge=0, description="Epochs in which the learning rate first rises linearly to its course"
+        0.0, ge=0, description="Epochs in which the learning rate rises linearly at first"
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="Label smoothing of the update's cross entropy"

@@ -23,7 +23,9 @@ BY_HAND = [
     ("sat-r1", {"steps": 3, "fraction": 0.5}, 2 + 1.5, 2 + 1.5, 1.5),
     ("sat-r1", {"steps": 1, "fraction": 1.0}, 3, 3, 2),
     ("sat-r2", {}, 4, 4, 2),
+    ("sat-r2", {"fraction": 0.125}, 2.25, 2.25, 1.125),
     ("sat-r3", {}, 3, 3, 2),
+    ("sat-r3", {"fraction": 0.25}, 2.25, 2.25, 1.25),
 ]
 
 
@@ -84,7 +86,7 @@ def test_passes(slug, params, forward, input_grad, weight_grad):
 
 @pytest.mark.parametrize("n", [2, 5, 32])
 def test_declared_cost_at_other_batch_sizes(slug, n):
-    for params in ({}, {"fraction": 0.3}) if slug == "sat-r1" else ({},):
+    for params in ({}, {"fraction": 0.3}) if slug.startswith("sat") else ({},):
         method, net = counted(slug, params, n)
         for kind in KINDS:
             assert net.counts[kind] == pytest.approx(n * getattr(method.cost(n), kind))

@@ -130,20 +130,20 @@ def sat_r1(net, x, y, smoothing, lam, steps, last=1):
     return torch.cat([x_f, x_i]), loss, slice(m)
 
 
-def sat_r2(net, x, y, smoothing, lam, alpha, project=False):
-    m = len(x)
-    noisy = x + alpha * noise_signs(x)
+def sat_r2(net, x, y, smoothing, lam, alpha, project=False, last=6):
+    m, x_l = len(x), x[-last:]
+    noisy = x_l + alpha * noise_signs(x_l)
     x_f = box(x + EPS * signs(net, x, y))
-    x_r = noisy + EPS * signs(net, noisy, y)
-    x_r = ball(x_r, x) if project else box(x_r)
+    x_r = noisy + EPS * signs(net, noisy, y[-last:])
+    x_r = ball(x_r, x_l) if project else box(x_r)
 
     def loss(z):
-        return mean_ce(z[:m], y, smoothing) + lam * squared_distance(z[:m], z[m:])
+        return mean_ce(z[:m], y, smoothing) + lam * squared_distance(z[m - last : m], z[m:])
 
     return torch.cat([x_f, x_r]), loss, slice(m)
 
 
-def sat_r3(net, x, y, smoothing, lam, tau, alpha, eps_low, project=False, per_sample=False):
+def sat_r3(net, x, y, smoothing, lam, tau, alpha, eps_low, project=False, per_sample=False, last=6):
     m = len(x)
     start = box(x + alpha * noise_signs(x))
     g = signs(net, start, y)
@@ -151,17 +151,21 @@ def sat_r3(net, x, y, smoothing, lam, tau, alpha, eps_low, project=False, per_sa
     if project:
         views = [ball(start + size * g, x) for size in (eps_low, EPS)]
 
-    def loss(z):
-        low = [cross_entropy(row, k, smoothing) for row, k in zip(z[:m], y, strict=True)]
-        high = [cross_entropy(row, k, smoothing) for row, k in zip(z[m:], y, strict=True)]
-        mean = sum(high) / m
-        if per_sample:
-            hinge = sum((a - tau * b).clamp(min=0) for a, b in zip(low, high, strict=True)) / m
-        else:
-            hinge = (sum(low) / m - tau * mean).clamp(min=0)
-        return mean + lam * hinge
+    views[0] = views[0][-last:]
 
-    return torch.cat(views), loss, slice(m, None)
+    def loss(z):
+        low = [cross_entropy(row, k, smoothing) for row, k in zip(z[:last], y[-last:], strict=True)]
+        high = [cross_entropy(row, k, smoothing) for row, k in zip(z[last:], y, strict=True)]
+        pairs = list(zip(low, high[-last:], strict=True))
+        if per_sample:
+            hinge = sum((a - tau * b).clamp(min=0) for a, b in pairs) / last
+        else:
+            hinge = (sum(a for a, _ in pairs) / last - tau * sum(b for _, b in pairs) / last).clamp(
+                min=0
+            )
+        return sum(high) / m + lam * hinge
+
+    return torch.cat(views), loss, slice(last, None)
 
 
 R2 = {"lam": 5.0, "alpha": 0.03}
@@ -189,9 +193,18 @@ CASES = {
     "sat-r1 few": (sat_r1, {"lam": 2.0, "steps": 2, "fraction": 0.01}, {"last": 1}),
     "sat-r2": (sat_r2, R2, {}),
     "sat-r2 project": (sat_r2, {**R2, "project": True}, {}),
+    "sat-r2 half": (sat_r2, {**R2, "fraction": 0.5}, {"last": 3}),
+    "sat-r2 few project": (sat_r2, {**R2, "fraction": 0.01, "project": True}, {"last": 1}),
     "sat-r3": (sat_r3, R3, {}),
     "sat-r3 slack": (sat_r3, {**R3, "tau": 50.0}, {}),
     "sat-r3 project": (sat_r3, {**R3, "project": True}, {}),
+    "sat-r3 third": (sat_r3, {**R3, "fraction": 1 / 3}, {"last": 2}),
+    "sat-r3 half each": (
+        sat_r3,
+        {**R3, "tau": 0.78, "per_sample": True, "fraction": 0.5},
+        {"last": 3},
+    ),
+    "sat-r3 few project": (sat_r3, {**R3, "fraction": 0.01, "project": True}, {"last": 1}),
     "sat-r3 tau .78": (sat_r3, {**R3, "tau": 0.78}, {}),
     "sat-r3 tau .93": (sat_r3, {**R3, "tau": 0.93}, {}),
     "sat-r3 tau .78 each": (sat_r3, {**R3, "tau": 0.78, "per_sample": True}, {}),

@@ -20,7 +20,7 @@ from surestep.threat import ThreatModel
 
 
 def regularised_images(batch: int, fraction: float | None) -> int:
-    """Return how many images of a batch SAT-R1 regularises: one if ``fraction`` is None."""
+    """Return how many images of a batch are regularised: one if ``fraction`` is None."""
     return 1 if fraction is None else min(batch, max(1, round(fraction * batch)))
 
 
@@ -79,6 +79,7 @@ def sat_r2_loss(
     lam: float,
     alpha: float,
     project: bool = False,
+    fraction: float = 1.0,
     criterion: Criterion = F.cross_entropy,
 ) -> StepResult:
     """Compute CE at FGSM plus lam times the squared distance of FGSM's to R-FGSM's logits.
@@ -95,20 +96,22 @@ def sat_r2_loss(
         alpha: size of the random step before R-FGSM's gradient.
         project: keep R-FGSM in the eps ball. The authors' code does not: there its point lies up
             to eps + alpha from x.
+        fraction: share of the batch that is regularised, its last images; the paper's is 1.
         criterion: the cross entropy.
     """
-    noisy = x + threat.steepest_step(torch.randn_like(x), alpha)
-    starts = torch.cat([x, noisy])
+    n = regularised_images(len(x), fraction)
+    x_n = x[-n:]
+    starts = torch.cat([x, x_n + threat.steepest_step(torch.randn_like(x_n), alpha)])
     with attacking(model) as inner:
-        grad, _, _ = input_gradient(inner, starts, torch.cat([y, y]))
+        grad, _, _ = input_gradient(inner, starts, torch.cat([y, y[-n:]]))
     points = starts + threat.steepest_step(grad, threat.eps)
-    x_fgsm, x_rfgsm = points.split(len(x))
+    x_fgsm, x_rfgsm = points.split([len(x), n])
     x_fgsm = threat.project(x_fgsm, x)
-    x_rfgsm = threat.project(x_rfgsm, x) if project else threat.clip(x_rfgsm)
+    x_rfgsm = threat.project(x_rfgsm, x_n) if project else threat.clip(x_rfgsm)
     logits = forward_logits(model, torch.cat([x_fgsm, x_rfgsm]))
-    at_fgsm, at_rfgsm = logits.split(len(x))
+    at_fgsm, at_rfgsm = logits.split([len(x), n])
     ce = criterion(at_fgsm, y)
-    distance = (at_fgsm - at_rfgsm).square().sum(1).mean()
+    distance = (at_fgsm[-n:] - at_rfgsm).square().sum(1).mean()
     return StepResult(
         ce + lam * distance,
         {"ce": ce.detach(), "distance": distance.detach()},
@@ -129,6 +132,7 @@ def sat_r3_loss(
     eps_low: float,
     project: bool = False,
     per_sample: bool = False,
+    fraction: float = 1.0,
     criterion: Criterion = F.cross_entropy,
 ) -> StepResult:
     """Compute L(eps) plus lam times the hinge of L(eps_low) - tau * L(eps).
@@ -148,26 +152,28 @@ def sat_r3_loss(
         project: keep both points in the eps ball. The authors' code does not: the far one lies up
             to eps + alpha from x.
         per_sample: hinge each sample, then average, rather than hinge the batch means.
+        fraction: share of the batch that is regularised, its last images; the paper's is 1.
         criterion: the cross entropy.
     """
     start = threat.clip(x + threat.steepest_step(torch.randn_like(x), alpha))
     with attacking(model) as inner:
         grad, _, _ = input_gradient(inner, start, y)
+    n = regularised_images(len(x), fraction)
     low, high = (start + threat.steepest_step(grad, size) for size in (eps_low, threat.eps))
     low, high = (threat.project(p, x) if project else threat.clip(p) for p in (low, high))
-    logits = forward_logits(model, torch.cat([low, high]))
-    losses = criterion(logits, torch.cat([y, y]), reduction="none")
-    at_low, at_high = losses.split(len(x))
+    logits = forward_logits(model, torch.cat([low[-n:], high]))
+    losses = criterion(logits, torch.cat([y[-n:], y]), reduction="none")
+    at_low, at_high = losses.split([n, len(x)])
     if per_sample:
-        hinge = F.relu(at_low - tau * at_high).mean()
+        hinge = F.relu(at_low - tau * at_high[-n:]).mean()
     else:
-        hinge = F.relu(at_low.mean() - tau * at_high.mean())
+        hinge = F.relu(at_low.mean() - tau * at_high[-n:].mean())
     ce = at_high.mean()
     return StepResult(
         ce + lam * hinge,
         {"ce": ce.detach(), "ce_low": at_low.mean().detach(), "hinge": hinge.detach()},
         high,
-        logits[len(x) :].detach(),
+        logits[n:].detach(),
     )
 
 
@@ -216,6 +222,7 @@ class SATR2(Method):
     lam: float = 5.0
     alpha: float = 0.01
     project: bool = False
+    fraction: float = 1.0
 
     presets = {
         "mnist": recipe(MNIST_SAT, lam=5.0, alpha=0.01),
@@ -228,14 +235,16 @@ class SATR2(Method):
         """Check the hyperparameters."""
         self.require(self.lam >= 0, "lam", ">= 0")
         self.require(self.alpha >= 0, "alpha", ">= 0")
+        self.require(0 < self.fraction <= 1, "fraction", "in (0, 1]")
 
     def step(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> StepResult:
         """Compute ``sat_r2_loss``."""
         return sat_r2_loss(model, x, y, self.threat, criterion=self.criterion, **self.params())
 
     def cost(self, batch_size: int) -> Cost:
-        """Both views through the attack and through the update."""
-        return Cost.of(attack=2, update=2)
+        """Take both views of the regularised share through the attack and through the update."""
+        views = 1 + regularised_images(batch_size, self.fraction) / batch_size
+        return Cost.of(attack=views, update=views)
 
 
 @register("sat-r3")
@@ -255,6 +264,7 @@ class SATR3(Method):
     eps_low: float | None = None
     project: bool = False
     per_sample: bool = False
+    fraction: float = 1.0
 
     presets = {
         "mnist": recipe(
@@ -281,6 +291,7 @@ class SATR3(Method):
         self.require(self.lam >= 0, "lam", ">= 0")
         self.require(self.tau > 0, "tau", "> 0")
         self.require(self.alpha >= 0, "alpha", ">= 0")
+        self.require(0 < self.fraction <= 1, "fraction", "in (0, 1]")
         self.require(
             0 <= self.eps_low <= self.threat.eps, "eps_low", f"in [0, eps = {self.threat.eps:g}]"
         )
@@ -290,5 +301,7 @@ class SATR3(Method):
         return sat_r3_loss(model, x, y, self.threat, criterion=self.criterion, **self.params())
 
     def cost(self, batch_size: int) -> Cost:
-        """One gradient, two points."""
-        return Cost.of(attack=1, update=2)
+        """One gradient, two points for the regularised share."""
+        return Cost.of(
+            attack=1, update=1 + regularised_images(batch_size, self.fraction) / batch_size
+        )

@@ -82,6 +82,7 @@ def test_fit_settings_have_no_dataset():
         ("ema", 1.0, "less than 1"),
         ("ema", 0, "greater than 0"),
         ("clip_grad", 0, "greater than 0"),
+        ("eps_warmup", -0.5, "greater than or equal to 0"),
         ("warmup", -1, "greater than or equal to 0"),
         ("seed", -1, "greater than or equal to 0"),
         ("val_images", -1, "greater than or equal to 0"),

@@ -61,6 +61,9 @@ class FitSettings(BaseModel):
     warmup: float = Field(
         0.0, ge=0, description="Epochs in which the learning rate rises linearly at first"
     )
+    eps_warmup: float = Field(
+        0.0, ge=0, description="Epochs in which eps (with step sizes) rises linearly at first"
+    )
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="Label smoothing of the update's cross entropy"
     )

@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from surestep import L2, Linf, UserError, methods
 
+EPS = 0.1
+
 HOST = (
     "item",
     "tolist",
@@ -236,3 +238,25 @@ def test_state_survives_a_resume(build, slug, make_task):
         losses.append(each(copy.deepcopy(task.net), task.x, task.y, index).loss)
     assert torch.equal(*losses)
     assert str(resumed.state_dict()) == str(method.state_dict())
+
+
+def test_half_strength_is_the_method_of_half_the_lengths(slug, build, make_task):
+    """And full strength afterwards is exactly what it was."""
+    given = {"alpha": 0.04, "eps_low": 0.06, "sigma": 0.01}
+    lengths = {k: v for k, v in given.items() if k in set(build(slug).params())}
+    full = build(slug, **lengths)
+    rest = {k: v for k, v in full.params().items() if k not in lengths}
+    half = methods.build(slug, Linf(EPS / 2), {**rest, **{k: v / 2 for k, v in lengths.items()}})
+
+    def step(method):
+        task = make_task("conv")
+        torch.manual_seed(3)
+        return method(task.net, task.x, task.y)
+
+    whole = step(full)
+    full.set_strength(0.5)
+    weak, expected = step(full), step(half)
+    assert torch.equal(weak.x_adv, expected.x_adv)
+    assert torch.equal(weak.loss, expected.loss)
+    full.set_strength(1.0)
+    assert torch.equal(step(full).x_adv, whole.x_adv)

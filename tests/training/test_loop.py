@@ -152,6 +152,29 @@ class TestARun:
             [0.1 / 2.5, 0.02 * 2 / 2.5, 0.004, 0.0008]
         )
 
+    def test_eps_and_step_sizes_warm_up_but_validation_does_not(self, tiny, monkeypatch):
+        method = methods.build("sat-r3", tiny.threat, {"alpha": 0.02, "eps_low": 0.04})
+        seen, judged = [], []
+        step, evaluate = methods.SATR3.step, loop.evaluate
+
+        def watched(self, *args):
+            seen.append((self.threat.eps, self.alpha, self.eps_low))
+            return step(self, *args)
+
+        def judge(model, data, threat, *args, **kwargs):
+            judged.append(threat.eps)
+            return evaluate(model, data, threat, *args, **kwargs)
+
+        monkeypatch.setattr(methods.SATR3, "step", watched)
+        monkeypatch.setattr(loop, "evaluate", judge)
+        tiny.train(method, epochs=2, eps_warmup=0.8)  # 4 of 5 steps an epoch
+        shares = [0.25, 0.5, 0.75] + [1.0] * 7
+        for (eps, alpha, low), share in zip(seen, shares, strict=True):
+            assert (eps, alpha, low) == pytest.approx((0.1 * share, 0.02 * share, 0.04 * share))
+        assert seen[-1] == (0.1, 0.02, 0.04)
+        assert judged == [0.1, 0.1]
+        assert (method.threat.eps, method.alpha) == (0.1, 0.02)
+
     def test_tensorboard(self, tiny, tmp_path):
         tiny.train(out=tmp_path / "run", tensorboard=True)
         (events,) = (tmp_path / "run").rglob("events.out.tfevents.*")
@@ -169,6 +192,7 @@ RESUMED = {
     "clip and smooth": {"clip_grad": 0.5, "label_smoothing": 0.1},
     "step": {"schedule": "step", "warmup": 1.5},
     "triangular": {"schedule": "triangular"},
+    "eps warm-up": {"eps_warmup": 1.5},
     "no validation": {"val_images": 0},
     "best": {"select": "best", "epochs": 3},
 }

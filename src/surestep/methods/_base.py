@@ -102,6 +102,8 @@ class Method(ABC):
     summary: ClassVar[str]
     paper: ClassVar[str]
     presets: ClassVar[Mapping[str, Preset]] = {}
+    lengths: ClassVar[tuple[str, ...]] = ("alpha",)
+    """The hyperparameters in pixel units, which must grow and shrink with eps."""
 
     threat: ThreatModel
     label_smoothing: float = field(default=0.0, kw_only=True)
@@ -115,6 +117,7 @@ class Method(ABC):
             self.require(_fits(getattr(self, name), kinds), name, f"a finite {expected}")
         self.require(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)")
         self.validate()
+        self._full = (self.threat, {k: v for k in self.lengths if (v := getattr(self, k, None))})
 
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None = None
@@ -141,6 +144,13 @@ class Method(ABC):
     @abstractmethod
     def step(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> StepResult:
         """Compute the loss of one batch; see ``__call__``."""
+
+    def set_strength(self, share: float) -> None:
+        """Attack from now on with ``share`` of eps, and of the other lengths: 1 is all of it."""
+        threat, lengths = self._full
+        self.threat = threat if share == 1 else threat.with_eps(share * threat.eps)
+        for name, length in lengths.items():
+            setattr(self, name, share * length)
 
     @abstractmethod
     def cost(self, batch_size: int) -> Cost:

@@ -257,6 +257,7 @@ class SATR3(Method):
 
     summary = "the loss must grow along the FGSM direction"
     paper = "Vivek & Babu 2020, arXiv 2002.00614"
+    lengths = ("alpha", "eps_low")
 
     lam: float = 1.0
     tau: float = 0.4

@@ -73,6 +73,7 @@ class TRADES(Method):
 
     summary = "clean cross entropy plus the divergence of clean and adversarial outputs"
     paper = "Zhang et al. 2019, arXiv 1901.08573"
+    lengths = ("alpha", "sigma")
     presets = {
         "mnist": recipe(MNIST_FAST, beta=1.0, steps=40, alpha=0.01),
         "cifar10": recipe(CIFAR_RESNET, beta=6.0, steps=10, alpha=0.007),

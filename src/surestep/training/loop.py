@@ -102,8 +102,10 @@ def fit(
         TrainingDiverged: the loss became NaN or infinite; the last good checkpoint is kept.
     """
     config = parse(FitSettings, settings)
-    if config.label_smoothing:
+    # Settings that change a method change a copy of it, never the caller's.
+    if config.label_smoothing or config.eps_warmup:
         method = copy.copy(method)
+    if config.label_smoothing:
         method.label_smoothing = config.label_smoothing
     else:
         config = config.model_copy(update={"label_smoothing": method.label_smoothing})
@@ -204,6 +206,8 @@ class _Trainer:
     ) -> None:
         checkpoint.seed_everything(config.seed + accelerator.process_index)
         self.model, self.method, self.config, self.run = model, method, config, run
+        # Validation attacks with all of eps from the first epoch on.
+        self.threat = method.threat
         self.accelerator, self.device = accelerator, device
         self.quiet = quiet or not accelerator.is_main_process
         train, self.held_out = split(data, validation, config.val_images, config.seed)
@@ -280,6 +284,7 @@ class _Trainer:
         lr = 0.0
         for x, y, index in batches:
             lr = self._set_rates()
+            self._set_strength()
             result = self.take_step(x, y, index)
             self.at.step += 1
             hits = (result.logits.argmax(1) == y).float().mean()
@@ -312,13 +317,20 @@ class _Trainer:
     def _set_rates(self) -> float:
         """Set learning rate and momentum of the step to come; return the former."""
         name, done = self.config.schedule, self.at.step / self.total
-        warmup = self.config.warmup * self.source.steps_per_epoch
-        lr = learning_rate(name, self.config.lr, done) * warm_up(self.at.step, warmup)
+        lr = learning_rate(name, self.config.lr, done) * self._warmed_up(self.config.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
             if "momentum" in group:
                 group["momentum"] = momentum(name, self.config.momentum, done)
         return lr
+
+    def _set_strength(self) -> None:
+        """Set the share of eps that the step to come attacks with."""
+        if self.config.eps_warmup:
+            self.method.set_strength(self._warmed_up(self.config.eps_warmup))
+
+    def _warmed_up(self, epochs: float) -> float:
+        return warm_up(self.at.step, epochs * self.source.steps_per_epoch)
 
     def _show(self, sums: _Sums, begin: float) -> None:
         self._check_finite(sums)
@@ -375,7 +387,7 @@ class _Trainer:
         return evaluate(
             self.judged,
             self.held_out,
-            self.method.threat,
+            self.threat,
             self.config.val_attacks,
             n=self.config.val_images,
             seed=self.config.seed,

@@ -77,7 +77,8 @@ class FitSettings(BaseModel):
     )
     engine: Literal["auto", "fast", "reference"] = Field(
         "auto",
-        description="How steps are computed; fast: channels_last, autocast; reference: plain",
+        description="How steps are computed: fast (channels_last, autocast), reference (plain) or "
+        "auto, the faster in a short measurement",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="Precision of the forward pass (losses are always fp32)"

@@ -43,7 +43,11 @@ MNIST_FAST = Preset(
 )
 MNIST_DEMO = replace(
     MNIST_FAST,
-    settings={**MNIST_FAST.settings, "epochs": 4, "val_images": 100, "select": "last"},
+    # Minutes long: no time to try engines out.
+    settings={
+        **MNIST_FAST.settings,
+        **{"epochs": 4, "val_images": 100, "select": "last", "engine": "fast"},
+    },
     source="ours: what `surestep demo` trains",
 )
 CIFAR_RESNET = Preset(

@@ -47,7 +47,8 @@ class Engine:
 
         Args:
             name: "fast" (channels_last, autocast, tuned allocator), "reference" (float32,
-                contiguous), or "auto": fast, in bf16 where the hardware multiplies it.
+                contiguous), or "auto": fast, in bf16 where the hardware multiplies it; training
+                measures (``pick_engine``).
             precision: "fp32", "bf16" or "fp16" override what the name implies.
             device: where the step will run.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from surestep import files
@@ -27,6 +27,7 @@ from surestep.methods import Method
 from surestep.training import checkpoint
 from surestep.training.averaging import WeightAverage
 from surestep.training.engine import Engine, make_optimizer, make_step
+from surestep.training.picking import MIN_STEPS, Pick, pick_engine
 from surestep.training.progress import Display
 from surestep.training.run_folder import RunFolder
 from surestep.training.schedules import learning_rate, momentum, warm_up
@@ -123,14 +124,14 @@ def fit(
         "norm": threat.to_dict()["norm"],
         "eps": float(threat.eps),
     }
-    described = {**describe, **config.model_dump(mode="json")}
     if run and resume:
-        run.check_same(described)
+        config = run.as_begun(config)
+        run.check_same({**describe, **config.model_dump(mode="json")})
     trainer = _Trainer(model, data, method, config, accelerator, target, run, validation, quiet)
     # Only now is everything checked: a mistake must not cost an old run.
     accelerator.wait_for_everyone()
     if run and accelerator.is_main_process and not resume:
-        run.make(described)
+        run.make({**describe, **trainer.config.model_dump(mode="json")})
     accelerator.wait_for_everyone()
     return trainer.train(resume=resume)
 
@@ -225,11 +226,17 @@ class _Trainer:
         self.total = self.source.steps_per_epoch * config.epochs
         if not self.total:
             raise UserError("there is no batch to train on: the data hold fewer images than one")
-        engine = Engine.choose(config.engine, config.precision, device)
-        engine.place(model.to(device)).train()
+        model.to(device).train()
+        self.pick: Pick | None = None
         if isinstance(train, Images):
             # The method looks at the first batch only; here all labels are at hand.
-            check_labels(train.y, count_classes(model, train.pixels(slice(0, 1)).to(device)))
+            one = train.pixels(slice(0, 1)).to(device)
+            check_labels(train.y, count_classes(model, one))
+            if config.engine == "auto" and self.total >= MIN_STEPS:
+                self._pick_engine(one.shape[1:])
+        config = self.config
+        engine = Engine.choose(config.engine, config.precision, device)
+        engine.place(model)
         optimizer = make_optimizer(
             config.optimizer,
             model.parameters(),
@@ -250,6 +257,18 @@ class _Trainer:
         self.engine, self.optimizer = engine, optimizer
         self.at = _Progress()
 
+    def _pick_engine(self, shape: torch.Size) -> None:
+        """Set the fastest engine, measured in the first process, in the settings of all."""
+        picks: list[Pick | None] = [None]
+        if self.accelerator.is_main_process:
+            batch, precision = self.config.batch_size, self.config.precision
+            share = max(1, batch // self.accelerator.num_processes)
+            picks = [pick_engine(self.model, self.method, shape, share, precision)]
+        (self.pick,) = broadcast_object_list(picks)
+        assert self.pick
+        chosen = {"engine": self.pick.engine, "precision": self.pick.precision}
+        self.config = self.config.model_copy(update=chosen)
+
     @property
     def judged(self) -> nn.Module:
         """The weights that are validated and kept: the average, if there is one."""
@@ -259,6 +278,8 @@ class _Trainer:
         if self.config.tensorboard:
             self.accelerator.init_trackers("tensorboard")
         with Display(self.total, 0, quiet=self.quiet) as self.display:
+            if self.pick:
+                self.display.say(str(self.pick))
             restored = self._restore() if resume else None
             while self.at.epoch < self.config.epochs:
                 self._epoch(restored)

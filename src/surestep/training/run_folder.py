@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from surestep import files
-from surestep.config import read_yaml, to_yaml
+from surestep.config import FitSettings, parse, read_yaml, to_yaml
 from surestep.errors import UserError
 
 _ENTRIES = {
@@ -122,6 +122,18 @@ class RunFolder:
         except OSError as e:
             raise UserError(f"cannot make the run folder {self.folder}: {e.strerror}") from e
         files.write_atomically(self.config, text)
+
+    def as_begun(self, config: FitSettings) -> FitSettings:
+        """Return the settings with the engine that the run was begun with, where that was picked.
+
+        Another engine rounds differently: a resumed run must not pick again.
+        """
+        if config.engine != "auto":
+            return config
+        begun = read_yaml(self.config)
+        settings = config.model_dump()
+        settings |= {k: begun[k] for k in ("engine", "precision") if k in begun}
+        return parse(FitSettings, settings, f"{self.config}: ")
 
     def check_same(self, settings: Mapping[str, Any]) -> None:
         """Refuse to resume with other settings than the run was begun with.

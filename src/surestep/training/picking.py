@@ -1,0 +1,126 @@
+"""Which engine is fastest here, found by trying: what ``engine="auto"`` does."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from surestep.attacks.core import count_classes, forked_rng
+from surestep.methods import Method
+from surestep.training.engine import PRECISIONS, Engine, make_optimizer, make_step
+
+MIN_STEPS = 100
+"""Shorter training is over before a measurement pays."""
+MARGIN = 1.2
+"""How much faster another engine must be than the expected one: near ones would swap by chance,
+and two runs of one seed would differ."""
+_LONG = 0.1
+
+
+@dataclass(frozen=True)
+class Pick:
+    """The engine to take, by the names of the settings.
+
+    Attributes:
+        engine: "fast" or "reference".
+        precision: "fp32", "bf16" or "fp16".
+        seconds: of a step, by engine and precision; those dropped early were tried once.
+        images: of the measured steps.
+    """
+
+    engine: str
+    precision: str
+    seconds: Mapping[tuple[str, str], float]
+    images: int
+
+    def __str__(self) -> str:
+        chosen = (self.engine, self.precision)
+        others = ", ".join(
+            f"{engine} {precision} {s / self.seconds[chosen]:.1f}x"
+            for (engine, precision), s in sorted(self.seconds.items(), key=lambda pair: pair[1])
+            if (engine, precision) != chosen
+        )
+        return (
+            f"engine: {self.engine} in {self.precision}, {1000 * self.seconds[chosen]:.0f} ms a "
+            f"step of {self.images} images" + (f" (others: {others})" if others else "")
+        )
+
+
+def pick_engine(
+    model: nn.Module, method: Method, shape: torch.Size, batch_size: int, precision: str = "auto"
+) -> Pick:
+    """Time a few steps of copies with each engine, on random images, and return the fastest.
+
+    The expected one (``Engine.choose``) is kept unless another is clearly faster. Model, method
+    and random state are left as they were.
+
+    Args:
+        model: in train mode, on its device.
+        method: what a step minimises.
+        shape: of one image.
+        batch_size: of the training steps; slow models are timed on fewer images.
+        precision: the only one to try; "auto": the expected one and float32.
+    """
+    device = next(model.parameters()).device
+    names = {dtype: name for name, dtype in PRECISIONS.items()}
+    expected = "fast", names[Engine.choose("fast", precision, device).precision]
+    precisions = [expected[1]] if precision != "auto" else [expected[1], "fp32"]
+    candidates = dict.fromkeys((e, p) for p in precisions for e in ("fast", "reference"))
+    with forked_rng(device):
+        low, _ = method.threat.bounds
+        x = low + method.threat.span * torch.rand(batch_size, *shape, device=device)
+        y = torch.randint(count_classes(model, x[:1]), (batch_size,), device=device)
+        n, seconds = _enough(model, method, x, y, expected)
+        tried = {expected: seconds}
+        for candidate in candidates:
+            if candidate != expected:
+                best = min(tried.values())
+                tried[candidate] = _time(model, method, x[:n], y[:n], candidate, give_up=1.5 * best)
+    fastest = min(tried, key=lambda c: tried[c])
+    chosen = fastest if tried[fastest] * MARGIN < seconds else expected
+    return Pick(*chosen, tried, n)
+
+
+def _enough(
+    model: nn.Module, method: Method, x: Tensor, y: Tensor, engine: tuple[str, str]
+) -> tuple[int, float]:
+    """Find a number of images, up to the batch, that a step does not take long for."""
+    n = min(4, len(x))
+    while True:
+        seconds = _time(model, method, x[:n], y[:n], engine)
+        if n == len(x) or seconds > _LONG:
+            return n, seconds
+        n = min(4 * n, len(x))
+
+
+def _time(
+    model: nn.Module,
+    method: Method,
+    x: Tensor,
+    y: Tensor,
+    engine: tuple[str, str],
+    give_up: float = float("inf"),
+) -> float:
+    """Return the seconds of a step: the better of two, after one that prepares the kernels."""
+    net = copy.deepcopy(model)
+    step = make_step(
+        net,
+        copy.deepcopy(method),
+        make_optimizer("sgd", net.parameters(), lr=0.0),
+        Engine.choose(*engine, x.device),
+    )
+    best = float("inf")
+    for i in range(3):
+        start = time.perf_counter()
+        # Reading a number waits for the device.
+        float(step(x, y).loss)
+        seconds = time.perf_counter() - start
+        best = min(best, seconds) if i else best
+        if i and seconds > give_up:
+            break
+    return best

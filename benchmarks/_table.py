@@ -37,8 +37,10 @@ class Row:
         return (self.method, self.recipe, self.seed)
 
 
-def train_and_judge(row: Row, steps: int, n: int, data: str | None) -> dict[str, Any]:
-    """Train a row, judge it on n test images by FGSM and by PGD on cross entropy and margin."""
+def train_and_judge(
+    row: Row, steps: int, n: int, data: str | None, split: str = "test"
+) -> dict[str, Any]:
+    """Train a row, judge it on n images by FGSM and by PGD on cross entropy and margin."""
     import torch
 
     from surestep import evaluate, runs
@@ -53,7 +55,7 @@ def train_and_judge(row: Row, steps: int, n: int, data: str | None) -> dict[str,
     # benchmarks/precision.py for what that changes.
     judged = evaluate(
         engine.place(fitted.model),
-        runs.load_data(config, "test"),
+        runs.load_data(config, split),
         runs.build_threat(config),
         ("fgsm", pgd, f"{pgd}-margin"),
         n=n,
@@ -96,10 +98,7 @@ def main(rows: list[Row], *, out: str, steps: int, n: int, data: str | None = No
         row = Row(**json.loads(args.row))
         print(json.dumps(train_and_judge(row, steps, args.n, args.data)))
         return
-    done = set()
-    if args.out.exists():
-        with args.out.open() as f:
-            done = {(r["method"], r["recipe"], int(r["seed"])) for r in csv.DictReader(f)}
+    done = {(r["method"], r["recipe"], int(r["seed"])) for r in read(args.out)}
     changes = json.loads(args.set)
     todo = [
         Row(r.method, r.recipe, r.seed, {**r.changes, **changes})
@@ -111,35 +110,54 @@ def main(rows: list[Row], *, out: str, steps: int, n: int, data: str | None = No
 
 
 def _run_and_record(row: Row, args: argparse.Namespace) -> None:
-    command = [sys.executable, sys.argv[0], "--n", str(args.n), "--row", json.dumps(asdict(row))]
-    command += ["--data", args.data] if args.data else []
+    options = ["--n", str(args.n), *(["--data", args.data] if args.data else [])]
     start = time.time()
+    result = run_alone(row, *options, threads=1)
+    if result is None:
+        return
+    append(args.out, FIELDS, result)
+    shown = {k: v for k, v in result.items() if k in FIELDS[:15]}
+    print(f"{time.time() - start:.0f} s {json.dumps(shown)}", flush=True)
+
+
+def run_alone(row: Row, *options: str, threads: int) -> dict[str, Any] | None:
+    """Run this script's ``--row`` in a process of its own; None, and said, if that fails."""
     ran = subprocess.run(
-        command,
+        [sys.executable, sys.argv[0], "--row", json.dumps(asdict(row)), *options],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         check=False,
     )
     if ran.returncode:
         print(f"FAILED {row}: {ran.stderr[-2000:]}", flush=True)
-        return
-    result = json.loads(ran.stdout.splitlines()[-1])
-    result |= {
+        return None
+    return {
+        **json.loads(ran.stdout.splitlines()[-1]),
         "commit": commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "date": datetime.date.today().isoformat(),
         "command": "python " + " ".join(sys.argv),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    new = not args.out.exists()
-    with args.out.open("a", newline="") as f:
-        writer = csv.DictWriter(f, FIELDS)
+
+
+def append(out: Path, names: list[str], row: dict[str, Any]) -> None:
+    """Add a row to a CSV, with a header if it is the first."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new = not out.exists()
+    with out.open("a", newline="") as f:
+        writer = csv.DictWriter(f, names, extrasaction="ignore", lineterminator="\n")
         if new:
             writer.writeheader()
-        writer.writerow(result)
-    shown = {k: v for k, v in result.items() if k in FIELDS[:15]}
-    print(f"{time.time() - start:.0f} s {json.dumps(shown)}", flush=True)
+        writer.writerow(row)
+
+
+def read(out: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV; none if there is no such file yet."""
+    if not out.exists():
+        return []
+    with out.open() as f:
+        return list(csv.DictReader(f))
 
 
 def commit() -> str:

@@ -1,0 +1,105 @@
+"""The search behind the short recipes: a grid of settings, judged on validation images.
+
+    python benchmarks/search.py sat-r2/mnist-fast '{"epochs": [2, 3], "params.lam": [2, 5]}'
+    python benchmarks/search.py --best 2     # the rows so far, cheapest first, by worst case
+
+Each point trains without validation, one core and one thread, and is judged by FGSM and PGD-100 on
+cross entropy and margin on the first --n of the 10,000 held-out images; never on test images. Its
+cost is in passes: epochs times those of a step over those of a standard step, so that points
+measured on a busy machine compare. Points that the CSV already holds are skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from _table import Row, append, read, run_alone, train_and_judge
+
+FIELDS = [
+    *("method", "recipe", "changes", "seed", "cost", "clean", "fgsm", "pgd", "pgd_margin"),
+    *("worst_case", "n", "train_seconds", "commit", "torch", "machine", "date"),
+]
+
+
+def points(grid: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the settings of each point of a grid; "params.NAME" is a method's parameter."""
+    for values in itertools.product(*grid.values()):
+        settings: dict[str, Any] = {}
+        for name, value in zip(grid, values, strict=True):
+            if name.startswith("params."):
+                settings.setdefault("params", {})[name.removeprefix("params.")] = value
+            else:
+                settings[name] = value
+        yield settings
+
+
+def cost(row: Row) -> float:
+    """Return what the training costs, in epochs of standard training."""
+    from surestep import runs
+
+    config = runs.resolve({"method": row.method, **row.changes}, row.recipe)
+    return config.epochs * runs.build_method(config).cost(config.batch_size).total / 3
+
+
+def run(row: Row, args: argparse.Namespace) -> None:
+    """Train and judge one point, and write its row."""
+    quick = {"val_images": 0, "select": "last", "engine": "fast"}
+    full = Row(row.method, row.recipe, row.seed, {**quick, **row.changes})
+    result = run_alone(full, "--n", str(args.n), threads=1)
+    if result:
+        result |= {"changes": json.dumps(row.changes), "cost": round(cost(row), 2)}
+        append(args.out, FIELDS, result)
+        print(f"{result['changes']} cost {result['cost']} {result['worst_case']:.3f}", flush=True)
+
+
+def best(rows: list[dict[str, str]], least: int) -> None:
+    """Print the means over seeds of points with at least so many, cheapest first."""
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in rows:
+        key = (row["cost"], row["method"], row["recipe"], row["changes"])
+        groups.setdefault(key, []).append(row)
+    for key, mine in sorted(groups.items(), key=lambda pair: float(pair[0][0])):
+        if len(mine) >= least:
+            found = [float(row["worst_case"]) for row in mine]
+            mean, low = sum(found) / len(found), min(found)
+            print(f"cost {key[0]:>6}  mean {mean:.3f}  least {low:.3f}  n {len(found)}  {key[1:]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("recipe", nargs="?", help="METHOD/PRESET to start from")
+    parser.add_argument("grid", nargs="?", default="{}", help="JSON of lists of values, by setting")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--n", type=int, default=1000, help="validation images")
+    parser.add_argument("--jobs", type=int, default=2, help="points at a time, one core each")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/search.csv"))
+    parser.add_argument("--best", type=int, metavar="SEEDS", help="print points of so many seeds")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.row:
+        row = Row(**json.loads(args.row))
+        print(json.dumps(train_and_judge(row, 100, args.n, None, "validation")))
+        return
+    rows = read(args.out)
+    if args.best:
+        return best(rows, args.best)
+    done = {(r["method"], r["recipe"], r["changes"], int(r["seed"])) for r in rows}
+    method, _, recipe = args.recipe.partition("/")
+    todo = [
+        Row(method, recipe, seed, settings)
+        for settings in points(json.loads(args.grid))
+        for seed in args.seeds
+        if (method, recipe, json.dumps(settings), seed) not in done
+    ]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda row: run(row, args), todo))
+
+
+if __name__ == "__main__":
+    main()

@@ -64,7 +64,8 @@ def best(rows: list[dict[str, str]], least: int) -> None:
     for row in rows:
         key = (row["cost"], row["method"], row["recipe"], row["changes"])
         groups.setdefault(key, []).append(row)
-    for key, mine in sorted(groups.items(), key=lambda pair: float(pair[0][0])):
+    for key in sorted(groups, key=lambda key: float(key[0])):
+        mine = groups[key]
         if len(mine) >= least:
             found = [float(row["worst_case"]) for row in mine]
             mean, low = sum(found) / len(found), min(found)

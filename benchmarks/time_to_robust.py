@@ -18,12 +18,13 @@ import json
 import os
 import statistics
 from pathlib import Path
+from typing import Any
 
 from _table import FIELDS, Row, append, read, run_alone, train_and_judge
 
 THRESHOLDS = (80, 85, 90)
 QUICK = {"val_images": 0, "select": "last", "engine": "fast"}
-RECIPES = {
+RECIPES: dict[str, dict[str, Any]] = {
     "sat-r2/mnist-speed": {},
     "sat-r2/mnist-lite": {},
     "sat-r2/mnist-fast": {},

@@ -60,7 +60,7 @@ def run(row: Row, args: argparse.Namespace) -> None:
 
 def best(rows: list[dict[str, str]], least: int) -> None:
     """Print the means over seeds of points with at least so many, cheapest first."""
-    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    groups: dict[tuple[str, str, str, str], list[dict[str, str]]] = {}
     for row in rows:
         key = (row["cost"], row["method"], row["recipe"], row["changes"])
         groups.setdefault(key, []).append(row)

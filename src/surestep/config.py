@@ -83,6 +83,9 @@ class FitSettings(BaseModel):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="Precision of the forward pass (losses are always fp32)"
     )
+    max_memory: float | None = Field(
+        None, gt=0, description="GiB that a step may take: above it, passes are computed twice"
+    )
     val_images: int = Field(
         1000, ge=0, description="Held-out images attacked after each epoch (0: no validation)"
     )

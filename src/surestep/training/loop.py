@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -23,15 +24,16 @@ from surestep.data import Images
 from surestep.devices import pick_device
 from surestep.errors import UserError
 from surestep.evaluation import Evaluation, evaluate, suite
-from surestep.methods import Method
+from surestep.methods import Method, StepResult
 from surestep.training import checkpoint
 from surestep.training.averaging import WeightAverage
 from surestep.training.engine import Engine, make_optimizer, make_step
+from surestep.training.memory import fit_into, out_of_memory
 from surestep.training.picking import MIN_STEPS, Pick, pick_engine
 from surestep.training.progress import Display
 from surestep.training.run_folder import RunFolder
 from surestep.training.schedules import learning_rate, momentum, warm_up
-from surestep.training.source import LoaderSource, Source, make_source, split
+from surestep.training.source import LoaderSource, Source, image_shape, make_source, split
 
 COLLAPSE = 0.20
 """Fall of robust accuracy between two epochs that counts as collapse (Kim et al. 2021)."""
@@ -236,7 +238,11 @@ class _Trainer:
                 self._pick_engine(one.shape[1:])
         config = self.config
         engine = Engine.choose(config.engine, config.precision, device)
-        engine.place(model)
+        stepped = engine.place(model)
+        if config.max_memory:
+            share = math.ceil(config.batch_size / accelerator.num_processes)
+            shape = image_shape(train)
+            stepped = fit_into(model, method, engine, shape, share, config.max_memory)
         optimizer = make_optimizer(
             config.optimizer,
             model.parameters(),
@@ -247,7 +253,7 @@ class _Trainer:
         self.average = WeightAverage(model, config.ema) if config.ema else None
         self._best: dict[str, Tensor] = {}
         self.take_step = make_step(
-            accelerator.prepare_model(model, device_placement=False),
+            accelerator.prepare_model(stepped, device_placement=False),
             method,
             optimizer,
             engine,
@@ -306,7 +312,7 @@ class _Trainer:
         for x, y, index in batches:
             lr = self._set_rates()
             self._set_strength()
-            result = self.take_step(x, y, index)
+            result = self._step(x, y, index)
             self.at.step += 1
             hits = (result.logits.argmax(1) == y).float().mean()
             values = {"loss": result.loss, **result.terms, "adv_accuracy": hits}
@@ -334,6 +340,19 @@ class _Trainer:
         }
         self._validate(row)
         self._record(row)
+
+    def _step(self, x: Tensor, y: Tensor, index: Tensor | None) -> StepResult:
+        try:
+            return self.take_step(x, y, index)
+        except (RuntimeError, MemoryError) as e:
+            if not out_of_memory(e):
+                raise
+            limit = self.config.max_memory
+            raise UserError(
+                f"out of memory in step {self.at.step + 1}, of {len(x)} images: lower batch_size "
+                f"({self.config.batch_size}), or "
+                + (f"max_memory ({limit:g})" if limit else "set max_memory, in GiB")
+            ) from e
 
     def _set_rates(self) -> float:
         """Set learning rate and momentum of the step to come; return the former."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from surestep.data import Batches, as_images, augment
+from surestep.data import Batches, Images, as_images, augment
 from surestep.errors import UserError
 
 _NO_LENGTH = "has no length, which schedules need: give a Dataset with __len__ and __getitem__"
@@ -78,6 +78,16 @@ class LoaderSource:
             nested = (getattr(place, name, None) for name in ("batch_sampler", "sampler"))
             places += [n for n in nested if n is not None]
         return found
+
+
+def image_shape(data: Any) -> torch.Size:
+    """Return the shape of one image of Images, a Dataset or a DataLoader."""
+    if isinstance(data, Images):
+        return torch.Size(data.image_shape)
+    data = data.dataset if isinstance(data, DataLoader) else data
+    # What an augmentation draws here, training must not miss.
+    with torch.random.fork_rng([]):
+        return torch.as_tensor(data[0][0]).shape
 
 
 def hold_out(n: int, wanted: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,196 @@
+"""Training steps that fit into a stated memory: less is kept, the rest is computed again.
+
+What fills memory in a step is what forward passes keep for backward. ``Frugal`` keeps less of it
+and computes the rest a second time, which costs a forward pass and changes no result: where images
+do not depend on each other (eval mode, and train mode without batch statistics) a pass goes in
+chunks of images; where they do, block by block over the whole batch (Chen et al. 2016,
+arXiv 1604.06174).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from surestep.attacks.core import attacking, forked_rng, forward_logits
+from surestep.errors import UserError
+from surestep.methods import Method
+from surestep.training.engine import Engine
+
+_BACKWARD = 1.4
+"""Memory of a pass over what it keeps: gradients of activations live beside them."""
+_PROBE = 2
+
+
+class Frugal(nn.Module):
+    """A model whose passes over many images keep little for backward.
+
+    Args:
+        model: the model, left as it is; its state lives on in it.
+        images: a pass without batch statistics keeps the activations of so many at a time.
+        blocks: keep only the inputs of residual blocks where batch statistics are computed.
+    """
+
+    def __init__(self, model: nn.Module, images: int, *, blocks: bool) -> None:
+        super().__init__()
+        self.module, self.images = model, images
+        self.blocks = repeated_blocks(model) if blocks else []
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the model returns for images x (N, ...)."""
+        if uses_batch_statistics(self.module):
+            with _recomputed(self.blocks):
+                return self.module(x)
+        if len(x) <= self.images or not torch.is_grad_enabled():
+            return self.module(x)
+        run = functools.partial(forward_logits, self.module)
+        return torch.cat(
+            [checkpoint(run, part, use_reentrant=False) for part in x.split(self.images)]
+        )
+
+
+def uses_batch_statistics(model: nn.Module) -> bool:
+    """Tell whether the images of a pass, in the model's present mode, depend on each other."""
+    return any(m.training for m in model.modules() if isinstance(m, _BatchNorm))
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the residual blocks: modules of a class, with batch norm in it, that repeats.
+
+    Plain ``nn.Sequential`` is no such class, it may be anything. Of nested blocks the outermost
+    count, so that nothing is computed three times.
+    """
+    kinds: dict[type[nn.Module], list[nn.Module]] = {}
+    for module in model.modules():
+        if any(isinstance(part, _BatchNorm) for part in module.children()):
+            kinds.setdefault(type(module), []).append(module)
+    kinds.pop(nn.Sequential, None)
+    found = [m for modules in kinds.values() if len(modules) > 1 for m in modules]
+    inside = {id(part) for m in found for part in m.modules() if part is not m}
+    return [m for m in found if id(m) not in inside]
+
+
+@contextmanager
+def _recomputed(blocks: list[nn.Module]) -> Iterator[None]:
+    """Let each block keep its input only."""
+    for block in blocks:
+        plain = type(block).forward
+        run = functools.partial(plain, block)
+        block.forward = functools.partial(
+            checkpoint,
+            run,
+            use_reentrant=False,
+            context_fn=functools.partial(_second_time, block),
+        )
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _second_time(
+    block: nn.Module,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _uncounted(block)
+
+
+@contextmanager
+def _uncounted(block: nn.Module) -> Iterator[None]:
+    """Let batch norm see a batch again without counting it into its running statistics."""
+    counted = [(m, name, b) for m in block.modules() for name, b in m.named_buffers(recurse=False)]
+    for module, name, buffer in counted:
+        setattr(module, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for module, name, buffer in counted:
+            setattr(module, name, buffer)
+
+
+def fit_into(
+    model: nn.Module,
+    method: Method,
+    engine: Engine,
+    shape: torch.Size,
+    batch_size: int,
+    gibibytes: float,
+) -> nn.Module:
+    """Return the model, ``Frugal`` as far as its training steps need it to stay under a limit.
+
+    The memory is estimated from what a pass over two images keeps for backward.
+
+    Args:
+        model: in train mode, on its device.
+        method: whose steps are taken.
+        engine: how.
+        shape: of one image.
+        batch_size: images of one step, of this process.
+        gibibytes: the limit, for weights, their gradients and momenta, and activations.
+
+    Raises:
+        UserError: no way to stay under it is known; names what would lower the need.
+    """
+    limit = gibibytes * 2**30
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    fixed = 4 * weights  # the weights, gradients, momenta, and a copy for autocast or averaging
+    images = math.ceil(batch_size * method.cost(batch_size).weight_grad)
+    device = next(model.parameters()).device
+    x = torch.zeros(_PROBE, *shape, device=device)
+    each = _BACKWARD * kept_bytes(model, x, engine) / _PROBE
+    if fixed + images * each <= limit:
+        return model
+    with attacking(model):
+        judged = _BACKWARD * kept_bytes(model, x, engine) / _PROBE
+    chunk = int((limit - fixed) / max(judged, 1))
+    need = fixed + judged
+    frugal = Frugal(model, max(chunk, 1), blocks=uses_batch_statistics(model))
+    if frugal.blocks:
+        # One block at a time is computed again; its share is at most that of all over two.
+        least = kept_bytes(frugal, x, engine) / _PROBE
+        need = fixed + images * (least + each / len(frugal.blocks) * 2)
+    elif uses_batch_statistics(model):
+        need = fixed + images * each
+    if need > limit:
+        raise UserError(
+            f"max_memory {gibibytes:g} GiB is too little: a step of {images} images needs about "
+            f"{need / 2**30:.1f} GiB at least; lower batch_size ({batch_size}) or take a smaller "
+            "model"
+        )
+    return frugal
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Tell whether an error is a device's, or the host's, that has no memory left."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        "DefaultCPUAllocator" in said or "out of memory" in said
+    )
+
+
+def kept_bytes(model: nn.Module, x: Tensor, engine: Engine) -> int:
+    """Return the bytes that a forward pass keeps for backward, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: list[Tensor] = []  # held, so that no two get the same address
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with (
+        forked_rng(x.device),
+        _uncounted(model),
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        engine.autocast(x.device),
+    ):
+        model(engine.place_images(x.detach().requires_grad_()))
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    return sum(size for address, size in storages.items() if address not in weights)

@@ -1,0 +1,178 @@
+"""Steps under a memory limit: the same step, less kept; and what is said when nothing helps."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from surestep import UserError, methods, models
+from surestep.threat import Linf
+from surestep.training import Engine, loop
+from surestep.training.memory import Frugal, fit_into, kept_bytes, repeated_blocks
+
+PLAIN = Engine()
+SHAPE = torch.Size([3, 16, 16])
+
+
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return models.create("preactresnet10-slim", 10, image_size=16).double().train()
+
+
+def plain() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Conv2d(8, 8, 3), nn.Tanh()]
+    layers += [nn.Flatten(), nn.Linear(1152, 10)]
+    return nn.Sequential(*layers).double().train()
+
+
+NETS = {"blocks": resnet, "chunks": plain}
+
+
+def batch(n: int = 6) -> tuple[Tensor, Tensor]:
+    x = torch.rand(n, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return x, torch.arange(n) % 10
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("slug", methods.names())
+def test_a_step_is_the_same(slug, net):
+    whole = NETS[net]()
+    frugal = copy.deepcopy(whole)
+    x, y = batch()
+    found = []
+    for model, run in ((whole, whole), (frugal, Frugal(frugal, 2, blocks=net == "blocks"))):
+        method = methods.get(slug)(Linf(0.1), **({"steps": 2} if slug in ("pgd", "trades") else {}))
+        torch.manual_seed(5)
+        result = method(run, x, y)
+        result.loss.backward()
+        found.append((result, [p.grad for p in model.parameters()], list(model.buffers())))
+    (one, grads, buffers), (other, their_grads, their_buffers) = found
+    exact = {"rtol": 0, "atol": 1e-12}
+    torch.testing.assert_close(one.loss, other.loss, **exact)
+    torch.testing.assert_close(one.x_adv, other.x_adv, **exact)
+    torch.testing.assert_close(grads, their_grads, **exact)
+    # Batch norm has counted the batch once.
+    torch.testing.assert_close(buffers, their_buffers, **exact)
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_less_is_kept(net):
+    model = NETS[net]()
+    x, _ = batch(12)
+    frugal = Frugal(model, 2, blocks=net == "blocks")
+    assert kept_bytes(frugal, x, PLAIN) < 0.6 * kept_bytes(model, x, PLAIN)
+
+
+def test_kept_bytes_are_those_of_the_activations():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 3))
+    # Each linear layer keeps its input (the second's is what tanh keeps), and not its weight.
+    assert kept_bytes(net, torch.rand(4, 3, 4), PLAIN) == 4 * (4 * 12 + 4 * 5)
+
+
+def test_looking_at_the_memory_changes_nothing():
+    model = resnet()
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    fit_into(model.float(), methods.SATR2(Linf(0.1)), PLAIN, SHAPE, 64, 0.03)
+    torch.testing.assert_close(model.double().state_dict(), before, rtol=1e-6, atol=1e-6)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+
+
+class TestFitInto:
+    def into(self, gibibytes: float, net: str = "blocks", images: int = 64) -> nn.Module:
+        model = NETS[net]().float()
+        return fit_into(model, methods.SATR2(Linf(0.1)), PLAIN, SHAPE, images, gibibytes)
+
+    def test_a_model_that_fits_is_left_alone(self):
+        assert not isinstance(self.into(4.0), Frugal)
+
+    def test_batch_norm_goes_by_blocks(self):
+        frugal = self.into(0.03)
+        assert isinstance(frugal, Frugal)
+        assert len(frugal.blocks) == 4
+        assert frugal.images >= 1
+
+    def test_without_it_images_go_in_chunks(self):
+        frugal = self.into(0.002, net="chunks", images=512)
+        assert isinstance(frugal, Frugal)
+        assert frugal.blocks == []
+        assert 1 <= frugal.images < 512
+
+    @pytest.mark.parametrize("net", NETS)
+    def test_too_little_is_said(self, net):
+        with pytest.raises(
+            UserError, match=r"max_memory 1e-06 GiB is too little.*batch_size \(64"
+        ) as e:
+            self.into(1e-6, net)
+        # What it asks for, rounded up, is enough.
+        assert "\n" not in str(e.value)
+        assert re.search(r"needs about \d+\.\d GiB", str(e.value))
+
+    def test_batch_norm_without_blocks_has_no_way(self):
+        net = nn.Sequential(
+            nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.Flatten(), nn.Linear(6272, 3)
+        )
+        with pytest.raises(UserError, match="too little"):
+            fit_into(net.train(), methods.FGSM(Linf(0.1)), PLAIN, SHAPE, 256, 0.01)
+
+
+def test_repeated_blocks_of_the_registered_models():
+    counts = {"resnet18": 8, "resnet34": 16, "preactresnet18": 8, "wrn-28-10": 12, "lenet+": 0}
+    for name, count in counts.items():
+        with torch.device("meta"):
+            model = models.create(name, 10)
+        assert len(repeated_blocks(model)) == count, name
+
+
+class TestTraining:
+    def test_weights_are_those_of_the_unlimited_run(self, tiny, tmp_path, monkeypatch):
+        def frugal(model, *_):
+            return Frugal(model, 3, blocks=False)
+
+        # In eval mode the net's batch norm lets the attack go in chunks.
+        free = tiny.train("pgd", out=tmp_path / "free", ema=0.9)
+        monkeypatch.setattr(loop, "fit_into", frugal)
+        tight = tiny.train("pgd", out=tmp_path / "tight", ema=0.9, max_memory=1.0)
+        for ours, theirs in zip(free.model.parameters(), tight.model.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert tiny.rows(tmp_path / "tight")[-1].keys() == tiny.rows(tmp_path / "free")[-1].keys()
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."),
+            MemoryError(),
+        ],
+    )
+    @pytest.mark.parametrize(
+        ("settings", "said"),
+        [({}, "set max_memory, in GiB"), ({"max_memory": 4.0}, r"max_memory \(4\)")],
+    )
+    def test_out_of_memory_is_one_clear_line(self, tiny, monkeypatch, error, settings, said):
+        def full(*_):
+            raise error
+
+        monkeypatch.setattr(methods.SATR2, "step", full)
+        expected = rf"out of memory in step 1, of 10 images: lower batch_size \(10\), or {said}"
+        with pytest.raises(UserError, match=expected):
+            tiny.train("sat-r2", **settings)
+
+    def test_other_errors_are_not_taken_for_it(self, tiny, monkeypatch):
+        def broken(*_):
+            raise RuntimeError("shapes differ")
+
+        monkeypatch.setattr(methods.SATR2, "step", broken)
+        with pytest.raises(RuntimeError, match="shapes differ"):
+            tiny.train("sat-r2")
+
+    def test_the_limit_is_taken_for_data_of_any_kind(self, tiny):
+        pairs = torch.utils.data.TensorDataset(*tiny.data())
+        with pytest.raises(UserError, match="max_memory"):
+            tiny.train("sat-r2", data=pairs, validation=tiny.data(), max_memory=1e-7)
+        tiny.train("sat-r2", data=pairs, validation=tiny.data(), max_memory=1.0)

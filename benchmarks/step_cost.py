@@ -50,6 +50,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "fgsm": ("fgsm", {}),
     "sat-r1": ("sat-r1", {"fraction": 1 / 32}),
     "sat-r2": ("sat-r2", {}),
+    "sat-r2 lite": ("sat-r2", {"fraction": 1 / 8}),
     "sat-r3": ("sat-r3", {}),
     "pgd-7": ("pgd", {"steps": 7, "alpha": 0.06}),
     "pgd-40": ("pgd", {"steps": 40, "alpha": 0.01}),
@@ -187,12 +188,14 @@ FIELDS = [
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    head = f"{'method':9} {'by':12} {'ms/step':>9} {'quartiles':>15} {'us/image':>9}"
+    head = f"{'method':11} {'by':12} {'ms/step':>9} {'quartiles':>15} {'us/image':>9}"
     head += f" {'/standard':>10} {'/dearest':>9} {'over passes':>12}"
     print(f"{head} {'of peak':>8} {'peer/ours':>10}")
     for r in rows:
         between = f"{r['ms_low']:.2f}-{r['ms_high']:.2f}"
-        line = f"{r['method']:9} {r['by']:12} {r['ms']:9.2f} {between:>15} {r['us_per_image']:9.1f}"
+        line = (
+            f"{r['method']:11} {r['by']:12} {r['ms']:9.2f} {between:>15} {r['us_per_image']:9.1f}"
+        )
         if r["by"] == "surestep":
             line += f" {r['over_standard']:10.2f} {r['over_dearest']:9.3f}"
             line += f" {r['over_passes']:12.2f} {r['share_of_peak']:8.1%}"

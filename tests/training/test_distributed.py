@@ -28,7 +28,8 @@ import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader, TensorDataset
 
-from surestep.training import TrainStep
+from surestep.training import Pick, TrainStep, loop
+from surestep.training.memory import Frugal
 
 spec = importlib.util.spec_from_file_location("helpers", sys.argv[1])
 tiny = importlib.util.module_from_spec(spec)
@@ -72,6 +73,20 @@ for method, params in (("standard", {}), ("fgsm", {}), ("sat-r2", {"alpha": 0.0}
     keep(method, train(tiny.make_method(method, **params), model=net))
 keep("average", train("fgsm", model=tiny.make_net(seed=rank, norm=False), ema=0.9))
 keep("augmented", train("fgsm", model=tiny.make_net(norm=False), augment="crop-flip"))
+loop.fit_into, fit_into = lambda model, *_: Frugal(model, 2, blocks=False), loop.fit_into
+keep("frugal", train("fgsm", model=tiny.make_net(norm=False), max_memory=1.0))
+loop.fit_into = fit_into
+
+
+def pick(*_):
+    # Only the first process measures; what it finds holds for both.
+    assert rank == 0
+    return Pick("reference", "fp32", {("reference", "fp32"): 1.0}, 10)
+
+
+loop.MIN_STEPS, loop.pick_engine, least = 1, pick, loop.MIN_STEPS
+keep("picked", train("fgsm", model=tiny.make_net(norm=False), engine="auto"))
+loop.MIN_STEPS = least
 keep("norm", train("sat-r2", ema=0.9, select="best", epochs=3))
 keep("norm-out", train("sat-r2", out=place / "norm-out"))
 
@@ -173,6 +188,8 @@ def test_both_end_with_the_same_weights(place, name):
         ("sat-r2", {"alpha": 0.0}, {}),
         ("average", {}, {"ema": 0.9}),
         ("augmented", {}, {"augment": "crop-flip"}),
+        ("frugal", {}, {}),
+        ("picked", {}, {}),
     ],
 )
 def test_two_processes_take_the_step_of_one(tiny, place, name, params, settings):

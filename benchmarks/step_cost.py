@@ -15,7 +15,10 @@ that whatever else the machine does falls on all of them alike. Columns:
 - share of peak: FLOP/s of those passes against a matrix product's, measured here in this precision
 - peer / ours (--peers): the same mathematics as public training scripts write it, see _peers.py
 
-Run it on an idle machine. Peak memory: --memory, a process for each method.
+Run it on an idle machine. Peak memory: --memory, a process for each method, --rounds steps:
+
+    python benchmarks/step_cost.py --memory --model wrn-28-10 --batch-size 128 --rounds 1 \\
+        --methods sat-r2 --max-memory 6
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from surestep import Linf, data, methods, models
 from surestep.training import Engine, make_optimizer, make_step
 from surestep.training.engine import TrainStep
+from surestep.training.memory import fit_into
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "standard": ("standard", {}),
@@ -65,12 +69,18 @@ def build_model(name: str) -> tuple[nn.Module, int, int]:
     return models.create(name, in_channels=channels, image_size=size).train(), channels, size
 
 
-def our_step(model_name: str, name: str, engine: str) -> tuple[TrainStep, methods.Method]:
-    model, _, _ = build_model(model_name)
+def our_step(
+    model_name: str, name: str, engine: str, batch: int = 0, max_memory: float | None = None
+) -> tuple[TrainStep, methods.Method]:
+    model, channels, size = build_model(model_name)
     slug, params = METHODS[name]
     method = methods.build(slug, Linf(EPS), params)
     optimizer = make_optimizer("sgd", model.parameters(), lr=0.01)
-    return make_step(model, method, optimizer, engine), method
+    chosen = Engine.choose(engine)
+    if max_memory:
+        shape = torch.Size([channels, size, size])
+        model = fit_into(chosen.place(model), method, chosen, shape, batch, max_memory)
+    return make_step(model, method, optimizer, chosen), method
 
 
 def peer_steps(model_name: str, name: str, batch: int) -> dict[str, _peers.Step]:
@@ -205,21 +215,32 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def peak_memory(args: argparse.Namespace) -> None:
-    """Print the resident memory of a process that takes five steps of each method."""
+    """Print the resident memory of a process that takes a few steps of each method."""
     for batch in args.batch_size:
         for name in args.methods:
             options = ["--model", args.model, "--engine", args.engine, "--batch-size", str(batch)]
+            options += ["--rounds", str(args.rounds)]
+            options += ["--max-memory", str(args.max_memory)] if args.max_memory else []
             command = [sys.executable, __file__, *options, "--one", name]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            print(f"batch {batch:4} {name:9} peak {done.stdout.strip()} MB", flush=True)
+            done = subprocess.run(command, check=False, capture_output=True, text=True)
+            said = done.stdout if not done.returncode else done.stderr.splitlines()[-1]
+            print(f"batch {batch:4} {name:11} {said.strip()}", flush=True)
 
 
 def one(args: argparse.Namespace) -> None:
     x, y = images(args.model, args.batch_size[0])
-    step, _ = our_step(args.model, args.one, args.engine)
-    for _ in range(5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step, _ = our_step(args.model, args.one, args.engine, len(x), args.max_memory)
+    seconds = []
+    for _ in range(args.rounds):
+        start = time.perf_counter()
         step(x, y)
-    print(round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+        seconds.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(
+        f"peak {peak / 2**20:.2f} GiB, {before / 2**20:.2f} before the model; "
+        f"{min(seconds):.3f} s a step, the fastest of {args.rounds}"
+    )
 
 
 def main() -> None:
@@ -233,6 +254,7 @@ def main() -> None:
     parser.add_argument("--engine", default="auto", choices=("auto", "fast", "reference"))
     parser.add_argument("--peers", action="store_true", help="also the peers' ways")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of seconds")
+    parser.add_argument("--max-memory", type=float, metavar="GIB", help="limit, with --memory")
     parser.add_argument("--out", type=Path, help="CSV to add the rows to")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -98,7 +98,7 @@ class TestFitInto:
         assert frugal.images >= 1
 
     def test_without_it_images_go_in_chunks(self):
-        frugal = self.into(0.002, net="chunks", images=512)
+        frugal = self.into(0.04, net="chunks", images=512)
         assert isinstance(frugal, Frugal)
         assert frugal.blocks == []
         assert 1 <= frugal.images < 512

@@ -140,8 +140,10 @@ def fit_into(
     """
     limit = gibibytes * 2**30
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    fixed = 4 * weights  # the weights, gradients, momenta, and a copy for autocast or averaging
     images = math.ceil(batch_size * method.cost(batch_size).weight_grad)
+    # Weights, gradients, momenta and a copy for autocast or averaging; what an attack keeps of
+    # the images: starts, gradients, signs, points and their clipped copies.
+    fixed = 4 * weights + 8 * images * 4 * math.prod(shape)
     device = next(model.parameters()).device
     x = torch.zeros(_PROBE, *shape, device=device)
     each = _BACKWARD * kept_bytes(model, x, engine) / _PROBE

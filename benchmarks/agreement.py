@@ -1,7 +1,8 @@
 """surestep's attacks against foolbox's, ART's and AutoAttack's own, on the same model and images.
 
     pip install foolbox adversarial-robustness-toolbox
-    python benchmarks/agreement.py RUN [RUN ...] --n 500
+    surestep train --method sat-r2 --preset mnist-demo --out runs/sat-r2
+    python benchmarks/agreement.py runs/sat-r2 --n 1000 --seeds 3
 
 All PGD: 100 steps of eps / 30 from a random start in the whole ball, cross entropy. Accuracy counts
 images that are right clean and at the attack's point, in float32.

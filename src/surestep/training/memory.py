@@ -163,8 +163,8 @@ def fit_into(
     if need > limit:
         raise UserError(
             f"max_memory {gibibytes:g} GiB is too little: a step of {images} images needs about "
-            f"{1.1 * need / 2**30:.2g} GiB at least; lower batch_size ({batch_size}) or take a smaller "
-            "model"
+            f"{1.1 * need / 2**30:.2g} GiB at least; lower batch_size ({batch_size}) or take a "
+            "smaller model"
         )
     return frugal
 

@@ -1,11 +1,10 @@
 """Training steps that fit into a stated memory: less is kept, the rest is computed again.
 
 What fills memory in a step is what forward passes keep for backward. ``Frugal`` keeps less of it
-and computes the rest a second time, which costs a forward pass and changes no result (but for what
-dropout draws in chunks): where images
-do not depend on each other (eval mode, and train mode without batch statistics) a pass goes in
-chunks of images; where they do, block by block over the whole batch (Chen et al. 2016,
-arXiv 1604.06174).
+and computes the rest a second time. That costs a forward pass and changes no result, but for what
+dropout draws. Where images do not depend on each other (eval mode, and train mode without batch
+statistics) a pass goes in chunks of images; where they do, block by block over the whole batch
+(Chen et al. 2016, arXiv 1604.06174).
 """
 
 from __future__ import annotations

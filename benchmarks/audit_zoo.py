@@ -14,7 +14,6 @@ standard version runs on the same images, and what the audit found must not be a
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _table import append, read
 from torch import Tensor, nn
 
 import surestep
@@ -372,10 +372,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/audit_zoo.csv"))
     parser.add_argument("--table", action="store_true", help="print what --out holds")
     args = parser.parse_args()
-    rows: list[dict[str, str]] = []
-    if args.out.exists():
-        with args.out.open() as f:
-            rows = list(csv.DictReader(f))
+    rows = read(args.out)
     if args.table:
         return table(rows)
     images = load("mnist", "test")
@@ -386,13 +383,7 @@ def main() -> None:
             if (name, seed) in done:
                 continue
             row = judge(name, bases, images, args)
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            new = not args.out.exists()
-            with args.out.open("a", newline="") as f:
-                writer = csv.DictWriter(f, list(row))
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
+            append(args.out, list(row), row)
             mark = "ok   " if row["ok"] else "WRONG"
             print(
                 f"{mark} {name:26} {row['verdict']:14} clean {row['clean']:.3f} "

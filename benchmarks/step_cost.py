@@ -24,7 +24,6 @@ Run it on an idle machine. Peak memory: --memory, a process for each method, --r
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import importlib.util
 import os
@@ -40,7 +39,7 @@ from typing import Any
 
 import _peers
 import torch
-from _table import commit
+from _table import append, commit
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -272,12 +271,8 @@ def main() -> None:
             made |= {"torch": torch.__version__, "commit": commit()}
             made |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores"}
             made["date"] = datetime.date.today().isoformat()
-            new = not args.out.exists()
-            with args.out.open("a", newline="") as f:
-                writer = csv.DictWriter(f, FIELDS)
-                if new:
-                    writer.writeheader()
-                writer.writerows({**row, **made} for row in rows)
+            for row in rows:
+                append(args.out, FIELDS, {**row, **made})
     return None
 
 

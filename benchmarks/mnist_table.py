@@ -15,7 +15,6 @@ ROWS = [
     Row("pgd", "mnist-fast"),
     *(Row(method, "mnist") for method in ("sat-r2", "sat-r1", "sat-r3")),
     *(Row(method, "mnist-fast", seed) for seed in range(3) for method in SINGLE_STEP),
-    *(Row("sat-r2", "mnist-lite", seed) for seed in range(3)),
 ]
 
 if __name__ == "__main__":

@@ -228,8 +228,6 @@ class SATR2(Method):
         "mnist": recipe(MNIST_SAT, lam=5.0, alpha=0.01),
         "mnist-fast": recipe(MNIST_FAST, lam=5.0, alpha=0.01),
         "mnist-demo": recipe(MNIST_DEMO, lam=5.0, alpha=0.01),
-        # 5.6 passes an image in place of 10: 1.9 standard steps.
-        "mnist-lite": recipe(MNIST_FAST, lam=5.0, alpha=0.01, fraction=1 / 8),
         "cifar10": recipe(CIFAR_SAT, lam=25.0, alpha=2 / 255),
     }
 

@@ -169,7 +169,7 @@ class TestFolders:
         assert run.threat == surestep.Linf(0.3)
         assert not run.model.training
         # All of the method's parameters are written out, the defaults as well.
-        params = {"lam": 5.0, "alpha": 0.01, "project": False}
+        params = {"lam": 5.0, "alpha": 0.01, "project": False, "fraction": 1.0}
         assert run.config == config.model_copy(update={"params": params})
         expected = result.model.state_dict()
         assert all(torch.equal(v, expected[k]) for k, v in run.model.state_dict().items())

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from surestep import methods
+from surestep import UserError, methods
 from surestep.training import loop, picking
 from surestep.training.picking import Pick, pick_engine
 
@@ -138,6 +138,11 @@ class TestTraining:
         train(out=tmp_path / "run", resume=True)
         assert len(self.picks) == 2
         assert tiny.weights(tmp_path / "run") == tiny.weights(tmp_path / "whole")
+
+    def test_another_precision_than_begun_is_refused(self, tiny, tmp_path):
+        tiny.train("sat-r2", engine="auto", out=tmp_path / "run")
+        with pytest.raises(UserError, match=r"precision 'fp32': it was begun with 'bf16'"):
+            tiny.train("sat-r2", engine="auto", precision="fp32", out=tmp_path / "run", resume=True)
 
     def test_short_training_and_named_engines_do_not_pick(self, tiny, monkeypatch):
         tiny.train("fgsm", engine="fast")

@@ -126,13 +126,15 @@ class RunFolder:
     def as_begun(self, config: FitSettings) -> FitSettings:
         """Return the settings with the engine that the run was begun with, where that was picked.
 
-        Another engine rounds differently: a resumed run must not pick again.
+        Another engine rounds differently: a resumed run must not pick again. A precision that is
+        asked for stays as asked, for ``check_same`` to judge.
         """
         if config.engine != "auto":
             return config
-        begun = read_yaml(self.config)
-        settings = config.model_dump()
-        settings |= {k: begun[k] for k in ("engine", "precision") if k in begun}
+        begun, settings = read_yaml(self.config), config.model_dump()
+        for name in ("engine", "precision"):
+            if settings[name] == "auto":
+                settings[name] = begun.get(name, "auto")
         return parse(FitSettings, settings, f"{self.config}: ")
 
     def check_same(self, settings: Mapping[str, Any]) -> None:

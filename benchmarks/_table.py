@@ -23,6 +23,10 @@ FIELDS = [
 ]
 
 
+QUICK = {"val_images": 0, "select": "last", "engine": "fast"}
+"""Settings of a run whose training alone is of interest."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One training run to be judged: a method's preset, with settings changed by name."""

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from _table import Row, append, read, run_alone, train_and_judge
+from _table import QUICK, Row, append, read, run_alone, train_and_judge
 
 FIELDS = [
     *("method", "recipe", "changes", "seed", "cost", "clean", "fgsm", "pgd", "pgd_margin"),
@@ -49,8 +49,7 @@ def cost(row: Row) -> float:
 
 def run(row: Row, args: argparse.Namespace) -> None:
     """Train and judge one point, and write its row."""
-    quick = {"val_images": 0, "select": "last", "engine": "fast"}
-    full = Row(row.method, row.recipe, row.seed, {**quick, **row.changes})
+    full = Row(row.method, row.recipe, row.seed, {**QUICK, **row.changes})
     result = run_alone(full, "--n", str(args.n), threads=1)
     if result:
         result |= {"changes": json.dumps(row.changes), "cost": round(cost(row), 2)}

@@ -20,10 +20,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from _table import FIELDS, Row, append, read, run_alone, train_and_judge
+from _table import FIELDS, QUICK, Row, append, read, run_alone, train_and_judge
 
 THRESHOLDS = (80, 85, 90)
-QUICK = {"val_images": 0, "select": "last", "engine": "fast"}
 RECIPES: dict[str, dict[str, Any]] = {
     "sat-r2/mnist-fast": {},
     # The same engine and schedule, of fewer epochs: it needs fewer to pass 85%.

@@ -73,7 +73,7 @@ for method, params in (("standard", {}), ("fgsm", {}), ("sat-r2", {"alpha": 0.0}
     keep(method, train(tiny.make_method(method, **params), model=net))
 keep("average", train("fgsm", model=tiny.make_net(seed=rank, norm=False), ema=0.9))
 keep("augmented", train("fgsm", model=tiny.make_net(norm=False), augment="crop-flip"))
-loop.fit_into, fit_into = lambda model, *_: Frugal(model, 2, blocks=False), loop.fit_into
+loop.fit_into, fit_into = lambda model, *_: Frugal(model, 2), loop.fit_into
 keep("frugal", train("fgsm", model=tiny.make_net(norm=False), max_memory=1.0))
 loop.fit_into = fit_into
 

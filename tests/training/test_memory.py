@@ -45,7 +45,7 @@ def test_a_step_is_the_same(slug, net):
     frugal = copy.deepcopy(whole)
     x, y = batch()
     found = []
-    for model, run in ((whole, whole), (frugal, Frugal(frugal, 2, blocks=net == "blocks"))):
+    for model, run in ((whole, whole), (frugal, Frugal(frugal, 2))):
         method = methods.get(slug)(Linf(0.1), **({"steps": 2} if slug in ("pgd", "trades") else {}))
         torch.manual_seed(5)
         result = method(run, x, y)
@@ -64,7 +64,7 @@ def test_a_step_is_the_same(slug, net):
 def test_less_is_kept(net):
     model = NETS[net]()
     x, _ = batch(12)
-    frugal = Frugal(model, 2, blocks=net == "blocks")
+    frugal = Frugal(model, 2)
     assert kept_bytes(frugal, x, PLAIN) < 0.6 * kept_bytes(model, x, PLAIN)
 
 
@@ -133,7 +133,7 @@ def test_repeated_blocks_of_the_registered_models():
 class TestTraining:
     def test_weights_are_those_of_the_unlimited_run(self, tiny, tmp_path, monkeypatch):
         def frugal(model, *_):
-            return Frugal(model, 3, blocks=False)
+            return Frugal(model, 3)
 
         # In eval mode the net's batch norm lets the attack go in chunks.
         free = tiny.train("pgd", out=tmp_path / "free", ema=0.9)

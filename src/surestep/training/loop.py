@@ -228,6 +228,8 @@ class _Trainer:
         self.total = self.source.steps_per_epoch * config.epochs
         if not self.total:
             raise UserError("there is no batch to train on: the data hold fewer images than one")
+        # Images of a step, of this process.
+        self.share = math.ceil(config.batch_size / accelerator.num_processes)
         model.to(device).train()
         self.pick: Pick | None = None
         if isinstance(train, Images):
@@ -240,9 +242,8 @@ class _Trainer:
         engine = Engine.choose(config.engine, config.precision, device)
         stepped = engine.place(model)
         if config.max_memory:
-            share = math.ceil(config.batch_size / accelerator.num_processes)
             shape = image_shape(train)
-            stepped = fit_into(model, method, engine, shape, share, config.max_memory)
+            stepped = fit_into(model, method, engine, shape, self.share, config.max_memory)
         optimizer = make_optimizer(
             config.optimizer,
             model.parameters(),
@@ -267,9 +268,7 @@ class _Trainer:
         """Set the fastest engine, measured in the first process, in the settings of all."""
         picks: list[Pick | None] = [None]
         if self.accelerator.is_main_process:
-            batch, precision = self.config.batch_size, self.config.precision
-            share = max(1, batch // self.accelerator.num_processes)
-            picks = [pick_engine(self.model, self.method, shape, share, precision)]
+            picks = [pick_engine(self.model, self.method, shape, self.share, self.config.precision)]
         (self.pick,) = broadcast_object_list(picks)
         assert self.pick
         chosen = {"engine": self.pick.engine, "precision": self.pick.precision}

@@ -34,14 +34,14 @@ class Frugal(nn.Module):
 
     Args:
         model: the model, left as it is; its state lives on in it.
-        images: a pass without batch statistics keeps the activations of so many at a time.
-        blocks: keep only the inputs of residual blocks where batch statistics are computed.
+        images: a pass without batch statistics keeps the activations of so many at a time; one
+            with them keeps only the inputs of residual blocks.
     """
 
-    def __init__(self, model: nn.Module, images: int, *, blocks: bool) -> None:
+    def __init__(self, model: nn.Module, images: int) -> None:
         super().__init__()
         self.module, self.images = model, images
-        self.blocks = repeated_blocks(model) if blocks else []
+        self.blocks = repeated_blocks(model)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the model returns for images x (N, ...)."""
@@ -81,11 +81,9 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 def _recomputed(blocks: list[nn.Module]) -> Iterator[None]:
     """Let each block keep its input only."""
     for block in blocks:
-        plain = type(block).forward
-        run = functools.partial(plain, block)
         block.forward = functools.partial(
             checkpoint,
-            run,
+            block.forward,
             use_reentrant=False,
             context_fn=functools.partial(_second_time, block),
         )
@@ -152,13 +150,14 @@ def fit_into(
     with attacking(model):
         judged = _BACKWARD * kept_bytes(model, x, engine) / _PROBE
     chunk = int((limit - fixed) / max(judged, 1))
-    need = fixed + judged
-    frugal = Frugal(model, max(chunk, 1), blocks=uses_batch_statistics(model))
-    if frugal.blocks:
-        # One block at a time is computed again; its share is at most that of all over two.
+    frugal = Frugal(model, max(chunk, 1))
+    if not uses_batch_statistics(model):
+        need = fixed + judged
+    elif frugal.blocks:
+        # One block at a time is computed again; the largest is taken for twice the mean.
         least = kept_bytes(frugal, x, engine) / _PROBE
         need = fixed + images * (least + each / len(frugal.blocks) * 2)
-    elif uses_batch_statistics(model):
+    else:
         need = fixed + images * each
     if need > limit:
         raise UserError(

@@ -267,3 +267,22 @@ class TestAutoAttack:
     def test_eps_zero(self, net, images):
         x_adv = attacks.autoattack.autoattack(net, *images, surestep.Linf(0.0))
         assert torch.equal(x_adv, images[0])
+
+    @pytest.mark.parametrize("part", ["apgd_ce", "apgd_t", "fab_t", "autoattack", "square"])
+    def test_no_input_gradient(self, images, part):
+        """A line instead of the package's traceback; Square asks for no gradient."""
+
+        class Detached(nn.Linear):
+            def forward(self, x):
+                return super().forward(x.detach().flatten(1))
+
+        torch.manual_seed(0)
+        net = Detached(64, 4)
+        x, _ = images
+        y = net(x).argmax(1)
+        attack = getattr(attacks.autoattack, part)
+        if part == "square":
+            assert (net(attack(net, x, y, surestep.Linf(0.2), 200)).argmax(1) != y).any()
+        else:
+            with pytest.raises(surestep.UserError, match="no gradient with respect to its input"):
+                attack(net, x, y, surestep.Linf(0.2))

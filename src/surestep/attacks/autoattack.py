@@ -21,6 +21,7 @@ from surestep.attacks.core import (
     forked_rng,
     forward_logits,
     in_turn,
+    input_gradient,
 )
 from surestep.attacks.gradient import pgd
 from surestep.errors import UserError
@@ -36,7 +37,8 @@ def apgd_ce(
     """APGD on cross entropy: step sizes that adapt themselves (Croce & Hein 2020, section 3).
 
     Raises:
-        UserError: on invalid images or labels, or a norm other than L-inf and L2.
+        UserError: on invalid images or labels, a norm other than L-inf and L2, or a model whose
+            output has no input gradient.
     """
 
     def run(predict: Callable, z: Tensor, y: Tensor, shared: dict) -> Tensor:
@@ -54,7 +56,8 @@ def apgd_t(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, steps: i
     With fewer than four classes, where that loss does not exist, PGD on the margin.
 
     Raises:
-        UserError: on invalid images or labels, or a norm other than L-inf and L2.
+        UserError: on invalid images or labels, a norm other than L-inf and L2, or a model whose
+            output has no input gradient.
     """
 
     def run(predict: Callable, z: Tensor, y: Tensor, shared: dict) -> Tensor:
@@ -78,7 +81,8 @@ def fab_t(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, steps: in
     """FAB, targeted: steps towards the nearest boundary of each likely class (Croce & Hein 2020b).
 
     Raises:
-        UserError: on invalid images or labels, or a norm other than L-inf and L2.
+        UserError: on invalid images or labels, a norm other than L-inf and L2, or a model whose
+            output has no input gradient.
     """
 
     def run(predict: Callable, z: Tensor, y: Tensor, shared: dict) -> Tensor:
@@ -109,7 +113,7 @@ def square(
         with torch.no_grad():
             return attack.perturb(z, y)
 
-    return _run(run, model, x, y, threat)
+    return _run(run, model, x, y, threat, gradients=False)
 
 
 def autoattack(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
@@ -125,7 +129,8 @@ def autoattack(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> T
         x_adv, shaped as x: misclassified where a part succeeded, else the clean image.
 
     Raises:
-        UserError: on invalid images or labels, another norm, or pyautoattack not installed.
+        UserError: on invalid images or labels, another norm, a model whose output has no input
+            gradient, or pyautoattack not installed.
     """
     parts = (apgd_ce, apgd_t, fab_t, square)
     return in_turn(model, x, y, [partial(part, model, threat=threat) for part in parts])
@@ -138,7 +143,15 @@ _SILENT.propagate = False
 Part = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor, dict], Tensor]
 
 
-def _run(run: Part, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
+def _run(
+    run: Part,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    gradients: bool = True,
+) -> Tensor:
     """Call a part on images scaled to [0, 1] and shaped (N, C, H, W), as the package wants."""
     try:
         import pyautoattack  # noqa: F401
@@ -170,6 +183,8 @@ def _run(run: Part, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel)
                 inner, threat.bounds[0] + z.reshape(-1, *x.shape[1:]) * threat.span
             )
 
+        if gradients:  # in one line what the package would say with a traceback
+            input_gradient(inner, x[:1], y[:1])
         found = run(predict, z, y, shared).detach()
     found = threat.bounds[0] + found.reshape(x.shape) * threat.span
     # A failed part may return NaN (FAB, on a flat model): the image itself then.

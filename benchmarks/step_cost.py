@@ -13,7 +13,8 @@ that whatever else the machine does falls on all of them alike. Columns:
   of this run, of surestep's
 - over passes: that ratio over the one that the declared passes predict; 1 is the limit
 - share of peak: FLOP/s of those passes against a matrix product's, measured here in this precision
-- peer / ours (--peers): the same mathematics as public training scripts write it, see _peers.py
+- peer / ours: (--peers) the same mathematics as public training scripts write it, see _peers.py;
+  (--compile) our own step with the network compiled
 
 Run it on an idle machine. Peak memory: --memory, a process for each method, --rounds steps:
 
@@ -35,7 +36,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import _peers
 import torch
@@ -69,7 +70,13 @@ def build_model(name: str) -> tuple[nn.Module, int, int]:
 
 
 def our_step(
-    model_name: str, name: str, engine: str, batch: int = 0, max_memory: float | None = None
+    model_name: str,
+    name: str,
+    engine: str,
+    batch: int = 0,
+    max_memory: float | None = None,
+    *,
+    compiled: bool = False,
 ) -> tuple[TrainStep, methods.Method]:
     model, channels, size = build_model(model_name)
     slug, params = METHODS[name]
@@ -79,6 +86,8 @@ def our_step(
     if max_memory:
         shape = torch.Size([channels, size, size])
         model = fit_into(chosen.place(model), method, chosen, shape, batch, max_memory)
+    if compiled:
+        model = cast(nn.Module, torch.compile(chosen.place(model)))
     return make_step(model, method, optimizer, chosen), method
 
 
@@ -148,6 +157,9 @@ def measure(args: argparse.Namespace, batch: int) -> list[dict[str, Any]]:
         step, method = our_step(args.model, name, args.engine)
         steps[name, "surestep"] = step
         costs[name] = method.cost(batch).total
+        if args.compile:
+            step, _ = our_step(args.model, name, args.engine, compiled=True)
+            steps[name, "compiled"] = step
         if args.peers:
             steps |= {(name, k): v for k, v in peer_steps(args.model, name, batch).items()}
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
@@ -252,6 +264,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--engine", default="auto", choices=("auto", "fast", "reference"))
     parser.add_argument("--peers", action="store_true", help="also the peers' ways")
+    parser.add_argument("--compile", action="store_true", help="also with torch.compile")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of seconds")
     parser.add_argument("--max-memory", type=float, metavar="GIB", help="limit, with --memory")
     parser.add_argument("--out", type=Path, help="CSV to add the rows to")

@@ -86,6 +86,9 @@ class FitSettings(BaseModel):
     max_memory: float | None = Field(
         None, gt=0, description="GiB that a step may take: above it, passes are computed twice"
     )
+    compile: bool = Field(
+        False, description="Compile the network (torch.compile): for long runs on GPUs"
+    )
     val_images: int = Field(
         1000, ge=0, description="Held-out images attacked after each epoch (0: no validation)"
     )

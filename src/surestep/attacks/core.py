@@ -146,8 +146,10 @@ def count_classes(model: nn.Module, x: Tensor) -> int:
     Raises:
         UserError: the model fails on it or returns no logits.
     """
+    # A look need not compile a compiled network for a batch of one.
+    plain = getattr(model, "_orig_mod", model)
     # A look at the model must not change what it draws at random afterwards.
-    with attacking(model) as inner, forked_rng(x.device):
+    with attacking(plain) as inner, forked_rng(x.device):
         try:
             return forward_logits(inner, x[:1]).shape[1]
         except UserError:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -241,6 +241,14 @@ class _Trainer:
         config = self.config
         engine = Engine.choose(config.engine, config.precision, device)
         stepped = engine.place(model)
+        if config.compile and config.max_memory:
+            raise UserError(
+                f"compile and max_memory ({config.max_memory:g}) do not go together: what is "
+                "computed twice is not compiled; leave one of them out"
+            )
+        if config.compile:
+            # The step's network alone: batches of validation shrink, and each size is compiled.
+            stepped = cast(nn.Module, torch.compile(stepped))
         if config.max_memory:
             shape = image_shape(train)
             stepped = fit_into(model, method, engine, shape, self.share, config.max_memory)
@@ -344,6 +352,10 @@ class _Trainer:
         try:
             return self.take_step(x, y, index)
         except (RuntimeError, MemoryError) as e:
+            # Known by its module: importing the compiler takes seconds.
+            if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                reason = str(e).strip().splitlines()[0]
+                raise UserError(f"torch.compile fails here, leave compile out: {reason}") from e
             if not out_of_memory(e):
                 raise
             limit = self.config.max_memory

@@ -1,0 +1,60 @@
+"""torch.compile of the network: the same training, and one line where it cannot."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from surestep import UserError
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """Compile by a backend that needs no C++ compiler; whatever it is given is counted."""
+    graphs = []
+
+    def use(name):
+        from torch._dynamo.backends.registry import lookup_backend
+
+        def counted(graph, inputs):
+            graphs.append(graph)
+            return lookup_backend(name)(graph, inputs)
+
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counted))
+        return graphs
+
+    yield use
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("slug", ["sat-r1", "sat-r2", "pgd"])
+def test_the_run_is_that_of_the_plain_network(tiny, tmp_path, backend, slug):
+    plain = tiny.train(slug, out=tmp_path / "plain", epochs=1, ema=0.9)
+    graphs = backend("aot_eager")
+    compiled = tiny.train(slug, out=tmp_path / "compiled", epochs=1, ema=0.9, compile=True)
+    assert graphs
+    ours, theirs = plain.model.state_dict(), compiled.model.state_dict()
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+    # The file is that of any run: no wrapper's prefix in the names.
+    assert tiny.weights(tmp_path / "compiled")[:500] == tiny.weights(tmp_path / "plain")[:500]
+    tiny.train(slug, out=tmp_path / "compiled", epochs=1, ema=0.9, compile=True, resume=True)
+
+
+def test_a_failing_compiler_is_one_line(tiny, monkeypatch):
+    def failing(graph, inputs):
+        raise RuntimeError("no C++ compiler was found")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=failing))
+    with pytest.raises(
+        UserError, match="torch.compile fails here, leave compile out: .*failing"
+    ) as caught:
+        tiny.train("sat-r2", compile=True)
+    assert "\n" not in str(caught.value)
+    torch.compiler.reset()
+
+
+def test_not_with_a_memory_limit(tiny):
+    with pytest.raises(UserError, match=r"compile and max_memory \(1\) do not go together"):
+        tiny.train("sat-r2", compile=True, max_memory=1.0)

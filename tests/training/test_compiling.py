@@ -48,7 +48,7 @@ def test_a_failing_compiler_is_one_line(tiny, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=failing))
     with pytest.raises(
-        UserError, match="torch.compile fails here, leave compile out: .*failing"
+        UserError, match=r"torch\.compile fails here, leave compile out: .*failing"
     ) as caught:
         tiny.train("sat-r2", compile=True)
     assert "\n" not in str(caught.value)

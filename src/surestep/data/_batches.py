@@ -1,4 +1,4 @@
-"""Batches: data resident on the device, the next batch made by indexing."""
+"""Batches: data resident on the device (or mapped), the next batch made by indexing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class Batches:
     share, so that the shares together are the batch of a single process, augmentation included.
 
     Args:
-        images: the data; moved to ``device`` once, here.
+        images: the data; moved to ``device`` once, here, but for memory-mapped images, whose
+            batches are read and moved one by one.
         batch_size: images in a batch over **all** processes.
         seed: any integer.
         shuffle: a new order every epoch; False keeps the order of the images.
@@ -71,6 +72,7 @@ class Batches:
                 "(N, C, H, W); turn augmentation off"
             )
         self.images = images.to(device)
+        self.device = torch.device(device)
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
@@ -115,11 +117,12 @@ class Batches:
         for step in range(skip, self.steps_per_epoch):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size]
             index = batch[self._share(len(batch))]
-            x = self.images.x[index]
+            x, y = self.images.stored(index), self.images.y[index]
+            x, y, index = (t.to(self.device, non_blocking=True) for t in (x, y, index))
             draw = self.draw(epoch, step)
             if draw is not None:
                 x = draw.apply(x)  # before the conversion: a quarter of the bytes to move
-            yield to_pixels(x), self.images.y[index], index
+            yield to_pixels(x), y, index
 
     def _order(self, epoch: int) -> Tensor:
         n = len(self.images)

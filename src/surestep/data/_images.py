@@ -1,7 +1,8 @@
-"""Images: labelled images in memory, as every other room receives them."""
+"""Images: labelled images, in memory or memory-mapped, as every other room receives them."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ Index = Tensor | slice | Sequence[int]
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Labelled images, whole in memory on one device.
+    """Labelled images: whole in memory on one device, or memory-mapped from a file.
 
     Attributes:
         x: uint8 (N, C, H, W) with values 0..255, or float32 (N, ...) with pixels in [0, 1].
@@ -25,6 +26,8 @@ class Images:
         classes: class names; by default "0".."K-1" with K = max(y) + 1.
         name: what to call the data in messages and reports.
         note: where the images came from when that needs saying, such as a partial copy.
+        rows: of memory-mapped images, int64 (N,): the rows of ``x`` that these are. They are read
+            when asked for, a batch at a time, so that there may be more than memory holds.
 
     The constructor trusts its arguments; `as_images` checks data that comes from outside.
     """
@@ -34,6 +37,7 @@ class Images:
     classes: tuple[str, ...] = ()
     name: str = "data"
     note: str = ""
+    rows: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not self.classes:
@@ -58,6 +62,8 @@ class Images:
         if not isinstance(index, slice):
             index = torch.as_tensor(index, device=self.x.device)
             index = index if index.dtype == torch.bool else index.long()
+        if self.rows is not None:
+            return replace(self, rows=self.rows[index], y=self.y[index])
         return replace(self, x=self.x[index], y=self.y[index])
 
     def first(self, n: int) -> Images:
@@ -71,13 +77,19 @@ class Images:
         return self.subset(slice(0, n))
 
     def to(self, device: torch.device | str) -> Images:
-        """Return the same images on ``device``."""
+        """Return the same images on ``device``; memory-mapped ones stay where they are."""
+        if self.rows is not None:
+            return self
         return replace(self, x=self.x.to(device), y=self.y.to(device))
+
+    def stored(self, index: Index | None = None) -> Tensor:
+        """Return the images at ``index`` (None: all) as they are stored, (n, C, H, W)."""
+        chosen = self if index is None else self.subset(index)
+        return chosen.x if chosen.rows is None else chosen.x[chosen.rows]
 
     def pixels(self, index: Index | None = None) -> Tensor:
         """Return the images at ``index`` (None: all) as float32 pixels in [0, 1], (n, C, H, W)."""
-        chosen = self if index is None else self.subset(index)
-        return to_pixels(chosen.x)
+        return to_pixels(self.stored(index))
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Return ``(x, y)``: all pixels as float32 in [0, 1], and the labels."""
@@ -100,7 +112,8 @@ def as_images(data: Any, *, num_classes: int | None = None, name: str = "data") 
     Args:
         data: an `Images`, or a pair ``(x, y)`` of tensors or NumPy arrays. ``x`` is (N, ...) with
             at least two dimensions, uint8 in 0..255 or float32 pixels in [0, 1]; ``y`` is (N,) of
-            an integer dtype.
+            an integer dtype. Of a memory-mapped ``x`` (``numpy.load(path, mmap_mode="r")``)
+            nothing is read but what each batch needs (float32 once, for its range).
         num_classes: number of classes; by default that of the Images, or max(y) + 1.
         name: what to call a pair in messages; an Images keeps its own name.
 
@@ -117,12 +130,15 @@ def as_images(data: Any, *, num_classes: int | None = None, name: str = "data") 
             "or what surestep.data.load returns"
         )
     x, y = pair
-    _check_shapes(x, y, name)
+    rows = data.rows if isinstance(data, Images) else None
+    _check_shapes(x, y, name, len(x) if rows is None else len(rows))
     _check_pixels(x, name)
     y = _check_labels(y, num_classes, name).to(x.device)
     if isinstance(data, Images):
         return replace(data, x=x, y=y)
-    return Images(x, y, number_names(num_classes or 0), name)
+    if isinstance(data[0], np.memmap):
+        rows = torch.arange(len(y))
+    return Images(x, y, number_names(num_classes or 0), name, rows=rows)
 
 
 def _kind(value: Any) -> str:
@@ -137,10 +153,14 @@ def _tensor(value: Any, what: str) -> Tensor:
     if not isinstance(value, np.ndarray):
         raise UserError(f"{what} is {_kind(value)}: give a tensor or a NumPy array")
     # PyTorch refuses negative strides and foreign byte orders and warns about read-only memory;
-    # np.require copies in those cases only.
+    # np.require copies in those cases only. Nothing here writes, and a file is not to be copied.
     native = value.dtype.newbyteorder("=")
+    mapped = isinstance(value, np.memmap)
     try:
-        return torch.from_numpy(np.require(value, dtype=native, requirements=["C", "W"]))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            needs = ["C"] if mapped else ["C", "W"]
+            return torch.from_numpy(np.require(value, dtype=native, requirements=needs))
     except TypeError:
         raise UserError(
             f"{what} has dtype {value.dtype}: give numbers, pixels as uint8 or float32 and "
@@ -148,7 +168,7 @@ def _tensor(value: Any, what: str) -> Tensor:
         ) from None
 
 
-def _check_shapes(x: Tensor, y: Tensor, name: str) -> None:
+def _check_shapes(x: Tensor, y: Tensor, name: str, n: int) -> None:
     if x.dim() < 2:
         raise UserError(
             f"{name}: x has shape {tuple(x.shape)}: expected (N, C, H, W), or (N, D) for features"
@@ -157,8 +177,8 @@ def _check_shapes(x: Tensor, y: Tensor, name: str) -> None:
         raise UserError(
             f"{name}: y has shape {tuple(y.shape)}: expected (N,), one class number for each image"
         )
-    if len(x) != len(y):
-        raise UserError(f"{name}: x has {len(x)} images and y has {len(y)} labels: give as many")
+    if n != len(y):
+        raise UserError(f"{name}: x has {n} images and y has {len(y)} labels: give as many")
     if x.numel() == 0:
         raise UserError(f"{name} is empty, x has shape {tuple(x.shape)}: give at least one image")
 

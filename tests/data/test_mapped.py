@@ -1,0 +1,84 @@
+"""Memory-mapped images: the same batches as from memory, and no more of the file read."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from surestep.data import Batches, Images, as_images, augment
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Write images to a .npy file; return the mapped array, the same in memory, and labels."""
+    x = np.random.default_rng(0).integers(0, 256, (50, 1, 6, 6), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", x)
+    y = np.arange(50) % 3
+    return np.load(tmp_path / "x.npy", mmap_mode="r"), x, y
+
+
+def test_batches_are_those_from_memory(stored):
+    mapped, x, y = stored
+    chosen = torch.tensor([7, 3, 40, 41, 2, 9, 8])
+    for subset in (None, chosen, slice(3, 30), y == 1):
+        both = [as_images((images, y)) for images in (mapped, x)]
+        if subset is not None:
+            both = [as_images(images.subset(subset)) for images in both]
+        assert both[0].rows is not None
+        assert both[1].rows is None
+        assert len(both[0]) == len(both[1])
+        assert torch.equal(both[0].pixels(), both[1].pixels())
+        assert torch.equal(both[0].first(3).pixels(), both[1].first(3).pixels())
+        options = {"seed": 4, "augment": augment.get("crop-flip")}
+        for one, other in zip(*(Batches(i, 4, **options).epoch(1) for i in both), strict=True):
+            assert all(torch.equal(s, t) for s, t in zip(one, other, strict=True))
+
+
+def test_batches_move_to_the_device_one_by_one(stored):
+    mapped, _, y = stored
+    batches = Batches(as_images((mapped, y)), 10, device="meta")
+    assert batches.images.x.device.type == "cpu"
+    for batch in batches.epoch(0):
+        assert all(t.device.type == "meta" for t in batch)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss in KiB is Linux's")
+def test_a_large_file_is_not_read_whole(tmp_path):
+    path = tmp_path / "x.npy"
+    # A sparse file of a GiB.
+    large = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(2**20, 1, 32, 32))
+    del large
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    images = as_images((np.load(path, mmap_mode="r"), np.arange(2**20) % 10))
+    train = images.subset(torch.arange(2**20 - 1000))
+    batches = Batches(train, 128).epoch(0)
+    for _ in range(20):
+        x, _, _ = next(batches)
+        assert x.shape == (128, 1, 32, 32)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024
+
+
+def test_training(stored, monkeypatch):
+    """The same run as from memory."""
+    import surestep
+    from surestep import methods
+
+    mapped, x, y = stored
+
+    def trained(images):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 3))
+        method = methods.build("sat-r2", surestep.Linf(0.1), {})
+        settings = {"epochs": 1, "batch_size": 5, "lr": 0.1, "quiet": True}
+        return surestep.fit(net, (images, y), method, val_attacks=("fgsm",), **settings)
+
+    one, other = trained(mapped), trained(x)
+    assert torch.equal(one.model[1].weight, other.model[1].weight)
+    drop = {"images_per_second", "train_seconds", "val_seconds"}
+    rows = [[v for k, v in r.history[-1].items() if k not in drop] for r in (one, other)]
+    assert rows[0] == rows[1]
+    assert isinstance(as_images((mapped, y)), Images)

@@ -245,6 +245,29 @@ def test_step_equals_the_recipe(case, smoothing, task):
         torch.testing.assert_close(ours, theirs, **exact)
 
 
+def test_regularising_every_third_step(task):
+    """Two steps of FGSM, then one with the images and the weight of three; it survives a resume."""
+
+    def make():
+        return methods.SATR1(Linf(EPS), lam=0.2, steps=2, fraction=1 / 6, every=3)
+
+    method, kept = make(), {}
+    for number in range(1, 8):
+        net = copy.deepcopy(task.net)
+        if number in (3, 6):
+            views, loss, adv = sat_r1(net, task.x, task.y, 0.0, 3 * 0.2, 2, last=3)
+        else:
+            views, loss, adv = fgsm(net, task.x, task.y, 0.0)
+        logits = net.train()(views)
+        result = method(copy.deepcopy(task.net), task.x, task.y)
+        torch.testing.assert_close(result.loss, loss(logits), rtol=0, atol=1e-8)
+        torch.testing.assert_close(result.x_adv, views[adv], rtol=0, atol=1e-8)
+        if number == 4:
+            kept = method.state_dict()
+            method = make()
+            method.load_state_dict(kept)
+
+
 @pytest.mark.parametrize(
     ("slug", "weight", "terms"),
     [

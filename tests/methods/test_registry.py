@@ -98,7 +98,7 @@ def test_defaults_that_follow_eps():
     ("slug", "params", "words"),
     [
         ("sat-r3", {"taw": 0.5}, ("parameter of sat-r3", "'taw'", "did you mean 'tau'")),
-        ("sat-r1", {"eps": 0.5}, ("parameter of sat-r1", "'eps'", "fraction, lam, steps")),
+        ("sat-r1", {"eps": 0.5}, ("parameter of sat-r1", "'eps'", "every, fraction, lam, steps")),
         ("fgsm", {"alpha": 0.5}, ("parameter of fgsm", "'alpha'")),
         ("pgd", {"threat": Linf(0.1)}, ("parameter of pgd", "'threat'")),
         ("sat-r1", {"lam": "much"}, ("sat-r1", "much")),
@@ -115,6 +115,8 @@ def test_defaults_that_follow_eps():
         ("sat-r1", {"steps": 0}, ("sat-r1", "steps", "0", ">= 1")),
         ("sat-r1", {"fraction": 0.0}, ("sat-r1", "fraction", "0.0", "(0, 1]")),
         ("sat-r1", {"fraction": 1.5}, ("sat-r1", "fraction", "1.5")),
+        ("sat-r1", {"every": 0}, ("sat-r1", "every", "0", ">= 1")),
+        ("sat-r1", {"fraction": 0.5, "every": 4}, ("every", "4", "1 / fraction (0.5)")),
         ("sat-r2", {"lam": -1}, ("sat-r2", "lam", "-1")),
         ("sat-r2", {"alpha": -1}, ("sat-r2", "alpha", "-1")),
         ("sat-r2", {"fraction": 0.0}, ("sat-r2", "fraction", "0.0", "(0, 1]")),

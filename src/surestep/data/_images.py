@@ -159,8 +159,7 @@ def _tensor(value: Any, what: str) -> Tensor:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            needs = ["C"] if mapped else ["C", "W"]
-            return torch.from_numpy(np.require(value, dtype=native, requirements=needs))
+            return torch.from_numpy(np.require(value, native, ["C"] if mapped else ["C", "W"]))
     except TypeError:
         raise UserError(
             f"{what} has dtype {value.dtype}: give numbers, pixels as uint8 or float32 and "

@@ -7,7 +7,9 @@ measurable difference between such a model and a robust one. There is no clean t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from surestep.attacks.core import Ascent, attacking, forward_logits, input_gradient
 from surestep.methods._base import Cost, Criterion, Method, StepResult, register
 from surestep.methods._presets import CIFAR_SAT, MNIST_DEMO, MNIST_FAST, MNIST_SAT, recipe
+from surestep.methods.fgsm import FGSM
 from surestep.threat import ThreatModel
 
 
@@ -33,12 +36,15 @@ def sat_r1_loss(
     lam: float,
     steps: int,
     fraction: float | None = None,
+    every: int = 1,
     criterion: Criterion = F.cross_entropy,
 ) -> StepResult:
     """Compute CE at FGSM plus lam times the squared distance of FGSM's to I-FGSM's logits.
 
     On a masked model the two attacks disagree. I-FGSM is dear, so only the last images of the
-    batch take part: one in the paper.
+    batch take part: one in the paper. A pass over one image takes nearly as long as over eight:
+    on every k-th step, with k times the images and k times the weight, the regularizer sees as
+    many images, weighs as much in the mean and costs a fraction of the time.
 
     Args:
         model: the classifier, in train mode.
@@ -47,10 +53,12 @@ def sat_r1_loss(
         threat: norm, radius and data range.
         lam: weight of the regularizer.
         steps: K of I-FGSM, each of eps / K.
-        fraction: share of the batch that is regularised (the distance is its mean); None: one.
+        fraction: share of the images that is regularised (the distance is their mean); None: one
+            of each batch.
+        every: k, of a step that regularises for k.
         criterion: the cross entropy.
     """
-    n = regularised_images(len(x), fraction)
+    n = min(len(x), every * regularised_images(len(x), fraction))
     with attacking(model) as inner:
         grad, _, _ = input_gradient(inner, x, y)
         x_fgsm = threat.project(x + threat.steepest_step(grad, threat.eps), x)
@@ -61,7 +69,7 @@ def sat_r1_loss(
     logits = forward_logits(model, torch.cat([x_fgsm, x_ifgsm]))
     at_fgsm, at_ifgsm = logits.split([len(x), n])
     ce = criterion(at_fgsm, y)
-    distance = (at_fgsm[-n:] - at_ifgsm).square().sum(1).mean()
+    distance = every * (at_fgsm[-n:] - at_ifgsm).square().sum(1).mean()
     return StepResult(
         ce + lam * distance,
         {"ce": ce.detach(), "distance": distance.detach()},
@@ -188,6 +196,7 @@ class SATR1(Method):
     lam: float = 0.2
     steps: int = 10
     fraction: float | None = None
+    every: int = 1
 
     presets = {
         "mnist": recipe(MNIST_SAT, lam=0.2, steps=10),
@@ -200,10 +209,26 @@ class SATR1(Method):
         self.require(self.lam >= 0, "lam", ">= 0")
         self.require(self.steps >= 1, "steps", ">= 1")
         self.require(self.fraction is None or 0 < self.fraction <= 1, "fraction", "in (0, 1]")
+        self.require(self.every >= 1, "every", ">= 1")
+        whole = (self.fraction or 0) * self.every <= 1
+        self.require(whole, "every", f"at most 1 / fraction ({self.fraction})")
+        self._count = 0
 
     def step(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> StepResult:
-        """Compute ``sat_r1_loss``."""
+        """Compute ``sat_r1_loss``; between every k-th step the loss at FGSM alone."""
+        self._count += 1
+        if self._count % self.every:
+            plain = FGSM(self.threat, label_smoothing=self.label_smoothing)
+            return plain.step(model, x, y, index)
         return sat_r1_loss(model, x, y, self.threat, criterion=self.criterion, **self.params())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of steps taken."""
+        return {"count": self._count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore it."""
+        self._count = state["count"]
 
     def cost(self, batch_size: int) -> Cost:
         """FGSM on all, K - 1 further steps and one more image in the update for the share."""

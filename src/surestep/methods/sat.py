@@ -234,8 +234,8 @@ class SATR1(Method):
         return {"count": self._count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore it."""
-        self._count = state["count"]
+        """Restore it; a run begun before there was ``every`` has none."""
+        self._count = state.get("count", 0)
 
     def cost(self, batch_size: int) -> Cost:
         """FGSM on all, K - 1 further steps and one more image in the update for the share."""

@@ -25,7 +25,7 @@ from _table import FIELDS, QUICK, Row, append, read, run_alone, train_and_judge
 THRESHOLDS = (80, 85, 90)
 RECIPES: dict[str, dict[str, Any]] = {
     "sat-r2/mnist-speed": {},
-    # The same engine and schedule, of fewer epochs: it needs fewer to pass 85%.
+    # The same engine, batch, epochs and growth of eps.
     "pgd/mnist-speed": {},
     # The published "Fast" recipe for MNIST, on its own network; it has a record of masking.
     "rs-fgsm/mnist": {},

@@ -46,7 +46,7 @@ MNIST_SPEED = replace(
     MNIST_FAST,
     settings={
         **MNIST_FAST.settings,
-        **{"epochs": 3, "batch_size": 64, "lr": 0.05, "eps_warmup": 1.0},
+        **{"epochs": 2, "batch_size": 64, "eps_warmup": 0.7},
     },
     source="ours: benchmarks/search.py, benchmarks/time_to_robust.py",
 )

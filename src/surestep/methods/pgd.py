@@ -24,10 +24,7 @@ class PGD(Method):
     presets = {
         "mnist": recipe(MNIST_FAST, steps=40, alpha=0.01),
         "mnist-fast": recipe(MNIST_FAST, steps=40, alpha=0.01),
-        # It needs an epoch less than single-step methods do.
-        "mnist-speed": recipe(
-            MNIST_SPEED, settings={"epochs": 2, "eps_warmup": 0.7}, steps=40, alpha=0.01
-        ),
+        "mnist-speed": recipe(MNIST_SPEED, settings={"lr": 0.05}, steps=40, alpha=0.01),
         "cifar10": recipe(CIFAR_RESNET, steps=10, alpha=2 / 255),
     }
 

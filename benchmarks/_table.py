@@ -138,9 +138,7 @@ def run_alone(row: Row, *options: str, threads: int) -> dict[str, Any] | None:
         return None
     return {
         **json.loads(ran.stdout.splitlines()[-1]),
-        "commit": commit(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "date": datetime.date.today().isoformat(),
+        **origin(),
         "command": "python " + " ".join(sys.argv),
     }
 
@@ -164,7 +162,13 @@ def read(out: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(f))
 
 
-def commit() -> str:
-    """Return the commit that is checked out."""
+def origin() -> dict[str, str]:
+    """Return where and when a row is measured: commit, machine and date."""
     command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "commit": subprocess.run(
+            command, capture_output=True, text=True, check=False
+        ).stdout.strip(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "date": datetime.date.today().isoformat(),
+    }

@@ -14,10 +14,8 @@ memory-mapped, one of them larger than the memory. Run it on an idle machine.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -28,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _table import append, commit, read
+from _table import append, origin, read
 
 AXES: dict[str, list[dict[str, Any]]] = {
     "batch": [{"batch": n} for n in (8, 32, 128, 512, 2048)],
@@ -208,9 +206,7 @@ def main() -> None:
                 print(f"FAILED {changes}: {done.stderr[-500:]}", flush=True)
                 continue
             row = {"axis": axis, **settings, "method": "sat-r2", **json.loads(done.stdout)}
-            row |= {"rounds": args.rounds, "commit": commit()}
-            row |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores"}
-            row["date"] = datetime.date.today().isoformat()
+            row |= {"rounds": args.rounds, **origin()}
             append(args.out, FIELDS, row)
             print(f"{axis} {changes}: {row['us_per_image']} us/image, {row['peak_mb']} MB")
     return None

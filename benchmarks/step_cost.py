@@ -26,10 +26,7 @@ Run it on an idle machine. Peak memory: --memory, a process for each method, --r
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -41,7 +38,7 @@ from typing import Any, cast
 
 import _peers
 import torch
-from _table import append, commit, read
+from _table import append, origin, read
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -316,9 +313,7 @@ def main() -> None:
         show(rows)
         if args.out:
             made = {"engine": args.engine, "threads": threads, "rounds": args.rounds}
-            made |= {"torch": torch.__version__, "commit": commit()}
-            made |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores"}
-            made["date"] = datetime.date.today().isoformat()
+            made |= {"torch": torch.__version__, **origin()}
             for row in rows:
                 append(args.out, FIELDS, {**row, **made})
     return None

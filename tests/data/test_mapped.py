@@ -62,7 +62,7 @@ def test_a_large_file_is_not_read_whole(tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024
 
 
-def test_training(stored, monkeypatch):
+def test_training(stored):
     """The same run as from memory."""
     import surestep
     from surestep import methods

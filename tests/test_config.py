@@ -119,7 +119,15 @@ def test_the_first_of_several_errors_is_said():
 class TestParams:
     @pytest.mark.parametrize(
         ("written", "value"),
-        [(1, 1), (1.0, 1.0), (0.5, 0.5), ("8/255", 8 / 255), ("1e-3", 1e-3), (True, True)],
+        [
+            (1, 1),
+            (1.0, 1.0),
+            (0.5, 0.5),
+            ("8/255", 8 / 255),
+            ("1e-3", 1e-3),
+            (True, True),
+            ("n-fgsm noise=1/2", "n-fgsm noise=1/2"),
+        ],
     )
     def test_values_keep_their_type(self, written, value):
         got = run(params={"alpha": written}).params["alpha"]
@@ -129,7 +137,7 @@ class TestParams:
     def test_none_is_the_default(self):
         assert run(params={"alpha": None}).params == {"alpha": None}
 
-    @pytest.mark.parametrize("written", ["eight", "", "8/0", [1], float("inf")])
+    @pytest.mark.parametrize("written", ["8 eights", "", "8/0", [1], float("inf")])
     def test_what_is_no_value(self, written):
         with pytest.raises(UserError, match=r"^params\.alpha ") as caught:
             run(params={"alpha": written})
@@ -138,7 +146,7 @@ class TestParams:
 
     def test_a_number_is_what_is_asked_for(self):
         with pytest.raises(UserError, match="number"):
-            run(params={"lam": "eight"})
+            run(params={"lam": "8 eights"})
 
     @pytest.mark.parametrize("written", ["1", "0"])
     def test_a_number_in_quotes_is_a_number(self, written):

@@ -27,18 +27,17 @@ def _ratio(value: Any) -> Any:
 
 
 def _param(value: Any) -> Any:
-    """Read a hyperparameter as written: a number, a ratio, true, false or none."""
-    value = _ratio(value)
-    if isinstance(value, str):
-        try:
-            return float(value) if set(value) & set(".eE") else int(value)
-        except ValueError:
-            raise ValueError("expected a number, a ratio such as 8/255, true or false") from None
-    return value
+    """Read a hyperparameter as written: a number, a ratio, true, false, none, or else a name."""
+    if not isinstance(value, str) or value[:1].isalpha():
+        return value
+    try:
+        return int(value)
+    except ValueError:
+        return float(_ratio(value))
 
 
 Ratio = Annotated[float, BeforeValidator(_ratio)]
-Param = Annotated[bool | int | float | None, BeforeValidator(_param)]
+Param = Annotated[bool | int | float | str | None, BeforeValidator(_param)]
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -67,8 +66,17 @@ class FitSettings(BaseModel):
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="Label smoothing of the update's cross entropy"
     )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout after each activation, falling to 0 (SADS)"
+    )
     clip_grad: float | None = Field(None, gt=0, description="Largest norm of the weight gradient")
     ema: float | None = Field(None, gt=0, lt=1, description="Decay of a weight average (0.999)")
+    swa: float | None = Field(
+        None, gt=0, lt=1, description="Share of training after which weights are averaged (0.75)"
+    )
+    awp: float | None = Field(
+        None, gt=0, description="Adversarial weight perturbation: relative size (0.01)"
+    )
     augment: Literal["none", "crop-flip"] = Field(
         "none", description="Augmentation of the training images"
     )
@@ -154,7 +162,7 @@ def parse(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
             value = value.get(str(first["loc"][1]))
         message = first["msg"].removeprefix("Value error, ")
         if name.startswith("params."):
-            message = "expected a number, a ratio such as 8/255, true, false or none"
+            message = "expected a number, a ratio such as 8/255, true, false, none or a name"
         raise UserError(f"{where}{name} {value!r} is invalid: {message}") from None
 
 

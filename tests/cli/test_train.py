@@ -40,7 +40,8 @@ class TestRunFolder:
         assert config["data"] == str(digits)
         assert config["val_attacks"] == ["fgsm", "pgd-2"]
         assert config["params"].keys() == {
-            *("lam", "tau", "alpha", "eps_low", "project", "per_sample", "fraction")
+            *("lam", "tau", "alpha", "eps_low", "project", "per_sample", "fraction"),
+            "perturbation",
         }
         assert config["params"]["eps_low"] == pytest.approx(0.1)
 

@@ -2,20 +2,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from families import merged
 from torch import nn
 
 from surestep import Linf, methods
 
 EPS = 0.1
-# Every method with few steps: the smallest setting in which all of its parts are at work.
-SMALL = {
-    "r-fgsm": {"alpha": 0.03},
-    "sat-r1": {"steps": 3, "lam": 2.0},
-    "sat-r2": {"alpha": 0.03},
-    "sat-r3": {"tau": 0.5, "alpha": 0.03, "eps_low": 0.04},
-    "pgd": {"steps": 3, "alpha": 0.05},
-    "trades": {"steps": 3, "alpha": 0.05, "sigma": 0.01},
-}
+SMALL = merged("SMALL")
 
 
 def mlp():
@@ -77,7 +70,7 @@ def make_task():
             for _ in range(3):
                 net.train()(torch.rand(32, *shape, generator=g, dtype=dtype))
             net[-1].weight *= 3
-        return SimpleNamespace(net=net, x=x, y=y, classes=classes)
+        return SimpleNamespace(net=net, x=x, y=y, classes=classes, index=torch.arange(n))
 
     return make
 

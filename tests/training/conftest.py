@@ -3,13 +3,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from families import merged
 from torch import Tensor, nn
 
 import surestep
@@ -47,10 +47,8 @@ def make_data(n: int = 64) -> tuple[Tensor, Tensor]:
 
 
 def make_method(slug: str, threat: surestep.ThreatModel = THREAT, **params: Any) -> Method:
-    """Build a method, with two steps where it has steps."""
-    if "steps" in {f.name for f in fields(methods.get(slug))}:
-        params = {"steps": 2, **params}
-    return methods.build(slug, threat, params)
+    """Build a method, small."""
+    return methods.build(slug, threat, {**merged("SMALL").get(slug, {}), **params})
 
 
 def train(

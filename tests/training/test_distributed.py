@@ -117,7 +117,8 @@ def torchrun(script: Path, *args: object) -> None:
     """Run a script in two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", "2", *map(str, (script, *args))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    families = Path(__file__).parent.parent / "methods"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(families)}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=240, check=False
     )

@@ -155,7 +155,7 @@ class TestARun:
     def test_eps_and_step_sizes_warm_up_but_validation_does_not(self, tiny, monkeypatch):
         method = methods.build("sat-r3", tiny.threat, {"alpha": 0.02, "eps_low": 0.04})
         seen, judged = [], []
-        step, evaluate = methods.SATR3.step, loop.evaluate
+        step, evaluate = methods.SATR3.craft, loop.evaluate
 
         def watched(self, *args):
             seen.append((self.threat.eps, self.alpha, self.eps_low))
@@ -165,7 +165,7 @@ class TestARun:
             judged.append(threat.eps)
             return evaluate(model, data, threat, *args, **kwargs)
 
-        monkeypatch.setattr(methods.SATR3, "step", watched)
+        monkeypatch.setattr(methods.SATR3, "craft", watched)
         monkeypatch.setattr(loop, "evaluate", judge)
         tiny.train(method, epochs=2, eps_warmup=0.8)  # 4 of 5 steps an epoch
         shares = [0.25, 0.5, 0.75] + [1.0] * 7
@@ -354,9 +354,9 @@ class TestResume:
 
     def test_the_speed_is_that_of_the_steps_taken_since(self, tiny, stopping, tmp_path):
         class Slow(methods.Standard):
-            def step(self, *batch: Any) -> Any:
+            def craft(self, *batch: Any) -> Any:
                 time.sleep(0.05)
-                return super().step(*batch)
+                return super().craft(*batch)
 
         def train(**place: Any) -> Any:
             return tiny.train(Slow(tiny.threat), checkpoint_every=3, **place)
@@ -527,9 +527,9 @@ class TestData:
             return evaluate(model, held, *args, **kwargs)
 
         class Noting(methods.Standard):
-            def step(self, model: nn.Module, x: Tensor, *rest: Any) -> Any:
+            def craft(self, model: nn.Module, x: Tensor, *rest: Any) -> Any:
                 trained.update(image.numpy().tobytes() for image in x)
-                return super().step(model, x, *rest)
+                return super().craft(model, x, *rest)
 
         monkeypatch.setattr(loop, "evaluate", spy)
         source = (x, y) if kind == "pair" else TensorDataset(x, y)
@@ -543,10 +543,10 @@ class TestData:
         seen = []
 
         class Noting(methods.Standard):
-            def step(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Any:
+            def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Any:
                 assert index is not None
                 seen.append((x, y, index))
-                return super().step(model, x, y, index)
+                return super().craft(model, x, y, index)
 
         tiny.train(Noting(tiny.threat), data=(x, y), val_images=0)
         assert len(seen) == 12

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from families import merged
 from torch import Tensor, nn
 
 from surestep import UserError, methods, models
@@ -46,9 +47,9 @@ def test_a_step_is_the_same(slug, net):
     x, y = batch()
     found = []
     for model, run in ((whole, whole), (frugal, Frugal(frugal, 2))):
-        method = methods.get(slug)(Linf(0.1), **({"steps": 2} if slug in ("pgd", "trades") else {}))
+        method = methods.get(slug)(Linf(0.1), **merged("SMALL").get(slug, {}))
         torch.manual_seed(5)
-        result = method(run, x, y)
+        result = method(run, x, y, torch.arange(len(x)))
         result.loss.backward()
         found.append((result, [p.grad for p in model.parameters()], list(model.buffers())))
     (one, grads, buffers), (other, their_grads, their_buffers) = found
@@ -159,7 +160,7 @@ class TestTraining:
         def full(*_):
             raise error
 
-        monkeypatch.setattr(methods.SATR2, "step", full)
+        monkeypatch.setattr(methods.SATR2, "craft", full)
         expected = rf"out of memory in step 1, of 10 images: lower batch_size \(10\), or {said}"
         with pytest.raises(UserError, match=expected):
             tiny.train("sat-r2", **settings)
@@ -168,7 +169,7 @@ class TestTraining:
         def broken(*_):
             raise RuntimeError("shapes differ")
 
-        monkeypatch.setattr(methods.SATR2, "step", broken)
+        monkeypatch.setattr(methods.SATR2, "craft", broken)
         with pytest.raises(RuntimeError, match="shapes differ"):
             tiny.train("sat-r2")
 

@@ -1,10 +1,20 @@
-"""Training methods: what one training step minimises."""
+"""Training methods: what one training step minimises.
+
+Every module of this package registers its methods when it is imported; ``get`` returns them by
+slug. The names below are those that other parts of surestep build upon.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
 
 from surestep.methods._base import (
+    PARTS,
     Cost,
     Method,
     Preset,
+    Progress,
     StepResult,
+    Update,
     build,
     card,
     get,
@@ -18,9 +28,13 @@ from surestep.methods.sat import SATR1, SATR2, SATR3, sat_r1_loss, sat_r2_loss, 
 from surestep.methods.standard import Standard
 from surestep.methods.trades import TRADES, trades_loss
 
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
 __all__ = [
     "FGSM",
     "NFGSM",
+    "PARTS",
     "PGD",
     "RFGSM",
     "RSFGSM",
@@ -31,8 +45,10 @@ __all__ = [
     "Cost",
     "Method",
     "Preset",
+    "Progress",
     "Standard",
     "StepResult",
+    "Update",
     "build",
     "card",
     "get",

@@ -1,8 +1,8 @@
 """What a method is, what it costs, and the registry.
 
-A method maps a model and a batch to the loss that one training step minimises. It holds no
-training loop and does no I/O. Adding one means adding a file with a registered subclass of
-``Method`` and a card of the same slug in ``cards/``.
+A method says, for a model and a batch, which images go through the one update pass and what is
+minimised there. It holds no training loop and does no I/O. Adding one means adding a file with a
+registered subclass of ``Method`` and a card of the same slug in ``cards/``.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from importlib import resources
-from typing import Any, ClassVar, NamedTuple, get_args, get_type_hints
+from typing import Any, ClassVar, Concatenate, NamedTuple, ParamSpec, get_args, get_type_hints
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surestep.attacks.core import check_inputs
+from surestep.attacks.core import check_inputs, forward_logits
 from surestep.errors import UserError, look_up, unknown_name
+from surestep.methods._dropout import dropping
+from surestep.methods._memory import Draw
 from surestep.threat import ThreatModel
+
+P = ParamSpec("P")
 
 Criterion = Callable[..., Tensor]
 """Called as ``criterion(logits, y, reduction="mean" | "none")``, as ``F.cross_entropy`` is."""
@@ -40,6 +44,61 @@ class StepResult(NamedTuple):
     terms: Mapping[str, Tensor]
     x_adv: Tensor
     logits: Tensor
+
+
+Loss = Callable[[Tensor], tuple[Tensor, Mapping[str, Tensor]]]
+"""Of the update's logits (M, K): what is minimised, and its parts by name."""
+
+
+class Update(NamedTuple):
+    """What a method makes of a batch: the images of the one update pass, and the loss there.
+
+    Attributes:
+        points: all views (M, ...), concatenated: batch norm sees them together.
+        loss: of the logits (M, K) at ``points``.
+        rows: those of ``points`` that are x_adv.
+    """
+
+    points: Tensor
+    loss: Loss
+    rows: slice = slice(None)
+
+    def take(self, model: nn.Module) -> StepResult:
+        """Run the update pass through ``model`` and compute the loss."""
+        logits = forward_logits(model, self.points)
+        loss, terms = self.loss(logits)
+        detached = {name: term.detach() for name, term in terms.items()}
+        rows = self.rows
+        return StepResult(loss, detached, self.points[rows].detach(), logits[rows].detach())
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training is, for methods that follow a course. The loop sets it before each step.
+
+    Attributes:
+        step: number of the step to come, from 0.
+        steps_per_epoch: of the run.
+        epochs: of the run.
+        images: in the training data; 0 if unknown.
+        lr: learning rate of the step.
+    """
+
+    step: int = 0
+    steps_per_epoch: int = 1
+    epochs: int = 1
+    images: int = 0
+    lr: float = 0.0
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the step belongs to, from 0."""
+        return self.step // self.steps_per_epoch
+
+    @property
+    def done(self) -> float:
+        """Share of the training that is behind, in [0, 1)."""
+        return self.step / (self.steps_per_epoch * self.epochs)
 
 
 @dataclass(frozen=True)
@@ -93,6 +152,10 @@ class Method(ABC):
     Args:
         threat: norm, radius and data range of the perturbations trained against.
         label_smoothing: of the cross entropy in the update (never in the attack).
+        margin: subtracted from the true class's logit in the update's cross entropy (never in the
+            attack); s * m of a hypersphere head with scale s and margin m.
+        dropout: probability of dropout after each activation in the update, at the start of
+            training; it falls linearly to 0 (SADS, Vivek & Babu 2020, arXiv 2004.08628).
 
     Raises:
         UserError: a hyperparameter is outside its range.
@@ -104,25 +167,40 @@ class Method(ABC):
     presets: ClassVar[Mapping[str, Preset]] = {}
     lengths: ClassVar[tuple[str, ...]] = ("alpha",)
     """The hyperparameters in pixel units, which must grow and shrink with eps."""
+    remembers: ClassVar[bool] = False
+    """Whether it keeps something for each image, so that every step needs their ``index``."""
+    replays: ClassVar[int] = 1
+    """How many steps in a row are taken on each batch."""
 
     threat: ThreatModel
     label_smoothing: float = field(default=0.0, kw_only=True)
+    margin: float = field(default=0.0, kw_only=True)
+    dropout: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
         self._inputs_checked = False
+        self.progress = Progress()
+        self.draw: Draw | None = None
         hints = get_type_hints(type(self))
-        for name in ("label_smoothing", *parameter_names(type(self))):
+        for name in (*PARTS, *parameter_names(type(self))):
             kinds = get_args(hints[name]) or (hints[name],)
             expected = " or ".join(kind.__name__ for kind in kinds)
             self.require(_fits(getattr(self, name), kinds), name, f"a finite {expected}")
         self.require(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)")
+        self.require(self.margin >= 0, "margin", ">= 0")
+        self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
         self.validate()
         self._full = (self.threat, {k: v for k in self.lengths if (v := getattr(self, k, None))})
 
     def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None = None
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        index: Tensor | None = None,
+        draw: Draw | None = None,
     ) -> StepResult:
-        """Compute the loss of one batch.
+        """Compute the loss of one batch: ``prepare``, then ``take``.
 
         Args:
             model: returns logits (N, K); may be wrapped in DistributedDataParallel. Its mode,
@@ -131,19 +209,45 @@ class Method(ABC):
             x: images (N, ...) in the threat model's data range.
             y: int64 labels (N,).
             index: position of each image in its data set (N,), for methods that remember.
+            draw: the crops and flips that x was given, for the same methods.
 
         Raises:
             UserError: the first batch has values, labels or shapes that cannot be trained on
-                (later batches are not checked: that would wait for the device at each step).
+                (later batches are not checked: that would wait for the device at each step); a
+                method that remembers got no index.
         """
+        return self.take(model, self.prepare(model, x, y, index, draw))
+
+    def prepare(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        index: Tensor | None = None,
+        draw: Draw | None = None,
+    ) -> Update:
+        """Attack the model and return the update to take; see ``__call__``."""
         if not self._inputs_checked:
             check_inputs(model, x, y, self.threat)
+            if self.remembers and index is None:
+                raise UserError(
+                    f"{self.slug} keeps a perturbation for each image: pass index, the positions "
+                    "(N,) of the batch's images in the data set (surestep.fit does, for images "
+                    "in memory)"
+                )
             self._inputs_checked = True
-        return self.step(model, x.detach(), y, index)
+        self.draw = draw
+        return self.craft(model, x.detach(), y, index)
+
+    def take(self, model: nn.Module, update: Update) -> StepResult:
+        """Compute the loss of an update, with the method's dropout."""
+        share = self.dropout * (1 - self.progress.done)
+        with dropping(model, share):
+            return update.take(model)
 
     @abstractmethod
-    def step(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> StepResult:
-        """Compute the loss of one batch; see ``__call__``."""
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+        """Return the update for one batch; see ``__call__``. ``x`` is detached."""
 
     def set_strength(self, share: float) -> None:
         """Attack from now on with ``share`` of eps, and of the other lengths: 1 is all of it."""
@@ -170,8 +274,18 @@ class Method(ABC):
 
     @property
     def criterion(self) -> Criterion:
-        """The cross entropy of the update, with label smoothing."""
-        return functools.partial(F.cross_entropy, label_smoothing=self.label_smoothing)
+        """The cross entropy of the update, with label smoothing and margin."""
+        smoothed = functools.partial(F.cross_entropy, label_smoothing=self.label_smoothing)
+        return functools.partial(_with_margin, smoothed, self.margin) if self.margin else smoothed
+
+    def plain_loss(self, y: Tensor) -> Loss:
+        """Return the loss that is the cross entropy at all points, with nothing added."""
+
+        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+            ce = self.criterion(logits, y)
+            return ce, {"ce": ce}
+
+        return loss
 
     def params(self) -> dict[str, Any]:
         """Return the method's own hyperparameters by name."""
@@ -187,6 +301,23 @@ class Method(ABC):
         """Restore what ``state_dict`` returned."""
 
 
+def _with_margin(
+    criterion: Criterion, margin: float, logits: Tensor, y: Tensor, **options: Any
+) -> Tensor:
+    own = F.one_hot(y, logits.shape[1])
+    return criterion(logits - margin * own, y, **options)
+
+
+def stepping(craft: Callable[Concatenate[nn.Module, P], Update]) -> Callable[..., StepResult]:
+    """Return the functional form of a method: a function that crafts an update and takes it."""
+
+    @functools.wraps(craft)
+    def step(model: nn.Module, *args: P.args, **kwargs: P.kwargs) -> StepResult:
+        return craft(model, *args, **kwargs).take(model)
+
+    return step
+
+
 def _fits(value: Any, kinds: tuple[type, ...]) -> bool:
     """Tell whether a hyperparameter is of one of the types, and finite if it is a number."""
     if isinstance(value, float):
@@ -196,6 +327,8 @@ def _fits(value: Any, kinds: tuple[type, ...]) -> bool:
 
 
 METHODS: dict[str, type[Method]] = {}
+PARTS = ("label_smoothing", "margin", "dropout")
+"""What every method has, whatever its mathematics."""
 
 
 def register(slug: str) -> Callable[[type[Method]], type[Method]]:
@@ -232,10 +365,14 @@ def parameter_names(cls: type[Method]) -> list[str]:
     return [f.name for f in fields(cls) if f.name not in shared]
 
 
-def build(
-    slug: str, threat: ThreatModel, params: Mapping[str, Any], *, label_smoothing: float = 0.0
-) -> Method:
+def build(slug: str, threat: ThreatModel, params: Mapping[str, Any], **parts: float) -> Method:
     """Build a method from its slug and parameters, as the command line does.
+
+    Args:
+        slug: of the method.
+        threat: norm, radius and data range.
+        params: the method's own, by name.
+        parts: what every method has: label_smoothing, margin, dropout.
 
     Raises:
         UserError: unknown method or parameter, or a value of the wrong type or range.
@@ -245,7 +382,7 @@ def build(
     for name in params:
         if name not in known:
             raise unknown_name(f"parameter of {slug}", name, known)
-    return cls(threat, **params, label_smoothing=label_smoothing)
+    return cls(threat, **params, **parts)
 
 
 def preset(slug: str, name: str) -> Preset:

@@ -7,42 +7,109 @@ start, in the step's length, and in whether the result returns to the eps ball.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import attacking, forward_logits, input_gradient
+from surestep.attacks.core import attacking, input_gradient
 from surestep.attacks.losses import cross_entropy, log_odds
-from surestep.methods._base import Cost, Method, Preset, StepResult, register
+from surestep.errors import UserError
+from surestep.methods._base import METHODS, Cost, Method, Preset, Update, build, register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_DEMO, MNIST_FAST, MNIST_SAT, recipe
 
 
 class SingleStep(Method):
-    """One gradient step from a start, then cross entropy at the result."""
+    """One gradient step from a start, then cross entropy at the result.
 
-    train_mode = False
+    The parts are methods of their own, so that the regularizers can take any of these
+    perturbations for FGSM's.
+    """
+
+    train_mode: ClassVar[bool] = False
     objective = staticmethod(log_odds)
+    ball: ClassVar[bool] = True
+    """Whether the result returns to the eps ball; else to the data range only."""
+
+    def start(self, x: Tensor) -> Tensor:
+        """Return the point (N, ...) at which the gradient is taken."""
+        return x
+
+    @property
+    def size(self) -> float:
+        """Length of the step."""
+        return self.threat.eps
+
+    def gradient(self, model: nn.Module, point: Tensor, y: Tensor) -> Tensor:
+        """Return the gradient to step along (N, ...), from a model that is ready for it."""
+        return input_gradient(model, point, y, self.objective)[0]
+
+    def finish(self, point: Tensor, x: Tensor) -> Tensor:
+        """Bring the point back to where it must lie."""
+        return self.threat.project(point, x) if self.ball else self.threat.clip(point)
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """Return x_adv (N, ...) from a model that is ready to be attacked."""
-        raise NotImplementedError
-
-    def step(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> StepResult:
-        """Compute the cross entropy at ``perturb``'s result."""
+        """Return x_adv (N, ...)."""
         with attacking(model, train_mode=self.train_mode) as inner:
-            x_adv = self.perturb(inner, x, y)
-        logits = forward_logits(model, x_adv)
-        loss = self.criterion(logits, y)
-        return StepResult(loss, {"ce": loss.detach()}, x_adv, logits.detach())
+            start = self.start(x)
+            grad = self.gradient(inner, start, y)
+            return self.finish(start + self.threat.steepest_step(grad, self.size), x)
+
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+        """Train on the perturbed images."""
+        return Update(self.perturb(model, x, y), self.plain_loss(y))
 
     def cost(self, batch_size: int) -> Cost:
         """One gradient, one update."""
         return Cost.of(attack=1, update=1)
 
-    def ascend(self, model: nn.Module, start: Tensor, y: Tensor, size: float) -> Tensor:
-        """Return ``start`` moved by one steepest step of ``size``, unclipped."""
-        grad, _, _ = input_gradient(model, start, y, self.objective)
-        return start + self.threat.steepest_step(grad, size)
+
+class OnSingleStep(Method):
+    """A method that adds something to single-step training: to FGSM's or to another's.
+
+    Subclasses have a field ``perturbation``: a slug of this file's kind, with settings after it
+    if need be, as in ``"n-fgsm noise=1"``.
+    """
+
+    perturbation: str
+
+    def validate(self) -> None:
+        """Build the perturbation."""
+        self.base = self.single_step(self.perturbation)
+
+    def single_step(self, written: str) -> SingleStep:
+        """Return the perturbation of a name, with its settings.
+
+        Raises:
+            UserError: the method is unknown or no single-step one, or a setting is wrong.
+        """
+        slug, *rest = written.split() or [""]
+        pairs = [setting.partition("=") for setting in rest]
+        try:
+            params = {name: float(Fraction(value)) for name, _, value in pairs}
+        except (ValueError, ZeroDivisionError):
+            raise UserError(
+                f"{self.slug}: perturbation {written!r} is not a method with settings, "
+                "such as 'n-fgsm noise=1'"
+            ) from None
+        found = build(slug, self.threat, params)
+        if not isinstance(found, SingleStep):
+            known = [name for name, cls in METHODS.items() if issubclass(cls, SingleStep)]
+            self.require(False, "perturbation", f"a single-step method: {', '.join(known)}")
+        assert isinstance(found, SingleStep)
+        return found
+
+    @property
+    def gradients(self) -> float:
+        """Input gradients that one perturbation takes."""
+        cost = self.base.cost(1)
+        return cost.input_grad - cost.weight_grad
+
+    def set_strength(self, share: float) -> None:
+        """Set it for the perturbation too."""
+        super().set_strength(share)
+        self.base.set_strength(share)
 
 
 @register("fgsm")
@@ -58,10 +125,6 @@ class FGSM(SingleStep):
         "mnist-demo": recipe(MNIST_DEMO, settings={"lr": 0.05}),
         "cifar10": recipe(CIFAR_RESNET),
     }
-
-    def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """Take the full step from x."""
-        return self.threat.project(self.ascend(model, x, y, self.threat.eps), x)
 
 
 @register("r-fgsm")
@@ -84,12 +147,16 @@ class RFGSM(SingleStep):
         eps = self.threat.eps
         self.require(0 <= self.alpha <= eps, "alpha", f"in [0, eps = {eps:g}]")
 
-    def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """Step at random, then along the gradient."""
+    def start(self, x: Tensor) -> Tensor:
+        """Step at random."""
         assert self.alpha is not None
-        start = self.threat.clip(x + self.threat.steepest_step(torch.randn_like(x), self.alpha))
-        x_adv = self.ascend(model, start, y, self.threat.eps - self.alpha)
-        return self.threat.project(x_adv, x)
+        return self.threat.clip(x + self.threat.steepest_step(torch.randn_like(x), self.alpha))
+
+    @property
+    def size(self) -> float:
+        """The rest of eps."""
+        assert self.alpha is not None
+        return self.threat.eps - self.alpha
 
 
 @register("rs-fgsm")
@@ -136,11 +203,15 @@ class RSFGSM(SingleStep):
         self.alpha = 1.25 * self.threat.eps if self.alpha is None else self.alpha
         self.require(self.alpha >= 0, "alpha", ">= 0")
 
-    def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """Start at random, step, project."""
+    def start(self, x: Tensor) -> Tensor:
+        """Start at random in the ball."""
+        return x + self.threat.random_delta(x)
+
+    @property
+    def size(self) -> float:
+        """Alpha."""
         assert self.alpha is not None
-        start = x + self.threat.random_delta(x)
-        return self.threat.project(self.ascend(model, start, y, self.alpha), x)
+        return self.alpha
 
 
 @register("n-fgsm")
@@ -166,6 +237,7 @@ class NFGSM(SingleStep):
     }
     train_mode = True
     objective = staticmethod(cross_entropy)
+    ball = False
 
     noise: float = 2.0
     alpha: float | None = None
@@ -176,8 +248,12 @@ class NFGSM(SingleStep):
         self.require(self.noise >= 0, "noise", ">= 0")
         self.require(self.alpha >= 0, "alpha", ">= 0")
 
-    def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """Start in the noise, step, clip to the data range only."""
+    def start(self, x: Tensor) -> Tensor:
+        """Start in the noise."""
+        return x + self.threat.random_delta(x, self.noise * self.threat.eps)
+
+    @property
+    def size(self) -> float:
+        """Alpha."""
         assert self.alpha is not None
-        start = x + self.threat.random_delta(x, self.noise * self.threat.eps)
-        return self.threat.clip(self.ascend(model, start, y, self.alpha))
+        return self.alpha

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from surestep.attacks.core import Ascent, attacking, forward_logits
-from surestep.methods._base import Cost, Method, StepResult, register
+from surestep.attacks.core import Ascent, attacking
+from surestep.methods._base import Cost, Method, Update, register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, MNIST_SPEED, recipe
 
 
@@ -37,15 +37,13 @@ class PGD(Method):
         self.require(self.steps >= 1, "steps", ">= 1")
         self.require(self.alpha >= 0, "alpha", ">= 0")
 
-    def step(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> StepResult:
-        """Compute the cross entropy at the last iterate."""
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+        """Climb from a random start."""
         assert self.alpha is not None
         with attacking(model) as inner:
             ascent = Ascent(self.threat, self.steps, self.alpha)
             x_adv = ascent.climb(inner, x, y, self.threat.random_start(x))
-        logits = forward_logits(model, x_adv)
-        loss = self.criterion(logits, y)
-        return StepResult(loss, {"ce": loss.detach()}, x_adv, logits.detach())
+        return Update(x_adv, self.plain_loss(y))
 
     def cost(self, batch_size: int) -> Cost:
         """A gradient a step, one update."""

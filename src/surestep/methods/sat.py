@@ -7,16 +7,16 @@ measurable difference between such a model and a robust one. There is no clean t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surestep.attacks.core import Ascent, attacking, forward_logits, input_gradient
-from surestep.methods._base import Cost, Criterion, Method, StepResult, register
+from surestep.attacks.core import Ascent, attacking
+from surestep.methods._base import Cost, Criterion, Update, register, stepping
 from surestep.methods._presets import (
     CIFAR_SAT,
     MNIST_DEMO,
@@ -25,7 +25,7 @@ from surestep.methods._presets import (
     MNIST_SPEED,
     recipe,
 )
-from surestep.methods.fgsm import FGSM
+from surestep.methods.fgsm import FGSM, OnSingleStep, SingleStep
 from surestep.threat import ThreatModel
 
 
@@ -34,7 +34,15 @@ def regularised_images(batch: int, fraction: float | None) -> int:
     return 1 if fraction is None else min(batch, max(1, round(fraction * batch)))
 
 
-def sat_r1_loss(
+def agreement(
+    ce: Tensor, lam: float, one: Tensor, other: Tensor
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """Return CE plus lam times the mean squared distance of two sets of logits (n, K)."""
+    distance = (one - other).square().sum(1).mean()
+    return ce + lam * distance, {"ce": ce, "distance": distance}
+
+
+def sat_r1_update(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
@@ -44,9 +52,10 @@ def sat_r1_loss(
     steps: int,
     fraction: float | None = None,
     every: int = 1,
+    base: SingleStep | None = None,
     criterion: Criterion = F.cross_entropy,
-) -> StepResult:
-    """Compute CE at FGSM plus lam times the squared distance of FGSM's to I-FGSM's logits.
+) -> Update:
+    """Minimise CE at FGSM plus lam times the squared distance of FGSM's to I-FGSM's logits.
 
     On a masked model the two attacks disagree. I-FGSM is dear, so only the last images of the
     batch take part: one in the paper. A pass over one image takes nearly as long as over eight:
@@ -63,29 +72,29 @@ def sat_r1_loss(
         fraction: share of the images that is regularised (the distance is their mean); None: one
             of each batch.
         every: k, of a step that regularises for k.
+        base: another single step in FGSM's place; I-FGSM begins where it does.
         criterion: the cross entropy.
     """
+    base = base or FGSM(threat)
     n = min(len(x), every * regularised_images(len(x), fraction))
+    with attacking(model, train_mode=base.train_mode) as inner:
+        start = base.start(x)
+        grad = base.gradient(inner, start, y)
+        x_fgsm = base.finish(start + threat.steepest_step(grad, base.size), x)
     with attacking(model) as inner:
-        grad, _, _ = input_gradient(inner, x, y)
-        x_fgsm = threat.project(x + threat.steepest_step(grad, threat.eps), x)
-        # I-FGSM's first gradient is FGSM's own.
-        x_n, y_n, size = x[-n:], y[-n:], threat.eps / steps
-        first = threat.project(x_n + threat.steepest_step(grad[-n:], size), x_n)
+        # I-FGSM's first gradient is FGSM's own; the few images have no batch statistics.
+        x_n, y_n, size = x[-n:], y[-n:], base.size / steps
+        first = threat.project(start[-n:] + threat.steepest_step(grad[-n:], size), x_n)
         x_ifgsm = Ascent(threat, steps - 1, size).climb(inner, x_n, y_n, first)
-    logits = forward_logits(model, torch.cat([x_fgsm, x_ifgsm]))
-    at_fgsm, at_ifgsm = logits.split([len(x), n])
-    ce = criterion(at_fgsm, y)
-    distance = every * (at_fgsm[-n:] - at_ifgsm).square().sum(1).mean()
-    return StepResult(
-        ce + lam * distance,
-        {"ce": ce.detach(), "distance": distance.detach()},
-        x_fgsm,
-        at_fgsm.detach(),
-    )
+
+    def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        at_fgsm, at_ifgsm = logits.split([len(x), n])
+        return agreement(criterion(at_fgsm, y), every * lam, at_fgsm[-n:], at_ifgsm)
+
+    return Update(torch.cat([x_fgsm, x_ifgsm]), loss, slice(len(x)))
 
 
-def sat_r2_loss(
+def sat_r2_update(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
@@ -95,9 +104,10 @@ def sat_r2_loss(
     alpha: float,
     project: bool = False,
     fraction: float = 1.0,
+    base: SingleStep | None = None,
     criterion: Criterion = F.cross_entropy,
-) -> StepResult:
-    """Compute CE at FGSM plus lam times the squared distance of FGSM's to R-FGSM's logits.
+) -> Update:
+    """Minimise CE at FGSM plus lam times the squared distance of FGSM's to R-FGSM's logits.
 
     On a masked model the loss surface near the image is so rough that a small random step
     changes where FGSM leads.
@@ -112,30 +122,29 @@ def sat_r2_loss(
         project: keep R-FGSM in the eps ball. The authors' code does not: there its point lies up
             to eps + alpha from x.
         fraction: share of the batch that is regularised, its last images; the paper's is 1.
+        base: another single step in FGSM's place; R-FGSM begins alpha from its start.
         criterion: the cross entropy.
     """
+    base = base or FGSM(threat)
     n = regularised_images(len(x), fraction)
-    x_n = x[-n:]
-    starts = torch.cat([x, x_n + threat.steepest_step(torch.randn_like(x_n), alpha)])
-    with attacking(model) as inner:
-        grad, _, _ = input_gradient(inner, starts, torch.cat([y, y[-n:]]))
-    points = starts + threat.steepest_step(grad, threat.eps)
+    with attacking(model, train_mode=base.train_mode) as inner:
+        start = base.start(x)
+        x_n, start_n = x[-n:], start[-n:]
+        starts = torch.cat([start, start_n + threat.steepest_step(torch.randn_like(x_n), alpha)])
+        grad = base.gradient(inner, starts, torch.cat([y, y[-n:]]))
+    points = starts + threat.steepest_step(grad, base.size)
     x_fgsm, x_rfgsm = points.split([len(x), n])
-    x_fgsm = threat.project(x_fgsm, x)
+    x_fgsm = base.finish(x_fgsm, x)
     x_rfgsm = threat.project(x_rfgsm, x_n) if project else threat.clip(x_rfgsm)
-    logits = forward_logits(model, torch.cat([x_fgsm, x_rfgsm]))
-    at_fgsm, at_rfgsm = logits.split([len(x), n])
-    ce = criterion(at_fgsm, y)
-    distance = (at_fgsm[-n:] - at_rfgsm).square().sum(1).mean()
-    return StepResult(
-        ce + lam * distance,
-        {"ce": ce.detach(), "distance": distance.detach()},
-        x_fgsm,
-        at_fgsm.detach(),
-    )
+
+    def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        at_fgsm, at_rfgsm = logits.split([len(x), n])
+        return agreement(criterion(at_fgsm, y), lam, at_fgsm[-n:], at_rfgsm)
+
+    return Update(torch.cat([x_fgsm, x_rfgsm]), loss, slice(len(x)))
 
 
-def sat_r3_loss(
+def sat_r3_update(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
@@ -148,9 +157,10 @@ def sat_r3_loss(
     project: bool = False,
     per_sample: bool = False,
     fraction: float = 1.0,
+    base: SingleStep | None = None,
     criterion: Criterion = F.cross_entropy,
-) -> StepResult:
-    """Compute L(eps) plus lam times the hinge of L(eps_low) - tau * L(eps).
+) -> Update:
+    """Minimise L(eps) plus lam times the hinge of L(eps_low) - tau * L(eps).
 
     On a masked model the loss does not grow along the FGSM direction: a short step costs as
     much as a full one. The hinge asks for L(eps_low) <= tau * L(eps).
@@ -168,34 +178,54 @@ def sat_r3_loss(
             to eps + alpha from x.
         per_sample: hinge each sample, then average, rather than hinge the batch means.
         fraction: share of the batch that is regularised, its last images; the paper's is 1.
+        base: another single step in FGSM's place: its start, gradient and length.
         criterion: the cross entropy.
     """
-    start = threat.clip(x + threat.steepest_step(torch.randn_like(x), alpha))
-    with attacking(model) as inner:
-        grad, _, _ = input_gradient(inner, start, y)
+    base = base or FGSM(threat)
+    with attacking(model, train_mode=base.train_mode) as inner:
+        start = base.start(x)
+        start = threat.clip(start + threat.steepest_step(torch.randn_like(x), alpha))
+        grad = base.gradient(inner, start, y)
     n = regularised_images(len(x), fraction)
-    low, high = (start + threat.steepest_step(grad, size) for size in (eps_low, threat.eps))
+    low, high = (start + threat.steepest_step(grad, size) for size in (eps_low, base.size))
     low, high = (threat.project(p, x) if project else threat.clip(p) for p in (low, high))
-    logits = forward_logits(model, torch.cat([low[-n:], high]))
-    losses = criterion(logits, torch.cat([y[-n:], y]), reduction="none")
-    at_low, at_high = losses.split([n, len(x)])
-    if per_sample:
-        hinge = F.relu(at_low - tau * at_high[-n:]).mean()
-    else:
-        hinge = F.relu(at_low.mean() - tau * at_high[-n:].mean())
-    ce = at_high.mean()
-    return StepResult(
-        ce + lam * hinge,
-        {"ce": ce.detach(), "ce_low": at_low.mean().detach(), "hinge": hinge.detach()},
-        high,
-        logits[n:].detach(),
-    )
+
+    def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        losses = criterion(logits, torch.cat([y[-n:], y]), reduction="none")
+        at_low, at_high = losses.split([n, len(x)])
+        if per_sample:
+            hinge = F.relu(at_low - tau * at_high[-n:]).mean()
+        else:
+            hinge = F.relu(at_low.mean() - tau * at_high[-n:].mean())
+        ce = at_high.mean()
+        return ce + lam * hinge, {"ce": ce, "ce_low": at_low.mean(), "hinge": hinge}
+
+    return Update(torch.cat([low[-n:], high]), loss, slice(n, None))
+
+
+sat_r1_loss = stepping(sat_r1_update)
+sat_r2_loss = stepping(sat_r2_update)
+sat_r3_loss = stepping(sat_r3_update)
+
+
+class SAT(OnSingleStep):
+    """What the three have in common: a function, called with the hyperparameters."""
+
+    update: ClassVar[Callable[..., Update]]
+
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+        """See the function of the method's name."""
+        params = self.params()
+        del params["perturbation"]
+        return type(self).update(
+            model, x, y, self.threat, base=self.base, criterion=self.criterion, **params
+        )
 
 
 @register("sat-r1")
 @dataclass
-class SATR1(Method):
-    """SAT-R1: FGSM and I-FGSM must lead to the same logits. See ``sat_r1_loss``."""
+class SATR1(SAT):
+    """SAT-R1: FGSM and I-FGSM must lead to the same logits. See ``sat_r1_update``."""
 
     summary = "FGSM and I-FGSM must agree, on one image of each batch"
     paper = "Vivek & Babu 2020, arXiv 2002.00614"
@@ -205,6 +235,9 @@ class SATR1(Method):
     fraction: float | None = None
     every: int = 1
 
+    perturbation: str = "fgsm"
+
+    update = staticmethod(sat_r1_update)
     presets = {
         "mnist": recipe(MNIST_SAT, lam=0.2, steps=10),
         "mnist-fast": recipe(MNIST_FAST, lam=0.2, steps=10, fraction=1 / 32),
@@ -213,6 +246,7 @@ class SATR1(Method):
 
     def validate(self) -> None:
         """Check the hyperparameters."""
+        super().validate()
         self.require(self.lam >= 0, "lam", ">= 0")
         self.require(self.steps >= 1, "steps", ">= 1")
         self.require(self.fraction is None or 0 < self.fraction <= 1, "fraction", "in (0, 1]")
@@ -221,13 +255,12 @@ class SATR1(Method):
         self.require(whole, "every", f"at most 1 / fraction ({self.fraction})")
         self._count = 0
 
-    def step(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> StepResult:
-        """Compute ``sat_r1_loss``; between every k-th step the loss at FGSM alone."""
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+        """See ``sat_r1_update``; between every k-th step train on the single step alone."""
         self._count += 1
         if self._count % self.every:
-            plain = FGSM(self.threat, label_smoothing=self.label_smoothing)
-            return plain.step(model, x, y, index)
-        return sat_r1_loss(model, x, y, self.threat, criterion=self.criterion, **self.params())
+            return Update(self.base.perturb(model, x, y), self.plain_loss(y))
+        return super().craft(model, x, y, index)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of steps taken."""
@@ -240,13 +273,13 @@ class SATR1(Method):
     def cost(self, batch_size: int) -> Cost:
         """FGSM on all, K - 1 further steps and one more image in the update for the share."""
         share = regularised_images(batch_size, self.fraction) / batch_size
-        return Cost.of(attack=1 + (self.steps - 1) * share, update=1 + share)
+        return Cost.of(attack=self.gradients + (self.steps - 1) * share, update=1 + share)
 
 
 @register("sat-r2")
 @dataclass
-class SATR2(Method):
-    """SAT-R2: FGSM and R-FGSM must lead to the same logits. See ``sat_r2_loss``."""
+class SATR2(SAT):
+    """SAT-R2: FGSM and R-FGSM must lead to the same logits. See ``sat_r2_update``."""
 
     summary = "FGSM from the image and from a point beside it must agree"
     paper = "Vivek & Babu 2020, arXiv 2002.00614"
@@ -256,6 +289,9 @@ class SATR2(Method):
     project: bool = False
     fraction: float = 1.0
 
+    perturbation: str = "fgsm"
+
+    update = staticmethod(sat_r2_update)
     presets = {
         "mnist": recipe(MNIST_SAT, lam=5.0, alpha=0.01),
         "mnist-fast": recipe(MNIST_FAST, lam=5.0, alpha=0.01),
@@ -266,24 +302,21 @@ class SATR2(Method):
 
     def validate(self) -> None:
         """Check the hyperparameters."""
+        super().validate()
         self.require(self.lam >= 0, "lam", ">= 0")
         self.require(self.alpha >= 0, "alpha", ">= 0")
         self.require(0 < self.fraction <= 1, "fraction", "in (0, 1]")
 
-    def step(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> StepResult:
-        """Compute ``sat_r2_loss``."""
-        return sat_r2_loss(model, x, y, self.threat, criterion=self.criterion, **self.params())
-
     def cost(self, batch_size: int) -> Cost:
         """Take both views of the regularised share through the attack and through the update."""
         views = 1 + regularised_images(batch_size, self.fraction) / batch_size
-        return Cost.of(attack=views, update=views)
+        return Cost.of(attack=self.gradients * views, update=views)
 
 
 @register("sat-r3")
 @dataclass
-class SATR3(Method):
-    """SAT-R3: the loss must grow along the FGSM direction. See ``sat_r3_loss``.
+class SATR3(SAT):
+    """SAT-R3: the loss must grow along the FGSM direction. See ``sat_r3_update``.
 
     ``eps_low`` is a third of eps by default, the paper's share on MNIST (a quarter on CIFAR-10).
     """
@@ -300,6 +333,9 @@ class SATR3(Method):
     per_sample: bool = False
     fraction: float = 1.0
 
+    perturbation: str = "fgsm"
+
+    update = staticmethod(sat_r3_update)
     presets = {
         "mnist": recipe(
             MNIST_SAT, lam=1.0, tau=0.4, alpha=0.01, eps_low=0.1, settings={"lr": 0.05}
@@ -321,6 +357,7 @@ class SATR3(Method):
 
     def validate(self) -> None:
         """Check the hyperparameters and fill in the one that follows eps."""
+        super().validate()
         self.eps_low = self.threat.eps / 3 if self.eps_low is None else self.eps_low
         self.require(self.lam >= 0, "lam", ">= 0")
         self.require(self.tau > 0, "tau", "> 0")
@@ -330,12 +367,9 @@ class SATR3(Method):
             0 <= self.eps_low <= self.threat.eps, "eps_low", f"in [0, eps = {self.threat.eps:g}]"
         )
 
-    def step(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> StepResult:
-        """Compute ``sat_r3_loss``."""
-        return sat_r3_loss(model, x, y, self.threat, criterion=self.criterion, **self.params())
-
     def cost(self, batch_size: int) -> Cost:
         """One gradient, two points for the regularised share."""
         return Cost.of(
-            attack=1, update=1 + regularised_images(batch_size, self.fraction) / batch_size
+            attack=self.gradients,
+            update=1 + regularised_images(batch_size, self.fraction) / batch_size,
         )

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from surestep.attacks.core import forward_logits
-from surestep.methods._base import Cost, Method, StepResult, register
+from surestep.methods._base import Cost, Method, Update, register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
 
 
@@ -20,11 +19,9 @@ class Standard(Method):
     paper = "the usual empirical risk"
     presets = {"mnist": recipe(MNIST_FAST), "cifar10": recipe(CIFAR_RESNET)}
 
-    def step(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> StepResult:
-        """Compute the cross entropy at x."""
-        logits = forward_logits(model, x)
-        loss = self.criterion(logits, y)
-        return StepResult(loss, {"ce": loss.detach()}, x, logits.detach())
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+        """Take the images as they are."""
+        return Update(x, self.plain_loss(y))
 
     def cost(self, batch_size: int) -> Cost:
         """One update pass."""

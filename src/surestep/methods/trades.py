@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.attacks.core import Ascent, attacking, forward_logits
-from surestep.methods._base import Cost, Criterion, Method, StepResult, register
+from surestep.methods._base import Cost, Criterion, Method, Update, register, stepping
 from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
 from surestep.threat import ThreatModel
 
@@ -19,7 +20,7 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
 
 
-def trades_loss(
+def trades_update(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
@@ -30,8 +31,8 @@ def trades_loss(
     alpha: float,
     sigma: float = 0.001,
     criterion: Criterion = F.cross_entropy,
-) -> StepResult:
-    """Compute clean CE plus beta times KL(f(x) || f(x_adv)), x_adv found by maximising that KL.
+) -> Update:
+    """Minimise clean CE plus beta times KL(f(x) || f(x_adv)), x_adv found by maximising that KL.
 
     The clean output of the attack is computed once, not at every step. The update takes clean
     and adversarial images through one forward pass, so batch statistics are of both.
@@ -54,22 +55,23 @@ def trades_loss(
             threat, steps, alpha, lambda logits, _: kl(log_clean, F.log_softmax(logits, dim=1))
         )
         x_adv = ascent.climb(inner, x, y, x + sigma * torch.randn_like(x))
-    logits = forward_logits(model, torch.cat([x, x_adv]))
-    clean, adversarial = logits.split(len(x))
-    ce = criterion(clean, y)
-    divergence = kl(F.log_softmax(clean, dim=1), F.log_softmax(adversarial, dim=1)).mean()
-    return StepResult(
-        ce + beta * divergence,
-        {"ce": ce.detach(), "kl": divergence.detach()},
-        x_adv,
-        adversarial.detach(),
-    )
+
+    def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        clean, adversarial = logits.split(len(x))
+        ce = criterion(clean, y)
+        divergence = kl(F.log_softmax(clean, dim=1), F.log_softmax(adversarial, dim=1)).mean()
+        return ce + beta * divergence, {"ce": ce, "kl": divergence}
+
+    return Update(torch.cat([x, x_adv]), loss, slice(len(x), None))
+
+
+trades_loss = stepping(trades_update)
 
 
 @register("trades")
 @dataclass
 class TRADES(Method):
-    """TRADES, see ``trades_loss``. ``alpha`` is 0.007 / (8 / 255) of eps by default."""
+    """TRADES, see ``trades_update``. ``alpha`` is 0.007 / (8 / 255) of eps by default."""
 
     summary = "clean cross entropy plus the divergence of clean and adversarial outputs"
     paper = "Zhang et al. 2019, arXiv 1901.08573"
@@ -92,9 +94,9 @@ class TRADES(Method):
         self.require(self.alpha >= 0, "alpha", ">= 0")
         self.require(self.sigma >= 0, "sigma", ">= 0")
 
-    def step(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> StepResult:
-        """Compute ``trades_loss``."""
-        return trades_loss(model, x, y, self.threat, criterion=self.criterion, **self.params())
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+        """See ``trades_update``."""
+        return trades_update(model, x, y, self.threat, criterion=self.criterion, **self.params())
 
     def cost(self, batch_size: int) -> Cost:
         """One clean forward and the steps; clean and adversarial images in the update."""

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, without the bias of its first value."""
+"""Averages of the weights: exponential, without the bias of its first value, or plain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 class WeightAverage:
-    """Keep a moving average of a model's parameters; buffers are copied.
+    """Keep an average of a model's parameters; buffers are copied (averaged in a plain mean).
 
     After t updates the average is sum_i d^(t-i) w_i / sum_i d^(t-i): the mean of the weights seen,
     however high the decay d (Adam's bias correction). An average that starts at the random
@@ -19,10 +19,10 @@ class WeightAverage:
 
     Args:
         model: the module whose weights are averaged.
-        decay: d, in (0, 1).
+        decay: d, in (0, 1); None for the plain mean (SWA, Izmailov et al. 2018, arXiv 1803.05407).
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float | None) -> None:
         self.decay = decay
         self.updates = 0
         self.model = copy.deepcopy(model).requires_grad_(False)
@@ -31,12 +31,18 @@ class WeightAverage:
     def update(self, model: nn.Module) -> None:
         """Take in the model's present weights."""
         self.updates += 1
-        share = (1 - self.decay) / (1 - self.decay**self.updates)
+        share = 1 / self.updates
+        if self.decay is not None:
+            share = (1 - self.decay) / (1 - self.decay**self.updates)
         for mean, weight in zip(self.model.parameters(), model.parameters(), strict=True):
             mean.lerp_(weight, share)
-        # Batch norm's statistics are moving averages already.
+        # Batch norm's statistics are moving averages already, of about the last ten steps: a
+        # plain mean reaches further back, and needs theirs.
         for own, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
-            own.copy_(buffer)
+            if self.decay is None and buffer.is_floating_point():
+                own.lerp_(buffer, share)
+            else:
+                own.copy_(buffer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average and the number of updates."""

@@ -6,16 +6,19 @@ import ctypes
 import functools
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from surestep.data import augment
 from surestep.devices import autocast, has_bf16
 from surestep.errors import UserError, unknown_name
 from surestep.methods import Method, StepResult
 from surestep.training.averaging import WeightAverage
+from surestep.training.awp import buffers_kept, weights_ahead
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -115,33 +118,48 @@ class TrainStep:
         *,
         clip_grad: float | None = None,
         average: WeightAverage | None = None,
+        awp: float | None = None,
     ) -> None:
         self.model, self.method, self.optimizer, self.engine = model, method, optimizer, engine
-        self.clip_grad, self.average = clip_grad, average
+        self.clip_grad, self.average, self.awp = clip_grad, average, awp
+        self.averaging = True
         self.device = next(model.parameters()).device
         # Only float16 has too few exponents for unscaled gradients.
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=engine.precision == torch.float16
         )
 
-    def __call__(self, x: Tensor, y: Tensor, index: Tensor | None = None) -> StepResult:
+    def __call__(
+        self, x: Tensor, y: Tensor, index: Tensor | None = None, draw: augment.Draw | None = None
+    ) -> StepResult:
         """Take one step on images x (N, ...) in the data range with labels y (N,).
 
         Waits for the device nowhere (but for the first batch, which is checked).
         """
         x = self.engine.place_images(x)
-        with self.engine.autocast(self.device):
-            result = self.method(self.model, x, y, index)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(result.loss).backward()
+        probe = nullcontext() if self.awp is None else buffers_kept(self.model)
+        # One autocast context: attack and update share the cast weights.
+        with probe, self.engine.autocast(self.device):
+            update = self.method.prepare(self.model, x, y, index, draw)
+            result = self.method.take(self.model, update)
+        self._backward(result)
+        if self.awp is not None:
+            with weights_ahead(self.model, self.awp):
+                with self.engine.autocast(self.device):
+                    result = self.method.take(self.model, update)
+                self._backward(result)
         if self.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.average is not None:
+        if self.average is not None and self.averaging:
             self.average.update(getattr(self.model, "module", self.model))
         return result._replace(loss=result.loss.detach())
+
+    def _backward(self, result: StepResult) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(result.loss).backward()
 
 
 def make_step(
@@ -152,6 +170,7 @@ def make_step(
     *,
     clip_grad: float | None = None,
     average: WeightAverage | None = None,
+    awp: float | None = None,
 ) -> TrainStep:
     """Return the step exactly as the training loop takes it, a callable of (x, y).
 
@@ -163,6 +182,7 @@ def make_step(
         engine: "auto", "fast", "reference" or an ``Engine``.
         clip_grad: largest norm of the weight gradient.
         average: updated after each step.
+        awp: relative size of an adversarial weight perturbation (``training/awp.py``).
 
     Raises:
         UserError: unknown engine, or a model without parameters.
@@ -173,7 +193,9 @@ def make_step(
     if isinstance(engine, str):
         engine = Engine.choose(engine, device=parameter.device)
     engine.place(model)
-    return TrainStep(model, method, optimizer, engine, clip_grad=clip_grad, average=average)
+    return TrainStep(
+        model, method, optimizer, engine, clip_grad=clip_grad, average=average, awp=awp
+    )
 
 
 def make_optimizer(

@@ -24,7 +24,7 @@ from surestep.data import Images
 from surestep.devices import pick_device
 from surestep.errors import UserError
 from surestep.evaluation import Evaluation, evaluate, suite
-from surestep.methods import Method, StepResult
+from surestep.methods import Method, Progress, StepResult
 from surestep.training import checkpoint
 from surestep.training.averaging import WeightAverage
 from surestep.training.engine import Engine, make_optimizer, make_step
@@ -33,7 +33,7 @@ from surestep.training.picking import MIN_STEPS, Pick, pick_engine
 from surestep.training.progress import Display
 from surestep.training.run_folder import RunFolder
 from surestep.training.schedules import learning_rate, momentum, warm_up
-from surestep.training.source import LoaderSource, Source, image_shape, make_source, split
+from surestep.training.source import LoaderSource, Replayed, Source, image_shape, make_source, split
 
 COLLAPSE = 0.20
 """Fall of robust accuracy between two epochs that counts as collapse (Kim et al. 2021)."""
@@ -106,12 +106,12 @@ def fit(
     """
     config = parse(FitSettings, settings)
     # Settings that change a method change a copy of it, never the caller's.
-    if config.label_smoothing or config.eps_warmup:
-        method = copy.copy(method)
-    if config.label_smoothing:
-        method.label_smoothing = config.label_smoothing
-    else:
-        config = config.model_copy(update={"label_smoothing": method.label_smoothing})
+    method = copy.deepcopy(method)
+    for part in ("label_smoothing", "dropout"):
+        if value := getattr(config, part):
+            setattr(method, part, value)
+        else:
+            config = config.model_copy(update={part: getattr(method, part)})
     if config.val_images:
         suite.parse_all(config.val_attacks, method.threat)
     run = RunFolder.plan(out, resume=resume, overwrite=overwrite)
@@ -225,7 +225,13 @@ class _Trainer:
             world=accelerator.num_processes,
             prepare=accelerator.prepare,
         )
-        self.total = self.source.steps_per_epoch * config.epochs
+        self.images = len(train) if isinstance(train, Images) else 0
+        if method.remembers and not self.images:
+            raise UserError(
+                f"{method.slug} keeps a perturbation for each image: give images in memory, a "
+                "pair of tensors (x, y), instead of a Dataset or DataLoader"
+            )
+        self.total = method.replays * self.source.steps_per_epoch * config.epochs
         if not self.total:
             raise UserError("there is no batch to train on: the data hold fewer images than one")
         # Images of a step, of this process.
@@ -238,6 +244,8 @@ class _Trainer:
             check_labels(train.y, count_classes(model, one))
             if config.engine == "auto" and self.total >= MIN_STEPS:
                 self._pick_engine(one.shape[1:])
+        if method.replays > 1:
+            self.source = Replayed(self.source, method.replays)
         config = self.config
         engine = Engine.choose(config.engine, config.precision, device)
         stepped = engine.place(model)
@@ -259,7 +267,14 @@ class _Trainer:
             momentum=config.momentum,
             weight_decay=config.weight_decay,
         )
-        self.average = WeightAverage(model, config.ema) if config.ema else None
+        self.average = None
+        if config.ema and config.swa:
+            raise UserError(
+                f"ema ({config.ema:g}) and swa ({config.swa:g}) both average the weights: "
+                "leave one of them out"
+            )
+        if config.ema or config.swa:
+            self.average = WeightAverage(model, config.ema)
         self._best: dict[str, Tensor] = {}
         self.take_step = make_step(
             accelerator.prepare_model(stepped, device_placement=False),
@@ -268,6 +283,7 @@ class _Trainer:
             engine,
             clip_grad=config.clip_grad,
             average=self.average,
+            awp=config.awp,
         )
         self.engine, self.optimizer = engine, optimizer
         self.at = _Progress()
@@ -284,8 +300,8 @@ class _Trainer:
 
     @property
     def judged(self) -> nn.Module:
-        """The weights that are validated and kept: the average, if there is one."""
-        return self.average.model if self.average else self.model
+        """The weights that are validated and kept: the average, if there is one by now."""
+        return self.average.model if self.average and self.average.updates else self.model
 
     def train(self, *, resume: bool) -> FitResult:
         if self.config.tensorboard:
@@ -318,7 +334,7 @@ class _Trainer:
         lr = 0.0
         for x, y, index in batches:
             lr = self._set_rates()
-            self._set_strength()
+            self._set_course(lr)
             result = self._step(x, y, index)
             self.at.step += 1
             hits = (result.logits.argmax(1) == y).float().mean()
@@ -349,8 +365,11 @@ class _Trainer:
         self._record(row)
 
     def _step(self, x: Tensor, y: Tensor, index: Tensor | None) -> StepResult:
+        draw = None
+        if self.method.remembers:
+            draw = self.source.draw(self.at.epoch, self.at.step % self.source.steps_per_epoch)
         try:
-            return self.take_step(x, y, index)
+            return self.take_step(x, y, index, draw)
         except (RuntimeError, MemoryError) as e:
             # Known by its module: importing the compiler takes seconds.
             if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -375,10 +394,13 @@ class _Trainer:
                 group["momentum"] = momentum(name, self.config.momentum, done)
         return lr
 
-    def _set_strength(self) -> None:
-        """Set the share of eps that the step to come attacks with."""
+    def _set_course(self, lr: float) -> None:
+        """Tell the method where training is, and with what share of eps to attack."""
+        steps, epochs = self.source.steps_per_epoch, self.config.epochs
+        self.method.progress = Progress(self.at.step, steps, epochs, self.images, lr)
         if self.config.eps_warmup:
             self.method.set_strength(self._warmed_up(self.config.eps_warmup))
+        self.take_step.averaging = self.method.progress.done >= (self.config.swa or 0)
 
     def _warmed_up(self, epochs: float) -> float:
         return warm_up(self.at.step, epochs * self.source.steps_per_epoch)
@@ -469,6 +491,8 @@ class _Trainer:
         if self.run is None:
             return
         states = gather_object([self._random_state()])
+        # In every process: what each has of a batch is gathered.
+        method = self.method.state_dict()
         if self.accelerator.is_main_process:
             checkpoint.save(
                 self.run.checkpoints,
@@ -479,7 +503,7 @@ class _Trainer:
                     "optimizer": self.optimizer.state_dict(),
                     "scaler": self.take_step.scaler.state_dict(),
                     "average": self.average.state_dict() if self.average else None,
-                    "method": self.method.state_dict(),
+                    "method": method,
                     "sums": sums.state_dict(),
                     "rng": states,
                 },

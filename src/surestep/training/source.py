@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +28,10 @@ class Source(Protocol):
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """Yield (x, y, index) of an epoch from step ``skip`` on."""
+        ...
+
+    def draw(self, epoch: int, step: int) -> augment.Draw | None:
+        """Return the crops and flips of a batch, if it has any."""
         ...
 
 
@@ -66,6 +71,9 @@ class LoaderSource:
             x, y = batch
             yield x.to(self.device), y.to(self.device), None
 
+    def draw(self, epoch: int, step: int) -> None:
+        """Return None: what a Dataset does to its images is not known."""
+
     def generators(self) -> list[torch.Generator]:
         """Return the random generators of the loader and its samplers, outermost first."""
         found: list[torch.Generator] = []
@@ -78,6 +86,31 @@ class LoaderSource:
             nested = (getattr(place, name, None) for name in ("batch_sampler", "sampler"))
             places += [n for n in nested if n is not None]
         return found
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A source whose batches come several times in a row, as free adversarial training has it."""
+
+    source: Source
+    times: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of batches in an epoch, each time counted."""
+        return self.times * self.source.steps_per_epoch
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """Yield each batch of the source so many times, from step ``skip`` on."""
+        whole, part = divmod(skip, self.times)
+        for batch in self.source.epoch(epoch, whole):
+            for _ in range(part, self.times):
+                yield batch
+            part = 0
+
+    def draw(self, epoch: int, step: int) -> augment.Draw | None:
+        """Return the crops and flips of a batch, if it has any."""
+        return self.source.draw(epoch, step // self.times)
 
 
 def image_shape(data: Any) -> torch.Size:

@@ -1,0 +1,75 @@
+"""What a method keeps for each image of the data set, across epochs."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from surestep import processes
+
+
+class Draw(Protocol):
+    """The crops and flips of a batch; see ``surestep.data.augment.Draw``."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Crop and flip (n, C, H, W)."""
+        ...
+
+    def undo(self, x: Tensor) -> Tensor:
+        """Put cropped values back where they came from."""
+        ...
+
+
+class Memory:
+    """One tensor an image, found by the image's position in the data set; zero at first.
+
+    It lies in the frame of the stored image: what is read follows the crop and flip that the
+    image has now, what is written goes back through them. Every process holds all of it, so that
+    an image may be another process's in the next epoch.
+    """
+
+    def __init__(self) -> None:
+        self.values: Tensor | None = None
+
+    def read(self, index: Tensor, like: Tensor, images: int, draw: Draw | None = None) -> Tensor:
+        """Return what is kept for the images ``index`` (N,).
+
+        Args:
+            index: positions in the data set (N,).
+            like: gives shape (N, ...), type and device.
+            images: in the data set; 0 if unknown, which then costs waiting for the device.
+            draw: the images' crops and flips.
+        """
+        self._grow(index, like, images)
+        assert self.values is not None
+        found = self.values[index]
+        return found if draw is None else draw.apply(found)
+
+    def write(self, index: Tensor, values: Tensor, images: int, draw: Draw | None = None) -> None:
+        """Keep ``values`` (N, ...) for the images ``index``, in all processes."""
+        values = values.detach() if draw is None else draw.undo(values.detach())
+        index, values = processes.gather(index), processes.gather(values)
+        self._grow(index, values, images)
+        assert self.values is not None
+        self.values.index_copy_(0, index, values)
+
+    def _grow(self, index: Tensor, like: Tensor, images: int) -> None:
+        held = 0 if self.values is None else len(self.values)
+        needed = images or int(index.max()) + 1
+        if needed > held:
+            more = torch.zeros(needed - held, *like.shape[1:], dtype=like.dtype, device=like.device)
+            self.values = more if self.values is None else torch.cat([self.values, more])
+        assert self.values is not None
+        if self.values.device != like.device:  # it came from a checkpoint
+            self.values = self.values.to(like.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the tensor."""
+        return {} if self.values is None else {"values": self.values}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it."""
+        values = state.get("values")
+        self.values = None if values is None else values.clone()

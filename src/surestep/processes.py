@@ -1,0 +1,40 @@
+"""What several processes of one run must agree on. In a single process all of this is free."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def count() -> int:
+    """Return the number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the number of this process."""
+    return dist.get_rank() if count() > 1 else 0
+
+
+def mean(value: Tensor) -> Tensor:
+    """Return the mean of a tensor over the processes."""
+    if count() == 1:
+        return value
+    value = value.clone()
+    dist.all_reduce(value)
+    return value / count()
+
+
+def gather(rows: Tensor) -> Tensor:
+    """Return the rows (N, ...) of all processes, in their order; N is the same in each."""
+    if count() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(count())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+def own(rows: Tensor) -> Tensor:
+    """Return this process's part of what ``gather`` returned."""
+    return rows.chunk(count())[rank()]

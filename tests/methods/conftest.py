@@ -45,7 +45,9 @@ def build():
     """Build a method with few steps."""
 
     def make(slug, **params):
-        return methods.get(slug)(Linf(EPS), **{**SMALL.get(slug, {}), **params})
+        method = methods.get(slug)(Linf(EPS), **{**SMALL.get(slug, {}), **params})
+        method.progress = methods.Progress(images=64)
+        return method
 
     return make
 

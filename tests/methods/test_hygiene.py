@@ -183,7 +183,7 @@ def test_another_data_range(build, slug, make_task):
         scaled[1].bias.add_(scaled[1].weight.sum(1) / 2)
         scaled[1].weight.div_(2)
     params = build(slug).params()
-    lengths = {k: 2 * v for k, v in params.items() if k in ("alpha", "eps_low", "sigma")}
+    lengths = {k: 2 * v for k, v in params.items() if k in methods.get(slug).lengths and v}
     losses = []
     for net, x, threat, settings in (
         (task.net, task.x, Linf(0.1), params),

@@ -48,7 +48,9 @@ def make_data(n: int = 64) -> tuple[Tensor, Tensor]:
 
 def make_method(slug: str, threat: surestep.ThreatModel = THREAT, **params: Any) -> Method:
     """Build a method, small."""
-    return methods.build(slug, threat, {**merged("SMALL").get(slug, {}), **params})
+    method = methods.build(slug, threat, {**merged("SMALL").get(slug, {}), **params})
+    method.progress = methods.Progress(images=64)
+    return method
 
 
 def train(

@@ -126,6 +126,13 @@ class RunConfig(FitSettings):
     image_size: Positive | None = Field(None, description="Resize the images of a folder to this")
     model: str = Field("lenet+", description="Architecture, or timm:NAME")
     normalize: bool = Field(True, description="Normalise inside the model, where it does so")
+    head: Literal["linear", "hypersphere"] = Field(
+        "linear", description="Last layer; hypersphere: logits are scaled cosines"
+    )
+    head_scale: float = Field(15.0, gt=0, description="Scale of a hypersphere head")
+    head_margin: float = Field(
+        0.2, ge=0, lt=2, description="Margin on the true class's cosine, in training only"
+    )
     norm: Literal["linf", "l2"] = Field("linf", description="Norm of the threat model")
     eps: Ratio = Field(0.3, ge=0, description="Radius of the threat model: 0.3 or 8/255")
     device: str | None = Field(

@@ -86,12 +86,10 @@ def build_threat(config: RunConfig) -> ThreatModel:
 
 def build_method(config: RunConfig) -> Method:
     """Build the method of a run."""
-    return methods.build(
-        config.method,
-        build_threat(config),
-        config.params,
-        label_smoothing=config.label_smoothing,
-    )
+    parts = {"label_smoothing": config.label_smoothing}
+    if config.head == "hypersphere":
+        parts["margin"] = config.head_scale * config.head_margin
+    return methods.build(config.method, build_threat(config), config.params, **parts)
 
 
 def load_data(config: RunConfig, split: str) -> Images:
@@ -110,7 +108,7 @@ def build_model(config: RunConfig, images: Images) -> nn.Module:
         )
     # Mean 0 and deviation 1 are no normalisation; None takes the architecture's own.
     mean, std = (None, None) if config.normalize else ((0.0,) * shape[0], (1.0,) * shape[0])
-    return models.create(
+    model = models.create(
         config.model,
         images.num_classes,
         in_channels=shape[0],
@@ -118,6 +116,9 @@ def build_model(config: RunConfig, images: Images) -> nn.Module:
         mean=mean,
         std=std,
     )
+    if config.head == "hypersphere":
+        return models.on_hypersphere(model, config.head_scale)
+    return model
 
 
 def train(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from surestep import UserError
 from surestep.training import WeightAverage
 
 
@@ -79,3 +80,44 @@ def test_state_round_trip(tiny):
         both.update(model)
     assert other.updates == 4
     assert tiny.same_weights(average.model, other.model)
+
+
+def test_without_decay_it_is_the_plain_mean_of_weights_and_statistics(tiny):
+    torch.manual_seed(0)
+    model = tiny.net()
+    average = WeightAverage(model, None)
+    seen: list[dict[str, torch.Tensor]] = []
+    for _ in range(7):
+        wander(model)
+        average.update(model)
+        seen.append({k: v.clone() for k, v in model.state_dict().items()})
+    for name, own in average.model.state_dict().items():
+        if own.is_floating_point():
+            expected = sum(state[name].double() for state in seen) / 7
+            torch.testing.assert_close(own.double(), expected, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(own, seen[-1][name])
+
+
+def test_swa_averages_from_its_share_on(tiny, monkeypatch):
+    """Of two epochs of 5 steps with swa .6 the weights after steps 7 to 10 are averaged."""
+    model, seen = tiny.net(), []
+    update = WeightAverage.update
+
+    def noting(self, model):
+        seen.append({k: v.clone() for k, v in model.state_dict().items()})
+        update(self, model)
+
+    monkeypatch.setattr(WeightAverage, "update", noting)
+    result = tiny.train("fgsm", model=model, swa=0.6)
+    assert len(seen) == 4
+    for name, own in result.model.state_dict().items():
+        if own.is_floating_point():
+            torch.testing.assert_close(own, sum(state[name] for state in seen) / 4)
+    # Before that the weights themselves are judged.
+    assert result.history[0]["val_clean"] >= 0
+
+
+def test_two_averages_are_one_too_many(tiny):
+    with pytest.raises(UserError, match=r"ema \(0.9\) and swa \(0.5\)"):
+        tiny.train("fgsm", ema=0.9, swa=0.5)

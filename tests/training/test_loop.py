@@ -194,6 +194,9 @@ RESUMED = {
     "triangular": {"schedule": "triangular"},
     "eps warm-up": {"eps_warmup": 1.5},
     "no validation": {"val_images": 0},
+    "swa": {"swa": 0.3},
+    "awp": {"awp": 0.02},
+    "dropout": {"dropout": 0.4},
     "best": {"select": "best", "epochs": 3},
 }
 

@@ -2,6 +2,7 @@
 
 from surestep.models._base import Classifier, Normalize
 from surestep.models._registry import create, describe, names, register
+from surestep.models.hypersphere import HypersphereHead, on_hypersphere
 from surestep.models.lenet import CNNSmall, LeNetPlus
 from surestep.models.resnet import PreActResNet, ResNet
 from surestep.models.wideresnet import WideResNet
@@ -9,6 +10,7 @@ from surestep.models.wideresnet import WideResNet
 __all__ = [
     "CNNSmall",
     "Classifier",
+    "HypersphereHead",
     "LeNetPlus",
     "Normalize",
     "PreActResNet",
@@ -17,5 +19,6 @@ __all__ = [
     "create",
     "describe",
     "names",
+    "on_hypersphere",
     "register",
 ]

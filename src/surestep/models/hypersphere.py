@@ -1,0 +1,62 @@
+"""Hypersphere embedding: logits that are cosines.
+
+Pang et al. 2020, "Boosting Adversarial Training with Hypersphere Embedding", arXiv 2002.08619.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surestep.errors import UserError
+
+
+class HypersphereHead(nn.Module):
+    """A linear layer without bias on the unit sphere: ``scale`` times the cosine.
+
+    Features and class weights are normalised, with gradient. The margin of the training loss is
+    not here but in the method (``Method.margin``, scale times the margin on the cosine): attacks
+    and evaluation see logits without it, at the full scale, where cross entropy does not vanish.
+
+    Args:
+        in_features: length of the features.
+        num_classes: number of logits.
+        scale: s of the paper, 15 in its adversarial training.
+
+    Shape:
+        (N, in_features) to (N, num_classes), in float32 also under autocast: a cosine in bf16 has
+        steps of 1/256 near 1.
+    """
+
+    def __init__(self, in_features: int, num_classes: int, scale: float = 15.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.weight = nn.Parameter(torch.empty(num_classes, in_features))
+        nn.init.normal_(self.weight)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return ``scale`` times the cosines."""
+        with torch.autocast(features.device.type, enabled=False):
+            dtype = self.weight.dtype
+            unit = F.normalize(features.to(dtype), dim=1)
+            return self.scale * F.linear(unit, F.normalize(self.weight, dim=1))
+
+
+def on_hypersphere(model: nn.Module, scale: float = 15.0) -> nn.Module:
+    """Replace a model's last linear layer by a hypersphere head; returns the model.
+
+    Raises:
+        UserError: it has no linear layer, or the scale is not positive.
+    """
+    if not scale > 0:
+        raise UserError(f"the head's scale is {scale:g}: give a positive number, such as 15")
+    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        raise UserError("the model has no linear layer that a hypersphere head could replace")
+    last = model.get_submodule(linear[-1])
+    assert isinstance(last, nn.Linear)
+    head = HypersphereHead(last.in_features, last.out_features, scale).to(last.weight)
+    parent, _, name = linear[-1].rpartition(".")
+    setattr(model.get_submodule(parent), name, head)
+    return model

@@ -1,0 +1,66 @@
+"""Parts that every method takes: dropout that falls, a margin on the true class."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from surestep import Linf, UserError, methods
+
+
+def test_dropout_acts_in_the_update_and_falls(make_task):
+    """Half-way through training a dropout of 0.6 drops 0.3, of the update's activations only."""
+    task, dropped = make_task("conv"), []
+
+    def look(module, args, output):
+        dropped.append((module.training, float((output == 0).double().mean())))
+
+    method = methods.FGSM(Linf(0.1), dropout=0.6)
+    method.progress = methods.Progress(step=5, steps_per_epoch=5, epochs=2)
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(50, 4000), nn.SiLU(), nn.Linear(4000, 4)).double()
+    wide[3].register_forward_pre_hook(lambda m, args: look(m, args, args[0]))
+    method(wide, task.x, task.y, task.index)
+    method(wide, task.x, task.y, task.index)
+    (eval_one, none), (train_one, some) = dropped[-2:]
+    assert (eval_one, train_one) == (False, True)
+    assert none == 0
+    assert some == pytest.approx(0.3, abs=0.02)
+    assert not wide[2]._forward_hooks
+
+
+def test_dropout_is_gone_at_the_end_and_everywhere_alike(build, slug, make_task):
+    task = make_task("conv")
+    losses = []
+    for dropout, step in ((0.0, 9), (0.5, 9), (0.5, 10)):
+        torch.manual_seed(0)
+        method = build(slug)
+        method.dropout = dropout
+        method.progress = methods.Progress(step, 10, 1, images=64)
+        net = copy.deepcopy(task.net)
+        losses.append(method(net, task.x, task.y, task.index).loss.detach())
+    if slug != "sads":  # whose own is not 0
+        assert not torch.equal(losses[0], losses[1])
+    assert losses[2].isfinite()
+
+
+def test_a_margin_lowers_the_true_logit_in_the_update_only(make_task):
+    task = make_task("mlp")
+    method = methods.FGSM(Linf(0.1), margin=1.5, label_smoothing=0.1)
+    plain = methods.FGSM(Linf(0.1))(copy.deepcopy(task.net), task.x, task.y)
+    result = method(copy.deepcopy(task.net), task.x, task.y)
+    assert torch.equal(result.x_adv, plain.x_adv)
+    assert torch.equal(result.logits, plain.logits)
+    expected = []
+    for row, k in zip(plain.logits, task.y, strict=True):
+        row = row.clone()
+        row[k] -= 1.5
+        log_p = row.log_softmax(0)
+        expected.append(-0.9 * log_p[k] - 0.1 * log_p.mean())
+    torch.testing.assert_close(result.loss.detach(), torch.stack(expected).mean())
+
+
+@pytest.mark.parametrize(("part", "value"), [("margin", -0.1), ("dropout", 1.0), ("dropout", -1)])
+def test_parts_have_a_range(part, value):
+    with pytest.raises(UserError, match=f"fgsm: {part} {value}"):
+        methods.FGSM(Linf(0.1), **{part: value})

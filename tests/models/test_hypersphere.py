@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from surestep import UserError, models
+
+
+def test_logits_are_scaled_cosines():
+    torch.manual_seed(0)
+    head = models.HypersphereHead(5, 3, scale=7.0).double()
+    features = torch.randn(4, 5, dtype=torch.float64)
+    logits = head(features)
+    for i in range(4):
+        for k in range(3):
+            a, w = features[i], head.weight[k]
+            cosine = sum(p * q for p, q in zip(a, w, strict=True))
+            cosine = cosine.detach() / (a.norm() * w.detach().norm())
+            assert float(logits[i, k].detach()) == pytest.approx(7 * float(cosine))
+
+
+def test_lengths_have_no_say_and_the_gradient_knows_it():
+    torch.manual_seed(0)
+    head = models.HypersphereHead(5, 3)
+    features = torch.randn(4, 5, requires_grad=True)
+    torch.testing.assert_close(head(features), head(3 * features))
+    head(features)[:, 0].sum().backward()
+    along = (features.grad * features).sum(1)
+    torch.testing.assert_close(along, torch.zeros(4), atol=1e-5, rtol=0)
+
+
+def test_cosines_are_float32_under_autocast():
+    torch.manual_seed(0)
+    head = models.HypersphereHead(64, 10)
+    features = torch.randn(8, 64).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = head(features)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, head(features.float()))
+
+
+@pytest.mark.parametrize("name", ["lenet+", "preactresnet18"])
+def test_it_replaces_the_last_layer(name):
+    model = models.on_hypersphere(models.create(name, 7), 20.0)
+    assert isinstance(model.head, models.HypersphereHead)
+    assert model.head.scale == 20
+    size = 28 if name == "lenet+" else 32
+    channels = 1 if name == "lenet+" else 3
+    logits = model.eval()(torch.rand(2, channels, size, size))
+    assert logits.shape == (2, 7)
+    assert float(logits.detach().abs().max()) <= 20.001
+
+
+def test_what_cannot_have_one():
+    with pytest.raises(UserError, match="no linear layer"):
+        models.on_hypersphere(nn.Sequential(nn.Conv2d(1, 2, 3)))
+    with pytest.raises(UserError, match="scale is -1"):
+        models.on_hypersphere(models.create("lenet+"), -1.0)

@@ -1,0 +1,70 @@
+"""Adversarial weight perturbation, step by step against its definition."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from surestep.training import make_step
+from surestep.training.engine import make_optimizer
+
+
+def step_of(tiny, model, method, **settings):
+    optimizer = make_optimizer("sgd", model.parameters(), lr=0.1, momentum=0.0)
+    return make_step(model, method, optimizer, "reference", **settings)
+
+
+def test_the_gradient_is_that_of_the_moved_weights(tiny):
+    gamma, (x, y) = 0.03, tiny.data(8)
+    x = x.double()
+    model = tiny.net(dtype=torch.float64).train()
+    method = tiny.method("fgsm")
+    start = copy.deepcopy(model)
+
+    # By hand: the images are crafted on the model, the loss is taken where weights are worse.
+    x_adv = method(copy.deepcopy(model), x, y).x_adv
+    ahead = copy.deepcopy(start)
+    torch.nn.functional.cross_entropy(ahead(x_adv), y).backward()
+    with torch.no_grad():
+        for weight in ahead.parameters():
+            if weight.dim() > 1:
+                size = float((weight**2).sum() ** 0.5 / (weight.grad**2).sum() ** 0.5)
+                weight += gamma * size * weight.grad
+    for weight in ahead.parameters():
+        weight.grad = None
+    once = copy.deepcopy(start)
+    for own, buffer in zip(ahead.buffers(), start.buffers(), strict=True):
+        own.copy_(buffer)
+    torch.nn.functional.cross_entropy(ahead(x_adv), y).backward()
+
+    result = step_of(tiny, model, method, awp=gamma)(x, y)
+    assert torch.equal(result.x_adv, x_adv)
+    exact = {"rtol": 0, "atol": 1e-10}
+    for own, before, moved in zip(
+        model.parameters(), start.parameters(), ahead.parameters(), strict=True
+    ):
+        torch.testing.assert_close(own, before - 0.1 * moved.grad, **exact)
+    # Batch norm has counted one pass: that of the moved weights.
+    once.train()
+    for own, expected in zip(model.buffers(), ahead.buffers(), strict=True):
+        torch.testing.assert_close(own, expected, **exact)
+    assert int(model[1].num_batches_tracked) == int(start[1].num_batches_tracked) + 1
+
+
+def test_a_perturbation_of_zero_changes_nothing(tiny):
+    x, y = tiny.data(8)
+    models = []
+    for settings in ({}, {"awp": 1e-30}):
+        model = tiny.net().train()
+        step = step_of(tiny, model, tiny.method("sat-r1"), **settings)
+        step(x, y)
+        step(x, y)
+        models.append(model)
+    assert tiny.same_weights(*models)
+
+
+def test_every_method_takes_it(tiny):
+    for slug in ("sat-r2", "trades", "pgd"):
+        result = tiny.train(slug, awp=0.01, epochs=1)
+        assert all(bool(p.isfinite().all()) for p in result.model.parameters())

@@ -133,6 +133,9 @@ class RunConfig(FitSettings):
     head_margin: float = Field(
         0.2, ge=0, lt=2, description="Margin on the true class's cosine, in training only"
     )
+    mean_sparse: float | None = Field(
+        None, ge=0, description="Threshold of sparsified activations, set by `surestep harden`"
+    )
     norm: Literal["linf", "l2"] = Field("linf", description="Norm of the threat model")
     eps: Ratio = Field(0.3, ge=0, description="Radius of the threat model: 0.3 or 8/255")
     device: str | None = Field(

@@ -5,7 +5,7 @@ What the command line does, callable from Python.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from surestep import data, files, methods, models, threat
+from surestep import data, files, methods, models, posthoc, threat
 from surestep.config import FitSettings, RunConfig, parse, read_yaml
 from surestep.data import Images
 from surestep.devices import pick_device
 from surestep.errors import UserError
 from surestep.methods import Method
+from surestep.posthoc import insert
 from surestep.threat import ThreatModel
 from surestep.training import FitResult, fit
 from surestep.training.run_folder import RunFolder
@@ -117,8 +118,76 @@ def build_model(config: RunConfig, images: Images) -> nn.Module:
         std=std,
     )
     if config.head == "hypersphere":
-        return models.on_hypersphere(model, config.head_scale)
+        model = models.on_hypersphere(model, config.head_scale)
+    if config.mean_sparse is not None:
+        model = insert(model, images.pixels(slice(0, 1)), config.mean_sparse)
     return model
+
+
+def harden(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    thresholds: Sequence[float],
+    attacks: Sequence[str],
+    n_search: int | None = None,
+    n: int | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Harden a run by MeanSparse and write the result as a run folder of its own.
+
+    Args:
+        folder: of the trained run.
+        out: of the hardened one.
+        thresholds: to try on validation images; see ``surestep.posthoc.harden``.
+        attacks: names, of the search and of the judgement on test images.
+        n_search: only the first so many validation images.
+        n: only the first so many test images.
+        seed: of the attacks.
+        device: where to run; by default the best there is.
+        overwrite: replace ``out``.
+        progress: called with each row of the search.
+
+    Returns:
+        The threshold, the rows of its search, and accuracies on test images before and after.
+
+    Raises:
+        UserError: no run folder, one that is hardened already, or ``out`` exists.
+    """
+    run = load(folder, device)
+    if run.config.mean_sparse is not None:
+        raise UserError(f"{folder} is hardened already: take the run it was made from")
+    place = RunFolder.plan(out, overwrite=overwrite)
+    assert place is not None
+    options: dict[str, Any] = {"seed": seed}
+    found = posthoc.harden(
+        run.model,
+        load_data(run.config, "train"),
+        load_data(run.config, "validation"),
+        run.threat,
+        thresholds=thresholds,
+        attacks=attacks,
+        n=n_search,
+        progress=progress,
+        **options,
+    )
+    test = load_data(run.config, "test")
+    before, after = (
+        posthoc.judge(model, test, run.threat, attacks, n=n, **options).to_dict()
+        for model in (run.model, found.model)
+    )
+    config = run.config.model_copy(update={"mean_sparse": found.threshold})
+    place.make(config.model_dump(mode="json"))
+    files.save_weights(place.weights, found.model)
+    return {
+        "threshold": found.threshold,
+        "search": found.search,
+        "before": before,
+        "after": after,
+    }
 
 
 def train(

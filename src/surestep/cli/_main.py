@@ -19,6 +19,7 @@ _COMMANDS = {
     "evaluate": "Measure a model's accuracy clean and under attack.",
     "audit": "Tell real robustness from masked gradients.",
     "compare": "Train and judge several methods, side by side in one table.",
+    "harden": "Harden a trained run after the fact, and judge it before and after.",
     "demo": "See FGSM training fail and SAT succeed, in minutes on a laptop.",
     "methods": "List the training methods, or show the card of one.",
     "env": "Describe this machine and installation, for bug reports.",

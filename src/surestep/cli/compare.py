@@ -23,7 +23,11 @@ from surestep.errors import UserError
 if TYPE_CHECKING:
     from surestep.comparing import Comparison
 
-_TRAINING = [name for name in RunConfig.model_fields if name not in ("method", "params", "seed")]
+_TRAINING = [
+    name
+    for name in RunConfig.model_fields
+    if name not in ("method", "params", "seed", "mean_sparse")
+]
 
 
 @click.command(short_help="Train and judge several methods, side by side in one table.")

@@ -47,7 +47,7 @@ _FIRST = ("method", "dataset", "model", "eps", "epochs", "batch_size", "lr", "se
 @click.option("--overwrite", is_flag=True, help="Replace the run folder if it exists.")
 @json_option
 @click.option("--quiet", is_flag=True, help="Show nothing while training.")
-@config_options(n for n in RunConfig.model_fields if n not in (*_FIRST, "params"))
+@config_options(n for n in RunConfig.model_fields if n not in (*_FIRST, "params", "mean_sparse"))
 def train(
     preset: str | None,
     pairs: tuple[str, ...],

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from surestep import files
-from surestep.config import FitSettings, parse, read_yaml, to_yaml
+from surestep.config import FitSettings, RunConfig, parse, read_yaml, to_yaml
 from surestep.errors import UserError
 
 _ENTRIES = {
@@ -143,9 +143,11 @@ class RunFolder:
         Raises:
             UserError: naming the first that differs.
         """
-        begun = read_yaml(self.config)
-        for name in {**begun, **settings}:
-            if begun.get(name) != settings.get(name):
+        # What a setting was before there was one: its default.
+        defaults = {k: f.default for k, f in RunConfig.model_fields.items()}
+        begun = {**{k: defaults.get(k) for k in settings}, **read_yaml(self.config)}
+        for name in begun:
+            if begun[name] != settings.get(name):
                 raise UserError(
                     f"cannot resume {self.folder} with {name} {settings.get(name)!r}: it was begun "
                     f"with {begun.get(name)!r}"

@@ -1,0 +1,6 @@
+"""What is done to a trained model: sparsification around the mean."""
+
+from surestep.posthoc.hardening import Hardened, Judged, harden, judge
+from surestep.posthoc.mean_sparse import MeanSparse, insert, measure
+
+__all__ = ["Hardened", "Judged", "MeanSparse", "harden", "insert", "judge", "measure"]

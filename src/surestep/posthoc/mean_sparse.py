@@ -1,0 +1,161 @@
+"""MeanSparse: activations near their channel's mean become the mean.
+
+Amini et al. 2024, "MeanSparse: Post-Training Robustness Enhancement Through Mean-Centered Feature
+Sparsification", arXiv 2406.05927. The authors average the variances within batches; here the
+channels' true standard deviation over the data is taken. Inside the dead zone the gradient is
+zero, which masks gradients by construction: judge the result with ``straight_through`` too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from surestep.activations import activations
+from surestep.attacks.core import attacking, device_of
+from surestep.data import Images
+from surestep.errors import UserError
+
+
+class MeanSparse(nn.Module):
+    """Put each value within ``threshold`` deviations of its channel's mean on the mean.
+
+    Args:
+        channels: size of dimension 1 of the inputs.
+        threshold: t of the paper, in standard deviations; 0 changes nothing.
+
+    Shape:
+        (N, channels, ...) to the same.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, channels: int, threshold: float) -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.straight_through = False
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("std", torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Sparsify; with ``straight_through`` the same value, the gradient of the identity."""
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        mean, std = self.mean.view(shape).to(x.dtype), self.std.view(shape).to(x.dtype)
+        near = (x - mean).abs() < self.threshold * std
+        if self.straight_through:
+            mean = mean + (x - x.detach())
+        return torch.where(near, mean, x)
+
+
+@contextmanager
+def _watching(model: nn.Module, seen: dict[str, Tensor]) -> Iterator[nn.Module]:
+    """Keep in ``seen`` what goes into each activation, by its name."""
+
+    def note(name: str, args: tuple[Tensor, ...]) -> None:
+        seen[name] = args[0].detach()
+
+    handles = [
+        module.register_forward_pre_hook(lambda m, args, name=name: note(name, args))
+        for name, module in activations(model).items()
+    ]
+    try:
+        with attacking(model) as inner, torch.no_grad():
+            yield inner
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def measure(
+    model: nn.Module, images: Images, batch_size: int = 500
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return mean and standard deviation of each channel before each activation, over all images.
+
+    Args:
+        model: is run in eval mode and left as it was.
+        images: usually the training images.
+        batch_size: of the passes.
+
+    Returns:
+        By the activation's name, mean (C,) and std (C,) in float64.
+    """
+    device = device_of(model)
+    seen: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    with _watching(model, seen) as inner:
+        for begin in range(0, len(images), batch_size):
+            inner(images.pixels(slice(begin, begin + batch_size)).to(device))
+            for name, values in seen.items():
+                rows = values.double().transpose(0, 1).flatten(1)
+                n, mean = rows.shape[1], rows.mean(1)
+                squares = (rows - mean[:, None]).square().sum(1)
+                # Chan et al. 1979: sums of squares of two parts, without cancellation.
+                if name in found:
+                    before, (mean_before, squares_before) = counts[name], found[name]
+                    shift = mean - mean_before
+                    squares = squares + squares_before + shift**2 * before * n / (before + n)
+                    mean = mean_before + shift * n / (before + n)
+                    n += before
+                counts[name], found[name] = n, (mean, squares)
+    return {name: (mean, (sq / counts[name]).sqrt()) for name, (mean, sq) in found.items()}
+
+
+def insert(model: nn.Module, image: Tensor, threshold: float) -> nn.Module:
+    """Put a ``MeanSparse`` before each activation of a model, in place; returns the model.
+
+    Its means and deviations are zero, which changes nothing, until weights are loaded or
+    ``set_statistics`` is called.
+
+    Args:
+        model: its activations are modules; one that is used twice in a pass is refused.
+        image: one image (1, ...), which tells the number of channels.
+        threshold: in standard deviations.
+
+    Raises:
+        UserError: the model has no activation module, or one has no channels.
+    """
+    seen: dict[str, Tensor] = {}
+    with _watching(model, seen) as inner:
+        inner(image)
+    if not seen:
+        raise UserError(
+            "the model has no activation modules (nn.ReLU and the like) to sparsify before: "
+            "activations called as functions cannot be found"
+        )
+    for name, values in seen.items():
+        if values.dim() < 2:
+            raise UserError(f"the input of {name} has shape {tuple(values.shape)}: no channels")
+        parent, _, own = name.rpartition(".")
+        holder = model.get_submodule(parent)
+        sparse = MeanSparse(values.shape[1], threshold).to(values.device)
+        setattr(holder, own, nn.Sequential(sparse, getattr(holder, own)))
+    return model
+
+
+def layers(model: nn.Module) -> list[MeanSparse]:
+    """Return the sparsifying layers of a model."""
+    return [m for m in model.modules() if isinstance(m, MeanSparse)]
+
+
+def set_statistics(model: nn.Module, found: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Load what ``measure`` returned into the layers that ``insert`` made of the same model."""
+    for layer, (mean, std) in zip(layers(model), found.values(), strict=True):
+        layer.mean.copy_(mean)
+        layer.std.copy_(std)
+
+
+@contextmanager
+def straight_through(model: nn.Module) -> Iterator[nn.Module]:
+    """Lend the model with gradients that pass the dead zones (BPDA, Athalye et al. 2018)."""
+    for layer in layers(model):
+        layer.straight_through = True
+    try:
+        yield model
+    finally:
+        for layer in layers(model):
+            layer.straight_through = False

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from surestep import runs
+from surestep.posthoc.mean_sparse import layers
+
+QUICK = ("--mean-sparse", "--n", "40", "--n-search", "20", "--attacks", "pgd-5,square-20")
+
+
+class TestHarden:
+    def test_it_writes_a_run_that_the_other_commands_take(self, done, finished, tmp_path):
+        out, numbers = tmp_path / "hard", tmp_path / "found.json"
+        said = done(
+            "harden", finished, *QUICK, "--threshold", "0.2", "--out", out, "--json", numbers
+        )
+        found = json.loads(numbers.read_text())
+        assert [row["threshold"] for row in found["search"]] == [0.0, 0.2]
+        assert found["threshold"] in (0.0, 0.2)
+        assert "before" in said
+        assert "after" in said
+        assert f"threshold {found['threshold']:g}" in said
+        assert found["after"]["n"] == found["before"]["n"] <= 40
+        assert "pgd-5-bpda" in found["after"]["robust_accuracy"]
+        config = yaml.safe_load((out / "config.yaml").read_text())
+        assert config["mean_sparse"] == found["threshold"]
+        run = runs.load(out, "cpu")
+        assert len(layers(run.model)) == 3
+        assert all(
+            float(layer.std.min()) >= 0 < float(layer.std.max()) for layer in layers(run.model)
+        )
+        judged = tmp_path / "judged.json"
+        done("evaluate", out, "--attacks", "pgd-5", "--n", "40", "--json", judged)
+        assert json.loads(judged.read_text())["clean_accuracy"] == pytest.approx(
+            found["after"]["clean_accuracy"]
+        )
+
+    @pytest.mark.parametrize(
+        ("args", "words"),
+        [
+            ((), "--mean-sparse"),
+            (("--mean-sparse", "--threshold", "much"), "'much'"),
+            (("--mean-sparse", "--threshold", "-1"), "-1.0"),
+            (("--mean-sparse", "--attacks", "pdg"), "'pdg'"),
+        ],
+    )
+    def test_mistakes(self, refused, finished, tmp_path, args, words):
+        out = tmp_path / "out"
+        assert words in refused("harden", finished, *args, "--out", out)
+        assert not out.exists()
+
+    def test_an_existing_folder_is_left_alone(self, refused, finished):
+        assert "--overwrite" in refused("harden", finished, *QUICK, "--out", finished)
+
+    def test_once_is_enough(self, done, refused, finished, tmp_path):
+        out = tmp_path / "hard"
+        done("harden", finished, *QUICK, "--threshold", "0.1", "--out", out)
+        assert "hardened already" in refused("harden", out, *QUICK, "--out", tmp_path / "more")

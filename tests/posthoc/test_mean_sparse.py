@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from surestep import Linf, UserError, posthoc
+from surestep.attacks.core import input_gradient
+from surestep.data import as_images
+from surestep.posthoc.mean_sparse import layers, set_statistics, straight_through
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.rand(70, 1, 8, 8, generator=generator)
+    y = torch.arange(70) % 3
+    for k in range(3):
+        x[y == k, :, k::3] = 0.5 + 0.5 * x[y == k, :, k::3]
+    return as_images((x, y))
+
+
+@pytest.fixture
+def trained(net, images):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(images.x), images.y).backward()
+        optimizer.step()
+    return net.eval()
+
+
+def test_values_near_the_mean_become_the_mean():
+    layer = posthoc.MeanSparse(2, 0.5)
+    layer.mean.copy_(torch.tensor([1.0, -1.0]))
+    layer.std.copy_(torch.tensor([2.0, 0.2]))
+    x = torch.tensor([[[0.1, 2.1], [-1.05, -1.2]], [[1.9, -3.0], [5.0, -0.95]]])
+    expected = torch.tensor([[[1.0, 2.1], [-1.0, -1.2]], [[1.0, -3.0], [5.0, -1.0]]])
+    assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 70])
+def test_statistics_are_those_of_all_images(trained, images, batch_size):
+    found = posthoc.measure(trained, images, batch_size)
+    (mean, std) = found["2"]
+    before = trained[1](trained[0](images.x)).detach().double()
+    for k in range(6):
+        values = before[:, k].flatten().tolist()
+        centre = sum(values) / len(values)
+        spread = (sum((v - centre) ** 2 for v in values) / len(values)) ** 0.5
+        assert float(mean[k]) == pytest.approx(centre, abs=1e-6)
+        assert float(std[k]) == pytest.approx(spread, rel=1e-5)
+
+
+def test_measuring_leaves_the_model(trained, images):
+    trained.train()
+    before = copy.deepcopy(trained.state_dict())
+    posthoc.measure(trained, images)
+    assert trained.training
+    assert all(torch.equal(v, before[k]) for k, v in trained.state_dict().items())
+    assert not any(m._forward_pre_hooks for m in trained.modules())
+
+
+def sparse(model, images, threshold):
+    found = posthoc.measure(model, images)
+    model = posthoc.insert(copy.deepcopy(model), images.x[:1], threshold)
+    set_statistics(model, found)
+    return model
+
+
+def test_a_threshold_of_zero_changes_nothing(trained, images):
+    logits = trained(images.x)
+    assert torch.equal(sparse(trained, images, 0.0)(images.x), logits)
+    assert not torch.equal(sparse(trained, images, 0.5)(images.x), logits)
+
+
+def test_weights_go_into_a_model_of_the_same_structure(trained, images, net):
+    hard = sparse(trained, images, 0.3)
+    fresh = posthoc.insert(copy.deepcopy(net).eval(), images.x[:1], 0.3)
+    fresh.load_state_dict(hard.state_dict())
+    assert torch.equal(fresh(images.x), hard(images.x))
+
+
+def test_the_gradient_passes_dead_zones_only_straight_through(trained, images):
+    hard = sparse(trained, images, 100.0)  # everything is dead
+    true, _, logits = input_gradient(hard, images.x, images.y)
+    assert float(true.abs().max()) == 0
+    with straight_through(hard):
+        through, _, same = input_gradient(hard, images.x, images.y)
+    assert torch.equal(same, logits)
+    assert float(through.abs().max()) > 0
+    assert not any(layer.straight_through for layer in layers(hard))
+
+
+def test_masked_robustness_does_not_count(trained, images):
+    """With all of it dead a model is constant: its gradient is zero, and judging knows better."""
+    hard = sparse(trained, images, 0.6)
+    attacks = ("pgd-20", "square-100")
+    plain = posthoc.judge(trained, images, Linf(0.1), attacks)
+    found = posthoc.judge(hard, images, Linf(0.1), attacks)
+    assert set(plain.robust_accuracy) == {"pgd-20", "square-100"}
+    assert set(found.robust_accuracy) == {"pgd-20", "square-100", "pgd-20-bpda"}
+    assert found.worst_case_accuracy <= min(found.robust_accuracy.values())
+    assert found.worst_case_accuracy == pytest.approx(found.right.double().mean().item())
+
+
+def test_the_threshold_with_the_best_worst_case_is_taken(trained, images):
+    found = posthoc.harden(
+        trained,
+        images,
+        images,
+        Linf(0.05),
+        thresholds=(0.2, 50.0),
+        attacks=("pgd-10", "square-50"),
+    )
+    assert [row["threshold"] for row in found.search] == [0.0, 0.2, 50.0]
+    best = max(row["worst_case_accuracy"] for row in found.search)
+    first = next(r["threshold"] for r in found.search if r["worst_case_accuracy"] == best)
+    assert found.threshold == first != 50.0
+    assert all(layer.threshold == found.threshold for layer in layers(found.model))
+    assert not layers(trained)
+
+
+def test_what_cannot_be_hardened(trained, images):
+    with pytest.raises(UserError, match="no activation modules"):
+        posthoc.harden(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), images, images, Linf(0.1))
+    with pytest.raises(UserError, match=r"thresholds \[-1.0\]"):
+        posthoc.harden(trained, images, images, Linf(0.1), thresholds=[-1.0])

@@ -21,7 +21,7 @@ _COMMANDS = {
     "compare": "Train and judge several methods, side by side in one table.",
     "harden": "Harden a trained run after the fact, and judge it before and after.",
     "demo": "See FGSM training fail and SAT succeed, in minutes on a laptop.",
-    "methods": "List the training methods, or show the card of one.",
+    "methods": "List the methods, show the card of one, or begin a new one.",
     "env": "Describe this machine and installation, for bug reports.",
 }
 

@@ -7,13 +7,23 @@ from typing import Any
 import click
 
 from surestep.cli._options import json_option, write_json
+from surestep.errors import UserError
 
 
-@click.command(short_help="List the training methods, or show the card of one.")
-@click.argument("name", required=False)
+@click.command(
+    short_help="List the methods, show the card of one, or begin a new one.",
+    options_metavar="[NAME | new NAME] [OPTIONS]",
+)
+@click.argument("name", required=False, metavar="")
+@click.argument("new_name", required=False, metavar="")
+@click.option("--dir", "where", default=".", help="Of `new`: where to write. [default: here]")
 @json_option
-def methods(name: str | None, json_file: str | None) -> None:
-    """List the training methods with their cost, or show the card of the method NAME.
+def methods(name: str | None, new_name: str | None, where: str, json_file: str | None) -> None:
+    """List the training methods with their cost, show the card of one, or begin a new one.
+
+    `new NAME` writes the start of a method: its file, its card and its test, all of which work as
+    they are. In a checkout of surestep they go where they belong, elsewhere they make a plug-in
+    package that surestep finds once it is installed.
 
     The cost counts passes per image of a step at batch size 128 (forward, input gradient and
     weight gradient are about equal work); standard training takes 3.
@@ -23,9 +33,20 @@ def methods(name: str | None, json_file: str | None) -> None:
     from rich.table import Table
 
     import surestep.methods as zoo
+    from surestep import scaffold
     from surestep.threat import Linf
 
     console = Console()
+    if name == "new":
+        if new_name is None:
+            raise UserError("say what to call it: surestep methods new NAME")
+        made = [str(path) for path in scaffold.method(new_name, where)]
+        if json_file != "-":
+            click.echo("\n".join([*made, f"fill it in; then: surestep methods {new_name}"]))
+        write_json({"name": new_name, "files": made}, json_file)
+        return
+    if new_name is not None:
+        raise UserError(f"{name!r} {new_name!r}: give one method, or `new` and a name")
     if name is not None:
         text = zoo.card(name)
         if json_file is None:

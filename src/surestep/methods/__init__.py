@@ -1,11 +1,14 @@
 """Training methods: what one training step minimises.
 
-Every module of this package registers its methods when it is imported; ``get`` returns them by
-slug. The names below are those that other parts of surestep build upon.
+Every module of this package registers its methods when it is imported, and so does every installed
+package with an entry point in the group ``surestep.methods``; ``get`` returns them by slug. The
+names below are those that other parts of surestep build upon.
 """
 
 from importlib import import_module
+from importlib.metadata import entry_points
 from pkgutil import iter_modules
+from warnings import warn
 
 from surestep.methods._base import (
     PARTS,
@@ -20,6 +23,7 @@ from surestep.methods._base import (
     get,
     names,
     preset,
+    recipe_of,
     register,
 )
 from surestep.methods.fgsm import FGSM, NFGSM, RFGSM, RSFGSM
@@ -30,6 +34,11 @@ from surestep.methods.trades import TRADES, trades_loss
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
+for _plug_in in entry_points(group="surestep.methods"):
+    try:
+        _plug_in.load()
+    except Exception as e:  # somebody else's package must not take surestep down with it
+        warn(f"the plug-in {_plug_in.name} of surestep.methods fails: {e!r}", stacklevel=1)
 
 __all__ = [
     "FGSM",
@@ -54,6 +63,7 @@ __all__ = [
     "get",
     "names",
     "preset",
+    "recipe_of",
     "register",
     "sat_r1_loss",
     "sat_r2_loss",

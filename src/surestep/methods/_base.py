@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from typing import Any, ClassVar, Concatenate, NamedTuple, ParamSpec, get_args, get_type_hints
 
@@ -332,9 +333,19 @@ PARTS = ("label_smoothing", "margin", "dropout")
 
 
 def register(slug: str) -> Callable[[type[Method]], type[Method]]:
-    """Register a subclass of ``Method`` under its slug."""
+    """Register a subclass of ``Method`` under its slug.
+
+    Raises:
+        UserError: the slug is another method's.
+    """
 
     def add(cls: type[Method]) -> type[Method]:
+        taken = METHODS.get(slug)
+        if taken and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise UserError(
+                f"the method name {slug!r} is taken by {taken.__module__}.{taken.__qualname__}: "
+                f"register {cls.__qualname__} under another"
+            )
         cls.slug = slug
         METHODS[slug] = cls
         return cls
@@ -395,6 +406,12 @@ def preset(slug: str, name: str) -> Preset:
 
 
 def card(slug: str) -> str:
-    """Return the method's card as Markdown."""
-    get(slug)
-    return (resources.files("surestep.methods") / "cards" / f"{slug}.md").read_text("utf-8")
+    """Return the method's card as Markdown: ``cards/SLUG.md`` in the package of its file."""
+    module = sys.modules[get(slug).__module__]
+    package = module.__name__ if hasattr(module, "__path__") else module.__package__
+    return (resources.files(package or "") / "cards" / f"{slug}.md").read_text("utf-8")
+
+
+def recipe_of(slug: str, name: str, **params: Any) -> Preset:
+    """Return another method's preset with a method's own parameters."""
+    return replace(preset(slug, name), params=params, source=f"as {name} of {slug}")

@@ -1,0 +1,106 @@
+"""A method that was just begun passes its own tests: in a checkout and as a plug-in."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import surestep
+from surestep import UserError, scaffold
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(*args: object, cwd: Path, path: tuple[Path, ...]) -> str:
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, path)),
+    }
+    done = subprocess.run(
+        [sys.executable, *map(str, args)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_in_a_checkout(tmp_path):
+    """The generic tests find the new method by themselves, and it passes them."""
+    shutil.copytree(ROOT / "src", tmp_path / "src")
+    shutil.copytree(ROOT / "tests" / "methods", tmp_path / "tests" / "methods")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    made = scaffold.method("my-own", tmp_path)
+    assert {p.relative_to(tmp_path).as_posix() for p in made} == {
+        "src/surestep/methods/my_own.py",
+        "src/surestep/methods/cards/my-own.md",
+        "tests/methods/families/my_own.py",
+    }
+    where = {"cwd": tmp_path, "path": (tmp_path / "src",)}
+    said = python("-m", "pytest", "-q", "-k", "my-own", "tests/methods", **where)
+    assert int(said.split(" passed")[0].split()[-1]) > 30
+    python("-m", "ruff", "check", "src/surestep/methods/my_own.py", **where)
+
+
+@pytest.mark.slow
+def test_as_a_plug_in(tmp_path):
+    """Installed (here: on the path, with the metadata of an installation) it is a method."""
+    made = scaffold.method("other", tmp_path)
+    package = tmp_path / "surestep-other"
+    assert {p.relative_to(package).as_posix() for p in made} == {
+        "pyproject.toml",
+        "src/surestep_other/__init__.py",
+        "src/surestep_other/cards/other.md",
+        "tests/test_other.py",
+    }
+    metadata = package / "src" / "surestep_other-0.1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: surestep-other\nVersion: 0.1.0\n"
+    )
+    (metadata / "entry_points.txt").write_text("[surestep.methods]\nother = surestep_other\n")
+    where = {"cwd": package, "path": (package / "src", ROOT / "src")}
+    python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", **where)
+    assert "# Other" in python("-m", "surestep", "methods", "other", **where)
+    (package / "src" / "surestep_other" / "__init__.py").write_text("import nothing_of_the_kind\n")
+    said = python("-c", "import surestep; print(len(surestep.methods.names()))", **where)
+    assert int(said) == len(surestep.methods.names())
+
+
+@pytest.mark.parametrize("slug", ["", "Upper", "two words", "-x", "x--y", "../up", "1x"])
+def test_a_name_must_be_one(tmp_path, slug):
+    with pytest.raises(UserError, match="no name for a method"):
+        scaffold.method(slug, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_must_be_free(tmp_path):
+    with pytest.raises(UserError, match="'fgsm' already"):
+        scaffold.method("fgsm", tmp_path)
+
+
+def test_nothing_is_overwritten(tmp_path):
+    made = scaffold.method("mine", tmp_path)
+    made[1].write_text("my work")
+    with pytest.raises(UserError, match="exists already"):
+        scaffold.method("mine", tmp_path)
+    assert made[1].read_text() == "my work"
+
+
+def test_two_methods_of_one_name():
+    with pytest.raises(UserError, match=r"'fgsm' is taken by surestep\.methods\.fgsm\.FGSM"):
+
+        @surestep.methods.register("fgsm")
+        class Another(surestep.methods.Standard):
+            pass

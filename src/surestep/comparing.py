@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import io
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -713,7 +714,7 @@ def _finished(folder: Path, config: RunConfig) -> bool:
     """
     run = RunFolder(folder)
     history = run.history()
-    if len(history) < config.epochs or not run.weights.is_file():
+    if len(history) < math.ceil(config.epochs) or not run.weights.is_file():
         return False
     steps = [int(path.stem.removeprefix("step-")) for path in checkpoint.found(run.checkpoints)]
     # Without any, they were removed to save space.

@@ -46,7 +46,9 @@ class FitSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    epochs: Positive = Field(8, description="Passes over the training images")
+    epochs: int | float = Field(
+        8, gt=0, description="Passes over the training images; 1.5 ends amid the second"
+    )
     batch_size: Positive = Field(128, description="Images of one step, over all processes")
     optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="The optimizer")
     lr: float = Field(0.1, gt=0, description="Peak learning rate")

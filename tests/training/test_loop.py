@@ -175,6 +175,17 @@ class TestARun:
         assert judged == [0.1, 0.1]
         assert (method.threat.eps, method.alpha) == (0.1, 0.02)
 
+    @pytest.mark.parametrize(("epochs", "steps"), [(0.4, [2]), (1.5, [5, 8]), (2.0, [5, 10])])
+    def test_the_last_epoch_may_be_a_part(self, tiny, epochs, steps):
+        history = tiny.train("fgsm", epochs=epochs, schedule="onecycle", lr=1.0).history
+        assert [row["step"] for row in history] == steps
+        # Whatever its length, the learning rate has come down at the end.
+        assert history[-1]["lr"] < 0.4 or steps == [2]
+
+    def test_less_than_a_step_is_refused(self, tiny):
+        with pytest.raises(UserError, match="0.01 epochs of 5 steps"):
+            tiny.train("fgsm", epochs=0.01)
+
     def test_tensorboard(self, tiny, tmp_path):
         tiny.train(out=tmp_path / "run", tensorboard=True)
         (events,) = (tmp_path / "run").rglob("events.out.tfevents.*")
@@ -194,6 +205,7 @@ RESUMED = {
     "triangular": {"schedule": "triangular"},
     "eps warm-up": {"eps_warmup": 1.5},
     "no validation": {"val_images": 0},
+    "a part of an epoch": {"epochs": 2.4},
     "swa": {"swa": 0.3},
     "awp": {"awp": 0.02},
     "dropout": {"dropout": 0.4},

@@ -51,6 +51,8 @@ def _metavar(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return "|".join(get_args(annotation))
     if get_origin(annotation) in (Union, types.UnionType):
+        if float in get_args(annotation):
+            return "NUMBER"
         return _metavar(next(a for a in get_args(annotation) if a is not type(None)))
     if get_origin(annotation) is tuple:
         return "A,B,..."

@@ -80,14 +80,14 @@ class Progress:
     Attributes:
         step: number of the step to come, from 0.
         steps_per_epoch: of the run.
-        epochs: of the run.
+        epochs: of the run; the last may be a part of one.
         images: in the training data; 0 if unknown.
         lr: learning rate of the step.
     """
 
     step: int = 0
     steps_per_epoch: int = 1
-    epochs: int = 1
+    epochs: float = 1
     images: int = 0
     lr: float = 0.0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import itertools
 import json
 import math
 import time
@@ -231,9 +232,14 @@ class _Trainer:
                 f"{method.slug} keeps a perturbation for each image: give images in memory, a "
                 "pair of tensors (x, y), instead of a Dataset or DataLoader"
             )
-        self.total = method.replays * self.source.steps_per_epoch * config.epochs
-        if not self.total:
+        self.total = round(method.replays * self.source.steps_per_epoch * config.epochs)
+        if not self.source.steps_per_epoch:
             raise UserError("there is no batch to train on: the data hold fewer images than one")
+        if not self.total:
+            raise UserError(
+                f"{config.epochs:g} epochs of {self.source.steps_per_epoch} steps are less than "
+                "one: give more epochs"
+            )
         # Images of a step, of this process.
         self.share = math.ceil(config.batch_size / accelerator.num_processes)
         model.to(device).train()
@@ -310,7 +316,7 @@ class _Trainer:
             if self.pick:
                 self.display.say(str(self.pick))
             restored = self._restore() if resume else None
-            while self.at.epoch < self.config.epochs:
+            while self.at.step < self.total:
                 self._epoch(restored)
                 restored = None
         self._finish()
@@ -327,7 +333,9 @@ class _Trainer:
         steps, skip = self.source.steps_per_epoch, self.at.step % self.source.steps_per_epoch
         sums = _Sums(self.device)
         begin, seconds_before = time.perf_counter(), self.at.train_seconds
-        batches = self.source.epoch(self.at.epoch, skip)
+        # The last epoch may be a part of one.
+        left = min(steps - skip, self.total - self.at.step)
+        batches = itertools.islice(self.source.epoch(self.at.epoch, skip), left)
         if restored:
             sums.load_state_dict(restored["sums"])
             self._set_random_state(restored["rng"][self.accelerator.process_index])
@@ -396,8 +404,8 @@ class _Trainer:
 
     def _set_course(self, lr: float) -> None:
         """Tell the method where training is, and with what share of eps to attack."""
-        steps, epochs = self.source.steps_per_epoch, self.config.epochs
-        self.method.progress = Progress(self.at.step, steps, epochs, self.images, lr)
+        steps = self.source.steps_per_epoch
+        self.method.progress = Progress(self.at.step, steps, self.total / steps, self.images, lr)
         if self.config.eps_warmup:
             self.method.set_strength(self._warmed_up(self.config.eps_warmup))
         self.take_step.averaging = self.method.progress.done >= (self.config.swa or 0)
@@ -411,7 +419,7 @@ class _Trainer:
         speed = sums.images * self.accelerator.num_processes / (time.perf_counter() - begin)
         robust = f"  robust {self.at.last_robust:.1%}" if self.at.last_robust >= 0 else ""
         parts = "  ".join(f"{k} {v:.3f}" for k, v in means.items() if k != "adv_accuracy")
-        epoch = f"epoch {self.at.epoch + 1}/{self.config.epochs}"
+        epoch = f"epoch {self.at.epoch + 1}/{math.ceil(self.config.epochs)}"
         self.display.step(self.at.step, epoch, f"{parts}{robust}  {speed:,.0f} img/s")
 
     def _check_finite(self, sums: _Sums, *, weights: bool = False) -> None:
@@ -474,7 +482,7 @@ class _Trainer:
         robust = f"  robust {row['val_worst_case']:.1%}" if "val_worst_case" in row else ""
         clean = f"  clean {row['val_clean']:.1%}" if "val_clean" in row else ""
         self.display.say(
-            f"epoch {self.at.epoch}/{self.config.epochs}  loss {row['loss']:.4f}{clean}{robust}"
+            f"epoch {self.at.epoch}/{math.ceil(self.config.epochs)}  loss {row['loss']:.4f}{clean}{robust}"
             f"  {row['images_per_second']:,.0f} img/s"
         )
         if self.run and self.accelerator.is_main_process:

@@ -1,0 +1,331 @@
+"""Every method under one protocol, judged and audited: the leaderboard.
+
+    python benchmarks/leaderboard.py mnist                     # LeNet+, eps 0.3, all methods
+    python benchmarks/leaderboard.py cifar10 --data DIR        # slim PreActResNet, 8/255 and 16/255
+    python benchmarks/leaderboard.py mnist --only fgsm sat-r2 --seeds 0
+    python benchmarks/leaderboard.py --table docs/leaderboard.md
+
+A row is a method, a radius and a seed: trained as the board's protocol says with the method's own
+parameters for that data, judged on test images by FGSM and PGD on cross entropy and margin, and
+audited, so that a masked row is marked as one. Every row has one core. Rows that the CSV holds are
+skipped: a stopped board goes on where it was, seed after seed, so that all methods have one seed
+before any has two. Nothing is selected: the last weights are judged.
+
+The protocol is the FastAT benchmark's (arXiv 2604.22853) made small enough for two cores: fewer
+epochs, smaller networks, and multi-step attacks in training of 10 steps at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from _table import QUICK, Row, append, read, run_alone
+
+FIELDS = [
+    *("board", "entry", "method", "eps", "seed", "passes", "train_seconds", "clean", "fgsm", "pgd"),
+    *("pgd_margin", "worst_case", "n", "verdict", "found", "found_by", "flags", "audit_n"),
+    *("audit_seconds", "settings", "params", "commit", "torch", "machine", "date", "command"),
+]
+MULTI_STEP = {"steps": 10, "alpha": 0.075}
+"""Of attacks in training that take 40 steps of 0.01 on MNIST otherwise."""
+
+
+@dataclass(frozen=True)
+class Board:
+    """A protocol.
+
+    Attributes:
+        settings: of training, over the methods' presets.
+        eps: the radii.
+        seeds: how many.
+        steps: of the PGD that judges.
+        n: test images judged.
+        audit_n: test images audited.
+        params: per method, what the protocol changes.
+        only: the methods; all if empty.
+    """
+
+    settings: dict[str, Any]
+    eps: tuple[float, ...]
+    seeds: int
+    steps: int
+    n: int
+    audit_n: int
+    params: dict[str, dict[str, Any]] = field(default_factory=dict)
+    only: tuple[str, ...] = ()
+
+
+BOARDS = {
+    "mnist": Board(
+        {
+            **{"model": "lenet+", "epochs": 3, "batch_size": 128, "lr": 0.05},
+            **{"optimizer": "sgd", "weight_decay": 5e-4, "schedule": "onecycle", "warmup": 0.0},
+        },
+        (0.3,),
+        seeds=3,
+        steps=100,
+        n=1000,
+        audit_n=100,
+        params={
+            **dict.fromkeys(("pgd", "pgd-wa", "trades", "mart", "alp", "fat", "iaat"), MULTI_STEP),
+            "uat": MULTI_STEP,
+            # The published share on LeNet+: one image in 32.
+            "sat-r1": {"fraction": 1 / 32},
+        },
+    ),
+    "cifar10": Board(
+        {
+            **{"model": "preactresnet10-slim", "normalize": True, "epochs": 5, "batch_size": 128},
+            **{"lr": 0.1, "optimizer": "sgd", "weight_decay": 5e-4, "schedule": "onecycle"},
+            **{"warmup": 0.0, "augment": "crop-flip"},
+        },
+        (8 / 255, 16 / 255),
+        seeds=2,
+        steps=20,
+        n=1000,
+        audit_n=100,
+        params={"pgd": {"steps": 7, "alpha": None}, "pgd-wa": {"steps": 7, "alpha": None}},
+        only=(
+            *("standard", "fgsm", "rs-fgsm", "n-fgsm", "sat-r1", "sat-r2", "sat-r3", "pgd"),
+            *("gradalign", "trades", "fgsm-mep", "nuat", "aaer"),
+        ),
+    ),
+}
+COMBINED: dict[str, dict[str, Any]] = {
+    "sat-r2 + hypersphere": {"method": "sat-r2", "head": "hypersphere"},
+    "sat-r2 + ema": {"method": "sat-r2", "ema": 0.99},
+    "sat-r2 + awp": {"method": "sat-r2", "awp": 0.005},
+    "sat-r2 on n-fgsm": {
+        "method": "sat-r2",
+        "params": {"perturbation": "n-fgsm noise=1/2"},
+    },
+    "sat-r2 on rs-fgsm": {"method": "sat-r2", "params": {"perturbation": "rs-fgsm"}},
+}
+"""SAT with the parts that combine with any method."""
+
+
+def entries(board: Board) -> dict[str, dict[str, Any]]:
+    """Return the board's entries: settings by name, the method among them."""
+    from surestep import methods
+
+    names = board.only or tuple(methods.names())
+    return {**{name: {"method": name} for name in names}, **COMBINED}
+
+
+def rows(name: str, only: list[str], seeds: list[int] | None) -> Iterator[tuple[str, Row]]:
+    """Yield the board's rows, seed after seed."""
+    board = BOARDS[name]
+    chosen = {k: v for k, v in entries(board).items() if not only or k in only}
+    for seed in range(board.seeds) if seeds is None else seeds:
+        for entry, own in chosen.items():
+            for eps in board.eps:
+                params = {**board.params.get(own["method"], {}), **own.get("params", {})}
+                changes = {**QUICK, **board.settings, **own, "params": params, "eps": eps}
+                del changes["method"]
+                yield entry, Row(own["method"], name, seed, changes)
+
+
+def train_judge_audit(row: Row, data: str | None) -> dict[str, Any]:
+    """Train a row, judge it and audit it."""
+    import torch
+
+    from surestep import audit, evaluate, runs
+    from surestep.training import Engine
+
+    board = BOARDS[row.recipe]
+    config = runs.resolve({"method": row.method, "seed": row.seed, **row.changes}, row.recipe)
+    config = config.model_copy(update={"data": data, "val_images": 0})
+    fitted = runs.train(config, None, quiet=True)
+    engine, threat, pgd = Engine.choose(), runs.build_threat(config), f"pgd-{board.steps}"
+    model, test = engine.place(fitted.model), runs.load_data(config, "test")
+    attacks = ("fgsm", pgd, f"{pgd}-margin")
+    judged = evaluate(model, test, threat, attacks, n=board.n, precision=engine.precision)
+    audited = audit(model, test, threat, budget="quick", n=board.audit_n)
+    return {
+        "board": row.recipe,
+        "method": row.method,
+        "eps": round(config.eps, 4),
+        "seed": row.seed,
+        "passes": round(runs.build_method(config).cost(config.batch_size).total, 2),
+        "train_seconds": round(fitted.train_seconds, 1),
+        "clean": judged.clean_accuracy,
+        "fgsm": judged.robust_accuracy["fgsm"],
+        "pgd": judged.robust_accuracy[pgd],
+        "pgd_margin": judged.robust_accuracy[f"{pgd}-margin"],
+        "worst_case": judged.worst_case_accuracy,
+        "n": judged.n,
+        "verdict": audited.verdict,
+        "found": audited.found_accuracy,
+        "found_by": audited.found_by,
+        "flags": sum(check.flagged for check in audited.checks),
+        "audit_n": audited.n,
+        "audit_seconds": round(audited.seconds, 1),
+        "settings": json.dumps({k: v for k, v in row.changes.items() if k != "params"}),
+        "params": json.dumps(config.params),
+        "torch": torch.__version__,
+    }
+
+
+def run(entry: str, row: Row, args: argparse.Namespace) -> None:
+    """Run a row in a process of its own and write it down."""
+    begin = time.time()
+    options = [args.board, *(["--data", args.data] if args.data else [])]
+    result = run_alone(row, *options, threads=1)
+    if result:
+        append(args.out, FIELDS, {**result, "entry": entry})
+        print(
+            f"{time.time() - begin:4.0f} s  {entry} eps {result['eps']} seed {row.seed}: clean "
+            f"{result['clean']:.3f} fgsm {result['fgsm']:.3f} worst {result['worst_case']:.3f} "
+            f"found {result['found']:.2f} {result['verdict']}",
+            flush=True,
+        )
+
+
+Means = dict[str, Any]
+
+
+def means(found: list[dict[str, str]]) -> list[Means]:
+    """Return a line an entry, the best worst case first; seconds as a ratio to standard training.
+
+    The ratio is to the standard rows of the same board and radius, or of any radius.
+    """
+    groups: dict[str, list[dict[str, str]]] = {}
+    for one in found:
+        groups.setdefault(one["entry"], []).append(one)
+    plain = [float(r["train_seconds"]) for r in groups.get("standard", ())]
+    lines = []
+    for entry, mine in groups.items():
+        worst = [100 * float(r["worst_case"]) for r in mine]
+        verdicts = [r["verdict"] for r in mine]
+        seconds = statistics.mean(float(r["train_seconds"]) for r in mine)
+        lines.append(
+            {
+                "entry": entry,
+                "seeds": len(mine),
+                "passes": float(mine[0]["passes"]),
+                "ratio": seconds / statistics.mean(plain) if plain else math.nan,
+                "seconds": seconds,
+                **{
+                    key: statistics.mean(100 * float(r[key]) for r in mine)
+                    for key in ("clean", "fgsm", "found")
+                },
+                "worst": statistics.mean(worst),
+                "spread": statistics.stdev(worst) if len(worst) > 1 else None,
+                "verdict": ", ".join(
+                    f"{v} ({verdicts.count(v)})" if len(set(verdicts)) > 1 else v
+                    for v in dict.fromkeys(verdicts)
+                ),
+                "masked": "pseudo-robust" in verdicts,
+            }
+        )
+    return sorted(lines, key=lambda line: -line["worst"])
+
+
+def table(lines: list[Means]) -> str:
+    """Return the lines as Markdown; a masked entry is marked."""
+    text = (
+        "| method | seeds | passes | time / standard | clean | FGSM | worst case | audit found | "
+        "verdict |\n|---|---|---|---|---|---|---|---|---|\n"
+    )
+    for line in lines:
+        spread = "" if line["spread"] is None else f" ± {line['spread']:.1f}"
+        name = f"~~{line['entry']}~~ masked" if line["masked"] else line["entry"]
+        text += (
+            f"| {name} | {line['seeds']} | {line['passes']:.3g} | {line['ratio']:.2f} | "
+            f"{line['clean']:.1f} | {line['fgsm']:.1f} | {line['worst']:.1f}{spread} | "
+            f"{line['found']:.0f} | {line['verdict']} |\n"
+        )
+    return text
+
+
+def plot(lines: list[Means], path: Path) -> None:
+    """Draw worst case against time, with the front that nothing dominates."""
+    import altair as alt
+
+    data = [
+        {
+            "time / standard": line["ratio"],
+            "worst case, %": line["worst"],
+            "method": line["entry"],
+            "kind": "masked in a seed" if line["masked"] else "not masked",
+        }
+        for line in lines
+        if not math.isnan(line["ratio"]) and line["entry"] != "standard"
+    ]
+    front, best = [], -1.0
+    for point in sorted(data, key=lambda p: (p["time / standard"], -p["worst case, %"])):
+        if point["worst case, %"] > best:
+            best = point["worst case, %"]
+            front.append(point)
+    x = alt.X("time / standard:Q", scale=alt.Scale(type="log"))
+    y = alt.Y("worst case, %:Q", scale=alt.Scale(domain=(0, 100)))
+    base = alt.Chart(alt.Data(values=data))
+    points = base.mark_point(filled=True, size=50).encode(
+        x, y, alt.Color("kind:N", title=None), tooltip="method:N"
+    )
+    names = base.mark_text(align="left", dx=6, fontSize=9).encode(x, y, text="method:N")
+    line = alt.Chart(alt.Data(values=front)).mark_line(strokeDash=[4, 3], color="gray")
+    chart = (line.encode(x, y, order="time / standard:Q") + points + names).properties(
+        width=640, height=420
+    )
+    chart.save(str(path))
+
+
+def write(found: list[dict[str, str]], page: Path) -> None:
+    """Write the tables, and a plot beside the page for each."""
+    parts = [(Path(__file__).parent / "leaderboard.head.md").read_text("utf-8")]
+    for name, board in BOARDS.items():
+        for eps in board.eps:
+            mine = [r for r in found if r["board"] == name and abs(float(r["eps"]) - eps) < 1e-3]
+            if not mine:
+                continue
+            lines = means(mine)
+            radius = f"{eps:g}" if eps > 0.1 else f"{round(255 * eps)}/255"
+            figure = page.with_name(f"leaderboard-{name}-{round(255 * eps)}.svg")
+            plot(lines, figure)
+            parts.append(f"## {name}, eps {radius}\n\n{table(lines)}\n![{name}]({figure.name})\n")
+    page.write_text("\n".join(parts), "utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("board", nargs="?", choices=list(BOARDS))
+    parser.add_argument("--only", nargs="*", default=[], help="entries to run")
+    parser.add_argument("--seeds", type=int, nargs="*", help="instead of all of the board's")
+    parser.add_argument("--jobs", type=int, default=2, help="rows at a time, one core each")
+    parser.add_argument("--data", help="where the data set lies")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/leaderboard.csv"))
+    parser.add_argument(
+        "--table", type=Path, metavar="PAGE", help="write the page of what --out holds"
+    )
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.row:
+        print(json.dumps(train_judge_audit(Row(**json.loads(args.row)), args.data)))
+        return
+    found = read(args.out)
+    if args.table:
+        return write(found, args.table)
+    if args.board is None:
+        parser.error("name a board to run: mnist or cifar10; or --table PAGE")
+    done = {(r["board"], r["entry"], r["eps"], r["seed"]) for r in found}
+    todo = [
+        (entry, row)
+        for entry, row in rows(args.board, args.only, args.seeds)
+        if (args.board, entry, str(round(row.changes["eps"], 4)), str(row.seed)) not in done
+    ]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda pair: run(*pair, args), todo))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,6 +52,36 @@ def make_method(slug: str, threat: surestep.ThreatModel = THREAT, **params: Any)
     method = methods.build(slug, threat, {**merged("SMALL").get(slug, {}), **params})
     method.progress = methods.Progress(images=64)
     return method
+
+
+@contextmanager
+def nothing_random() -> Iterator[None]:
+    """Let every random draw of a step give the same: two processes draw apart otherwise."""
+
+    def constant(draw: Callable[..., Tensor], share: float) -> Callable[..., Tensor]:
+        def drawn(*args: Any, **kwargs: Any) -> Tensor:
+            value = draw(*args, **kwargs)
+            return value if "generator" in kwargs else torch.full_like(value, share)
+
+        return drawn
+
+    uniform = Tensor.uniform_
+
+    def constant_uniform(
+        self: Tensor, low: float = 0.0, high: float = 1.0, **kwargs: Any
+    ) -> Tensor:
+        # Initial weights are drawn with a generator, if only None.
+        if kwargs:
+            return uniform(self, low, high, **kwargs)
+        return self.fill_(low + 0.7 * (high - low))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, share in (("randn_like", 0.3), ("rand_like", 0.7), ("randn", 0.3), ("rand", 0.7)):
+            patch.setattr(torch, name, constant(getattr(torch, name), share))
+        patch.setattr(Tensor, "uniform_", constant_uniform)
+        patch.setattr(Tensor, "bernoulli_", lambda self, p=0.5: self.fill_(1.0))
+        patch.setattr(torch.nn.functional, "dropout", lambda x, *_, **__: 0.9 * x)
+        yield
 
 
 def train(
@@ -119,6 +150,7 @@ def tiny() -> SimpleNamespace:
         same_weights=same_weights,
         threat=THREAT,
         Stopped=Stopped,
+        nothing_random=nothing_random,
     )
 
 

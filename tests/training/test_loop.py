@@ -183,7 +183,7 @@ class TestARun:
         assert history[-1]["lr"] < 0.4 or steps == [2]
 
     def test_less_than_a_step_is_refused(self, tiny):
-        with pytest.raises(UserError, match="0.01 epochs of 5 steps"):
+        with pytest.raises(UserError, match=r"0\.01 epochs of 5 steps"):
             tiny.train("fgsm", epochs=0.01)
 
     def test_tensorboard(self, tiny, tmp_path):

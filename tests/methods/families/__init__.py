@@ -11,6 +11,7 @@ A module may define
     PUBLISHED: (slug, preset, eps, model or None, the preset's parameters, some of its settings).
     REACH: slug -> how far beyond eps = 0.1 the method's x_adv may lie, with SMALL.
     TRAIN_PASSES: slug -> passes in train mode, where there are more than the update.
+    COUPLED: slug -> why the loss of a batch is not the mean of that of its halves.
     DETERMINISTIC: slugs whose step draws nothing at random.
 """
 

@@ -332,3 +332,7 @@ REFUSED = [
 REACH = {"sat-r3": 0.03, "n-fgsm": 0.2}
 TRAIN_PASSES = {"rs-fgsm": 2, "n-fgsm": 2}
 DETERMINISTIC = ("standard", "fgsm", "sat-r1")
+COUPLED = {
+    "sat-r1": "the last image of each process's share is regularised",
+    "sat-r3": "the hinge is of the mean losses",
+}

@@ -324,7 +324,7 @@ def main() -> None:
         if (args.board, entry, str(round(row.changes["eps"], 4)), str(row.seed)) not in done
     ]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda pair: run(*pair, args), todo))
+        list(pool.map(lambda pair: run(pair[0], pair[1], args), todo))
 
 
 if __name__ == "__main__":

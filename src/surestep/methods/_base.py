@@ -168,9 +168,9 @@ class Method(ABC):
     presets: ClassVar[Mapping[str, Preset]] = {}
     lengths: ClassVar[tuple[str, ...]] = ("alpha",)
     """The hyperparameters in pixel units, which must grow and shrink with eps."""
-    remembers: ClassVar[bool] = False
+    remembers = False
     """Whether it keeps something for each image, so that every step needs their ``index``."""
-    replays: ClassVar[int] = 1
+    replays = 1
     """How many steps in a row are taken on each batch."""
 
     threat: ThreatModel

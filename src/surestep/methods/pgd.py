@@ -37,14 +37,40 @@ class PGD(Method):
         self.require(self.steps >= 1, "steps", ">= 1")
         self.require(self.alpha >= 0, "alpha", ">= 0")
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
-        """Climb from a random start."""
+    def start(self, x: Tensor) -> Tensor:
+        """Return where the attack begins."""
+        return self.threat.random_start(x)
+
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Return the last iterate from a random start (N, ...)."""
         assert self.alpha is not None
         with attacking(model) as inner:
             ascent = Ascent(self.threat, self.steps, self.alpha)
-            x_adv = ascent.climb(inner, x, y, self.threat.random_start(x))
-        return Update(x_adv, self.plain_loss(y))
+            return ascent.climb(inner, x, y, self.start(x))
+
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+        """Train on the perturbed images."""
+        return Update(self.perturb(model, x, y), self.plain_loss(y))
 
     def cost(self, batch_size: int) -> Cost:
         """A gradient a step, one update."""
         return Cost.of(attack=self.steps, update=1)
+
+
+@register("pgd-wa")
+@dataclass
+class PGDWA(PGD):
+    """PGD-AT with weight averaging: PGD-AT, and presets whose weights are averaged."""
+
+    summary = "PGD-AT with an exponential average of the weights"
+    paper = "the FastAT benchmark 2026, arXiv 2604.22853"
+    presets = {
+        "mnist": recipe(MNIST_FAST, steps=40, alpha=0.01, settings={"ema": 0.999}),
+        "cifar10": recipe(
+            CIFAR_RESNET,
+            steps=10,
+            alpha=2 / 255,
+            settings={"ema": 0.9995, "label_smoothing": 0.4, "schedule": "onecycle"},
+            source="the FastAT benchmark's protocol, arXiv 2604.22853",
+        ),
+    }

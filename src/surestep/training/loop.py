@@ -481,8 +481,9 @@ class _Trainer:
         self.accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=self.at.step)
         robust = f"  robust {row['val_worst_case']:.1%}" if "val_worst_case" in row else ""
         clean = f"  clean {row['val_clean']:.1%}" if "val_clean" in row else ""
+        epochs = math.ceil(self.config.epochs)
         self.display.say(
-            f"epoch {self.at.epoch}/{math.ceil(self.config.epochs)}  loss {row['loss']:.4f}{clean}{robust}"
+            f"epoch {self.at.epoch}/{epochs}  loss {row['loss']:.4f}{clean}{robust}"
             f"  {row['images_per_second']:,.0f} img/s"
         )
         if self.run and self.accelerator.is_main_process:

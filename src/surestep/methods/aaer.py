@@ -1,0 +1,80 @@
+"""AAER: examples whose loss falls along the attack step are abnormal, and are regularised.
+
+Lin, Yu & Liu 2023, "Eliminating Catastrophic Overfitting Via Abnormal Adversarial Examples
+Regularization", NeurIPS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surestep.attacks.core import attacking, input_gradient
+from surestep.attacks.losses import cross_entropy
+from surestep.methods._base import Cost, Update, register
+from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods.fgsm import OnSingleStep
+
+FAST = {"epochs": 30, "lr": 0.2, "schedule": "triangular"}
+
+
+@register("aaer")
+@dataclass
+class AAER(OnSingleStep):
+    """AAER: the number, the loss and the spread of abnormal examples are pushed down."""
+
+    summary = "RS-FGSM; examples whose loss fell along the step are regularised"
+    paper = "Lin et al. 2023, NeurIPS"
+    presets = {
+        "mnist": recipe(MNIST_FAST, source="ours: as mnist-fast of the others"),
+        "cifar10": recipe(CIFAR_RESNET, lam=1.0, lam_loss=2.5, lam_spread=1.5, settings=FAST),
+        "cifar10-n": recipe(
+            CIFAR_RESNET,
+            lam=1.0,
+            lam_loss=1.5,
+            lam_spread=0.15,
+            perturbation="n-fgsm",
+            settings=FAST,
+        ),
+    }
+
+    lam: float = 1.0
+    lam_loss: float = 2.5
+    lam_spread: float = 1.5
+    perturbation: str = "rs-fgsm"
+
+    def validate(self) -> None:
+        """Check the weights."""
+        super().validate()
+        for name in ("lam", "lam_loss", "lam_spread"):
+            self.require(getattr(self, name) >= 0, name, ">= 0")
+
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+        """Compare loss and logits at the start, from the attack's own pass, with those after."""
+        base = self.base
+        with attacking(model, train_mode=base.train_mode) as inner:
+            start = base.start(x)
+            grad, before, was = input_gradient(inner, start, y, cross_entropy)
+        x_adv = base.finish(start + self.threat.steepest_step(grad, base.size), x)
+
+        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+            ce, after = self.criterion(logits, y), cross_entropy(logits, y)
+            abnormal = (after < before).to(ce.dtype).detach()
+            spread = (logits - was).square().sum(1)
+            count, others = abnormal.sum(), (1 - abnormal).sum()
+            fall = (abnormal * (before - after)).sum() / count.clamp(min=1)
+            wide = (abnormal * spread).sum() / count.clamp(min=1)
+            usual = ((1 - abnormal) * spread).sum().detach() / others.clamp(min=1)
+            extra = self.lam_loss * fall + self.lam_spread * F.relu(wide - usual)
+            share = abnormal.mean()
+            penalty = share * extra
+            return ce + self.lam * penalty, {"ce": ce, "penalty": penalty, "abnormal": share}
+
+        return Update(x_adv, loss)
+
+    def cost(self, batch_size: int) -> Cost:
+        """One gradient, one update."""
+        return Cost.of(attack=1, update=1)

@@ -1,0 +1,147 @@
+"""ConvergeSmooth: the loss must not jump from one epoch, or batch, to the next.
+
+Zhao et al. 2023, "Fast Adversarial Training with Smooth Convergence", ICCV.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surestep import processes
+from surestep.methods._base import Cost, Method, Update, build, register
+from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+
+
+@register("converge-smooth")
+@dataclass
+class ConvergeSmooth(Method):
+    """E-CS (``compare="epoch"``) or B-CS (``"batch"``) around any method, named by its slug.
+
+    Where the clean loss of a batch is further than T from the mean of the epoch (the batch)
+    before, it is added to the loss, or taken off. T = min(max(gamma / ratio, rise), gamma) with
+    the last rise of that mean, and ratio, of gamma, how far the learning rate has come down.
+    Off in the first epoch and in one in which the learning rate drops below half. ``pull`` is the
+    weight of the squared distance to the mean of earlier epochs' weights (weight centralization).
+    """
+
+    summary = "another method whose loss must not jump between epochs or batches"
+    paper = "Zhao et al. 2023, ICCV"
+    presets = {
+        "mnist": recipe(MNIST_FAST, perturbation="rs-fgsm", source="ours"),
+        "cifar10": recipe(CIFAR_RESNET, perturbation="rs-fgsm"),
+        "cifar10-mep": recipe(
+            CIFAR_RESNET, perturbation="fgsm-mep", settings={"label_smoothing": 0.4}
+        ),
+    }
+
+    perturbation: str = "rs-fgsm"
+    compare: str = "epoch"
+    gamma: float = 0.03
+    weight: float = 1.0
+    pull: float = 0.0
+
+    def validate(self) -> None:
+        """Check the hyperparameters and build the method inside."""
+        self.require(self.compare in ("epoch", "batch"), "compare", "'epoch' or 'batch'")
+        for name in ("gamma", "weight", "pull"):
+            self.require(getattr(self, name) >= 0, name, ">= 0")
+        parts = {"label_smoothing": self.label_smoothing, "margin": self.margin}
+        self.base = build(self.perturbation, self.threat, {}, **parts)
+        self.remembers = self.base.remembers
+        # Of the clean loss: sum and number in this epoch, the means before; the mean weights.
+        self._sums = torch.zeros(4, dtype=torch.float64)
+        self._epoch, self._lr, self._steady = 0, 0.0, True
+        self._centre: dict[str, Tensor] = {}
+
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+        """Append the clean images to the method's own update."""
+        self.base.progress, self.base.draw = self.progress, self.draw
+        inner = self.base.craft(model, x, y, index)
+        self._turn(model)
+        n = len(inner.points)
+        centre = [(p, self._centre[k].to(p)) for k, p in _weights(model) if k in self._centre]
+
+        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+            own, terms = inner.loss(logits[:n])
+            clean = self.criterion(logits[n:], y)
+            jump = self._sign(clean.detach()).to(clean.dtype) * clean
+            total = own + self.weight * jump
+            if self.pull:
+                apart = [(p - c).square().sum() for p, c in centre]
+                total = total + self.pull * sum(apart, torch.zeros_like(own))
+            return total, {**terms, "clean": clean, "jump": jump}
+
+        return Update(torch.cat([inner.points, x]), loss, slice(*inner.rows.indices(n)))
+
+    def _sign(self, clean: Tensor) -> Tensor:
+        """Return 1 where the loss leapt up, -1 down, 0 within T; and take the loss in."""
+        clean = processes.mean(clean).double()
+        total, count, mean, before = self._sums.to(clean.device)
+        rise = (mean - before).abs()
+        limit = rise.clamp(min=self.gamma * self._ratio(), max=self.gamma)
+        off = clean - mean
+        known = (mean > 0) & self._steady
+        if self.compare == "batch":
+            mean, before = clean, mean
+        self._sums = torch.stack([total + clean, count + 1, mean, before])
+        return torch.where(known & (off.abs() > limit), off.sign(), 0)
+
+    def _ratio(self) -> float:
+        return min(1.0, self.progress.lr / self._lr) if self._lr else 1.0
+
+    def _turn(self, model: nn.Module) -> None:
+        """At the first step of an epoch: the mean loss and the mean weights of those before."""
+        lr = self.progress.lr
+        if self.progress.epoch == self._epoch:
+            self._lr = max(self._lr, lr)
+            self._steady = self._steady and lr >= self._lr / 2
+            return
+        self._epoch, self._steady = self.progress.epoch, lr >= self._lr / 2
+        self._lr = lr
+        total, count, mean, _ = self._sums
+        if self.compare == "epoch":
+            zero = torch.zeros_like(total)
+            self._sums = torch.stack([zero, zero, total / count.clamp(min=1), mean])
+        if self.pull:
+            share = 1 / self._epoch
+            for name, weight in _weights(model):
+                now = weight.detach()
+                held = self._centre.get(name, now).to(now)
+                self._centre[name] = torch.lerp(held, now, share)
+
+    def set_strength(self, share: float) -> None:
+        """Set it for the method inside too."""
+        super().set_strength(share)
+        self.base.set_strength(share)
+
+    def cost(self, batch_size: int) -> Cost:
+        """The method's own, and a clean image more in the update."""
+        own = self.base.cost(batch_size)
+        return Cost(own.forward + 1, own.input_grad + 1, own.weight_grad + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the means, and the state of the method inside."""
+        return {
+            "sums": self._sums,
+            "epoch": self._epoch,
+            "lr": self._lr,
+            "steady": self._steady,
+            "centre": dict(self._centre),
+            "base": self.base.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore them."""
+        self._sums, self._epoch = state["sums"].clone(), state["epoch"]
+        self._lr, self._steady = state["lr"], state["steady"]
+        self._centre = {name: v.clone() for name, v in state["centre"].items()}
+        self.base.load_state_dict(state["base"])
+
+
+def _weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return list(getattr(model, "module", model).named_parameters())

@@ -1,0 +1,58 @@
+"""Ensemble adversarial training: perturbations made on other, fixed models take turns.
+
+Tramèr et al. 2018, "Ensemble Adversarial Training: Attacks and Defenses", ICLR, arXiv 1705.07204.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from surestep.methods._base import Cost, Update, register
+from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods.fgsm import OnSingleStep
+
+
+@register("eat")
+@dataclass
+class EAT(OnSingleStep):
+    """EAT: the step is taken on the model itself and on each of ``sources`` in turn.
+
+    Set ``sources`` to trained models before training (``surestep train`` loads the run folders
+    that ``--source`` names). With none, the model itself is attacked at every step.
+    """
+
+    summary = "single steps on fixed models in turn with the model itself, and clean images"
+    paper = "Tramèr et al. 2018, arXiv 1705.07204"
+    presets = {
+        "mnist": recipe(MNIST_FAST, source="ours: as mnist-fast of the others"),
+        "cifar10": recipe(CIFAR_RESNET, source="ours: the field's usual settings"),
+    }
+
+    clean: float = 0.5
+    perturbation: str = "r-fgsm"
+
+    def validate(self) -> None:
+        """Check the share of the clean loss."""
+        super().validate()
+        self.require(0 <= self.clean < 1, "clean", "in [0, 1)")
+        self.sources: Sequence[nn.Module] = ()
+
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+        """Perturb on the model whose turn it is."""
+        turn = self.progress.step % (1 + len(self.sources))
+        attacked = self.sources[turn - 1].to(x.device) if turn else model
+        x_adv = self.base.perturb(attacked, x, y)
+
+        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+            at_clean, at_adv = (self.criterion(part, y) for part in logits.chunk(2))
+            return torch.lerp(at_adv, at_clean, self.clean), {"ce": at_adv, "ce_clean": at_clean}
+
+        return Update(torch.cat([x, x_adv]), loss, slice(len(x), None))
+
+    def cost(self, batch_size: int) -> Cost:
+        """One perturbation; clean and perturbed images in the update."""
+        return Cost.of(attack=self.gradients, update=2)

@@ -1,0 +1,55 @@
+"""Friendly adversarial training: the attack stops soon after it succeeds.
+
+Zhang et al. 2020, "Attacks Which Do Not Kill Training Make Adversarial Learning Stronger", arXiv
+2002.11242.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from surestep.attacks.core import attacking, input_gradient, misclassified
+from surestep.methods._base import register
+from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods.pgd import PGD
+
+
+@register("fat")
+@dataclass
+class FAT(PGD):
+    """FAT: PGD that stops, image by image, ``tau`` steps after the first misclassification.
+
+    All images go through all steps, so that nothing waits for the device; those that are done
+    stay where they are.
+    """
+
+    summary = "PGD that stops for an image soon after it is misclassified"
+    paper = "Zhang et al. 2020, arXiv 2002.11242"
+    presets = {
+        "mnist": recipe(MNIST_FAST, tau=1, steps=40, alpha=0.01, source="ours"),
+        "cifar10": recipe(CIFAR_RESNET, tau=1, steps=10, alpha=2 / 255),
+    }
+
+    tau: int = 0
+
+    def validate(self) -> None:
+        """Check tau."""
+        super().validate()
+        self.require(self.tau >= 0, "tau", ">= 0")
+
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Return each image's point when its attack ended."""
+        assert self.alpha is not None
+        x_adv = self.start(x)
+        left = torch.full_like(y, self.tau)
+        with attacking(model) as inner:
+            for _ in range(self.steps):
+                grad, _, logits = input_gradient(inner, x_adv, y)
+                left = left - misclassified(logits, y).long()
+                going = (left >= 0).view(-1, *[1] * (x.dim() - 1))
+                step = self.threat.steepest_step(grad, self.alpha)
+                x_adv = torch.where(going, self.threat.project(x_adv + step, x), x_adv)
+        return x_adv

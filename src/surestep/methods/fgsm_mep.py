@@ -1,0 +1,110 @@
+"""FGSM-MEP: each image's step starts where the gradients of earlier epochs point.
+
+Jia et al. 2022, "Prior-Guided Adversarial Initialization for Fast Adversarial Training", ECCV,
+arXiv 2207.08859 (FGSM-PGI, with the prior from the momentum of all epochs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surestep.attacks.core import attacking, input_gradient
+from surestep.methods._base import Cost, Method, Update, register
+from surestep.methods._memory import Memory
+from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+
+SMOOTH = {"label_smoothing": 0.4}
+
+
+def l1_unit(grad: Tensor) -> Tensor:
+    """Return each sample's gradient over the sum of its absolute values; zero stays zero."""
+    size = grad.abs().flatten(1).sum(1).view(-1, *[1] * (grad.dim() - 1))
+    return grad / torch.where(size > 0, size, 1)
+
+
+def pairing(one: Tensor, other: Tensor) -> Tensor:
+    """Return the mean squared difference of two sets of logits, over samples and classes."""
+    return (one - other).square().mean()
+
+
+@register("fgsm-mep")
+@dataclass
+class FGSMMEP(Method):
+    """FGSM-MEP: start at the stored perturbation, pair the logits there and after the step.
+
+    The store forgets every ``reset`` epochs. The paper's label smoothing, 0.6 for the true class,
+    is the presets' setting of it.
+    """
+
+    summary = "FGSM from a start that follows each image's gradient momentum over epochs"
+    paper = "Jia et al. 2022, arXiv 2207.08859"
+    remembers = True
+    presets = {
+        "mnist": recipe(MNIST_FAST, lam=10.0, settings=SMOOTH, source="ours"),
+        "cifar10": recipe(CIFAR_RESNET, lam=10.0, settings=SMOOTH),
+    }
+
+    lam: float = 10.0
+    decay: float = 0.3
+    reset: int = 40
+    alpha: float | None = None
+
+    def validate(self) -> None:
+        """Check the hyperparameters; the step is eps by default."""
+        self.alpha = self.threat.eps if self.alpha is None else self.alpha
+        self.require(self.lam >= 0, "lam", ">= 0")
+        self.require(self.decay >= 0, "decay", ">= 0")
+        self.require(self.reset >= 1, "reset", ">= 1")
+        self.require(self.alpha >= 0, "alpha", ">= 0")
+        self._delta, self._momentum, self._round = Memory(), Memory(), 0
+
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+        """Step from the stored start, then move the store along the momentum."""
+        assert self.alpha is not None
+        assert index is not None
+        images, draw, threat = self.progress.images, self.draw, self.threat
+        if (now := self.progress.epoch // self.reset) != self._round:
+            self._delta, self._momentum, self._round = Memory(), Memory(), now
+        if self.progress.epoch % self.reset == 0:  # nothing of these images is known
+            delta = threat.random_delta(x)
+        else:
+            delta = self._delta.read(index, x, images, draw)
+        start = threat.project(x + delta, x)
+        with attacking(model) as inner:
+            grad, _, _ = input_gradient(inner, start, y)
+        x_adv = threat.project(start + threat.steepest_step(grad, self.alpha), x)
+        before = self._momentum.read(index, x, images, draw)
+        momentum = l1_unit(grad) + self.decay * before
+        moved = threat.project(start + threat.steepest_step(momentum, self.alpha), x) - x
+        self._momentum.write(index, momentum, images, draw)
+        self._delta.write(index, moved, images, draw)
+
+        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+            at_start, at_adv = logits.chunk(2)
+            ce, apart = self.criterion(at_adv, y), pairing(at_adv, at_start)
+            return ce + self.lam * apart, {"ce": ce, "pairing": apart}
+
+        return Update(torch.cat([start, x_adv]), loss, slice(len(x), None))
+
+    def cost(self, batch_size: int) -> Cost:
+        """One gradient; the start and x_adv in the update."""
+        return Cost.of(attack=1, update=2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is kept for the images."""
+        return {
+            "delta": self._delta.state_dict(),
+            "momentum": self._momentum.state_dict(),
+            "round": self._round,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore it."""
+        self._delta.load_state_dict(state["delta"])
+        self._momentum.load_state_dict(state["momentum"])
+        self._round = state["round"]

@@ -1,0 +1,86 @@
+"""FGSM-PCO: perturbations that collapsed are mixed with those that did not.
+
+"Preventing Catastrophic Overfitting in Fast Adversarial Training: A Bi-level Optimization
+Perspective", ECCV 2024, arXiv 2407.12443.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surestep.attacks.core import attacking, input_gradient
+from surestep.methods._base import Cost, Method, Update, register
+from surestep.methods._memory import Memory
+from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods.fgsm_mep import SMOOTH, pairing
+
+
+@register("fgsm-pco")
+@dataclass
+class FGSMPCO(Method):
+    """FGSM-PCO: the point stays near the stored one the more, the more that one still fools.
+
+    With c = 1 - p_y at the stored perturbation the point is c times the stored one plus 1 - c
+    times the new one, taken ``stretch`` times as long.
+    """
+
+    summary = "FGSM mixed with each image's last perturbation by how well that one fools"
+    paper = "2024, arXiv 2407.12443"
+    remembers = True
+    presets = {
+        "mnist": recipe(MNIST_FAST, lam=10.0, settings=SMOOTH, source="ours"),
+        "cifar10": recipe(CIFAR_RESNET, lam=10.0, settings=SMOOTH),
+    }
+
+    lam: float = 10.0
+    stretch: float = 1.5
+    smoothing: float = 0.4
+
+    def validate(self) -> None:
+        """Check the hyperparameters."""
+        self.require(self.lam >= 0, "lam", ">= 0")
+        self.require(self.stretch >= 0, "stretch", ">= 0")
+        self.require(0 <= self.smoothing < 1, "smoothing", "in [0, 1)")
+        self._delta = Memory()
+
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+        """Step from the stored perturbation, on the smoothed loss, and mix."""
+        assert index is not None
+        images, threat = self.progress.images, self.threat
+        old = threat.project(x + self._delta.read(index, x, images, self.draw), x)
+
+        def smoothed(logits: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(logits, y, reduction="none", label_smoothing=self.smoothing)
+
+        with attacking(model) as inner:
+            grad, _, logits = input_gradient(inner, old, y, smoothed)
+        new = threat.project(old + threat.steepest_step(grad, threat.eps), x)
+        p_y = logits.softmax(1).gather(1, y[:, None]).view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
+        mixed = threat.clip((1 - p_y) * old + p_y * (x + self.stretch * (new - x)))
+        self._delta.write(index, new - x, images, self.draw)
+
+        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+            at_old, at_new, at_mixed = logits.chunk(3)
+            ce = self.criterion(at_mixed, y)
+            gap = (pairing(at_new, at_old) - pairing(at_new, at_mixed)).abs()
+            return ce + self.lam * gap, {"ce": ce, "gap": gap}
+
+        return Update(torch.cat([old, new, mixed]), loss, slice(2 * len(x), None))
+
+    def cost(self, batch_size: int) -> Cost:
+        """One gradient; three points in the update."""
+        return Cost.of(attack=1, update=3)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is kept for the images."""
+        return self._delta.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore it."""
+        self._delta.load_state_dict(dict(state))

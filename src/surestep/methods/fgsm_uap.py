@@ -1,0 +1,183 @@
+"""FGSM-UAP: universal perturbations as the start of the step; one, or one a class, or many.
+
+"Improving Fast Adversarial Training via Universal Perturbations", AAAI 2024 (FGSM-UAP, C-UAP and
+F-UAP of the FastAT benchmark, arXiv 2604.22853).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surestep import processes
+from surestep.attacks.core import attacking, count_classes, forward_logits, input_gradient
+from surestep.attacks.losses import cross_entropy
+from surestep.errors import UserError
+from surestep.methods._base import Cost, Method, Update, register
+from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods.fgsm_mep import l1_unit, pairing
+
+
+@register("fgsm-uap")
+@dataclass
+class FGSMUAP(Method):
+    """FGSM-UAP: all images start at one perturbation, which follows the gradients' momentum.
+
+    ``alpha``, 10/255 at eps 8/255, is the length of the universal perturbation and of its step.
+    """
+
+    summary = "FGSM from one universal perturbation that follows the gradients' momentum"
+    paper = "AAAI 2024; as in the FastAT benchmark, arXiv 2604.22853"
+    presets = {
+        "mnist": recipe(MNIST_FAST, lam=10.0, source="ours: as mnist-fast of the others"),
+        "cifar10": recipe(CIFAR_RESNET, lam=10.0),
+    }
+
+    lam: float = 10.0
+    decay: float = 0.3
+    alpha: float | None = None
+
+    def validate(self) -> None:
+        """Check the hyperparameters."""
+        self.alpha = 1.25 * self.threat.eps if self.alpha is None else self.alpha
+        self.require(self.lam >= 0, "lam", ">= 0")
+        self.require(self.decay >= 0, "decay", ">= 0")
+        self.require(self.alpha >= 0, "alpha", ">= 0")
+        self._u = self._m = torch.zeros(0)
+
+    def choose(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, int]:
+        """Return which perturbation each image starts at (N,), and how many there are."""
+        return torch.zeros_like(y), 1
+
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+        """Step from the images' perturbations, then move these along their momenta."""
+        assert self.alpha is not None
+        threat, (group, groups) = self.threat, self.choose(model, x, y)
+        u, m = (self._of(v, groups, x) for v in (self._u, self._m))
+        start = threat.project(x + u[group], x)
+        with attacking(model) as inner:
+            grad, _, _ = input_gradient(inner, start, y)
+        x_adv = threat.project(start + threat.steepest_step(grad, threat.eps), x)
+        # The mean gradient of each group, over all processes; a group without images keeps still.
+        member = F.one_hot(group, groups).to(x.dtype)
+        total = processes.mean(torch.einsum("ng,n...->g...", member, l1_unit(grad)))
+        count = processes.mean(member.sum(0)).view(-1, *[1] * (x.dim() - 1))
+        present = count > 0
+        m = torch.where(present, total / torch.where(present, count, 1) + self.decay * m, m)
+        moved = u + threat.steepest_step(m, self.alpha)
+        free = threat.with_eps(self.alpha)
+        zero = torch.zeros_like(u)
+        # The perturbation's own ball, without the data range: project around the middle of it.
+        low, high = threat.bounds
+        middle = zero + (low + high) / 2
+        moved = free.project(middle + moved, middle) - middle
+        self._u, self._m = torch.where(present, moved, u), m
+
+        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+            at_start, at_adv = logits.chunk(2)
+            ce, apart = self.criterion(at_adv, y), pairing(at_adv, at_start)
+            return ce + self.lam * apart, {"ce": ce, "pairing": apart}
+
+        return Update(torch.cat([start, x_adv]), loss, slice(len(x), None))
+
+    def _of(self, kept: Tensor, groups: int, x: Tensor) -> Tensor:
+        """Return state for so many groups of such images, zero at first."""
+        if kept.shape != (groups, *x.shape[1:]):
+            return torch.zeros(groups, *x.shape[1:], dtype=x.dtype, device=x.device)
+        return kept.to(x)
+
+    def cost(self, batch_size: int) -> Cost:
+        """One gradient; the start and x_adv in the update."""
+        return Cost.of(attack=1, update=2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the perturbations and their momenta."""
+        return {"u": self._u, "m": self._m}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore them."""
+        self._u, self._m = state["u"].clone(), state["m"].clone()
+
+
+@register("fgsm-cuap")
+@dataclass
+class FGSMCUAP(FGSMUAP):
+    """C-UAP: one perturbation for each class."""
+
+    summary = "FGSM from one universal perturbation for each class"
+
+    def choose(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, int]:
+        """Take the label's."""
+        if not len(self._u):
+            return y, count_classes(model, x)
+        return y, len(self._u)
+
+
+@register("fgsm-fuap")
+@dataclass
+class FGSMFUAP(FGSMUAP):
+    """F-UAP: ``count`` perturbations; a linear layer picks one from the features of the image.
+
+    The features are the input of the model's last linear layer, at a random point of the ball.
+    The pick is an argmax, through which no gradient flows: the layer learns by policy gradient
+    that a pick with a higher loss than the batch's mean was a good one.
+    """
+
+    summary = "FGSM from one of many universal perturbations, picked by the image's features"
+
+    count: int = 50
+    pick_lr: float = 0.1
+
+    def validate(self) -> None:
+        """Check the number of perturbations and the layer's learning rate."""
+        super().validate()
+        self.require(self.count >= 1, "count", ">= 1")
+        self.require(self.pick_lr >= 0, "pick_lr", ">= 0")
+        self._layer = torch.zeros(0)
+
+    def choose(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, int]:
+        """Pick by the layer, and learn from the losses of the picks."""
+        with attacking(model) as inner, torch.no_grad():
+            linear = [m for m in inner.modules() if isinstance(m, nn.Linear)]
+            if not linear:
+                raise UserError("fgsm-fuap needs a model with a linear layer, to see its input")
+            seen: list[Tensor] = []
+            handle = linear[-1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+            try:
+                forward_logits(inner, self.threat.random_start(x))
+            finally:
+                handle.remove()
+            features = F.normalize(seen[0].flatten(1).to(x.dtype), dim=1)
+            if self._layer.shape != (self.count, features.shape[1]):
+                # Of a seed of its own: the same in every process.
+                own = torch.Generator().manual_seed(0)
+                self._layer = torch.randn(self.count, features.shape[1], generator=own)
+            scores = features @ self._layer.to(features).T
+            group = scores.argmax(1)
+            u = self._of(self._u, self.count, x)
+            logits = forward_logits(inner, self.threat.project(x + u[group], x))
+            gain = cross_entropy(logits, y).to(x.dtype)
+            gain = gain - processes.mean(gain.mean())
+            # Of log p(pick) in the scores: the pick's indicator minus the probabilities.
+            pull = gain[:, None] * (F.one_hot(group, self.count) - scores.softmax(1))
+            step = processes.mean(pull.T @ features / len(x))
+            self._layer = self._layer.to(features) + self.pick_lr * step
+        return group, self.count
+
+    def cost(self, batch_size: int) -> Cost:
+        """Two passes more: the features, and the losses of the picks."""
+        return Cost(5, 3, 2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the layer as well."""
+        return {**super().state_dict(), "layer": self._layer}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore it."""
+        super().load_state_dict(state)
+        self._layer = state["layer"].clone()

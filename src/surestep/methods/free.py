@@ -1,0 +1,77 @@
+"""Free adversarial training: one backward pass serves the weights and the perturbation.
+
+Shafahi et al. 2019, "Adversarial Training for Free!", arXiv 1904.12843.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surestep import processes
+from surestep.methods._base import Cost, Method, Update, register
+from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+
+
+@register("free")
+@dataclass
+class Free(Method):
+    """Free-AT: each batch ``replays`` times; the perturbation goes on from batch to batch.
+
+    An epoch takes ``replays`` times as many steps, so recipes have fewer epochs.
+    """
+
+    summary = "each batch several times, perturbation and weights from one backward pass"
+    paper = "Shafahi et al. 2019, arXiv 1904.12843"
+    presets = {
+        "mnist": recipe(MNIST_FAST, replays=8, settings={"epochs": 2}, source="ours"),
+        "cifar10": recipe(CIFAR_RESNET, replays=8, settings={"epochs": 12}),
+    }
+
+    replays: int = 8
+
+    def validate(self) -> None:
+        """Check the replays."""
+        self.require(self.replays >= 1, "replays", ">= 1")
+        self._delta: Tensor | None = None
+        self._pending: tuple[Tensor, Tensor] | None = None
+
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+        """Add the perturbation as it is; its step is taken when the loop's backward has run."""
+        self._advance()
+        delta = torch.zeros_like(x) if self._delta is None else self._delta.to(x)
+        if delta.shape != x.shape:  # a batch of another size
+            rows = torch.arange(len(x), device=x.device) % len(delta)
+            delta = delta[rows] if delta.shape[1:] == x.shape[1:] else torch.zeros_like(x)
+        points = self.threat.project(x + delta, x).requires_grad_()
+        self._pending = x, points
+        return Update(points, self.plain_loss(y))
+
+    def _advance(self) -> None:
+        """Step along the gradient that the last backward left on the points."""
+        if self._pending is None:
+            return
+        (x, points), self._pending = self._pending, None
+        moved = points.detach()
+        if points.grad is not None:
+            step = self.threat.steepest_step(points.grad, self.threat.eps)
+            moved = self.threat.project(moved + step, x)
+        self._delta = moved - x
+
+    def cost(self, batch_size: int) -> Cost:
+        """A standard step, whose backward pass goes on into the images."""
+        return Cost(1, 1, 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the perturbation, of all processes."""
+        self._advance()
+        return {} if self._delta is None else {"delta": processes.gather(self._delta)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore this process's part."""
+        delta = state.get("delta")
+        self._delta = None if delta is None else processes.own(delta).clone()

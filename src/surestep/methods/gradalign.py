@@ -1,0 +1,78 @@
+"""GradAlign: the input gradient must not turn within the ball.
+
+Andriushchenko & Flammarion 2020, "Understanding and Improving Fast Adversarial Training", arXiv
+2007.02617.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surestep.attacks.core import attacking, input_gradient
+from surestep.attacks.losses import cross_entropy
+from surestep.methods._base import Cost, Update, register
+from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods.fgsm import OnSingleStep
+
+
+def unit(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each sample's direction (N, D), and which samples have one (N,)."""
+    flat = grad.flatten(1)
+    # Gradients of confident networks are so small that their squares vanish.
+    scale = flat.detach().abs().amax(1, keepdim=True)
+    there = (scale > 0).squeeze(1)
+    return F.normalize(flat / torch.where(scale > 0, scale, 1), dim=1, eps=0.1), there
+
+
+@register("gradalign")
+@dataclass
+class GradAlign(OnSingleStep):
+    """GradAlign: plus lam * (1 - cos) of the gradients at the image and at a random point."""
+
+    summary = "FGSM; the input gradients at the image and beside it must align"
+    paper = "Andriushchenko & Flammarion 2020, arXiv 2007.02617"
+    presets = {
+        "mnist": recipe(MNIST_FAST, lam=0.2, source="ours: as mnist-fast of the others"),
+        "cifar10": recipe(
+            CIFAR_RESNET,
+            lam=0.2,
+            settings={"epochs": 30, "lr": 0.3, "schedule": "triangular"},
+            source="Andriushchenko & Flammarion 2020 (they use PreActResNet-18)",
+        ),
+    }
+
+    lam: float = 0.2
+    perturbation: str = "fgsm"
+
+    def validate(self) -> None:
+        """Check the weight."""
+        super().validate()
+        self.require(self.lam >= 0, "lam", ">= 0")
+
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+        """Differentiate the second gradient only, as the authors do."""
+        n, x_adv = len(x), self.base.perturb(model, x, y)
+        with attacking(model, train_mode=True) as inner:
+            grad, _, _ = input_gradient(inner, x, y, cross_entropy)
+        here, there = unit(grad)
+        points = torch.cat([x_adv, x + self.threat.random_delta(x)]).requires_grad_()
+
+        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+            ce, beside = self.criterion(logits[:n], y), cross_entropy(logits[n:], y).sum()
+            (grad,) = torch.autograd.grad(beside, points, create_graph=True)
+            other, too = unit(grad[n:])
+            both = (there & too).to(ce.dtype)
+            turn = ((1 - (here * other).sum(1)) * both).sum() / both.sum().clamp(min=1)
+            return ce + self.lam * turn, {"ce": ce, "turn": turn}
+
+        return Update(points, loss, slice(n))
+
+    def cost(self, batch_size: int) -> Cost:
+        """A further gradient; the second view's is differentiated again in the update."""
+        g = self.gradients + 1
+        return Cost(g + 2, g + 4, 2)

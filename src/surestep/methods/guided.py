@@ -1,0 +1,124 @@
+"""GAT and NuAT: the attack and the update both follow the distance from the clean output.
+
+Sriramanan et al. 2020, "Guided Adversarial Attack for Evaluating and Enhancing Adversarial
+Defenses", NeurIPS, arXiv 2011.14969; Sriramanan et al. 2021, "Towards Efficient and Effective
+Adversarial Training", NeurIPS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from surestep.attacks.core import attacking, forward_logits, input_gradient
+from surestep.attacks.losses import cross_entropy
+from surestep.methods._base import Cost, Method, Update, register
+from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+
+
+class Guided(Method):
+    """Clean cross entropy plus lam times a distance of clean from adversarial outputs."""
+
+    lam: float
+    alpha: float | None
+    lengths = ("alpha",)
+
+    def distance(self, clean: Tensor, adversarial: Tensor) -> Tensor:
+        """Return the distance of two sets of logits (N, K), summed over the batch."""
+        raise NotImplementedError
+
+    def weight(self) -> float:
+        """Return lam at this point of the training."""
+        raise NotImplementedError
+
+    def validate(self) -> None:
+        """Check the hyperparameters; the random start is half of eps by default."""
+        self.alpha = self.threat.eps / 2 if self.alpha is None else self.alpha
+        self.require(self.lam >= 0, "lam", ">= 0")
+        self.require(self.alpha >= 0, "alpha", ">= 0")
+
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+        """Step eps along cross entropy, on odd steps with the distance."""
+        assert self.alpha is not None
+        lam, n = self.weight(), len(x)
+        with attacking(model) as inner:
+            start = self.threat.clip(x + self.threat.steepest_step(torch.randn_like(x), self.alpha))
+            objective = cross_entropy
+            if self._guided:
+                with torch.no_grad():
+                    clean = forward_logits(inner, x)
+
+                def objective(logits: Tensor, y: Tensor) -> Tensor:
+                    return cross_entropy(logits, y) + lam * self.distance(clean, logits) / n
+
+            grad, _, _ = input_gradient(inner, start, y, objective)
+        x_adv = self.threat.project(start + self.threat.steepest_step(grad, self.threat.eps), x)
+
+        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+            clean, adversarial = logits.split(n)
+            ce, apart = self.criterion(clean, y), self.distance(clean, adversarial) / n
+            return ce + lam * apart, {"ce": ce, "distance": apart}
+
+        return Update(torch.cat([x, x_adv]), loss, slice(n, None))
+
+    @property
+    def _guided(self) -> bool:
+        return self.progress.step % 2 == 1
+
+    def cost(self, batch_size: int) -> Cost:
+        """One gradient (on odd steps a clean pass more), clean and adversarial in the update."""
+        return Cost(3 + self._guided, 3, 2)
+
+
+@register("gat")
+@dataclass
+class GAT(Guided):
+    """GAT: squared l2 distance of the probabilities; lam rises to ``late`` times itself."""
+
+    summary = "clean cross entropy and the squared distance of probabilities, guiding the attack"
+    paper = "Sriramanan et al. 2020, arXiv 2011.14969"
+    presets = {
+        "mnist": recipe(MNIST_FAST, lam=15.0, source="lam of Sriramanan et al. 2020, else ours"),
+        "cifar10": recipe(CIFAR_RESNET, lam=10.0),
+    }
+
+    lam: float = 10.0
+    late: float = 4.0
+    late_from: float = 0.85
+    alpha: float | None = None
+
+    def weight(self) -> float:
+        """Return lam, late in training more."""
+        return self.lam * (self.late if self.progress.done >= self.late_from else 1)
+
+    def distance(self, clean: Tensor, adversarial: Tensor) -> Tensor:
+        """Square the differences of the probabilities."""
+        return (clean.softmax(1) - adversarial.softmax(1)).square().sum()
+
+
+@register("nuat")
+@dataclass
+class NuAT(Guided):
+    """NuAT: nuclear norm of the batch's differences of logits; lam rises from 0 to ``lam``."""
+
+    summary = "clean cross entropy and the nuclear norm of the outputs' differences"
+    paper = "Sriramanan et al. 2021, NeurIPS"
+    presets = {
+        "mnist": recipe(MNIST_FAST, lam=4.5, source="ours: as mnist-fast of the others"),
+        "cifar10": recipe(CIFAR_RESNET, lam=4.5),
+        "cifar10-wa": recipe(CIFAR_RESNET, lam=4.5, settings={"ema": 0.9998}),
+    }
+
+    lam: float = 4.5
+    alpha: float | None = None
+
+    def weight(self) -> float:
+        """Return the part of lam that training has reached."""
+        return self.lam * self.progress.done
+
+    def distance(self, clean: Tensor, adversarial: Tensor) -> Tensor:
+        """Add up the singular values."""
+        return torch.linalg.svdvals(clean - adversarial).sum()

@@ -1,0 +1,76 @@
+"""Instance adaptive adversarial training: each image has a radius of its own.
+
+Balaji, Goldstein & Hoffman 2019, "Instance Adaptive Adversarial Training: Improved Accuracy
+Tradeoffs in Neural Nets", arXiv 1910.08051.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surestep.attacks.core import attacking, forward_logits, misclassified
+from surestep.methods._base import Cost, Update, register
+from surestep.methods._memory import Memory
+from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods.pgd import PGD
+
+
+@register("iaat")
+@dataclass
+class IAAT(PGD):
+    """IAAT: a radius grows by ``gamma`` while the image withstands it, and shrinks otherwise.
+
+    A share of PGD's perturbation of the full radius is taken, so that no radius exceeds eps; the
+    authors run the attack at each image's own. Radii are smoothed over epochs by ``beta``.
+    """
+
+    summary = "PGD; each image's radius grows while it withstands it"
+    paper = "Balaji et al. 2019, arXiv 1910.08051"
+    lengths = ("alpha",)
+    remembers = True
+    presets = {
+        "mnist": recipe(MNIST_FAST, steps=40, alpha=0.01, source="ours"),
+        "cifar10": recipe(CIFAR_RESNET, steps=10, alpha=2 / 255),
+    }
+
+    gamma: float = 0.1
+    beta: float = 0.1
+
+    def validate(self) -> None:
+        """Check the rates, in shares of eps."""
+        super().validate()
+        self.require(0 < self.gamma <= 1, "gamma", "in (0, 1]")
+        self.require(0 <= self.beta < 1, "beta", "in [0, 1)")
+        self._missing = Memory()  # eps minus the image's radius, as a share: 0 at first
+
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+        """Attack at the full radius, scale to the image's, then move the radius."""
+        assert index is not None
+        images, shape = self.progress.images, (-1, *[1] * (x.dim() - 1))
+        delta = self.perturb(model, x, y) - x
+        share = 1 - self._missing.read(index, x.flatten(1)[:, 0], images)
+        more = (share + self.gamma).clamp(max=1)
+        with attacking(model) as inner, torch.no_grad():
+            logits = forward_logits(inner, self.threat.project(x + more.view(shape) * delta, x))
+        withstood = ~misclassified(logits, y)
+        moved = torch.where(withstood, more, (share - self.gamma).clamp(min=0))
+        self._missing.write(index, 1 - self.beta * share - (1 - self.beta) * moved, images)
+        x_adv = self.threat.project(x + share.view(shape) * delta, x)
+        return Update(x_adv, self.plain_loss(y))
+
+    def cost(self, batch_size: int) -> Cost:
+        """PGD-AT's, and a pass that tries the next radius."""
+        return Cost(self.steps + 2, self.steps + 1, 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the radii."""
+        return self._missing.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore them."""
+        self._missing.load_state_dict(dict(state))

@@ -1,0 +1,66 @@
+"""MART: misclassified images weigh more.
+
+Wang et al. 2020, "Improving Adversarial Robustness Requires Revisiting Misclassified Examples",
+ICLR.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surestep.methods._base import Cost, Update, register
+from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods.pgd import PGD
+from surestep.methods.trades import kl
+
+
+@register("mart")
+@dataclass
+class MART(PGD):
+    """MART: boosted cross entropy at x_adv, plus beta * KL(clean || adversarial) * (1 - p_y)."""
+
+    summary = "PGD images; the runner-up and the clean mistakes count"
+    paper = "Wang et al. 2020, ICLR"
+    lengths = ("alpha", "sigma")
+    presets = {
+        "mnist": recipe(MNIST_FAST, beta=5.0, steps=40, alpha=0.01),
+        "cifar10": recipe(CIFAR_RESNET, beta=5.0, steps=10, alpha=2 / 255),
+    }
+
+    beta: float = 5.0
+    sigma: float = 0.001
+
+    def validate(self) -> None:
+        """Check the weight and the start."""
+        super().validate()
+        self.require(self.beta >= 0, "beta", ">= 0")
+        self.require(self.sigma >= 0, "sigma", ">= 0")
+
+    def start(self, x: Tensor) -> Tensor:
+        """Begin in Gaussian noise, as the authors do."""
+        return x + self.sigma * torch.randn_like(x)
+
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+        """Take the image and its perturbed self through the update."""
+        x_adv = self.perturb(model, x, y)
+
+        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+            clean, adversarial = F.log_softmax(logits, dim=1).chunk(2)
+            own = F.one_hot(y, logits.shape[1]).bool()
+            runner_up = adversarial.exp().masked_fill(own, 0).amax(1)
+            # 1 - p, kept away from 0 where the runner-up has everything.
+            ce = self.criterion(logits[len(x) :], y) - torch.log(1.0001 - runner_up).mean()
+            mistaken = 1 - clean.exp().gather(1, y[:, None]).squeeze(1)
+            divergence = (kl(clean, adversarial) * mistaken).mean()
+            return ce + self.beta * divergence, {"ce": ce, "kl": divergence}
+
+        return Update(torch.cat([x, x_adv]), loss, slice(len(x), None))
+
+    def cost(self, batch_size: int) -> Cost:
+        """A gradient a step; clean and adversarial images in the update."""
+        return Cost.of(attack=self.steps, update=2)

@@ -1,0 +1,110 @@
+"""PAP: SAT-R1's agreement, with the multi-step attack pipelined across training steps.
+
+Vivek, Revanur, Venkat & Babu 2020, "Plug-And-Pipeline: Efficient Regularization for Single-Step
+Adversarial Training", CVPR Workshops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surestep import processes
+from surestep.attacks.core import attacking, input_gradient
+from surestep.methods._base import Cost, Method, Update, register
+from surestep.methods._presets import CIFAR_SAT, MNIST_FAST, MNIST_SAT, recipe
+from surestep.methods.sat import agreement, regularised_images
+
+FIELDS = ("x", "y", "points")
+
+
+@register("pap")
+@dataclass
+class PAP(Method):
+    """PAP: a pipeline of ``steps`` groups of images, each one I-FGSM step further than the next.
+
+    One gradient pass over the batch and the pipeline together moves every group a step. The group
+    that has all its steps leaves, and is regularised: its logits there must agree with those at
+    its FGSM point. The batch's last images enter. Nothing is sequential, so the multi-step attack
+    costs images, not latency; its gradients are of the models of the last ``steps`` steps.
+    At first the pipeline is full of the first batch's images, without a weight until they are done.
+    """
+
+    summary = "FGSM and a multi-step attack that is pipelined over steps must agree"
+    paper = "Vivek et al. 2020, CVPR Workshops"
+    presets = {
+        "mnist": recipe(MNIST_SAT, lam=0.2, steps=10, source="ours: settings of SAT-R1"),
+        "mnist-fast": recipe(MNIST_FAST, lam=0.2, steps=10, fraction=1 / 32),
+        "cifar10": recipe(CIFAR_SAT, lam=0.2, steps=3, source="ours: settings of SAT-R1"),
+    }
+
+    lam: float = 0.2
+    steps: int = 10
+    fraction: float | None = None
+
+    def validate(self) -> None:
+        """Check the hyperparameters."""
+        self.require(self.lam >= 0, "lam", ">= 0")
+        self.require(self.steps >= 2, "steps", ">= 2")
+        self.require(self.fraction is None or 0 < self.fraction <= 1, "fraction", "in (0, 1]")
+        # Images, labels and points of all groups, the one that leaves first.
+        self._held: dict[str, Tensor] = {}
+        self._age = 0
+
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+        """Move the pipeline by a step, and compare what leaves it with FGSM."""
+        held = self._fill(x, y)
+        n = len(held["y"]) // self.steps
+        threat, size = self.threat, self.threat.eps / self.steps
+        leaving, leaving_y = held["x"][:n], held["y"][:n]
+        with attacking(model) as inner:
+            # The leaving images need an FGSM point of the present model beside their last step.
+            starts = torch.cat([x, leaving, held["points"]])
+            labels = torch.cat([y, leaving_y, held["y"]])
+            grad, _, _ = input_gradient(inner, starts, labels)
+        clean = torch.cat([x, leaving])
+        fgsm = threat.project(clean + threat.steepest_step(grad[: len(clean)], threat.eps), clean)
+        points = held["points"] + threat.steepest_step(grad[len(clean) :], size)
+        points = threat.project(points, held["x"])
+        done, weight = points[:n], self.lam if self._age >= self.steps - 1 else 0.0
+        entering = torch.arange(-n, 0, device=x.device) % len(x)
+        self._held = {
+            "x": torch.cat([held["x"][n:], x[entering]]),
+            "y": torch.cat([held["y"][n:], y[entering]]),
+            "points": torch.cat([points[n:], x[entering]]),
+        }
+        self._age = min(self._age + 1, self.steps)
+
+        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+            at_x, at_fgsm, at_ifgsm = logits.split([len(x), n, n])
+            return agreement(self.criterion(at_x, y), weight, at_fgsm, at_ifgsm)
+
+        return Update(torch.cat([fgsm, done]), loss, slice(len(x)))
+
+    def _fill(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Return the pipeline, of the last images of this batch if there is none that fits."""
+        held = self._held
+        if held and held["x"].shape[1:] == x.shape[1:]:
+            return {k: v.to(y if k == "y" else x) for k, v in held.items()}
+        self._age = 0
+        n = regularised_images(len(x), self.fraction)
+        rows = torch.arange(-n, 0, device=x.device).repeat(self.steps) % len(x)
+        return {"x": x[rows], "y": y[rows], "points": x[rows]}
+
+    def cost(self, batch_size: int) -> Cost:
+        """FGSM on the batch and the leaving images, a step of each group; two views of those."""
+        share = regularised_images(batch_size, self.fraction) / batch_size
+        return Cost.of(attack=1 + (self.steps + 1) * share, update=1 + 2 * share)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the pipelines of all processes, and how far they are filled."""
+        return {"age": self._age, **{k: processes.gather(v) for k, v in self._held.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore this process's."""
+        self._age = state["age"]
+        self._held = {k: processes.own(state[k]).clone() for k in FIELDS if k in state}

@@ -1,0 +1,64 @@
+"""R-MGM: the predecessor of SAT-R2, by the same authors.
+
+Vivek, Baburaj & Babu 2019, "Regularizer to Mitigate Gradient Masking Effect During Single-Step
+Adversarial Training", CVPR Workshops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from surestep.attacks.core import attacking
+from surestep.methods._base import Cost, Method, Update, register
+from surestep.methods._presets import CIFAR_SAT, MNIST_SAT, recipe
+from surestep.methods.fgsm import FGSM, RFGSM
+from surestep.methods.sat import agreement
+
+
+@register("r-mgm")
+@dataclass
+class RMGM(Method):
+    """R-MGM: FGSM's logits must agree with those of R-FGSM as Tramèr has it, within the ball.
+
+    Its random step is ``alpha``, its gradient step the rest of eps; SAT-R2's takes all of eps.
+    """
+
+    summary = "FGSM and R-FGSM (within eps) must agree"
+    paper = "Vivek et al. 2019, CVPR Workshops"
+    presets = {
+        "mnist": recipe(MNIST_SAT, lam=5.0, source="ours: settings of SAT-R2"),
+        "cifar10": recipe(CIFAR_SAT, lam=25.0, source="ours: settings of SAT-R2"),
+    }
+
+    lam: float = 5.0
+    alpha: float | None = None
+
+    def validate(self) -> None:
+        """Check the weight; alpha is half of eps by default, as Tramèr's."""
+        self.alpha = RFGSM(self.threat, alpha=self.alpha).alpha
+        self.require(self.lam >= 0, "lam", ">= 0")
+
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+        """Attack from both starts in one pass, by the two methods' own parts."""
+        views = FGSM(self.threat), RFGSM(self.threat, alpha=self.alpha)
+        with attacking(model) as inner:
+            starts = [view.start(x) for view in views]
+            grads = views[0].gradient(inner, torch.cat(starts), y.repeat(2)).chunk(2)
+        points = [
+            view.finish(start + self.threat.steepest_step(grad, view.size), x)
+            for view, start, grad in zip(views, starts, grads, strict=True)
+        ]
+
+        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+            at_fgsm, at_rfgsm = logits.chunk(2)
+            return agreement(self.criterion(at_fgsm, y), self.lam, at_fgsm, at_rfgsm)
+
+        return Update(torch.cat(points), loss, slice(len(x)))
+
+    def cost(self, batch_size: int) -> Cost:
+        """Both views through the attack and through the update."""
+        return Cost.of(attack=2, update=2)

@@ -1,0 +1,31 @@
+"""SADS: dropout after every non-linearity, less and less of it.
+
+Vivek & Babu 2020, "Single-step Adversarial Training with Dropout Scheduling", CVPR, arXiv
+2004.08628.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from surestep.methods._base import register
+from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods.fgsm import FGSM
+
+
+@register("sads")
+@dataclass
+class SADS(FGSM):
+    """SADS: FGSM-AT whose ``dropout``, which every method has, is on by default.
+
+    In the update only: the attack runs in eval mode.
+    """
+
+    summary = "FGSM with dropout after each activation, falling to 0 during training"
+    paper = "Vivek & Babu 2020, arXiv 2004.08628"
+    presets = {
+        "mnist": recipe(MNIST_FAST, source="ours: as mnist-fast of the others"),
+        "cifar10": recipe(CIFAR_RESNET, source="ours: the field's usual settings"),
+    }
+
+    dropout: float = field(default=0.4, kw_only=True)

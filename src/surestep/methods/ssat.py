@@ -1,0 +1,67 @@
+"""Stable single-step adversarial training: as far along the step as the label takes to flip.
+
+Kim, Lee & Lee 2021, "Understanding Catastrophic Overfitting in Single-step Adversarial Training",
+AAAI, arXiv 2010.01799.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from surestep.attacks.core import attacking, forward_logits, input_gradient, misclassified
+from surestep.methods._base import Cost, register
+from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods.fgsm import RSFGSM
+
+
+@register("ssat")
+@dataclass
+class SSAT(RSFGSM):
+    """SSAT: of RS-FGSM's perturbation the smallest of c shares at which the label flips, or all.
+
+    Images that are misclassified at the random start are trained clean.
+    """
+
+    summary = "RS-FGSM; each image goes only as far as its label takes to flip"
+    paper = "Kim et al. 2021, arXiv 2010.01799"
+    presets = {
+        "mnist": recipe(MNIST_FAST, checkpoints=3, source="ours: as mnist-fast of the others"),
+        "cifar10": recipe(
+            CIFAR_RESNET,
+            checkpoints=3,
+            settings={"epochs": 30, "lr": 0.2, "schedule": "triangular"},
+        ),
+    }
+
+    checkpoints: int = 3
+
+    def validate(self) -> None:
+        """Check the number of checkpoints."""
+        self.require(self.checkpoints >= 1, "checkpoints", ">= 1")
+        super().validate()
+
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Look at the inner points in eval mode, without gradients, in one pass."""
+        c, n = self.checkpoints, len(x)
+        with attacking(model, train_mode=self.train_mode) as inner:
+            start = self.start(x)
+            grad, _, logits = input_gradient(inner, start, y, self.objective)
+        step = self.threat.steepest_step(grad, self.size)
+        delta = self.finish(start + step, x) - x
+        share = torch.ones_like(x.flatten(1)[:, 0])
+        if c > 1:
+            inner_points = torch.cat([x + k / c * delta for k in range(1, c)])
+            with attacking(model) as inner, torch.no_grad():
+                flipped = misclassified(forward_logits(inner, inner_points), y.repeat(c - 1))
+            # From the farthest to the nearest: the nearest that flips has the last word.
+            for k, wrong in reversed(list(enumerate(flipped.view(c - 1, n), 1))):
+                share = torch.where(wrong, k / c, share)
+        share = torch.where(misclassified(logits, y), 0, share)
+        return self.threat.project(x + share.view(-1, *[1] * (x.dim() - 1)) * delta, x)
+
+    def cost(self, batch_size: int) -> Cost:
+        """FGSM's, and the inner points' forward passes."""
+        return Cost(2 + self.checkpoints - 1, 2, 1)

@@ -1,0 +1,92 @@
+"""TDAT: the step starts at the last batch's perturbation, on labels that tighten with time.
+
+"Taxonomy Driven Fast Adversarial Training", AAAI 2024.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surestep import processes
+from surestep.attacks.core import attacking, input_gradient
+from surestep.methods._base import Cost, Method, Update, register
+from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+
+
+@register("tdat")
+@dataclass
+class TDAT(Method):
+    """TDAT: relaxed labels inside and outside, and logits drawn together where they are unsure.
+
+    The true class has gamma_t = max(0.6 tan(1 - t / T), ``least``) of the label, falling with
+    time. The perturbation goes on from batch to batch, by the position in the batch.
+    """
+
+    summary = "FGSM from the previous batch's perturbation, on relaxed labels"
+    paper = "AAAI 2024"
+    presets = {
+        "mnist": recipe(MNIST_FAST, lam=0.65, source="ours: as mnist-fast of the others"),
+        "cifar10": recipe(CIFAR_RESNET, lam=0.65),
+    }
+
+    lam: float = 0.65
+    relax: float = 0.6
+    least: float = 0.15
+
+    def validate(self) -> None:
+        """Check the hyperparameters."""
+        self.require(self.lam >= 0, "lam", ">= 0")
+        self.require(0 < self.relax <= 0.64, "relax", "in (0, 0.64], so that the share is below 1")
+        self.require(0 < self.least < 1, "least", "in (0, 1)")
+        self._delta = torch.zeros(0)
+
+    @property
+    def share(self) -> float:
+        """The true class's part of the label at this point of the training."""
+        return max(self.relax * math.tan(1 - self.progress.done), self.least)
+
+    def relaxed(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Return the cross entropy with relaxed labels, per sample."""
+        return F.cross_entropy(logits, y, reduction="none", label_smoothing=1 - self.share)
+
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+        """Step from the last perturbation, which is random at first."""
+        threat, last = self.threat, self._delta
+        if len(last) and last.shape[1:] == x.shape[1:]:
+            rows = torch.arange(len(x), device=x.device) % len(last)
+            start = threat.project(x + last.to(x)[rows], x)
+        else:
+            start = threat.random_start(x)
+        with attacking(model) as inner:
+            grad, _, _ = input_gradient(inner, start, y, self.relaxed)
+        x_adv = threat.project(start + threat.steepest_step(grad, threat.eps), x)
+        self._delta = x_adv - x
+
+        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+            at_start, at_adv = logits.chunk(2)
+            ce = self.relaxed(at_adv, y).mean()
+            p_y = at_adv.softmax(1).gather(1, y[:, None]).squeeze(1)
+            apart = (at_start - at_adv).square().sum(1)
+            drawn = (apart * torch.tanh(1 - p_y)).mean()
+            return ce + self.lam * drawn, {"ce": ce, "drawn": drawn}
+
+        return Update(torch.cat([start, x_adv]), loss, slice(len(x), None))
+
+    def cost(self, batch_size: int) -> Cost:
+        """One gradient; the start and x_adv in the update."""
+        return Cost.of(attack=1, update=2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the last perturbation, of all processes."""
+        return {"delta": processes.gather(self._delta)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore this process's."""
+        self._delta = processes.own(state["delta"]).clone()

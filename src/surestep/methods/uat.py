@@ -1,0 +1,79 @@
+"""Unsupervised adversarial training: images without labels are trained on, too.
+
+Alayrac et al. 2019, "Are Labels Required for Improving Adversarial Robustness?", arXiv 1905.13725.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surestep.attacks.core import Ascent, attacking, forward_logits
+from surestep.methods._base import Cost, Update, register
+from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods.pgd import PGD
+from surestep.methods.trades import kl
+
+
+@register("uat")
+@dataclass
+class UAT(PGD):
+    """UAT-OT: the labels of a share of the images; of all, agreement with the clean output.
+
+    Whose labels are used depends on the image's position in the data set alone, so it is the same
+    in every epoch: the others' are never looked at.
+    """
+
+    summary = "labels of some images; on all, the output must not move under attack"
+    paper = "Alayrac et al. 2019, arXiv 1905.13725"
+    remembers = True
+    presets = {
+        "mnist": recipe(MNIST_FAST, labelled=0.1, steps=40, alpha=0.01, source="ours"),
+        "cifar10": recipe(CIFAR_RESNET, labelled=0.1, steps=10, alpha=2 / 255),
+    }
+
+    labelled: float = 0.1
+    lam: float = 5.0
+
+    def validate(self) -> None:
+        """Check the share and the weight."""
+        super().validate()
+        self.require(0 < self.labelled <= 1, "labelled", "in (0, 1]")
+        self.require(self.lam >= 0, "lam", ">= 0")
+
+    def known(self, index: Tensor) -> Tensor:
+        """Return which images (N,) have a label, the same whenever it is asked."""
+        # Knuth's multiplicative hash: neighbours, which may be of one class, fall apart.
+        return (index * 2654435761) % 2**32 < self.labelled * 2**32
+
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+        """Attack the clean output rather than the label."""
+        assert self.alpha is not None
+        assert index is not None
+        start = self.start(x)
+        with attacking(model) as inner:
+            with torch.no_grad():
+                clean = F.log_softmax(forward_logits(inner, x), dim=1)
+            ascent = Ascent(
+                self.threat, self.steps, self.alpha, lambda z, _: kl(clean, F.log_softmax(z, dim=1))
+            )
+            x_adv = ascent.climb(inner, x, y, start)
+
+        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+            known = self.known(index).to(logits.dtype)
+            losses = self.criterion(logits[len(x) :], y, reduction="none")
+            ce = (known * losses).mean() / self.labelled
+            # The clean output is the target: no gradient into it.
+            target, output = F.log_softmax(logits, dim=1).chunk(2)
+            apart = kl(target.detach(), output).mean()
+            return ce + self.lam * apart, {"ce": ce, "kl": apart}
+
+        return Update(torch.cat([x, x_adv]), loss, slice(len(x), None))
+
+    def cost(self, batch_size: int) -> Cost:
+        """One clean forward and the steps; clean and adversarial images in the update."""
+        return Cost(self.steps + 3, self.steps + 2, 2)

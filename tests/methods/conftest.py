@@ -46,7 +46,7 @@ def build():
 
     def make(slug, **params):
         method = methods.get(slug)(Linf(EPS), **{**SMALL.get(slug, {}), **params})
-        method.progress = methods.Progress(images=64)
+        method.progress = methods.Progress(step=3, steps_per_epoch=10, epochs=2, images=64)
         return method
 
     return make

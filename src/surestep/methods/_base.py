@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from typing import Any, ClassVar, Concatenate, NamedTuple, ParamSpec, get_args, get_type_hints
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -305,8 +306,12 @@ class Method(ABC):
 def _with_margin(
     criterion: Criterion, margin: float, logits: Tensor, y: Tensor, **options: Any
 ) -> Tensor:
-    own = F.one_hot(y, logits.shape[1])
-    return criterion(logits - margin * own, y, **options)
+    return criterion(logits - margin * one_hot(y, logits.shape[1]), y, **options)
+
+
+def one_hot(y: Tensor, classes: int) -> Tensor:
+    """Return which class (N, K) each label (N,) is; ``F.one_hot`` would wait for the device."""
+    return y[:, None] == torch.arange(classes, device=y.device)
 
 
 def stepping(craft: Callable[Concatenate[nn.Module, P], Update]) -> Callable[..., StepResult]:

@@ -57,7 +57,8 @@ class ELLE(OnSingleStep):
             ce = self.criterion(logits[: len(x)], y)
             at_a, at_b, between = cross_entropy(logits[len(x) :], y.repeat(3)).chunk(3)
             gap = (between - torch.lerp(at_a, at_b, share.flatten().to(ce.dtype))).square().mean()
-            return ce + self.weight(gap.detach()) * gap, {"ce": ce, "gap": gap}
+            weight = self.weight(gap.detach())
+            return ce + weight * gap, {"ce": ce, "gap": gap}
 
         return Update(points, loss, slice(len(x)))
 
@@ -89,7 +90,7 @@ class ELLEA(ELLE):
 
     def weight(self, gap: Tensor) -> Tensor:
         """Return the full weight where the gap is above mean + 2 std of those before it."""
-        gap = processes.mean(gap).double()
+        dtype, gap = gap.dtype, processes.mean(gap).double()
         n, mean, squares, lam = self._history.to(gap.device)
         std = (squares / n.clamp(min=1)).sqrt()
         leapt = (n > 0) & (gap > mean + 2 * std)
@@ -97,7 +98,7 @@ class ELLEA(ELLE):
         off = gap - mean
         mean = mean + off / (n + 1)
         self._history = torch.stack([n + 1, mean, squares + off * (gap - mean), lam])
-        return lam
+        return lam.to(dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history of gaps and the present weight."""

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from surestep import processes
 from surestep.attacks.core import attacking, count_classes, forward_logits, input_gradient
 from surestep.attacks.losses import cross_entropy
-from surestep.errors import UserError
-from surestep.methods._base import Cost, Method, Update, register
+from surestep.methods._base import Cost, Method, Update, one_hot, register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
 from surestep.methods.fgsm_mep import l1_unit, pairing
 
@@ -64,7 +63,7 @@ class FGSMUAP(Method):
             grad, _, _ = input_gradient(inner, start, y)
         x_adv = threat.project(start + threat.steepest_step(grad, threat.eps), x)
         # The mean gradient of each group, over all processes; a group without images keeps still.
-        member = F.one_hot(group, groups).to(x.dtype)
+        member = one_hot(group, groups).to(x.dtype)
         total = processes.mean(torch.einsum("ng,n...->g...", member, l1_unit(grad)))
         count = processes.mean(member.sum(0)).view(-1, *[1] * (x.dim() - 1))
         present = count > 0
@@ -123,7 +122,8 @@ class FGSMCUAP(FGSMUAP):
 class FGSMFUAP(FGSMUAP):
     """F-UAP: ``count`` perturbations; a linear layer picks one from the features of the image.
 
-    The features are the input of the model's last linear layer, at a random point of the ball.
+    The features are the input of the last linear layer to run (without any, the logits), at a
+    random point of the ball.
     The pick is an argmax, through which no gradient flows: the layer learns by policy gradient
     that a pick with a higher loss than the batch's mean was a good one.
     """
@@ -144,15 +144,14 @@ class FGSMFUAP(FGSMUAP):
         """Pick by the layer, and learn from the losses of the picks."""
         with attacking(model) as inner, torch.no_grad():
             linear = [m for m in inner.modules() if isinstance(m, nn.Linear)]
-            if not linear:
-                raise UserError("fgsm-fuap needs a model with a linear layer, to see its input")
             seen: list[Tensor] = []
-            handle = linear[-1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+            hooks = [m.register_forward_pre_hook(lambda _, a: seen.append(a[0])) for m in linear]
             try:
-                forward_logits(inner, self.threat.random_start(x))
+                seen.insert(0, forward_logits(inner, self.threat.random_start(x)))
             finally:
-                handle.remove()
-            features = F.normalize(seen[0].flatten(1).to(x.dtype), dim=1)
+                for hook in hooks:
+                    hook.remove()
+            features = F.normalize(seen[-1].flatten(1).to(x.dtype), dim=1)
             if self._layer.shape != (self.count, features.shape[1]):
                 # Of a seed of its own: the same in every process.
                 own = torch.Generator().manual_seed(0)
@@ -164,7 +163,7 @@ class FGSMFUAP(FGSMUAP):
             gain = cross_entropy(logits, y).to(x.dtype)
             gain = gain - processes.mean(gain.mean())
             # Of log p(pick) in the scores: the pick's indicator minus the probabilities.
-            pull = gain[:, None] * (F.one_hot(group, self.count) - scores.softmax(1))
+            pull = gain[:, None] * (one_hot(group, self.count).to(x.dtype) - scores.softmax(1))
             step = processes.mean(pull.T @ features / len(x))
             self._layer = self._layer.to(features) + self.pick_lr * step
         return group, self.count

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.attacks.core import attacking, count_classes, input_gradient
-from surestep.methods._base import Cost, Method, Update, register
+from surestep.methods._base import Cost, Method, Update, one_hot, register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
 from surestep.methods.trades import kl
 
@@ -45,7 +45,7 @@ class LIET(Method):
         self.require(self.lam >= 0, "lam", ">= 0")
         self.require(self.every >= 1, "every", ">= 1")
         self.require(0 <= self.spread < 1, "spread", "in [0, 1)")
-        self._templates = torch.zeros(0)  # signs, (K, ...)
+        self._templates, self._made = torch.zeros(0), -1  # signs (K, ...), at which step
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Begin at the templates of the labels, with noise in some pixels."""
@@ -65,7 +65,7 @@ class LIET(Method):
         # The mass of the wrong classes, random for each image.
         classes = len(templates)
         wrong = torch.rand(len(x), classes, dtype=x.dtype, device=x.device)
-        wrong = wrong * (1 - F.one_hot(y, classes).to(x.dtype))
+        wrong = wrong * (~one_hot(y, classes))
         wrong = wrong / wrong.sum(1, keepdim=True).clamp(min=1e-12)
         lam = self.lam * self.progress.done
 
@@ -83,8 +83,10 @@ class LIET(Method):
         """Take the gradients of all labels at the grey image, every so many steps."""
         held = self._templates
         fits = len(held) > 0 and held.shape[1:] == x.shape[1:]
-        if fits and self.progress.step % self.every:
+        due = self.progress.step % self.every == 0 and self.progress.step != self._made
+        if fits and not due:
             return
+        self._made = self.progress.step
         classes = len(held) if fits else count_classes(model, x)
         low, high = self.threat.bounds
         grey = torch.full_like(x[:1], (low + high) / 2).expand(classes, *x.shape[1:])
@@ -98,8 +100,8 @@ class LIET(Method):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the templates."""
-        return {"templates": self._templates}
+        return {"templates": self._templates, "made": self._made}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore them."""
-        self._templates = state["templates"].clone()
+        self._templates, self._made = state["templates"].clone(), state["made"]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surestep.methods._base import Cost, Update, register
+from surestep.methods._base import Cost, Update, one_hot, register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
 from surestep.methods.pgd import PGD
 from surestep.methods.trades import kl
@@ -51,7 +51,7 @@ class MART(PGD):
 
         def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
             clean, adversarial = F.log_softmax(logits, dim=1).chunk(2)
-            own = F.one_hot(y, logits.shape[1]).bool()
+            own = one_hot(y, logits.shape[1])
             runner_up = adversarial.exp().masked_fill(own, 0).amax(1)
             # 1 - p, kept away from 0 where the runner-up has everything.
             ce = self.criterion(logits[len(x) :], y) - torch.log(1.0001 - runner_up).mean()

@@ -171,6 +171,8 @@ class Method(ABC):
     """The hyperparameters in pixel units, which must grow and shrink with eps."""
     remembers = False
     """Whether it keeps something for each image, so that every step needs their ``index``."""
+    second_order = False
+    """Whether its loss holds a gradient, which is differentiated again."""
     replays = 1
     """How many steps in a row are taken on each batch."""
 

@@ -46,6 +46,8 @@ class GradAlign(OnSingleStep):
         ),
     }
 
+    second_order = True
+
     lam: float = 0.2
     perturbation: str = "fgsm"
 

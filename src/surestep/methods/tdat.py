@@ -71,7 +71,8 @@ class TDAT(Method):
 
         def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
             at_start, at_adv = logits.chunk(2)
-            ce = self.relaxed(at_adv, y).mean()
+            away = -F.log_softmax(at_adv, dim=1).mean()
+            ce = torch.lerp(away, self.criterion(at_adv, y), self.share)
             p_y = at_adv.softmax(1).gather(1, y[:, None]).squeeze(1)
             apart = (at_start - at_adv).square().sum(1)
             drawn = (apart * torch.tanh(1 - p_y)).mean()

@@ -263,6 +263,12 @@ class _Trainer:
         if config.compile:
             # The step's network alone: batches of validation shrink, and each size is compiled.
             stepped = cast(nn.Module, torch.compile(stepped))
+        if config.max_memory and (method.dropout or method.second_order):
+            why = "drops activations" if method.dropout else "differentiates gradients"
+            raise UserError(
+                f"{method.slug} {why}, which cannot be computed a second time: leave max_memory "
+                f"({config.max_memory:g}) out"
+            )
         if config.max_memory:
             shape = image_shape(train)
             stepped = fit_into(model, method, engine, shape, self.share, config.max_memory)

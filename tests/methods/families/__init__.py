@@ -1,10 +1,11 @@
-"""What the generic tests must know of each method: one module a paper family, found by themselves.
+"""What the generic tests must know of each method: a module or more, found by themselves.
 
 A module may define
     CASES: "slug" or "slug, what differs" -> (oracle, the method's parameters, what the oracle calls
         differently). An oracle ``f(net, x, y, smoothing, **parameters)`` computes the first step
         from the paper's recipe, in plain float64, with nothing of surestep. It returns the images
         of the update pass, a function of their logits that gives the loss, and the rows of x_adv.
+        Its parameters may hold "progress", a mapping for ``methods.Progress``.
     SMALL: slug -> parameters for the smallest setting in which all parts are at work.
     BY_HAND: (slug, parameters, forward, input_grad, weight_grad), passes per image at batch 8.
     REFUSED: (slug, parameters, words of the message), all at eps 0.1.
@@ -12,6 +13,8 @@ A module may define
     REACH: slug -> how far beyond eps = 0.1 the method's x_adv may lie, with SMALL.
     TRAIN_PASSES: slug -> passes in train mode, where there are more than the update.
     COUPLED: slug -> why the loss of a batch is not the mean of that of its halves.
+    IN_PART: slugs that may leave a pixel as it is, by design.
+    MAY_STAY: slugs that may leave an image as it is.
     DETERMINISTIC: slugs whose step draws nothing at random.
 """
 

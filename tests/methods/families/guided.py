@@ -1,0 +1,167 @@
+"""Methods that follow a course: guided attacks, relaxed labels, templates, smooth convergence."""
+
+import copy
+import math
+
+import torch
+
+from families.maths import EPS, ball, box, cross_entropy, mean_ce, noise_signs, signs, train_signs
+
+E8 = 8 / 255
+HALF = {"step": 10, "steps_per_epoch": 5, "epochs": 4}  # even
+ODD = {"step": 7, "steps_per_epoch": 5, "epochs": 4}
+LATE = {"step": 18, "steps_per_epoch": 5, "epochs": 4}
+
+
+def probabilities_apart(a, b):
+    return ((a.softmax(1) - b.softmax(1)) ** 2).sum()
+
+
+def nuclear(a, b):
+    eigenvalues = torch.linalg.eigvalsh((a - b).T @ (a - b))
+    return eigenvalues.clamp(min=1e-18).sqrt().sum()
+
+
+def guided(distance):
+    def oracle(net, x, y, smoothing, lam, odd=False, alpha=EPS / 2):
+        start = box(x + alpha * noise_signs(x))
+        frozen = copy.deepcopy(net).eval()
+        leaf = start.clone().requires_grad_()
+        z = frozen(leaf)
+        goal = sum(cross_entropy(row, k) for row, k in zip(z, y, strict=True))
+        if odd:
+            goal = goal + lam * distance(frozen(x).detach(), z)
+        x_adv = ball(start + EPS * torch.autograd.grad(goal, leaf)[0].sign(), x)
+
+        def loss(z):
+            clean, adv = z.chunk(2)
+            return mean_ce(clean, y, smoothing) + lam * distance(clean, adv) / len(x)
+
+        return torch.cat([x, x_adv]), loss, slice(len(x), None)
+
+    return oracle
+
+
+def relaxed(row, label, share):
+    log_p = row - row.exp().sum().log()
+    return -share * log_p[label] - (1 - share) * log_p.sum() / len(row)
+
+
+def tdat(net, x, y, smoothing, lam=0.65, relax=0.6, least=0.15, done=0.0):
+    share = max(relax * math.tan(1 - done), least)
+    start = ball(x + torch.empty_like(x).uniform_(-EPS, EPS), x)
+    frozen, leaf = copy.deepcopy(net).eval(), start.clone().requires_grad_()
+    goal = sum(relaxed(row, k, share) for row, k in zip(frozen(leaf), y, strict=True))
+    x_adv = ball(start + EPS * torch.autograd.grad(goal, leaf)[0].sign(), x)
+
+    def loss(z):
+        total = 0
+        for i, k in enumerate(y):
+            a, b = z[i], z[len(x) + i]
+            log_p = b.log_softmax(0)
+            total = total + share * cross_entropy(b, k, smoothing) - (1 - share) * log_p.mean()
+            total = total + lam * ((a - b) ** 2).sum() * torch.tanh(1 - b.softmax(0)[k])
+        return total / len(x)
+
+    return torch.cat([start, x_adv]), loss, slice(len(x), None)
+
+
+def liet(net, x, y, smoothing, lam, spread=0.6, far=False, done=0.0, classes=None):
+    frozen = copy.deepcopy(net).eval()
+    classes = frozen(x[:1]).shape[1]
+    templates = []
+    for k in range(classes):
+        grey = torch.full_like(x[0], 0.5).requires_grad_()
+        (grad,) = torch.autograd.grad(cross_entropy(frozen(grey[None])[0], k), grey)
+        templates.append(EPS * grad.sign())
+    n, shape = len(x), (-1, *[1] * (x.dim() - 1))
+    share = 0.1 + 0.4 * torch.rand(n, dtype=x.dtype).view(shape)
+    noisy = torch.rand_like(x) < share
+    radius = 2 * EPS if far else EPS
+    noise = torch.empty_like(x).uniform_(-radius, radius)
+    flip = torch.rand(n) < 0.5
+    start = []
+    for i in range(n):
+        delta = torch.where(noisy[i], noise[i], templates[y[i]])
+        start.append(box(x[i] - delta if flip[i] else x[i] + delta))
+    start = torch.stack(start)
+    x_adv = start + EPS * signs(net, start, y)
+    x_adv = box(x_adv) if far else ball(x_adv, x)
+    mass = torch.rand(n, classes, dtype=x.dtype)
+
+    def loss(z):
+        total = 0
+        for i, k in enumerate(y):
+            p, q = z[i].softmax(0), z[n + i].softmax(0)
+            middle = (p + q) / 2
+            js = ((p * (p / middle).log()).sum() + (q * (q / middle).log()).sum()) / 2
+            wrong = mass[i].clone()
+            wrong[k] = 0
+            wrong = wrong / wrong.sum()
+            ce = cross_entropy(z[n + i], k, smoothing)
+            total = total + (1 - spread) * ce - spread * (wrong * q.log()).sum() + lam * done * js
+        return total / n
+
+    return torch.cat([start, x_adv]), loss, slice(n, None)
+
+
+def converge_smooth(net, x, y, smoothing, **_):
+    """In the first epoch there is nothing to compare with: the clean images only come along."""
+    start = x + torch.empty_like(x).uniform_(-EPS, EPS)
+    x_adv = ball(start + 1.25 * EPS * train_signs(net, start, y), x)
+    return torch.cat([x_adv, x]), lambda z: mean_ce(z[: len(x)], y, smoothing), slice(len(x))
+
+
+gat, nuat = guided(probabilities_apart), guided(nuclear)
+CASES = {
+    "gat": (gat, {"lam": 10.0}, {}),
+    "gat alpha": (gat, {"lam": 1.0, "alpha": 0.03}, {}),
+    "gat odd": (gat, {"lam": 10.0, "progress": ODD}, {"odd": True}),
+    "gat late": (gat, {"lam": 2.0, "progress": LATE}, {"lam": 8.0}),
+    "gat later": (gat, {"lam": 2.0, "late_from": 0.95, "progress": LATE}, {"lam": 2.0}),
+    "nuat": (nuat, {"lam": 4.5, "progress": HALF}, {"lam": 2.25}),
+    "nuat begins": (nuat, {"lam": 4.5}, {"lam": 0.0}),
+    "nuat odd": (nuat, {"lam": 4.0, "progress": ODD, "alpha": 0.02}, {"lam": 1.4, "odd": True}),
+    "tdat": (tdat, {}, {}),
+    "tdat half": (tdat, {"lam": 2.0, "progress": HALF}, {"done": 0.5}),
+    "tdat late": (tdat, {"relax": 0.5, "least": 0.2, "progress": LATE}, {"done": 0.9}),
+    "liet": (liet, {"lam": 100.0}, {}),
+    "liet half": (liet, {"lam": 100.0, "progress": HALF}, {"done": 0.5}),
+    "liet far": (liet, {"lam": 3.0, "far": True, "spread": 0.2, "progress": ODD}, {"done": 0.35}),
+    "converge-smooth": (converge_smooth, {}, {}),
+    "converge-smooth batch": (converge_smooth, {"compare": "batch", "weight": 3.0}, {}),
+}
+SMALL = {"liet": {"lam": 5.0}}
+BY_HAND = [
+    ("gat", {}, 3, 3, 2),
+    ("nuat", {}, 3, 3, 2),
+    ("tdat", {}, 3, 3, 2),
+    ("liet", {}, 3, 3, 2),
+    ("converge-smooth", {}, 3, 3, 2),
+    ("converge-smooth", {"perturbation": "trades"}, 14, 13, 3),
+]
+REFUSED = [
+    ("gat", {"lam": -1}, ("gat", "lam", "-1")),
+    ("gat", {"alpha": -0.1}, ("gat", "alpha", "-0.1")),
+    ("nuat", {"lam": -1}, ("nuat", "lam", "-1")),
+    ("tdat", {"lam": -1}, ("tdat", "lam", "-1")),
+    ("tdat", {"relax": 0.7}, ("tdat", "relax", "0.7")),
+    ("tdat", {"least": 0.0}, ("tdat", "least", "0.0")),
+    ("liet", {"lam": -1}, ("liet", "lam", "-1")),
+    ("liet", {"every": 0}, ("liet", "every", "0")),
+    ("liet", {"spread": 1.0}, ("liet", "spread", "1.0")),
+    ("converge-smooth", {"perturbation": "nothing"}, ("method", "'nothing'")),
+    ("converge-smooth", {"compare": "step"}, ("converge-smooth", "compare", "'step'")),
+    ("converge-smooth", {"gamma": -1}, ("converge-smooth", "gamma", "-1")),
+    ("converge-smooth", {"weight": -1}, ("converge-smooth", "weight", "-1")),
+    ("converge-smooth", {"pull": -1}, ("converge-smooth", "pull", "-1")),
+]
+PUBLISHED = [
+    ("gat", "cifar10", E8, None, {"lam": 10.0}, {}),
+    ("gat", "mnist", 0.3, "lenet+", {"lam": 15.0}, {}),
+    ("nuat", "cifar10", E8, None, {"lam": 4.5}, {}),
+    ("tdat", "cifar10", E8, None, {"lam": 0.65}, {}),
+]
+TRAIN_PASSES = {"converge-smooth": 2}
+COUPLED = {"nuat": "the nuclear norm is of the batch's matrix of logits"}
+IN_PART = ("liet",)

@@ -175,6 +175,21 @@ class TestFolders:
         expected = result.model.state_dict()
         assert all(torch.equal(v, expected[k]) for k, v in run.model.state_dict().items())
 
+    def test_eat_attacks_other_runs(self, config, tmp_path):
+        runs.train(config, tmp_path / "source", quiet=True)
+        values = {"method": "eat", "sources": [str(tmp_path / "source")], "params": {}}
+        eat = runs.resolve({**config.model_dump(), **values}, "none")
+        (source,) = runs.build_method(eat).sources
+        kept = runs.load(tmp_path / "source", "cpu").model.state_dict()
+        assert all(torch.equal(v, kept[k]) for k, v in source.state_dict().items())
+        assert not source.training
+        runs.train(eat, tmp_path / "run", quiet=True)
+        assert runs.load(tmp_path / "run", "cpu").config.sources == (str(tmp_path / "source"),)
+
+    def test_other_methods_attack_no_other_models(self, config):
+        with pytest.raises(UserError, match="sat-r2 attacks no other models"):
+            runs.build_method(config.model_copy(update={"sources": ("runs/one",)}))
+
     def test_without_validation_and_without_a_folder(self, config, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         before = sorted(tmp_path.rglob("*"))

@@ -121,6 +121,9 @@ class RunConfig(FitSettings):
 
     method: str = Field("sat-r2", description="What a step minimises; see `surestep methods`")
     params: dict[str, Param] = Field({}, description="The method's hyperparameters, by name")
+    sources: tuple[str, ...] = Field(
+        (), description="Run folders whose models are attacked in turn (eat)"
+    )
     dataset: str = Field(
         "mnist", description="Data set: mnist (embedded), cifar10, cifar100, folder, npz or hf"
     )

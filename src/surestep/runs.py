@@ -90,7 +90,14 @@ def build_method(config: RunConfig) -> Method:
     parts = {"label_smoothing": config.label_smoothing}
     if config.head == "hypersphere":
         parts["margin"] = config.head_scale * config.head_margin
-    return methods.build(config.method, build_threat(config), config.params, **parts)
+    method = methods.build(config.method, build_threat(config), config.params, **parts)
+    if config.sources:
+        if not hasattr(method, "sources"):
+            raise UserError(
+                f"{config.method} attacks no other models: leave sources out, or train with eat"
+            )
+        method.sources = [load(folder, config.device).model for folder in config.sources]
+    return method
 
 
 def load_data(config: RunConfig, split: str) -> Images:

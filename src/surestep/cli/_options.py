@@ -42,7 +42,7 @@ def _option(name: str, field: FieldInfo) -> Decorator:
     if field.annotation is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
     default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
-    if default is not None and name not in ("method", "dataset"):
+    if default not in (None, "") and name not in ("method", "dataset"):
         text += f" [default: {default if not isinstance(default, float) else f'{default:g}'}]"
     return click.option(flag, name, metavar=_metavar(field.annotation), help=text)
 
@@ -64,8 +64,9 @@ def _metavar(annotation: Any) -> str:
 def given(values: dict[str, Any]) -> dict[str, Any]:
     """Return the options the user gave, as settings."""
     settings = {k: v for k, v in values.items() if v is not None}
-    if "val_attacks" in settings:
-        settings["val_attacks"] = names(settings["val_attacks"])
+    for listed in ("val_attacks", "sources"):
+        if listed in settings:
+            settings[listed] = names(settings[listed])
     return {k: None if v == "none" and _optional(k) else v for k, v in settings.items()}
 
 

@@ -22,7 +22,7 @@ class EAT(OnSingleStep):
     """EAT: the step is taken on the model itself and on each of ``sources`` in turn.
 
     Set ``sources`` to trained models before training (``surestep train`` loads the run folders
-    that ``--source`` names). With none, the model itself is attacked at every step.
+    that ``--sources`` names). With none, the model itself is attacked at every step.
     """
 
     summary = "single steps on fixed models in turn with the model itself, and clean images"

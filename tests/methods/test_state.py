@@ -1,0 +1,438 @@
+"""What methods keep from step to step, followed over several steps by hand, in float64."""
+
+import copy
+import math
+
+import pytest
+import torch
+from families.maths import EPS, ball, box, cross_entropy, mean_ce, signs, squared_distance
+
+from surestep import Linf, methods
+from surestep.data.augment import CropFlip
+
+EXACT = {"rtol": 0, "atol": 1e-9}
+
+
+def at(step, epoch=0, epochs=4, **more):
+    """Return the progress of a step of an epoch of three."""
+    return methods.Progress(3 * epoch + step, 3, epochs, images=20, **more)
+
+
+def gradients(net, x, y, smoothing=0.0):
+    """Return each sample's gradient of its cross entropy, in eval mode."""
+    frozen, leaf = copy.deepcopy(net).eval(), x.clone().requires_grad_()
+    rows = zip(frozen(leaf), y, strict=True)
+    goal = sum(cross_entropy(row, k, smoothing) for row, k in rows)
+    return torch.autograd.grad(goal, leaf)[0]
+
+
+def unit(grad):
+    return grad / grad.abs().flatten(1).sum(1).view(-1, *[1] * (grad.dim() - 1))
+
+
+def step(method, task, rows=slice(None), draw=None, **_):
+    """Take a step on some of the images, without changing the network; return the result."""
+    net = copy.deepcopy(task.net)
+    return method(net, task.x[rows], task.y[rows], task.index[rows], draw)
+
+
+class TestMEP:
+    def test_momentum_and_start_over_epochs(self, make_task):
+        task = make_task("mlp")
+        method = methods.get("fgsm-mep")(Linf(EPS), decay=0.3)
+        method.progress = at(0)
+        torch.manual_seed(1)
+        first = step(method, task).x_adv
+        torch.manual_seed(1)
+        delta = torch.empty_like(task.x).uniform_(-EPS, EPS)
+        momentum = torch.zeros_like(task.x)
+        for epoch in range(1, 4):
+            start = ball(task.x + delta, task.x)
+            grad = gradients(task.net, start, task.y)
+            expected = ball(start + EPS * grad.sign(), task.x)
+            torch.testing.assert_close(first, expected, **EXACT)
+            momentum = unit(grad) + 0.3 * momentum
+            delta = ball(start + EPS * momentum.sign(), task.x) - task.x
+            method.progress = at(0, epoch)
+            first = step(method, task).x_adv
+
+    def test_a_reset_forgets(self, make_task):
+        task = make_task("mlp")
+        method = methods.get("fgsm-mep")(Linf(EPS), reset=2)
+        points = []
+        for epoch in (0, 1, 2):
+            method.progress = at(0, epoch)
+            torch.manual_seed(5)
+            points.append(step(method, task).x_adv)
+        assert torch.equal(points[0], points[2])
+        assert not torch.equal(points[0], points[1])
+
+    def test_images_are_told_apart(self, make_task):
+        task = make_task("mlp")
+        method = methods.get("fgsm-mep")(Linf(EPS))
+        method.progress = at(0)
+        step(method, task)
+        method.progress = at(0, 1)
+        order = torch.tensor([4, 2, 5, 0, 1, 3])
+        before = copy.deepcopy(method.state_dict())
+        plain = step(method, task).x_adv
+        method.load_state_dict(before)
+        assert torch.equal(step(method, task, order).x_adv, plain[order])
+
+
+def test_memory_follows_crop_and_flip(make_task):
+    """A perturbation comes back at the pixels that it was stored for, wherever they are now."""
+    task = make_task("conv")
+    method = methods.get("fgsm-pco")(Linf(EPS))
+    draws = [CropFlip(1).draw(6, torch.Generator().manual_seed(k)) for k in (1, 2)]
+    task.x, clean = draws[0].apply(task.x), task.x
+    method.progress = at(0)
+    step(method, task, draw=draws[0])
+    seen = draws[0].apply(clean)
+    frozen_new = ball(seen + EPS * gradients(task.net, seen, task.y, 0.4).sign(), seen)
+    stored = draws[0].undo(frozen_new - seen)
+    task.x = draws[1].apply(clean)
+    method.progress = at(0, 1)
+    update = method.prepare(copy.deepcopy(task.net), task.x, task.y, task.index, draws[1])
+    old = box(task.x + draws[1].apply(stored))
+    torch.testing.assert_close(update.points[:6], old, **EXACT)
+
+
+def test_iaat_radii(make_task):
+    task = make_task("mlp")
+    method = methods.get("iaat")(Linf(EPS), steps=2, gamma=0.3, beta=0.1)
+    share = torch.ones(6, dtype=torch.float64)
+    frozen = copy.deepcopy(task.net).eval()
+    for epoch in range(4):
+        method.progress = at(0, epoch)
+        torch.manual_seed(epoch)
+        found = step(method, task).x_adv
+        torch.manual_seed(epoch)
+        p = ball(task.x + torch.empty_like(task.x).uniform_(-EPS, EPS), task.x)
+        for _ in range(2):
+            p = ball(p + EPS / 4 * signs(task.net, p, task.y), task.x)
+        for i in range(6):
+            point = task.x[i] + share[i] * (p[i] - task.x[i])
+            torch.testing.assert_close(found[i], point, **EXACT)
+            more = min(float(share[i]) + 0.3, 1.0)
+            right = frozen((task.x[i] + more * (p[i] - task.x[i]))[None]).argmax() == task.y[i]
+            moved = more if right else max(float(share[i]) - 0.3, 0.0)
+            share[i] = 0.1 * share[i] + 0.9 * moved
+    assert float(share.min()) < float(share.max())
+
+
+@pytest.mark.parametrize("slug", ["fgsm-uap", "fgsm-cuap"])
+def test_universal_perturbations(slug, make_task):
+    task = make_task("mlp")
+    method = methods.get(slug)(Linf(EPS), decay=0.3)
+    groups = task.y if slug == "fgsm-cuap" else torch.zeros_like(task.y)
+    u = torch.zeros(4, *task.x.shape[1:], dtype=torch.float64)
+    m = torch.zeros_like(u)
+    for number in range(4):
+        method.progress = at(number)
+        found = step(method, task).x_adv
+        start = ball(task.x + u[groups], task.x)
+        grad = gradients(task.net, start, task.y)
+        torch.testing.assert_close(found, ball(start + EPS * grad.sign(), task.x), **EXACT)
+        for k in groups.unique():
+            m[k] = unit(grad)[groups == k].mean(0) + 0.3 * m[k]
+            u[k] = (u[k] + 1.25 * EPS * m[k].sign()).clamp(-1.25 * EPS, 1.25 * EPS)
+    assert len(groups.unique()) > 1 or slug == "fgsm-uap"
+
+
+def test_the_layer_of_fuap_learns_which_picks_were_good(make_task):
+    task = make_task("mlp")
+    method = methods.get("fgsm-fuap")(Linf(EPS), count=3, pick_lr=0.5)
+    step(method, task)
+    before = method.state_dict()
+    torch.manual_seed(2)
+    step(method, task)
+    torch.manual_seed(2)
+    point = ball(task.x + torch.empty_like(task.x).uniform_(-EPS, EPS), task.x)
+    frozen = copy.deepcopy(task.net).eval()
+    features = frozen[:-1](point)
+    features = features / features.norm(dim=1, keepdim=True)
+    w = before["layer"].double().clone().requires_grad_()
+    log_p = (features.detach() @ w.T).log_softmax(1)
+    picks = log_p.argmax(1)
+    z = frozen(ball(task.x + before["u"][picks], task.x))
+    losses = torch.stack([cross_entropy(r, k) for r, k in zip(z, task.y, strict=True)]).detach()
+    goal = ((losses - losses.mean()) * log_p.gather(1, picks[:, None]).squeeze(1)).mean()
+    (pull,) = torch.autograd.grad(goal, w)
+    torch.testing.assert_close(method.state_dict()["layer"], w.detach() + 0.5 * pull, **EXACT)
+
+
+def test_tdat_goes_on_from_the_batch_before(make_task):
+    task = make_task("mlp")
+    method = methods.get("tdat")(Linf(EPS))
+    last = step(method, task, slice(0, 4)).x_adv - task.x[:4]
+    share = 0.6 * math.tan(1)
+    start = ball(task.x[1:6] + last[[0, 1, 2, 3, 0]], task.x[1:6])
+    found = step(method, task, slice(1, 6)).x_adv
+    # The smoothing of the relaxed label, as F.cross_entropy spreads it.
+    expected = ball(
+        start + EPS * gradients(task.net, start, task.y[1:6], 1 - share).sign(), task.x[1:6]
+    )
+    torch.testing.assert_close(found, expected, **EXACT)
+
+
+def test_free_steps_along_the_gradient_of_the_update(make_task):
+    task = make_task("conv")
+    method, net = methods.get("free")(Linf(EPS)), task.net
+    delta = torch.zeros_like(task.x)
+    for _ in range(3):
+        points = ball(task.x + delta, task.x)
+        leaf = points.clone().requires_grad_()
+        mean_ce(copy.deepcopy(net)(leaf), task.y, 0.0).backward()
+        delta = ball(points + EPS * leaf.grad.sign(), task.x) - task.x
+        result = method(copy.deepcopy(net), task.x, task.y)
+        result.loss.backward()
+        torch.testing.assert_close(result.x_adv, points, **EXACT)
+    kept = method.state_dict()["delta"]
+    torch.testing.assert_close(kept, delta, **EXACT)
+
+
+def test_free_takes_each_batch_several_times(tmp_path, make_task):
+    import surestep
+
+    seen = []
+
+    class Noting(type(methods.get("free")(Linf(EPS)))):
+        def craft(self, model, x, y, index):
+            seen.append(index.tolist())
+            return super().craft(model, x, y, index)
+
+    x, y = torch.rand(40, 1, 4, 4), torch.arange(40) % 4
+    net = make_task("mlp", dtype=torch.float32).net
+    method = Noting(Linf(EPS), replays=3)
+    surestep.fit(net, (x, y), method, epochs=2, batch_size=10, val_images=0, quiet=True)
+    assert len(seen) == 2 * 4 * 3
+    assert all(seen[i] == seen[i - i % 3] for i in range(24))
+    assert len({tuple(batch) for batch in seen}) == 8
+
+
+def test_pap_compares_after_all_steps(make_task):
+    """Of three groups the first that entered with its own batch leaves in the fourth step."""
+    task = make_task("mlp")
+    method = methods.get("pap")(Linf(EPS), lam=0.7, steps=3)
+    held = [(task.x[1:2], task.y[1:2], task.x[1:2])] * 3
+    batches = [slice(0, 2), slice(1, 3), slice(2, 4), slice(3, 5), slice(4, 6)]
+    for number, rows in enumerate(batches):
+        x, y = task.x[rows], task.y[rows]
+        held = [
+            (image, label, ball(p + EPS / 3 * signs(task.net, p, label), image))
+            for image, label, p in held
+        ]
+        (image, label, done), *held = held
+        held.append((x[-1:], y[-1:], x[-1:]))
+        x_f = ball(x + EPS * signs(task.net, x, y), x)
+        leaving = ball(image + EPS * signs(task.net, image, label), image)
+        z = copy.deepcopy(task.net).train()(torch.cat([x_f, leaving, done]))
+        expected = mean_ce(z[:2], y, 0.0)
+        if number >= 2:
+            expected = expected + 0.7 * squared_distance(z[2:3], z[3:])
+        result = step(method, task, rows)
+        torch.testing.assert_close(result.loss.detach(), expected.detach(), **EXACT)
+        if number == 1:
+            kept = copy.deepcopy(method.state_dict())
+            method = methods.get("pap")(Linf(EPS), lam=0.7, steps=3)
+            method.load_state_dict(kept)
+
+
+def test_elle_a_switches_itself_on(make_task):
+    task, lam, gaps = make_task("mlp"), 0.0, []
+    method = methods.get("elle-a")(Linf(EPS), lam=50.0, decay=0.9)
+    used = []
+    for number in range(8):
+        torch.manual_seed(number)
+        net = copy.deepcopy(task.net)
+        with torch.no_grad():
+            net[-1].weight *= 4.0 if number in (5, 6) else 1.0
+        result = method(net, task.x, task.y)
+        gap = float(result.terms["gap"])
+        if gaps:
+            mean = sum(gaps) / len(gaps)
+            std = (sum((g - mean) ** 2 for g in gaps) / len(gaps)) ** 0.5
+            lam = 50.0 if gap > mean + 2 * std else 0.9 * lam
+        gaps.append(gap)
+        used.append(lam)
+        expected = float(result.terms["ce"]) + lam * gap
+        assert float(result.loss.detach()) == pytest.approx(expected, abs=1e-9)
+    assert 50.0 in used
+    assert used[-1] != 50.0
+
+
+def test_liet_makes_its_templates_every_so_often(make_task):
+    task = make_task("mlp")
+    method = methods.get("liet")(Linf(EPS), every=4)
+    made = []
+    for number in range(9):
+        method.progress = methods.Progress(number, 10, 1)
+        with torch.no_grad():
+            task.net[1].weight.neg_()
+        step(method, task)
+        made.append(method.state_dict()["templates"].clone())
+    for number in range(1, 9):
+        assert torch.equal(made[number], made[number - 1]) == (number % 4 != 0) or number % 2 == 0
+    assert method.state_dict()["made"] == 8
+    with torch.no_grad():
+        grey = torch.full_like(task.x[:4], 0.5)
+    expected = gradients(task.net, grey, torch.arange(4)).sign()
+    assert torch.equal(made[-1], expected)
+
+
+@pytest.mark.parametrize("compare", ["epoch", "batch"])
+def test_converge_smooth_adds_what_leaps(compare, make_task):
+    task = make_task("mlp")
+    method = methods.get("converge-smooth")(
+        Linf(EPS), perturbation="fgsm", compare=compare, gamma=0.05, weight=0.5
+    )
+    history, mean, before = [], 0.0, 0.0
+    jumps = []
+    for number in range(9):
+        epoch = number // 3
+        method.progress = at(number % 3, epoch, lr=0.1)
+        if compare == "epoch" and number % 3 == 0 and number:
+            mean, before = sum(history) / len(history), mean
+            history = []
+        net = copy.deepcopy(task.net)
+        with torch.no_grad():
+            net[-1].weight *= (1.0, 1.4, 0.8)[epoch] + 0.01 * number
+        x_f = box(task.x + EPS * signs(net, task.x, task.y))
+        z = copy.deepcopy(net).train()(torch.cat([x_f, task.x]))
+        clean = float(mean_ce(z[6:], task.y, 0.0).detach())
+        limit = min(max(0.05, abs(mean - before)), 0.05)
+        sign = 0.0
+        if mean > 0 and abs(clean - mean) > limit:
+            sign = math.copysign(1.0, clean - mean)
+        jumps.append(sign)
+        history.append(clean)
+        if compare == "batch":
+            mean, before = clean, mean
+        expected = float(mean_ce(z[:6], task.y, 0.0).detach()) + 0.5 * sign * clean
+        result = method(net, task.x, task.y)
+        assert float(result.loss.detach()) == pytest.approx(expected, abs=1e-9)
+        if number == 4:
+            kept = copy.deepcopy(method.state_dict())
+            method = methods.get("converge-smooth")(
+                Linf(EPS), perturbation="fgsm", compare=compare, gamma=0.05, weight=0.5
+            )
+            method.load_state_dict(kept)
+    assert {1.0, -1.0} <= set(jumps)
+
+
+def test_converge_smooth_rests_when_the_rate_drops(make_task):
+    task = make_task("mlp")
+    method = methods.get("converge-smooth")(Linf(EPS), perturbation="fgsm", gamma=0.0)
+    jumps = []
+    for epoch, lr in enumerate((0.1, 0.1, 0.01, 0.01)):
+        method.progress = at(0, epoch, lr=lr)
+        net = copy.deepcopy(task.net)
+        with torch.no_grad():
+            net[-1].weight *= 1 + 0.5 * epoch
+        jumps.append(float(method(net, task.x, task.y).terms["jump"]) != 0)
+    assert jumps == [False, True, False, True]
+    method.progress = at(1, 3, lr=0.001)
+    assert float(step(method, task).terms["jump"]) == 0
+
+
+def test_weight_centralization_pulls_to_the_mean_of_earlier_epochs(make_task):
+    task = make_task("mlp")
+    method = methods.get("converge-smooth")(Linf(EPS), perturbation="fgsm", weight=0.0, pull=0.3)
+    seen, net = [], task.net
+    for epoch in range(4):
+        method.progress = at(0, epoch, lr=0.1)
+        if epoch:
+            seen.append([p.detach().clone() for p in net.parameters()])
+        result = method(copy.deepcopy(net), task.x, task.y)
+        expected = float(result.terms["ce"])
+        if seen:
+            means = [sum(ws) / len(seen) for ws in zip(*seen, strict=True)]
+            apart = [((p - m) ** 2).sum() for p, m in zip(net.parameters(), means, strict=True)]
+            expected += 0.3 * float(sum(a.detach() for a in apart))
+        assert float(result.loss.detach()) == pytest.approx(expected, abs=1e-9)
+        with torch.no_grad():
+            for p in net.parameters():
+                p.mul_(1.1)
+
+
+def test_converge_smooth_wraps_a_method_with_memory(make_task):
+    task = make_task("mlp")
+    method = methods.get("converge-smooth")(Linf(EPS), perturbation="fgsm-mep")
+    assert method.remembers
+    method.progress = at(0)
+    step(method, task)
+    method.progress = at(0, 1)
+    inner = methods.get("fgsm-mep")(Linf(EPS))
+    inner.load_state_dict(copy.deepcopy(method.state_dict()["base"]))
+    inner.progress = at(0, 1)
+    assert torch.equal(step(method, task).x_adv, step(inner, task).x_adv)
+
+
+def test_eat_takes_its_models_in_turn(make_task):
+    task = make_task("mlp")
+    others = [make_task("mlp").net for _ in range(2)]
+    for k, other in enumerate(others):
+        with torch.no_grad():
+            other[1].weight += k + 1
+    method = methods.get("eat")(Linf(EPS), perturbation="fgsm")
+    method.sources = others
+    for number in range(6):
+        method.progress = at(number)
+        attacked = [task.net, *others][number % 3]
+        expected = box(task.x + EPS * signs(attacked, task.x, task.y))
+        torch.testing.assert_close(step(method, task).x_adv, expected, **EXACT)
+
+
+def test_uat_never_looks_at_other_labels(make_task):
+    task = make_task("mlp", n=40)
+    method = methods.get("uat")(Linf(EPS), labelled=0.25, steps=1)
+    known = method.known(task.index)
+    assert 4 <= int(known.sum()) <= 16
+    torch.manual_seed(0)
+    loss = step(method, task).loss.detach()
+    task.y[~known] = (task.y[~known] + 1) % 4
+    torch.manual_seed(0)
+    assert torch.equal(step(method, task).loss.detach(), loss)
+    task.y[known] = (task.y[known] + 1) % 4
+    torch.manual_seed(0)
+    assert not torch.equal(step(method, task).loss.detach(), loss)
+
+
+def test_gradalign_leaves_out_what_has_no_gradient():
+    """Of constant logits every gradient is zero: the penalty is zero, and finite to train on."""
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3)).double()
+    with torch.no_grad():
+        net[1].weight.zero_()
+    x, y = torch.rand(4, 1, 4, 4, dtype=torch.float64), torch.arange(4) % 3
+    result = methods.get("gradalign")(Linf(EPS))(net, x, y)
+    result.loss.backward()
+    assert float(result.terms["turn"]) == 0
+    assert all(bool(p.grad.isfinite().all()) for p in net.parameters())
+
+
+def test_nuclear_norm_of_no_difference_is_finite(make_task):
+    task = make_task("mlp", dtype=torch.float32)
+    method = methods.get("nuat")(Linf(0.0))
+    method.progress = at(2, 2)
+    method(task.net, task.x, task.y).loss.backward()
+    assert all(bool(p.grad.isfinite().all()) for p in task.net.parameters())
+
+
+def test_without_index_a_method_with_memory_says_so(make_task):
+    from surestep import UserError
+
+    task = make_task("mlp")
+    for slug in methods.names():
+        if methods.get(slug).remembers:
+            with pytest.raises(UserError, match=f"{slug} keeps .* pass index"):
+                methods.get(slug)(Linf(EPS))(task.net, task.x, task.y)
+
+
+def test_memory_needs_images_in_memory(make_task):
+    import surestep
+
+    pairs = torch.utils.data.TensorDataset(torch.rand(20, 1, 4, 4), torch.arange(20) % 4)
+    net = make_task("mlp", dtype=torch.float32).net
+    with pytest.raises(surestep.UserError, match=r"iaat .* a pair of tensors"):
+        surestep.fit(net, pairs, methods.get("iaat")(Linf(EPS)), validation=pairs, quiet=True)

@@ -7,6 +7,7 @@ registered subclass of ``Method`` and a card of the same slug in ``cards/``.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import sys
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surestep import processes
 from surestep.attacks.core import check_inputs, forward_logits
 from surestep.errors import UserError, look_up, unknown_name
 from surestep.methods._dropout import dropping
@@ -48,8 +50,10 @@ class StepResult(NamedTuple):
     logits: Tensor
 
 
-Loss = Callable[[Tensor], tuple[Tensor, Mapping[str, Tensor]]]
-"""Of the update's logits (M, K): what is minimised, and its parts by name."""
+Terms = tuple[Tensor, Mapping[str, Tensor]]
+"""What is minimised, and its parts by name."""
+Loss = Callable[[Tensor], Terms]
+"""Of the update's logits (M, K)."""
 
 
 class Update(NamedTuple):
@@ -171,6 +175,10 @@ class Method(ABC):
     """The hyperparameters in pixel units, which must grow and shrink with eps."""
     remembers = False
     """Whether it keeps something for each image, so that every step needs their ``index``."""
+    kept: ClassVar[tuple[str, ...]] = ()
+    """Attributes that are state: tensors, numbers, and what has a ``state_dict`` of its own."""
+    kept_rows: ClassVar[tuple[str, ...]] = ()
+    """The same, of tensors with a row for each image of this process's share of the batch."""
     second_order = False
     """Whether its loss holds a gradient, which is differentiated again."""
     replays = 1
@@ -285,7 +293,7 @@ class Method(ABC):
     def plain_loss(self, y: Tensor) -> Loss:
         """Return the loss that is the cross entropy at all points, with nothing added."""
 
-        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        def loss(logits: Tensor) -> Terms:
             ce = self.criterion(logits, y)
             return ce, {"ce": ce}
 
@@ -297,12 +305,32 @@ class Method(ABC):
         # A NumPy float is a float to us, but not to whatever writes it down.
         return {k: float(v) if isinstance(v, float) else v for k, v in values.items()}
 
+    def not_negative(self, *names: str) -> None:
+        """Check that hyperparameters are at least 0."""
+        for name in names:
+            self.require(getattr(self, name) >= 0, name, ">= 0")
+
     def state_dict(self) -> dict[str, Any]:
-        """Return what must survive a resume: tensors, numbers, strings, lists and dicts."""
-        return {}
+        """Return what must survive a resume: ``kept``, and ``kept_rows`` of all processes."""
+        state = {}
+        for name in (*self.kept, *self.kept_rows):
+            value = getattr(self, name)
+            if name in self.kept_rows:
+                value = processes.gather(value)
+            state[name.strip("_")] = value.state_dict() if hasattr(value, "state_dict") else value
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
+        """Restore what ``state_dict`` returned; what it lacks (an older run's) stays as it is."""
+        for name in (*self.kept, *self.kept_rows):
+            value = state.get(name.strip("_"), getattr(self, name))
+            if hasattr(getattr(self, name), "load_state_dict"):
+                getattr(self, name).load_state_dict(value)
+            elif isinstance(value, Tensor):
+                value = processes.own(value) if name in self.kept_rows else value
+                setattr(self, name, value.clone())
+            else:
+                setattr(self, name, copy.deepcopy(value))
 
 
 def _with_margin(

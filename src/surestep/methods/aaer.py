@@ -6,7 +6,6 @@ Regularization", NeurIPS.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -14,11 +13,9 @@ from torch import Tensor, nn
 
 from surestep.attacks.core import attacking, input_gradient
 from surestep.attacks.losses import cross_entropy
-from surestep.methods._base import Cost, Update, register
-from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods._base import Cost, Terms, Update, register
+from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
 from surestep.methods.fgsm import OnSingleStep
-
-FAST = {"epochs": 30, "lr": 0.2, "schedule": "triangular"}
 
 
 @register("aaer")
@@ -29,15 +26,14 @@ class AAER(OnSingleStep):
     summary = "RS-FGSM; examples whose loss fell along the step are regularised"
     paper = "Lin et al. 2023, NeurIPS"
     presets = {
-        "mnist": recipe(MNIST_FAST, source="ours: as mnist-fast of the others"),
-        "cifar10": recipe(CIFAR_RESNET, lam=1.0, lam_loss=2.5, lam_spread=1.5, settings=FAST),
+        "mnist": recipe(MNIST_ZOO),
+        "cifar10": recipe(CIFAR_ZOO, lam=1.0, lam_loss=2.5, lam_spread=1.5),
         "cifar10-n": recipe(
-            CIFAR_RESNET,
+            CIFAR_ZOO,
             lam=1.0,
             lam_loss=1.5,
             lam_spread=0.15,
             perturbation="n-fgsm",
-            settings=FAST,
         ),
     }
 
@@ -49,8 +45,7 @@ class AAER(OnSingleStep):
     def validate(self) -> None:
         """Check the weights."""
         super().validate()
-        for name in ("lam", "lam_loss", "lam_spread"):
-            self.require(getattr(self, name) >= 0, name, ">= 0")
+        self.not_negative("lam", "lam_loss", "lam_spread")
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Compare loss and logits at the start, from the attack's own pass, with those after."""
@@ -60,7 +55,7 @@ class AAER(OnSingleStep):
             grad, before, was = input_gradient(inner, start, y, cross_entropy)
         x_adv = base.finish(start + self.threat.steepest_step(grad, base.size), x)
 
-        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        def loss(logits: Tensor) -> Terms:
             ce, after = self.criterion(logits, y), cross_entropy(logits, y)
             abnormal = (after < before).to(ce.dtype).detach()
             spread = (logits - was).square().sum(1)

@@ -5,14 +5,13 @@ Kannan, Kurakin & Goodfellow 2018, "Adversarial Logit Pairing", arXiv 1803.06373
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from surestep.methods._base import Cost, Update, register
-from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods._base import Cost, Terms, Update, register
+from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.methods.pgd import PGD
 
 
@@ -24,8 +23,8 @@ class ALP(PGD):
     summary = "clean and PGD images, their logits drawn together"
     paper = "Kannan et al. 2018, arXiv 1803.06373"
     presets = {
-        "mnist": recipe(MNIST_FAST, lam=1.0, steps=40, alpha=0.01),
-        "cifar10": recipe(CIFAR_RESNET, lam=0.5, steps=10, alpha=2 / 255, source="ours"),
+        "mnist": recipe(MNIST_ZOO, lam=1.0, steps=40, alpha=0.01),
+        "cifar10": recipe(CIFAR_RESNET, lam=0.5, steps=10, alpha=2 / 255),
     }
 
     lam: float = 0.5
@@ -33,13 +32,13 @@ class ALP(PGD):
     def validate(self) -> None:
         """Check the weight."""
         super().validate()
-        self.require(self.lam >= 0, "lam", ">= 0")
+        self.not_negative("lam")
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Pair each image with its perturbed self."""
         points = torch.cat([x, self.perturb(model, x, y)])
 
-        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        def loss(logits: Tensor) -> Terms:
             clean, adversarial = logits.chunk(2)
             ce = self.criterion(logits, y.repeat(2))
             pairing = (clean - adversarial).square().mean()

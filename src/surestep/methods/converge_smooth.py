@@ -5,16 +5,14 @@ Zhao et al. 2023, "Fast Adversarial Training with Smooth Convergence", ICCV.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from surestep import processes
-from surestep.methods._base import Cost, Method, Update, build, register
-from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods._base import Cost, Method, Terms, Update, build, register
+from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
 
 
 @register("converge-smooth")
@@ -29,13 +27,14 @@ class ConvergeSmooth(Method):
     weight of the squared distance to the mean of earlier epochs' weights (weight centralization).
     """
 
+    kept = ("_sums", "_epoch", "_lr", "_steady", "_centre", "base")
     summary = "another method whose loss must not jump between epochs or batches"
     paper = "Zhao et al. 2023, ICCV"
     presets = {
-        "mnist": recipe(MNIST_FAST, perturbation="rs-fgsm", source="ours"),
-        "cifar10": recipe(CIFAR_RESNET, perturbation="rs-fgsm"),
+        "mnist": recipe(MNIST_ZOO, perturbation="rs-fgsm"),
+        "cifar10": recipe(CIFAR_ZOO, perturbation="rs-fgsm"),
         "cifar10-mep": recipe(
-            CIFAR_RESNET, perturbation="fgsm-mep", settings={"label_smoothing": 0.4}
+            CIFAR_ZOO, perturbation="fgsm-mep", settings={"label_smoothing": 0.4}
         ),
     }
 
@@ -48,8 +47,7 @@ class ConvergeSmooth(Method):
     def validate(self) -> None:
         """Check the hyperparameters and build the method inside."""
         self.require(self.compare in ("epoch", "batch"), "compare", "'epoch' or 'batch'")
-        for name in ("gamma", "weight", "pull"):
-            self.require(getattr(self, name) >= 0, name, ">= 0")
+        self.not_negative("gamma", "weight", "pull")
         parts = {"label_smoothing": self.label_smoothing, "margin": self.margin}
         self.base = build(self.perturbation, self.threat, {}, **parts)
         self.remembers = self.base.remembers
@@ -66,7 +64,7 @@ class ConvergeSmooth(Method):
         n = len(inner.points)
         centre = [(p, self._centre[k].to(p)) for k, p in _weights(model) if k in self._centre]
 
-        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        def loss(logits: Tensor) -> Terms:
             own, terms = inner.loss(logits[:n])
             clean = self.criterion(logits[n:], y)
             jump = self._sign(clean.detach()).to(clean.dtype) * clean
@@ -123,24 +121,6 @@ class ConvergeSmooth(Method):
         """The method's own, and a clean image more in the update."""
         own = self.base.cost(batch_size)
         return Cost(own.forward + 1, own.input_grad + 1, own.weight_grad + 1)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the means, and the state of the method inside."""
-        return {
-            "sums": self._sums,
-            "epoch": self._epoch,
-            "lr": self._lr,
-            "steady": self._steady,
-            "centre": dict(self._centre),
-            "base": self.base.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore them."""
-        self._sums, self._epoch = state["sums"].clone(), state["epoch"]
-        self._lr, self._steady = state["lr"], state["steady"]
-        self._centre = {name: v.clone() for name, v in state["centre"].items()}
-        self.base.load_state_dict(state["base"])
 
 
 def _weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

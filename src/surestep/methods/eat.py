@@ -5,14 +5,14 @@ Tramèr et al. 2018, "Ensemble Adversarial Training: Attacks and Defenses", ICLR
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from surestep.methods._base import Cost, Update, register
-from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods._base import Cost, Terms, Update, register
+from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.methods.fgsm import OnSingleStep
 
 
@@ -28,7 +28,7 @@ class EAT(OnSingleStep):
     summary = "single steps on fixed models in turn with the model itself, and clean images"
     paper = "Tramèr et al. 2018, arXiv 1705.07204"
     presets = {
-        "mnist": recipe(MNIST_FAST, source="ours: as mnist-fast of the others"),
+        "mnist": recipe(MNIST_ZOO),
         "cifar10": recipe(CIFAR_RESNET, source="ours: the field's usual settings"),
     }
 
@@ -47,7 +47,7 @@ class EAT(OnSingleStep):
         attacked = self.sources[turn - 1].to(x.device) if turn else model
         x_adv = self.base.perturb(attacked, x, y)
 
-        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        def loss(logits: Tensor) -> Terms:
             at_clean, at_adv = (self.criterion(part, y) for part in logits.chunk(2))
             return torch.lerp(at_adv, at_clean, self.clean), {"ce": at_adv, "ce_clean": at_clean}
 

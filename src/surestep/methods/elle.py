@@ -6,20 +6,16 @@ Overfitting", ICLR, arXiv 2401.11618.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from surestep import processes
 from surestep.attacks.losses import cross_entropy
-from surestep.methods._base import Cost, Update, register
-from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods._base import Cost, Terms, Update, register
+from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
 from surestep.methods.fgsm import OnSingleStep
-
-FAST = {"epochs": 30, "lr": 0.2, "schedule": "triangular"}
 
 
 @register("elle")
@@ -30,8 +26,8 @@ class ELLE(OnSingleStep):
     summary = "FGSM; the loss must lie on the chord between two random points"
     paper = "Abad Rocamora et al. 2024, arXiv 2401.11618"
     presets = {
-        "mnist": recipe(MNIST_FAST, lam=1.0, source="ours: benchmarks/leaderboard.py"),
-        "cifar10": recipe(CIFAR_RESNET, lam=1000.0, settings=FAST),
+        "mnist": recipe(MNIST_ZOO, lam=1.0, source="ours: benchmarks/leaderboard.py"),
+        "cifar10": recipe(CIFAR_ZOO, lam=1000.0),
     }
 
     lam: float = 1000.0
@@ -40,7 +36,7 @@ class ELLE(OnSingleStep):
     def validate(self) -> None:
         """Check the weight."""
         super().validate()
-        self.require(self.lam >= 0, "lam", ">= 0")
+        self.not_negative("lam")
 
     def weight(self, gap: Tensor) -> Tensor | float:
         """Return lam; ``gap`` is this step's, detached."""
@@ -53,7 +49,7 @@ class ELLE(OnSingleStep):
         share = torch.rand(len(x), *[1] * (x.dim() - 1), dtype=x.dtype, device=x.device)
         points = torch.cat([x_adv, a, b, torch.lerp(a, b, share)])
 
-        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        def loss(logits: Tensor) -> Terms:
             ce = self.criterion(logits[: len(x)], y)
             at_a, at_b, between = cross_entropy(logits[len(x) :], y.repeat(3)).chunk(3)
             gap = (between - torch.lerp(at_a, at_b, share.flatten().to(ce.dtype))).square().mean()
@@ -74,12 +70,14 @@ class ELLEA(ELLE):
 
     summary = "ELLE that switches itself on when linearity is lost"
     presets = {
-        "mnist": recipe(MNIST_FAST, lam=4.0, source="ours: benchmarks/leaderboard.py"),
-        "cifar10": recipe(CIFAR_RESNET, lam=4000.0, settings=FAST),
+        "mnist": recipe(MNIST_ZOO, lam=4.0, source="ours: benchmarks/leaderboard.py"),
+        "cifar10": recipe(CIFAR_ZOO, lam=4000.0),
     }
 
     lam: float = 4000.0
     decay: float = 0.99
+
+    kept = ("_history",)
 
     def validate(self) -> None:
         """Check the decay."""
@@ -99,11 +97,3 @@ class ELLEA(ELLE):
         mean = mean + off / (n + 1)
         self._history = torch.stack([n + 1, mean, squares + off * (gap - mean), lam])
         return lam.to(dtype)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the history of gaps and the present weight."""
-        return {"history": self._history}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore them."""
-        self._history = state["history"].clone()

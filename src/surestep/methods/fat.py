@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from surestep.attacks.core import attacking, input_gradient, misclassified
 from surestep.methods._base import register
-from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.methods.pgd import PGD
 
 
@@ -29,7 +29,7 @@ class FAT(PGD):
     summary = "PGD that stops for an image soon after it is misclassified"
     paper = "Zhang et al. 2020, arXiv 2002.11242"
     presets = {
-        "mnist": recipe(MNIST_FAST, tau=1, steps=40, alpha=0.01, source="ours"),
+        "mnist": recipe(MNIST_ZOO, tau=1, steps=40, alpha=0.01),
         "cifar10": recipe(CIFAR_RESNET, tau=1, steps=10, alpha=2 / 255),
     }
 
@@ -38,7 +38,7 @@ class FAT(PGD):
     def validate(self) -> None:
         """Check tau."""
         super().validate()
-        self.require(self.tau >= 0, "tau", ">= 0")
+        self.not_negative("tau")
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return each image's point when its attack ended."""

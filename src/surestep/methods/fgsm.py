@@ -65,6 +65,11 @@ class SingleStep(Method):
         return Cost.of(attack=1, update=1)
 
 
+def _of_parts(cls: type[Method]) -> bool:
+    """Tell whether a method is a start, a gradient, a step and an end, and nothing else."""
+    return issubclass(cls, SingleStep) and cls.perturb is SingleStep.perturb
+
+
 class OnSingleStep(Method):
     """A method that adds something to single-step training: to FGSM's or to another's.
 
@@ -94,8 +99,8 @@ class OnSingleStep(Method):
                 "such as 'n-fgsm noise=1'"
             ) from None
         found = build(slug, self.threat, params)
-        if not isinstance(found, SingleStep):
-            known = [name for name, cls in METHODS.items() if issubclass(cls, SingleStep)]
+        if not _of_parts(type(found)):
+            known = [name for name, cls in METHODS.items() if _of_parts(cls)]
             self.require(False, "perturbation", f"a single-step method: {', '.join(known)}")
         assert isinstance(found, SingleStep)
         return found
@@ -201,7 +206,7 @@ class RSFGSM(SingleStep):
     def validate(self) -> None:
         """Check alpha, or take its default."""
         self.alpha = 1.25 * self.threat.eps if self.alpha is None else self.alpha
-        self.require(self.alpha >= 0, "alpha", ">= 0")
+        self.not_negative("alpha")
 
     def start(self, x: Tensor) -> Tensor:
         """Start at random in the ball."""
@@ -245,8 +250,7 @@ class NFGSM(SingleStep):
     def validate(self) -> None:
         """Check the noise and alpha, or take its default."""
         self.alpha = self.threat.eps if self.alpha is None else self.alpha
-        self.require(self.noise >= 0, "noise", ">= 0")
-        self.require(self.alpha >= 0, "alpha", ">= 0")
+        self.not_negative("noise", "alpha")
 
     def start(self, x: Tensor) -> Tensor:
         """Start in the noise."""

@@ -6,17 +6,15 @@ arXiv 2207.08859 (FGSM-PGI, with the prior from the momentum of all epochs).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from surestep.attacks.core import attacking, input_gradient
-from surestep.methods._base import Cost, Method, Update, register
+from surestep.methods._base import Cost, Method, Terms, Update, register
 from surestep.methods._memory import Memory
-from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 
 SMOOTH = {"label_smoothing": 0.4}
 
@@ -44,8 +42,9 @@ class FGSMMEP(Method):
     summary = "FGSM from a start that follows each image's gradient momentum over epochs"
     paper = "Jia et al. 2022, arXiv 2207.08859"
     remembers = True
+    kept = ("_delta", "_momentum", "_round")
     presets = {
-        "mnist": recipe(MNIST_FAST, lam=10.0, settings=SMOOTH, source="ours"),
+        "mnist": recipe(MNIST_ZOO, lam=10.0, settings=SMOOTH),
         "cifar10": recipe(CIFAR_RESNET, lam=10.0, settings=SMOOTH),
     }
 
@@ -57,10 +56,9 @@ class FGSMMEP(Method):
     def validate(self) -> None:
         """Check the hyperparameters; the step is eps by default."""
         self.alpha = self.threat.eps if self.alpha is None else self.alpha
-        self.require(self.lam >= 0, "lam", ">= 0")
-        self.require(self.decay >= 0, "decay", ">= 0")
+        self.not_negative("lam", "decay")
         self.require(self.reset >= 1, "reset", ">= 1")
-        self.require(self.alpha >= 0, "alpha", ">= 0")
+        self.not_negative("alpha")
         self._delta, self._momentum, self._round = Memory(), Memory(), 0
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
@@ -84,7 +82,7 @@ class FGSMMEP(Method):
         self._momentum.write(index, momentum, images, draw)
         self._delta.write(index, moved, images, draw)
 
-        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        def loss(logits: Tensor) -> Terms:
             at_start, at_adv = logits.chunk(2)
             ce, apart = self.criterion(at_adv, y), pairing(at_adv, at_start)
             return ce + self.lam * apart, {"ce": ce, "pairing": apart}
@@ -94,17 +92,3 @@ class FGSMMEP(Method):
     def cost(self, batch_size: int) -> Cost:
         """One gradient; the start and x_adv in the update."""
         return Cost.of(attack=1, update=2)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what is kept for the images."""
-        return {
-            "delta": self._delta.state_dict(),
-            "momentum": self._momentum.state_dict(),
-            "round": self._round,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore it."""
-        self._delta.load_state_dict(state["delta"])
-        self._momentum.load_state_dict(state["momentum"])
-        self._round = state["round"]

@@ -6,18 +6,16 @@ Perspective", ECCV 2024, arXiv 2407.12443.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.attacks.core import attacking, input_gradient
-from surestep.methods._base import Cost, Method, Update, register
+from surestep.methods._base import Cost, Method, Terms, Update, register
 from surestep.methods._memory import Memory
-from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.methods.fgsm_mep import SMOOTH, pairing
 
 
@@ -33,8 +31,9 @@ class FGSMPCO(Method):
     summary = "FGSM mixed with each image's last perturbation by how well that one fools"
     paper = "2024, arXiv 2407.12443"
     remembers = True
+    kept = ("_delta",)
     presets = {
-        "mnist": recipe(MNIST_FAST, lam=10.0, settings=SMOOTH, source="ours"),
+        "mnist": recipe(MNIST_ZOO, lam=10.0, settings=SMOOTH),
         "cifar10": recipe(CIFAR_RESNET, lam=10.0, settings=SMOOTH),
     }
 
@@ -44,8 +43,7 @@ class FGSMPCO(Method):
 
     def validate(self) -> None:
         """Check the hyperparameters."""
-        self.require(self.lam >= 0, "lam", ">= 0")
-        self.require(self.stretch >= 0, "stretch", ">= 0")
+        self.not_negative("lam", "stretch")
         self.require(0 <= self.smoothing < 1, "smoothing", "in [0, 1)")
         self._delta = Memory()
 
@@ -65,7 +63,7 @@ class FGSMPCO(Method):
         mixed = threat.clip((1 - p_y) * old + p_y * (x + self.stretch * (new - x)))
         self._delta.write(index, new - x, images, self.draw)
 
-        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        def loss(logits: Tensor) -> Terms:
             at_old, at_new, at_mixed = logits.chunk(3)
             ce = self.criterion(at_mixed, y)
             gap = (pairing(at_new, at_old) - pairing(at_new, at_mixed)).abs()
@@ -76,11 +74,3 @@ class FGSMPCO(Method):
     def cost(self, batch_size: int) -> Cost:
         """One gradient; three points in the update."""
         return Cost.of(attack=1, update=3)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what is kept for the images."""
-        return self._delta.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore it."""
-        self._delta.load_state_dict(dict(state))

@@ -6,9 +6,8 @@ F-UAP of the FastAT benchmark, arXiv 2604.22853).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 from surestep import processes
 from surestep.attacks.core import attacking, count_classes, forward_logits, input_gradient
 from surestep.attacks.losses import cross_entropy
-from surestep.methods._base import Cost, Method, Update, one_hot, register
-from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods._base import Cost, Method, Terms, Update, one_hot, register
+from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.methods.fgsm_mep import l1_unit, pairing
 
 
@@ -31,9 +30,10 @@ class FGSMUAP(Method):
     """
 
     summary = "FGSM from one universal perturbation that follows the gradients' momentum"
+    kept: ClassVar[tuple[str, ...]] = ("_u", "_m")
     paper = "AAAI 2024; as in the FastAT benchmark, arXiv 2604.22853"
     presets = {
-        "mnist": recipe(MNIST_FAST, lam=10.0, source="ours: as mnist-fast of the others"),
+        "mnist": recipe(MNIST_ZOO, lam=10.0),
         "cifar10": recipe(CIFAR_RESNET, lam=10.0),
     }
 
@@ -44,9 +44,7 @@ class FGSMUAP(Method):
     def validate(self) -> None:
         """Check the hyperparameters."""
         self.alpha = 1.25 * self.threat.eps if self.alpha is None else self.alpha
-        self.require(self.lam >= 0, "lam", ">= 0")
-        self.require(self.decay >= 0, "decay", ">= 0")
-        self.require(self.alpha >= 0, "alpha", ">= 0")
+        self.not_negative("lam", "decay", "alpha")
         self._u = self._m = torch.zeros(0)
 
     def choose(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, int]:
@@ -77,7 +75,7 @@ class FGSMUAP(Method):
         moved = free.project(middle + moved, middle) - middle
         self._u, self._m = torch.where(present, moved, u), m
 
-        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        def loss(logits: Tensor) -> Terms:
             at_start, at_adv = logits.chunk(2)
             ce, apart = self.criterion(at_adv, y), pairing(at_adv, at_start)
             return ce + self.lam * apart, {"ce": ce, "pairing": apart}
@@ -93,14 +91,6 @@ class FGSMUAP(Method):
     def cost(self, batch_size: int) -> Cost:
         """One gradient; the start and x_adv in the update."""
         return Cost.of(attack=1, update=2)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the perturbations and their momenta."""
-        return {"u": self._u, "m": self._m}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore them."""
-        self._u, self._m = state["u"].clone(), state["m"].clone()
 
 
 @register("fgsm-cuap")
@@ -130,6 +120,8 @@ class FGSMFUAP(FGSMUAP):
 
     summary = "FGSM from one of many universal perturbations, picked by the image's features"
 
+    kept = ("_u", "_m", "_layer")
+
     count: int = 50
     pick_lr: float = 0.1
 
@@ -137,7 +129,7 @@ class FGSMFUAP(FGSMUAP):
         """Check the number of perturbations and the layer's learning rate."""
         super().validate()
         self.require(self.count >= 1, "count", ">= 1")
-        self.require(self.pick_lr >= 0, "pick_lr", ">= 0")
+        self.not_negative("pick_lr")
         self._layer = torch.zeros(0)
 
     def choose(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, int]:
@@ -171,12 +163,3 @@ class FGSMFUAP(FGSMUAP):
     def cost(self, batch_size: int) -> Cost:
         """Two passes more: the features, and the losses of the picks."""
         return Cost(5, 3, 2)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the layer as well."""
-        return {**super().state_dict(), "layer": self._layer}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore it."""
-        super().load_state_dict(state)
-        self._layer = state["layer"].clone()

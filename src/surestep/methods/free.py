@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from surestep import processes
 from surestep.methods._base import Cost, Method, Update, register
-from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 
 
 @register("free")
@@ -28,7 +28,7 @@ class Free(Method):
     summary = "each batch several times, perturbation and weights from one backward pass"
     paper = "Shafahi et al. 2019, arXiv 1904.12843"
     presets = {
-        "mnist": recipe(MNIST_FAST, replays=8, settings={"epochs": 2}, source="ours"),
+        "mnist": recipe(MNIST_ZOO, replays=8, settings={"epochs": 2}),
         "cifar10": recipe(CIFAR_RESNET, replays=8, settings={"epochs": 12}),
     }
 

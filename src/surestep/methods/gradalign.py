@@ -6,7 +6,6 @@ Andriushchenko & Flammarion 2020, "Understanding and Improving Fast Adversarial 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 
 from surestep.attacks.core import attacking, input_gradient
 from surestep.attacks.losses import cross_entropy
-from surestep.methods._base import Cost, Update, register
-from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods._base import Cost, Terms, Update, register
+from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
 from surestep.methods.fgsm import OnSingleStep
 
 
@@ -37,9 +36,9 @@ class GradAlign(OnSingleStep):
     summary = "FGSM; the input gradients at the image and beside it must align"
     paper = "Andriushchenko & Flammarion 2020, arXiv 2007.02617"
     presets = {
-        "mnist": recipe(MNIST_FAST, lam=0.2, source="ours: as mnist-fast of the others"),
+        "mnist": recipe(MNIST_ZOO, lam=0.2),
         "cifar10": recipe(
-            CIFAR_RESNET,
+            CIFAR_ZOO,
             lam=0.2,
             settings={"epochs": 30, "lr": 0.3, "schedule": "triangular"},
             source="Andriushchenko & Flammarion 2020 (they use PreActResNet-18)",
@@ -54,7 +53,7 @@ class GradAlign(OnSingleStep):
     def validate(self) -> None:
         """Check the weight."""
         super().validate()
-        self.require(self.lam >= 0, "lam", ">= 0")
+        self.not_negative("lam")
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Differentiate the second gradient only, as the authors do."""
@@ -64,7 +63,7 @@ class GradAlign(OnSingleStep):
         here, there = unit(grad)
         points = torch.cat([x_adv, x + self.threat.random_delta(x)]).requires_grad_()
 
-        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        def loss(logits: Tensor) -> Terms:
             ce, beside = self.criterion(logits[:n], y), cross_entropy(logits[n:], y).sum()
             (grad,) = torch.autograd.grad(beside, points, create_graph=True)
             other, too = unit(grad[n:])

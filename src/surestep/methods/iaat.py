@@ -6,9 +6,7 @@ Tradeoffs in Neural Nets", arXiv 1910.08051.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from surestep.attacks.core import attacking, forward_logits, misclassified
 from surestep.methods._base import Cost, Update, register
 from surestep.methods._memory import Memory
-from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.methods.pgd import PGD
 
 
@@ -33,8 +31,9 @@ class IAAT(PGD):
     paper = "Balaji et al. 2019, arXiv 1910.08051"
     lengths = ("alpha",)
     remembers = True
+    kept = ("_missing",)
     presets = {
-        "mnist": recipe(MNIST_FAST, steps=40, alpha=0.01, source="ours"),
+        "mnist": recipe(MNIST_ZOO, steps=40, alpha=0.01),
         "cifar10": recipe(CIFAR_RESNET, steps=10, alpha=2 / 255),
     }
 
@@ -66,11 +65,3 @@ class IAAT(PGD):
     def cost(self, batch_size: int) -> Cost:
         """PGD-AT's, and a pass that tries the next radius."""
         return Cost(self.steps + 2, self.steps + 1, 1)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the radii."""
-        return self._missing.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore them."""
-        self._missing.load_state_dict(dict(state))

@@ -5,17 +5,16 @@ LIET, ICCV 2025; as in the FastAT benchmark, arXiv 2604.22853.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surestep import processes
 from surestep.attacks.core import attacking, count_classes, input_gradient
-from surestep.methods._base import Cost, Method, Update, one_hot, register
-from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods._base import Cost, Method, Terms, Update, one_hot, register
+from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.methods.trades import kl
 
 
@@ -29,9 +28,10 @@ class LIET(Method):
     """
 
     summary = "FGSM from the label's own direction on a grey image"
+    kept = ("_templates", "_made")
     paper = "ICCV 2025; as in the FastAT benchmark, arXiv 2604.22853"
     presets = {
-        "mnist": recipe(MNIST_FAST, lam=10.0, far=False, source="ours"),
+        "mnist": recipe(MNIST_ZOO, lam=10.0, far=False),
         "cifar10": recipe(CIFAR_RESNET, lam=100.0, far=False),
     }
 
@@ -42,10 +42,10 @@ class LIET(Method):
 
     def validate(self) -> None:
         """Check the hyperparameters."""
-        self.require(self.lam >= 0, "lam", ">= 0")
+        self.not_negative("lam")
         self.require(self.every >= 1, "every", ">= 1")
         self.require(0 <= self.spread < 1, "spread", "in [0, 1)")
-        self._templates, self._made = torch.zeros(0), -1  # signs (K, ...), at which step
+        self._templates, self._made = torch.zeros(0), -1  # (K, ...), at which step
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Begin at the templates of the labels, with noise in some pixels."""
@@ -69,7 +69,7 @@ class LIET(Method):
         wrong = wrong / wrong.sum(1, keepdim=True).clamp(min=1e-12)
         lam = self.lam * self.progress.done
 
-        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        def loss(logits: Tensor) -> Terms:
             one, other = F.log_softmax(logits, dim=1).chunk(2)
             away = -(wrong.to(other.dtype) * other).sum(1).mean()
             ce = (1 - self.spread) * self.criterion(logits[len(x) :], y) + self.spread * away
@@ -92,16 +92,10 @@ class LIET(Method):
         grey = torch.full_like(x[:1], (low + high) / 2).expand(classes, *x.shape[1:])
         with attacking(model) as inner:
             labels = torch.arange(classes, device=x.device)
-            self._templates = input_gradient(inner, grey, labels)[0].sign()
+            grad = input_gradient(inner, grey, labels)[0]
+        # Batch statistics differ between processes, templates must not.
+        self._templates = processes.mean(grad)
 
     def cost(self, batch_size: int) -> Cost:
         """One gradient, two points in the update; the templates come to nothing."""
         return Cost.of(attack=1, update=2)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the templates."""
-        return {"templates": self._templates, "made": self._made}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore them."""
-        self._templates, self._made = state["templates"].clone(), state["made"]

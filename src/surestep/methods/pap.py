@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from surestep import processes
 from surestep.attacks.core import attacking, input_gradient
-from surestep.methods._base import Cost, Method, Update, register
+from surestep.methods._base import Cost, Method, Terms, Update, register
 from surestep.methods._presets import CIFAR_SAT, MNIST_FAST, MNIST_SAT, recipe
 from surestep.methods.sat import agreement, regularised_images
 
@@ -48,7 +48,7 @@ class PAP(Method):
 
     def validate(self) -> None:
         """Check the hyperparameters."""
-        self.require(self.lam >= 0, "lam", ">= 0")
+        self.not_negative("lam")
         self.require(self.steps >= 2, "steps", ">= 2")
         self.require(self.fraction is None or 0 < self.fraction <= 1, "fraction", "in (0, 1]")
         # Images, labels and points of all groups, the one that leaves first.
@@ -79,7 +79,7 @@ class PAP(Method):
         }
         self._age = min(self._age + 1, self.steps)
 
-        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        def loss(logits: Tensor) -> Terms:
             at_x, at_fgsm, at_ifgsm = logits.split([len(x), n, n])
             return agreement(self.criterion(at_x, y), weight, at_fgsm, at_ifgsm)
 

@@ -35,7 +35,7 @@ class PGD(Method):
         """Check the hyperparameters."""
         self.alpha = self.threat.eps / 4 if self.alpha is None else self.alpha
         self.require(self.steps >= 1, "steps", ">= 1")
-        self.require(self.alpha >= 0, "alpha", ">= 0")
+        self.not_negative("alpha")
 
     def start(self, x: Tensor) -> Tensor:
         """Return where the attack begins."""

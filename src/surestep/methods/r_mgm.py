@@ -6,14 +6,13 @@ Adversarial Training", CVPR Workshops.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from surestep.attacks.core import attacking
-from surestep.methods._base import Cost, Method, Update, register
+from surestep.methods._base import Cost, Method, Terms, Update, register
 from surestep.methods._presets import CIFAR_SAT, MNIST_SAT, recipe
 from surestep.methods.fgsm import FGSM, RFGSM
 from surestep.methods.sat import agreement
@@ -40,7 +39,7 @@ class RMGM(Method):
     def validate(self) -> None:
         """Check the weight; alpha is half of eps by default, as Tramèr's."""
         self.alpha = RFGSM(self.threat, alpha=self.alpha).alpha
-        self.require(self.lam >= 0, "lam", ">= 0")
+        self.not_negative("lam")
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Attack from both starts in one pass, by the two methods' own parts."""
@@ -53,7 +52,7 @@ class RMGM(Method):
             for view, start, grad in zip(views, starts, grads, strict=True)
         ]
 
-        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        def loss(logits: Tensor) -> Terms:
             at_fgsm, at_rfgsm = logits.chunk(2)
             return agreement(self.criterion(at_fgsm, y), self.lam, at_fgsm, at_rfgsm)
 

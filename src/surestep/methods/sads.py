@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from surestep.methods._base import register
-from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.methods.fgsm import FGSM
 
 
@@ -24,7 +24,7 @@ class SADS(FGSM):
     summary = "FGSM with dropout after each activation, falling to 0 during training"
     paper = "Vivek & Babu 2020, arXiv 2004.08628"
     presets = {
-        "mnist": recipe(MNIST_FAST, source="ours: as mnist-fast of the others"),
+        "mnist": recipe(MNIST_ZOO),
         "cifar10": recipe(CIFAR_RESNET, source="ours: the field's usual settings"),
     }
 

@@ -7,16 +7,16 @@ measurable difference between such a model and a robust one. There is no clean t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.attacks.core import Ascent, attacking
-from surestep.methods._base import Cost, Criterion, Update, register, stepping
+from surestep.methods._base import Cost, Criterion, Terms, Update, register, stepping
 from surestep.methods._presets import (
     CIFAR_SAT,
     MNIST_DEMO,
@@ -34,9 +34,7 @@ def regularised_images(batch: int, fraction: float | None) -> int:
     return 1 if fraction is None else min(batch, max(1, round(fraction * batch)))
 
 
-def agreement(
-    ce: Tensor, lam: float, one: Tensor, other: Tensor
-) -> tuple[Tensor, Mapping[str, Tensor]]:
+def agreement(ce: Tensor, lam: float, one: Tensor, other: Tensor) -> Terms:
     """Return CE plus lam times the mean squared distance of two sets of logits (n, K)."""
     distance = (one - other).square().sum(1).mean()
     return ce + lam * distance, {"ce": ce, "distance": distance}
@@ -87,7 +85,7 @@ def sat_r1_update(
         first = threat.project(start[-n:] + threat.steepest_step(grad[-n:], size), x_n)
         x_ifgsm = Ascent(threat, steps - 1, size).climb(inner, x_n, y_n, first)
 
-    def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def loss(logits: Tensor) -> Terms:
         at_fgsm, at_ifgsm = logits.split([len(x), n])
         return agreement(criterion(at_fgsm, y), every * lam, at_fgsm[-n:], at_ifgsm)
 
@@ -137,7 +135,7 @@ def sat_r2_update(
     x_fgsm = base.finish(x_fgsm, x)
     x_rfgsm = threat.project(x_rfgsm, x_n) if project else threat.clip(x_rfgsm)
 
-    def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def loss(logits: Tensor) -> Terms:
         at_fgsm, at_rfgsm = logits.split([len(x), n])
         return agreement(criterion(at_fgsm, y), lam, at_fgsm[-n:], at_rfgsm)
 
@@ -190,7 +188,7 @@ def sat_r3_update(
     low, high = (start + threat.steepest_step(grad, size) for size in (eps_low, base.size))
     low, high = (threat.project(p, x) if project else threat.clip(p) for p in (low, high))
 
-    def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def loss(logits: Tensor) -> Terms:
         losses = criterion(logits, torch.cat([y[-n:], y]), reduction="none")
         at_low, at_high = losses.split([n, len(x)])
         if per_sample:
@@ -238,6 +236,7 @@ class SATR1(SAT):
     perturbation: str = "fgsm"
 
     update = staticmethod(sat_r1_update)
+    kept = ("_count",)
     presets = {
         "mnist": recipe(MNIST_SAT, lam=0.2, steps=10),
         "mnist-fast": recipe(MNIST_FAST, lam=0.2, steps=10, fraction=1 / 32),
@@ -247,7 +246,7 @@ class SATR1(SAT):
     def validate(self) -> None:
         """Check the hyperparameters."""
         super().validate()
-        self.require(self.lam >= 0, "lam", ">= 0")
+        self.not_negative("lam")
         self.require(self.steps >= 1, "steps", ">= 1")
         self.require(self.fraction is None or 0 < self.fraction <= 1, "fraction", "in (0, 1]")
         self.require(self.every >= 1, "every", ">= 1")
@@ -261,14 +260,6 @@ class SATR1(SAT):
         if self._count % self.every:
             return Update(self.base.perturb(model, x, y), self.plain_loss(y))
         return super().craft(model, x, y, index)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the number of steps taken."""
-        return {"count": self._count}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore it; a run begun before there was ``every`` has none."""
-        self._count = state.get("count", 0)
 
     def cost(self, batch_size: int) -> Cost:
         """FGSM on all, K - 1 further steps and one more image in the update for the share."""
@@ -303,8 +294,7 @@ class SATR2(SAT):
     def validate(self) -> None:
         """Check the hyperparameters."""
         super().validate()
-        self.require(self.lam >= 0, "lam", ">= 0")
-        self.require(self.alpha >= 0, "alpha", ">= 0")
+        self.not_negative("lam", "alpha")
         self.require(0 < self.fraction <= 1, "fraction", "in (0, 1]")
 
     def cost(self, batch_size: int) -> Cost:
@@ -359,9 +349,9 @@ class SATR3(SAT):
         """Check the hyperparameters and fill in the one that follows eps."""
         super().validate()
         self.eps_low = self.threat.eps / 3 if self.eps_low is None else self.eps_low
-        self.require(self.lam >= 0, "lam", ">= 0")
+        self.not_negative("lam")
         self.require(self.tau > 0, "tau", "> 0")
-        self.require(self.alpha >= 0, "alpha", ">= 0")
+        self.not_negative("alpha")
         self.require(0 < self.fraction <= 1, "fraction", "in (0, 1]")
         self.require(
             0 <= self.eps_low <= self.threat.eps, "eps_low", f"in [0, eps = {self.threat.eps:g}]"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from surestep.attacks.core import attacking, forward_logits, input_gradient, misclassified
 from surestep.methods._base import Cost, register
-from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
 from surestep.methods.fgsm import RSFGSM
 
 
@@ -28,11 +28,10 @@ class SSAT(RSFGSM):
     summary = "RS-FGSM; each image goes only as far as its label takes to flip"
     paper = "Kim et al. 2021, arXiv 2010.01799"
     presets = {
-        "mnist": recipe(MNIST_FAST, checkpoints=3, source="ours: as mnist-fast of the others"),
+        "mnist": recipe(MNIST_ZOO, checkpoints=3),
         "cifar10": recipe(
-            CIFAR_RESNET,
+            CIFAR_ZOO,
             checkpoints=3,
-            settings={"epochs": 30, "lr": 0.2, "schedule": "triangular"},
         ),
     }
 

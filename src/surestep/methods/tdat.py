@@ -6,18 +6,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surestep import processes
 from surestep.attacks.core import attacking, input_gradient
-from surestep.methods._base import Cost, Method, Update, register
-from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods._base import Cost, Method, Terms, Update, register
+from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 
 
 @register("tdat")
@@ -30,9 +27,10 @@ class TDAT(Method):
     """
 
     summary = "FGSM from the previous batch's perturbation, on relaxed labels"
+    kept_rows = ("_delta",)
     paper = "AAAI 2024"
     presets = {
-        "mnist": recipe(MNIST_FAST, lam=0.65, source="ours: as mnist-fast of the others"),
+        "mnist": recipe(MNIST_ZOO, lam=0.65),
         "cifar10": recipe(CIFAR_RESNET, lam=0.65),
     }
 
@@ -42,7 +40,7 @@ class TDAT(Method):
 
     def validate(self) -> None:
         """Check the hyperparameters."""
-        self.require(self.lam >= 0, "lam", ">= 0")
+        self.not_negative("lam")
         self.require(0 < self.relax <= 0.64, "relax", "in (0, 0.64], so that the share is below 1")
         self.require(0 < self.least < 1, "least", "in (0, 1)")
         self._delta = torch.zeros(0)
@@ -69,7 +67,7 @@ class TDAT(Method):
         x_adv = threat.project(start + threat.steepest_step(grad, threat.eps), x)
         self._delta = x_adv - x
 
-        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        def loss(logits: Tensor) -> Terms:
             at_start, at_adv = logits.chunk(2)
             away = -F.log_softmax(at_adv, dim=1).mean()
             ce = torch.lerp(away, self.criterion(at_adv, y), self.share)
@@ -83,11 +81,3 @@ class TDAT(Method):
     def cost(self, batch_size: int) -> Cost:
         """One gradient; the start and x_adv in the update."""
         return Cost.of(attack=1, update=2)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the last perturbation, of all processes."""
-        return {"delta": processes.gather(self._delta)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore this process's."""
-        self._delta = processes.own(state["delta"]).clone()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.attacks.core import Ascent, attacking, forward_logits
-from surestep.methods._base import Cost, Criterion, Method, Update, register, stepping
+from surestep.methods._base import Cost, Criterion, Method, Terms, Update, register, stepping
 from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
 from surestep.threat import ThreatModel
 
@@ -56,7 +55,7 @@ def trades_update(
         )
         x_adv = ascent.climb(inner, x, y, x + sigma * torch.randn_like(x))
 
-    def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def loss(logits: Tensor) -> Terms:
         clean, adversarial = logits.split(len(x))
         ce = criterion(clean, y)
         divergence = kl(F.log_softmax(clean, dim=1), F.log_softmax(adversarial, dim=1)).mean()
@@ -89,10 +88,9 @@ class TRADES(Method):
     def validate(self) -> None:
         """Check the hyperparameters."""
         self.alpha = self.threat.eps * 0.007 * 255 / 8 if self.alpha is None else self.alpha
-        self.require(self.beta >= 0, "beta", ">= 0")
+        self.not_negative("beta")
         self.require(self.steps >= 1, "steps", ">= 1")
-        self.require(self.alpha >= 0, "alpha", ">= 0")
-        self.require(self.sigma >= 0, "sigma", ">= 0")
+        self.not_negative("alpha", "sigma")
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """See ``trades_update``."""

@@ -5,7 +5,6 @@ Alayrac et al. 2019, "Are Labels Required for Improving Adversarial Robustness?"
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.attacks.core import Ascent, attacking, forward_logits
-from surestep.methods._base import Cost, Update, register
-from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods._base import Cost, Terms, Update, register
+from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.methods.pgd import PGD
 from surestep.methods.trades import kl
 
@@ -32,7 +31,7 @@ class UAT(PGD):
     paper = "Alayrac et al. 2019, arXiv 1905.13725"
     remembers = True
     presets = {
-        "mnist": recipe(MNIST_FAST, labelled=0.1, steps=40, alpha=0.01, source="ours"),
+        "mnist": recipe(MNIST_ZOO, labelled=0.1, steps=40, alpha=0.01),
         "cifar10": recipe(CIFAR_RESNET, labelled=0.1, steps=10, alpha=2 / 255),
     }
 
@@ -43,7 +42,7 @@ class UAT(PGD):
         """Check the share and the weight."""
         super().validate()
         self.require(0 < self.labelled <= 1, "labelled", "in (0, 1]")
-        self.require(self.lam >= 0, "lam", ">= 0")
+        self.not_negative("lam")
 
     def known(self, index: Tensor) -> Tensor:
         """Return which images (N,) have a label, the same whenever it is asked."""
@@ -63,7 +62,7 @@ class UAT(PGD):
             )
             x_adv = ascent.climb(inner, x, y, start)
 
-        def loss(logits: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        def loss(logits: Tensor) -> Terms:
             known = self.known(index).to(logits.dtype)
             losses = self.criterion(logits[len(x) :], y, reduction="none")
             ce = (known * losses).mean() / self.labelled

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from surestep.methods._base import Cost, register
-from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
 from surestep.methods.fgsm import RSFGSM
-
-FAST = {"epochs": 30, "lr": 0.2, "schedule": "triangular"}
 
 
 class Doubled(RSFGSM):
@@ -35,8 +33,8 @@ class ZeroGrad(Doubled):
     summary = "RS-FGSM; pixels with a weak gradient keep their random start"
     paper = "Golgooni et al. 2021, arXiv 2103.15476"
     presets = {
-        "mnist": recipe(MNIST_FAST, q=0.35, source="ours: as mnist-fast of the others"),
-        "cifar10": recipe(CIFAR_RESNET, q=0.35, settings=FAST, source="Golgooni et al. 2021"),
+        "mnist": recipe(MNIST_ZOO, q=0.35),
+        "cifar10": recipe(CIFAR_ZOO, q=0.35, source="Golgooni et al. 2021"),
     }
 
     q: float = 0.35
@@ -63,8 +61,8 @@ class MultiGrad(Doubled):
     summary = "only the signs on which the gradients at several random starts agree"
     paper = "Golgooni et al. 2021, arXiv 2103.15476"
     presets = {
-        "mnist": recipe(MNIST_FAST, starts=3, source="ours: as mnist-fast of the others"),
-        "cifar10": recipe(CIFAR_RESNET, starts=3, settings=FAST, source="Golgooni et al. 2021"),
+        "mnist": recipe(MNIST_ZOO, starts=3),
+        "cifar10": recipe(CIFAR_ZOO, starts=3, source="Golgooni et al. 2021"),
     }
 
     starts: int = 3

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from families.maths import EPS, ball, box, cross_entropy, mean_ce, noise_signs, signs, train_signs
+from families.maths import EPS, ball, box, cross_entropy, mean_ce, noise_signs, train_signs
 
 E8 = 8 / 255
 HALF = {"step": 10, "steps_per_epoch": 5, "epochs": 4}  # even
@@ -66,45 +66,6 @@ def tdat(net, x, y, smoothing, lam=0.65, relax=0.6, least=0.15, done=0.0):
     return torch.cat([start, x_adv]), loss, slice(len(x), None)
 
 
-def liet(net, x, y, smoothing, lam, spread=0.6, far=False, done=0.0, classes=None):
-    frozen = copy.deepcopy(net).eval()
-    classes = frozen(x[:1]).shape[1]
-    templates = []
-    for k in range(classes):
-        grey = torch.full_like(x[0], 0.5).requires_grad_()
-        (grad,) = torch.autograd.grad(cross_entropy(frozen(grey[None])[0], k), grey)
-        templates.append(EPS * grad.sign())
-    n, shape = len(x), (-1, *[1] * (x.dim() - 1))
-    share = 0.1 + 0.4 * torch.rand(n, dtype=x.dtype).view(shape)
-    noisy = torch.rand_like(x) < share
-    radius = 2 * EPS if far else EPS
-    noise = torch.empty_like(x).uniform_(-radius, radius)
-    flip = torch.rand(n) < 0.5
-    start = []
-    for i in range(n):
-        delta = torch.where(noisy[i], noise[i], templates[y[i]])
-        start.append(box(x[i] - delta if flip[i] else x[i] + delta))
-    start = torch.stack(start)
-    x_adv = start + EPS * signs(net, start, y)
-    x_adv = box(x_adv) if far else ball(x_adv, x)
-    mass = torch.rand(n, classes, dtype=x.dtype)
-
-    def loss(z):
-        total = 0
-        for i, k in enumerate(y):
-            p, q = z[i].softmax(0), z[n + i].softmax(0)
-            middle = (p + q) / 2
-            js = ((p * (p / middle).log()).sum() + (q * (q / middle).log()).sum()) / 2
-            wrong = mass[i].clone()
-            wrong[k] = 0
-            wrong = wrong / wrong.sum()
-            ce = cross_entropy(z[n + i], k, smoothing)
-            total = total + (1 - spread) * ce - spread * (wrong * q.log()).sum() + lam * done * js
-        return total / n
-
-    return torch.cat([start, x_adv]), loss, slice(n, None)
-
-
 def converge_smooth(net, x, y, smoothing, **_):
     """In the first epoch there is nothing to compare with: the clean images only come along."""
     start = x + torch.empty_like(x).uniform_(-EPS, EPS)
@@ -125,18 +86,13 @@ CASES = {
     "tdat": (tdat, {}, {}),
     "tdat half": (tdat, {"lam": 2.0, "progress": HALF}, {"done": 0.5}),
     "tdat late": (tdat, {"relax": 0.5, "least": 0.2, "progress": LATE}, {"done": 0.9}),
-    "liet": (liet, {"lam": 100.0}, {}),
-    "liet half": (liet, {"lam": 100.0, "progress": HALF}, {"done": 0.5}),
-    "liet far": (liet, {"lam": 3.0, "far": True, "spread": 0.2, "progress": ODD}, {"done": 0.35}),
     "converge-smooth": (converge_smooth, {}, {}),
     "converge-smooth batch": (converge_smooth, {"compare": "batch", "weight": 3.0}, {}),
 }
-SMALL = {"liet": {"lam": 5.0}}
 BY_HAND = [
     ("gat", {}, 3, 3, 2),
     ("nuat", {}, 3, 3, 2),
     ("tdat", {}, 3, 3, 2),
-    ("liet", {}, 3, 3, 2),
     ("converge-smooth", {}, 3, 3, 2),
     ("converge-smooth", {"perturbation": "trades"}, 14, 13, 3),
 ]
@@ -147,9 +103,6 @@ REFUSED = [
     ("tdat", {"lam": -1}, ("tdat", "lam", "-1")),
     ("tdat", {"relax": 0.7}, ("tdat", "relax", "0.7")),
     ("tdat", {"least": 0.0}, ("tdat", "least", "0.0")),
-    ("liet", {"lam": -1}, ("liet", "lam", "-1")),
-    ("liet", {"every": 0}, ("liet", "every", "0")),
-    ("liet", {"spread": 1.0}, ("liet", "spread", "1.0")),
     ("converge-smooth", {"perturbation": "nothing"}, ("method", "'nothing'")),
     ("converge-smooth", {"compare": "step"}, ("converge-smooth", "compare", "'step'")),
     ("converge-smooth", {"gamma": -1}, ("converge-smooth", "gamma", "-1")),
@@ -164,4 +117,3 @@ PUBLISHED = [
 ]
 TRAIN_PASSES = {"converge-smooth": 2}
 COUPLED = {"nuat": "the nuclear norm is of the batch's matrix of logits"}
-IN_PART = ("liet",)

@@ -129,22 +129,6 @@ def aaer(net, x, y, smoothing, lam=1.0, lam_loss=2.5, lam_spread=1.5, noise=0.0,
     return points, loss, slice(None)
 
 
-def ssat(net, x, y, smoothing, checkpoints=3, alpha=1.25 * EPS):
-    start = x + uniform(x)
-    wrong = copy.deepcopy(net).train()(start).argmax(1) != y
-    delta = ball(start + alpha * train_signs(net, start, y), x) - x
-    frozen, points = copy.deepcopy(net).eval(), []
-    for i, image in enumerate(x):
-        share = 1.0
-        for k in range(1, checkpoints):
-            if frozen((image + k / checkpoints * delta[i])[None]).argmax() != y[i]:
-                share = k / checkpoints
-                break
-        share = 0.0 if wrong[i] else share
-        points.append(image + share * delta[i])
-    return ce_at(torch.stack(points), y, smoothing)
-
-
 def sads(net, x, y, smoothing, dropout=0.4):
     points = box(x + EPS * signs(net, x, y))
 
@@ -200,9 +184,6 @@ CASES = {
     "aaer": (aaer, {}, {}),
     "aaer weights": (aaer, {"lam": 0.7, "lam_loss": 1.1, "lam_spread": 0.3}, {}),
     "aaer on n-fgsm": (aaer, {"lam": 0.7, **ON_N}, {"noise": 2.0, "alpha": 0.9}),
-    "ssat": (ssat, {}, {}),
-    "ssat 5 alpha": (ssat, {"checkpoints": 5, "alpha": 0.2}, {}),
-    "ssat 1": (ssat, {"checkpoints": 1}, {}),
     "sads": (sads, {}, {}),
     "sads more": (sads, {"dropout": 0.7}, {}),
     "r-mgm": (r_mgm, {"lam": 5.0}, {}),
@@ -219,8 +200,6 @@ BY_HAND = [
     ("elle", {}, 5, 5, 4),
     ("elle-a", {}, 5, 5, 4),
     ("aaer", {}, 2, 2, 1),
-    ("ssat", {}, 4, 2, 1),
-    ("ssat", {"checkpoints": 1}, 2, 2, 1),
     ("sads", {}, 2, 2, 1),
     ("r-mgm", {}, 4, 4, 2),
     ("eat", {}, 3, 3, 2),
@@ -237,7 +216,6 @@ REFUSED = [
     ("aaer", {"lam": -1}, ("aaer", "lam", "-1")),
     ("aaer", {"lam_loss": -1}, ("aaer", "lam_loss", "-1")),
     ("aaer", {"lam_spread": -1}, ("aaer", "lam_spread", "-1")),
-    ("ssat", {"checkpoints": 0}, ("ssat", "checkpoints", "0")),
     ("r-mgm", {"lam": -1}, ("r-mgm", "lam", "-1")),
     ("r-mgm", {"alpha": 0.2}, ("alpha", "0.2", "0.1")),
     ("eat", {"clean": 1.0}, ("eat", "clean", "1.0")),
@@ -248,9 +226,8 @@ PUBLISHED = [
     ("gradalign", "cifar10", E8, None, {"lam": 0.2}, {"epochs": 30}),
     ("elle", "cifar10", E8, None, {"lam": 1000.0}, FAST),
     ("elle-a", "cifar10", E8, None, {"lam": 4000.0}, FAST),
-    ("ssat", "cifar10", E8, None, {"checkpoints": 3}, FAST),
 ]
-TRAIN_PASSES = {"zerograd": 2, "multigrad": 4, "gradalign": 2, "aaer": 2, "ssat": 2}
+TRAIN_PASSES = {"zerograd": 2, "multigrad": 4, "gradalign": 2, "aaer": 2}
 # A confident network's gradient underflows in train mode, and MultiGrad has no random start.
 MAY_STAY = ("multigrad",)
-IN_PART = ("eat", "ssat")
+IN_PART = ("eat",)

@@ -26,8 +26,11 @@ from surestep.methods._base import (
     recipe_of,
     register,
 )
-from surestep.methods.fgsm import FGSM, NFGSM, RFGSM, RSFGSM
+from surestep.methods.fgsm import FGSM
+from surestep.methods.n_fgsm import NFGSM
 from surestep.methods.pgd import PGD
+from surestep.methods.r_fgsm import RFGSM
+from surestep.methods.rs_fgsm import RSFGSM
 from surestep.methods.sat import SATR1, SATR2, SATR3, sat_r1_loss, sat_r2_loss, sat_r3_loss
 from surestep.methods.standard import Standard
 from surestep.methods.trades import TRADES, trades_loss

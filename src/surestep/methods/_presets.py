@@ -41,6 +41,21 @@ MNIST_FAST = Preset(
     dataset="mnist",
     source="ours: benchmarks/mnist_table.py",
 )
+MNIST_RS = Preset(
+    eps=0.3,
+    params={"alpha": 0.375},
+    settings={
+        "epochs": 10,
+        "batch_size": 100,
+        "optimizer": "adam",
+        "lr": 0.005,
+        "weight_decay": 0.0,
+        "schedule": "triangular",
+    },
+    model="cnn-small",
+    dataset="mnist",
+    source="Wong et al. 2020 and the authors' MNIST script",
+)
 # Small batches take more steps in an epoch; a radius that grows at first spares the time at chance.
 MNIST_SPEED = replace(
     MNIST_FAST,

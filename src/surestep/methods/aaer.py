@@ -15,7 +15,7 @@ from surestep.attacks.core import attacking, input_gradient
 from surestep.attacks.losses import cross_entropy
 from surestep.methods._base import Cost, Terms, Update, register
 from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
-from surestep.methods.fgsm import OnSingleStep
+from surestep.methods._single_step import OnSingleStep
 
 
 @register("aaer")

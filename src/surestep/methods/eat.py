@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from surestep.methods._base import Cost, Terms, Update, register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
-from surestep.methods.fgsm import OnSingleStep
+from surestep.methods._single_step import OnSingleStep
 
 
 @register("eat")

@@ -1,8 +1,4 @@
-"""Instance adaptive adversarial training: each image has a radius of its own.
-
-Balaji, Goldstein & Hoffman 2019, "Instance Adaptive Adversarial Training: Improved Accuracy
-Tradeoffs in Neural Nets", arXiv 1910.08051.
-"""
+"""IAAT: every image has a radius of its own (Balaji et al. 2019)."""
 
 from __future__ import annotations
 

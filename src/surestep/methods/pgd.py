@@ -55,22 +55,3 @@ class PGD(Method):
     def cost(self, batch_size: int) -> Cost:
         """A gradient a step, one update."""
         return Cost.of(attack=self.steps, update=1)
-
-
-@register("pgd-wa")
-@dataclass
-class PGDWA(PGD):
-    """PGD-AT with weight averaging: PGD-AT, and presets whose weights are averaged."""
-
-    summary = "PGD-AT with an exponential average of the weights"
-    paper = "the FastAT benchmark 2026, arXiv 2604.22853"
-    presets = {
-        "mnist": recipe(MNIST_FAST, steps=40, alpha=0.01, settings={"ema": 0.999}),
-        "cifar10": recipe(
-            CIFAR_RESNET,
-            steps=10,
-            alpha=2 / 255,
-            settings={"ema": 0.9995, "label_smoothing": 0.4, "schedule": "onecycle"},
-            source="the FastAT benchmark's protocol, arXiv 2604.22853",
-        ),
-    }

@@ -1,8 +1,4 @@
-"""R-MGM: the predecessor of SAT-R2, by the same authors.
-
-Vivek, Baburaj & Babu 2019, "Regularizer to Mitigate Gradient Masking Effect During Single-Step
-Adversarial Training", CVPR Workshops.
-"""
+"""R-MGM, the predecessor of SAT-R2, by the same authors (Vivek et al. 2019, CVPRW)."""
 
 from __future__ import annotations
 
@@ -14,7 +10,8 @@ from torch import Tensor, nn
 from surestep.attacks.core import attacking
 from surestep.methods._base import Cost, Method, Terms, Update, register
 from surestep.methods._presets import CIFAR_SAT, MNIST_SAT, recipe
-from surestep.methods.fgsm import FGSM, RFGSM
+from surestep.methods.fgsm import FGSM
+from surestep.methods.r_fgsm import RFGSM
 from surestep.methods.sat import agreement
 
 

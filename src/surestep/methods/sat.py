@@ -25,7 +25,8 @@ from surestep.methods._presets import (
     MNIST_SPEED,
     recipe,
 )
-from surestep.methods.fgsm import FGSM, OnSingleStep, SingleStep
+from surestep.methods._single_step import OnSingleStep, SingleStep
+from surestep.methods.fgsm import FGSM
 from surestep.threat import ThreatModel
 
 

@@ -1,8 +1,4 @@
-"""Stable single-step adversarial training: as far along the step as the label takes to flip.
-
-Kim, Lee & Lee 2021, "Understanding Catastrophic Overfitting in Single-step Adversarial Training",
-AAAI, arXiv 2010.01799.
-"""
+"""SSAT: as far along the step as the label takes to flip (Kim et al. 2021)."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ from torch import Tensor, nn
 from surestep.attacks.core import attacking, forward_logits, input_gradient, misclassified
 from surestep.methods._base import Cost, register
 from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
-from surestep.methods.fgsm import RSFGSM
+from surestep.methods.rs_fgsm import RSFGSM
 
 
 @register("ssat")

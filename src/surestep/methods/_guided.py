@@ -7,15 +7,12 @@ Adversarial Training", NeurIPS.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from surestep.attacks.core import attacking, forward_logits, input_gradient
 from surestep.attacks.losses import Objective, cross_entropy, log_odds
-from surestep.methods._base import Cost, Method, Terms, Update, register
-from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
+from surestep.methods._base import Cost, Method, Terms, Update
 
 
 class Guided(Method):
@@ -71,54 +68,3 @@ class Guided(Method):
     def cost(self, batch_size: int) -> Cost:
         """One gradient (on odd steps a clean pass more), clean and adversarial in the update."""
         return Cost(3 + self._guided, 3, 2)
-
-
-@register("gat")
-@dataclass
-class GAT(Guided):
-    """GAT: squared l2 distance of the probabilities; lam rises to ``late`` times itself."""
-
-    summary = "clean cross entropy and the squared distance of probabilities, guiding the attack"
-    paper = "Sriramanan et al. 2020, arXiv 2011.14969"
-    presets = {
-        "mnist": recipe(MNIST_ZOO, lam=15.0, source="lam of Sriramanan et al. 2020, else ours"),
-        "cifar10": recipe(CIFAR_RESNET, lam=10.0),
-    }
-
-    lam: float = 10.0
-    late: float = 4.0
-    late_from: float = 0.86
-    alpha: float | None = None
-
-    def weight(self) -> float:
-        """Return lam, late in training more."""
-        return self.lam * (self.late if self.progress.done >= self.late_from else 1)
-
-    def distance(self, clean: Tensor, adversarial: Tensor) -> Tensor:
-        """Square the differences of the probabilities."""
-        return (clean.softmax(1) - adversarial.softmax(1)).square().sum()
-
-
-@register("nuat")
-@dataclass
-class NuAT(Guided):
-    """NuAT: nuclear norm of the batch's differences of logits; lam rises from 0 to ``lam``."""
-
-    summary = "clean cross entropy and the nuclear norm of the outputs' differences"
-    paper = "Sriramanan et al. 2021, NeurIPS"
-    presets = {
-        "mnist": recipe(MNIST_ZOO, lam=4.5),
-        "cifar10": recipe(CIFAR_RESNET, lam=4.5),
-        "cifar10-wa": recipe(CIFAR_RESNET, lam=4.5, settings={"ema": 0.9998}),
-    }
-
-    lam: float = 4.5
-    alpha: float | None = None
-
-    def weight(self) -> float:
-        """Return the part of lam that training has reached."""
-        return self.lam * self.progress.done
-
-    def distance(self, clean: Tensor, adversarial: Tensor) -> Tensor:
-        """Add up the singular values."""
-        return torch.linalg.svdvals(clean - adversarial).sum()

@@ -1,0 +1,114 @@
+"""Adversarial training with one gradient step, in parts, and what builds upon any of it.
+
+All of it has one form: a start, one gradient there, one step, an end. Methods differ in the start,
+in the gradient, in the step's length, and in whether the result returns to the eps ball.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from surestep.attacks.core import attacking, input_gradient
+from surestep.attacks.losses import log_odds
+from surestep.errors import UserError
+from surestep.methods._base import METHODS, Cost, Method, Update, build
+
+
+class SingleStep(Method):
+    """One gradient step from a start, then cross entropy at the result.
+
+    The parts are methods of their own, so that the regularizers can take any of these
+    perturbations for FGSM's.
+    """
+
+    train_mode: ClassVar[bool] = False
+    objective = staticmethod(log_odds)
+    ball: ClassVar[bool] = True
+    """Whether the result returns to the eps ball; else to the data range only."""
+
+    def start(self, x: Tensor) -> Tensor:
+        """Return the point (N, ...) at which the gradient is taken."""
+        return x
+
+    @property
+    def size(self) -> float:
+        """Length of the step."""
+        return self.threat.eps
+
+    def gradient(self, model: nn.Module, point: Tensor, y: Tensor) -> Tensor:
+        """Return the gradient to step along (N, ...), from a model that is ready for it."""
+        return input_gradient(model, point, y, self.objective)[0]
+
+    def finish(self, point: Tensor, x: Tensor) -> Tensor:
+        """Bring the point back to where it must lie."""
+        return self.threat.project(point, x) if self.ball else self.threat.clip(point)
+
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Return x_adv (N, ...)."""
+        with attacking(model, train_mode=self.train_mode) as inner:
+            start = self.start(x)
+            grad = self.gradient(inner, start, y)
+            return self.finish(start + self.threat.steepest_step(grad, self.size), x)
+
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+        """Train on the perturbed images."""
+        return Update(self.perturb(model, x, y), self.plain_loss(y))
+
+    def cost(self, batch_size: int) -> Cost:
+        """One gradient, one update."""
+        return Cost.of(attack=1, update=1)
+
+
+def _of_parts(cls: type[Method]) -> bool:
+    """Tell whether a method is a start, a gradient, a step and an end, and nothing else."""
+    return issubclass(cls, SingleStep) and cls.perturb is SingleStep.perturb
+
+
+class OnSingleStep(Method):
+    """A method that adds something to single-step training: to FGSM's or to another's.
+
+    Subclasses have a field ``perturbation``: a slug of this file's kind, with settings after it
+    if need be, as in ``"n-fgsm noise=1"``.
+    """
+
+    perturbation: str
+
+    def validate(self) -> None:
+        """Build the perturbation."""
+        self.base = self.single_step(self.perturbation)
+
+    def single_step(self, written: str) -> SingleStep:
+        """Return the perturbation of a name, with its settings.
+
+        Raises:
+            UserError: the method is unknown or no single-step one, or a setting is wrong.
+        """
+        slug, *rest = written.split() or [""]
+        pairs = [setting.partition("=") for setting in rest]
+        try:
+            params = {name: float(Fraction(value)) for name, _, value in pairs}
+        except (ValueError, ZeroDivisionError):
+            raise UserError(
+                f"{self.slug}: perturbation {written!r} is not a method with settings, "
+                "such as 'n-fgsm noise=1'"
+            ) from None
+        found = build(slug, self.threat, params)
+        if not _of_parts(type(found)):
+            known = [name for name, cls in METHODS.items() if _of_parts(cls)]
+            self.require(False, "perturbation", f"a single-step method: {', '.join(known)}")
+        assert isinstance(found, SingleStep)
+        return found
+
+    @property
+    def gradients(self) -> float:
+        """Input gradients that one perturbation takes."""
+        cost = self.base.cost(1)
+        return cost.input_grad - cost.weight_grad
+
+    def set_strength(self, share: float) -> None:
+        """Set it for the perturbation too."""
+        super().set_strength(share)
+        self.base.set_strength(share)

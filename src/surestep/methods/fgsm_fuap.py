@@ -1,0 +1,73 @@
+"""FGSM-FUAP: FGSM-UAP with many universal perturbations, picked by features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surestep import processes
+from surestep.attacks.core import attacking, forward_logits
+from surestep.attacks.losses import cross_entropy
+from surestep.methods._base import Cost, one_hot, register
+from surestep.methods.fgsm_uap import FGSMUAP
+
+
+@register("fgsm-fuap")
+@dataclass
+class FGSMFUAP(FGSMUAP):
+    """F-UAP: ``count`` perturbations; a linear layer picks one from the features of the image.
+
+    The features are the input of the last linear layer to run (without any, the logits), at a
+    random point of the ball.
+    The pick is an argmax, through which no gradient flows: the layer learns by policy gradient
+    that a pick with a higher loss than the batch's mean was a good one.
+    """
+
+    summary = "FGSM from one of many universal perturbations, picked by the image's features"
+
+    kept = ("_u", "_m", "_layer")
+
+    count: int = 50
+    pick_lr: float = 0.1
+
+    def validate(self) -> None:
+        """Check the number of perturbations and the layer's learning rate."""
+        super().validate()
+        self.require(self.count >= 1, "count", ">= 1")
+        self.not_negative("pick_lr")
+        self._layer = torch.zeros(0)
+
+    def choose(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, int]:
+        """Pick by the layer, and learn from the losses of the picks."""
+        with attacking(model) as inner, torch.no_grad():
+            linear = [m for m in inner.modules() if isinstance(m, nn.Linear)]
+            seen: list[Tensor] = []
+            hooks = [m.register_forward_pre_hook(lambda _, a: seen.append(a[0])) for m in linear]
+            try:
+                seen.insert(0, forward_logits(inner, self.threat.random_start(x)))
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            features = F.normalize(seen[-1].flatten(1).to(x.dtype), dim=1)
+            if self._layer.shape != (self.count, features.shape[1]):
+                # Of a seed of its own: the same in every process.
+                own = torch.Generator().manual_seed(0)
+                self._layer = torch.randn(self.count, features.shape[1], generator=own)
+            scores = features @ self._layer.to(features).T
+            group = scores.argmax(1)
+            u = self._of(self._u, self.count, x)
+            logits = forward_logits(inner, self.threat.project(x + u[group], x))
+            gain = cross_entropy(logits, y).to(x.dtype)
+            gain = gain - processes.mean(gain.mean())
+            # Of log p(pick) in the scores: the pick's indicator minus the probabilities.
+            pull = gain[:, None] * (one_hot(group, self.count).to(x.dtype) - scores.softmax(1))
+            step = processes.mean(pull.T @ features / len(x))
+            self._layer = self._layer.to(features) + self.pick_lr * step
+        return group, self.count
+
+    def cost(self, batch_size: int) -> Cost:
+        """Two passes more: the features, and the losses of the picks."""
+        return Cost(5, 3, 2)

@@ -1,0 +1,47 @@
+"""MultiGrad, of the paper of ZeroGrad: Golgooni et al. 2021, arXiv 2103.15476."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from surestep.methods._base import Cost, register
+from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
+from surestep.methods.zerograd import Doubled
+
+
+@register("multigrad")
+@dataclass
+class MultiGrad(Doubled):
+    """MultiGrad: from the image, along the signs on which several random starts agree."""
+
+    summary = "only the signs on which the gradients at several random starts agree"
+    paper = "Golgooni et al. 2021, arXiv 2103.15476"
+    presets = {
+        "mnist": recipe(MNIST_ZOO, starts=3),
+        "cifar10": recipe(CIFAR_ZOO, starts=3, source="Golgooni et al. 2021"),
+    }
+
+    starts: int = 3
+
+    def validate(self) -> None:
+        """Check the number of starts."""
+        self.require(self.starts >= 1, "starts", ">= 1")
+        super().validate()
+
+    def start(self, x: Tensor) -> Tensor:
+        """Step from the image itself."""
+        return x
+
+    def gradient(self, model: nn.Module, point: Tensor, y: Tensor) -> Tensor:
+        """Return the common signs of the gradients at random starts, zero elsewhere."""
+        votes = torch.zeros_like(point)
+        for _ in range(self.starts):
+            votes += super().gradient(model, point + self.threat.random_delta(point), y).sign()
+        return torch.where(votes.abs() == self.starts, votes, 0)
+
+    def cost(self, batch_size: int) -> Cost:
+        """A gradient a start, one update."""
+        return Cost.of(attack=self.starts, update=1)

@@ -1,0 +1,56 @@
+"""N-FGSM: de Jorge et al. 2022, arXiv 2202.01181."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from surestep.attacks.losses import cross_entropy
+from surestep.methods._base import register
+from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods._single_step import SingleStep
+
+
+@register("n-fgsm")
+@dataclass
+class NFGSM(SingleStep):
+    """N-FGSM: uniform noise of up to ``noise`` times eps, then a step of ``alpha``; no ball.
+
+    The noise is not taken back: the point may lie ``noise * eps + alpha`` from the image. Attack
+    in train mode, as RS-FGSM; ``alpha`` is eps by default.
+    """
+
+    summary = "strong uniform noise, a full step from there, not projected to the ball"
+    paper = "de Jorge et al. 2022, arXiv 2202.01181"
+    presets = {
+        # The paper has no MNIST; with its noise of 2 eps = 0.6 little is left of a digit.
+        "mnist": recipe(MNIST_FAST, noise=1.0, source="ours: as mnist-fast of the others"),
+        "cifar10": recipe(
+            CIFAR_RESNET,
+            noise=2.0,
+            settings={"epochs": 30, "lr": 0.2, "schedule": "triangular"},
+            source="de Jorge et al. 2022 (they use PreActResNet-18)",
+        ),
+    }
+    train_mode = True
+    objective = staticmethod(cross_entropy)
+    ball = False
+
+    noise: float = 2.0
+    alpha: float | None = None
+
+    def validate(self) -> None:
+        """Check the noise and alpha, or take its default."""
+        self.alpha = self.threat.eps if self.alpha is None else self.alpha
+        self.not_negative("noise", "alpha")
+
+    def start(self, x: Tensor) -> Tensor:
+        """Start in the noise."""
+        return x + self.threat.random_delta(x, self.noise * self.threat.eps)
+
+    @property
+    def size(self) -> float:
+        """Alpha."""
+        assert self.alpha is not None
+        return self.alpha

@@ -1,0 +1,53 @@
+"""RS-FGSM, "Fast": Wong, Rice & Kolter 2020, arXiv 2001.03994."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from surestep.attacks.losses import cross_entropy
+from surestep.methods._base import register
+from surestep.methods._presets import CIFAR_RESNET, MNIST_RS, recipe
+from surestep.methods._single_step import SingleStep
+
+
+@register("rs-fgsm")
+@dataclass
+class RSFGSM(SingleStep):
+    """RS-FGSM ("Fast"): a uniform start in the ball, a step of 1.25 eps, back to the ball.
+
+    The attack runs in train mode, as in the authors' code; batch statistics are left untouched.
+    The start is not clipped to the data range before the gradient. ``alpha`` is the step's size.
+    """
+
+    summary = "a uniform random start, a step of 1.25 eps, back to the ball"
+    paper = "Wong et al. 2020, arXiv 2001.03994"
+    presets = {
+        "mnist": MNIST_RS,
+        "cifar10": recipe(
+            CIFAR_RESNET,
+            alpha=10 / 255,
+            settings={"epochs": 15, "lr": 0.2, "schedule": "triangular"},
+            source="Wong et al. 2020 (they use PreActResNet-18)",
+        ),
+    }
+    train_mode = True
+    objective = staticmethod(cross_entropy)
+
+    alpha: float | None = None
+
+    def validate(self) -> None:
+        """Check alpha, or take its default."""
+        self.alpha = 1.25 * self.threat.eps if self.alpha is None else self.alpha
+        self.not_negative("alpha")
+
+    def start(self, x: Tensor) -> Tensor:
+        """Start at random in the ball."""
+        return x + self.threat.random_delta(x)
+
+    @property
+    def size(self) -> float:
+        """Alpha."""
+        assert self.alpha is not None
+        return self.alpha

@@ -228,3 +228,17 @@ def test_make_step_returns_what_fit_takes(tiny, monkeypatch):
     tiny.train("fgsm", epochs=1)
     assert len(taken) == 5
     assert type(make_step(tiny.net(), tiny.method("fgsm"), taken[0].optimizer)) is type(taken[0])
+
+
+@pytest.mark.parametrize("settings", [{}, {"awp": 0.01}])
+@pytest.mark.parametrize("method", methods.names())
+def test_the_weights_move_once_a_step(tiny, method, settings):
+    """The released code of one method of the zoo steps its optimizer twice a batch."""
+    model = tiny.net().train()
+    optimizer = make_optimizer("sgd", model.parameters(), lr=0.1)
+    moved = []
+    optimizer.register_step_post_hook(lambda *_: moved.append(1))
+    step = make_step(model, tiny.method(method), optimizer, "reference", **settings)
+    for number in (1, 2):
+        step(*tiny.data(), torch.arange(64))
+        assert len(moved) == number

@@ -196,8 +196,8 @@ class Method(ABC):
         hints = get_type_hints(type(self))
         for name in (*PARTS, *parameter_names(type(self))):
             kinds = get_args(hints[name]) or (hints[name],)
-            expected = " or ".join(kind.__name__ for kind in kinds)
-            self.require(_fits(getattr(self, name), kinds), name, f"a finite {expected}")
+            expected = " or ".join(_WORDS.get(kind, kind.__name__) for kind in kinds)
+            self.require(_fits(getattr(self, name), kinds), name, expected)
         self.require(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)")
         self.require(self.margin >= 0, "margin", ">= 0")
         self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
@@ -331,6 +331,15 @@ class Method(ABC):
                 setattr(self, name, value.clone())
             else:
                 setattr(self, name, copy.deepcopy(value))
+
+
+_WORDS = {
+    float: "a finite number",
+    int: "a whole number",
+    bool: "true or false",
+    str: "a name",
+    type(None): "none",
+}
 
 
 def _with_margin(

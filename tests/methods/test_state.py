@@ -250,11 +250,10 @@ def test_elle_a_switches_itself_on(make_task):
             net[-1].weight *= 4.0 if number in (5, 6) else 1.0
         result = method(net, task.x, task.y)
         gap = float(result.terms["gap"])
-        if gaps:
-            mean = sum(gaps) / len(gaps)
-            std = (sum((g - mean) ** 2 for g in gaps) / len(gaps)) ** 0.5
-            lam = 50.0 if gap > mean + 2 * std else 0.9 * lam
         gaps.append(gap)
+        mean = sum(gaps) / len(gaps)
+        std = (sum((g - mean) ** 2 for g in gaps) / len(gaps)) ** 0.5
+        lam = 50.0 if gap > mean + 2 * std else 0.9 * lam
         used.append(lam)
         expected = float(result.terms["ce"]) + lam * gap
         assert float(result.loss.detach()) == pytest.approx(expected, abs=1e-9)

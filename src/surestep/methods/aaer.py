@@ -24,7 +24,7 @@ class AAER(OnSingleStep):
     """AAER: the number, the loss and the spread of abnormal examples are pushed down."""
 
     summary = "RS-FGSM; examples whose loss fell along the step are regularised"
-    paper = "Lin et al. 2023, NeurIPS"
+    paper = "Lin et al. 2023, arXiv 2404.08154"
     presets = {
         "mnist": recipe(MNIST_ZOO),
         "cifar10": recipe(CIFAR_ZOO, lam=1.0, lam_loss=2.5, lam_spread=1.5),

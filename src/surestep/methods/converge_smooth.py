@@ -29,7 +29,7 @@ class ConvergeSmooth(Method):
 
     kept = ("_sums", "_epoch", "_lr", "_steady", "_centre", "base")
     summary = "another method whose loss must not jump between epochs or batches"
-    paper = "Zhao et al. 2023, ICCV"
+    paper = "Zhao et al. 2023, arXiv 2308.12857"
     presets = {
         "mnist": recipe(MNIST_ZOO, perturbation="rs-fgsm"),
         "cifar10": recipe(CIFAR_ZOO, perturbation="rs-fgsm"),
@@ -50,7 +50,9 @@ class ConvergeSmooth(Method):
         self.not_negative("gamma", "weight", "pull")
         parts = {"label_smoothing": self.label_smoothing, "margin": self.margin}
         self.base = build(self.perturbation, self.threat, {}, **parts)
-        self.remembers = self.base.remembers
+        self.remembers, self.replays = self.base.remembers, self.base.replays
+        self.second_order = self.base.second_order
+        self.dropout = max(self.dropout, self.base.dropout)
         # Of the clean loss: sum and number in this epoch, the means before; the mean weights.
         self._sums = torch.zeros(4, dtype=torch.float64)
         self._epoch, self._lr, self._steady = 0, 0.0, True

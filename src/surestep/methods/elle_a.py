@@ -37,13 +37,14 @@ class ELLEA(ELLE):
         self._history = torch.zeros(4, dtype=torch.float64)
 
     def weight(self, gap: Tensor) -> Tensor:
-        """Return the full weight where the gap is above mean + 2 std of those before it."""
+        """Return the full weight where the gap is above mean + 2 std of all so far, its own too."""
         dtype, gap = gap.dtype, processes.mean(gap).double()
         n, mean, squares, lam = self._history.to(gap.device)
-        std = (squares / n.clamp(min=1)).sqrt()
-        leapt = (n > 0) & (gap > mean + 2 * std)
+        off, n = gap - mean, n + 1
+        mean = mean + off / n
+        squares = squares + off * (gap - mean)
+        # With its own value among them no gap before the sixth can leap: so few have no spread.
+        leapt = gap > mean + 2 * (squares / n).sqrt()
         lam = torch.where(leapt, self.lam, lam * self.decay)
-        off = gap - mean
-        mean = mean + off / (n + 1)
-        self._history = torch.stack([n + 1, mean, squares + off * (gap - mean), lam])
+        self._history = torch.stack([n, mean, squares, lam])
         return lam.to(dtype)

@@ -1,0 +1,59 @@
+"""What ConvergeSmooth takes over from the method inside."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from surestep import Linf, methods
+
+EPS = 0.1
+
+
+@pytest.mark.parametrize("inside", methods.names())
+def test_the_flags_of_the_method_inside(inside):
+    ours = methods.get("converge-smooth")(Linf(EPS), perturbation=inside)
+    alone = methods.get(inside)(Linf(EPS))
+    for name in ("remembers", "second_order", "replays", "dropout"):
+        assert getattr(ours, name) == getattr(alone, name)
+
+
+def test_memory_inside_follows_the_flip(make_task):
+    task = make_task("mlp")
+    flip = SimpleNamespace(apply=lambda v: v.flip(-1), undo=lambda v: v.flip(-1))
+    ours = methods.get("converge-smooth")(Linf(EPS), perturbation="fgsm-mep")
+    alone = methods.get("fgsm-mep")(Linf(EPS))
+    for number, draw in enumerate((flip, None)):
+        seen = []
+        for method in (ours, alone):
+            method.progress = methods.Progress(step=number, steps_per_epoch=1, epochs=4, images=6)
+            torch.manual_seed(number)
+            step = method(copy.deepcopy(task.net), task.x, task.y, task.index, draw)
+            seen.append(step.x_adv)
+        assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize(("before", "sign"), [(0.98, 1.0), (0.96, 0.0), (0.5, 0.0)])
+def test_the_limit_lies_between_two_gammas(before, sign):
+    """T is 0.03 at 0.6 of the rate, the last rise above that, but at most 0.05."""
+    method = methods.get("converge-smooth")(Linf(EPS), gamma=0.05)
+    sums = torch.tensor([0.0, 0.0, 1.0, before], dtype=torch.float64)
+    method.load_state_dict({**method.state_dict(), "sums": sums, "lr": 0.1})
+    method.progress = methods.Progress(step=1, steps_per_epoch=4, epochs=4, lr=0.06)
+    assert float(method._sign(torch.tensor(1.035))) == sign
+
+
+def test_the_mean_weights_survive_a_resume(make_task):
+    task, losses = make_task("mlp"), []
+    made = [methods.get("converge-smooth")(Linf(EPS), perturbation="fgsm", pull=0.3) for _ in "ab"]
+    for epoch in range(2):
+        made[0].progress = methods.Progress(step=2 * epoch, steps_per_epoch=2, epochs=4, lr=0.1)
+        made[0](copy.deepcopy(task.net), task.x, task.y)
+    made[1].load_state_dict(copy.deepcopy(made[0].state_dict()))
+    with torch.no_grad():
+        task.net[-1].weight *= 2
+    for method in made:
+        method.progress = methods.Progress(step=3, steps_per_epoch=2, epochs=4, lr=0.1)
+        losses.append(method(copy.deepcopy(task.net), task.x, task.y).loss.detach())
+    assert torch.equal(*losses)

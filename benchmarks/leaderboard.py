@@ -252,9 +252,10 @@ def table(lines: list[Means]) -> str:
     )
     for line in lines:
         spread = "" if line["spread"] is None else f" ± {line['spread']:.1f}"
+        ratio = "" if math.isnan(line["ratio"]) else f"{line['ratio']:.2f}"
         name = f"~~{line['entry']}~~ masked" if line["masked"] else line["entry"]
         text += (
-            f"| {name} | {line['seeds']} | {line['passes']:.3g} | {line['ratio']:.2f} | "
+            f"| {name} | {line['seeds']} | {line['passes']:.3g} | {ratio} | "
             f"{line['clean']:.1f} | {line['fgsm']:.1f} | {line['worst']:.1f}{spread} | "
             f"{line['found']:.0f} | {line['verdict']} |\n"
         )

@@ -1,0 +1,72 @@
+"""The board's arithmetic: what is run, and how rows become lines."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from surestep import methods, runs
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def board():
+    sys.path.insert(0, str(FOLDER))
+    try:
+        spec = importlib.util.spec_from_file_location("leaderboard", FOLDER / "leaderboard.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["leaderboard"] = module
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(FOLDER))
+        del sys.modules["leaderboard"]
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_every_row_is_a_run_that_can_be_made(board, name):
+    found = list(board.rows(name, [], None))
+    settings = board.BOARDS[name]
+    assert len(found) == settings.seeds * len(settings.eps) * len(board.entries(settings))
+    if name == "mnist":
+        assert set(methods.names()) <= {entry for entry, _ in found}
+    for _, row in found:
+        config = runs.resolve({"method": row.method, "seed": row.seed, **row.changes}, row.recipe)
+        assert runs.build_method(config).slug == row.method
+        assert config.epochs == settings.settings["epochs"]
+    # All methods have one seed before any has two.
+    seeds = [row.seed for _, row in found]
+    assert seeds == sorted(seeds)
+
+
+def line(entry, seed, worst, verdict, seconds):
+    return {
+        **{"entry": entry, "seed": str(seed), "passes": "5", "clean": "0.9", "fgsm": "0.8"},
+        **{"found": "0.5", "worst_case": str(worst), "verdict": verdict},
+        "train_cpu_seconds": str(seconds),
+    }
+
+
+def test_lines_are_means_and_a_masked_seed_marks_the_method(board):
+    rows = [
+        line("standard", 0, 0.0, "not robust", 50),
+        line("standard", 1, 0.0, "not robust", 30),
+        line("one", 0, 0.8, "robust", 80),
+        line("one", 1, 0.6, "pseudo-robust", 80),
+        line("two", 0, 0.75, "robust", 120),
+    ]
+    two, one, standard = board.means(rows)
+    assert [two["entry"], one["entry"], standard["entry"]] == ["two", "one", "standard"]
+    assert one["worst"] == pytest.approx(70)
+    assert one["spread"] == pytest.approx(14.142, abs=1e-3)
+    assert two["spread"] is None
+    assert (one["ratio"], two["ratio"]) == (2.0, 3.0)
+    assert (one["masked"], two["masked"]) == (True, False)
+    text = board.table([two, one, standard])
+    assert "| two | 1 | 5 | 3.00 | 90.0 | 80.0 | 75.0 | 50 | robust |" in text
+    assert "~~one~~ masked" in text
+    assert "robust (1), pseudo-robust (1)" in text

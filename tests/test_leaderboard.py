@@ -70,3 +70,20 @@ def test_lines_are_means_and_a_masked_seed_marks_the_method(board):
     assert "| two | 1 | 5 | 3.00 | 90.0 | 80.0 | 75.0 | 50 | robust |" in text
     assert "~~one~~ masked" in text
     assert "robust (1), pseudo-robust (1)" in text
+
+
+def test_the_best_sat_is_held_against_the_best_of_the_rest(board):
+    rows = [
+        line("standard", 0, 0.0, "not robust", 40),
+        line("sat-r2", 0, 0.7, "robust", 80),
+        line("sat-r1", 0, 0.9, "pseudo-robust", 80),
+        line("sat-r2 + ema", 0, 0.75, "robust", 100),
+        line("pgd", 0, 0.78, "robust", 400),
+    ]
+    text = board.against(board.means(rows))
+    assert "The best SAT alone: **sat-r2**, 70.0 at 2.00 times the time" in text
+    assert "**sat-r2 + ema**, 75.0 at 2.50" in text
+    assert "**pgd**, 78.0 at 10.00" in text
+    assert "-3.0 points" in text
+    # Nothing to compare with.
+    assert board.against(board.means(rows[1:2])) == ""

@@ -241,6 +241,15 @@ class SATR1(SAT):
     presets = {
         "mnist": recipe(MNIST_SAT, lam=0.2, steps=10),
         "mnist-fast": recipe(MNIST_FAST, lam=0.2, steps=10, fraction=1 / 32),
+        "mnist-lite": recipe(
+            MNIST_FAST,
+            lam=0.2,
+            steps=10,
+            fraction=1 / 32,
+            every=4,
+            settings={"epochs": 4, "batch_size": 64, "lr": 0.05, "eps_warmup": 1.0},
+            source="ours: benchmarks/search.py, benchmarks/step_cost.py",
+        ),
         "cifar10": recipe(CIFAR_SAT, lam=0.2, steps=3),
     }
 

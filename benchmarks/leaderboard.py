@@ -95,7 +95,7 @@ BOARDS = {
     ),
     "cifar10": Board(
         {
-            **{"model": "preactresnet10-slim", "normalize": True, "epochs": 5, "batch_size": 128},
+            **{"model": "preactresnet10-slim", "normalize": True, "epochs": 4, "batch_size": 128},
             **{"lr": 0.1, "optimizer": "sgd", "weight_decay": 5e-4, "schedule": "onecycle"},
             **{"warmup": 0.0, "augment": "crop-flip"},
         },
@@ -104,7 +104,7 @@ BOARDS = {
         steps=20,
         n=1000,
         audit_n=100,
-        params={"pgd": {"steps": 7, "alpha": None}, "pgd-wa": {"steps": 7, "alpha": None}},
+        params={"pgd": {"steps": 7, "alpha": None}, "trades": {"steps": 7, "alpha": None}},
         only=(
             *("standard", "fgsm", "rs-fgsm", "n-fgsm", "sat-r1", "sat-r2", "sat-r3", "pgd"),
             *("gradalign", "trades", "fgsm-mep", "nuat", "aaer"),

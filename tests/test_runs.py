@@ -29,6 +29,18 @@ class TestResolve:
         assert runs.resolve({}, "none") == RunConfig()
         assert runs.resolve({"method": "sat-r3"}, "none") == RunConfig(method="sat-r3")
 
+    def test_a_presets_lengths_follow_eps_unless_given(self):
+        """RS-FGSM's step is 1.25 eps, SAT-R3's short step a quarter of eps, at any eps."""
+        twice = {"eps": "16/255", "dataset": "cifar10"}
+        assert runs.resolve({"method": "rs-fgsm", **twice}).params == {"alpha": 20 / 255}
+        found = runs.resolve({"method": "sat-r3", **twice, "params": {"alpha": "1/255"}}).params
+        assert found["eps_low"] == pytest.approx(4 / 255)
+        assert found["alpha"] == pytest.approx(1 / 255)
+        assert (found["lam"], found["tau"]) == (1.0, 0.6)
+        # None stays the method's own default.
+        given = {"method": "pgd", **twice, "params": {"alpha": None}}
+        assert runs.resolve(given).params["alpha"] is None
+
     @pytest.mark.parametrize(
         ("slug", "name"), [(s, p) for s in methods.names() for p in methods.get(s).presets]
     )

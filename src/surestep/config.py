@@ -142,7 +142,11 @@ class RunConfig(FitSettings):
         None, ge=0, description="Threshold of sparsified activations, set by `surestep harden`"
     )
     norm: Literal["linf", "l2"] = Field("linf", description="Norm of the threat model")
-    eps: Ratio = Field(0.3, ge=0, description="Radius of the threat model: 0.3 or 8/255")
+    eps: Ratio = Field(
+        0.3,
+        ge=0,
+        description="Radius of the threat model: 0.3 or 8/255; a preset's lengths change with it",
+    )
     device: str | None = Field(
         None, description="Where to run: cpu, cuda, cuda:1, mps; by default the best"
     )

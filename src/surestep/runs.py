@@ -46,8 +46,9 @@ def resolve(values: Mapping[str, Any], preset: str | None = None) -> RunConfig:
     """Complete a user's settings with a preset's.
 
     A preset brings data set, model, eps, the method's parameters and the training settings;
-    what the user gives explicitly wins. Without a preset's name, the one called as the data set
-    is taken if the method has it.
+    what the user gives explicitly wins. At another eps than the preset's, its step sizes and other
+    lengths change in proportion. Without a preset's name, the one called as the data set is taken
+    if the method has it.
 
     Args:
         values: by the names of ``RunConfig``'s fields.
@@ -74,10 +75,14 @@ def resolve(values: Mapping[str, Any], preset: str | None = None) -> RunConfig:
         **chosen.settings,
         **values,
     }
-    params = values.get("params") or {}
-    if isinstance(params, Mapping):
-        merged["params"] = {**chosen.params, **params}
-    return parse(RunConfig, merged)
+    given = values.get("params") or {}
+    config = parse(RunConfig, {**merged, "params": given})
+    scale = config.eps / chosen.eps
+    params = {
+        name: value * scale if scale != 1 and name in cls.lengths and value is not None else value
+        for name, value in chosen.params.items()
+    }
+    return config.model_copy(update={"params": {**params, **config.params}})
 
 
 def build_threat(config: RunConfig) -> ThreatModel:

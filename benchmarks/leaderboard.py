@@ -62,6 +62,7 @@ class Board:
         n: test images judged.
         audit_n: test images audited.
         params: per method, what the protocol changes.
+        params_at: the same per method and radius.
         only: the methods; all if empty.
     """
 
@@ -72,6 +73,7 @@ class Board:
     n: int
     audit_n: int
     params: dict[str, dict[str, Any]] = field(default_factory=dict)
+    params_at: dict[tuple[str, float], dict[str, Any]] = field(default_factory=dict)
     only: tuple[str, ...] = ()
 
 
@@ -105,6 +107,7 @@ BOARDS = {
         n=1000,
         audit_n=100,
         params={"pgd": {"steps": 7, "alpha": None}, "trades": {"steps": 7, "alpha": None}},
+        params_at={("gradalign", 16 / 255): {"lam": 2.0}},
         only=(
             *("standard", "fgsm", "rs-fgsm", "n-fgsm", "sat-r1", "sat-r2", "sat-r3", "pgd"),
             *("gradalign", "trades", "fgsm-mep", "nuat", "aaer"),
@@ -141,7 +144,11 @@ def rows(name: str, only: list[str], seeds: list[int] | None) -> Iterator[tuple[
     for seed in range(board.seeds) if seeds is None else seeds:
         for entry, own in chosen.items():
             for eps in board.eps:
-                params = {**board.params.get(own["method"], {}), **own.get("params", {})}
+                params = {
+                    **board.params.get(own["method"], {}),
+                    **board.params_at.get((own["method"], eps), {}),
+                    **own.get("params", {}),
+                }
                 changes = {**QUICK, **board.settings, **own, "params": params, "eps": eps}
                 del changes["method"]
                 yield entry, Row(own["method"], name, seed, changes)

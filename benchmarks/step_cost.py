@@ -295,13 +295,15 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="peak memory instead of seconds")
     parser.add_argument("--max-memory", type=float, metavar="GIB", help="limit, with --memory")
     parser.add_argument("--out", type=Path, help="CSV to add the rows to")
-    parser.add_argument("--table", action="store_true", help="print what --out holds, as Markdown")
+    parser.add_argument(
+        "--table", type=Path, metavar="CSV", help="print what the file holds, as Markdown"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         return one(args)
     if args.table:
-        return table(read(args.out))
+        return table(read(args.table))
     if args.memory:
         return peak_memory(args)
     for batch in args.batch_size:

@@ -123,6 +123,8 @@ COMBINED: dict[str, dict[str, Any]] = {
         "params": {"perturbation": "n-fgsm noise=1/2"},
     },
     "sat-r2 on rs-fgsm": {"method": "sat-r2", "params": {"perturbation": "rs-fgsm"}},
+    "sat-r2 + eps warm-up": {"method": "sat-r2", "eps_warmup": 0.7},
+    "sat-r1 + eps warm-up": {"method": "sat-r1", "eps_warmup": 0.7},
 }
 """SAT with the parts that combine with any method."""
 NAMED = ("fgsm", "rs-fgsm", "n-fgsm", "pgd", "trades", "free")

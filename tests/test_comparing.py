@@ -19,8 +19,8 @@ import pytest
 import torch
 import yaml
 
-from surestep import UserError, comparing
-from surestep.comparing import Comparison, Failure, Number, Row, compare, compare_runs, save
+from surestep import UserError, auditing, comparing, evaluation, runs
+from surestep.comparing import Comparison, Failure, Number, Row, _run, compare, compare_runs, save
 from surestep.data import Images
 
 HOSTILE = "a|b_[red]&%\\<script>$\n#{x}"
@@ -108,11 +108,11 @@ class World:
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     made = World()
-    monkeypatch.setattr(comparing, "_measured", made.train)
-    monkeypatch.setattr(comparing.runs, "load", made.load)
-    monkeypatch.setattr(comparing.runs, "load_data", made.load_data)
-    monkeypatch.setattr(comparing.evaluation, "evaluate", made.evaluate)
-    monkeypatch.setattr(comparing.auditing, "audit", made.audit)
+    monkeypatch.setattr(_run, "_measured", made.train)
+    monkeypatch.setattr(runs, "load", made.load)
+    monkeypatch.setattr(runs, "load_data", made.load_data)
+    monkeypatch.setattr(evaluation, "evaluate", made.evaluate)
+    monkeypatch.setattr(auditing, "audit", made.audit)
     return made
 
 
@@ -122,8 +122,8 @@ def run_of(world: World, tmp_path: Path):
 
     def make(name: str, epochs: int | None = None, **settings: Any) -> Path:
         values = {"method": "sat-r2", **SHORT, **settings}
-        config = comparing.runs.resolve(values, values.pop("preset"))
-        world.write(tmp_path / name, comparing._whole(config).model_dump(mode="json"), epochs)
+        config = runs.resolve(values, values.pop("preset"))
+        world.write(tmp_path / name, _run.whole(config).model_dump(mode="json"), epochs)
         return tmp_path / name
 
     return make
@@ -592,21 +592,21 @@ class TestMeasuring:
 
     def test_peak_memory_is_the_childs(self):
         told: list[str] = []
-        code, peak, error = comparing._measured(["--version"], told.append)
+        code, peak, error = _run._measured(["--version"], told.append)
         assert (code, error, told) == (0, "", [])
         # This process holds torch, and a fork of it would be told to have needed as much.
         unit = 1 if sys.platform == "darwin" else 1024
         assert 1 < peak * unit / 1e6 < 100
 
     def test_the_error_line_is_passed_on(self):
-        code, _, error = comparing._measured(["trian"], lambda _: None)
+        code, _, error = _run._measured(["trian"], lambda _: None)
         assert code == 2
         assert error.startswith("unknown command 'trian': did you mean 'train'?")
 
     def test_the_end_of_the_comparison_ends_the_training(self):
         sleep = [sys.executable, "-I", "-c", "import time; time.sleep(100)"]
         ended = subprocess.run(
-            [sys.executable, "-I", "-c", comparing._MEASURE, *sleep],
+            [sys.executable, "-I", "-c", _run.MEASURE, *sleep],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -19,6 +19,18 @@ from torch import Tensor, nn
 from surestep.errors import UserError
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, unless it is there.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot make the folder {folder}: {e.strerror or e}") from e
+
+
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write a file so that a crash leaves either the old or the new one.
 

@@ -60,7 +60,7 @@ def trained_here(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         main([*arguments, "--quiet"])
         return 0, 300_000, ""
 
-    monkeypatch.setattr(comparing, "_measured", train)
+    monkeypatch.setattr(comparing._run, "_measured", train)
     return calls
 
 

@@ -276,7 +276,7 @@ def write_model_info(
             cannot be written.
     """
     # Where it is needed only: it imports torch, which reading entries does without.
-    from surestep.files import write_atomically
+    from surestep.files import make_folder, write_atomically
 
     missing = [key for key in KEYS if key not in info]
     if missing:
@@ -294,10 +294,7 @@ def write_model_info(
     path = Path(folder) / model_info_path(known.dataset, norm, surname, year, first)
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists: give a suffix for another model, or overwrite=True")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot make {path.parent}: {e.strerror or e}") from e
+    make_folder(path.parent)
     write_atomically(path, json.dumps(dict(info), indent=2, ensure_ascii=False) + "\n")
     return path
 

@@ -97,10 +97,7 @@ def save_plots(report: Report, folder: str | Path) -> list[Path]:
             missing.
     """
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot make the folder {folder}: {e.strerror}") from e
+    files.make_folder(folder)
     written = []
     for plot in plots(report):
         for ending in (".png", ".svg"):

@@ -1,0 +1,393 @@
+"""Compare methods over seeds, or runs that exist: who shares a row, and what the table says."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surestep import methods as zoo
+from surestep import runs
+from surestep.comparing._run import (
+    KEPT,
+    Asked,
+    Failed,
+    Job,
+    bring_to_end,
+    epochs_done,
+    finished,
+    numbers_of,
+    read,
+    whole,
+)
+from surestep.comparing._table import COLUMNS, Comparison, Failure, Number, Row, Tell
+from surestep.config import RunConfig
+from surestep.data import Images
+from surestep.devices import pick_device
+from surestep.errors import UserError
+from surestep.evaluation import suite
+
+ATTACKS = ("fgsm", "pgd-100", "pgd-100-margin")
+"""The attacks of a comparison, unless others are asked for."""
+
+SEVERITY = ("pseudo-robust", "not robust", "inconclusive", "robust")
+"""Verdicts, the most severe first: what looks robust and is not comes before what is plainly
+not."""
+
+_ALIKE = ("dataset", "norm", "eps")
+# What may differ between two runs of one row: neither changes what is learnt.
+_NO_MATTER = ("seed", "tensorboard", "checkpoint_every")
+
+
+def compare(
+    methods: Sequence[str],
+    seeds: int | Sequence[int] = 3,
+    *,
+    out: str | Path,
+    preset: str | None = None,
+    attacks: Sequence[str] | None = None,
+    budget: str | None = None,
+    audit: str | None = "quick",
+    n: int = 1000,
+    tell: Tell = lambda _: None,
+    **settings: Any,
+) -> Comparison:
+    """Train methods with several seeds each and judge them alike.
+
+    Every run is trained into ``out/<method>-seed<k>``, one after another, each in a process of
+    its own, then evaluated and audited on test images. What is known of a run is kept there in
+    ``comparison.json``: called again, finished runs are skipped and a half-finished one goes on.
+
+    A run that fails does not end the comparison; it is named in ``failures``.
+
+    Args:
+        methods: slugs, as `surestep methods` lists them.
+        seeds: how many, from 0, or which.
+        out: the folder for the run folders.
+        preset: as of ``surestep train``: by default each method's for the data set, or "none".
+        attacks: of the evaluation; by default ``ATTACKS``.
+        budget: instead of ``attacks``: "quick", "standard" or "thorough".
+        audit: budget of the audit; None for no audit.
+        n: test images, the first ones.
+        tell: called with a line on what is being done.
+        settings: of training, by the names of ``RunConfig``: dataset, eps, epochs, ...
+
+    Returns:
+        The table, with a row for each method of which a run succeeded.
+
+    Raises:
+        UserError: unknown names, no method or seed, invalid settings, methods whose data set or
+            threat model differ, run folders or kept results of other settings, or no run succeeded.
+    """
+    asked = _asked(attacks, budget, audit, n)
+    for name, instead in (("method", "methods"), ("seed", "seeds")):
+        if name in settings:
+            raise UserError(f"{name} is no setting of a comparison: give {instead}")
+    names = _distinct("method", list(methods))
+    numbers = _distinct("seed", list(range(seeds)) if isinstance(seeds, int) else list(seeds))
+    for name in names:
+        zoo.get(name)
+    out, jobs = _folder(out), []
+    for name in names:
+        for number in numbers:
+            config = runs.resolve({**settings, "method": name, "seed": number}, preset)
+            label = f"{name}-seed{number}"
+            jobs.append(Job(label, out / label, whole(config), out / label / KEPT, trains=True))
+    return _compare(jobs, asked, tell)
+
+
+def compare_runs(
+    folders: Sequence[str | Path],
+    *,
+    out: str | Path | None = None,
+    attacks: Sequence[str] | None = None,
+    budget: str | None = None,
+    audit: str | None = "quick",
+    n: int = 1000,
+    device: str | None = None,
+    tell: Tell = lambda _: None,
+) -> Comparison:
+    """Judge finished runs alike.
+
+    Runs that differ in the seed only share a row. Peak memory is known of runs that ``compare``
+    trained.
+
+    Args:
+        folders: as written by ``surestep train``.
+        out: a folder to keep each run's results in, so that a comparison that was stopped can
+            go on; None keeps nothing.
+        attacks: of the evaluation; by default ``ATTACKS``.
+        budget: instead of ``attacks``: "quick", "standard" or "thorough".
+        audit: budget of the audit; None for no audit.
+        n: test images, the first ones.
+        device: by default the best there is.
+        tell: called with a line on what is being done.
+
+    Raises:
+        UserError: a folder is no finished run, two are the same run, or their test images or
+            threat models differ; or no run could be judged.
+    """
+    asked = _asked(attacks, budget, audit, n)
+    place = None if out is None else _folder(out)
+    jobs: list[Job] = []
+    for folder in _distinct("run folder", [Path(f) for f in folders]):
+        config = runs.read_config(folder)
+        done = epochs_done(folder)
+        if not finished(folder, config):
+            raise UserError(
+                f"{folder} is not finished (epoch {done} of {config.epochs}): go on with surestep "
+                f"train --resume {folder}"
+            )
+        base = folder.resolve().name
+        taken = [job.label for job in jobs]
+        label = next(k for k in _numbered(base) if k not in taken)
+        kept = None if place is None else place / label / KEPT
+        jobs.append(Job(label, folder, whole(config), kept, trains=False, device=device))
+    return _compare(jobs, asked, tell)
+
+
+def _asked(attacks: Sequence[str] | None, budget: str | None, audit: str | None, n: int) -> Asked:
+    if attacks is not None and budget is not None:
+        raise UserError("attacks and budget exclude each other: give one of them")
+    if audit is not None:
+        suite.budget(audit)
+    if n < 1:
+        raise UserError(f"n {n}: give 1 test image or more")
+    if attacks is None:
+        attacks = ATTACKS if budget is None else suite.budget(budget)
+    return Asked(tuple(dict.fromkeys(attacks)), audit, n)
+
+
+def _distinct(what: str, values: list[Any]) -> list[Any]:
+    """Refuse an empty list and one that names something twice."""
+    if not values:
+        raise UserError(f"there is nothing to compare: give at least one {what}")
+    twice = next((v for k, v in enumerate(values) if v in values[:k]), None)
+    if twice is not None:
+        raise UserError(f"{what} {str(twice)!r} is named twice: leave one of them out")
+    return values
+
+
+def _folder(out: str | Path) -> Path:
+    if Path(out).exists() and not Path(out).is_dir():
+        raise UserError(f"{out} is a file: give a folder for the results")
+    return Path(out)
+
+
+def _numbered(base: str) -> Iterable[str]:
+    yield base
+    number = 2
+    while True:
+        yield f"{base}-{number}"
+        number += 1
+
+
+def _compare(jobs: list[Job], asked: Asked, tell: Tell) -> Comparison:
+    """Check everything, then train and judge one run after another."""
+    images = _check_alike(jobs)
+    rows = _group(jobs)
+    suite.parse_all(asked.attacks, runs.build_threat(jobs[0].config))
+    kept = {job.label: read(job, asked) for job in jobs}
+    outcomes, failures = {}, []
+    for k, job in enumerate(jobs, 1):
+        try:
+            told = f"{job.label} ({k} of {len(jobs)})"
+            outcomes[job.label] = bring_to_end(job, kept[job.label], asked, images, told, tell)
+        except (UserError, Failed) as e:
+            failures.append(Failure(job.label, str(e), isinstance(e, Failed) and e.fault))
+            tell(f"{job.label} failed: {e}")
+    if not outcomes:
+        first = failures[0]
+        if first.fault:
+            raise RuntimeError(f"{first.run}: {first.message}")
+        raise UserError(f"no run succeeded; {first.run}: {first.message}")
+    return _conclude(jobs, rows, outcomes, failures, asked)
+
+
+def _check_alike(jobs: list[Job]) -> Images:
+    """Refuse runs that were not made for the same images and threat model; return the images."""
+    first = jobs[0]
+    images = runs.load_data(first.config, "test")
+    known = {(first.config.data, first.config.image_size): images}
+    for job in jobs[1:]:
+        for name in _ALIKE:
+            one, other = getattr(first.config, name), getattr(job.config, name)
+            if one != other:
+                raise UserError(
+                    f"{first.name} and {job.name} cannot be compared: {name} {one!r} and {other!r}"
+                )
+        place = (job.config.data, job.config.image_size)
+        if place not in known:
+            # Two places may hold the same data; two archives of one kind need not.
+            known[place] = runs.load_data(job.config, "test")
+        if not _same(images, known[place]):
+            raise UserError(
+                f"{first.name} and {job.name} cannot be compared: their test images differ "
+                f"({first.config.data} and {job.config.data})"
+            )
+    return images
+
+
+def _same(one: Images, other: Images) -> bool:
+    if one is other:
+        return True
+    alike = one.x.shape == other.x.shape and one.x.dtype == other.x.dtype
+    return alike and torch.equal(one.x, other.x) and torch.equal(one.y, other.y)
+
+
+def _group(jobs: list[Job]) -> dict[str, list[Job]]:
+    """Return the runs by row: those that differ in the seed only share one.
+
+    Raises:
+        UserError: two are the same run, which would make the deviation too small.
+    """
+    groups: list[list[Job]] = []
+    for job in jobs:
+        for group in groups:
+            if _settings(group[0].config) == _settings(job.config):
+                group.append(job)
+                break
+        else:
+            groups.append([job])
+    for group in groups:
+        seen: dict[int, str] = {}
+        for job in group:
+            if job.config.seed in seen:
+                raise UserError(
+                    f"{seen[job.config.seed]} and {job.name} are the same run (method "
+                    f"{job.config.method}, seed {job.config.seed}): leave one of them out"
+                )
+            seen[job.config.seed] = job.name
+    return dict(zip(_row_names(groups), groups, strict=True))
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """Return all that makes a row, the hyperparameters among the others."""
+    values = config.model_dump(mode="json", exclude={*_NO_MATTER, "params"})
+    return {**values, **config.params}
+
+
+def _row_names(groups: list[list[Job]]) -> list[str]:
+    """Return the methods, with the settings in which rows of one method differ."""
+    names = []
+    for group in groups:
+        mine = _settings(group[0].config)
+        same = [_settings(g[0].config) for g in groups if g[0].config.method == mine["method"]]
+        told = ", ".join(
+            f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
+            for key, value in mine.items()
+            if any(other[key] != value for other in same)
+        )
+        names.append(f"{mine['method']} ({told})" if told else mine["method"])
+    return names
+
+
+def _conclude(
+    jobs: list[Job],
+    groups: dict[str, list[Job]],
+    outcomes: dict[str, dict[str, Any]],
+    failures: list[Failure],
+    asked: Asked,
+) -> Comparison:
+    """Make the table of what each run gave."""
+    ended = [job for job in jobs if job.label in outcomes]
+    found = {job.label: numbers_of(job, outcomes[job.label]) for job in ended}
+    rows = []
+    for name, group in groups.items():
+        done = [job for job in group if job.label in outcomes]
+        if not done:
+            continue
+        numbers = {}
+        for key in COLUMNS:
+            values = [found[job.label].get(key) for job in done]
+            known = [value for value in values if value is not None]
+            if known:
+                numbers[key] = Number.of(known)
+        verdicts = [outcomes[job.label]["audit"]["verdict"] for job in done if asked.audit]
+        counts = {v: verdicts.count(v) for v in SEVERITY if v in verdicts}
+        rows.append(Row(name, [job.config.seed for job in done], numbers, counts))
+    config, first = jobs[0].config, next(iter(outcomes.values()))
+    return Comparison(
+        rows=rows,
+        runs=[
+            {
+                "run": job.label,
+                "method": job.config.method,
+                "seed": job.config.seed,
+                **found[job.label],
+                **_judged(outcomes[job.label]["audit"]),
+            }
+            for job in ended
+        ],
+        failures=failures,
+        dataset=config.dataset,
+        threat={"norm": config.norm, "eps": config.eps},
+        n=first["evaluation"]["n"],
+        attacks=list(asked.attacks),
+        audit=asked.audit,
+        notes=_notes(jobs, groups, rows, outcomes, failures, asked),
+    )
+
+
+def _judged(audit: Mapping[str, Any] | None) -> dict[str, Any]:
+    if audit is None:
+        return {}
+    return {key: audit[key] for key in ("verdict", "sentence", "found_accuracy", "found_by")}
+
+
+def _notes(
+    jobs: list[Job],
+    groups: dict[str, list[Job]],
+    rows: list[Row],
+    outcomes: dict[str, dict[str, Any]],
+    failures: list[Failure],
+    asked: Asked,
+) -> list[str]:
+    """Say what a reader must know to read the table right."""
+    notes = []
+    pgd = [name for name in asked.attacks if name.startswith("pgd-")]
+    if len(pgd) > 1:
+        notes.append(f"PGD is the lower of the accuracies under {' and '.join(pgd)}, run by run.")
+    if "autoattack" in asked.attacks and len(asked.attacks) > 1:
+        notes.append(
+            "AutoAttack attacks what the other attacks left: its accuracy includes theirs."
+        )
+    below = []
+    for name, group in groups.items():
+        done = [outcomes[job.label] for job in group if job.label in outcomes]
+        gaps = [
+            (o["audit"]["found_accuracy"], o["evaluation"]["worst_case_accuracy"])
+            for o in done
+            if asked.audit
+        ]
+        if any(found < worst for found, worst in gaps):
+            below.append(f"{name} {statistics.fmean(found for found, _ in gaps):.1%}")
+    if below:
+        notes.append(f"The audit's attacks leave less than the worst case: {', '.join(below)}.")
+    different = _different(groups)
+    if different:
+        notes.append(f"The runs were trained with different settings: {'; '.join(different)}.")
+    if any("peak_memory_mb" in row.numbers for row in rows):
+        memory = "Peak memory is the training process's resident memory"
+        devices = {pick_device(job.device or job.config.device).type for job in jobs}
+        notes.append(f"{memory}, on the host only." if devices != {"cpu"} else f"{memory}.")
+    if failures:
+        named = ", ".join(failure.run for failure in failures)
+        notes.append(f"Without {named}, of which there is no result.")
+    return notes
+
+
+def _different(groups: Mapping[str, list[Job]]) -> list[str]:
+    """Name the training settings that differ between rows: presets bring their own."""
+    told = []
+    configs = {name: group[0].config for name, group in groups.items()}
+    for key in RunConfig.model_fields:
+        if key in ("method", "params", "data", *_NO_MATTER):
+            continue
+        values = {name: getattr(config, key) for name, config in configs.items()}
+        if len(set(values.values())) > 1:
+            told.append(f"{key} {', '.join(f'{v} ({name})' for name, v in values.items())}")
+    return told

@@ -1,0 +1,294 @@
+"""One run of a comparison: trained in a process of its own, judged, and kept as soon as known."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surestep import auditing, evaluation, files, runs
+from surestep.comparing._table import Tell
+from surestep.config import RunConfig, parse, to_yaml
+from surestep.data import Images
+from surestep.errors import UserError
+from surestep.training import checkpoint
+from surestep.training.run_folder import RunFolder
+
+OUTCOME_FORMAT, OUTCOME_VERSION = "surestep-outcome", 1
+
+# Starts the training and reports its exit code and peak memory. A process in between, since on
+# Linux a process starts with the peak of the one it was forked from, and the comparison's own,
+# which attacks, may be far above the training's. When its standard input ends, the comparison is
+# gone, however it died, and the training is ended: the next one must have the folder to itself.
+MEASURE = """
+import os, signal, subprocess, sys, threading
+child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+def watch():
+    os.read(0, 1)
+    os.kill(child.pid, signal.SIGTERM)
+threading.Thread(target=watch, daemon=True).start()
+if hasattr(os, "wait4"):
+    _, status, usage = os.wait4(child.pid, 0)
+    code, peak = os.waitstatus_to_exitcode(status), usage.ru_maxrss
+else:
+    code, peak = child.wait(), 0
+print(code, peak, flush=True)
+os._exit(0)
+"""
+_ERROR = "surestep: error: "
+KEPT = "comparison.json"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How every run is judged."""
+
+    attacks: tuple[str, ...]
+    audit: str | None
+    n: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"attacks": list(self.attacks), "audit": self.audit, "n": self.n}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of a comparison, perhaps still to be trained."""
+
+    label: str
+    folder: Path
+    config: RunConfig
+    kept: Path | None
+    trains: bool
+    device: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What an error calls it: two folders may have the same last name."""
+        return self.label if self.trains else str(self.folder)
+
+
+class Failed(Exception):
+    """A training that ended without a result."""
+
+    def __init__(self, message: str, *, fault: bool) -> None:
+        super().__init__(message)
+        self.fault = fault
+
+
+def whole(config: RunConfig) -> RunConfig:
+    """Spell out every hyperparameter, as a run folder does."""
+    params = runs.build_method(config).params()
+    return parse(RunConfig, {**config.model_dump(), "params": params})
+
+
+def epochs_done(folder: Path) -> int:
+    """Return how many epochs a run has ended."""
+    return len(RunFolder(folder).history())
+
+
+def finished(folder: Path, config: RunConfig) -> bool:
+    """Tell whether a run is trained to the end and its weights are written.
+
+    Of an epoch the rows are written first, then the weights, then the checkpoint; a kill may come
+    between.
+    """
+    run = RunFolder(folder)
+    history = run.history()
+    if len(history) < math.ceil(config.epochs) or not run.weights.is_file():
+        return False
+    steps = [int(path.stem.removeprefix("step-")) for path in checkpoint.found(run.checkpoints)]
+    # Without any, they were removed to save space.
+    return not steps or max(steps) >= int(history[-1]["step"])
+
+
+def read(job: Job, asked: Asked) -> dict[str, Any]:
+    """Return what is known of a run, before anything is made.
+
+    Raises:
+        UserError: the folder is of a run with other settings, or what is kept was made in another
+            way.
+    """
+    if job.trains and RunFolder(job.folder).config.is_file():
+        begun = whole(runs.read_config(job.folder))
+        for name in RunConfig.model_fields:
+            one, other = getattr(begun, name), getattr(job.config, name)
+            if one != other:
+                raise UserError(
+                    f"{job.folder} was begun with {name} {one!r}, this comparison has {other!r}: "
+                    "give the same, or another --out"
+                )
+    fresh: dict[str, Any] = {
+        "format": OUTCOME_FORMAT,
+        "version": OUTCOME_VERSION,
+        "settings": asked.to_dict(),
+        "weights": None,
+        "peak_memory_mb": None,
+        "evaluation": None,
+        "audit": None,
+    }
+    paths = [job.kept] if job.kept is not None else []
+    if job.kept is None or not job.kept.is_file():
+        # A run that an earlier comparison trained brings its peak memory along.
+        paths = [job.folder / KEPT]
+    for path in paths:
+        found = _kept(path)
+        if found is None:
+            continue
+        if found["settings"] == fresh["settings"]:
+            return found
+        if path != job.kept:
+            return fresh | {key: found[key] for key in ("weights", "peak_memory_mb")}
+        name = next(k for k, v in fresh["settings"].items() if found["settings"].get(k) != v)
+        one, other = (_told(s["settings"].get(name)) for s in (found, fresh))
+        raise UserError(
+            f"{path} was made with {name} {one}, this comparison has {other}: give the same, or "
+            "another --out"
+        )
+    return fresh
+
+
+def _told(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value or "none")
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    """Read the outcome of a run; None if there is none.
+
+    Raises:
+        UserError: the file is damaged or something else.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read ({e}): delete it to judge the run again") from e
+    if not isinstance(found, dict) or found.get("format") != OUTCOME_FORMAT:
+        raise UserError(f"{path} is no outcome of a run: delete it, or give another --out")
+    return found
+
+
+def bring_to_end(
+    job: Job, kept: dict[str, Any], asked: Asked, images: Images, told: str, tell: Tell
+) -> dict[str, Any]:
+    """Bring a run to its end: train, evaluate, audit, whatever of these is missing."""
+    trained = None
+    if job.trains and not finished(job.folder, job.config):
+        tell(f"training {told}")
+        trained = _train(job, tell)
+    weights = hashlib.sha256(RunFolder(job.folder).weights.read_bytes()).hexdigest()[:16]
+    if weights != kept["weights"]:
+        # New, or other ones than were judged.
+        kept = kept | {"weights": weights, "peak_memory_mb": trained}
+        kept |= {"evaluation": None, "audit": None}
+        _write(job, kept)
+    missing = [k for k in ("evaluation", "audit") if kept[k] is None]
+    if asked.audit is None and "audit" in missing:
+        missing.remove("audit")
+    if missing:
+        run = runs.load(job.folder, job.device or job.config.device)
+        if "evaluation" in missing:
+            tell(f"evaluating {told}")
+            state = job.kept and job.kept.with_name(f"comparison-{weights}.state")
+            found = evaluation.evaluate(
+                run.model, images, run.threat, asked.attacks, n=asked.n, state=state
+            )
+            kept = kept | {"evaluation": found.to_dict()}
+            _write(job, kept)
+            if state:
+                state.unlink(missing_ok=True)
+        if asked.audit is not None:
+            tell(f"auditing {told}")
+            judged = auditing.audit(run.model, images, run.threat, budget=asked.audit, n=asked.n)
+            kept = kept | {"audit": judged.to_dict()}
+            _write(job, kept)
+    return kept
+
+
+def _write(job: Job, kept: dict[str, Any]) -> None:
+    if job.kept is not None:
+        files.make_folder(job.kept.parent)
+        files.write_atomically(job.kept, json.dumps(kept, indent=2) + "\n")
+
+
+def _train(job: Job, tell: Tell) -> float | None:
+    """Train a run, or go on with it, in a process of its own; return its peak memory in MB.
+
+    Raises:
+        Failed: it ended without a result.
+        KeyboardInterrupt: it was stopped from the keyboard.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        if RunFolder(job.folder).config.is_file():
+            arguments = ["--resume", str(job.folder)]
+        else:
+            files.make_folder(job.folder.parent)
+            settings = Path(place) / "config.yaml"
+            settings.write_text(to_yaml(job.config.model_dump(mode="json")), "utf-8")
+            arguments = ["--config", str(settings), "--out", str(job.folder)]
+        code, peak, error = _measured(["train", *arguments], tell)
+    if code in (130, -2):  # by its own handler, or before that was there
+        raise KeyboardInterrupt
+    if code < 0:
+        raise Failed(f"the training was killed by signal {-code}", fault=False)
+    if code:
+        raise Failed(error or f"the training ended with exit code {code}", fault=code != 2)
+    # Kilobytes, but on a Mac bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return peak * unit / 1e6 if peak else None
+
+
+def _measured(arguments: list[str], tell: Tell) -> tuple[int, int, str]:
+    """Run a command of surestep; return its exit code, peak memory as told, and error line."""
+    command = [sys.executable, "-I", "-c", MEASURE, sys.executable, "-m", "surestep", *arguments]
+    error = ""
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        assert process.stderr
+        try:
+            for line in process.stderr:
+                if line.startswith(_ERROR):
+                    error = line.removeprefix(_ERROR).strip()
+                else:
+                    tell(f"  {line.rstrip()}")
+            code, peak = process.stdout.read().split() or ("-9", "0")
+        except BaseException:
+            # End of its standard input: it ends the training, and is waited for.
+            process.stdin.close()
+            process.wait()
+            raise
+    return int(code), int(peak), error
+
+
+def numbers_of(job: Job, outcome: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return the numbers of one run by the keys of ``COLUMNS``."""
+    robust = outcome["evaluation"]["robust_accuracy"]
+    pgd = [value for name, value in robust.items() if name.startswith("pgd-")]
+    return {
+        "clean_accuracy": outcome["evaluation"]["clean_accuracy"],
+        "fgsm": robust.get("fgsm"),
+        "pgd": min(pgd, default=None),
+        "autoattack": robust.get("autoattack"),
+        "worst_case_accuracy": outcome["evaluation"]["worst_case_accuracy"],
+        "passes": runs.build_method(job.config).cost(job.config.batch_size).total,
+        "seconds": RunFolder(job.folder).history()[-1].get("train_seconds"),
+        "peak_memory_mb": outcome["peak_memory_mb"],
+    }

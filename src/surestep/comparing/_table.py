@@ -1,0 +1,361 @@
+"""What a comparison found: its numbers, rows and notes, and how they are written."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import json
+import platform
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import surestep
+from surestep import files, report
+from surestep.errors import UserError
+
+FORMAT, VERSION = "surestep-comparison", 1
+
+COLUMNS = {
+    "clean_accuracy": "clean",
+    "fgsm": "FGSM",
+    "pgd": "PGD",
+    "autoattack": "AutoAttack",
+    "worst_case_accuracy": "worst case",
+    "passes": "passes per image",
+    "seconds": "training seconds",
+    "peak_memory_mb": "peak memory MB",
+}
+"""The numbers of a row, with their titles."""
+
+_SHARES = ("clean_accuracy", "fgsm", "pgd", "autoattack", "worst_case_accuracy")
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number of a row.
+
+    Attributes:
+        mean: over the seeds.
+        std: the sample standard deviation; None of a single seed.
+        n: how many seeds.
+    """
+
+    mean: float
+    std: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Number:
+        """Build the number of one value a seed."""
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        return cls(statistics.fmean(values), spread, len(values))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method in a comparison.
+
+    Attributes:
+        method: its slug; where runs of one method differ in settings, with these.
+        seeds: of its runs.
+        numbers: by the keys of ``COLUMNS``; accuracies are shares. What is not known is not there.
+        verdicts: how many runs got each verdict, the most severe first; empty without an audit.
+    """
+
+    method: str
+    seeds: list[int]
+    numbers: dict[str, Number]
+    verdicts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str | None:
+        """The most severe verdict over the seeds; None without an audit."""
+        return next(iter(self.verdicts), None)
+
+    @property
+    def verdict_text(self) -> str:
+        """The most severe verdict, with the counts if the seeds disagree."""
+        if len(self.verdicts) < 2:
+            return self.verdict or ""
+        (worst, count), *others = self.verdicts.items()
+        rest = ", ".join(f"{name} {k}" for name, k in others)
+        return f"{worst} ({count} of {sum(self.verdicts.values())}; {rest})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers, strings, lists and dicts; what is not known is None."""
+        known = {key: asdict(number) for key, number in self.numbers.items()}
+        return {
+            "method": self.method,
+            "seeds": self.seeds,
+            **{key: known.get(key) for key in COLUMNS},
+            "verdict": self.verdict,
+            "verdicts": self.verdicts,
+        }
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that gave no result.
+
+    Attributes:
+        run: its name in the comparison.
+        message: why, in one line.
+        fault: it was a fault of surestep, not a mistake or a full disk.
+    """
+
+    run: str
+    message: str
+    fault: bool = False
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison found.
+
+    Attributes:
+        rows: one a method, in the order they were named.
+        runs: one dict a run: its name, method, seed and numbers, verdict and its sentence.
+        failures: runs that gave no result; they are in no row.
+        dataset: what it was judged on.
+        threat: norm and eps.
+        n: test images.
+        attacks: of the evaluation.
+        audit: budget of the audits; None without.
+        notes: what a reader of the table must know, a line each.
+    """
+
+    rows: list[Row]
+    runs: list[dict[str, Any]]
+    failures: list[Failure]
+    dataset: str
+    threat: dict[str, Any]
+    n: int
+    attacks: list[str]
+    audit: str | None
+    notes: list[str]
+
+    @property
+    def title(self) -> str:
+        """What the numbers are, in a line."""
+        threat = f"{self.threat['norm']} eps {self.threat['eps']:.4g}"
+        counts = {len(row.seeds) for row in self.rows}
+        spread = ""
+        if max(counts) > 1:
+            over = f" over {counts.pop()} seeds" if len(counts) == 1 else ""
+            spread = f", mean ± standard deviation{over}"
+        return f"accuracy in % on {self.n:,} test images of {self.dataset}, {threat}{spread}"
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Return the table as texts: the titles and one list a row.
+
+        A column of which nothing is known is left out; so are the seeds where every row has the
+        same number of them.
+        """
+        keys = [key for key in COLUMNS if any(key in row.numbers for row in self.rows)]
+        audited = any(row.verdicts for row in self.rows)
+        uneven = len({len(row.seeds) for row in self.rows}) > 1
+        titles, body = ["method"], [[row.method] for row in self.rows]
+
+        def add(title: str, texts: Iterable[str]) -> None:
+            titles.append(title)
+            for line, text in zip(body, texts, strict=True):
+                line.append(text)
+
+        if uneven:
+            add("seeds", (str(len(row.seeds)) for row in self.rows))
+        for key in keys:
+            if key == "passes" and audited:
+                add("verdict", (row.verdict_text for row in self.rows))
+            add(COLUMNS[key], (_cell(key, row.numbers.get(key)) for row in self.rows))
+        return titles, body
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers, strings, lists and dicts, as written by ``--json``."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "dataset": self.dataset,
+            "threat": self.threat,
+            "n": self.n,
+            "attacks": self.attacks,
+            "audit": self.audit,
+            "rows": [row.to_dict() for row in self.rows],
+            "runs": self.runs,
+            "failures": [asdict(failure) for failure in self.failures],
+            "notes": self.notes,
+        }
+
+    def to_csv(self) -> str:
+        """Return the table as CSV: unrounded, mean and deviation in columns of their own."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        parts = [f"{key}_{part}" for key in COLUMNS for part in ("mean", "std")]
+        writer.writerow(["method", "seeds", *parts, "verdict", "verdicts"])
+        for row in self.rows:
+            numbers = [row.numbers.get(key) for key in COLUMNS]
+            values = [v for number in numbers for v in (_mean(number), _std(number))]
+            counts = "; ".join(f"{name} {count}" for name, count in row.verdicts.items())
+            writer.writerow([_line(row.method), len(row.seeds), *values, row.verdict, counts])
+        return text.getvalue()
+
+    def to_markdown(self) -> str:
+        """Return the table as Markdown, its notes below.
+
+        Raises:
+            UserError: tabulate is not installed.
+        """
+        titles, body = self.table()
+        texts = [[_markdown(text) or "–" for text in line] for line in body]
+        table = need_tabulate().tabulate(
+            texts, titles, tablefmt="pipe", disable_numparse=True, colalign=_align(titles)
+        )
+        lines = "".join(f"- {_markdown(note)}\n" for note in self.notes)
+        return f"{table}\n\n{_markdown(self.title)}\n" + (f"\n{lines}" if lines else "")
+
+    def to_latex(self) -> str:
+        """Return the table as LaTeX (package booktabs), title and notes as comments above.
+
+        Raises:
+            UserError: tabulate is not installed.
+        """
+        titles, body = self.table()
+        texts = [[_line(text) or "–" for text in line] for line in body]
+        table: str = need_tabulate().tabulate(
+            texts, titles, tablefmt="latex_booktabs", disable_numparse=True, colalign=_align(titles)
+        )
+        text = "".join(f"% {_line(line)}\n" for line in (self.title, *self.notes)) + f"{table}\n"
+        # tabulate escapes what LaTeX reads; these two would depend on the encoding it is told.
+        return text.replace("±", "$\\pm$").replace("–", "--")
+
+
+def need_tabulate() -> Any:
+    """Import tabulate.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module("tabulate")
+    except ImportError as e:
+        raise UserError(
+            "Markdown and LaTeX tables need tabulate: pip install 'surestep[report]'"
+        ) from e
+
+
+def _align(titles: Sequence[str]) -> list[str]:
+    return ["left" if title in ("method", "verdict") else "right" for title in titles]
+
+
+def _line(text: str) -> str:
+    """Bring a text onto one line: a line break would end the row."""
+    return " ".join(text.split())
+
+
+def _markdown(text: str) -> str:
+    """Escape what Markdown or a browser would read as something else than text."""
+    text = _line(text).replace("&", "&amp;").replace("<", "&lt;")
+    return "".join(f"\\{c}" if c in "\\|*_`[]" else c for c in text)
+
+
+def _mean(number: Number | None) -> float | None:
+    return None if number is None else number.mean
+
+
+def _std(number: Number | None) -> float | None:
+    return None if number is None else number.std
+
+
+def _cell(key: str, number: Number | None) -> str:
+    if number is None:
+        return ""
+    if key == "passes":
+        # Counted, not measured: a deviation would say nothing.
+        return f"{number.mean:.4g}"
+    scale = 100 if key in _SHARES else 1
+    digits = 1 if key in _SHARES or number.mean < 100 else 0
+    text = f"{scale * number.mean:.{digits}f}"
+    return text if number.std is None else f"{text} ± {scale * number.std:.{digits}f}"
+
+
+def save(
+    comparison: Comparison,
+    folder: str | Path,
+    *,
+    command: str = "",
+    versions: Mapping[str, Any] | None = None,
+    tell: Tell = lambda _: None,
+) -> list[Path]:
+    """Write comparison.json, .csv, .md and .tex, report.html, and its plots as PNG and SVG.
+
+    What needs a package that is not installed is left out, and ``tell`` is told.
+
+    Args:
+        comparison: what to write.
+        folder: where; made if it is not there.
+        command: that made it.
+        versions: of packages; by default those of surestep, torch and Python.
+        tell: called with a line for each file that is left out.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    folder = Path(folder)
+    files.make_folder(folder)
+    versions = versions or {
+        "surestep": surestep.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    made = {**comparison.to_dict(), "command": command, "versions": dict(versions)}
+    page = _page(comparison, command, versions)
+    texts: list[tuple[str, Callable[[], str]]] = [
+        ("comparison.json", lambda: json.dumps(made, indent=2) + "\n"),
+        ("comparison.csv", comparison.to_csv),
+        ("comparison.md", comparison.to_markdown),
+        ("comparison.tex", comparison.to_latex),
+        ("report.html", page.to_html),
+    ]
+    written = []
+    for name, make in texts:
+        try:
+            text = make()
+        except UserError as e:
+            tell(f"{name} left out: {e}")
+            # Of an earlier comparison: beside the new numbers it would mislead.
+            (folder / name).unlink(missing_ok=True)
+            continue
+        files.write_atomically(folder / name, text)
+        written.append(folder / name)
+    if folder / "report.html" in written:
+        written += report.save_plots(page, folder / "plots")
+    return written
+
+
+def _page(comparison: Comparison, command: str, versions: Mapping[str, Any]) -> report.Report:
+    seeds = {"training": sorted({seed for row in comparison.rows for seed in row.seeds})}
+    return report.Report(
+        f"Comparison of {', '.join(row.method for row in comparison.rows)}",
+        comparison=[row.to_dict() for row in comparison.rows],
+        command=command,
+        versions=versions,
+        seeds={name: ", ".join(map(str, values)) for name, values in seeds.items()},
+        config={
+            "data set": comparison.dataset,
+            "norm": comparison.threat["norm"],
+            "eps": comparison.threat["eps"],
+            "test images": comparison.n,
+            "attacks": ", ".join(comparison.attacks),
+            "audit": comparison.audit or "none",
+        },
+    )

@@ -151,6 +151,26 @@ def _accelerator(device: torch.device, run: RunFolder | None, *, tensorboard: bo
     return Accelerator(cpu=cpu, log_with="tensorboard", project_dir=run.folder)
 
 
+def _check_together(config: FitSettings, method: Method) -> None:
+    """Refuse settings that exclude each other."""
+    if config.compile and config.max_memory:
+        raise UserError(
+            f"compile and max_memory ({config.max_memory:g}) do not go together: what is "
+            "computed twice is not compiled; leave one of them out"
+        )
+    if config.max_memory and (method.dropout or method.second_order):
+        why = "drops activations" if method.dropout else "differentiates gradients"
+        raise UserError(
+            f"{method.slug} {why}, which cannot be computed a second time: leave max_memory "
+            f"({config.max_memory:g}) out"
+        )
+    if config.ema and config.swa:
+        raise UserError(
+            f"ema ({config.ema:g}) and swa ({config.swa:g}) both average the weights: "
+            "leave one of them out"
+        )
+
+
 @dataclass
 class _Progress:
     """How far a run is: everything in a checkpoint that is a plain number."""
@@ -208,6 +228,7 @@ class _Trainer:
         validation: Any,
         quiet: bool,
     ) -> None:
+        _check_together(config, method)
         checkpoint.seed_everything(config.seed + accelerator.process_index)
         self.model, self.method, self.config, self.run = model, method, config, run
         # Validation attacks with all of eps from the first epoch on.
@@ -255,20 +276,9 @@ class _Trainer:
         config = self.config
         engine = Engine.choose(config.engine, config.precision, device)
         stepped = engine.place(model)
-        if config.compile and config.max_memory:
-            raise UserError(
-                f"compile and max_memory ({config.max_memory:g}) do not go together: what is "
-                "computed twice is not compiled; leave one of them out"
-            )
         if config.compile:
             # The step's network alone: batches of validation shrink, and each size is compiled.
             stepped = cast(nn.Module, torch.compile(stepped))
-        if config.max_memory and (method.dropout or method.second_order):
-            why = "drops activations" if method.dropout else "differentiates gradients"
-            raise UserError(
-                f"{method.slug} {why}, which cannot be computed a second time: leave max_memory "
-                f"({config.max_memory:g}) out"
-            )
         if config.max_memory:
             shape = image_shape(train)
             stepped = fit_into(model, method, engine, shape, self.share, config.max_memory)
@@ -280,11 +290,6 @@ class _Trainer:
             weight_decay=config.weight_decay,
         )
         self.average = None
-        if config.ema and config.swa:
-            raise UserError(
-                f"ema ({config.ema:g}) and swa ({config.swa:g}) both average the weights: "
-                "leave one of them out"
-            )
         if config.ema or config.swa:
             self.average = WeightAverage(model, config.ema)
         self._best: dict[str, Tensor] = {}

@@ -1,4 +1,6 @@
 import re
+import runpy
+from pathlib import Path
 
 import pytest
 from families import joined
@@ -110,3 +112,11 @@ def test_card(slug):
     assert len(text) > 300
     paper = methods.get(slug).paper
     assert "arXiv" not in paper or paper.split("arXiv ")[1] in text
+
+
+def test_the_page_of_methods_is_up_to_date():
+    script = Path(__file__).parents[2] / "docs" / "methods.py"
+    namespace = runpy.run_path(str(script))
+    assert script.with_name("methods.md").read_text("utf-8") == namespace["page"](), (
+        "run python docs/methods.py"
+    )

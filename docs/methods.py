@@ -1,0 +1,35 @@
+"""Write methods.md, the table of all methods, from the registry: python docs/methods.py"""
+
+from pathlib import Path
+
+from surestep import Linf, methods
+
+PAGE = Path(__file__).with_name("methods.md")
+CARDS = "../src/surestep/methods/cards"
+HEAD = """# Methods
+
+All that `surestep train --method NAME` takes, the cheapest step first; `surestep methods NAME`
+shows the card that a name here leads to: what it is for, hyperparameters, formulas, known
+failures. Passes are forward, input-gradient and weight-gradient passes per image of a step at
+batch size 128, of about equal work; standard training takes 3. How they compare under one
+protocol: [leaderboard.md](leaderboard.md). This page is written by `python docs/methods.py`.
+
+| method | passes | what a step does | source | presets |
+|---|---|---|---|---|
+"""
+
+
+def page() -> str:
+    """Return the page as Markdown."""
+    lines = []
+    for name in methods.names():
+        cls = methods.get(name)
+        passes = cls(Linf(0.3)).cost(128).total
+        presets = ", ".join(f"`{preset}`" for preset in cls.presets)
+        cells = (f"[{name}]({CARDS}/{name}.md)", f"{passes:.3g}", cls.summary, cls.paper, presets)
+        lines.append((passes, name, f"| {' | '.join(cells)} |\n"))
+    return HEAD + "".join(line for _, _, line in sorted(lines))
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), "utf-8")

@@ -297,6 +297,14 @@ class TestWriting:
             files.write_atomically(tmp_path / parent / "f", b"")
 
 
+def test_a_folder_is_made_with_those_above_it_once(tmp_path):
+    for _ in range(2):
+        files.make_folder(tmp_path / "a" / "b")
+    (tmp_path / "a" / "file").touch()
+    with pytest.raises(UserError, match=r"cannot make the folder .*file.c: Not a directory"):
+        files.make_folder(tmp_path / "a" / "file" / "c")
+
+
 class TestWeights:
     def test_round_trip_in_any_memory_format(self, tmp_path):
         net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))

@@ -124,7 +124,11 @@ COMBINED: dict[str, dict[str, Any]] = {
     },
     "sat-r2 on rs-fgsm": {"method": "sat-r2", "params": {"perturbation": "rs-fgsm"}},
     "sat-r2 + eps warm-up": {"method": "sat-r2", "eps_warmup": 0.7},
-    "sat-r1 + eps warm-up": {"method": "sat-r1", "eps_warmup": 0.7},
+    "sat-r1 + eps warm-up": {
+        "method": "sat-r1",
+        "eps_warmup": 0.7,
+        "params": {"fraction": 1 / 4, "steps": 5, "lam": 1.0},
+    },
 }
 """SAT with the parts that combine with any method."""
 NAMED = ("sat-r1", "sat-r2", "sat-r3", "fgsm", "rs-fgsm", "n-fgsm", "pgd", "trades", "free")

@@ -117,7 +117,7 @@ BOARDS = {
 COMBINED: dict[str, dict[str, Any]] = {
     "sat-r2 + hypersphere": {"method": "sat-r2", "head": "hypersphere"},
     "sat-r2 + ema": {"method": "sat-r2", "ema": 0.99},
-    "sat-r2 + awp": {"method": "sat-r2", "awp": 0.005},
+    "sat-r2 + awp": {"method": "sat-r2", "awp": 0.001},
     "sat-r2 on n-fgsm": {
         "method": "sat-r2",
         "params": {"perturbation": "n-fgsm noise=1/2"},

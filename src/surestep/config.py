@@ -77,7 +77,7 @@ class FitSettings(BaseModel):
         None, gt=0, lt=1, description="Share of training after which weights are averaged (0.75)"
     )
     awp: float | None = Field(
-        None, gt=0, description="Adversarial weight perturbation: relative size (0.01)"
+        None, gt=0, description="Adversarial weight perturbation: relative size, 0.001 to 0.01"
     )
     augment: Literal["none", "crop-flip"] = Field(
         "none", description="Augmentation of the training images"

@@ -104,9 +104,9 @@ BOARDS = {
         steps=20,
         n=1000,
         audit_n=100,
-        params={"pgd": {"steps": 7, "alpha": None}, "trades": {"steps": 7, "alpha": None}},
+        params={"pgd": {"steps": 7}, "trades": {"steps": 7}},
         # Not GradAlign: torch differentiates the gradients of batch norm pixel by pixel, and on
-        # two cores its step takes as long as twenty standard ones.
+        # two cores its step takes as long as 21 standard ones (step_cost.py).
         only=(
             *("standard", "fgsm", "rs-fgsm", "n-fgsm", "sat-r1", "sat-r2", "sat-r3", "pgd"),
             *("aaer", "nuat", "fgsm-cuap", "fgsm-mep", "trades"),
@@ -117,10 +117,7 @@ COMBINED: dict[str, dict[str, Any]] = {
     "sat-r2 + hypersphere": {"method": "sat-r2", "head": "hypersphere"},
     "sat-r2 + ema": {"method": "sat-r2", "ema": 0.99},
     "sat-r2 + awp": {"method": "sat-r2", "awp": 0.001},
-    "sat-r2 on n-fgsm": {
-        "method": "sat-r2",
-        "params": {"perturbation": "n-fgsm noise=1/2"},
-    },
+    "sat-r2 on n-fgsm": {"method": "sat-r2", "params": {"perturbation": "n-fgsm noise=1/2"}},
     "sat-r2 on rs-fgsm": {"method": "sat-r2", "params": {"perturbation": "rs-fgsm"}},
     "sat-r2 + eps warm-up": {"method": "sat-r2", "eps_warmup": 0.7},
     "sat-r1 + eps warm-up": {
@@ -149,10 +146,7 @@ def rows(name: str, only: list[str], seeds: list[int] | None) -> Iterator[tuple[
     for seed in range(board.seeds) if seeds is None else seeds:
         for entry, own in chosen.items():
             for eps in board.eps:
-                params = {
-                    **board.params.get(own["method"], {}),
-                    **own.get("params", {}),
-                }
+                params = {**board.params.get(own["method"], {}), **own.get("params", {})}
                 changes = {**QUICK, **board.settings, **own, "params": params, "eps": eps}
                 del changes["method"]
                 yield entry, Row(own["method"], name, seed, changes)

@@ -55,7 +55,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "sat-r2": ("sat-r2", {}),
     "sat-r3": ("sat-r3", {}),
     "pgd-7": ("pgd", {"steps": 7, "alpha": 0.06}),
+    # The dear ones, measured when named.
     "pgd-40": ("pgd", {"steps": 40, "alpha": 0.01}),
+    "gradalign": ("gradalign", {}),
 }
 EPS = 0.3
 
@@ -287,7 +289,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default="lenet+")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[32, 128])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS)[:-1], choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS)[:-2], choices=list(METHODS))
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--engine", default="auto", choices=("auto", "fast", "reference"))
     parser.add_argument("--peers", action="store_true", help="also the peers' ways")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from surestep import Linf, methods
+from surestep import methods
 
 PAGE = Path(__file__).with_name("methods.md")
 CARDS = "../src/surestep/methods/cards"
@@ -22,13 +22,12 @@ protocol: [leaderboard.md](leaderboard.md). This page is written by `python docs
 def page() -> str:
     """Return the page as Markdown."""
     lines = []
-    for name in methods.names():
-        cls = methods.get(name)
-        passes = cls(Linf(0.3)).cost(128).total
-        presets = ", ".join(f"`{preset}`" for preset in cls.presets)
-        cells = (f"[{name}]({CARDS}/{name}.md)", f"{passes:.3g}", cls.summary, cls.paper, presets)
-        lines.append((passes, name, f"| {' | '.join(cells)} |\n"))
-    return HEAD + "".join(line for _, _, line in sorted(lines))
+    for row in methods.overview():
+        name, presets = row["name"], ", ".join(f"`{preset}`" for preset in row["presets"])
+        passes = f"{row['passes']:.3g}"
+        cells = (f"[{name}]({CARDS}/{name}.md)", passes, row["summary"], row["paper"], presets)
+        lines.append(f"| {' | '.join(cells)} |\n")
+    return HEAD + "".join(lines)
 
 
 if __name__ == "__main__":

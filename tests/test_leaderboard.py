@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
+import leaderboard as board
 import pytest
 
 from surestep import methods, runs
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def board():
-    sys.path.insert(0, str(FOLDER))
-    try:
-        spec = importlib.util.spec_from_file_location("leaderboard", FOLDER / "leaderboard.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["leaderboard"] = module
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(FOLDER))
-        del sys.modules["leaderboard"]
-
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
-def test_every_row_is_a_run_that_can_be_made(board, name):
+def test_every_row_is_a_run_that_can_be_made(name):
     found = list(board.rows(name, [], None))
     settings = board.BOARDS[name]
     assert len(found) == settings.seeds * len(settings.eps) * len(board.entries(settings))
@@ -51,7 +32,7 @@ def line(entry, seed, worst, verdict, seconds):
     }
 
 
-def test_lines_are_means_and_a_masked_seed_marks_the_method(board):
+def test_lines_are_means_and_a_masked_seed_marks_the_method():
     rows = [
         line("standard", 0, 0.0, "not robust", 50),
         line("standard", 1, 0.0, "not robust", 30),
@@ -72,7 +53,7 @@ def test_lines_are_means_and_a_masked_seed_marks_the_method(board):
     assert "robust (1), pseudo-robust (1)" in text
 
 
-def test_the_best_sat_is_held_against_the_best_of_the_rest(board):
+def test_the_best_sat_is_held_against_the_best_of_the_rest():
     rows = [
         line("standard", 0, 0.0, "not robust", 40),
         line("sat-r2", 0, 0.7, "robust", 80),

@@ -78,11 +78,8 @@ def resolve(values: Mapping[str, Any], preset: str | None = None) -> RunConfig:
     given = values.get("params") or {}
     config = parse(RunConfig, {**merged, "params": given})
     scale = config.eps / chosen.eps
-    params = {
-        name: value * scale if scale != 1 and name in cls.lengths and value is not None else value
-        for name, value in chosen.params.items()
-    }
-    return config.model_copy(update={"params": {**params, **config.params}})
+    lengths = {k: v * scale for k in cls.lengths if (v := chosen.params.get(k))}
+    return config.model_copy(update={"params": {**chosen.params, **lengths, **config.params}})
 
 
 def build_threat(config: RunConfig) -> ThreatModel:

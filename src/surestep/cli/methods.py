@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 from surestep.cli._options import json_option, write_json
@@ -34,7 +32,6 @@ def methods(name: str | None, new_name: str | None, where: str, json_file: str |
 
     import surestep.methods as zoo
     from surestep import scaffold
-    from surestep.threat import Linf
 
     console = Console()
     if name == "new":
@@ -53,20 +50,7 @@ def methods(name: str | None, new_name: str | None, where: str, json_file: str |
             console.print(Markdown(text)) if console.is_terminal else click.echo(text)
         write_json({"name": name, "card": text}, json_file)
         return
-    rows: list[dict[str, Any]] = []
-    for slug in zoo.names():
-        cls = zoo.get(slug)
-        cost = cls(Linf(0.3)).cost(128)
-        rows.append(
-            {
-                "name": slug,
-                "summary": cls.summary,
-                "paper": cls.paper,
-                "passes": cost.total,
-                "presets": list(cls.presets),
-            }
-        )
-    rows.sort(key=lambda row: (row["passes"], row["name"]))
+    rows = zoo.overview()
     if json_file != "-":
         table = Table(box=None, header_style="bold")
         for column in ("method", "passes", "what a step does", "presets"):

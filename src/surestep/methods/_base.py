@@ -26,7 +26,7 @@ from surestep.attacks.core import check_inputs, forward_logits
 from surestep.errors import UserError, look_up, unknown_name
 from surestep.methods._dropout import dropping
 from surestep.methods._memory import Draw
-from surestep.threat import ThreatModel
+from surestep.threat import Linf, ThreatModel
 
 P = ParamSpec("P")
 
@@ -412,6 +412,21 @@ def get(slug: str) -> type[Method]:
 def names() -> list[str]:
     """Return the slugs of all methods."""
     return sorted(METHODS)
+
+
+def overview(batch_size: int = 128) -> list[dict[str, Any]]:
+    """Return a row a method, the cheapest step first: name, summary, paper, passes, presets."""
+    rows = [
+        {
+            "name": slug,
+            "summary": cls.summary,
+            "paper": cls.paper,
+            "passes": cls(Linf(0.3)).cost(batch_size).total,
+            "presets": list(cls.presets),
+        }
+        for slug, cls in METHODS.items()
+    ]
+    return sorted(rows, key=lambda row: (row["passes"], row["name"]))
 
 
 def parameter_names(cls: type[Method]) -> list[str]:

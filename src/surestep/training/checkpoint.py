@@ -51,7 +51,7 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     Raises:
         UserError: the disk is full or the place cannot be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     path = folder / f"step-{step:08d}.safetensors"
     files.save_tree(path, state)
     for old in found(folder)[:-_KEPT]:

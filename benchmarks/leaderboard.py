@@ -217,24 +217,30 @@ Means = dict[str, Any]
 def means(found: list[dict[str, str]]) -> list[Means]:
     """Return a line an entry, the best worst case first; seconds as a ratio to standard training.
 
-    The ratio is to the standard rows of the same board and radius, or of any radius.
+    The ratio is to the standard rows of the same board, radius and kind of machine; rows on a
+    machine without one count for their accuracy alone.
     """
     groups: dict[str, list[dict[str, str]]] = {}
     for one in found:
         groups.setdefault(one["entry"], []).append(one)
-    plain = [float(r["train_cpu_seconds"]) for r in groups.get("standard", ())]
+    plain: dict[str, list[float]] = {}
+    for one in groups.get("standard", ()):
+        plain.setdefault(one["machine"], []).append(float(one["train_cpu_seconds"]))
     lines = []
     for entry, mine in groups.items():
         worst = [100 * float(r["worst_case"]) for r in mine]
         verdicts = [r["verdict"] for r in mine]
-        seconds = statistics.mean(float(r["train_cpu_seconds"]) for r in mine)
+        ratios = [
+            float(r["train_cpu_seconds"]) / statistics.mean(plain[r["machine"]])
+            for r in mine
+            if r["machine"] in plain
+        ]
         lines.append(
             {
                 "entry": entry,
                 "seeds": len(mine),
                 "passes": float(mine[0]["passes"]),
-                "ratio": seconds / statistics.mean(plain) if plain else math.nan,
-                "seconds": seconds,
+                "ratio": statistics.mean(ratios) if ratios else math.nan,
                 **{
                     key: statistics.mean(100 * float(r[key]) for r in mine)
                     for key in ("clean", "fgsm", "found")

@@ -8,7 +8,8 @@ A recipe passes a threshold if the mean of its seeds' worst cases does: per imag
 PGD-100 on cross entropy and on the margin, all 10,000 test images, from a full-radius start. The
 seconds are those of the training steps, all cores, in the same engine for all; no validation runs,
 and nothing is selected. Each run has a process of its own. Run it on an idle machine: seeds come
-in turns, recipe after recipe, so that slow minutes fall on all of them.
+in turns, recipe after recipe, so that slow minutes fall on all of them. Rows of another kind of
+machine do not count: their seconds say nothing here.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from _table import FIELDS, QUICK, Row, append, read, run_alone, train_and_judge
+from _table import FIELDS, QUICK, Row, append, machine, read, run_alone, train_and_judge
 
 THRESHOLDS = (80, 85, 90)
 RECIPES: dict[str, dict[str, Any]] = {
@@ -34,10 +35,12 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 def table(rows: list[dict[str, str]]) -> None:
     """Print a line a recipe: seconds, worst case, the thresholds that its mean passes."""
-    print("| recipe | seeds | epochs | seconds | clean | FGSM | worst case | passes |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name in dict.fromkeys(f"{row['method']}/{row['recipe']}" for row in rows):
-        mine = [row for row in rows if f"{row['method']}/{row['recipe']}" == name]
+    print("| recipe | machine | seeds | epochs | seconds | clean | FGSM | worst case | passes |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault((row["machine"], f"{row['method']}/{row['recipe']}"), []).append(row)
+    for (where, name), mine in groups.items():
 
         def spread(key: str, scale: float, mine: list[dict[str, str]] = mine) -> str:
             values = [scale * float(row[key]) for row in mine]
@@ -46,7 +49,7 @@ def table(rows: list[dict[str, str]]) -> None:
 
         worst = 100 * statistics.mean(float(row["worst_case"]) for row in mine)
         passed = [str(t) for t in THRESHOLDS if worst >= t]
-        cells = [name, str(len(mine)), mine[0]["epochs"], spread("train_seconds", 1)]
+        cells = [name, where, str(len(mine)), mine[0]["epochs"], spread("train_seconds", 1)]
         cells += [spread(key, 100) for key in ("clean", "fgsm", "worst_case")]
         print(f"| {' | '.join([*cells, ', '.join(passed) or 'none'])} |")
 
@@ -67,7 +70,8 @@ def main() -> None:
     rows = read(args.out)
     if args.table:
         return table(rows)
-    done = {(f"{row['method']}/{row['recipe']}", int(row["seed"])) for row in rows}
+    here = [row for row in rows if row["machine"] == machine()]
+    done = {(f"{row['method']}/{row['recipe']}", int(row["seed"])) for row in here}
     for seed in args.seeds:
         for name in args.only:
             if (name, seed) in done:

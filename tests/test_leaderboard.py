@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import leaderboard as board
 import pytest
 
@@ -24,11 +26,11 @@ def test_every_row_is_a_run_that_can_be_made(name):
     assert seeds == sorted(seeds)
 
 
-def line(entry, seed, worst, verdict, seconds):
+def line(entry, seed, worst, verdict, seconds, machine="one"):
     return {
         **{"entry": entry, "seed": str(seed), "passes": "5", "clean": "0.9", "fgsm": "0.8"},
         **{"found": "0.5", "worst_case": str(worst), "verdict": verdict},
-        "train_cpu_seconds": str(seconds),
+        **{"train_cpu_seconds": str(seconds), "machine": machine},
     }
 
 
@@ -51,6 +53,19 @@ def test_lines_are_means_and_a_masked_seed_marks_the_method():
     assert "| two | 1 | 5 | 3.00 | 90.0 | 80.0 | 75.0 | 50 | robust |" in text
     assert "~~one~~ masked" in text
     assert "robust (1), pseudo-robust (1)" in text
+
+
+def test_seconds_are_held_against_standard_training_on_the_same_machine():
+    rows = [
+        line("standard", 0, 0.0, "not robust", 40),
+        line("standard", 1, 0.0, "not robust", 400, "slow"),
+        line("one", 0, 0.8, "robust", 80),
+        line("one", 1, 0.6, "robust", 1200, "slow"),
+        line("one", 2, 0.4, "robust", 1, "without a standard row"),
+    ]
+    (one, _), (alone,) = board.means(rows), board.means(rows[4:])
+    assert (one["ratio"], one["seeds"]) == (2.5, 3)
+    assert math.isnan(alone["ratio"])
 
 
 def test_the_best_sat_is_held_against_the_best_of_the_rest():

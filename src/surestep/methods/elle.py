@@ -21,7 +21,9 @@ class ELLE(OnSingleStep):
     summary = "FGSM; the loss must lie on the chord between two random points"
     paper = "Abad Rocamora et al. 2024, arXiv 2401.11618"
     presets = {
-        "mnist": recipe(MNIST_ZOO, lam=1.0, source="ours: benchmarks/leaderboard.py"),
+        "mnist": recipe(
+            MNIST_ZOO, lam=1.0, perturbation="rs-fgsm", source="ours: benchmarks/search.py"
+        ),
         "cifar10": recipe(CIFAR_ZOO, lam=1000.0),
     }
 

@@ -20,7 +20,9 @@ class ELLEA(ELLE):
 
     summary = "ELLE that switches itself on when linearity is lost"
     presets = {
-        "mnist": recipe(MNIST_ZOO, lam=4.0, source="ours: benchmarks/leaderboard.py"),
+        "mnist": recipe(
+            MNIST_ZOO, lam=4.0, perturbation="rs-fgsm", source="ours: benchmarks/search.py"
+        ),
         "cifar10": recipe(CIFAR_ZOO, lam=4000.0),
     }
 

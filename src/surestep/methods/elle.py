@@ -21,9 +21,7 @@ class ELLE(OnSingleStep):
     summary = "FGSM; the loss must lie on the chord between two random points"
     paper = "Abad Rocamora et al. 2024, arXiv 2401.11618"
     presets = {
-        "mnist": recipe(
-            MNIST_ZOO, lam=1.0, perturbation="rs-fgsm", source="ours: benchmarks/search.py"
-        ),
+        "mnist": recipe(MNIST_ZOO, lam=1.0, perturbation="rs-fgsm", source="ours: search.csv"),
         "cifar10": recipe(CIFAR_ZOO, lam=1000.0),
     }
 

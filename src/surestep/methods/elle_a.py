@@ -20,9 +20,7 @@ class ELLEA(ELLE):
 
     summary = "ELLE that switches itself on when linearity is lost"
     presets = {
-        "mnist": recipe(
-            MNIST_ZOO, lam=4.0, perturbation="rs-fgsm", source="ours: benchmarks/search.py"
-        ),
+        "mnist": recipe(MNIST_ZOO, lam=4.0, perturbation="rs-fgsm", source="ours: search.csv"),
         "cifar10": recipe(CIFAR_ZOO, lam=4000.0),
     }
 

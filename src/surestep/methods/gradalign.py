@@ -36,9 +36,7 @@ class GradAlign(OnSingleStep):
     summary = "FGSM; the input gradients at the image and beside it must align"
     paper = "Andriushchenko & Flammarion 2020, arXiv 2007.02617"
     presets = {
-        "mnist": recipe(
-            MNIST_ZOO, lam=0.2, perturbation="rs-fgsm", source="ours: benchmarks/search.py"
-        ),
+        "mnist": recipe(MNIST_ZOO, lam=0.2, perturbation="rs-fgsm", source="ours: search.csv"),
         "cifar10": recipe(
             CIFAR_ZOO,
             lam=0.2,

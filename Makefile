@@ -9,9 +9,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.demo
 	$(BIN)/surestep demo
 
-# Set up, then lint, type-check and run the tests (many small processes: a thread each is fastest).
+# Set up, then lint, type-check and run the tests, a process and a thread a core.
 test: $(VENV)/.test lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -81,7 +81,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestTrees:
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(TREES)
     def test_round_trip(self, place, tree):
         path = place / "tree.safetensors"

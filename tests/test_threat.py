@@ -10,7 +10,7 @@ from surestep import L2, Linf, UserError, threat
 
 BOUNDS = [(0.0, 1.0), (-1.0, 1.0), (0.0, 255.0), (-0.3, 0.7)]
 SHAPES = [(1, 1), (3, 7), (1, 50), (2, 1, 3, 3), (4, 3, 2, 2), (2, 2, 2, 2, 2)]
-quick = settings(max_examples=150, deadline=None, derandomize=True)
+quick = settings(max_examples=150, derandomize=True)
 
 
 def one_line(*words):

@@ -23,7 +23,7 @@ def crop_flip_one(image, dy, dx, flip, pad):
     return out
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(1, 4),
     st.sampled_from([1, 3]),

@@ -24,7 +24,7 @@ def same(one, other):
         assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 40), st.integers(1, 50), st.booleans())
 def test_an_epoch_visits_each_image_at_most_once(n, size, shuffle):
     images = numbered(n)
@@ -43,7 +43,7 @@ def test_an_epoch_visits_each_image_at_most_once(n, size, shuffle):
         assert torch.equal(index, torch.arange(n))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 40), st.integers(1, 12), st.booleans(), st.data())
 def test_skip_goes_on_where_the_run_stopped(n, size, shuffle, data):
     batches = Batches(numbered(n), size, seed=5, shuffle=shuffle, augment=CROP_FLIP)
@@ -51,7 +51,7 @@ def test_skip_goes_on_where_the_run_stopped(n, size, shuffle, data):
     same(list(batches.epoch(2))[skip:], batches.epoch(2, skip))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(4, 60), st.booleans())
 def test_the_ranks_together_are_the_single_process(world, share, n, shuffle):
     size = world * share

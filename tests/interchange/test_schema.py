@@ -186,7 +186,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(document=JSON, key=st.sampled_from(["format", "version", "threat", "checks", "n"]))
 def test_nothing_but_one_line_ever(document: Any, key: str) -> None:
     head = {"format": "surestep-audit", "version": 1}

@@ -43,9 +43,9 @@ def demo(
 ) -> None:
     """See FGSM training fail and SAT succeed, on MNIST at eps 0.3.
 
-    Trains the same small network twice, at nearly the same cost: with plain FGSM, which ends in
-    gradient masking, and with SAT-R2. Then it attacks both with FGSM and with PGD-100. MNIST comes
-    with surestep, nothing is downloaded.
+    Trains the same small network twice: with plain FGSM, which ends in gradient masking, and with
+    SAT-R2, a step of which takes twice as long. Then it attacks both with FGSM and with PGD-100.
+    MNIST comes with surestep, nothing is downloaded.
     """
     check_writable(json_file)
     check_report(html, plots)

@@ -6,6 +6,7 @@ every stage but the first, and end in global average pooling, so they take image
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -14,8 +15,13 @@ from torch import Tensor, nn
 from surestep.models._base import Classifier, Normalize
 from surestep.models._registry import register
 
-# Mean and standard deviation of the CIFAR-10 training pixels, in [0, 1].
-CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
+# With mean and standard deviation of the CIFAR-10 training pixels, in [0, 1].
+for_cifar = functools.partial(
+    register,
+    in_channels=3,
+    image_size=32,
+    statistics=((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
+)
 
 
 class BasicBlock(nn.Module):
@@ -157,12 +163,9 @@ class PreActResNet(Classifier):
         super().__init__(name, body, head, in_channels=in_channels, normalize=normalize)
 
 
-@register(
+@for_cifar(
     "preactresnet10-slim",
     "one pre-activation block per stage, 16 to 128 channels, 0.3 M weights: CIFAR-10 on two cores",
-    in_channels=3,
-    image_size=32,
-    statistics=CIFAR10,
 )
 def preactresnet10_slim(
     num_classes: int, in_channels: int, image_size: int, normalize: Normalize | None
@@ -181,13 +184,7 @@ def preactresnet10_slim(
     )
 
 
-@register(
-    "preactresnet18",
-    "pre-activation ResNet-18 as in Fast-AT, 11.2 M weights, for CIFAR",
-    in_channels=3,
-    image_size=32,
-    statistics=CIFAR10,
-)
+@for_cifar("preactresnet18", "pre-activation ResNet-18 as in Fast-AT, 11.2 M weights, for CIFAR")
 def preactresnet18(
     num_classes: int, in_channels: int, image_size: int, normalize: Normalize | None
 ) -> PreActResNet:
@@ -201,13 +198,7 @@ def preactresnet18(
     )
 
 
-@register(
-    "resnet18",
-    "ResNet-18 with the CIFAR stem, 11.2 M weights",
-    in_channels=3,
-    image_size=32,
-    statistics=CIFAR10,
-)
+@for_cifar("resnet18", "ResNet-18 with the CIFAR stem, 11.2 M weights")
 def resnet18(
     num_classes: int, in_channels: int, image_size: int, normalize: Normalize | None
 ) -> ResNet:
@@ -221,13 +212,7 @@ def resnet18(
     )
 
 
-@register(
-    "resnet34",
-    "ResNet-34 with the CIFAR stem, 21.3 M weights",
-    in_channels=3,
-    image_size=32,
-    statistics=CIFAR10,
-)
+@for_cifar("resnet34", "ResNet-34 with the CIFAR stem, 21.3 M weights")
 def resnet34(
     num_classes: int, in_channels: int, image_size: int, normalize: Normalize | None
 ) -> ResNet:

@@ -6,8 +6,7 @@ from torch import nn
 
 from surestep.errors import UserError
 from surestep.models._base import Normalize
-from surestep.models._registry import register
-from surestep.models.resnet import CIFAR10, PreActResNet
+from surestep.models.resnet import PreActResNet, for_cifar
 
 
 class WideResNet(PreActResNet):
@@ -58,13 +57,7 @@ class WideResNet(PreActResNet):
                 nn.init.zeros_(module.bias)
 
 
-@register(
-    "wrn-28-10",
-    "WideResNet-28-10, 36.5 M weights, the CIFAR network of the SAT paper",
-    in_channels=3,
-    image_size=32,
-    statistics=CIFAR10,
-)
+@for_cifar("wrn-28-10", "WideResNet-28-10, 36.5 M weights, the CIFAR network of the SAT paper")
 def wrn_28_10(
     num_classes: int, in_channels: int, image_size: int, normalize: Normalize | None
 ) -> WideResNet:

@@ -44,6 +44,34 @@ def test_bf16_agrees_within_its_precision(tiny, method, tolerance):
     assert 0 < error < tolerance
 
 
+def moved(tiny: Any, precision: torch.dtype, **kwargs: Any) -> Tensor:
+    """Take one step of learning rate 1 and return by how much the weights moved."""
+    model = tiny.net(norm=False).train()
+    before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    optimizer = make_optimizer("sgd", model.parameters(), lr=1.0, momentum=0.0)
+    make_step(model, tiny.method("standard"), optimizer, Engine(precision), **kwargs)(*tiny.data())
+    return nn.utils.parameters_to_vector(model.parameters()).detach() - before
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"clip_grad": 0.01}, {"awp": 0.01}])
+def test_fp16_scales_the_loss_and_takes_the_scale_out_again(tiny, kwargs):
+    exact = moved(tiny, torch.float32, **kwargs)
+    assert (moved(tiny, torch.float16, **kwargs) - exact).norm() < 0.02 * exact.norm()
+    if "clip_grad" in kwargs:
+        assert exact.norm() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_fp16_skips_a_step_that_overflows(tiny):
+    model = tiny.net(norm=False).train()
+    optimizer = make_optimizer("sgd", model.parameters(), lr=1.0)
+    step = make_step(model, tiny.method("standard"), optimizer, Engine(torch.float16))
+    before, scale = tiny.net(norm=False), step.scaler.get_scale()
+    model[-1].weight.register_hook(lambda grad: grad * float("inf"))
+    step(*tiny.data())
+    assert tiny.same_weights(model, before)
+    assert step.scaler.get_scale() == scale / 2
+
+
 def test_channels_last(tiny):
     model = tiny.net()
     optimizer = make_optimizer("sgd", model.parameters(), lr=0.1)

@@ -8,6 +8,8 @@ import torch
 
 from surestep.errors import UserError
 
+_WITHOUT_FLOAT64 = {"mps"}
+
 
 def pick_device(name: str | None = None) -> torch.device:
     """Return the device of a name; without one an accelerator if there is any, else the CPU.
@@ -40,6 +42,11 @@ def has_bf16(device: torch.device) -> bool:
         probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
         return bool(probe and probe())
     return False
+
+
+def finest(device: torch.device) -> torch.dtype:
+    """Return the most precise floating type of a device: float64, which Apple's GPUs lack."""
+    return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from surestep.devices import finest
 from surestep.errors import UserError, look_up
 
 T = TypeVar("T", bound="ThreatModel")
@@ -148,7 +149,7 @@ class L2(ThreatModel):
         """Scale the perturbation back to norm eps, then clip to the data range."""
         x_adv = self.clip(x_adv)
         delta = x_adv - x
-        norm = delta.flatten(1).double().norm(dim=1)
+        norm = delta.flatten(1).to(finest(x.device)).norm(dim=1)
         # x + delta rounds each pixel by half an ulp at most: the radius gives way by that much.
         ulp = torch.finfo(x.dtype).eps * max(abs(b) for b in self.bounds)
         radius = max(0.0, self.eps - ulp * math.sqrt(x[0].numel()))

@@ -6,8 +6,9 @@ found: modes, ``requires_grad`` flags, ``.grad`` and buffers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -35,9 +36,17 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def forked_rng(device: torch.device) -> AbstractContextManager[None]:
-    """Return a context that leaves torch's random state, also the device's, as it found it."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+@contextmanager
+def forked_rng(device: torch.device) -> Iterator[None]:
+    """Leave torch's random state, also the device's, as it was."""
+    # torch's own fork_rng asks for the state of a device by its number, which mps has not.
+    state = torch.mps.get_rng_state() if device.type == "mps" else None
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        if state is not None:
+            torch.mps.set_rng_state(state)
 
 
 @contextmanager
@@ -198,6 +207,11 @@ def input_gradient(
 def misclassified(logits: Tensor, y: Tensor) -> Tensor:
     """Return which samples are wrong: another class leads, or a logit is NaN."""
     return (logits.argmax(1) != y) | logits.isnan().any(1)
+
+
+def share_of(flags: Tensor) -> float:
+    """Return the share of a boolean tensor that is true, exactly, on any device; NaN of none."""
+    return int(flags.sum()) / flags.numel() if flags.numel() else math.nan
 
 
 def in_turn(

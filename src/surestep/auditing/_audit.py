@@ -18,6 +18,7 @@ from surestep.attacks.core import (
     forked_rng,
     forward_logits,
     input_gradient,
+    share_of,
 )
 from surestep.attacks.losses import log_odds
 from surestep.auditing import escalation
@@ -174,7 +175,7 @@ def _escalate(s: Subject, checks: list[Check], blind: float) -> list[dict[str, A
         left = s.survivors
         if left.any():
             s.attack([name] if attack is None else {name: attack}, left)
-            steps.append({"name": name, "why": why, "accuracy": s.survivors.double().mean().item()})
+            steps.append({"name": name, "why": why, "accuracy": share_of(s.survivors)})
 
     budget, pgd_steps = s.budget, 2 * s.budget.steps
     x, _ = s.probe
@@ -229,7 +230,7 @@ def _conclude(
     seconds: float,
 ) -> Audit:
     n, left = len(s.x), s.survivors
-    found = left.double().mean().item()
+    found = share_of(left)
     interval = wilson_interval(int(left.sum()), n)
     chance = s.y.bincount().max().item() / n
     clean = s.accuracy("clean")

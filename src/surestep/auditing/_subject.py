@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surestep.attacks.core import forward_logits, input_gradient
+from surestep.attacks.core import forward_logits, input_gradient, share_of
 from surestep.attacks.losses import Objective, log_odds
 from surestep.devices import autocast, has_bf16
 from surestep.errors import UserError, look_up
@@ -143,7 +143,7 @@ class Subject:
 
     def accuracy(self, name: str) -> float:
         """Return the share of images that an attack left right."""
-        return self.right[name].double().mean().item()
+        return share_of(self.right[name])
 
     @property
     def white_box(self) -> Tensor:

@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import forward_logits
+from surestep.attacks.core import forward_logits, share_of
+from surestep.devices import finest
 from surestep.threat import ThreatModel
 
 INNER, RANDOM, STEPS = 999, 200, 30
@@ -54,7 +55,7 @@ def binarization_rates(
     Returns:
         None if no problem could be posed: the features of the planted point are no different.
     """
-    features = feature_reader(model, x)
+    features, fine = feature_reader(model, x), finest(x.device)
     readouts, biases, kept = [], [], []
     for row in range(len(x)):
         image = x[row : row + 1]
@@ -63,7 +64,7 @@ def binarization_rates(
             image + threat.steepest_step(torch.randn_like(image), threat.eps), image
         )
         with torch.no_grad():
-            feats = features(torch.cat([image, inner, planted])).double()
+            feats = features(torch.cat([image, inner, planted])).to(fine)
         readout = _separate(feats[:-1], feats[-1])
         if readout is not None:
             readouts.append(readout[0])
@@ -74,7 +75,7 @@ def binarization_rates(
     weight, bias, x = torch.stack(readouts), torch.stack(biases), x[kept]
 
     def score(z: Tensor) -> Tensor:
-        return (features(z).double() * weight).sum(1) + bias
+        return (features(z).to(fine) * weight).sum(1) + bias
 
     solved = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     point = threat.random_start(x)
@@ -97,7 +98,7 @@ def binarization_rates(
         solved |= score(point) > 0
         for _ in range(RANDOM):
             lucky |= score(threat.random_start(x)) > 0
-    return solved.double().mean().item(), lucky.double().mean().item(), len(x)
+    return share_of(solved), share_of(lucky), len(x)
 
 
 def _separate(inner: Tensor, planted: Tensor) -> tuple[Tensor, Tensor] | None:

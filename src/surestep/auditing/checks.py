@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from surestep.attacks import losses
-from surestep.attacks.core import Ascent, Best, forward_logits
+from surestep.attacks.core import Ascent, Best, forward_logits, share_of
 from surestep.attacks.gradient import search
 from surestep.auditing._subject import Subject
 from surestep.auditing.binarization import binarization_rates
-from surestep.devices import autocast
+from surestep.devices import autocast, finest
 from surestep.evaluation import evaluate
 from surestep.evaluation.suite import pgd_step_size
 from surestep.threat import Linf
@@ -115,7 +115,7 @@ def deterministic_forward(s: Subject) -> Finding:
     """Five passes over the same images must agree."""
     x, y = s.probe
     runs = [s.logits(x) for _ in range(5)]
-    unit = [F.normalize(r.double(), dim=1) for r in runs]
+    unit = [F.normalize(r.to(finest(x.device)), dim=1) for r in runs]
     apart = max((u - unit[0]).norm(dim=1).max().item() for u in unit)
     right = [int((r.argmax(1) == y).sum()) for r in runs]
     flag = not apart <= 1e-4 or len(set(right)) > 1
@@ -136,7 +136,7 @@ def logits_not_probabilities(s: Subject) -> Finding:
 def zero_share(s: Subject, x: Tensor, y: Tensor, objective: losses.Objective) -> float:
     """Return the share of images whose gradient is zero everywhere."""
     sizes = s.gradient(x, y, objective).flatten(1).abs().sum(1)
-    return (sizes == 0).double().mean().item()
+    return share_of(sizes == 0)
 
 
 @_check(3, "Vanishing gradients", "any image whose input gradient is zero", f"{AA}; {IOAF}")
@@ -164,8 +164,8 @@ def broken_gradients(s: Subject) -> Finding:
     grad = torch.cat([s.gradient(x, y), s.gradient(near, y)]).flatten(1)
     out = torch.cat([s.logits(s.x), s.logits(near)])
     shares = {
-        "gradients": (~grad.isfinite()).any(1).double().mean().item(),
-        "logits": (~out.isfinite()).any(1).double().mean().item(),
+        "gradients": share_of((~grad.isfinite()).any(1)),
+        "logits": share_of((~out.isfinite()).any(1)),
     }
     worst = max(1.0 if s.detached else 0.0, *shares.values())
     if s.detached:
@@ -237,7 +237,7 @@ def black_box_beats_white_box(s: Subject) -> Finding:
     if not black:
         return Finding(None, None, "no black-box attack was run")
     name = min(black, key=lambda n: black[n])
-    best = white.double().mean().item()
+    best = share_of(white)
     only = {n: int((white & ~s.right[n]).sum()) for n in black}
     said = f"{name} leaves {black[name]:.1%}, gradient attacks {best:.1%}"
     return Finding(
@@ -254,7 +254,7 @@ def black_box_beats_white_box(s: Subject) -> Finding:
 def random_beats_gradient(s: Subject) -> Finding:
     """Random search in a ball finds next to nothing where gradients work."""
     noise = s.accuracy(f"noise-{s.budget.noise}")
-    value = s.white_box.double().mean().item() - noise
+    value = share_of(s.white_box) - noise
     said = f"{s.budget.noise:,} random points leave {noise:.1%}, gradients {noise + value:.1%}"
     return Finding(value > 0, value, said)
 
@@ -317,7 +317,7 @@ def convergence(s: Subject) -> Finding:
             with autocast(x.device, s.precision):
                 again = search(s.model, *rest, s.threat, 50, 2 * size, stop_when_wrong=True)
             left[left.clone()] = ~again.wrong
-        by_restart.append(left.double().mean().item())
+        by_restart.append(share_of(left))
     moving = _late_movement(s, x, y)
     late, restart = by_step[-2] - by_step[-1], by_restart[0] - by_restart[1]
     flag = late > 0.01 or restart > 0.01 or moving > 0.05
@@ -363,7 +363,7 @@ def silent_success(s: Subject) -> Finding:
     best, point = Best(x, y, losses.log_odds), x
     for point in _climb(s, x, y):
         best.try_points(s.model, best.rows(), point)
-    lost = (best.wrong & (s.logits(point).argmax(1) == y)).double().mean().item()
+    lost = share_of(best.wrong & (s.logits(point).argmax(1) == y))
     return Finding(lost > 0.01, lost, f"{lost:.1%} were broken only on the way")
 
 
@@ -407,7 +407,7 @@ def local_linearity(s: Subject) -> Finding:
     a, b = s.threat.random_start(x), s.threat.random_start(x)
     share = torch.rand(len(x), device=x.device)
     mixed = share.view(-1, *[1] * (x.dim() - 1))
-    at = [s.loss(p, y).double() for p in (a, b, (1 - mixed) * a + mixed * b)]
+    at = [s.loss(p, y).to(finest(x.device)) for p in (a, b, (1 - mixed) * a + mixed * b)]
     error = (at[2] - (1 - share) * at[0] - share * at[1]).square().mean().item()
     scale = torch.stack(at).square().mean().item()
     value = (error / scale) ** 0.5 if scale > 0 else 0.0
@@ -423,7 +423,7 @@ def local_linearity(s: Subject) -> Finding:
 def abnormal_examples(s: Subject) -> Finding:
     """A step along the gradient that lowers the loss went over a ridge."""
     x, y = s.probe
-    share = (s.loss(s.fgsm(x, y), y) < s.loss(x, y)).double().mean().item()
+    share = share_of(s.loss(s.fgsm(x, y), y) < s.loss(x, y))
     return Finding(share > 0.05, share, f"on {share:.1%} of the images the step lowers the loss")
 
 
@@ -443,7 +443,7 @@ def distorted_boundary(s: Subject) -> Finding:
         changed |= s.logits(x + (end - x) * (k / 21)).argmax(1) != y
     if not both.any():
         return Finding(False, 0.0, "FGSM leaves no image right", {"right at both ends": 0})
-    share = changed[both].double().mean().item()
+    share = share_of(changed[both])
     said = f"of {int(both.sum())} images right at both ends, {share:.1%} are wrong between"
     return Finding(share > 0.05, share, said, {"right at both ends": int(both.sum())})
 
@@ -512,7 +512,7 @@ def gap_profile(s: Subject) -> Finding:
     gaps = {"pgd-10 over pgd": ten - pgd}
     flag = ten - pgd > 0.03
     if "autoattack" in s.right:  # run on what the others left, so its share includes theirs
-        gaps["pgd over autoattack"] = pgd - s.survivors.double().mean().item()
+        gaps["pgd over autoattack"] = pgd - share_of(s.survivors)
         flag |= gaps["pgd over autoattack"] > 0.08
     said = ", ".join(f"{name} {100 * gap:.1f} points" for name, gap in gaps.items())
     return Finding(flag, max(gaps.values()), said, gaps)

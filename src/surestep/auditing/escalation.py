@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surestep.attacks.core import forward_logits, in_turn
+from surestep.attacks.core import forward_logits, in_turn, share_of
 from surestep.attacks.gradient import pgd
 from surestep.auditing._subject import Subject
+from surestep.devices import finest
 from surestep.evaluation._substitute import substitute
 from surestep.evaluation.suite import Attack, Found, pgd_step_size, transfer
 from surestep.threat import ThreatModel
@@ -34,7 +35,8 @@ class LogProbabilities(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return log probabilities (N, K)."""
-        return forward_logits(self.model, x).double().clamp(min=1e-300).log()
+        p = forward_logits(self.model, x).to(finest(x.device))
+        return p.clamp(min=torch.finfo(p.dtype).tiny).log()
 
 
 class Expected(nn.Module):
@@ -117,7 +119,7 @@ def _is_flat(module: nn.Module, given: Tensor) -> bool:
     if grad is None:
         return True
     # A ReLU is flat on some inputs; a quantiser on practically all.
-    return bool((grad != 0).double().mean() < 1e-3) and bool((out != 0).any())
+    return share_of(grad != 0) < 1e-3 and bool((out != 0).any())
 
 
 @contextmanager

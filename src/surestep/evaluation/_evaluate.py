@@ -22,6 +22,7 @@ from surestep.attacks.core import (
     forward_logits,
     misclassified,
     round_up,
+    share_of,
 )
 from surestep.data import Batches, Images, as_images
 from surestep.devices import autocast
@@ -316,8 +317,8 @@ class _Judge:
                 {
                     "label": label,
                     "n": int(of.sum()),
-                    "clean_accuracy": clean[of].double().mean().item(),
-                    "worst_case_accuracy": worst[of].double().mean().item(),
+                    "clean_accuracy": share_of(clean[of]),
+                    "worst_case_accuracy": share_of(worst[of]),
                 }
             )
         return Evaluation(

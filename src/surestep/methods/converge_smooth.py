@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from surestep import processes
+from surestep.devices import finest
 from surestep.methods._base import Cost, Method, Terms, Update, build, register
 from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
 
@@ -80,8 +81,8 @@ class ConvergeSmooth(Method):
 
     def _sign(self, clean: Tensor) -> Tensor:
         """Return 1 where the loss leapt up, -1 down, 0 within T; and take the loss in."""
-        clean = processes.mean(clean).double()
-        total, count, mean, before = self._sums.to(clean.device)
+        clean = processes.mean(clean).to(finest(clean.device))
+        total, count, mean, before = self._sums.to(clean)
         rise = (mean - before).abs()
         limit = rise.clamp(min=self.gamma * self._ratio(), max=self.gamma)
         off = clean - mean

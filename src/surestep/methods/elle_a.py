@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from surestep import processes
+from surestep.devices import finest
 from surestep.methods._base import register
 from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
 from surestep.methods.elle import ELLE
@@ -38,8 +39,8 @@ class ELLEA(ELLE):
 
     def weight(self, gap: Tensor) -> Tensor:
         """Return the full weight where the gap is above mean + 2 std of all so far, its own too."""
-        dtype, gap = gap.dtype, processes.mean(gap).double()
-        n, mean, squares, lam = self._history.to(gap.device)
+        dtype, gap = gap.dtype, processes.mean(gap).to(finest(gap.device))
+        n, mean, squares, lam = self._history.to(gap)
         off, n = gap - mean, n + 1
         mean = mean + off / n
         squares = squares + off * (gap - mean)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import device_of
+from surestep.attacks.core import device_of, share_of
 from surestep.data import Images
 from surestep.errors import UserError
 from surestep.evaluation import Evaluation, evaluate
@@ -81,7 +81,7 @@ def judge(
     right = torch.stack([found[0][1].right["worst case"], found[-1][1].right["worst case"]]).all(0)
     return Judged(
         found[0][1].clean_accuracy,
-        right.double().mean().item(),
+        share_of(right),
         found[0][1].n,
         {f"{k}{kind}": v for kind, one in found for k, v in one.robust_accuracy.items()},
         right,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from surestep.activations import activations
 from surestep.attacks.core import attacking, device_of
 from surestep.data import Images
+from surestep.devices import finest
 from surestep.errors import UserError
 
 
@@ -81,7 +82,7 @@ def measure(
         batch_size: of the passes.
 
     Returns:
-        By the activation's name, mean (C,) and std (C,) in float64.
+        By the activation's name, mean (C,) and std (C,) in float64 (float32 on mps).
     """
     device = device_of(model)
     seen: dict[str, Tensor] = {}
@@ -91,7 +92,7 @@ def measure(
         for begin in range(0, len(images), batch_size):
             inner(images.pixels(slice(begin, begin + batch_size)).to(device))
             for name, values in seen.items():
-                rows = values.double().transpose(0, 1).flatten(1)
+                rows = values.to(finest(device)).transpose(0, 1).flatten(1)
                 n, mean = rows.shape[1], rows.mean(1)
                 squares = (rows - mean[:, None]).square().sum(1)
                 # Chan et al. 1979: sums of squares of two parts, without cancellation.

@@ -132,7 +132,7 @@ def _surface(
         around = threat.clip(x[row] + along * steps[row] + across * aside[row])
         with torch.no_grad():
             losses.append(cross_entropy(forward_logits(model, around), y[row]))
-    grid = torch.cat(losses).view(len(x), points, points).double().cpu()
+    grid = torch.cat(losses).view(len(x), points, points).cpu().double()
     return {
         "format": "surestep-surface",
         "version": 1,

@@ -25,6 +25,7 @@ def rng_state() -> dict[str, Any]:
         "numpy": (str(kind), [int(k) for k in keys], position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "mps": [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else [],
     }
 
 
@@ -36,6 +37,9 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
+    # Checkpoints of older versions lack it.
+    if state.get("mps") and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(*state["mps"])
 
 
 def seed_everything(seed: int) -> None:

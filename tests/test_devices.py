@@ -1,0 +1,140 @@
+"""Devices that are not here: one without float64, as Apple's are, played by the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+import surestep
+from surestep import L2, Linf, devices, methods, posthoc
+from surestep.attacks.core import forked_rng
+from surestep.auditing import _subject, escalation
+from surestep.data import as_images
+from surestep.training import checkpoint
+
+
+class NoFloat64(TorchDispatchMode):
+    """Fail where an operation returns float64."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in tree_iter(out):
+            if isinstance(value, torch.Tensor) and value.dtype == torch.float64:
+                raise TypeError(f"{func} returned float64, which the device lacks")
+        return out
+
+
+@pytest.fixture
+def without_float64(monkeypatch):
+    monkeypatch.setattr(devices, "_WITHOUT_FLOAT64", {"cpu"})
+    return NoFloat64
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(12, 1, 8, 8, generator=generator), torch.arange(12) % 3
+
+
+def test_the_guard_sees_float64(without_float64):
+    with without_float64(), pytest.raises(TypeError, match="float64"):
+        torch.ones(2).double()
+
+
+def test_perturbations(without_float64, images):
+    x, _ = images
+    with without_float64():
+        in_box = Linf(0.1).project(x + Linf(0.1).random_delta(x, 3.0), x)
+        in_ball = L2(0.5).project(x + L2(0.5).random_delta(x, 3.0), x)
+    assert (in_box - x).abs().max() <= 0.1
+    assert (in_ball - x).flatten(1).norm(dim=1).max() <= 0.5
+
+
+@pytest.mark.parametrize("slug", methods.names())
+def test_a_step_of_every_method(slug, without_float64, net, images):
+    method = methods.build(slug, Linf(0.1), {})
+    x, y = images
+    with without_float64():
+        for _ in range(2):
+            method.progress = methods.Progress(images=len(x))
+            method(net, x, y, torch.arange(len(x))).loss.backward()
+
+
+def test_evaluation_and_audit(without_float64, monkeypatch, net, images):
+    small = _subject.Budget(20, 20, 60, 12, 1, 200, autoattack=False)
+    monkeypatch.setitem(_subject.BUDGETS, "quick", small)
+    task = (net, images, Linf(0.1))
+    before = surestep.evaluate(*task, budget="quick"), surestep.audit(*task, budget="quick")
+    with without_float64():
+        judged, audited = (
+            surestep.evaluate(*task, budget="quick"),
+            surestep.audit(*task, budget="quick"),
+        )
+    assert judged.robust_accuracy == before[0].robust_accuracy
+    assert judged.per_class == before[0].per_class
+    assert [c.status for c in audited.checks] == [c.status for c in before[1].checks]
+    assert audited.verdict == before[1].verdict
+
+
+def test_probabilities_are_undone(without_float64, net, images):
+    model = nn.Sequential(net.eval(), nn.Softmax(dim=1))
+    with without_float64():
+        undone = escalation.LogProbabilities(model)(images[0])
+    torch.testing.assert_close(undone.softmax(1), model(images[0]))
+
+
+def test_training(without_float64, net, images):
+    with without_float64():
+        fitted = surestep.fit(
+            net, images, methods.SATR2(Linf(0.1)), epochs=2, batch_size=4, validation=images
+        )
+    assert len(fitted.history) == 2
+
+
+def test_channel_statistics(without_float64, net, images):
+    data = as_images(images)
+    exact = posthoc.measure(net, data)
+    with without_float64():
+        rough = posthoc.measure(net, data)
+    for name, (mean, std) in exact.items():
+        assert rough[name][0].dtype == torch.float32
+        torch.testing.assert_close(rough[name][0], mean.float())
+        torch.testing.assert_close(rough[name][1], std.float())
+
+
+@pytest.fixture
+def apple(monkeypatch):
+    """Play torch.mps: its random state is one tensor that drawing would change."""
+    held = [torch.zeros(2, dtype=torch.uint8)]
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: held[0].clone())
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda state: held.__setitem__(0, state))
+    return held
+
+
+def test_the_random_state_of_mps_is_left_as_it_was(apple):
+    before = torch.get_rng_state()
+    with forked_rng(torch.device("mps")):
+        torch.rand(1)
+        torch.mps.set_rng_state(torch.ones(2, dtype=torch.uint8))
+    assert apple[0].tolist() == [0, 0]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_checkpoint_holds_the_random_state_of_mps(apple):
+    state = checkpoint.rng_state()
+    torch.mps.set_rng_state(torch.ones(2, dtype=torch.uint8))
+    checkpoint.set_rng_state(state)
+    assert apple[0].tolist() == [0, 0]
+    # A run that began before checkpoints held it.
+    del state["mps"]
+    checkpoint.set_rng_state(state)
+
+
+def test_float64_where_there_is_any():
+    assert devices.finest(torch.device("cpu")) == devices.finest(torch.device("cuda"))
+    assert devices.finest(torch.device("cpu")) == torch.float64
+    assert devices.finest(torch.device("mps")) == torch.float32

@@ -117,6 +117,11 @@ def test_choose(name, precision, expected):
     assert Engine.choose(name, precision) == expected
 
 
+def test_choose_on_mps():
+    """There batch norm's backward in channels_last is wrong."""
+    assert Engine.choose("fast", device="mps") == Engine(torch.float32, tuned=True)
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [

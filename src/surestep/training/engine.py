@@ -49,9 +49,9 @@ class Engine:
         """Choose the engine for a device.
 
         Args:
-            name: "fast" (channels_last, autocast, tuned allocator), "reference" (float32,
-                contiguous), or "auto": fast, in bf16 where the hardware multiplies it; training
-                measures (``pick_engine``).
+            name: "fast" (channels_last, but not on mps; autocast; tuned allocator), "reference"
+                (float32, contiguous), or "auto": fast, in bf16 where the hardware multiplies it;
+                training measures (``pick_engine``).
             precision: "fp32", "bf16" or "fp16" override what the name implies.
             device: where the step will run.
 
@@ -68,7 +68,9 @@ class Engine:
         else:
             bf16 = fast and has_bf16(torch.device(device))
             dtype = torch.bfloat16 if bf16 else torch.float32
-        return cls(dtype, channels_last=fast, tuned=fast)
+        # Batch norm's gradients are wrong in channels_last there: pytorch/pytorch#175189.
+        last = fast and torch.device(device).type != "mps"
+        return cls(dtype, channels_last=last, tuned=fast)
 
     def place(self, model: nn.Module) -> nn.Module:
         """Bring a model's weights into the engine's memory format, in place."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -132,6 +136,26 @@ def test_a_checkpoint_holds_the_random_state_of_mps(apple):
     # A run that began before checkpoints held it.
     del state["mps"]
     checkpoint.set_rng_state(state)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="CUDA on Linux")
+@pytest.mark.parametrize("own", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_cuda_memory_grows_unless_the_user_says_otherwise(monkeypatch, own):
+    name = "PYTORCH_CUDA_ALLOC_CONF"
+    for each in (name, own):
+        monkeypatch.setenv(each, "")
+        monkeypatch.delenv(each)
+
+    def picked(device):
+        with contextlib.suppress(surestep.UserError):
+            devices.pick_device(device)
+        return os.environ.get(name)
+
+    assert picked("cpu") is None
+    assert picked("cuda:99") == "expandable_segments:True"
+    monkeypatch.delenv(name)
+    monkeypatch.setenv(own, "max_split_size_mb:512")
+    assert picked("cuda:99") == (None if own != name else "max_split_size_mb:512")
 
 
 def test_float64_where_there_is_any():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -22,6 +24,8 @@ def pick_device(name: str | None = None) -> torch.device:
             name = "cuda"
         else:
             name = "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.startswith("cuda"):
+        _let_segments_grow()
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()
@@ -32,6 +36,16 @@ def pick_device(name: str | None = None) -> torch.device:
             "leave it out"
         ) from e
     return device
+
+
+def _let_segments_grow() -> None:
+    """Let CUDA's pieces of memory grow, so that passes of changing sizes leave no gaps behind.
+
+    CUDA reads it when it first allocates; what the user has set stays.
+    """
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    if sys.platform == "linux" and not any(name in os.environ for name in names):
+        os.environ[names[0]] = "expandable_segments:True"
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 
 from surestep import UserError
 
@@ -29,7 +30,7 @@ def backend(monkeypatch):
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("slug", ["sat-r1", "sat-r2", "pgd"])
+@pytest.mark.parametrize("slug", ["sat-r1", "sat-r2", "pgd", "sads", "fgsm-fuap"])
 def test_the_run_is_that_of_the_plain_network(tiny, tmp_path, backend, slug):
     plain = tiny.train(slug, out=tmp_path / "plain", epochs=1, ema=0.9)
     graphs = backend("aot_eager")
@@ -40,6 +41,34 @@ def test_the_run_is_that_of_the_plain_network(tiny, tmp_path, backend, slug):
     # The file is that of any run: no wrapper's prefix in the names.
     assert tiny.weights(tmp_path / "compiled")[:500] == tiny.weights(tmp_path / "plain")[:500]
     tiny.train(slug, out=tmp_path / "compiled", epochs=1, ema=0.9, compile=True, resume=True)
+
+
+@pytest.mark.parametrize("slug", ["fgsm", "sat-r1", "pgd"])
+def test_the_attack_computes_no_weight_gradient(tiny, monkeypatch, slug):
+    """A backward graph holds whatever its inputs want, used or not."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    seen = []
+
+    def note(graph, inputs):
+        found = [n for n in graph.graph.nodes if "convolution_backward" in str(n.target)]
+        if found:
+            seen.append([list(n.args[-1]) for n in found])
+        return make_boxed_func(graph)
+
+    backend = aot_autograd(fw_compiler=note, bw_compiler=note)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    model = tiny.net().train()
+    tiny.train(slug, model=model, epochs=1, compile=True, val_images=0)
+    torch.compiler.reset()
+    update = [masks for masks in seen if any(mask[1] for mask in masks)]
+    attack = [masks for masks in seen if masks not in update]
+    # The image's gradient comes with no weight's, the weights' without the image's.
+    assert update
+    assert attack
+    assert all(mask[0] for masks in attack for mask in masks)
+    assert not any(masks[-1][0] for masks in update)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_a_failing_compiler_is_one_line(tiny, monkeypatch):
@@ -53,6 +82,11 @@ def test_a_failing_compiler_is_one_line(tiny, monkeypatch):
         tiny.train("sat-r2", compile=True)
     assert "\n" not in str(caught.value)
     torch.compiler.reset()
+
+
+def test_not_with_second_derivatives(tiny):
+    with pytest.raises(UserError, match="gradalign differentiates gradients, which torch"):
+        tiny.train("gradalign", compile=True)
 
 
 def test_not_with_a_memory_limit(tiny):

@@ -49,6 +49,11 @@ def forked_rng(device: torch.device) -> Iterator[None]:
             torch.mps.set_rng_state(state)
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the module inside a compiled one, for passes of odd sizes or with hooks."""
+    return getattr(model, "_orig_mod", model)
+
+
 @contextmanager
 def attacking(model: nn.Module, *, train_mode: bool = False) -> Iterator[nn.Module]:
     """Lend the unwrapped ``model`` to an attack and give it back as it was.
@@ -60,13 +65,20 @@ def attacking(model: nn.Module, *, train_mode: bool = False) -> Iterator[nn.Modu
     """
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     changed = [m for m in inner.modules() if m.training != train_mode]
+    # A compiled backward pass computes the gradients of all that wants any, whatever is asked for.
+    compiled = uncompiled(inner) is not inner
+    frozen = [p for p in inner.parameters() if p.requires_grad and compiled]
     # In eval mode a forward writes no buffer; in train mode batch norm would count the attack in.
     buffers = [(b, b.clone()) for b in inner.buffers()] if train_mode else []
     for module in changed:
         module.training = train_mode
+    for parameter in frozen:
+        parameter.requires_grad_(False)
     try:
         yield inner
     finally:
+        for parameter in frozen:
+            parameter.requires_grad_()
         for module in changed:
             module.training = not train_mode
         for buffer, saved in buffers:
@@ -155,10 +167,8 @@ def count_classes(model: nn.Module, x: Tensor) -> int:
     Raises:
         UserError: the model fails on it or returns no logits.
     """
-    # A look need not compile a compiled network for a batch of one.
-    plain = getattr(model, "_orig_mod", model)
     # A look at the model must not change what it draws at random afterwards.
-    with attacking(plain) as inner, forked_rng(x.device):
+    with attacking(uncompiled(model)) as inner, forked_rng(x.device):
         try:
             return forward_logits(inner, x[:1]).shape[1]
         except UserError:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep import processes
-from surestep.attacks.core import attacking, forward_logits
+from surestep.attacks.core import attacking, forward_logits, uncompiled
 from surestep.attacks.losses import cross_entropy
 from surestep.methods._base import Cost, one_hot, register
 from surestep.methods.fgsm_uap import FGSMUAP
@@ -42,7 +42,8 @@ class FGSMFUAP(FGSMUAP):
 
     def choose(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, int]:
         """Pick by the layer, and learn from the losses of the picks."""
-        with attacking(model) as inner, torch.no_grad():
+        with attacking(model) as lent, torch.no_grad():
+            inner = uncompiled(lent)  # compiled code does not look for hooks again
             linear = [m for m in inner.modules() if isinstance(m, nn.Linear)]
             seen: list[Tensor] = []
             hooks = [m.register_forward_pre_hook(lambda _, a: seen.append(a[0])) for m in linear]

@@ -30,7 +30,7 @@ def backend(monkeypatch):
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("slug", ["sat-r1", "sat-r2", "pgd", "sads", "fgsm-fuap"])
+@pytest.mark.parametrize("slug", ["sat-r1", "sat-r2", "pgd", "fgsm-fuap"])
 def test_the_run_is_that_of_the_plain_network(tiny, tmp_path, backend, slug):
     plain = tiny.train(slug, out=tmp_path / "plain", epochs=1, ema=0.9)
     graphs = backend("aot_eager")
@@ -84,9 +84,13 @@ def test_a_failing_compiler_is_one_line(tiny, monkeypatch):
     torch.compiler.reset()
 
 
-def test_not_with_second_derivatives(tiny):
-    with pytest.raises(UserError, match="gradalign differentiates gradients, which torch"):
+def test_not_with_second_derivatives_or_dropout(tiny):
+    with pytest.raises(UserError, match="gradalign differentiates gradients, which cannot be"):
         tiny.train("gradalign", compile=True)
+    with pytest.raises(UserError, match="sads changes its dropout at each step"):
+        tiny.train("sads", compile=True)
+    with pytest.raises(UserError, match="fgsm changes its dropout at each step"):
+        tiny.train("fgsm", compile=True, dropout=0.2)
 
 
 def test_not_with_a_memory_limit(tiny):

@@ -158,10 +158,9 @@ def _check_together(config: FitSettings, method: Method) -> None:
             f"compile and max_memory ({config.max_memory:g}) do not go together: what is "
             "computed twice is not compiled; leave one of them out"
         )
-    if config.compile and method.second_order:
-        raise UserError(
-            f"{method.slug} differentiates gradients, which torch.compile cannot: leave compile out"
-        )
+    if config.compile and (method.dropout or method.second_order):
+        why = "changes its dropout at each step" if method.dropout else "differentiates gradients"
+        raise UserError(f"{method.slug} {why}, which cannot be compiled: leave compile out")
     if config.max_memory and (method.dropout or method.second_order):
         why = "drops activations" if method.dropout else "differentiates gradients"
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 
@@ -156,6 +157,40 @@ def test_cuda_memory_grows_unless_the_user_says_otherwise(monkeypatch, own):
     monkeypatch.delenv(name)
     monkeypatch.setenv(own, "max_split_size_mb:512")
     assert picked("cuda:99") == (None if own != name else "max_split_size_mb:512")
+
+
+@pytest.mark.parametrize(
+    ("files", "share"),
+    [
+        ({}, math.inf),
+        ({"cpu.max": "max 100000\n"}, math.inf),
+        ({"cpu.max": "250000 100000\n"}, 2.5),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
+        ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 0.5),
+        ({"cpu.max": ""}, math.inf),
+    ],
+)
+def test_the_limit_of_a_container(tmp_path, files, share):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert devices._quota(tmp_path) == share
+
+
+@pytest.mark.parametrize(("limit", "own", "threads"), [(1.2, None, 2), (0.1, None, 1), (2, "7", 7)])
+def test_no_more_threads_than_cores(monkeypatch, limit, own, threads):
+    set_to = [7]
+    monkeypatch.setattr(devices, "_quota", lambda _: limit)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(7)), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: set_to[-1])
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", own or "")
+    if own is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    for _ in range(2):
+        devices.pick_device("cpu")
+    assert set_to[-1] == threads
+    assert len(set_to) <= 2
 
 
 def test_float64_where_there_is_any():

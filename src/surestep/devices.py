@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 
@@ -26,6 +28,9 @@ def pick_device(name: str | None = None) -> torch.device:
             name = "mps" if torch.backends.mps.is_available() else "cpu"
     if name.startswith("cuda"):
         _let_segments_grow()
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores():
+        # Threads without a core spin while others wait for them: many times slower.
+        torch.set_num_threads(cores())
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()
@@ -36,6 +41,27 @@ def pick_device(name: str | None = None) -> torch.device:
             "leave it out"
         ) from e
     return device
+
+
+def cores() -> int:
+    """Return how many cores this process may use: by its affinity and its container's limit."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    mine = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(1, min(mine, math.ceil(_quota(Path("/sys/fs/cgroup")))))
+
+
+def _quota(groups: Path) -> float:
+    """Return the seconds of CPU that a container has a second (cgroup v2 or v1), infinite if free.
+
+    torch counts the cores of the host.
+    """
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((groups / name).read_text() for name in names).split()
+        except (OSError, ValueError):
+            continue
+        return int(quota) / int(period) if quota.isdecimal() else math.inf  # "max" and -1: free
+    return math.inf
 
 
 def _let_segments_grow() -> None:

@@ -20,7 +20,7 @@ def env(json_file: str | None) -> None:
     import torch
 
     from surestep import __version__
-    from surestep.devices import pick_device
+    from surestep.devices import cores, pick_device
     from surestep.training import Engine
 
     device = pick_device()
@@ -30,6 +30,7 @@ def env(json_file: str | None) -> None:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
+        "usable cores": cores(),
         "torch threads": torch.get_num_threads(),
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "device": str(device),

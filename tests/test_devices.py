@@ -177,9 +177,11 @@ def test_the_limit_of_a_container(tmp_path, files, share):
     assert devices._quota(tmp_path) == share
 
 
-@pytest.mark.parametrize(("limit", "own", "threads"), [(1.2, None, 2), (0.1, None, 1), (2, "7", 7)])
+@pytest.mark.parametrize(
+    ("limit", "own", "threads"), [(1.2, None, 2), (0.1, None, 1), (2, "9", 9), (math.inf, None, 7)]
+)
 def test_no_more_threads_than_cores(monkeypatch, limit, own, threads):
-    set_to = [7]
+    set_to = [9]
     monkeypatch.setattr(devices, "_quota", lambda _: limit)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(7)), raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: set_to[-1])

@@ -47,7 +47,7 @@ def cores() -> int:
     """Return how many cores this process may use: by its affinity and its container's limit."""
     has_affinity = hasattr(os, "sched_getaffinity")
     mine = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    return max(1, min(mine, math.ceil(_quota(Path("/sys/fs/cgroup")))))
+    return max(1, math.ceil(min(mine, _quota(Path("/sys/fs/cgroup")))))
 
 
 def _quota(groups: Path) -> float:

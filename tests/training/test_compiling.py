@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 
 import pytest
+import safetensors.torch
 import torch
 from functorch.compile import make_boxed_func
+from torch._dynamo.backends.registry import lookup_backend
 
+import surestep
 from surestep import UserError
 
 
@@ -17,8 +20,6 @@ def backend(monkeypatch):
     graphs = []
 
     def use(name):
-        from torch._dynamo.backends.registry import lookup_backend
-
         def counted(graph, inputs):
             graphs.append(graph)
             return lookup_backend(name)(graph, inputs)
@@ -69,6 +70,35 @@ def test_the_attack_computes_no_weight_gradient(tiny, monkeypatch, slug):
     assert all(mask[0] for masks in attack for mask in masks)
     assert not any(masks[-1][0] for masks in update)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_network_that_comes_compiled(tiny, tmp_path):
+    plain = tiny.train("sat-r2", out=tmp_path / "plain", epochs=1)
+    graphs, backend = [], lookup_backend("aot_eager")
+    model = tiny.net()
+    given = torch.compile(model, backend=lambda *args: graphs.append(args) or backend(*args))
+    fitted = tiny.train("sat-r2", model=given, out=tmp_path / "given", epochs=1)
+    assert graphs
+    assert fitted.model is model
+    torch.testing.assert_close(model.state_dict(), plain.model.state_dict(), rtol=1e-4, atol=1e-5)
+    kept = safetensors.torch.load_file(tmp_path / "given" / "model.safetensors")
+    assert kept.keys() == model.state_dict().keys()
+    tiny.train("sat-r2", model=given, out=tmp_path / "given", epochs=1, resume=True)
+    with pytest.raises(UserError, match="compile and max_memory"):
+        tiny.train("sat-r2", model=given, max_memory=1.0)
+    torch.compiler.reset()
+
+
+def test_judging_a_compiled_network(tiny):
+    model, (x, y) = tiny.net().eval(), tiny.data()
+    compiled = torch.compile(model, backend="aot_eager")
+    task = ((x, y), tiny.threat)
+    ours, theirs = (surestep.evaluate(m, *task, budget="quick", n=20) for m in (model, compiled))
+    assert theirs.robust_accuracy == ours.robust_accuracy
+    plain, inside = (surestep.audit(m, *task, budget="quick", n=20) for m in (model, compiled))
+    assert [(c.name, c.status) for c in inside.checks] == [(c.name, c.status) for c in plain.checks]
+    assert inside.verdict == plain.verdict
+    torch.compiler.reset()
 
 
 def test_a_failing_compiler_is_one_line(tiny, monkeypatch):

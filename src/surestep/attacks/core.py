@@ -66,7 +66,7 @@ def attacking(model: nn.Module, *, train_mode: bool = False) -> Iterator[nn.Modu
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     changed = [m for m in inner.modules() if m.training != train_mode]
     # A compiled backward pass computes the gradients of all that wants any, whatever is asked for.
-    compiled = uncompiled(inner) is not inner
+    compiled = any(uncompiled(m) is not m for m in inner.modules())
     frozen = [p for p in inner.parameters() if p.requires_grad and compiled]
     # In eval mode a forward writes no buffer; in train mode batch norm would count the attack in.
     buffers = [(b, b.clone()) for b in inner.buffers()] if train_mode else []

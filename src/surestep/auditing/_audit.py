@@ -19,6 +19,7 @@ from surestep.attacks.core import (
     forward_logits,
     input_gradient,
     share_of,
+    uncompiled,
 )
 from surestep.attacks.losses import log_odds
 from surestep.auditing import escalation
@@ -125,7 +126,8 @@ def audit(
     """
     start = time.perf_counter()
     spend = _budget(budget)
-    adapted = Adapted(model, preprocess)
+    # The checks hang hooks on modules, which compiled code does not look for again.
+    adapted = Adapted(uncompiled(model), preprocess)
     device = device_of(model)
     with attacking(adapted), forked_rng(device):
         torch.manual_seed(seed)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import device_of, share_of
+from surestep.attacks.core import device_of, share_of, uncompiled
 from surestep.data import Images
 from surestep.errors import UserError
 from surestep.evaluation import Evaluation, evaluate
@@ -118,6 +118,7 @@ def harden(
     """
     if any(t < 0 for t in thresholds):
         raise UserError(f"thresholds {list(thresholds)}: give deviations >= 0, such as 0.2")
+    model = uncompiled(model)
     statistics = measure(model, train)
     image = train.pixels(slice(0, 1)).to(device_of(model))
     model = insert(copy.deepcopy(model), image, 0.0)

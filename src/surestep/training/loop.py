@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from surestep import files
-from surestep.attacks.core import check_labels, count_classes
+from surestep.attacks.core import check_labels, count_classes, uncompiled
 from surestep.config import FitSettings, parse
 from surestep.data import Images
 from surestep.devices import pick_device
@@ -85,6 +85,7 @@ def fit(
 
     Args:
         model: returns logits (N, K) for images in the method's data range; is changed in place.
+            One that ``torch.compile`` returned is trained as it is, and the module inside it kept.
         data: Images, a pair of tensors (x, y), a Dataset or a DataLoader.
         method: what a step minimises.
         out: run folder for ``config.yaml``, ``metrics.jsonl``, ``model.safetensors`` and
@@ -99,13 +100,15 @@ def fit(
         settings: of ``surestep.config.FitSettings``: epochs, batch_size, lr, schedule, ...
 
     Returns:
-        The result; its model is ``model`` itself.
+        The result; its model is ``model`` itself, of a compiled one the module inside.
 
     Raises:
         UserError: invalid settings or data, a run folder that exists already, a full disk.
         TrainingDiverged: the loss became NaN or infinite; the last good checkpoint is kept.
     """
     config = parse(FitSettings, settings)
+    if uncompiled(model) is not model:
+        config = config.model_copy(update={"compile": True})
     # Settings that change a method change a copy of it, never the caller's.
     method = copy.deepcopy(method)
     for part in ("label_smoothing", "dropout"):
@@ -233,6 +236,7 @@ class _Trainer:
     ) -> None:
         _check_together(config, method)
         checkpoint.seed_everything(config.seed + accelerator.process_index)
+        given, model = model, uncompiled(model)
         self.model, self.method, self.config, self.run = model, method, config, run
         # Validation attacks with all of eps from the first epoch on.
         self.threat = method.threat
@@ -281,7 +285,7 @@ class _Trainer:
         stepped = engine.place(model)
         if config.compile:
             # The step's network alone: batches of validation shrink, and each size is compiled.
-            stepped = cast(nn.Module, torch.compile(stepped))
+            stepped = given if given is not model else cast(nn.Module, torch.compile(stepped))
         if config.max_memory:
             shape = image_shape(train)
             stepped = fit_into(model, method, engine, shape, self.share, config.max_memory)

@@ -18,6 +18,9 @@ _WITHOUT_FLOAT64 = {"mps"}
 def pick_device(name: str | None = None) -> torch.device:
     """Return the device of a name; without one an accelerator if there is any, else the CPU.
 
+    Sets what must be set before the first work there: CUDA's allocator, if it has not begun, and
+    no more threads than cores. The user's PYTORCH_CUDA_ALLOC_CONF and OMP_NUM_THREADS stay.
+
     Raises:
         UserError: there is no such device here.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import pytest
 import safetensors.torch
@@ -12,6 +13,12 @@ from torch._dynamo.backends.registry import lookup_backend
 
 import surestep
 from surestep import UserError
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_compiled() -> Iterator[None]:
+    yield
+    torch.compiler.reset()
 
 
 @pytest.fixture
@@ -27,8 +34,7 @@ def backend(monkeypatch):
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counted))
         return graphs
 
-    yield use
-    torch.compiler.reset()
+    return use
 
 
 @pytest.mark.parametrize("slug", ["sat-r1", "sat-r2", "pgd", "fgsm-fuap"])
@@ -61,7 +67,6 @@ def test_the_attack_computes_no_weight_gradient(tiny, monkeypatch, slug):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     model = tiny.net().train()
     tiny.train(slug, model=model, epochs=1, compile=True, val_images=0)
-    torch.compiler.reset()
     update = [masks for masks in seen if any(mask[1] for mask in masks)]
     attack = [masks for masks in seen if masks not in update]
     # The image's gradient comes with no weight's, the weights' without the image's.
@@ -86,7 +91,6 @@ def test_a_network_that_comes_compiled(tiny, tmp_path):
     tiny.train("sat-r2", model=given, out=tmp_path / "given", epochs=1, resume=True)
     with pytest.raises(UserError, match="compile and max_memory"):
         tiny.train("sat-r2", model=given, max_memory=1.0)
-    torch.compiler.reset()
 
 
 def test_judging_a_compiled_network(tiny):
@@ -98,7 +102,6 @@ def test_judging_a_compiled_network(tiny):
     plain, inside = (surestep.audit(m, *task, budget="quick", n=20) for m in (model, compiled))
     assert [(c.name, c.status) for c in inside.checks] == [(c.name, c.status) for c in plain.checks]
     assert inside.verdict == plain.verdict
-    torch.compiler.reset()
 
 
 def test_a_failing_compiler_is_one_line(tiny, monkeypatch):
@@ -111,7 +114,6 @@ def test_a_failing_compiler_is_one_line(tiny, monkeypatch):
     ) as caught:
         tiny.train("sat-r2", compile=True)
     assert "\n" not in str(caught.value)
-    torch.compiler.reset()
 
 
 def test_not_with_second_derivatives_or_dropout(tiny):

@@ -20,6 +20,8 @@ from surestep.errors import UserError
 from surestep.threat import ThreatModel
 
 _BUCKET = 32
+_INSIDE = "_orig_mod"
+"""Where torch.compile keeps the module that it wraps."""
 
 
 def round_up(count: int, most: int) -> int:
@@ -51,7 +53,7 @@ def forked_rng(device: torch.device) -> Iterator[None]:
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """Return the module inside a compiled one, for passes of odd sizes or with hooks."""
-    return getattr(model, "_orig_mod", model)
+    return getattr(model, _INSIDE, model)
 
 
 @contextmanager
@@ -64,10 +66,12 @@ def attacking(model: nn.Module, *, train_mode: bool = False) -> Iterator[nn.Modu
         train_mode: put it in train mode (batch statistics, dropout) rather than eval mode.
     """
     inner = model.module if isinstance(model, DistributedDataParallel) else model
-    changed = [m for m in inner.modules() if m.training != train_mode]
+    modules = list(inner.modules())
+    changed = [m for m in modules if m.training != train_mode]
     # A compiled backward pass computes the gradients of all that wants any, whatever is asked for.
-    compiled = any(uncompiled(m) is not m for m in inner.modules())
-    frozen = [p for p in inner.parameters() if p.requires_grad and compiled]
+    # Else the weights are left alone: autocast keeps its casts of those that want a gradient only.
+    compiled = any(_INSIDE in m._modules for m in modules)
+    frozen = [p for p in inner.parameters() if p.requires_grad] if compiled else []
     # In eval mode a forward writes no buffer; in train mode batch norm would count the attack in.
     buffers = [(b, b.clone()) for b in inner.buffers()] if train_mode else []
     for module in changed:

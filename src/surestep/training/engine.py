@@ -68,7 +68,7 @@ class Engine:
         else:
             bf16 = fast and has_bf16(torch.device(device))
             dtype = torch.bfloat16 if bf16 else torch.float32
-        # Batch norm's gradients are wrong in channels_last there: pytorch/pytorch#175189.
+        # On mps batch norm's gradients are wrong in channels_last: pytorch/pytorch#175189.
         last = fast and torch.device(device).type != "mps"
         return cls(dtype, channels_last=last, tuned=fast)
 

@@ -178,24 +178,24 @@ class TestDemo:
         assert json.loads(done("demo", "--n", "1", "--json", "-")).keys() == {"fgsm", "sat-r2"}
 
     @pytest.mark.parametrize(
-        ("under_fgsm", "worst", "said"),
+        ("clean", "under_fgsm", "worst", "said"),
         [
-            (0.97, 0.02, "looks robust under the attack it trained on (97.0%), but the stronger "),
-            (0.97, 0.02, "attacks leave 2.0%: its gradients are masked; SAT-R2, which penalises"),
-            (0.9, 0.8, "FGSM training kept 80.0% under the strongest attack this time; SAT-R2,"),
+            (0.98, 0.97, 0.02, "looks robust under the attack it trained on (97.0%), but the "),
+            (0.98, 0.97, 0.02, "stronger attacks leave 2.0%: its gradients are masked; SAT-R2, "),
+            (0.98, 0.9, 0.8, "FGSM training kept 80.0% under the strongest attack this time; SAT-"),
+            (0.11, 0.11, 0.11, "FGSM training did not learn this time (11.0% of clean images), "),
         ],
     )
     def test_the_sentence_follows_the_numbers(
-        self, done, tiny, monkeypatch, under_fgsm, worst, said
+        self, done, tiny, monkeypatch, clean, under_fgsm, worst, said
     ):
         def judge(model, data, threat, attacks, n, progress):
             progress(n, n, worst)
             found = evaluate(model, data, threat, ["fgsm"], n=n)
             scores = {"fgsm": under_fgsm, "pgd-100": worst}
             intervals = dict.fromkeys(("clean", *scores, "worst case"), (0.0, 1.0))
-            return replace(
-                found, robust_accuracy=scores, worst_case_accuracy=worst, intervals=intervals
-            )
+            accuracies = {"clean_accuracy": clean, "worst_case_accuracy": worst}
+            return replace(found, robust_accuracy=scores, intervals=intervals, **accuracies)
 
         from dataclasses import replace
 

@@ -126,6 +126,11 @@ def _sentence(fgsm: Evaluation, sat: Evaluation) -> str:
             f"FGSM training looks robust under the attack it trained on ({looks:.1%}), but the "
             f"stronger attacks leave {holds:.1%}: its gradients are masked"
         )
+    elif fgsm.clean_accuracy < 0.5:
+        first = (
+            f"FGSM training did not learn this time ({fgsm.clean_accuracy:.1%} of clean images), "
+            "another --seed may mask its gradients"
+        )
     else:
         first = f"FGSM training kept {holds:.1%} under the strongest attack this time"
     return f"{first}; SAT-R2, which penalises that, keeps {sat.worst_case_accuracy:.1%}."

@@ -6,7 +6,7 @@
 Each point trains without validation, one core and one thread, and is judged by FGSM and PGD-100 on
 cross entropy and margin on the first --n of the 10,000 held-out images; never on test images. Its
 cost is in passes: epochs times those of a step over those of a standard step, so that points
-measured on a busy machine compare. Points that the CSV already holds are skipped.
+measured on a busy machine compare. Points that the CSV holds with as many images are skipped.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def main() -> None:
     rows = read(args.out)
     if args.best:
         return best(rows, args.best)
-    done = {(r["method"], r["recipe"], r["changes"], int(r["seed"])) for r in rows}
+    judged = [row for row in rows if int(row["n"]) >= args.n]
+    done = {(r["method"], r["recipe"], r["changes"], int(r["seed"])) for r in judged}
     method, _, recipe = args.recipe.partition("/")
     todo = [
         Row(method, recipe, seed, settings)

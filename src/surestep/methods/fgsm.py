@@ -19,6 +19,6 @@ class FGSM(SingleStep):
     presets = {
         "mnist": recipe(MNIST_SAT),
         "mnist-fast": recipe(MNIST_FAST),
-        "mnist-demo": recipe(MNIST_DEMO, settings={"lr": 0.05}),
+        "mnist-demo": recipe(MNIST_DEMO, settings={"lr": 0.03}),
         "cifar10": recipe(CIFAR_RESNET),
     }

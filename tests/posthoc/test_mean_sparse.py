@@ -63,6 +63,21 @@ def test_measuring_leaves_the_model(trained, images):
     assert not any(m._forward_pre_hooks for m in trained.modules())
 
 
+def test_of_a_compiled_model_the_module_inside_is_measured(trained, images):
+    expected = posthoc.measure(trained, images)
+    compiled = torch.compile(trained, backend="eager")
+    compiled(images.x)
+    found = posthoc.measure(compiled, images)
+    assert found.keys() == expected.keys() == {"2"}
+    for name, (mean, std) in found.items():
+        assert torch.equal(mean, expected[name][0])
+        assert torch.equal(std, expected[name][1])
+    inside = posthoc.insert(compiled, images.x[:1], 0.5)
+    assert inside is trained
+    assert len(layers(inside)) == 1
+    torch.compiler.reset()
+
+
 def sparse(model, images, threshold):
     found = posthoc.measure(model, images)
     model = posthoc.insert(copy.deepcopy(model), images.x[:1], threshold)

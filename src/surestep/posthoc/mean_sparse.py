@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from surestep.activations import activations
-from surestep.attacks.core import attacking, device_of
+from surestep.attacks.core import attacking, device_of, uncompiled
 from surestep.data import Images
 from surestep.devices import finest
 from surestep.errors import UserError
@@ -84,6 +84,7 @@ def measure(
     Returns:
         By the activation's name, mean (C,) and std (C,) in float64 (float32 on mps).
     """
+    model = uncompiled(model)  # compiled code does not look for hooks again
     device = device_of(model)
     seen: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -110,7 +111,7 @@ def insert(model: nn.Module, image: Tensor, threshold: float) -> nn.Module:
     """Put a ``MeanSparse`` before each activation of a model, in place; returns the model.
 
     Its means and deviations are zero, which changes nothing, until weights are loaded or
-    ``set_statistics`` is called.
+    ``set_statistics`` is called. Of a compiled model the module inside is returned.
 
     Args:
         model: its activations are modules; one that is used twice in a pass is refused.
@@ -121,6 +122,7 @@ def insert(model: nn.Module, image: Tensor, threshold: float) -> nn.Module:
         UserError: the model has no activation module, or one has no channels.
     """
     seen: dict[str, Tensor] = {}
+    model = uncompiled(model)  # what is compiled does not know the new modules
     with _watching(model, seen) as inner:
         inner(image)
     if not seen:

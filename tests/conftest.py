@@ -24,6 +24,13 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def nothing_stays_compiled() -> Iterator[None]:
+    """What torch.compile remembers ends with the test."""
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
 def net() -> nn.Module:
     """A net with batch statistics and dropout, in train mode, its statistics not the initial."""
     with torch.random.fork_rng():

@@ -63,6 +63,7 @@ def test_measuring_leaves_the_model(trained, images):
     assert not any(m._forward_pre_hooks for m in trained.modules())
 
 
+@pytest.mark.usefixtures("nothing_stays_compiled")
 def test_of_a_compiled_model_the_module_inside_is_measured(trained, images):
     expected = posthoc.measure(trained, images)
     compiled = torch.compile(trained, backend="eager")
@@ -75,7 +76,6 @@ def test_of_a_compiled_model_the_module_inside_is_measured(trained, images):
     inside = posthoc.insert(compiled, images.x[:1], 0.5)
     assert inside is trained
     assert len(layers(inside)) == 1
-    torch.compiler.reset()
 
 
 def sparse(model, images, threshold):

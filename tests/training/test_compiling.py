@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import pytest
 import safetensors.torch
@@ -14,11 +13,7 @@ from torch._dynamo.backends.registry import lookup_backend
 import surestep
 from surestep import UserError
 
-
-@pytest.fixture(autouse=True)
-def _nothing_stays_compiled() -> Iterator[None]:
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("nothing_stays_compiled")
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 The mathematics is that of surestep's methods. What differs, all of it habit: the attack calls a
 full ``backward()``, which also computes weight gradients, and clears them; float32; images and
-weights in the default memory format; an optimizer that is not fused; ``.item()`` on the loss and
-the accuracy at each step. (The allocator's settings cannot differ within one process, so the peer
-steps have surestep's.)
+weights in the default memory format, the first convolution torch's own; an optimizer that is not
+fused; ``.item()`` on the loss and the accuracy at each step. (The allocator's settings cannot
+differ within one process, so the peer steps have surestep's.)
 """
 
 from __future__ import annotations
@@ -15,8 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surestep.models._stem import GreyConv2d
+
 Step = Callable[[Tensor, Tensor], None]
 Perturb = Callable[[Tensor, Tensor], Tensor]
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """Return a network with torch's own convolution in place of surestep's, in place."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, GreyConv2d):
+                size, padding = child.kernel_size[0], child.margin
+                own = nn.Conv2d(child.in_channels, child.out_channels, size, padding=padding)
+                own.load_state_dict(child.state_dict())
+                setattr(module, name, own)
+    return model
 
 
 def _sign(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

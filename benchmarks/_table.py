@@ -178,5 +178,6 @@ def machine() -> str:
     """Return the kind of machine: seconds of two kinds do not compare."""
     cpu = Path("/proc/cpuinfo")
     flags = set(cpu.read_text("utf-8").split()) if cpu.exists() else set()
-    widest = next((name for name in ("avx512_bf16", "avx512f", "avx2") if name in flags), "")
+    units = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
+    widest = next((name for name in units if name in flags), "")
     return f"{platform.machine()} {widest}".rstrip() + f", {os.cpu_count()} cores"

@@ -95,7 +95,7 @@ def peer_steps(model_name: str, name: str, batch: int) -> dict[str, _peers.Step]
     """Return the peers' ways of one method's step, by peer."""
 
     def made() -> tuple[nn.Module, torch.optim.Optimizer]:
-        model, _, _ = build_model(model_name)
+        model = _peers.plain(build_model(model_name)[0])
         return model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
 
     makers: dict[str, Callable[..., _peers.Step]] = {

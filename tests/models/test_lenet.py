@@ -21,20 +21,21 @@ def textbook(weights: list[Tensor], x: Tensor) -> Tensor:
 
 def test_lenet_equals_the_textbook_order_with_all_gradients():
     torch.manual_seed(0)
-    model = LeNetPlus()
+    model = LeNetPlus().double()
     weights = [p.detach().clone().requires_grad_() for p in model.parameters()]
     # Blank borders, as in MNIST: whole windows tie there.
-    x = F.pad(torch.rand(8, 1, 20, 20), (4, 4, 4, 4))
+    x = F.pad(torch.rand(8, 1, 20, 20, dtype=torch.float64), (4, 4, 4, 4))
     y = torch.arange(8)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
 
+    torch.testing.assert_close(model(x), textbook(weights, x), rtol=0, atol=0)
     got, expected = model(ours), textbook(weights, theirs)
-    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
     got_grads = torch.autograd.grad(F.cross_entropy(got, y), [ours, *model.parameters()])
     expected_grads = torch.autograd.grad(F.cross_entropy(expected, y), [theirs, *weights])
     for a, b in zip(got_grads, expected_grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
 
 
 def test_parameter_counts():

@@ -7,6 +7,7 @@ from torch import nn
 from surestep.errors import UserError
 from surestep.models._base import Classifier, Normalize
 from surestep.models._registry import register
+from surestep.models._stem import GreyConv2d
 
 
 @register(
@@ -38,7 +39,7 @@ class LeNetPlus(Classifier):
         # Published as relu, then max-pool. The two commute, with the same gradients, and in this
         # order relu touches a quarter of the elements.
         body = nn.Sequential(
-            nn.Conv2d(in_channels, 32, 5, padding=2),
+            GreyConv2d(in_channels, 32, 5, padding=2),
             nn.MaxPool2d(2),
             nn.ReLU(),
             nn.Conv2d(32, 64, 5, padding=2),

@@ -25,6 +25,7 @@ from _table import FIELDS, QUICK, Row, append, machine, read, run_alone, train_a
 
 THRESHOLDS = (80, 85, 90)
 RECIPES: dict[str, dict[str, Any]] = {
+    "sat-r1/mnist-speed": {},
     "sat-r2/mnist-speed": {},
     # The same engine, batch, epochs and growth of eps.
     "pgd/mnist-speed": {},

@@ -250,6 +250,9 @@ class SATR1(SAT):
             settings={"epochs": 4, "batch_size": 64, "lr": 0.05, "eps_warmup": 1.0},
             source="ours: benchmarks/search.py, benchmarks/step_cost.py",
         ),
+        "mnist-speed": recipe(
+            MNIST_SPEED, lam=1.0, steps=3, fraction=0.25, settings={"epochs": 2.25}
+        ),
         "cifar10": recipe(CIFAR_SAT, lam=0.2, steps=3),
     }
 

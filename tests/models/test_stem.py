@@ -9,7 +9,7 @@ from surestep.models._stem import GreyConv2d
 
 def by_hand(conv: GreyConv2d, x: Tensor) -> Tensor:
     """The sums of a convolution of one channel, pixel by pixel."""
-    (size, _), pad = conv.kernel_size, conv.margin
+    (size, _), (pad, _) = conv.kernel_size, conv.padding
     assert conv.bias is not None
     padded = torch.zeros(len(x), x.shape[2] + 2 * pad, x.shape[3] + 2 * pad, dtype=x.dtype)
     padded[:, pad : pad + x.shape[2], pad : pad + x.shape[3]] = x[:, 0]

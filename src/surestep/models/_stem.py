@@ -12,19 +12,19 @@ class GreyConv2d(nn.Conv2d):
 
     What an attack asks of a first convolution, training never does: the gradient of the images.
     oneDNN computes it many channels at a time, and an image of one channel leaves all but one of
-    them empty: on LeNet+ that single product took a fifth of an attack's pass. Cut into rows, the
-    kernel's height becomes channels, and the same sums are a convolution from ``height`` channels
-    with a kernel one pixel high. Only where the images want a gradient: forward alone it is no
-    faster (``benchmarks/step_cost.py``).
+    them empty. Cut into rows, the kernel's height becomes channels, and the same sums are a
+    convolution from ``height`` channels with a kernel one pixel high. Only where the images want a
+    gradient; what it gains is in docs/performance.md.
 
     Args:
         in_channels, out_channels, kernel_size: as in ``nn.Conv2d``.
         padding: zeros on each side of the images.
     """
 
+    padding: tuple[int, int]  # never a word, as nn.Conv2d's may be
+
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, padding: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size, padding=padding)
-        self.margin = padding
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve images (N, C, H, W)."""
@@ -34,9 +34,10 @@ class GreyConv2d(nn.Conv2d):
 
     def _by_rows(self, x: Tensor) -> Tensor:
         filters, _, height, width = self.weight.shape
-        padded = F.pad(x.squeeze(1), (0, 0, self.margin, self.margin))
+        above, beside = self.padding
+        padded = F.pad(x.squeeze(1), (0, 0, above, above))
         rows = padded.shape[1] - height + 1
         # Stacked last: the channels_last order, in which the pooling behind it is faster, too.
         shifted = torch.stack([padded[:, i : i + rows] for i in range(height)], -1)
         weight = self.weight.reshape(filters, height, 1, width)
-        return F.conv2d(shifted.permute(0, 3, 1, 2), weight, self.bias, padding=(0, self.margin))
+        return F.conv2d(shifted.permute(0, 3, 1, 2), weight, self.bias, padding=(0, beside))

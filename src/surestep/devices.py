@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -85,6 +86,22 @@ def has_bf16(device: torch.device) -> bool:
         probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
         return bool(probe and probe())
     return False
+
+
+@contextmanager
+def memory_for(what: str, advice: str) -> Iterator[None]:
+    """Tell in one line, with what to do, that the device's or the host's memory is full.
+
+    Raises:
+        UserError: it is.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:
+        full = isinstance(e, torch.OutOfMemoryError | MemoryError)
+        if full or "DefaultCPUAllocator" in str(e) or "out of memory" in str(e):
+            raise UserError(f"out of memory in {what}: {advice}") from e
+        raise
 
 
 def finest(device: torch.device) -> torch.dtype:

@@ -24,6 +24,11 @@ from surestep.threat import ThreatModel
 from surestep.training import FitResult, fit
 from surestep.training.run_folder import RunFolder
 
+_MEANT = ("dataset", "norm")
+"""What a radius is meant for."""
+_ALIKE = {"cifar100": "cifar10"}
+"""Data sets that are trained with the presets of another."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -48,21 +53,27 @@ def resolve(values: Mapping[str, Any], preset: str | None = None) -> RunConfig:
     A preset brings data set, model, eps, the method's parameters and the training settings;
     what the user gives explicitly wins. At another eps than the preset's, its step sizes and other
     lengths change in proportion. Without a preset's name, the one called as the data set is taken
-    if the method has it.
+    if the method has it (for cifar100 that of cifar10).
 
     Args:
         values: by the names of ``RunConfig``'s fields.
         preset: name of one of the method's presets, or "none".
 
     Raises:
-        UserError: an unknown name or an invalid value.
+        UserError: an unknown name or an invalid value; no radius, where no preset has one for this
+            data set and norm.
     """
     method = str(values.get("method", RunConfig.model_fields["method"].default))
     cls = methods.get(method)
+    dataset, norm = (str(values.get(k, RunConfig.model_fields[k].default)) for k in _MEANT)
     if preset is None:
-        dataset = str(values.get("dataset", RunConfig.model_fields["dataset"].default))
         name = dataset.partition(":")[0]
+        name = _ALIKE.get(name, name)
         preset = name if name in cls.presets else "none"
+    if "eps" not in values and (norm != "linf" or (preset == "none" and dataset != "mnist")):
+        raise UserError(
+            f"no radius is known for {method} on {dataset} in {norm}: give eps, such as --eps 8/255"
+        )
     if preset == "none":
         return parse(RunConfig, {"method": method, **values})
     chosen = methods.preset(method, preset)
@@ -169,6 +180,8 @@ def harden(
     run = load(folder, device)
     if run.config.mean_sparse is not None:
         raise UserError(f"{folder} is hardened already: take the run it was made from")
+    if Path(out).resolve() == Path(folder).resolve():
+        raise UserError(f"{out} is the run itself, which is kept: give another --out")
     place = RunFolder.plan(out, overwrite=overwrite)
     assert place is not None
     options: dict[str, Any] = {"seed": seed}
@@ -189,7 +202,7 @@ def harden(
         for model in (run.model, found.model)
     )
     config = run.config.model_copy(update={"mean_sparse": found.threshold})
-    place.make(config.model_dump(mode="json"))
+    place.make(config.model_dump(mode="json"), overwrite=overwrite)
     files.save_weights(place.weights, found.model)
     return {
         "threshold": found.threshold,
@@ -208,6 +221,8 @@ def train(
     quiet: bool = False,
 ) -> FitResult:
     """Train a run as configured; see ``surestep.fit``."""
+    if resume and config.mean_sparse is not None:
+        raise UserError(f"{out} was hardened after training: resume the run it was made from")
     method = build_method(config)
     images = load_data(config, "train")
     settings = {name: getattr(config, name) for name in FitSettings.model_fields}
@@ -248,12 +263,14 @@ def read_config(folder: str | Path) -> RunConfig:
     return parse(RunConfig, values, where=f"{run.config}: ")
 
 
-def load(folder: str | Path, device: str | None = None) -> Run:
+def load(folder: str | Path, device: str | None = None, images: Images | None = None) -> Run:
     """Load a run folder.
 
     Args:
         folder: as written by ``surestep train``.
         device: for the model; by default the best there is.
+        images: shaped as those it was trained on, with as many classes; by default its test
+            images, from where they lay.
 
     Raises:
         UserError: it is no run folder, or its weights are missing or damaged.
@@ -263,6 +280,6 @@ def load(folder: str | Path, device: str | None = None) -> Run:
     weights = RunFolder(folder).weights
     if not weights.is_file():
         raise UserError(f"{folder} has no weights yet: continue it with --resume {folder}")
-    model = build_model(config, load_data(config, "test"))
+    model = build_model(config, load_data(config, "test") if images is None else images)
     files.load_weights(weights, model)
     return Run(config, model.to(pick_device(device)).eval(), build_threat(config), folder)

@@ -90,12 +90,21 @@ def open_target(
     if folder.is_dir():
         if weights is not None:
             raise UserError(f"{name} is a run folder and has its own weights: leave --weights out")
-        run = runs.load(folder, device)
+        config = runs.read_config(folder)
+        if norm not in (None, config.norm) and eps is None:
+            raise UserError(
+                f"{name} has a radius of {config.eps:g} in {config.norm}, which says nothing in "
+                f"{norm}: give --eps with --norm {norm}"
+            )
         changes = {"dataset": dataset, "data": place, "norm": norm, "eps": eps}
         changes = {k: v for k, v in changes.items() if v is not None}
-        config = parse(RunConfig, {**run.config.model_dump(), **changes})
+        other = dataset not in (None, config.dataset)
+        if other:  # where the run's own lay says nothing about it
+            changes = {"data": None, "image_size": None, **changes}
+        config = parse(RunConfig, {**config.model_dump(), **changes})
         images = runs.load_data(config, "test")
-        model: nn.Module = run.model
+        # Other data may be of fewer classes; the run's own may have moved.
+        model: nn.Module = runs.load(folder, device, None if other else images).model
         limits = runs.build_threat(config)
     else:
         _check_kind(name)
@@ -147,10 +156,15 @@ def _eval(model: nn.Module) -> nn.Module:
 def _load(name: str, weights: str | None, images: Images) -> nn.Module:
     if name.startswith("timm:"):
         return _timm(name, weights, images)
-    if name.startswith("hf:"):
-        return _hugging_face(name.removeprefix("hf:"))
     file, colon, factory = name.rpartition(":")
     if not (colon and file.endswith(".py")):
+        if weights is not None:
+            raise UserError(
+                f"{name} has its own weights: leave --weights out; it is for FILE.py:FACTORY and "
+                "timm:NAME"
+            )
+        if name.startswith("hf:"):
+            return _hugging_face(name.removeprefix("hf:"))
         return _program(Path(name))
     model = _call(Path(file), factory)
     if weights is not None:
@@ -166,8 +180,10 @@ def _call(file: Path, factory: str) -> nn.Module:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # Files beside it can be imported, as if it were run.
+    # Files beside it can be imported, as if it were run; dataclasses look their module up.
     sys.path.insert(0, str(file.parent.resolve()))
+    before = sys.modules.get(file.stem)
+    sys.modules[file.stem] = module
     try:
         spec.loader.exec_module(module)
         make = getattr(module, factory, None)
@@ -181,6 +197,8 @@ def _call(file: Path, factory: str) -> nn.Module:
         raise UserError(f"{file}:{factory} fails: {type(e).__name__} {e}") from e
     finally:
         sys.path.pop(0)
+        if before is not None:
+            sys.modules[file.stem] = before
     if not isinstance(model, nn.Module):
         raise UserError(
             f"{file}:{factory} returned a {type(model).__name__}, expected a torch.nn.Module"
@@ -204,6 +222,10 @@ def load_any_weights(path: Path, model: nn.Module) -> None:
     except FileNotFoundError as e:
         raise UserError(f"{path} is not there") from e
     except pickle.UnpicklingError as e:
+        if not _saved_by_torch(path):
+            raise UserError(
+                f"{path} is no file of weights: expected what torch.save or safetensors wrote"
+            ) from e
         raise UserError(
             f"{path} holds more than tensors, and loading it could run code: save "
             "model.state_dict(), or safetensors"
@@ -225,6 +247,12 @@ def load_any_weights(path: Path, model: nn.Module) -> None:
     except RuntimeError as e:
         reason = " ".join(str(e).split())
         raise UserError(f"{path} does not fit the model: {reason[:300]}") from e
+
+
+def _saved_by_torch(path: Path) -> bool:
+    """Tell whether a file begins as torch.save's do: as a zip archive or, long ago, a pickle."""
+    with path.open("rb") as f:
+        return f.read(4).startswith((b"PK\x03\x04", b"\x80"))
 
 
 def _program(path: Path) -> nn.Module:

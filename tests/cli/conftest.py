@@ -31,7 +31,7 @@ def small_options(archive: Path) -> list[str]:
     """Return options of a run of 2 epochs of 9 steps: the smallest network on 300 digits."""
     return [
         *("--dataset", "npz", "--data", str(archive), "--model", "cnn-small", "--epochs", "2"),
-        *("--batch-size", "32", "--lr", "0.02", "--val-attacks", "fgsm,pgd-2"),
+        *("--batch-size", "32", "--lr", "0.02", "--val-attacks", "fgsm,pgd-2", "--eps", "0.3"),
     ]
 
 

@@ -5,6 +5,8 @@ import hashlib
 import io
 import tarfile
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -53,6 +55,29 @@ def test_an_archive_put_there_by_hand_is_used_and_kept(archive, root, tmp_path):
     folder = download.fetch((replace(archive, url="http://127.0.0.1:1/none.tar.gz"), hand), root)
     assert folder == root / "second"
     assert (root / "second.tar.gz").exists()
+
+
+def test_what_another_process_unpacked_meanwhile_is_taken(archive, root):
+    download.fetch((archive,), root)
+    gone = replace(archive, url="http://127.0.0.1:1/none.tar.gz")
+    assert (download.fetch((gone,), root) / "a.bin").read_bytes() == b"abc"
+
+
+def test_two_at_a_time_fetch_once(archive, root, monkeypatch):
+    began = []
+    stream = download._stream
+
+    def slow(*args):
+        began.append(1)
+        time.sleep(0.3)
+        return stream(*args)
+
+    monkeypatch.setattr(download, "_stream", slow)
+    with ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(lambda _: download.fetch((archive,), root), range(2)))
+    assert folders == [root / "set"] * 2
+    assert began == [1]
+    assert [p.name for p in root.iterdir()] == ["set"]
 
 
 def check_failure(refused, archive: Archive, root: Path, *words: str) -> None:

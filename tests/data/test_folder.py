@@ -40,15 +40,15 @@ def test_a_flat_folder_is_divided_within_each_class(flat):
     assert values(data.load("folder", "test", root=flat)) == values(splits["test"])
 
 
-@pytest.mark.parametrize("val", ["val", "validation"])
+@pytest.mark.parametrize("val", ["val", "valid", "validation"])
 def test_split_folders(tmp_path, val):
     for k, split in enumerate(("train", val, "test")):
         paint(tmp_path / split / "b" / "0.png", 10 + k)
         paint(tmp_path / split / "a" / "0.JPG", 50 + k)
     (tmp_path / "test" / "a" / "0.JPG").write_bytes(b"damaged")
-    assert data.load(f"folder:{tmp_path}").y.tolist() == [0, 1]
+    assert sorted(data.load(f"folder:{tmp_path}").y.tolist()) == [0, 1]
     validation = data.load(f"folder:{tmp_path}", "validation")
-    assert values(validation) == [51, 11]
+    assert dict(zip(validation.y.tolist(), values(validation), strict=True)) == {0: 51, 1: 11}
 
 
 def test_without_a_validation_folder_a_tenth_is_held_out(tmp_path):
@@ -84,11 +84,11 @@ def test_grey_images_have_one_channel_unless_some_are_coloured(tmp_path):
         paint(tmp_path / "test" / "a" / f"{k}.png", 10 * k, mode="L")
     grey = data.load(f"folder:{tmp_path}", "test")
     assert grey.image_shape == (1, 4, 4)
-    assert values(grey) == [0, 10, 20]
+    assert sorted(values(grey)) == [0, 10, 20]
     paint(tmp_path / "test" / "a" / "9.png", 90, mode="RGBA")
     mixed = data.load(f"folder:{tmp_path}", "test")
     assert mixed.image_shape == (3, 4, 4)
-    assert torch.equal(mixed.x[1], torch.full((3, 4, 4), 10))
+    assert torch.equal(mixed.x[values(mixed).index(10)], torch.full((3, 4, 4), 10))
 
 
 def test_a_palette_with_transparency(tmp_path):
@@ -137,3 +137,32 @@ def test_without_pillow(monkeypatch, flat, refused):
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     refused(lambda: data.load(f"folder:{flat}"), "pip install 'surestep[folder]'")
+
+
+def test_the_first_images_are_of_all_classes(flat):
+    test = data.load(f"folder:{flat}")
+    assert set(test.first(8).y.tolist()) == {0, 1}
+    assert values(data.load(f"folder:{flat}")) == values(test)  # in the same order
+
+
+def test_all_splits_have_the_channels_of_the_whole(tmp_path):
+    paint(tmp_path / "train" / "a" / "0.png", 1, mode="RGB")
+    for k, split in enumerate(("train", "valid", "test")):
+        paint(tmp_path / split / "a" / "1.png", 10 * k, mode="L")
+    for split in ("train", "validation", "test"):
+        assert data.load(f"folder:{tmp_path}", split).image_shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize("names", [("Training", "Testing"), ("train_set", "dev", "test_set")])
+def test_splits_under_other_names_are_no_classes(tmp_path, refused, names):
+    for split in names:
+        for name in ("cat", "dog"):
+            paint(tmp_path / split / name / "0.png", 1)
+    refused(lambda: data.load(f"folder:{tmp_path}"), names[0], "cat, dog", "train, validation")
+
+
+def test_classes_may_have_folders_inside(tmp_path):
+    for name in ("cat", "dog"):
+        for k in range(3):
+            paint(tmp_path / name / "images" / f"{k}.png", k)
+    assert data.load(f"folder:{tmp_path}").classes == ("cat", "dog")

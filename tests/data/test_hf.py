@@ -80,10 +80,18 @@ def test_columns_are_found_by_type(hub):
         assert len(images) == n
         assert images.classes == ("cat", "dog")
         assert images.image_shape == (1, 4, 4)
-        assert images.y.tolist() == [i % 2 for i in range(n)]
-        assert images.x[:, 0, 0, 0].tolist() == list(range(n))
+        values = images.x[:, 0, 0, 0]
+        assert sorted(values.tolist()) == list(range(n))
+        assert images.y.tolist() == (values % 2).tolist()
         assert images.name == "me/set"
     assert hub.loaded == ["train", "valid", "test"]
+
+
+def test_the_first_images_are_of_all_classes(hub):
+    whole = rows(20)
+    whole.rows.sort(key=lambda row: row["kind"])
+    hub.splits |= {"train": rows(20), "test": whole}
+    assert set(data.load("hf:me/set", "test").first(8).y.tolist()) == {0, 1}
 
 
 def test_validation_is_held_out_of_training(hub):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import surestep
 from surestep.errors import UserError
 from surestep.evaluation import evaluate
+from surestep.models import Normalize
+from surestep.posthoc import insert
+from surestep.posthoc.mean_sparse import layers
 
 THREAT = surestep.Linf(0.05)
 ATTACKS = ("pgd-4x2", "noise-3", "fgsm", "square-20")
@@ -60,6 +65,7 @@ def test_what_is_done_is_not_done_again(net, images, tmp_path):
         ({"attacks": ATTACKS[:2]}, "other attacks"),
         ({"n": 7}, "other n"),
         ({"precision": torch.bfloat16}, "other precision"),
+        ({"preprocess": Normalize((0.4,), (0.2,))}, "other preprocess"),
     ],
 )
 def test_other_settings_are_refused_and_nothing_is_lost(net, images, tmp_path, changes, said):
@@ -85,7 +91,41 @@ def test_another_model_or_other_data_are_refused(net, images, tmp_path):
     assert path.read_bytes() == written
 
 
-@pytest.mark.parametrize("text", ["hello\n", '{"a": 1}\nhello\n', "[1]\n[2]\n", "\n\n"])
+def test_other_sources_and_thresholds_are_refused(net, images, tmp_path):
+    path, sources = tmp_path / "state.jsonl", [copy.deepcopy(net)]
+    run(net, images, path, attacks=["transfer"], sources=sources)
+    with torch.no_grad():
+        sources[0][0].weight.mul_(1.01)
+    with pytest.raises(UserError, match="other sources"):
+        run(net, images, path, attacks=["transfer"], sources=sources)
+    sparse, path = insert(net.eval(), images[0][:1], 0.2), tmp_path / "sparse.jsonl"
+    run(sparse, images, path)
+    layers(sparse)[0].threshold = 0.4  # which no buffer holds
+    with pytest.raises(UserError, match="other model"):
+        run(sparse, images, path)
+
+
+def test_a_random_model_is_resumed_to_the_same_numbers(net, images, tmp_path):
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net.eval()
+
+        def forward(self, x):
+            return self.net(x + 0.2 * torch.randn_like(x))
+
+    path = tmp_path / "state.jsonl"
+    whole = run(Noisy(), images)
+    assert run(Noisy(), images, path) == whole
+    written = path.read_bytes()
+    for size in (300, len(written) // 2):
+        path.write_bytes(written[:size])
+        assert run(Noisy(), images, path) == whole
+
+
+@pytest.mark.parametrize(
+    "text", ['{"clean": 0.9}', "hello", "hello\n", '{"a": 1}\nhello\n', "[1]\n[2]\n", "\n\n"]
+)
 def test_what_is_no_state(net, images, tmp_path, text):
     path = tmp_path / "state.jsonl"
     path.write_text(text)

@@ -138,6 +138,46 @@ def test_the_threshold_with_the_best_worst_case_is_taken(trained, images):
     assert not layers(trained)
 
 
+class Swapped(nn.Module):
+    """Activations that are defined in another order than they run in, and work in place."""
+
+    def __init__(self, net, inplace):
+        super().__init__()
+        self.second, self.first = nn.ReLU(inplace), nn.ReLU(inplace)
+        self.conv, self.wide = net[0], nn.Conv2d(6, 4, 1)
+
+    def forward(self, x):
+        z = self.first(self.conv(x))
+        return self.second(self.wide(z)).flatten(1)
+
+
+def test_statistics_are_of_what_goes_in_and_find_their_layer(net, images):
+    model = Swapped(net, inplace=True).eval()
+    found = posthoc.measure(model, images)
+    plain = copy.deepcopy(model)
+    plain.first = plain.second = nn.ReLU()
+    before = plain.conv(images.x).detach()
+    wide = plain.wide(before.relu()).detach()
+    for name, values in (("first", before), ("second", wide)):
+        rows = values.double().transpose(0, 1).flatten(1)
+        torch.testing.assert_close(found[name][0], rows.mean(1))
+        torch.testing.assert_close(found[name][1], rows.std(1, correction=0))
+    hard = sparse(model, images, 0.3)
+    for name in ("first", "second"):
+        torch.testing.assert_close(hard.get_submodule(name)[0].mean, found[name][0].float())
+
+
+def test_an_activation_used_twice_is_refused(net, images):
+    model = Swapped(net, inplace=False).eval()
+    model.second = model.first
+    for look in (
+        lambda: posthoc.measure(model, images),
+        lambda: posthoc.insert(model, images.x[:1], 0.1),
+    ):
+        with pytest.raises(UserError, match=r"activation (first|second) is used twice"):
+            look()
+
+
 def test_what_cannot_be_hardened(trained, images):
     with pytest.raises(UserError, match="no activation modules"):
         posthoc.harden(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), images, images, Linf(0.1))

@@ -7,6 +7,7 @@ import copy
 import torch
 
 from surestep.training import make_step
+from surestep.training.awp import weights_ahead
 from surestep.training.engine import make_optimizer
 
 
@@ -68,3 +69,50 @@ def test_every_method_takes_it(tiny):
     for slug in ("sat-r2", "trades", "pgd"):
         result = tiny.train(slug, awp=0.01, epochs=1)
         assert all(bool(p.isfinite().all()) for p in result.model.parameters())
+
+
+def test_a_gradient_that_overflows_leaves_no_trace(tiny):
+    """fp16's scale grows until a gradient is infinite; the step is dropped, its pass counts."""
+    model = tiny.net().train()
+    before = copy.deepcopy(model)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, float("inf"))
+    with weights_ahead(model, 0.1):
+        assert tiny.same_weights(model, before)
+    assert tiny.same_weights(model, before)
+
+
+def test_a_second_pass_is_no_second_step(tiny):
+    """What a loss keeps from step to step is taken in once, at the weights as they were."""
+    x, y = tiny.data(8)
+    found = []
+    for awp in (None, 0.05):
+        method = tiny.method("elle-a")
+        torch.manual_seed(0)
+        step_of(tiny, tiny.net().train(), method, awp=awp)(x, y)
+        found.append(method.state_dict()["history"])
+    assert float(found[1][0]) == 1.0
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_smooth_convergence_compares_with_the_batch_before(tiny):
+    x, y = tiny.data(8)
+    found = []
+    for awp in (None, 0.05):
+        torch.manual_seed(0)
+        method = tiny.method("converge-smooth", perturbation="fgsm", compare="batch")
+        step_of(tiny, tiny.net().train(), method, awp=awp)(x, y)
+        found.append(method.state_dict()["sums"])
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_free_steps_along_the_last_pass(tiny):
+    x, y = tiny.data(8)
+    model, method = tiny.net().train(), tiny.method("free")
+    ahead, leaf = copy.deepcopy(model), x.clone().requires_grad_()
+    step_of(tiny, model, method, awp=0.05)(x, y)
+    loss = torch.nn.functional.cross_entropy
+    loss(ahead(x), y).backward()
+    with weights_ahead(ahead, 0.05):
+        (expected,) = torch.autograd.grad(loss(ahead(leaf), y), leaf)
+    torch.testing.assert_close(method._pending[1].grad, expected)

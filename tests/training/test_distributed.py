@@ -29,7 +29,7 @@ import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader, TensorDataset
 
-from surestep.training import Pick, TrainStep, loop
+from surestep.training import Pick, TrainStep, loop, pick_engine
 from surestep.training.memory import Frugal
 
 spec = importlib.util.spec_from_file_location("helpers", sys.argv[1])
@@ -89,6 +89,11 @@ def pick(*_):
 loop.MIN_STEPS, loop.pick_engine, least = 1, pick, loop.MIN_STEPS
 keep("picked", train("fgsm", model=tiny.make_net(norm=False), engine="auto"))
 loop.MIN_STEPS = least
+# The real trial, by the first process alone, of a method whose processes share what they find.
+loop.MIN_STEPS, loop.pick_engine = 1, pick_engine
+for method in ("fgsm-uap", "fgsm-mep"):
+    keep(f"tried-{method}", train(method, model=tiny.make_net(norm=False), engine="auto"))
+loop.MIN_STEPS, loop.pick_engine = least, pick
 keep("norm", train("sat-r2", ema=0.9, select="best", epochs=3))
 keep("norm-out", train("sat-r2", out=place / "norm-out"))
 
@@ -175,6 +180,8 @@ def test_there_are_two_without_naming_the_device(tmp_path):
         "resumed",
         "resumed-9",
         "norm",
+        "tried-fgsm-uap",
+        "tried-fgsm-mep",
     ],
 )
 def test_both_end_with_the_same_weights(place, name):

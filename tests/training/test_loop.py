@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -187,6 +188,59 @@ class TestARun:
         with pytest.raises(UserError, match=r"0\.01 epochs of 5 steps"):
             tiny.train("fgsm", epochs=0.01)
 
+    def test_a_term_that_few_steps_have_is_not_thinned(self, tiny, monkeypatch):
+        terms = []
+        take = methods.SATR1.take
+
+        def watched(self, *args):
+            result = take(self, *args)
+            terms.append(result.terms.get("distance"))
+            return result
+
+        monkeypatch.setattr(methods.SATR1, "take", watched)
+        (row,) = tiny.train(methods.SATR1(tiny.threat, every=2, steps=2), epochs=1).history
+        known = [float(t) for t in terms if t is not None]
+        assert len(known) == 2
+        assert row["distance"] == pytest.approx(sum(known) / 2)
+
+    def test_an_average_of_a_model_with_a_part_called_module(self, tiny):
+        class Outer(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.module = tiny.net()
+                self.register_buffer("mean", torch.full((1,), 0.4))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.module(x - self.mean)
+
+        result = tiny.train(model=Outer(), ema=0.9)
+        assert "module.0.weight" in result.model.state_dict()
+
+    def test_label_smoothing_reaches_the_method_inside(self, tiny, monkeypatch):
+        seen = []
+        craft = methods.get("rs-fgsm").craft
+
+        def watched(self, *args):
+            seen.append(self.label_smoothing)
+            return craft(self, *args)
+
+        monkeypatch.setattr(methods.get("rs-fgsm"), "craft", watched)
+        tiny.train("converge-smooth", label_smoothing=0.3, epochs=0.4)
+        assert seen == [0.3, 0.3]
+
+    def test_validation_attacks_no_more_images_than_a_step_has(self, tiny, monkeypatch):
+        sizes, evaluate = [], loop.evaluate
+
+        def judge(*args, batch_size, **kwargs):
+            sizes.append(batch_size)
+            return evaluate(*args, batch_size=batch_size, **kwargs)
+
+        monkeypatch.setattr(loop, "evaluate", judge)
+        tiny.train(epochs=1)
+        tiny.train(epochs=1, batch_size=4)
+        tiny.train(epochs=1, batch_size=1000)
+        assert sizes == [10, 4, 500]
+
     def test_tensorboard(self, tiny, tmp_path):
         tiny.train(out=tmp_path / "run", tensorboard=True)
         (events,) = (tmp_path / "run").rglob("events.out.tfevents.*")
@@ -308,6 +362,41 @@ class TestResume:
 
         stopping(1, lambda: train(out=tmp_path / "run"))
         self.resumes_to(tiny, whole("sat-r2", train), tmp_path / "run", train)
+
+    def test_without_its_checkpoints_a_run_is_not_begun_again(self, tiny, tmp_path):
+        out = tmp_path / "run"
+        tiny.train(out=out)
+        shutil.rmtree(out / "checkpoints")
+        before = snapshot(out)
+        with pytest.raises(UserError, match=r"has 2 epochs and no checkpoint; train it anew"):
+            tiny.train(out=out, resume=True)
+        assert snapshot(out) == before
+
+    @pytest.mark.parametrize("epochs", [0.4, 1.4])
+    def test_stopped_before_the_end_of_a_part_of_an_epoch_is_judged(
+        self, tiny, tmp_path, monkeypatch, epochs
+    ):
+        """The last step is one at which a checkpoint is due: it must not pass for the end."""
+
+        def train(**place: Any) -> Any:
+            return tiny.train("fgsm", epochs=epochs, checkpoint_every=1, **place)
+
+        out, whole, evaluate = tmp_path / "run", tmp_path / "whole", loop.evaluate
+        train(out=whole)
+        steps = round(5 * epochs)
+
+        def killed(model: Any, *args: Any, **kwargs: Any) -> Any:
+            if checkpoint.found(out / "checkpoints")[-1].stem == f"step-{steps - 1:08d}":
+                raise tiny.Stopped
+            return evaluate(model, *args, **kwargs)
+
+        monkeypatch.setattr(loop, "evaluate", killed)
+        with pytest.raises(tiny.Stopped):
+            train(out=out)
+        monkeypatch.setattr(loop, "evaluate", evaluate)
+        train(out=out, resume=True)
+        assert tiny.rows(out) == tiny.rows(whole)
+        assert tiny.weights(out) == tiny.weights(whole)
 
     def test_a_finished_run_is_only_loaded(self, tiny, tmp_path, monkeypatch):
         out = tmp_path / "run"
@@ -858,3 +947,26 @@ class TestSettings:
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 2
         assert all(word in lines[1] for word in ("epoch 2/2", "loss", "clean", "robust", "img/s"))
+
+
+class TestTwoAtOnce:
+    def test_the_second_run_does_not_delete_the_first(self, tiny, tmp_path, monkeypatch):
+        """Both look at an empty place; while one gets ready, the other begins."""
+        out, plan = tmp_path / "run", loop.RunFolder.plan
+
+        def planned(*args: Any, **kwargs: Any) -> Any:
+            place = plan(*args, **kwargs)
+            monkeypatch.setattr(loop.RunFolder, "plan", plan)
+            tiny.train(out=out, seed=1)
+            return place
+
+        monkeypatch.setattr(loop.RunFolder, "plan", planned)
+        with pytest.raises(UserError, match="taken by another run just now: choose another --out"):
+            tiny.train(out=out)
+        assert yaml.safe_load((out / "config.yaml").read_text())["seed"] == 1
+        assert (out / "model.safetensors").is_file()
+
+    def test_an_empty_folder_is_taken(self, tiny, tmp_path):
+        (tmp_path / "run").mkdir()
+        tiny.train(out=tmp_path / "run", epochs=0.4)
+        assert (tmp_path / "run" / "model.safetensors").is_file()

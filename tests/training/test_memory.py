@@ -176,6 +176,24 @@ class TestTraining:
         with pytest.raises(UserError, match=expected):
             tiny.train("sat-r2", **settings)
 
+    @pytest.mark.parametrize("where", ["the trial of engines", "an attack"])
+    def test_so_it_is_before_and_after_the_steps(self, tiny, monkeypatch, where):
+        def full(*_, **__):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(loop, "MIN_STEPS", 1)
+        if where == "an attack":
+            monkeypatch.setattr("surestep.evaluation.suite.search", full)
+        else:
+            monkeypatch.setattr(loop, "pick_engine", full)
+        with pytest.raises(UserError, match=rf"out of memory in {where}.*lower batch_size \(10\)"):
+            tiny.train("fgsm", engine="auto")
+
+    def test_no_engine_is_tried_where_memory_is_short(self, tiny, monkeypatch):
+        monkeypatch.setattr(loop, "MIN_STEPS", 1)
+        monkeypatch.setattr(loop, "pick_engine", lambda *_: pytest.fail("tried"))
+        tiny.train("fgsm", engine="auto", max_memory=4.0, epochs=0.4)
+
     def test_other_errors_are_not_taken_for_it(self, tiny, monkeypatch):
         def broken(*_):
             raise RuntimeError("shapes differ")

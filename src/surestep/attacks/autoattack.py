@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -27,6 +28,7 @@ from surestep.attacks.gradient import pgd
 from surestep.errors import UserError
 from surestep.threat import L2, Linf, ThreatModel
 
+_SMALLEST = 5  # pixels, of images that Square divides in the l2 norm
 QUERIES = 5000
 """Square's queries in AutoAttack's standard version."""
 
@@ -103,8 +105,15 @@ def square(
     """Square: random square-shaped changes, no gradient at all (Andriushchenko et al. 2020).
 
     Raises:
-        UserError: on invalid images or labels, or a norm other than L-inf and L2.
+        UserError: on invalid images or labels, a norm other than L-inf and L2, or in L2 samples
+            that have no squares: vectors, or images of less than 5 x 5 pixels.
     """
+    if isinstance(threat, L2) and (x.dim() != 4 or min(x.shape[2:]) < _SMALLEST):
+        raise UserError(
+            f"Square, a part of AutoAttack and of every audit, wants images of {_SMALLEST} x "
+            f"{_SMALLEST} pixels or more in the l2 norm, not samples of shape "
+            f"{tuple(x.shape[1:])}: name other attacks"
+        )
 
     def run(predict: Callable, z: Tensor, y: Tensor, shared: dict) -> Tensor:
         from pyautoattack.square import SquareAttack
@@ -172,6 +181,7 @@ def _run(
     shared = {"norm": norm, "eps": threat.eps / threat.span, "seed": seed, "device": x.device}
     with (
         attacking(model) as inner,
+        _frozen(inner),
         forked_rng(x.device),
         warnings.catch_warnings(),
         torch.enable_grad(),
@@ -190,6 +200,19 @@ def _run(
     # A failed part may return NaN (FAB, on a flat model): the image itself then.
     found = torch.where(found.isfinite(), found, x)
     return threat.project(found, x)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let no weight want a gradient: FAB calls ``backward``, which would add to the user's."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_()
 
 
 def _unscale(x: Tensor, threat: ThreatModel) -> Tensor:

@@ -40,11 +40,15 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def forked_rng(device: torch.device) -> Iterator[None]:
-    """Leave torch's random state, also the device's, as it was."""
+    """Leave torch's random state, also that of the device and of others in use, as it was.
+
+    Seeding inside, ``torch.manual_seed``, reaches every device.
+    """
     # torch's own fork_rng asks for the state of a device by its number, which mps has not.
     state = torch.mps.get_rng_state() if device.type == "mps" else None
+    used = torch.cuda.is_initialized() or device.type == "cuda"
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if used else []):
             yield
     finally:
         if state is not None:
@@ -56,6 +60,11 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return getattr(model, _INSIDE, model)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside a DistributedDataParallel one."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 @contextmanager
 def attacking(model: nn.Module, *, train_mode: bool = False) -> Iterator[nn.Module]:
     """Lend the unwrapped ``model`` to an attack and give it back as it was.
@@ -65,7 +74,7 @@ def attacking(model: nn.Module, *, train_mode: bool = False) -> Iterator[nn.Modu
             an attack must not take part in gradient synchronisation.
         train_mode: put it in train mode (batch statistics, dropout) rather than eval mode.
     """
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    inner = unwrapped(model)
     modules = list(inner.modules())
     changed = [m for m in modules if m.training != train_mode]
     # A compiled backward pass computes the gradients of all that wants any, whatever is asked for.

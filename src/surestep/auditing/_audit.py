@@ -26,7 +26,7 @@ from surestep.auditing import escalation
 from surestep.auditing._subject import Subject, budget
 from surestep.auditing.checks import CHECKS, Check, zero_share
 from surestep.data import Images
-from surestep.devices import autocast, has_bf16
+from surestep.devices import autocast, has_bf16, memory_for
 from surestep.errors import UserError
 from surestep.evaluation import Adapted, wilson_interval
 from surestep.evaluation._evaluate import batches_of
@@ -122,16 +122,19 @@ def audit(
         tell: called with a sentence on what is being done.
 
     Raises:
-        UserError: an unknown budget, or a model or data that cannot be judged.
+        UserError: an unknown budget, a radius of 0, or a model or data that cannot be judged.
     """
     start = time.perf_counter()
     spend = _budget(budget)
+    if threat.eps == 0:
+        raise UserError("eps 0: no image may change, so there is nothing to audit; give a radius")
     # The checks hang hooks on modules, which compiled code does not look for again.
     adapted = Adapted(uncompiled(model), preprocess)
     device = device_of(model)
-    with attacking(adapted), forked_rng(device):
+    advice = f"lower batch_size ({batch_size})"
+    with attacking(adapted), forked_rng(device), memory_for("the audit", advice):
         torch.manual_seed(seed)
-        batches = list(batches_of(data, batch_size, n, device)[0])
+        batches = list(batches_of(data, batch_size, n, device, threat.bounds)[0])
         if not batches:
             raise UserError("there is no image to audit on")
         for batch in batches:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surestep.attacks import gradient
 from surestep.attacks.core import forward_logits, input_gradient, share_of
 from surestep.attacks.losses import Objective, log_odds
 from surestep.devices import autocast, has_bf16
@@ -49,7 +50,8 @@ class Budget:
 BUDGETS = {
     "quick": Budget(50, 50, 200, 100, 1, 300, autoattack=False, fast=True),
     "standard": Budget(100, 500, 1000, 200, 3, 2000, autoattack=True),
-    "thorough": Budget(200, 10_000, 5000, 500, 5, 5000, autoattack=True),
+    # The later Square has a name, and random numbers, of its own.
+    "thorough": Budget(200, 10_000, 5000, 500, 5, 10_000, autoattack=True),
 }
 
 
@@ -73,6 +75,14 @@ class Graphed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the model's logits."""
         return forward_logits(self.model, x) + 0 * x.flatten(1).sum(1, keepdim=True)
+
+
+class Searched(NamedTuple):
+    """What PGD found: its points, which are misclassified, and after how many steps at first."""
+
+    x_adv: Tensor
+    wrong: Tensor
+    first_wrong: Tensor
 
 
 @dataclass
@@ -192,6 +202,15 @@ class Subject:
             for batch in zip(*(t.split(self.batch_size) for t in tensors), strict=True)
         ]
         return torch.cat(parts)
+
+    def search(self, x: Tensor, y: Tensor, *options: Any, **named: Any) -> Searched:
+        """Run PGD on images, a batch at a time; see ``surestep.attacks.gradient.search``."""
+        parts = [
+            gradient.search(self.model, a, b, self.threat, *options, **named)
+            for a, b in zip(x.split(self.batch_size), y.split(self.batch_size), strict=True)
+        ]
+        names = ("x_adv", "wrong", "first_wrong")
+        return Searched(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits (N, K) of images."""

@@ -43,7 +43,7 @@ def feature_reader(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def binarization_rates(
-    model: nn.Module, x: Tensor, threat: ThreatModel
+    model: nn.Module, x: Tensor, threat: ThreatModel, batch_size: int = 1000
 ) -> tuple[float, float, int] | None:
     """Return the success rates of PGD and of random points, and how many problems were posed.
 
@@ -51,6 +51,7 @@ def binarization_rates(
         model: in eval mode.
         x: images (N, ...).
         threat: norm, radius and data range.
+        batch_size: of the passes.
 
     Returns:
         None if no problem could be posed: the features of the planted point are no different.
@@ -64,7 +65,8 @@ def binarization_rates(
             image + threat.steepest_step(torch.randn_like(image), threat.eps), image
         )
         with torch.no_grad():
-            feats = features(torch.cat([image, inner, planted])).to(fine)
+            points = torch.cat([image, inner, planted])
+            feats = torch.cat([features(z).to(fine) for z in points.split(batch_size)])
         readout = _separate(feats[:-1], feats[-1])
         if readout is not None:
             readouts.append(readout[0])
@@ -74,30 +76,32 @@ def binarization_rates(
         return None
     weight, bias, x = torch.stack(readouts), torch.stack(biases), x[kept]
 
-    def score(z: Tensor) -> Tensor:
-        return (features(z).to(fine) * weight).sum(1) + bias
+    def score(z: Tensor, rows: Tensor) -> Tensor:
+        return (features(z).to(fine) * weight[rows]).sum(1) + bias[rows]
 
-    solved = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    point = threat.random_start(x)
-    for _ in range(STEPS):
+    def gradient(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         with torch.enable_grad():
-            point = point.detach().requires_grad_()
-            value = score(point)
-            grad = (
-                torch.autograd.grad(value.sum(), point, allow_unused=True)[0]
-                if value.requires_grad
-                else None
-            )
-        solved |= value.detach() > 0
-        if grad is None:
+            z = z.detach().requires_grad_()
+            value = score(z, rows)
+            if not value.requires_grad:
+                return value, None
+            return value.detach(), torch.autograd.grad(value.sum(), z, allow_unused=True)[0]
+
+    parts = torch.arange(len(x), device=x.device).split(batch_size)
+    solved = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    lucky, point = solved.clone(), threat.random_start(x)
+    for _ in range(STEPS):
+        values, grads = zip(*(gradient(point[rows], rows) for rows in parts), strict=True)
+        solved |= torch.cat(values) > 0
+        if any(grad is None for grad in grads):
             break
-        step = threat.steepest_step(grad.nan_to_num(0), threat.eps * 2.5 / STEPS)
-        point = threat.project(point.detach() + step, x)
-    lucky = torch.zeros_like(solved)
+        step = threat.steepest_step(torch.cat(grads).nan_to_num(0), threat.eps * 2.5 / STEPS)
+        point = threat.project(point + step, x)
     with torch.no_grad():
-        solved |= score(point) > 0
+        solved |= torch.cat([score(point[rows], rows) for rows in parts]) > 0
         for _ in range(RANDOM):
-            lucky |= score(threat.random_start(x)) > 0
+            tried = threat.random_start(x)
+            lucky |= torch.cat([score(tried[rows], rows) for rows in parts]) > 0
     return share_of(solved), share_of(lucky), len(x)
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from surestep.attacks import losses
 from surestep.attacks.core import Ascent, Best, forward_logits, share_of
-from surestep.attacks.gradient import search
 from surestep.auditing._subject import Subject
 from surestep.auditing.binarization import binarization_rates
 from surestep.devices import autocast, finest
@@ -307,7 +306,7 @@ def convergence(s: Subject) -> Finding:
     steps = [5, 10, 25, 50, 100]
     size = pgd_step_size(s.threat.eps, 100)
     with autocast(x.device, s.precision):
-        best = search(s.model, x, y, s.threat, 100, size, stop_when_wrong=True)
+        best = s.search(x, y, 100, size, stop_when_wrong=True)
     broken = [int(((best.first_wrong >= 0) & (best.first_wrong <= k)).sum()) for k in steps]
     by_step = [1 - b / len(x) for b in broken]
     left, by_restart = best.wrong.logical_not(), [by_step[-1]]
@@ -315,7 +314,7 @@ def convergence(s: Subject) -> Finding:
         if left.any():
             rest = x[left], y[left]
             with autocast(x.device, s.precision):
-                again = search(s.model, *rest, s.threat, 50, 2 * size, stop_when_wrong=True)
+                again = s.search(*rest, 50, 2 * size, stop_when_wrong=True)
             left[left.clone()] = ~again.wrong
         by_restart.append(share_of(left))
     moving = _late_movement(s, x, y)
@@ -362,7 +361,8 @@ def silent_success(s: Subject) -> Finding:
     x, y = s.probe
     best, point = Best(x, y, losses.log_odds), x
     for point in _climb(s, x, y):
-        best.try_points(s.model, best.rows(), point)
+        for rows in best.rows().split(s.batch_size):
+            best.try_points(s.model, rows, point[rows])
     lost = share_of(best.wrong & (s.logits(point).argmax(1) == y))
     return Finding(lost > 0.01, lost, f"{lost:.1%} were broken only on the way")
 
@@ -389,7 +389,7 @@ def gradient_alignment(s: Subject) -> Finding:
     here = s.gradient(x, y).flatten(1)
     near = s.gradient(s.threat.random_start(x), y).flatten(1)
     cosine = F.cosine_similarity(here, near).nan_to_num(0).mean().item()
-    pgd = search(s.model, x, y, s.threat, 10, pgd_step_size(s.threat.eps, 10)).x_adv - x
+    pgd = s.search(x, y, 10, pgd_step_size(s.threat.eps, 10)).x_adv - x
     to_pgd = F.cosine_similarity((s.fgsm(x, y) - x).flatten(1), pgd.flatten(1)).mean().item()
     said = f"cosine {cosine:.2f}; of the FGSM and PGD perturbations {to_pgd:.2f}"
     return Finding(cosine < 0.2, cosine, said, {"fgsm_pgd": to_pgd})
@@ -459,7 +459,7 @@ def sat_properties(s: Subject) -> Finding:
     x, y = s.probe
     step = s.fgsm_step(x, y)
     at_f = s.logits(s.threat.project(x + step, x))
-    ifgsm = search(s.model, x, y, s.threat, 10, s.threat.eps / 10, start_radius=0.0).x_adv
+    ifgsm = s.search(x, y, 10, s.threat.eps / 10, start_radius=0.0).x_adv
     alpha = s.threat.eps / 30
     noisy = s.threat.clip(x + s.threat.steepest_step(torch.randn_like(x), alpha))
     rfgsm = s.threat.project(s.fgsm(noisy, y), x)
@@ -491,7 +491,8 @@ def sat_properties(s: Subject) -> Finding:
 def binarization(s: Subject) -> Finding:
     """A readout with a planted adversarial point: an attack that works must find one."""
     x, _ = s.probe
-    rates = binarization_rates(s.model, x[: max(20, s.budget.probe // 5)], s.threat)
+    some = x[: max(20, s.budget.probe // 5)]
+    rates = binarization_rates(s.model, some, s.threat, s.batch_size)
     if rates is None:
         return Finding(None, None, "no linear layer to read features from, or no problem was posed")
     pgd, noise, posed = rates

@@ -87,6 +87,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         # The reader (head, say) has seen enough; keep the interpreter's exit from writing again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except PermissionError as e:
+        _fail(f"permission denied: {e.filename or e}; choose a place that you may use", 2)
     except Exception:
         traceback.print_exc()
         _fail("this is a fault in surestep: please report it with the output of `surestep env`", 1)

@@ -10,6 +10,7 @@ from surestep.cli._options import check_writable, json_option, names, write_json
 from surestep.cli._report import check_report, report_options, report_target
 from surestep.cli._show import evaluation_table, progress_bar, provenance
 from surestep.cli._target import POSITIVE, budget_option, open_target, target_options
+from surestep.errors import UserError
 
 
 @click.command(short_help="Measure a model's accuracy clean and under attack.")
@@ -69,11 +70,15 @@ def evaluate(
     import surestep
     from surestep import runs
 
-    radii = names(eps) if eps else [None]
+    radii = names(eps) if eps is not None else [None]
+    if not radii:
+        raise UserError(f"--eps {eps!r} holds no radius: give 0.3 or 8/255, or several with commas")
+    chosen = names(attacks) if attacks is not None else None
+    if sources and chosen is not None and "transfer" not in chosen:
+        raise UserError("--source is for the transfer attack: add transfer to --attacks")
     target = open_target(values, radii[-1])
     more = [target.threat.with_eps(e).eps for e in _ratios(radii)] if len(radii) > 1 else []
     others = [runs.load(source, None).model for source in sources]
-    chosen = names(attacks) if attacks is not None else None
     if chosen is None and others:
         chosen = [*surestep.evaluation.suite.budget(budget), "transfer"]
     with progress_bar("attacking") as progress:

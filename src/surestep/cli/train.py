@@ -84,6 +84,8 @@ def train(
             "a new run with --config"
         )
 
+    from accelerate import PartialState
+
     from surestep import runs
 
     if resume is not None:
@@ -102,6 +104,8 @@ def train(
         config = runs.resolve(settings, preset)
         out = out or _new_folder(config)
     result = runs.train(config, out, resume=resume is not None, overwrite=overwrite, quiet=quiet)
+    if not PartialState().is_main_process:
+        return
     _report(config, out, result.model)
     last = next(r for r in result.history if r["epoch"] == result.best_epoch)
     if json_file != "-" and not quiet:
@@ -125,13 +129,9 @@ def train(
 
 def _report(config: RunConfig, out: str, model: nn.Module) -> None:
     """Write the run's report.html; without the packages for it, say how to get them."""
-    from accelerate import PartialState
-
     from surestep import report, runs
     from surestep.training.run_folder import RunFolder
 
-    if not PartialState().is_main_process:
-        return
     run, threat = RunFolder(Path(out)), runs.build_threat(config)
     try:
         report.require()

@@ -19,6 +19,7 @@ from surestep.config import RunConfig, parse, to_yaml
 from surestep.data import Images
 from surestep.errors import UserError
 from surestep.training import checkpoint
+from surestep.training.loop import METHOD_SETTINGS
 from surestep.training.run_folder import RunFolder
 
 OUTCOME_FORMAT, OUTCOME_VERSION = "surestep-outcome", 1
@@ -86,8 +87,9 @@ class Failed(Exception):
 
 def whole(config: RunConfig) -> RunConfig:
     """Spell out every hyperparameter, as a run folder does."""
-    params = runs.build_method(config).params()
-    return parse(RunConfig, {**config.model_dump(), "params": params})
+    method = runs.build_method(config)
+    own = {part: getattr(config, part) or getattr(method, part) for part in METHOD_SETTINGS}
+    return parse(RunConfig, {**config.model_dump(), **own, "params": method.params()})
 
 
 def epochs_done(folder: Path) -> int:
@@ -103,6 +105,8 @@ def finished(folder: Path, config: RunConfig) -> bool:
     """
     run = RunFolder(folder)
     history = run.history()
+    if config.mean_sparse is not None:  # made by `surestep harden`, whole or not at all
+        return run.weights.is_file()
     if len(history) < math.ceil(config.epochs) or not run.weights.is_file():
         return False
     steps = [int(path.stem.removeprefix("step-")) for path in checkpoint.found(run.checkpoints)]
@@ -119,8 +123,9 @@ def read(job: Job, asked: Asked) -> dict[str, Any]:
     """
     if job.trains and RunFolder(job.folder).config.is_file():
         begun = whole(runs.read_config(job.folder))
+        wanted = RunFolder(job.folder).as_begun(job.config)
         for name in RunConfig.model_fields:
-            one, other = getattr(begun, name), getattr(job.config, name)
+            one, other = getattr(begun, name), getattr(wanted, name)
             if one != other:
                 raise UserError(
                     f"{job.folder} was begun with {name} {one!r}, this comparison has {other!r}: "
@@ -280,6 +285,7 @@ def _measured(arguments: list[str], tell: Tell) -> tuple[int, int, str]:
 
 def numbers_of(job: Job, outcome: Mapping[str, Any]) -> dict[str, float | None]:
     """Return the numbers of one run by the keys of ``COLUMNS``."""
+    history = RunFolder(job.folder).history()  # a hardened run has none
     robust = outcome["evaluation"]["robust_accuracy"]
     pgd = [value for name, value in robust.items() if name.startswith("pgd-")]
     return {
@@ -289,6 +295,6 @@ def numbers_of(job: Job, outcome: Mapping[str, Any]) -> dict[str, float | None]:
         "autoattack": robust.get("autoattack"),
         "worst_case_accuracy": outcome["evaluation"]["worst_case_accuracy"],
         "passes": runs.build_method(job.config).cost(job.config.batch_size).total,
-        "seconds": RunFolder(job.folder).history()[-1].get("train_seconds"),
+        "seconds": history[-1].get("train_seconds") if history else None,
         "peak_memory_mb": outcome["peak_memory_mb"],
     }

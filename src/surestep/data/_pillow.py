@@ -49,6 +49,11 @@ def stack(pictures: Iterable[tuple[str, Picture]], image_size: int | None) -> Te
     return torch.from_numpy(whole)
 
 
+def has_colour(picture: Picture) -> bool:
+    """Tell whether a picture, which may still be undecoded, becomes RGB."""
+    return picture.mode not in _GREY
+
+
 def _decode(name: str, picture: Picture, image_size: int | None) -> np.ndarray:
     """Decode one picture into uint8 (H, W, 1) or (H, W, 3)."""
     from PIL import Image, ImageOps
@@ -58,7 +63,7 @@ def _decode(name: str, picture: Picture, image_size: int | None) -> np.ndarray:
             f"{name} has pixels of mode {picture.mode!r}: expected 8 bits a channel; convert it"
         )
     try:
-        if picture.mode in _GREY:
+        if not has_colour(picture):
             picture = picture.convert("L")
         else:
             if "transparency" in picture.info:  # Pillow warns about the direct way

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from filelock import FileLock
+
 from surestep.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -92,8 +94,11 @@ def fetch(archives: tuple[Archive, ...], root: Path, *, progress: bool = True) -
     downloaded = archive is None
     archive = archive or archives[0]
     path = root / archive.file
-    with _one_line(archive, root):
-        root.mkdir(parents=True, exist_ok=True)
+    # The processes of one run, or two runs, come here at the same time.
+    with _one_line(archive, root), _alone(root / f".{archive.folder}.lock"):
+        unpacked = root / archive.folder
+        if unpacked.is_dir() and any(unpacked.iterdir()):
+            return unpacked
         if downloaded:
             log.info("downloading %s to %s", archive.url, root)
             _download(archive, path, progress)
@@ -111,6 +116,17 @@ def fetch(archives: tuple[Archive, ...], root: Path, *, progress: bool = True) -
 
 class _Failure(Exception):
     """What went wrong, in words; `_one_line` adds what to do."""
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Let one process at a time do what follows; the file goes when it is done."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock):
+            yield
+    finally:
+        lock.unlink(missing_ok=True)
 
 
 @contextmanager

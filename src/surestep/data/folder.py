@@ -1,6 +1,6 @@
 """Folders of image files, one folder a class.
 
-Either ``root/{train,val|validation,test}/CLASS/*.png`` or ``root/CLASS/*.png``; the second is
+Either ``root/{train,val|valid|validation,test}/CLASS/*.png`` or ``root/CLASS/*.png``; the second is
 divided 80/10/10 within each class, always the same way.
 Needs Pillow: pip install 'surestep[folder]'.
 """
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from surestep.data._images import Images
-from surestep.data._pillow import stack, unreadable
+from surestep.data._pillow import has_colour, stack, unreadable
+from surestep.data._random import generator
 from surestep.data._splits import SPLITS, Split, divide
 from surestep.errors import UserError
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _FOLDERS: dict[Split, tuple[str, ...]] = {
     "train": ("train",),
-    "validation": ("validation", "val"),
+    "validation": ("validation", "val", "valid"),
     "test": ("test",),
 }
 
@@ -43,7 +44,8 @@ def load(split: Split, root: str | Path, *, image_size: int | None = None) -> Im
             have one size.
 
     Returns:
-        Images with x uint8 (N, C, H, W), C = 1 if every image of the split is grey, else 3.
+        Images with x uint8 (N, C, H, W) in a mixed order, always the same; C = 1 if every image of
+        the folder is grey, else 3.
 
     Raises:
         UserError: Pillow is not installed; a folder is missing or empty; an image cannot be read or
@@ -59,16 +61,27 @@ def load(split: Split, root: str | Path, *, image_size: int | None = None) -> Im
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: give one with a sub-folder for each class")
     classes, files = _find(root, split)
-    y = torch.tensor([k for k, name in enumerate(classes) for _ in files.get(name, ())])
-    paths = [path for name in classes for path in files.get(name, ())]
-    with_pictures = ((str(path), picture) for path, picture in _open(paths))
-    return Images(stack(with_pictures, image_size), y, classes, root.name or "folder")
+    labelled = [(k, path) for k, name in enumerate(classes) for path in files.get(name, ())]
+    # Not class by class: the first n images stand for all wherever only n are looked at.
+    order = torch.randperm(len(labelled), generator=generator("order", len(labelled))).tolist()
+    y = torch.tensor([labelled[i][0] for i in order])
+    paths = [labelled[i][1] for i in order]
+    x = stack(((str(path), picture) for path, picture in _open(paths)), image_size)
+    if x.shape[1] == 1 and _any_colour(set(_images_in(root)) - set(paths)):
+        x = x.expand(-1, 3, -1, -1).contiguous()  # all splits are of one shape
+    return Images(x, y, classes, root.name or "folder")
+
+
+def _any_colour(paths: Iterable[Path]) -> bool:
+    """Tell whether any picture has colours, from the files' headers."""
+    return any(has_colour(picture) for _, picture in _open(sorted(paths)))
 
 
 def _find(root: Path, split: Split) -> tuple[tuple[str, ...], dict[str, list[Path]]]:
     """Return the class names and, by class, the files of ``split``."""
     folders = {part: _split_folder(root, part) for part in SPLITS}
     if not any(folders.values()):
+        _check_no_splits(root)
         return _part_of(root, split, test=True)
     train, wanted = folders["train"], folders[split]
     if train and folders["validation"] is None and split != "test":
@@ -92,6 +105,24 @@ def _split_folder(root: Path, split: Split) -> Path | None:
         if _class_folders(root / name):
             return root / name
     return None
+
+
+def _check_no_splits(root: Path) -> None:
+    """Refuse splits under other names, which would pass for classes.
+
+    Raises:
+        UserError: the folders hold no images themselves but several folders of the same names.
+    """
+    inside = [set(_class_folders(folder)) for folder in _class_folders(root).values()]
+    shared = set.intersection(*inside) if len(inside) > 1 else set()
+    if len(shared) > 1 and not any(
+        p.suffix.lower() in _SUFFIXES for f in _class_folders(root).values() for p in f.iterdir()
+    ):
+        names = ", ".join(_class_folders(root))
+        raise UserError(
+            f"{root} holds {names}, each with {', '.join(sorted(shared)[:3])}, ...: if these are "
+            "splits, name them train, validation and test"
+        )
 
 
 def _class_folders(folder: Path) -> dict[str, Path]:

@@ -9,6 +9,7 @@ import torch
 
 from surestep.data._images import Images, number_names
 from surestep.data._pillow import stack
+from surestep.data._random import generator
 from surestep.data._splits import Split, divide
 from surestep.errors import UserError
 
@@ -38,7 +39,8 @@ def load(split: Split, name: str, *, image_size: int | None = None) -> Images:
             have one size.
 
     Returns:
-        Images with x uint8 (N, C, H, W), C = 1 if every image of the split is grey, else 3.
+        Images with x uint8 (N, C, H, W) in a mixed order, always the same; C = 1 if every image of
+        the split is grey, else 3.
 
     Raises:
         UserError: ``datasets`` or Pillow is not installed; the data set cannot be fetched; a split
@@ -75,7 +77,9 @@ def load(split: Split, name: str, *, image_size: int | None = None) -> Images:
     x = stack(_pictures(name, rows, image, label, labels), image_size)
     y = torch.tensor(labels)
     classes = getattr(rows.features[label], "names", None) or number_names(int(y.max()) + 1)
-    return Images(x, y, tuple(classes), name)
+    # Some are stored class by class, and the first n images are to stand for all.
+    order = torch.randperm(len(y), generator=generator("order", len(y)))
+    return Images(x[order], y[order], tuple(classes), name)
 
 
 def _stored_split(name: str, split: Split, available: list[str]) -> str | None:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from surestep.attacks.core import (
     attacking,
     check_inputs,
+    count_classes,
     device_of,
     forked_rng,
     forward_logits,
@@ -25,7 +26,7 @@ from surestep.attacks.core import (
     share_of,
 )
 from surestep.data import Batches, Images, as_images
-from surestep.devices import autocast
+from surestep.devices import autocast, memory_for
 from surestep.errors import UserError
 from surestep.evaluation import suite
 from surestep.evaluation._state import State, digest, model_digest
@@ -142,10 +143,15 @@ def evaluate(
     """
     if isinstance(attacks, Mapping) and eps:
         raise UserError("eps takes attacks by name: an Attack is made for one radius")
-    names = suite.budget(budget) if attacks is None else attacks
     device = device_of(model)
+    names = attacks
+    if names is None:
+        names = suite.budget(budget)
+        for x, _ in batches_of(data, 1, 1, device, threat.bounds)[0]:
+            if count_classes(Adapted(model, preprocess), x) < 3:  # which the dlr loss needs
+                names = [name for name in names if not name.endswith("-dlr")]
     if "transfer" in names and not isinstance(names, Mapping) and not sources:
-        some = [x for x, _ in batches_of(data, batch_size, _ASKED_ABOUT, device)[0]]
+        some = [x for x, _ in batches_of(data, batch_size, _ASKED_ABOUT, device, threat.bounds)[0]]
         if some:
             sources = [substitute(Adapted(model, preprocess), torch.cat(some), threat, seed)]
     by_name = (
@@ -159,16 +165,20 @@ def evaluate(
         "n": n,
         "seed": seed,
         "precision": str(precision),
-        "model": model_digest(model) if state is not None else "",
     }
+    if state is not None:
+        settings["model"] = model_digest(model)
+        settings["preprocess"] = "none" if preprocess is None else model_digest(preprocess)
+        settings["sources"] = [model_digest(source) for source in sources]
     kept = State(state, settings)
     start = time.perf_counter()
     adapted = Adapted(model, preprocess)
     judge = _Judge(adapted, threat, by_name, seed, precision, kept)
     try:
-        with attacking(adapted), forked_rng(device):
+        advice = f"lower batch_size ({batch_size})"
+        with attacking(adapted), forked_rng(device), memory_for("an attack", advice):
             torch.manual_seed(seed)
-            batches, total = batches_of(data, batch_size, n, device)
+            batches, total = batches_of(data, batch_size, n, device, threat.bounds)
             for x, y in batches:
                 judge.batch(x, y)
                 if progress:
@@ -261,6 +271,7 @@ class _Judge:
         fingerprint = digest(x, y) if self.state.kept else ""
         known = self.state.get(self.number, "clean")
         if known is None:
+            self._seed("clean")
             clean = self._right(x, y)
             wrong = (~clean).nonzero().squeeze(1).tolist()
             self.state.put(self.number, "clean", wrong=wrong, data=fingerprint)
@@ -277,8 +288,7 @@ class _Judge:
     def _attack(self, name: str, x: Tensor, y: Tensor, targets: Tensor) -> dict[str, Any]:
         """Run one attack on the images ``targets`` (N,) of a batch."""
         begin = time.perf_counter()
-        # Of its own, so that an attack finds the same whatever ran before it, or was resumed.
-        torch.manual_seed(zlib.crc32(f"{self.seed}/{self.number}/{name}".encode()))
+        self._seed(name)
         broken: list[int] = []
         steps: list[int] = []
         # The targets; others only to fill up to a batch size met before.
@@ -298,6 +308,10 @@ class _Judge:
                 first = found.first_wrong.cpu()[wrong]
                 steps = torch.where(first < 0, last, first).tolist()
         return {"broken": broken, "steps": steps, "seconds": time.perf_counter() - begin}
+
+    def _seed(self, name: str) -> None:
+        """Seed what is random, so that the same is found whatever ran before, or was resumed."""
+        torch.manual_seed(zlib.crc32(f"{self.seed}/{self.number}/{name}".encode()))
 
     @torch.no_grad()
     def _right(self, x: Tensor, y: Tensor) -> Tensor:
@@ -356,17 +370,38 @@ class _Judge:
 
 
 def batches_of(
-    data: Any, batch_size: int, n: int | None, device: torch.device
+    data: Any,
+    batch_size: int,
+    n: int | None,
+    device: torch.device,
+    bounds: tuple[float, float] = (0.0, 1.0),
 ) -> tuple[Iterator[tuple[Tensor, Tensor]], int]:
-    """Return the batches on the device, and the number of images if it is known (else 0)."""
+    """Return the batches on the device, and the number of images if it is known (else 0).
+
+    Raises:
+        UserError: data that are none, or tensors that are no float32 images where the data range
+            is another than [0, 1].
+    """
     if isinstance(data, Dataset) and not isinstance(data, Images):
         data = DataLoader(data, batch_size)
     if isinstance(data, DataLoader):
         return _first(data, n, device), n or 0
-    images = as_images(data)
+    images = as_images(data) if bounds == (0.0, 1.0) else _in_range(data, bounds)
     images = images if n is None else images.first(n)
     source = Batches(images, batch_size, shuffle=False, device=device)
     return ((x, y) for x, y, _ in source.epoch(0)), len(images)
+
+
+def _in_range(data: Any, bounds: tuple[float, float]) -> Images:
+    """Take tensors in another data range as they are; each batch is checked against the range."""
+    if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor):
+        x, y = data
+        if x.dtype == torch.float32 and isinstance(y, Tensor):
+            return Images(x, y)
+    raise UserError(
+        f"for the data range {bounds} give float32 tensors (x, y) in it, or a DataLoader; other "
+        "data are pixels in [0, 1]"
+    )
 
 
 def _first(
@@ -378,4 +413,5 @@ def _first(
             return
         take = int(min(left, len(x)))
         left -= take
-        yield x[:take].to(device), y[:take].to(device)
+        x = x[:take].to(device)
+        yield x.float() if x.dtype == torch.float64 else x, y[:take].to(device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -30,9 +31,11 @@ def digest(*tensors: Tensor) -> str:
 
 
 def model_digest(model: nn.Module) -> str:
-    """Return a short hash of a model's weights and buffers, by name."""
+    """Return a short hash of a model's weights and buffers, by name, and of what layers tell."""
     state = sorted((k, v) for k, v in model.state_dict().items() if isinstance(v, Tensor))
-    names = hashlib.sha256(" ".join(k for k, _ in state).encode()).hexdigest()[:16]
+    # A threshold or a rate is no tensor; an address in memory says nothing.
+    told = [re.sub(r"0x[0-9a-f]+", "", module.extra_repr()) for module in model.modules()]
+    names = hashlib.sha256(" ".join([*(k for k, _ in state), *told]).encode()).hexdigest()[:16]
     return f"{names}-{digest(*(v for _, v in state))}"
 
 
@@ -67,9 +70,11 @@ class State:
 
     def _read(self, path: Path, header: str) -> int:
         """Take over the whole lines; return how many bytes they are."""
-        lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was cut off
+        *lines, cut = path.read_bytes().split(b"\n")  # cut: by a stop amid a line
         if not lines:
-            return 0
+            if header.encode().startswith(cut):
+                return 0
+            lines = [cut]
         try:
             first, *rows = (json.loads(line) for line in lines)
             found = {(row["batch"], row["attack"]): row for row in rows}

@@ -353,6 +353,18 @@ def one_hot(y: Tensor, classes: int) -> Tensor:
     return y[:, None] == torch.arange(classes, device=y.device)
 
 
+def relaxed_cross_entropy(logits: Tensor, y: Tensor, share: float) -> Tensor:
+    """Return the cross entropy (N,) with labels of which the true class has ``share``.
+
+    The wrong classes share the rest evenly; torch's label smoothing gives the true class, too, a
+    part of the rest.
+    """
+    log_p = F.log_softmax(logits, dim=1)
+    true = log_p.gather(1, y[:, None]).squeeze(1)
+    wrong = (log_p.sum(1) - true) / (logits.shape[1] - 1)
+    return -(share * true + (1 - share) * wrong)
+
+
 def stepping(craft: Callable[Concatenate[nn.Module, P], Update]) -> Callable[..., StepResult]:
     """Return the functional form of a method: a function that crafts an update and takes it."""
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from surestep import processes
+from surestep.attacks.core import unwrapped
 from surestep.devices import finest
 from surestep.methods._base import Cost, Method, Terms, Update, build, register
 from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
+from surestep.methods.fgsm_mep import SMOOTH
 
 
 @register("converge-smooth")
@@ -34,9 +36,7 @@ class ConvergeSmooth(Method):
     presets = {
         "mnist": recipe(MNIST_ZOO, perturbation="rs-fgsm"),
         "cifar10": recipe(CIFAR_ZOO, perturbation="rs-fgsm"),
-        "cifar10-mep": recipe(
-            CIFAR_ZOO, perturbation="fgsm-mep", settings={"label_smoothing": 0.4}
-        ),
+        "cifar10-mep": recipe(CIFAR_ZOO, perturbation="fgsm-mep", settings=SMOOTH),
     }
 
     perturbation: str = "rs-fgsm"
@@ -61,16 +61,21 @@ class ConvergeSmooth(Method):
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Append the clean images to the method's own update."""
-        self.base.progress, self.base.draw = self.progress, self.draw
+        for part in ("progress", "draw", "label_smoothing", "margin"):
+            setattr(self.base, part, getattr(self, part))
         inner = self.base.craft(model, x, y, index)
         self._turn(model)
         n = len(inner.points)
+        sign: Tensor | None = None
         centre = [(p, self._centre[k].to(p)) for k, p in _weights(model) if k in self._centre]
 
         def loss(logits: Tensor) -> Terms:
             own, terms = inner.loss(logits[:n])
             clean = self.criterion(logits[n:], y)
-            jump = self._sign(clean.detach()).to(clean.dtype) * clean
+            nonlocal sign
+            if sign is None:  # a second pass over the update, of AWP, is no second step
+                sign = self._sign(clean.detach()).to(clean.dtype)
+            jump = sign * clean
             total = own + self.weight * jump
             if self.pull:
                 apart = [(p - c).square().sum() for p, c in centre]
@@ -127,4 +132,4 @@ class ConvergeSmooth(Method):
 
 
 def _weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return list(getattr(model, "module", model).named_parameters())
+    return list(unwrapped(model).named_parameters())

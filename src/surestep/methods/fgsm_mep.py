@@ -16,11 +16,16 @@ from surestep.methods._base import Cost, Method, Terms, Update, register
 from surestep.methods._memory import Memory
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 
-SMOOTH = {"label_smoothing": 0.4}
+SMOOTH = {"label_smoothing": 4 / 9}
+"""0.6 of the label for the true class of ten: torch gives it a tenth of 4/9 back."""
 
 
 def l1_unit(grad: Tensor) -> Tensor:
-    """Return each sample's gradient over the sum of its absolute values; zero stays zero."""
+    """Return each sample's gradient over the sum of its absolute values; zero stays zero.
+
+    The authors divide the gradient of the batch's mean loss by the whole batch's sum, in which
+    images that are right with certainty hardly count.
+    """
     size = grad.abs().flatten(1).sum(1).view(-1, *[1] * (grad.dim() - 1))
     return grad / torch.where(size > 0, size, 1)
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.attacks.core import attacking, input_gradient
-from surestep.methods._base import Cost, Method, Terms, Update, register
+from surestep.methods._base import Cost, Method, Terms, Update, register, relaxed_cross_entropy
 from surestep.methods._memory import Memory
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.methods.fgsm_mep import SMOOTH, pairing
@@ -54,7 +53,7 @@ class FGSMPCO(Method):
         old = threat.project(x + self._delta.read(index, x, images, self.draw), x)
 
         def smoothed(logits: Tensor, y: Tensor) -> Tensor:
-            return F.cross_entropy(logits, y, reduction="none", label_smoothing=self.smoothing)
+            return relaxed_cross_entropy(logits, y, 1 - self.smoothing)
 
         with attacking(model) as inner:
             grad, _, logits = input_gradient(inner, old, y, smoothed)

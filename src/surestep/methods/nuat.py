@@ -33,5 +33,8 @@ class NuAT(Guided):
         return self.lam * self.progress.done
 
     def distance(self, clean: Tensor, adversarial: Tensor) -> Tensor:
-        """Add up the singular values."""
-        return torch.linalg.svdvals(clean - adversarial).sum()
+        """Add up the singular values; on a GPU, torch waits for the device here."""
+        apart = clean - adversarial
+        whole = apart.isfinite().all()  # else torch raises, and nothing says that training diverged
+        total = torch.linalg.svdvals(torch.where(whole, apart, 0)).sum()
+        return torch.where(whole, total, torch.nan)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surestep.attacks.core import Ascent, attacking
+from surestep.attacks.core import attacking, input_gradient
 from surestep.methods._base import Cost, Criterion, Terms, Update, register, stepping
 from surestep.methods._presets import (
     CIFAR_SAT,
@@ -71,7 +71,8 @@ def sat_r1_update(
         fraction: share of the images that is regularised (the distance is their mean); None: one
             of each batch.
         every: k, of a step that regularises for k.
-        base: another single step in FGSM's place; I-FGSM begins where it does.
+        base: another single step in FGSM's place; I-FGSM begins where it does, and each of its
+            steps ends as that one does, in the ball or not.
         criterion: the cross entropy.
     """
     base = base or FGSM(threat)
@@ -83,8 +84,10 @@ def sat_r1_update(
     with attacking(model) as inner:
         # I-FGSM's first gradient is FGSM's own; the few images have no batch statistics.
         x_n, y_n, size = x[-n:], y[-n:], base.size / steps
-        first = threat.project(start[-n:] + threat.steepest_step(grad[-n:], size), x_n)
-        x_ifgsm = Ascent(threat, steps - 1, size).climb(inner, x_n, y_n, first)
+        x_ifgsm = base.finish(start[-n:] + threat.steepest_step(grad[-n:], size), x_n)
+        for _ in range(steps - 1):
+            grad, _, _ = input_gradient(inner, x_ifgsm, y_n)
+            x_ifgsm = base.finish(x_ifgsm + threat.steepest_step(grad, size), x_n)
 
     def loss(logits: Tensor) -> Terms:
         at_fgsm, at_ifgsm = logits.split([len(x), n])

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.attacks.core import attacking, input_gradient
-from surestep.methods._base import Cost, Method, Terms, Update, register
+from surestep.methods._base import Cost, Method, Terms, Update, register, relaxed_cross_entropy
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 
 
@@ -52,7 +52,7 @@ class TDAT(Method):
 
     def relaxed(self, logits: Tensor, y: Tensor) -> Tensor:
         """Return the cross entropy with relaxed labels, per sample."""
-        return F.cross_entropy(logits, y, reduction="none", label_smoothing=1 - self.share)
+        return relaxed_cross_entropy(logits, y, self.share)
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Step from the last perturbation, which is random at first."""
@@ -71,7 +71,7 @@ class TDAT(Method):
             at_start, at_adv = logits.chunk(2)
             away = -F.log_softmax(at_adv, dim=1).mean()
             ce = torch.lerp(away, self.criterion(at_adv, y), self.share)
-            p_y = at_adv.softmax(1).gather(1, y[:, None]).squeeze(1)
+            p_y = at_start.softmax(1).gather(1, y[:, None]).squeeze(1)
             apart = (at_start - at_adv).square().sum(1)
             drawn = (apart * torch.tanh(1 - p_y)).mean()
             return ce + self.lam * drawn, {"ce": ce, "drawn": drawn}

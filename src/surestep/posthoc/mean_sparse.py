@@ -42,6 +42,10 @@ class MeanSparse(nn.Module):
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.zeros(channels))
 
+    def extra_repr(self) -> str:
+        """Tell the threshold, which no buffer holds."""
+        return f"{len(self.mean)}, threshold={self.threshold:g}"
+
     def forward(self, x: Tensor) -> Tensor:
         """Sparsify; with ``straight_through`` the same value, the gradient of the identity."""
         shape = (1, -1, *[1] * (x.dim() - 2))
@@ -54,10 +58,19 @@ class MeanSparse(nn.Module):
 
 @contextmanager
 def _watching(model: nn.Module, seen: dict[str, Tensor]) -> Iterator[nn.Module]:
-    """Keep in ``seen`` what goes into each activation, by its name."""
+    """Keep in ``seen`` what goes into each activation, by its name.
+
+    Raises:
+        UserError: an activation is used twice in a pass; ``seen`` is to be emptied between passes.
+    """
 
     def note(name: str, args: tuple[Tensor, ...]) -> None:
-        seen[name] = args[0].detach()
+        if name in seen:
+            raise UserError(
+                f"the activation {name} is used twice in a pass, with other statistics each time: "
+                "give the model one module for each use"
+            )
+        seen[name] = args[0].detach().clone()  # some work in place
 
     handles = [
         module.register_forward_pre_hook(lambda m, args, name=name: note(name, args))
@@ -91,6 +104,7 @@ def measure(
     found: dict[str, tuple[Tensor, Tensor]] = {}
     with _watching(model, seen) as inner:
         for begin in range(0, len(images), batch_size):
+            seen.clear()
             inner(images.pixels(slice(begin, begin + batch_size)).to(device))
             for name, values in seen.items():
                 rows = values.to(finest(device)).transpose(0, 1).flatten(1)
@@ -119,7 +133,7 @@ def insert(model: nn.Module, image: Tensor, threshold: float) -> nn.Module:
         threshold: in standard deviations.
 
     Raises:
-        UserError: the model has no activation module, or one has no channels.
+        UserError: the model has no activation module, or one has no channels or is used twice.
     """
     seen: dict[str, Tensor] = {}
     model = uncompiled(model)  # what is compiled does not know the new modules
@@ -147,7 +161,9 @@ def layers(model: nn.Module) -> list[MeanSparse]:
 
 def set_statistics(model: nn.Module, found: dict[str, tuple[Tensor, Tensor]]) -> None:
     """Load what ``measure`` returned into the layers that ``insert`` made of the same model."""
-    for layer, (mean, std) in zip(layers(model), found.values(), strict=True):
+    for name, (mean, std) in found.items():
+        layer = model.get_submodule(f"{name}.0")  # where insert put it
+        assert isinstance(layer, MeanSparse)
         layer.mean.copy_(mean)
         layer.std.copy_(std)
 

@@ -28,8 +28,11 @@ def weights_ahead(model: nn.Module, gamma: float) -> Iterator[None]:
     with torch.no_grad():
         for weight in moved:
             assert weight.grad is not None
-            size = gamma * weight.norm() / weight.grad.norm().clamp(min=1e-12)
-            weight.add_(size * weight.grad)
+            norm = weight.grad.norm()
+            step = weight.grad * (gamma * weight.norm() / norm.clamp(min=1e-12))
+            # fp16's loss scale grows until a gradient overflows; that step is dropped, but its
+            # pass must not leave NaN in the batch statistics.
+            weight.add_(torch.where(norm.isfinite(), step, 0))
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surestep.attacks.core import unwrapped
 from surestep.data import augment
 from surestep.devices import autocast, has_bf16
 from surestep.errors import UserError, unknown_name
@@ -93,6 +94,21 @@ class Engine:
 
 
 @functools.cache
+def casts_lose_gradients(device: torch.device, precision: torch.dtype) -> bool:
+    """Tell whether autocast keeps casts of weights that a pass without gradients made.
+
+    A later pass gets no weight gradient from them. Releases of 2025 and before do (pytorch/pytorch
+    #112583), later ones do not.
+    """
+    weight, x = (torch.zeros(1, 1, device=device) for _ in range(2))
+    weight.requires_grad_()
+    with autocast(device, precision):
+        with torch.no_grad():
+            nn.functional.linear(x, weight)
+        return not nn.functional.linear(x, weight).requires_grad
+
+
+@functools.cache
 def keep_freed_memory() -> None:
     """Ask glibc to keep freed memory for reuse, once per process; elsewhere do nothing.
 
@@ -143,9 +159,13 @@ class TrainStep:
         # One autocast context: attack and update share the cast weights.
         with probe, self.engine.autocast(self.device):
             update = self.method.prepare(self.model, x, y, index, draw)
+            if casts_lose_gradients(self.device, self.engine.precision):
+                torch.clear_autocast_cache()
             result = self.method.take(self.model, update)
         self._backward(result)
         if self.awp is not None:
+            if update.points.is_leaf:  # what reads the images' gradient wants the last pass's
+                update.points.grad = None
             with weights_ahead(self.model, self.awp):
                 with self.engine.autocast(self.device):
                     result = self.method.take(self.model, update)
@@ -156,7 +176,7 @@ class TrainStep:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None and self.averaging:
-            self.average.update(getattr(self.model, "module", self.model))
+            self.average.update(unwrapped(self.model))
         return result._replace(loss=result.loss.detach())
 
     def _backward(self, result: StepResult) -> None:

@@ -8,7 +8,8 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -22,19 +23,25 @@ from surestep import files
 from surestep.attacks.core import check_labels, count_classes, uncompiled
 from surestep.config import FitSettings, parse
 from surestep.data import Images
-from surestep.devices import pick_device
+from surestep.devices import memory_for, pick_device
 from surestep.errors import UserError
 from surestep.evaluation import Evaluation, evaluate, suite
 from surestep.methods import Method, Progress, StepResult
 from surestep.training import checkpoint
 from surestep.training.averaging import WeightAverage
 from surestep.training.engine import Engine, make_optimizer, make_step
-from surestep.training.memory import fit_into, out_of_memory
+from surestep.training.memory import fit_into
 from surestep.training.picking import MIN_STEPS, Pick, pick_engine
 from surestep.training.progress import Display
 from surestep.training.run_folder import RunFolder
 from surestep.training.schedules import learning_rate, momentum, warm_up
 from surestep.training.source import LoaderSource, Replayed, Source, image_shape, make_source, split
+
+METHOD_SETTINGS = ("label_smoothing", "dropout")
+"""Settings of a run that a method may bring along, where the run's say nothing."""
+
+VALIDATED = 500
+"""Most images that validation attacks at a time."""
 
 COLLAPSE = 0.20
 """Fall of robust accuracy between two epochs that counts as collapse (Kim et al. 2021)."""
@@ -111,7 +118,7 @@ def fit(
         config = config.model_copy(update={"compile": True})
     # Settings that change a method change a copy of it, never the caller's.
     method = copy.deepcopy(method)
-    for part in ("label_smoothing", "dropout"):
+    for part in METHOD_SETTINGS:
         if value := getattr(config, part):
             setattr(method, part, value)
         else:
@@ -137,7 +144,7 @@ def fit(
     # Only now is everything checked: a mistake must not cost an old run.
     accelerator.wait_for_everyone()
     if run and accelerator.is_main_process and not resume:
-        run.make({**describe, **trainer.config.model_dump(mode="json")})
+        run.make({**describe, **trainer.config.model_dump(mode="json")}, overwrite=overwrite)
     accelerator.wait_for_everyone()
     return trainer.train(resume=resume)
 
@@ -195,28 +202,30 @@ class _Sums:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.steps = self.images = 0
+        self.images = 0
         self.totals: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}  # not every step has every term
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
 
     def add(self, number: int, images: int, values: Mapping[str, Tensor]) -> None:
-        self.steps += 1
         self.images += images
         for name, value in values.items():
             total = self.totals.get(name)
             self.totals[name] = value.clone() if total is None else total + value
+            self.counts[name] = self.counts.get(name, 0) + 1
         bad = ~torch.isfinite(values["loss"]) & (self.bad_step < 0)
         self.bad_step = torch.where(bad, number, self.bad_step)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "totals": self.totals}
+        return {"totals": self.totals, "counts": self.counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.steps = state["steps"]
+        # Checkpoints of older versions have one number for all.
+        self.counts = state.get("counts") or dict.fromkeys(state["totals"], state.get("steps", 0))
         self.totals = {k: v.to(self.device) for k, v in state["totals"].items()}
 
     def means(self) -> dict[str, float]:
-        return {k: float(v) / self.steps for k, v in self.totals.items()}
+        return {k: float(v) / self.counts[k] for k, v in self.totals.items()}
 
 
 class _Trainer:
@@ -276,8 +285,10 @@ class _Trainer:
             # The method looks at the first batch only; here all labels are at hand.
             one = train.pixels(slice(0, 1)).to(device)
             check_labels(train.y, count_classes(model, one))
-            if config.engine == "auto" and self.total >= MIN_STEPS:
-                self._pick_engine(one.shape[1:])
+            # Where memory is short there is none for trials, and little to choose.
+            if config.engine == "auto" and self.total >= MIN_STEPS and not config.max_memory:
+                with self._one_line("the trial of engines", self.share):
+                    self._pick_engine(one.shape[1:])
         if method.replays > 1:
             self.source = Replayed(self.source, method.replays)
         config = self.config
@@ -369,7 +380,8 @@ class _Trainer:
             if self.display.due():
                 self._show(sums, begin)
             every = self.config.checkpoint_every
-            if every and self.at.step % every == 0 and self.at.step % steps:
+            within = self.at.step % steps and self.at.step < self.total
+            if every and self.at.step % every == 0 and within:
                 self.at.train_seconds = seconds_before + time.perf_counter() - begin
                 self._check_finite(sums, weights=True)
                 self._share_buffers()
@@ -394,21 +406,24 @@ class _Trainer:
         draw = None
         if self.method.remembers:
             draw = self.source.draw(self.at.epoch, self.at.step % self.source.steps_per_epoch)
-        try:
+        with self._one_line(f"step {self.at.step + 1}", len(x)):
             return self.take_step(x, y, index, draw)
-        except (RuntimeError, MemoryError) as e:
+
+    @contextmanager
+    def _one_line(self, where: str, images: int) -> Iterator[None]:
+        """Turn what the compiler cannot do, and memory that is full, into one clear line."""
+        limit = self.config.max_memory
+        less = f"max_memory ({limit:g})" if limit else "set max_memory, in GiB"
+        advice = f"lower batch_size ({self.config.batch_size}), or {less}"
+        try:
+            with memory_for(f"{where}, of {images} images", advice):
+                yield
+        except RuntimeError as e:
             # Known by its module: importing the compiler takes seconds.
             if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 reason = str(e).strip().splitlines()[0]
                 raise UserError(f"torch.compile fails here, leave compile out: {reason}") from e
-            if not out_of_memory(e):
-                raise
-            limit = self.config.max_memory
-            raise UserError(
-                f"out of memory in step {self.at.step + 1}, of {len(x)} images: lower batch_size "
-                f"({self.config.batch_size}), or "
-                + (f"max_memory ({limit:g})" if limit else "set max_memory, in GiB")
-            ) from e
+            raise
 
     def _set_rates(self) -> float:
         """Set learning rate and momentum of the step to come; return the former."""
@@ -489,6 +504,8 @@ class _Trainer:
             self.threat,
             self.config.val_attacks,
             n=self.config.val_images,
+            # What fits in training fits here.
+            batch_size=min(VALIDATED, self.share),
             seed=self.config.seed,
             precision=self.engine.precision,
         )
@@ -560,6 +577,11 @@ class _Trainer:
         assert self.run is not None
         state = checkpoint.load_newest(self.run.checkpoints, self.display.say)
         if state is None:
+            if len(rows := self.run.history()) > 1:
+                raise UserError(
+                    f"cannot resume {self.run.folder}: it has {len(rows)} epochs and no "
+                    f"checkpoint; train it anew with --config {self.run.config}, another --out"
+                )
             return None
         if len(state["rng"]) != self.accelerator.num_processes:
             raise UserError(

@@ -168,14 +168,6 @@ def fit_into(
     return frugal
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Tell whether an error is a device's, or the host's, that has no memory left."""
-    said = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        "DefaultCPUAllocator" in said or "out of memory" in said
-    )
-
-
 def kept_bytes(model: nn.Module, x: Tensor, engine: Engine) -> int:
     """Return the bytes that a forward pass keeps for backward, weights left out."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from surestep import processes
 from surestep.attacks.core import count_classes, forked_rng
 from surestep.methods import Method
 from surestep.training.engine import PRECISIONS, Engine, make_optimizer, make_step
@@ -71,7 +72,8 @@ def pick_engine(
     expected = "fast", names[Engine.choose("fast", precision, device).precision]
     precisions = [expected[1]] if precision != "auto" else [expected[1], "fp32"]
     candidates = dict.fromkeys((e, p) for p in precisions for e in ("fast", "reference"))
-    with forked_rng(device):
+    # Methods may share what they find between processes, and only this one tries.
+    with processes.alone(), forked_rng(device):
         low, _ = method.threat.bounds
         x = low + method.threat.span * torch.rand(batch_size, *shape, device=device)
         y = torch.randint(count_classes(model, x[:1]), (batch_size,), device=device)

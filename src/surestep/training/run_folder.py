@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from surestep import files
 from surestep.config import FitSettings, RunConfig, parse, read_yaml, to_yaml
 from surestep.errors import UserError
 
+C = TypeVar("C", bound=FitSettings)
 _ENTRIES = {
     *("config.yaml", "metrics.jsonl", "model.safetensors", "checkpoints", "report.html"),
     *("tensorboard", "comparison.json"),
@@ -108,22 +111,33 @@ class RunFolder:
             return f"it holds {others[0]}"
         return "" if "method" in read_yaml(self.config) else "its config.yaml names no method"
 
-    def make(self, settings: Mapping[str, Any]) -> None:
-        """Make the folder, in the place of the old one, and write the settings.
+    def make(self, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        """Make the folder and write the settings.
+
+        Args:
+            settings: what ``config.yaml`` is to hold.
+            overwrite: delete the old run there; else nothing but an empty folder is replaced, since
+                another run may have begun there after this one was planned.
 
         Raises:
-            UserError: it cannot be made or written to.
+            UserError: it cannot be made or written to, or there is a run by now.
         """
         text = to_yaml(settings)
         try:
-            if self.folder.exists():
+            if overwrite and self.folder.exists():
                 shutil.rmtree(self.folder)
+            with contextlib.suppress(FileNotFoundError):
+                self.folder.rmdir()
             self.folder.mkdir(parents=True)
         except OSError as e:
+            if e.errno in (errno.EEXIST, errno.ENOTEMPTY):
+                raise UserError(
+                    f"{self.folder} was taken by another run just now: choose another --out"
+                ) from e
             raise UserError(f"cannot make the run folder {self.folder}: {e.strerror}") from e
         files.write_atomically(self.config, text)
 
-    def as_begun(self, config: FitSettings) -> FitSettings:
+    def as_begun(self, config: C) -> C:
         """Return the settings with the engine that the run was begun with, where that was picked.
 
         Another engine rounds differently: a resumed run must not pick again. A precision that is
@@ -135,7 +149,7 @@ class RunFolder:
         for name in ("engine", "precision"):
             if settings[name] == "auto":
                 settings[name] = begun.get(name, "auto")
-        return parse(FitSettings, settings, f"{self.config}: ")
+        return parse(type(config), settings, f"{self.config}: ")
 
     def check_same(self, settings: Mapping[str, Any]) -> None:
         """Refuse to resume with other settings than the run was begun with.

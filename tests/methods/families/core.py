@@ -123,6 +123,20 @@ def sat_r3(net, x, y, smoothing, lam, tau, alpha, eps_low, project=False, per_sa
     return torch.cat(views), loss, slice(last, None)
 
 
+def sat_r1_on_n_fgsm(net, x, y, smoothing, lam, steps, noise):
+    """Neither ends in the ball, so that noise is left in both."""
+    start = x + torch.empty_like(x).uniform_(-noise * EPS, noise * EPS)
+    g = train_signs(net, start, y)
+    x_f, x_i = box(start + EPS * g), box(start[-1:] + EPS / steps * g[-1:])
+    for _ in range(steps - 1):
+        x_i = box(x_i + EPS / steps * signs(net, x_i, y[-1:]))
+
+    def loss(z):
+        return mean_ce(z[:-1], y, smoothing) + lam * squared_distance(z[-2:-1], z[-1:])
+
+    return torch.cat([x_f, x_i]), loss, slice(len(x))
+
+
 def sat_r1_on_rs_fgsm(net, x, y, smoothing, lam, steps):
     """I-FGSM starts at RS-FGSM's start, its steps add up to RS-FGSM's."""
     size = 1.25 * EPS
@@ -200,6 +214,11 @@ CASES = {
         sat_r1_on_rs_fgsm,
         {"lam": 2.0, "steps": 3, "perturbation": "rs-fgsm"},
         {},
+    ),
+    "sat-r1 on n-fgsm": (
+        sat_r1_on_n_fgsm,
+        {"lam": 2.0, "steps": 3, "perturbation": "n-fgsm noise=3/2"},
+        {"noise": 1.5},
     ),
     "sat-r2 half": (sat_r2, {**R2, "fraction": 0.5}, {"last": 3}),
     "sat-r2 few project": (sat_r2, {**R2, "fraction": 0.01, "project": True}, {"last": 1}),

@@ -5,7 +5,16 @@ import math
 
 import torch
 
-from families.maths import EPS, ball, box, cross_entropy, mean_ce, noise_signs, train_signs
+from families.maths import (
+    EPS,
+    ball,
+    box,
+    cross_entropy,
+    mean_ce,
+    noise_signs,
+    relaxed,
+    train_signs,
+)
 
 E8 = 8 / 255
 HALF = {"step": 10, "steps_per_epoch": 5, "epochs": 4}  # even
@@ -42,11 +51,6 @@ def guided(distance):
     return oracle
 
 
-def relaxed(row, label, share):
-    log_p = row - row.exp().sum().log()
-    return -share * log_p[label] - (1 - share) * log_p.sum() / len(row)
-
-
 def tdat(net, x, y, smoothing, lam=0.65, relax=0.6, least=0.15, done=0.0):
     share = max(relax * math.tan(1 - done), least)
     start = ball(x + torch.empty_like(x).uniform_(-EPS, EPS), x)
@@ -60,7 +64,7 @@ def tdat(net, x, y, smoothing, lam=0.65, relax=0.6, least=0.15, done=0.0):
             a, b = z[i], z[len(x) + i]
             log_p = b.log_softmax(0)
             total = total + share * cross_entropy(b, k, smoothing) - (1 - share) * log_p.mean()
-            total = total + lam * ((a - b) ** 2).sum() * torch.tanh(1 - b.softmax(0)[k])
+            total = total + lam * ((a - b) ** 2).sum() * torch.tanh(1 - a.softmax(0)[k])
         return total / len(x)
 
     return torch.cat([start, x_adv]), loss, slice(len(x), None)

@@ -12,6 +12,13 @@ def cross_entropy(row, label, smoothing=0.0):
     return -(1 - smoothing) * log_p[label] - smoothing * log_p.sum() / len(row)
 
 
+def relaxed(row, label, share):
+    """Cross entropy with a label whose true class has just ``share``."""
+    log_p = row - row.exp().sum().log()
+    wrong = sum(log_p[k] for k in range(len(row)) if k != int(label)) / (len(row) - 1)
+    return -share * log_p[label] - (1 - share) * wrong
+
+
 def mean_ce(logits, y, smoothing):
     return sum(cross_entropy(row, k, smoothing) for row, k in zip(logits, y, strict=True)) / len(y)
 

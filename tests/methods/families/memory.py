@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from families.maths import EPS, ball, box, cross_entropy, mean_ce, signs
+from families.maths import EPS, ball, box, mean_ce, relaxed, signs
 
 E8 = 8 / 255
 
@@ -26,7 +26,7 @@ def fgsm_mep(net, x, y, smoothing, lam, alpha=EPS):
 def fgsm_pco(net, x, y, smoothing, lam, stretch=1.5, smooth=0.4):
     frozen, leaf = copy.deepcopy(net).eval(), x.clone().requires_grad_()
     z = frozen(leaf)
-    goal = sum(cross_entropy(row, k, smooth) for row, k in zip(z, y, strict=True))
+    goal = sum(relaxed(row, k, 1 - smooth) for row, k in zip(z, y, strict=True))
     new = ball(x + EPS * torch.autograd.grad(goal, leaf)[0].sign(), x)
     mixed = []
     for i, k in enumerate(y):
@@ -115,7 +115,7 @@ REFUSED = [
     ("pap", {"fraction": 0.0}, ("pap", "fraction", "0.0")),
 ]
 PUBLISHED = [
-    ("fgsm-mep", "cifar10", E8, None, {"lam": 10.0}, {"label_smoothing": 0.4}),
+    ("fgsm-mep", "cifar10", E8, None, {"lam": 10.0}, {"label_smoothing": 4 / 9}),
     ("fgsm-uap", "cifar10", E8, None, {"lam": 10.0}, {}),
     ("free", "cifar10", E8, None, {"replays": 8}, {}),
 ]

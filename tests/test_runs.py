@@ -62,10 +62,28 @@ class TestResolve:
         found = runs.resolve({"method": slug, "dataset": dataset})
         assert found == runs.resolve({"method": slug}, dataset)
 
-    @pytest.mark.parametrize("dataset", ["npz", "folder:x", "cifar100", "unknown"])
+    @pytest.mark.parametrize("dataset", ["npz", "folder:x", "unknown"])
     def test_no_preset_for_other_data(self, dataset):
-        config = runs.resolve({"dataset": dataset})
-        assert config == RunConfig(dataset=dataset)
+        config = runs.resolve({"dataset": dataset, "eps": 0.2})
+        assert config == RunConfig(dataset=dataset, eps=0.2)
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"dataset": "npz"},
+            {"dataset": "folder:x"},
+            {"dataset": "mnist", "norm": "l2"},
+            {"dataset": "cifar10", "norm": "l2"},
+        ],
+    )
+    def test_a_radius_that_no_preset_has_is_asked_for(self, values):
+        with pytest.raises(UserError, match=r"no radius is known for sat-r2 on .*: give --eps"):
+            runs.resolve(values)
+        assert runs.resolve({**values, "eps": 0.25}).eps == 0.25
+
+    def test_cifar100_is_trained_as_cifar10(self):
+        found, expected = (runs.resolve({"dataset": name}) for name in ("cifar100", "cifar10"))
+        assert found == expected.model_copy(update={"dataset": "cifar100"})
 
     @pytest.mark.parametrize("name", ["mnist", "cifar10"])
     def test_a_data_set_with_its_place_keeps_the_preset(self, name):
@@ -169,7 +187,12 @@ class TestFolders:
         rng = np.random.default_rng(0)
         x = rng.integers(0, 256, (60, 8, 8), np.uint8)
         np.savez(tmp_path / "a.npz", x=x, y=np.arange(60) % 3)
-        values = {"dataset": "npz", "data": str(tmp_path / "a.npz"), "model": "cnn-small"}
+        values = {
+            "dataset": "npz",
+            "data": str(tmp_path / "a.npz"),
+            "model": "cnn-small",
+            "eps": 0.3,
+        }
         values |= {"epochs": 1, "batch_size": 16, "val_attacks": ["fgsm"], "method": "sat-r2"}
         return runs.resolve({**values, "engine": "reference"})
 

@@ -66,13 +66,15 @@ def resolve(values: Mapping[str, Any], preset: str | None = None) -> RunConfig:
     method = str(values.get("method", RunConfig.model_fields["method"].default))
     cls = methods.get(method)
     dataset, norm = (str(values.get(k, RunConfig.model_fields[k].default)) for k in _MEANT)
+    name = dataset.partition(":")[0]
     if preset is None:
-        name = dataset.partition(":")[0]
-        name = _ALIKE.get(name, name)
-        preset = name if name in cls.presets else "none"
-    if "eps" not in values and (norm != "linf" or (preset == "none" and dataset != "mnist")):
+        alike = _ALIKE.get(name, name)
+        preset = alike if alike in cls.presets else "none"
+    # The default radius is one of digits, in l-inf; other mistakes are told where they are found.
+    elsewhere = preset == "none" and name != "mnist" and name in data.names()
+    if "eps" not in values and (elsewhere or norm == "l2"):
         raise UserError(
-            f"no radius is known for {method} on {dataset} in {norm}: give eps, such as --eps 8/255"
+            f"no radius is known for {method} on {dataset} in {norm}: give --eps, such as 8/255"
         )
     if preset == "none":
         return parse(RunConfig, {"method": method, **values})

@@ -8,6 +8,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from surestep import attacks
+from surestep.attacks import autoattack
 from surestep.attacks.core import attacking, check_inputs, forward_logits, input_gradient
 
 
@@ -62,6 +63,14 @@ def test_no_graph_even_from_images_that_ask_for_one(convnet, images, threat, att
     x_adv = attack(convnet, x, y, threat)
     assert not x_adv.requires_grad
     assert x.grad is None
+
+
+@pytest.mark.parametrize("part", [autoattack.fab_t, autoattack.apgd_ce, autoattack.square])
+def test_the_parts_of_autoattack_leave_no_gradients(convnet, images, threat, part):
+    x, y = images()
+    before = snapshot(convnet)
+    part(convnet, x, y, threat, 3)
+    assert_untouched(convnet, before)
 
 
 def test_existing_gradients_survive(convnet, images, threat, attack):

@@ -156,6 +156,38 @@ def test_what_cannot_be_judged(run, model, said):
     assert "\n" not in str(caught.value)
 
 
+def test_a_radius_of_zero_says_nothing(run, net):
+    with pytest.raises(UserError, match="eps 0: no image may change"):
+        run(net, eps=0.0)
+
+
+@pytest.mark.parametrize("mask", ["quantised", "noise"])
+def test_no_pass_has_more_images_than_asked_for(run, net, mask, monkeypatch):
+    """But for the network that points are made on, which is trained on 64 at a time."""
+    seen = []
+    model = MASKS[mask](net)
+    model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    monkeypatch.setattr("surestep.evaluation._substitute.BATCH", 7)
+    found = run(model, batch_size=7)
+    assert max(seen) == 7
+    assert found.n == 60
+
+
+def test_in_another_data_range(net, images):
+    x, y = images
+    centred = nn.Sequential(Layer(lambda z: (z + 1) / 2), net)
+    wide = surestep.Linf(0.6, bounds=(-1.0, 1.0))
+    found = audit(centred, (2 * x - 1, y), wide, budget="quick")
+    assert found.verdict == "not robust"
+    assert found.threat["bounds"] == [-1.0, 1.0]
+
+
+def test_a_later_attack_has_a_name_of_its_own():
+    """Of the same name it would draw the same numbers, and take the first one's place."""
+    for budget in _subject.BUDGETS.values():
+        assert budget.queries != budget.late_queries
+
+
 def test_unknown_budget(net, images):
     with pytest.raises(UserError, match="unknown budget 'quik': did you mean 'quick'"):
         audit(net, images, surestep.Linf(0.1), budget="quik")

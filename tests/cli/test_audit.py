@@ -27,6 +27,22 @@ def number():
 """
 
 
+DATED = """
+from __future__ import annotations
+from dataclasses import dataclass
+import torch
+
+@dataclass
+class Settings:
+    hidden: int = 16
+
+def make():
+    hidden = Settings().hidden
+    layers = [torch.nn.Linear(784, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, 10)]
+    return torch.nn.Sequential(torch.nn.Flatten(), *layers)
+"""
+
+
 @pytest.fixture(autouse=True)
 def small_budget(monkeypatch):
     small = _subject.Budget(5, 5, 20, 10, 1, 30, autoattack=False)
@@ -46,6 +62,8 @@ def weights(finished, tmp_path_factory):
     torch.save({"state_dict": wrapped, "epoch": 3}, tmp_path / "wrapped.pth")
     torch.save(model, tmp_path / "pickled.pt")
     (tmp_path / "torn.pt").write_bytes((tmp_path / "plain.pt").read_bytes()[:900])
+    (tmp_path / "page.pt").write_text("<!DOCTYPE html><title>Sign in</title>")
+    (tmp_path / "dated.py").write_text(DATED)
     example = torch.rand(2, 1, 28, 28)
     with warnings.catch_warnings():  # deprecated, and still what people have
         warnings.simplefilter("ignore")
@@ -100,6 +118,11 @@ def test_an_audit_of_a_file(done, weights, on):
     assert found["verdict"] in ("robust", "pseudo-robust", "not robust", "inconclusive")
 
 
+def test_a_file_with_dataclasses(done, weights, on):
+    found = json.loads(done("evaluate", f"{weights}/dated.py:make", "--attacks", "fgsm", *on))
+    assert found["n"] == 40
+
+
 @pytest.mark.parametrize(
     ("model", "more", "said"),
     [
@@ -114,6 +137,8 @@ def test_an_audit_of_a_file(done, weights, on):
         ("{0}/net.py:make", ("--weights", "{0}/missing.pt"), "is not there"),
         ("{0}/net.py:make", ("--weights", "{0}/pickled.pt"), "could run code"),
         ("{0}/net.py:make", ("--weights", "{0}/torn.pt"), "cannot be read as weights"),
+        ("{0}/net.py:make", ("--weights", "{0}/page.pt"), "is no file of weights"),
+        ("{0}/script.ts", ("--weights", "{0}/plain.pt"), "has its own weights"),
         ("{0}/net.py:make", ("--mean", "0.1"), "mean and std go together"),
         ("{0}/net.py:make", ("--mean", "a", "--std", "1"), "give numbers, one per channel"),
         ("timm:nothing", (), "timm"),

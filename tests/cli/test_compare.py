@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 from surestep import comparing
 from surestep.cli import main
@@ -219,6 +220,20 @@ class TestReal:
         assert again.out == text
         assert trained_here == []
         assert {k: v for k, v in tools.contents(out).items() if "/" in k} == before
+
+    @pytest.mark.parametrize("method", ["fgsm", "sads"])
+    def test_what_a_run_settled_itself_is_no_difference(
+        self, done, small, tmp_path, trained_here, method
+    ):
+        """Its engine, after a trial that only longer runs take; its method's own dropout."""
+        args = ("compare", "--methods", method, "--seeds", "1", *small, "--batch-size", "5")
+        args = (*args, *QUICK, "--out", tmp_path / "out")
+        done(*args)
+        config = yaml.safe_load((tmp_path / "out" / f"{method}-seed0" / "config.yaml").read_text())
+        assert config["engine"] in ("fast", "reference")
+        trained_here.clear()
+        done(*args)
+        assert trained_here == []
 
     def test_a_run_folder(self, done, finished, tmp_path):
         found = json.loads(done("compare", finished, *QUICK, "--json", "-"))

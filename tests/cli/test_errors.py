@@ -329,6 +329,7 @@ class TestData:
             if arrays:
                 np.savez(path, **arrays)
             where = ("--dataset", "npz", "--data", path) if "--dataset" not in args else ()
+            where = (*where, "--eps", "0.3")
             options = ("--batch-size", "8", "--epochs", "1", "--val-attacks", "fgsm", "--quiet")
             return refused("train", *where, *args, *options, "--out", tmp_path / "out")
 

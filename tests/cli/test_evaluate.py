@@ -66,6 +66,42 @@ def test_a_run_may_be_moved(done, finished, tmp_path, monkeypatch):
     assert "moved" in done("evaluate", "moved", "--attacks", "fgsm")
 
 
+def test_data_may_be_moved(done, run, digits):
+    config = run / "config.yaml"
+    expected = done("evaluate", run, "--attacks", "fgsm", "--n", "20")
+    config.write_text(config.read_text("utf-8").replace(str(digits), "gone.npz"), "utf-8")
+    given = ("--data", digits, "--attacks", "fgsm", "--n", "20")
+    first, again = (text.splitlines()[:5] for text in (expected, done("evaluate", run, *given)))
+    assert first == again
+
+
+def test_other_data_need_none_of_the_runs_place(done, run, tmp_path, digits):
+    shutil.copy(digits, tmp_path / "other.npz")
+    place = f"npz:{tmp_path / 'other.npz'}"
+    assert "fgsm" in done("evaluate", run, "--dataset", place, "--attacks", "fgsm", "--n", "20")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--eps", ","), "holds no radius"),
+        (("--eps", ""), "holds no radius"),
+        (("--norm", "l2"), "give --eps with --norm l2"),
+        (("--attacks", "pgd-5", "--source", "runs/two"), "add transfer to --attacks"),
+    ],
+)
+def test_what_would_be_left_out_silently(refused, finished, args, said):
+    assert said in refused("evaluate", finished, *args)
+
+
+def test_a_place_that_may_not_be_entered(refused, finished, monkeypatch):
+    def denied(*_):
+        raise PermissionError(13, "Permission denied", "/root/secret")
+
+    monkeypatch.setattr("surestep.runs.read_config", denied)
+    assert "permission denied: /root/secret" in refused("evaluate", finished)
+
+
 @pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl"])
 def test_weights_and_configuration_are_enough(done, run, name):
     path = run / name

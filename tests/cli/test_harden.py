@@ -55,6 +55,24 @@ class TestHarden:
     def test_an_existing_folder_is_left_alone(self, refused, finished):
         assert "--overwrite" in refused("harden", finished, *QUICK, "--out", finished)
 
+    def test_the_run_itself_is_never_replaced(self, refused, run, tools):
+        before = tools.contents(run)
+        args = ("harden", run, *QUICK, "--overwrite")
+        assert "the run itself, which is kept" in refused(*args, "--out", run)
+        assert "the run itself" in refused(*args, "--out", f"{run}/../{run.name}")
+        assert tools.contents(run) == before
+
+    def test_it_is_compared_and_never_resumed(self, done, refused, finished, tmp_path, tools):
+        out = tmp_path / "hard"
+        done("harden", finished, *QUICK, "--threshold", "0.1", "--out", out)
+        before = tools.contents(out)
+        args = ("--attacks", "fgsm", "--no-audit", "--n", "20", "--json", "-")
+        found = json.loads(done("compare", finished, out, *args))
+        assert [row["method"].partition(" ")[0] for row in found["rows"]] == ["sat-r3", "sat-r3"]
+        assert "mean_sparse" in found["rows"][1]["method"]
+        assert "hardened after training" in refused("train", "--resume", out)
+        assert tools.contents(out) == before
+
     def test_once_is_enough(self, done, refused, finished, tmp_path):
         out = tmp_path / "hard"
         done("harden", finished, *QUICK, "--threshold", "0.1", "--out", out)

@@ -166,7 +166,9 @@ class TestSettings:
     def test_the_folder_by_default(self, config, tmp_path):
         day = time.strftime("%Y%m%d")
         for number in ("", "-2", "-3"):
-            _, out = config("--method", "sat-r1", "--dataset", f"npz:{tmp_path}/a.npz")
+            _, out = config(
+                *("--method", "sat-r1", "--dataset", f"npz:{tmp_path}/a.npz", "--eps", "0.3")
+            )
             assert out == f"runs/{day}-sat-r1-npz{number}"
             Path(out).mkdir(parents=True)
 

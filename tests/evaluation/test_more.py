@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import surestep
 from surestep import attacks
 from surestep.errors import UserError
-from surestep.evaluation import Adapted, evaluate
+from surestep.evaluation import Adapted, evaluate, suite
 from surestep.evaluation.suite import Attack, Found
 from surestep.models import Normalize
 
@@ -286,3 +287,61 @@ class TestAutoAttack:
         else:
             with pytest.raises(surestep.UserError, match="no gradient with respect to its input"):
                 attack(net, x, y, surestep.Linf(0.2))
+
+
+def test_a_threat_model_in_another_range(net, images):
+    """The same network, told pixels in [-1, 1], gives the same numbers at twice the radius."""
+    x, y = images
+
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, z):
+            return self.net((z + 1) / 2)
+
+    wide = surestep.Linf(0.1, bounds=(-1.0, 1.0))
+    found = evaluate(Centred(), (2 * x - 1, y), wide, ["fgsm", "pgd-3"])
+    plain = evaluate(net, images, THREAT, ["fgsm", "pgd-3"])
+    assert found.clean_accuracy == plain.clean_accuracy
+    assert found.robust_accuracy["fgsm"] == pytest.approx(plain.robust_accuracy["fgsm"], abs=0.03)
+    for data in ((x.mul(255).byte(), y), (x.numpy(), y.numpy()), surestep.data.as_images((x, y))):
+        with pytest.raises(UserError, match=r"data range \(-1\.0, 1\.0\) give float32 tensors"):
+            evaluate(net, data, wide, ["fgsm"])
+    with pytest.raises(UserError, match=r"x has values in"):
+        evaluate(net, (4 * x - 2, y), wide, ["fgsm"])
+
+
+def test_a_loader_of_float64(net, images):
+    x, y = images
+    loader = DataLoader(TensorDataset(x.double(), y), 20)
+    found = evaluate(net, loader, THREAT, ["fgsm", "transfer", "fab-t"], n=20)
+    plain = evaluate(net, (x, y), THREAT, ["fgsm"], n=20)
+    assert found.robust_accuracy["fgsm"] == plain.robust_accuracy["fgsm"]
+
+
+def test_every_budget_takes_two_classes(images, monkeypatch):
+    monkeypatch.setitem(
+        suite.BUDGETS, "thorough", ("fgsm", "pgd-2-dlr", "pgd-2-margin", "autoattack")
+    )
+    x, y = images
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    found = evaluate(net, (x, y % 2), THREAT, budget="thorough", n=10)
+    assert list(found.robust_accuracy) == ["fgsm", "pgd-2-margin", "autoattack"]
+
+
+def test_square_in_l2_wants_images(images):
+    x, y = images
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    with pytest.raises(UserError, match=r"Square.* 5 x 5 pixels or more in the l2 norm.*\(64,\)"):
+        evaluate(net, (x.flatten(1), y), surestep.L2(0.5), ["square-5"])
+    evaluate(net, (x.flatten(1), y), surestep.Linf(0.1), ["square-5"])
+
+
+def test_memory_that_is_full_is_one_line(net, images):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(UserError, match=r"out of memory in an attack: lower batch_size \(40\)"):
+        evaluate(net, images, THREAT, {"mine": Attack(full)}, batch_size=40)

@@ -85,3 +85,13 @@ def test_weight_averaging_is_a_setting():
     plain, averaged = (methods.preset("nuat", name) for name in ("cifar10", "cifar10-wa"))
     assert averaged.settings["ema"] == 0.9998
     assert "ema" not in plain.settings
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_nuat_of_logits_that_are_not_finite(bad):
+    """The loss is NaN, which the loop tells as divergence; torch alone would raise."""
+    one, other = torch.zeros(4, 3), torch.ones(4, 3)
+    method = methods.get("nuat")(Linf(EPS))
+    assert float(method.distance(one, other)) == pytest.approx(12**0.5)
+    other[1, 2] = bad
+    assert torch.isnan(method.distance(one, other))

@@ -14,6 +14,7 @@ from surestep.data import Batches, as_images
 from surestep.devices import has_bf16
 from surestep.errors import UserError
 from surestep.training import Engine, TrainStep, WeightAverage, make_optimizer, make_step
+from surestep.training import engine as room
 
 WEIGHTS = [nn.Parameter(torch.ones(2))]
 FAST32 = Engine(torch.float32, channels_last=True, tuned=True)
@@ -275,3 +276,18 @@ def test_the_weights_move_once_a_step(tiny, method, settings):
     for number in (1, 2):
         step(*tiny.data(), torch.arange(64))
         assert len(moved) == number
+
+
+def test_casts_that_lost_their_gradients_are_made_again(tiny, monkeypatch):
+    """Releases of torch up to 2025 keep casts of a pass without gradients; this one does not."""
+    x, y = tiny.data(8)
+    cleared = []
+    assert not room.casts_lose_gradients(torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: cleared.append(1))
+    for lost in (False, True):
+        monkeypatch.setattr(room, "casts_lose_gradients", lambda *_, lost=lost: lost)
+        net = tiny.net().train()
+        optimizer = make_optimizer("sgd", net.parameters(), lr=0.1)
+        made = make_step(net, tiny.method("trades"), optimizer, "reference")
+        assert bool(torch.isfinite(made(x, y).loss))
+        assert cleared == [1] * lost

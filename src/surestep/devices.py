@@ -88,6 +88,14 @@ def has_bf16(device: torch.device) -> bool:
     return False
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Tell whether an error is a device's, or the host's, that has no memory left."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        "DefaultCPUAllocator" in said or "out of memory" in said
+    )
+
+
 @contextmanager
 def memory_for(what: str, advice: str) -> Iterator[None]:
     """Tell in one line, with what to do, that the device's or the host's memory is full.
@@ -98,8 +106,7 @@ def memory_for(what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as e:
-        full = isinstance(e, torch.OutOfMemoryError | MemoryError)
-        if full or "DefaultCPUAllocator" in str(e) or "out of memory" in str(e):
+        if out_of_memory(e):
             raise UserError(f"out of memory in {what}: {advice}") from e
         raise
 

@@ -98,13 +98,12 @@ def open_target(
             )
         changes = {"dataset": dataset, "data": place, "norm": norm, "eps": eps}
         changes = {k: v for k, v in changes.items() if v is not None}
-        other = dataset not in (None, config.dataset)
-        if other:  # where the run's own lay says nothing about it
-            changes = {"data": None, "image_size": None, **changes}
+        if dataset not in (None, config.dataset):  # where the run's own lay says nothing about it
+            sized = {} if data.resizes(dataset) else {"image_size": None}
+            changes = {"data": None, **sized, **changes}
         config = parse(RunConfig, {**config.model_dump(), **changes})
         images = runs.load_data(config, "test")
-        # Other data may be of fewer classes; the run's own may have moved.
-        model: nn.Module = runs.load(folder, device, None if other else images).model
+        model = _of_run(folder, device, images)
         limits = runs.build_threat(config)
     else:
         _check_kind(name)
@@ -130,6 +129,17 @@ def open_target(
         None if preprocess is None else preprocess.to(target),
         folder if folder.is_dir() else None,
     )
+
+
+def _of_run(folder: Path, device: str | None, images: Images) -> nn.Module:
+    """Load a run's model for images, or for its own, of which there may be more classes."""
+    try:
+        return runs.load(folder, device, images).model
+    except UserError as e:
+        try:  # its data may have moved, so they come second
+            return runs.load(folder, device).model
+        except UserError:
+            raise e from None
 
 
 def _check_kind(name: str) -> None:

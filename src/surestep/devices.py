@@ -116,6 +116,17 @@ def finest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
 
 
+def autocasts(device: torch.device) -> bool:
+    """Tell whether autocast is on for a device; torch refuses the question where there is none."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return the context in which a device computes in the types of the tensors."""
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Return the context in which forward passes run in a type; float32 needs none."""
     if dtype == torch.float32:

@@ -59,6 +59,7 @@ def open_target(
     weights: str | None = None,
     dataset: str | None = None,
     place: str | None = None,
+    image_size: int | None = None,
     norm: str | None = None,
     eps: str | float | None = None,
     mean: tuple[float, ...] | None = None,
@@ -73,6 +74,7 @@ def open_target(
         weights: a .safetensors file or a saved state_dict, for FILE.py:FACTORY and timm.
         dataset: as for training; by default the run's own.
         place: where the data set lies.
+        image_size: side to cut and resize images of a folder or of the Hub to.
         norm: "linf" or "l2"; by default the run's, or "linf".
         eps: the radius; by default the run's.
         mean: per channel, if the model wants normalised images; with ``std``.
@@ -97,6 +99,7 @@ def open_target(
                 f"{norm}: give --eps with --norm {norm}"
             )
         changes = {"dataset": dataset, "data": place, "norm": norm, "eps": eps}
+        changes["image_size"] = image_size
         changes = {k: v for k, v in changes.items() if v is not None}
         if dataset not in (None, config.dataset):  # where the run's own lay says nothing about it
             sized = {} if data.resizes(dataset) else {"image_size": None}
@@ -114,10 +117,9 @@ def open_target(
             raise UserError(
                 f"{name} is no run folder, so its data and radius are needed: {missing}"
             )
-        config = parse(
-            RunConfig, {"dataset": dataset, "data": place, "eps": eps, "norm": norm or "linf"}
-        )
-        images = data.load(config.dataset, "test", root=config.data)
+        given = {"dataset": dataset, "data": place, "image_size": image_size, "eps": eps}
+        config = parse(RunConfig, {**given, "norm": norm or "linf"})
+        images = runs.load_data(config, "test")
         limits = threat.make(config.norm, config.eps)
         model = _load(name, weights, images)
     target = pick_device(device)

@@ -215,6 +215,10 @@ def _extract(archive: Archive, path: Path) -> None:
     """Unpack beside ``path`` under a temporary name, so that a partial folder is never found."""
     with tempfile.TemporaryDirectory(prefix=f".{archive.folder}.", dir=path.parent) as scratch:
         with tarfile.open(path, "r:gz") as tar:
+            if not hasattr(tarfile, "data_filter"):
+                raise _Failure(
+                    "this Python is too old to unpack it safely: 3.10.12, 3.11.4 or newer"
+                )
             tar.extractall(scratch, filter="data")
         unpacked = Path(scratch) / archive.folder
         if not unpacked.is_dir():

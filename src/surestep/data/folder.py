@@ -145,7 +145,8 @@ def _class_folders(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         return {}
     found = (p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    return {p.name: p for p in sorted(found)}
+    # By name: paths themselves are ordered in another way on Windows.
+    return {p.name: p for p in sorted(found, key=lambda p: p.name)}
 
 
 def _files(folder: Path) -> dict[str, list[Path]]:
@@ -163,7 +164,8 @@ def _files(folder: Path) -> dict[str, list[Path]]:
 
 def _images_in(folder: Path) -> list[Path]:
     found = (p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
-    return sorted(p for p in found if not p.name.startswith("."))
+    shown = (p for p in found if not p.name.startswith("."))
+    return sorted(shown, key=lambda p: p.relative_to(folder).as_posix())
 
 
 def _part_of(

@@ -141,7 +141,7 @@ def identical(one: Path, other: Path) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=20, help="in all, going round the methods")
+    parser.add_argument("--trials", type=int, help="in all, going round the methods [one each]")
     parser.add_argument("--method", help="only this one")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, help="CSV to write")
@@ -155,6 +155,7 @@ def main() -> None:
     images = data.load("mnist").first(IMAGES)
 
     names = [methods.get(args.method).slug] if args.method else methods.names()
+    args.trials = args.trials or len(names)
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     ).stdout.strip()

@@ -438,8 +438,8 @@ class TestRunFolders:
         ("settings", "said"),
         [
             ({"eps": 0.1}, "eps 0.3 and 0.1"),
-            ({"dataset": "cifar10"}, "dataset 'mnist' and 'cifar10'"),
-            ({"norm": "l2"}, "norm 'linf' and 'l2'"),
+            ({"dataset": "cifar10", "eps": 0.3}, "dataset 'mnist' and 'cifar10'"),
+            ({"norm": "l2", "eps": 0.3}, "norm 'linf' and 'l2'"),
             ({"data": "elsewhere"}, "their test images differ (None and elsewhere)"),
         ],
     )

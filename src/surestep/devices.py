@@ -88,6 +88,14 @@ def has_bf16(device: torch.device) -> bool:
     return False
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Tell whether an error is a device's, or the host's, that has no memory left."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        "DefaultCPUAllocator" in said or "out of memory" in said
+    )
+
+
 @contextmanager
 def memory_for(what: str, advice: str) -> Iterator[None]:
     """Tell in one line, with what to do, that the device's or the host's memory is full.
@@ -98,8 +106,7 @@ def memory_for(what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as e:
-        full = isinstance(e, torch.OutOfMemoryError | MemoryError)
-        if full or "DefaultCPUAllocator" in str(e) or "out of memory" in str(e):
+        if out_of_memory(e):
             raise UserError(f"out of memory in {what}: {advice}") from e
         raise
 
@@ -107,6 +114,17 @@ def memory_for(what: str, advice: str) -> Iterator[None]:
 def finest(device: torch.device) -> torch.dtype:
     """Return the most precise floating type of a device: float64, which Apple's GPUs lack."""
     return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
+
+
+def autocasts(device: torch.device) -> bool:
+    """Tell whether autocast is on for a device; torch refuses the question where there is none."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return the context in which a device computes in the types of the tensors."""
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:

@@ -126,7 +126,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} does not exist")
     try:
         with safetensors.safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118
+            # Cloned: they map the file, which Windows then does not let go.
+            return {k: f.get_tensor(k).clone() for k in f.keys()}, f.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as e:
         raise UserError(
             f"{path} is truncated, corrupt or no safetensors file ({e}): restore it or remove it"

@@ -59,6 +59,7 @@ def open_target(
     weights: str | None = None,
     dataset: str | None = None,
     place: str | None = None,
+    image_size: int | None = None,
     norm: str | None = None,
     eps: str | float | None = None,
     mean: tuple[float, ...] | None = None,
@@ -73,6 +74,7 @@ def open_target(
         weights: a .safetensors file or a saved state_dict, for FILE.py:FACTORY and timm.
         dataset: as for training; by default the run's own.
         place: where the data set lies.
+        image_size: side to cut and resize images of a folder or of the Hub to.
         norm: "linf" or "l2"; by default the run's, or "linf".
         eps: the radius; by default the run's.
         mean: per channel, if the model wants normalised images; with ``std``.
@@ -97,14 +99,14 @@ def open_target(
                 f"{norm}: give --eps with --norm {norm}"
             )
         changes = {"dataset": dataset, "data": place, "norm": norm, "eps": eps}
+        changes["image_size"] = image_size
         changes = {k: v for k, v in changes.items() if v is not None}
-        other = dataset not in (None, config.dataset)
-        if other:  # where the run's own lay says nothing about it
-            changes = {"data": None, "image_size": None, **changes}
+        if dataset not in (None, config.dataset):  # where the run's own lay says nothing about it
+            sized = {} if data.resizes(dataset) else {"image_size": None}
+            changes = {"data": None, **sized, **changes}
         config = parse(RunConfig, {**config.model_dump(), **changes})
         images = runs.load_data(config, "test")
-        # Other data may be of fewer classes; the run's own may have moved.
-        model: nn.Module = runs.load(folder, device, None if other else images).model
+        model = _of_run(folder, device, images)
         limits = runs.build_threat(config)
     else:
         _check_kind(name)
@@ -115,10 +117,9 @@ def open_target(
             raise UserError(
                 f"{name} is no run folder, so its data and radius are needed: {missing}"
             )
-        config = parse(
-            RunConfig, {"dataset": dataset, "data": place, "eps": eps, "norm": norm or "linf"}
-        )
-        images = data.load(config.dataset, "test", root=config.data)
+        given = {"dataset": dataset, "data": place, "image_size": image_size, "eps": eps}
+        config = parse(RunConfig, {**given, "norm": norm or "linf"})
+        images = runs.load_data(config, "test")
         limits = threat.make(config.norm, config.eps)
         model = _load(name, weights, images)
     target = pick_device(device)
@@ -130,6 +131,17 @@ def open_target(
         None if preprocess is None else preprocess.to(target),
         folder if folder.is_dir() else None,
     )
+
+
+def _of_run(folder: Path, device: str | None, images: Images) -> nn.Module:
+    """Load a run's model for images, or for its own, of which there may be more classes."""
+    try:
+        return runs.load(folder, device, images).model
+    except UserError as e:
+        try:  # its data may have moved, so they come second
+            return runs.load(folder, device).model
+        except UserError:
+            raise e from None
 
 
 def _check_kind(name: str) -> None:

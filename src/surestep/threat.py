@@ -36,6 +36,7 @@ class ThreatModel(ABC):
     bounds: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "bounds", tuple(self.bounds))
         if not (len(self.bounds) == 2 and all(map(_finite, self.bounds)) and self.span > 0):
             raise UserError(f"bounds {self.bounds} are no range: give (low, high), low < high")
         if not (_finite(self.eps) and self.eps >= 0):

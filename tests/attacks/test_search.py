@@ -165,3 +165,58 @@ def test_attacks_in_turn_are_decided_in_float32():
         assert net(x).argmax(1).tolist() == [0, 0, 0]
         core.in_turn(net, x, y, [keep, keep])
     assert seen == [3, 3]
+
+
+class Hair(nn.Module):
+    """Of (1, 0.125) bf16 sees class 0 in front by a hair, float32 class 1; 0 gains with pixel 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        with torch.no_grad():
+            self.layer.weight.copy_(torch.tensor([[1.0, 1.0], [1.0038, 0.0]]))
+            self.layer.bias.copy_(torch.tensor([-0.25, -0.1285]))
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_a_hair_in_bf16_is_no_reason_to_stop():
+    net, y = Hair(), torch.ones(2, dtype=torch.int64)
+    x = torch.tensor([[1.0, 0.125]]).repeat(2, 1)
+    assert net(x).argmax(1).tolist() == [1, 1]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net(x).argmax(1).tolist() == [0, 0]
+        run = {"start_radius": 0.0, "stop_when_wrong": True}
+        x_adv = attacks.pgd(net, x, y, Linf(0.1), 3, 0.04, **run)
+    assert net(x_adv).argmax(1).tolist() == [0, 0]
+
+
+class Cracked(nn.Module):
+    """Its gradient is NaN in the first pixel, on which the network does not look."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        first = x.flatten(1)[:, :1]
+        return self.net(x) + 0 * (first - first.detach()).sqrt()
+
+
+@pytest.mark.parametrize("stop", [False, True])
+@pytest.mark.parametrize("name", ["fgsm", "r_fgsm", "pgd"])
+def test_a_nan_gradient_in_a_pixel_costs_no_strength(mlp, digits, name, stop):
+    x, _ = digits(64)
+    with torch.no_grad():
+        mlp[1].weight[:, 0] = 0
+    y = mlp(x).argmax(1)
+    options = {"steps": 5, "step_size": 0.02, "stop_when_wrong": stop} if name == "pgd" else {}
+    broken = []
+    for model in (mlp, Cracked(mlp)):
+        torch.manual_seed(1)
+        x_adv = getattr(attacks, name)(model, x, y, Linf(0.05), **options)
+        assert bool(x_adv.isfinite().all())
+        broken.append(mlp(x_adv).argmax(1) != y)
+    assert torch.equal(*broken)
+    assert bool(broken[0].any())

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import surestep
-from surestep.auditing import CHECKS, _subject, audit
+from surestep.auditing import CHECKS, Check, _subject, audit
 from surestep.auditing._audit import judge
 from surestep.errors import UserError
 from surestep.evaluation.suite import Attack, Found
@@ -230,6 +230,82 @@ def test_the_rule(fgsm, pgd, found, verdict):
     said, sentence = judge(0.98, claims, found, found - 0.02, 0.1, [], 0.0, "quick", "pgd-100")
     assert said == verdict
     assert f"{found:.1%}" in sentence
+
+
+def flagged(name):
+    return Check(1, name, name, "flagged", 1.0, "", "", "")
+
+
+@pytest.mark.parametrize(
+    ("checks", "blind", "verdict"),
+    [
+        ([], 0.0, "robust"),
+        ([], 0.1, "robust"),
+        ([], 0.2, "inconclusive"),
+        ([flagged("broken-gradients")], 0.0, "inconclusive"),
+        ([flagged("random-beats-gradient")], 0.0, "inconclusive"),
+        ([flagged("one-step-beats-many")], 0.0, "inconclusive"),
+        ([flagged("vanishing-gradients"), flagged("convergence")], 0.0, "robust"),
+    ],
+)
+def test_what_gradients_cannot_judge_is_not_called_robust(checks, blind, verdict):
+    claims = {"fgsm": 0.9, "pgd-10": 0.88}
+    for budget, advice in (("quick", "--budget standard"), ("thorough", "an attack written for")):
+        said, text = judge(0.98, claims, 0.86, 0.84, 0.1, checks, blind, budget, "square-200")
+        assert said == verdict
+        assert (advice in text) is (verdict == "inconclusive")
+
+
+@pytest.mark.parametrize(
+    ("mask", "name"),
+    [("noise", "eot-10"), ("probabilities", "log-probabilities")],
+)
+def test_what_a_flag_calls_for_is_run(run, net, mask, name, monkeypatch):
+    """Also where the other attacks would do: here they leave some images."""
+    monkeypatch.setattr(_subject.Subject, "survivors", property(lambda s: s.right["clean"]))
+    found = run(MASKS[mask](net))
+    names = [step["name"] for step in found.escalation]
+    assert name in names
+    assert names[-2:] == ["pgd-40-margin", "square-200"]
+
+
+def test_autoattack_comes_last_and_on_what_is_left(net, images, monkeypatch):
+    seen = []
+
+    def spy(model, x, y, threat):
+        seen.append(len(x))
+        return x.clone()
+
+    budget = _subject.Budget(5, 5, 20, 30, 1, 30, autoattack=True)
+    monkeypatch.setitem(_subject.BUDGETS, "standard", budget)
+    monkeypatch.setattr("surestep.attacks.autoattack.autoattack", spy)
+    found = audit(net, images, surestep.Linf(0.03), budget="standard")
+    assert found.escalation[-1]["name"] == "autoattack"
+    left = round(60 * found.found_accuracy)
+    assert 0 < left < 60
+    assert seen == [left]
+
+
+def test_declared_preprocessing_is_normalisation_inside(net, images):
+    norm = surestep.models.Normalize([0.3], [0.2])
+    x, y = images
+    given = (x * 0.2 + 0.3, y)
+    inside = nn.Sequential(norm, net)
+    threat = surestep.Linf(0.02)
+    outside, whole = (
+        audit(model, given, threat, budget="quick", preprocess=declared)
+        for model, declared in ((net, norm), (inside, None))
+    )
+    assert outside.clean_accuracy > 0.9
+    assert (outside.verdict, outside.attacks) == (whole.verdict, whole.attacks)
+
+
+def test_numbers_that_are_none_are_null_in_json():
+    check = Check(1, "a", "A", "flagged", float("nan"), "", "", "", {"x": [1.0, float("inf")]})
+    told = check.to_dict()
+    assert told["value"] is None
+    assert told["evidence"] == {"x": [1.0, None]}
+    json.dumps(told, allow_nan=False)
 
 
 def test_checks_are_numbered():

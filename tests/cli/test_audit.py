@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from PIL import Image
 
 from surestep import files, models
 from surestep.auditing import _subject
@@ -18,6 +19,13 @@ from surestep import models
 
 def make():
     return models.create("cnn-small", 10)
+
+def plain():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+
+def normalised():
+    return torch.nn.Sequential(models.Normalize([0.4], [0.3]), plain())
 
 def broken():
     return 1 / 0
@@ -118,6 +126,37 @@ def test_an_audit_of_a_file(done, weights, on):
     assert found["verdict"] in ("robust", "pseudo-robust", "not robust", "inconclusive")
 
 
+def test_normalisation_outside_is_normalisation_inside(done, weights, on):
+    """The file's network has none of its own; MNIST's is in front of one of the two."""
+
+    def told(factory, *more):
+        args = ("--attacks", "fgsm,i-fgsm-3", *more)
+        found = json.loads(done("evaluate", f"{weights}/net.py:{factory}", *args, *on))
+        return {k: v for k, v in found.items() if "accuracy" in k}
+
+    outside = told("plain", "--mean", "0.4", "--std", "0.3")
+    assert outside == told("normalised")
+    assert outside != told("plain")
+    audit = ("--budget", "quick", "--seed", "1")
+    one = json.loads(
+        done("audit", f"{weights}/net.py:plain", "--mean", "0.4", "--std", "0.3", *audit, *on)
+    )
+    other = json.loads(done("audit", f"{weights}/net.py:normalised", *audit, *on))
+    assert (one["verdict"], one["attacks"]) == (other["verdict"], other["attacks"])
+
+
+def test_images_of_other_sizes(done, refused, weights, tmp_path):
+    for k in range(4):
+        for name in "ab":
+            place = tmp_path / "test" / name / f"{k}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (30 + k, 40), 20 * k).save(place)
+    model = (f"{weights}/net.py:make", "--dataset", f"folder:{tmp_path}", "--eps", "0.1")
+    assert "image_size" in refused("evaluate", *model, "--attacks", "fgsm")
+    told = done("evaluate", *model, "--attacks", "fgsm", "--image-size", "28", "--json", "-")
+    assert json.loads(told)["n"] == 8
+
+
 def test_a_file_with_dataclasses(done, weights, on):
     found = json.loads(done("evaluate", f"{weights}/dated.py:make", "--attacks", "fgsm", *on))
     assert found["n"] == 40
@@ -126,7 +165,11 @@ def test_a_file_with_dataclasses(done, weights, on):
 @pytest.mark.parametrize(
     ("model", "more", "said"),
     [
-        ("{0}/net.py:nothing", (), "has no 'nothing': it has make, broken, number"),
+        (
+            "{0}/net.py:nothing",
+            (),
+            "has no 'nothing': it has make, plain, normalised, broken, number",
+        ),
         ("{0}/net.py:broken", (), "net.py:broken fails: ZeroDivisionError"),
         ("{0}/net.py:number", (), "returned a int, expected a torch.nn.Module"),
         ("{0}/net.py", (), "names no factory"),

@@ -52,8 +52,8 @@ class TestHarden:
         assert words in refused("harden", finished, *args, "--out", out)
         assert not out.exists()
 
-    def test_an_existing_folder_is_left_alone(self, refused, finished):
-        assert "--overwrite" in refused("harden", finished, *QUICK, "--out", finished)
+    def test_an_existing_folder_is_left_alone(self, refused, finished, run):
+        assert "--overwrite" in refused("harden", finished, *QUICK, "--out", run)
 
     def test_the_run_itself_is_never_replaced(self, refused, run, tools):
         before = tools.contents(run)

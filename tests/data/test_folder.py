@@ -153,6 +153,32 @@ def test_all_splits_have_the_channels_of_the_whole(tmp_path):
         assert data.load(f"folder:{tmp_path}", split).image_shape == (3, 4, 4)
 
 
+def test_training_looks_at_no_test_file(tmp_path):
+    for split in ("train", "validation"):
+        paint(tmp_path / split / "a" / "0.png", 1, mode="L")
+    (tmp_path / "test" / "a").mkdir(parents=True)
+    (tmp_path / "test" / "a" / "0.png").write_bytes(b"damaged")
+    (tmp_path / "train" / ".cache" / "b").mkdir(parents=True)
+    paint(tmp_path / "train" / ".cache" / "b" / "0.png", 1)
+    paint(tmp_path / "preview.png", 1)
+    for split in ("train", "validation"):
+        assert data.load(f"folder:{tmp_path}", split).image_shape == (1, 4, 4)
+
+
+def test_classes_with_the_same_folders_inside(tmp_path):
+    for name in ("benign", "malignant"):
+        for zoom in ("40X", "100X"):
+            for k in range(2):
+                paint(tmp_path / name / zoom / f"{k}.png", k)
+    assert data.load(f"folder:{tmp_path}").classes == ("benign", "malignant")
+
+
+def test_classes_are_numbered_alike_everywhere(tmp_path):
+    for name in ("apple", "Zebra"):
+        paint(tmp_path / "test" / name / "0.png", 0)
+    assert data.load(f"folder:{tmp_path}", "test").classes == ("Zebra", "apple")
+
+
 @pytest.mark.parametrize("names", [("Training", "Testing"), ("train_set", "dev", "test_set")])
 def test_splits_under_other_names_are_no_classes(tmp_path, refused, names):
     for split in names:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import surestep
 from surestep import attacks
+from surestep.attacks import autoattack
 from surestep.errors import UserError
 from surestep.evaluation import Adapted, evaluate, suite
 from surestep.evaluation.suite import Attack, Found
@@ -345,3 +348,77 @@ def test_memory_that_is_full_is_one_line(net, images):
 
     with pytest.raises(UserError, match=r"out of memory in an attack: lower batch_size \(40\)"):
         evaluate(net, images, THREAT, {"mine": Attack(full)}, batch_size=40)
+
+
+def test_autoattack_is_its_four_parts_on_what_is_left(monkeypatch):
+    seen = []
+
+    def spy(name):
+        def part(model, x, y, threat):
+            seen.append((name, len(x)))
+            found = x.clone()
+            found[0] = 0.8  # breaks the first of those left
+            return found
+
+        return part
+
+    class Half(nn.Module):
+        def forward(self, x):
+            return torch.cat([0.5 - x, x - 0.5], 1)
+
+    parts = ("apgd_ce", "apgd_t", "fab_t", "square")
+    for name in parts:
+        monkeypatch.setattr(autoattack, name, spy(name))
+    x, y = torch.full((5, 1), 0.2), torch.zeros(5, dtype=torch.int64)
+    x_adv = autoattack.autoattack(Half(), x, y, surestep.Linf(0.7))
+    assert seen == list(zip(parts, (5, 4, 3, 2), strict=True))
+    assert Half()(x_adv).argmax(1).tolist() == [1, 1, 1, 1, 0]
+
+
+def test_autoattack_is_as_strong_as_the_standard_version(net, images, monkeypatch):
+    from pyautoattack import AutoAttack, autopgd_base, fab_pt, square
+
+    standard = AutoAttack(net, eps=0.05, version="standard")
+    assert standard.attacks_to_run == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    made = []
+
+    def spy(cls, *args, **kwargs):
+        made.append(cls(*args, **kwargs))
+        made[-1].perturb = lambda x, y: x  # leave everything to the next part
+        return made[-1]
+
+    for room, name in (
+        (autopgd_base, "APGDAttack"),
+        (autopgd_base, "APGDAttack_targeted"),
+        (fab_pt, "FABAttack_PT"),
+        (square, "SquareAttack"),
+    ):
+        monkeypatch.setattr(room, name, functools.partial(spy, getattr(room, name)))
+    x = images[0][:4]
+    ten = nn.Sequential(nn.Flatten(), nn.Linear(64, 12))  # targets are nine at most
+    autoattack.autoattack(ten, x, ten(x).argmax(1), THREAT)
+    theirs = (standard.apgd, standard.apgd_targeted, standard.fab, standard.square)
+    for ours, known in zip(made, theirs, strict=True):
+        for name in ("n_iter", "n_restarts", "n_target_classes", "n_queries", "p_init", "norm"):
+            assert getattr(ours, name, None) == getattr(known, name, None), (type(known), name)
+
+
+def test_preprocessing_reaches_the_curve_and_the_substitute(net, images):
+    norm = Normalize([0.3], [0.2])
+    inside = nn.Sequential(norm, net)
+    x, _ = images
+    data = (x, inside.eval()(x).argmax(1).detach())
+    for attacks_, eps in ((["fgsm"], [0.02]), (["transfer"], [])):
+        a = evaluate(net, data, THREAT, attacks_, eps=eps, preprocess=norm)
+        b = evaluate(inside, data, THREAT, attacks_, eps=eps)
+        assert (a.curve, a.robust_accuracy) == (b.curve, b.robust_accuracy)
+        assert a.clean_accuracy == 1
+
+
+def test_full_memory_in_a_forward_pass_is_no_fault_of_the_model(net, images):
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")
+
+    net.register_forward_pre_hook(lambda _, args: full() if len(args[0]) > 1 else None)
+    with pytest.raises(UserError, match=r"out of memory in an attack: lower batch_size \(40\)"):
+        evaluate(net, images, THREAT, ["fgsm"], batch_size=40)

@@ -89,7 +89,9 @@ def test_memory_follows_crop_and_flip(make_task):
     method.progress = at(0)
     step(method, task, draw=draws[0])
     seen = draws[0].apply(clean)
-    frozen_new = ball(seen + EPS * gradients(task.net, seen, task.y, 0.4).sign(), seen)
+    classes = task.net(task.x[:1]).shape[1]
+    smoothing = 0.4 * classes / (classes - 1)  # of which the true class gets nothing
+    frozen_new = ball(seen + EPS * gradients(task.net, seen, task.y, smoothing).sign(), seen)
     stored = draws[0].undo(frozen_new - seen)
     task.x = draws[1].apply(clean)
     method.progress = at(0, 1)
@@ -437,3 +439,26 @@ def test_memory_needs_images_in_memory(make_task):
     net = make_task("mlp", dtype=torch.float32).net
     with pytest.raises(surestep.UserError, match=r"iaat .* a pair of tensors"):
         surestep.fit(net, pairs, methods.get("iaat")(Linf(EPS)), validation=pairs, quiet=True)
+
+
+def test_memory_grows_with_the_positions_it_meets(make_task):
+    """In a loop of one's own nobody says how many images there are."""
+    task = make_task("mlp")
+    methods_ = [methods.get("fgsm-pco")(Linf(EPS)) for _ in "ab"]
+    found = []
+    for method, images in zip(methods_, (0, 12), strict=True):
+        method.progress = methods.Progress(step=0, steps_per_epoch=2, epochs=4, images=images)
+        for begin in (0, 6, 0):
+            index = torch.arange(begin, begin + 6)
+            result = method(copy.deepcopy(task.net), task.x + begin / 100, task.y, index)
+        found.append((result.x_adv, method.state_dict()["delta"]))
+    torch.testing.assert_close(found[0], found[1], **EXACT)
+
+
+@pytest.mark.parametrize("labelled", [0.1, 0.5])
+def test_uat_knows_its_share_of_every_class(labelled):
+    """Also of data that lie class by class, whatever the number of classes."""
+    known = methods.get("uat")(Linf(EPS), labelled=labelled).known(torch.arange(10_000)).double()
+    assert float(known.mean()) == pytest.approx(labelled, abs=0.02)
+    for part in (*known.chunk(10), known[::10], known[3::7]):
+        assert float(part.mean()) == pytest.approx(labelled, abs=0.05)

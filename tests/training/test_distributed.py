@@ -116,6 +116,12 @@ def loader(**where):
 stopped("resumed", without_norm)
 stopped("resumed-norm", with_norm)
 stopped("resumed-loader", loader, [7])
+for method in ("tdat", "free", "pap"):
+
+    def with_state(method=method, **where):
+        return train(method, model=tiny.make_net(norm=False), checkpoint_every=2, **where)
+
+    stopped(f"resumed-{method}", with_state, [4])
 (place / f"world-{rank}").write_text(str(PartialState().num_processes))
 """
 
@@ -244,6 +250,18 @@ def test_resume(place, tiny, name, stop):
 
 def test_resume_with_a_loader(place, tiny):
     assert tiny.weights(place / "resumed-loader-7") == tiny.weights(place / "resumed-loader")
+
+
+@pytest.mark.parametrize("slug", ["tdat", "free", "pap"])
+def test_resume_of_what_each_process_keeps_of_its_own(place, tiny, slug):
+    name = f"resumed-{slug}"
+    assert tiny.weights(place / f"{name}-4") == tiny.weights(place / name)
+    assert tiny.rows(place / f"{name}-4") == tiny.rows(place / name)
+
+
+def test_each_process_has_its_share_of_a_loader(place, tiny):
+    """64 images in batches of 6: eleven, of which each process takes every second."""
+    assert [row["step"] for row in tiny.rows(place / "resumed-loader")] == [6, 12]
 
 
 def test_only_the_first_writes(place, tiny):

@@ -291,3 +291,24 @@ def test_casts_that_lost_their_gradients_are_made_again(tiny, monkeypatch):
         made = make_step(net, tiny.method("trades"), optimizer, "reference")
         assert bool(torch.isfinite(made(x, y).loss))
         assert cleared == [1] * lost
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_colour_images_in_the_fast_engine(tiny, method):
+    """Of several channels channels_last is no mere name; two steps, for methods with memory."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.rand(16, 3, 8, 8, generator=generator, dtype=torch.float64)
+    y, found = torch.arange(16) % 3, []
+    for chosen in ("reference", FAST32):
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.Tanh()]
+        net = nn.Sequential(*layers, nn.Conv2d(6, 6, 3, 1, 1), nn.Flatten(), nn.Linear(96, 3))
+        net = net.double().train()
+        optimizer = make_optimizer("sgd", net.parameters(), lr=0.1)
+        step = make_step(net, tiny.method(method), optimizer, chosen)
+        with tiny.nothing_random():
+            for _ in range(2):
+                step(x, y, torch.arange(16))
+        found.append([p.grad for p in net.parameters()])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)

@@ -22,7 +22,8 @@ from surestep import data, files, methods
 from surestep.config import FitSettings
 from surestep.errors import UserError
 from surestep.evaluation import Evaluation
-from surestep.training import TrainingDiverged, checkpoint, loop
+from surestep.training import TrainingDiverged, TrainStep, checkpoint, loop
+from surestep.training.schedules import learning_rate, momentum
 
 EVERY = 2
 STOPS = {"mid-epoch": 4, "boundary": 5, "mid-epoch 2": 9}
@@ -154,6 +155,75 @@ class TestARun:
             [0.1 / 2.5, 0.02 * 2 / 2.5, 0.004, 0.0008]
         )
 
+    def test_the_rates_reach_the_optimizer(self, tiny, monkeypatch):
+        seen, take = [], TrainStep.__call__
+
+        def step(self, *batch):
+            seen.append(self.optimizer.param_groups[0]["lr"])
+            assert self.optimizer.param_groups[0]["momentum"] == momenta[len(seen) - 1]
+            return take(self, *batch)
+
+        momenta = [momentum("onecycle", 0.9, k / 10) for k in range(10)]
+        monkeypatch.setattr(TrainStep, "__call__", step)
+        tiny.train(schedule="onecycle", lr=0.1, warmup=0.6)
+        expected = [learning_rate("onecycle", 0.1, k / 10) * min(1, (k + 1) / 3) for k in range(10)]
+        assert seen == pytest.approx(expected)
+        assert len({round(lr, 9) for lr in expected}) > 7
+        assert len(set(momenta)) > 5
+
+    @pytest.mark.parametrize("replays", [1, 2])
+    def test_the_course_that_methods_follow(self, tiny, replays):
+        seen = []
+
+        class Noting(methods.Standard):
+            def craft(self, model: nn.Module, x: Tensor, *rest: Any) -> Any:
+                seen.append(self.progress)
+                return super().craft(model, x, *rest)
+
+        Noting.replays = replays
+        history = tiny.train(Noting(tiny.threat), epochs=2.4, schedule="step", lr=0.1).history
+        steps = 5 * replays
+        assert len(seen) == round(2.4 * steps)
+        for k, at in enumerate(seen):
+            assert (at.step, at.steps_per_epoch, at.images) == (k, steps, 58)
+            assert at.epoch == k // steps
+            assert at.epochs == pytest.approx(2.4)
+            assert at.done == pytest.approx(k / len(seen))
+        assert [at.lr for at in seen][steps - 1 :: steps] == pytest.approx(
+            [row["lr"] for row in history[:2]]
+        )
+
+    def test_the_crops_and_flips_that_memory_is_told(self, tiny, stopping, tmp_path):
+        x, y = tiny.data()
+        looked = []
+
+        class Noting(methods.Standard):
+            remembers = True
+
+            def craft(self, model: nn.Module, seen: Tensor, y: Tensor, index: Tensor | None) -> Any:
+                assert index is not None
+                assert torch.equal(seen, self.draw.apply(x[index]))
+                looked.append(seen)
+                return super().craft(model, seen, y, index)
+
+        def train(**place: Any) -> Any:
+            settings = {"augment": "crop-flip", "checkpoint_every": 1, "val_images": 0}
+            return tiny.train(Noting(tiny.threat), data=(x, y), **settings, **place)
+
+        train()
+        assert len(looked) == 12
+        assert not torch.equal(looked[0], looked[6])
+        stopping(8, lambda: train(out=tmp_path / "run"))
+        train(out=tmp_path / "run", resume=True)
+
+    def test_a_model_given_in_eval_mode_is_trained_all_the_same(self, tiny):
+        one = tiny.train(model=tiny.net().train(), epochs=1).model
+        other = tiny.train(model=tiny.net().eval(), epochs=1).model
+        assert tiny.same_weights(one, other)
+        before = one[1].running_mean.clone()
+        tiny.train(model=one, epochs=1)
+        assert not torch.equal(one[1].running_mean, before)
+
     def test_eps_and_step_sizes_warm_up_but_validation_does_not(self, tiny, monkeypatch):
         method = methods.build("sat-r3", tiny.threat, {"alpha": 0.02, "eps_low": 0.04})
         seen, judged = [], []
@@ -263,6 +333,7 @@ RESUMED = {
     "a part of an epoch": {"epochs": 2.4},
     "swa": {"swa": 0.3},
     "awp": {"awp": 0.02},
+    "fp16": {"engine": "fast", "precision": "fp16"},
     "dropout": {"dropout": 0.4},
     "best": {"select": "best", "epochs": 3},
 }
@@ -370,6 +441,15 @@ class TestResume:
         before = snapshot(out)
         with pytest.raises(UserError, match=r"has 2 epochs and no checkpoint; train it anew"):
             tiny.train(out=out, resume=True)
+        assert snapshot(out) == before
+
+    def test_nor_is_one_of_a_single_epoch(self, tiny, tmp_path):
+        out = tmp_path / "run"
+        tiny.train(out=out, epochs=1)
+        shutil.rmtree(out / "checkpoints")
+        before = snapshot(out)
+        with pytest.raises(UserError, match=r"has 1 epochs and no checkpoint"):
+            tiny.train(out=out, epochs=1, resume=True)
         assert snapshot(out) == before
 
     @pytest.mark.parametrize("epochs", [0.4, 1.4])
@@ -858,7 +938,7 @@ class TestValidation:
         assert result.history[1]["collapse"]
 
     def test_a_real_collapse_is_noticed(self, tiny):
-        # A model whose gradients vanish: FGSM finds nothing, restarts of PGD do.
+        # Its gradients point the wrong way: FGSM finds nothing, what asks for answers only does.
         class Masked(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
@@ -866,10 +946,15 @@ class TestValidation:
 
             def forward(self, x: Tensor) -> Tensor:
                 flat = x.flatten(1)
-                return self.head(flat + 8 * ((flat * 200).round() / 200 - flat).detach())
+                return self.head(2 * flat.detach() - flat)
 
-        history = tiny.train(model=Masked(), epochs=1, val_attacks=("fgsm", "noise-5")).history
-        assert history[0]["val_worst_case"] <= history[0]["val_fgsm"]
+        method = methods.Standard(surestep.Linf(0.4))
+        attacks = ("fgsm", "square-200")
+        history = tiny.train(method, model=Masked(), epochs=6, val_attacks=attacks).history
+        last = history[-1]
+        assert last["val_fgsm"] == last["val_clean"] > 0.6
+        assert last["val_worst_case"] < 0.2
+        assert last["collapse"] is True
 
     def test_no_validation(self, tiny, monkeypatch):
         monkeypatch.setattr(loop, "evaluate", lambda *_, **__: pytest.fail("validated"))
@@ -966,7 +1051,28 @@ class TestTwoAtOnce:
         assert yaml.safe_load((out / "config.yaml").read_text())["seed"] == 1
         assert (out / "model.safetensors").is_file()
 
+    def test_one_that_was_stopped_when_just_claimed_is_replaced(self, tiny, tmp_path):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "config.yaml").touch()
+        with pytest.raises(UserError, match="exists already"):
+            tiny.train(out=tmp_path / "run")
+        tiny.train(out=tmp_path / "run", epochs=0.4, overwrite=True)
+        assert (tmp_path / "run" / "model.safetensors").is_file()
+
     def test_an_empty_folder_is_taken(self, tiny, tmp_path):
         (tmp_path / "run").mkdir()
         tiny.train(out=tmp_path / "run", epochs=0.4)
         assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("kind", ["pair", "validation"])
+def test_images_in_memory_are_pixels(tiny, kind):
+    """Else the first steps would run, and the first validation would not."""
+    x, y = tiny.data()
+    method = methods.Standard(surestep.Linf(0.1, bounds=(-1.0, 1.0)))
+    loader = DataLoader(TensorDataset(2 * x - 1, y), 8)
+    given = {"data": loader, "validation": (x, y)} if kind == "validation" else {"data": (x, y)}
+    with pytest.raises(UserError, match=r"pixels in \[0, 1\].*data range is \(-1\.0, 1\.0\)"):
+        tiny.train(method, **given)
+    result = tiny.train(method, data=loader, validation=loader)
+    assert result.history[-1]["val_n"] == 64

@@ -94,7 +94,8 @@ def fab_t(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, steps: in
         attack = FABAttack_PT(
             predict, n_iter=steps, targeted=True, n_target_classes=min(9, classes - 1), **shared
         )
-        return attack.perturb(z, y)
+        with _frozen(model):
+            return attack.perturb(z, y)
 
     return _run(run, model, x, y, threat)
 
@@ -181,7 +182,6 @@ def _run(
     shared = {"norm": norm, "eps": threat.eps / threat.span, "seed": seed, "device": x.device}
     with (
         attacking(model) as inner,
-        _frozen(inner),
         forked_rng(x.device),
         warnings.catch_warnings(),
         torch.enable_grad(),

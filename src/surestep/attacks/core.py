@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from surestep.attacks.losses import Objective, log_odds, margin
+from surestep.devices import autocasts, without_autocast
 from surestep.errors import UserError
 from surestep.threat import ThreatModel
 
@@ -262,7 +263,7 @@ def in_turn(
                 break
             found = attack(x[left], y[left])
             # In float32: what is wrong by a hair in bf16 may be right, and is not done then.
-            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            with torch.no_grad(), without_autocast(x.device):
                 broken = misclassified(forward_logits(inner, found), y[left])
             x_adv[left[broken]] = found[broken]
             left = left[~broken]
@@ -295,7 +296,7 @@ class Best:
         self.done = self.wrong.clone()
         self.first_wrong = torch.full((len(x),), -1, device=x.device)
         self.offers = 0
-        self.slack = 0.05 if torch.is_autocast_enabled(x.device.type) else 0.0
+        self.slack = 0.05 if autocasts(x.device) else 0.0
 
     def rows(self) -> Tensor:
         """Return the indices of the samples still to be attacked."""

@@ -183,7 +183,7 @@ def _escalate(s: Subject, checks: list[Check], blind: float) -> list[dict[str, A
             steps.append({"name": name, "why": why, "accuracy": share_of(s.survivors)})
 
     budget, pgd_steps = s.budget, 2 * s.budget.steps
-    x, _ = s.probe
+    some = s.probe[0][: s.batch_size]
     if "logits-not-probabilities" in flagged:
         inverse = escalation.LogProbabilities(s.model)
         run(
@@ -205,11 +205,11 @@ def _escalate(s: Subject, checks: list[Check], blind: float) -> list[dict[str, A
         "black-box-beats-white-box",
         "optimisation-in-forward",
     }:
-        layers = escalation.flat_layers(s.model, x[:32])
+        layers = escalation.flat_layers(s.model, some[:32])
         if layers:
             wrapping = {id(m): name for name, m in s.model.named_modules()}[id(s.inner)] + "."
             names = ", ".join(name.removeprefix(wrapping) for name in layers)
-            with escalation.straight_through(s.model, x[:64], layers) as smooth:
+            with escalation.straight_through(s.model, some[:64], layers) as smooth:
                 run(
                     "bpda",
                     f"no gradient flows through {names}: straight through it",

@@ -6,7 +6,8 @@ flag calls for. Thresholds were set on the models of benchmarks/audit_zoo.py, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import islice, pairwise
 from typing import Any
@@ -62,8 +63,17 @@ class Check:
         return self.status == "flagged"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
-        return asdict(self)
+        """Return plain values; None for what is no finite number, which JSON has not."""
+        found: dict[str, Any] = _finite(asdict(self))
+        return found
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
@@ -410,8 +420,8 @@ def local_linearity(s: Subject) -> Finding:
     at = [s.loss(p, y).to(finest(x.device)) for p in (a, b, (1 - mixed) * a + mixed * b)]
     error = (at[2] - (1 - share) * at[0] - share * at[1]).square().mean().item()
     scale = torch.stack(at).square().mean().item()
-    value = (error / scale) ** 0.5 if scale > 0 else 0.0
-    return Finding(value > 0.5, value, f"relative error {value:.2f}", {"error": error})
+    value = 0.0 if scale == 0 else (error / scale) ** 0.5
+    return Finding(not value <= 0.5, value, f"relative error {value:.2f}", {"error": error})
 
 
 @_check(

@@ -19,6 +19,11 @@ _OPTIONS = (
     click.option("--weights", metavar="FILE", help="Of FILE.py:FACTORY: safetensors, state_dict."),
     click.option("--dataset", metavar="TEXT", help="As for training. [default: the run's]"),
     click.option("--data", "place", metavar="TEXT", help="Where the data set lies."),
+    click.option(
+        "--image-size",
+        type=POSITIVE,
+        help="Side to cut and resize a folder's or the Hub's images to. [default: the run's]",
+    ),
     click.option("--norm", metavar="linf|l2", help="[default: the run's, or linf]"),
     click.option("--mean", metavar="A,B,...", help="Normalise the images by this first."),
     click.option("--std", metavar="A,B,...", help="With --mean: per channel, pixels in [0, 1]."),
@@ -61,7 +66,7 @@ def open_target(values: dict[str, Any], eps: str | None) -> Target:
     from surestep.training.engine import keep_freed_memory
 
     keep_freed_memory()  # else every attack step pays page faults for its activations again
-    names = ("weights", "dataset", "place", "norm", "device")
+    names = ("weights", "dataset", "place", "image_size", "norm", "device")
     options = {name: values.pop(name) for name in names}
     mean, std = (_numbers(name, values.pop(name)) for name in ("mean", "std"))
     return targets.open_target(values.pop("model"), eps=eps, mean=mean, std=std, **options)

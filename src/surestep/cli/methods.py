@@ -39,7 +39,10 @@ def methods(name: str | None, new_name: str | None, where: str, json_file: str |
             raise UserError("say what to call it: surestep methods new NAME")
         made = [str(path) for path in scaffold.method(new_name, where)]
         if json_file != "-":
-            click.echo("\n".join([*made, f"fill it in; then: surestep methods {new_name}"]))
+            then = f"fill it in; then: surestep methods {new_name}"
+            if any("cards" in path and "src/surestep/" in path.replace("\\", "/") for path in made):
+                then += "; python docs/methods.py (the list in the docs)"
+            click.echo("\n".join([*made, then]))
         write_json({"name": new_name, "files": made}, json_file)
         return
     if new_name is not None:

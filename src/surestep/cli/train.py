@@ -135,7 +135,7 @@ def _report(config: RunConfig, out: str, model: nn.Module) -> None:
     run, threat = RunFolder(Path(out)), runs.build_threat(config)
     try:
         report.require()
-        images = runs.load_data(config, "test")
+        images = runs.load_data(config, "validation")
         parts = {**of_model(model, images, threat, out), **of_run(run), **provenance()}
         write_report(str(run.report), None, out, **parts)
     except UserError as e:  # the run itself is done and safe

@@ -79,6 +79,15 @@ def describe(name: str) -> str:
     return _source(name).about
 
 
+def resizes(name: str) -> bool:
+    """Tell whether images of the data set ``name`` can be cut and resized to a size.
+
+    Raises:
+        UserError: if the name is unknown.
+    """
+    return "image_size" in _source(name).takes
+
+
 def load(
     name: str,
     split: str = "train",

@@ -7,6 +7,7 @@ https://www.cs.toronto.edu/~kriz/cifar.html.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import http.client
@@ -96,9 +97,8 @@ def fetch(archives: tuple[Archive, ...], root: Path, *, progress: bool = True) -
     path = root / archive.file
     # The processes of one run, or two runs, come here at the same time.
     with _one_line(archive, root), _alone(root / f".{archive.folder}.lock"):
-        unpacked = root / archive.folder
-        if unpacked.is_dir() and any(unpacked.iterdir()):
-            return unpacked
+        if _unpacked(root / archive.folder):
+            return root / archive.folder
         if downloaded:
             log.info("downloading %s to %s", archive.url, root)
             _download(archive, path, progress)
@@ -114,6 +114,10 @@ def fetch(archives: tuple[Archive, ...], root: Path, *, progress: bool = True) -
     return root / archive.folder
 
 
+def _unpacked(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
 class _Failure(Exception):
     """What went wrong, in words; `_one_line` adds what to do."""
 
@@ -122,11 +126,15 @@ class _Failure(Exception):
 def _alone(lock: Path) -> Iterator[None]:
     """Let one process at a time do what follows; the file goes when it is done."""
     lock.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(lock)
+    with contextlib.suppress(NotImplementedError):  # a file system without locks
+        held.acquire()
     try:
-        with FileLock(lock):
-            yield
+        yield
     finally:
-        lock.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # Windows deletes no open file
+            lock.unlink(missing_ok=True)
+        held.release()
 
 
 @contextmanager
@@ -207,8 +215,17 @@ def _extract(archive: Archive, path: Path) -> None:
     """Unpack beside ``path`` under a temporary name, so that a partial folder is never found."""
     with tempfile.TemporaryDirectory(prefix=f".{archive.folder}.", dir=path.parent) as scratch:
         with tarfile.open(path, "r:gz") as tar:
+            if not hasattr(tarfile, "data_filter"):
+                raise _Failure(
+                    "this Python is too old to unpack it safely: 3.10.12, 3.11.4 or newer"
+                )
             tar.extractall(scratch, filter="data")
         unpacked = Path(scratch) / archive.folder
         if not unpacked.is_dir():
             raise _Failure(f"{archive.file} does not hold the folder {archive.folder}")
-        unpacked.replace(path.parent / archive.folder)
+        target = path.parent / archive.folder
+        try:
+            unpacked.replace(target)
+        except OSError:  # another process was faster, where locks do not hold
+            if not _unpacked(target):
+                raise

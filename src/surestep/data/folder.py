@@ -7,6 +7,8 @@ Needs Pillow: pip install 'surestep[folder]'.
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,7 +47,7 @@ def load(split: Split, root: str | Path, *, image_size: int | None = None) -> Im
 
     Returns:
         Images with x uint8 (N, C, H, W) in a mixed order, always the same; C = 1 if every image of
-        the folder is grey, else 3.
+        the split, and of training and validation, is grey, else 3.
 
     Raises:
         UserError: Pillow is not installed; a folder is missing or empty; an image cannot be read or
@@ -67,14 +69,29 @@ def load(split: Split, root: str | Path, *, image_size: int | None = None) -> Im
     y = torch.tensor([labelled[i][0] for i in order])
     paths = [labelled[i][1] for i in order]
     x = stack(((str(path), picture) for path, picture in _open(paths)), image_size)
-    if x.shape[1] == 1 and _any_colour(set(_images_in(root)) - set(paths)):
-        x = x.expand(-1, 3, -1, -1).contiguous()  # all splits are of one shape
+    if x.shape[1] == 1 and _any_colour(_trained_on(root) - set(paths)):
+        x = x.expand(-1, 3, -1, -1).contiguous()  # of one shape with what models are trained on
     return Images(x, y, classes, root.name or "folder")
 
 
+def _trained_on(root: Path) -> set[Path]:
+    """Return the files of the training and validation splits, as far as there are any."""
+    found: set[Path] = set()
+    for split in SPLITS:
+        if split != "test":
+            with contextlib.suppress(UserError):
+                found.update(path for paths in _find(root, split)[1].values() for path in paths)
+    return found
+
+
 def _any_colour(paths: Iterable[Path]) -> bool:
-    """Tell whether any picture has colours, from the files' headers."""
-    return any(has_colour(picture) for _, picture in _open(sorted(paths)))
+    """Tell whether any picture has colours, from the files' headers; damaged ones are skipped."""
+    for path in sorted(paths):
+        with contextlib.suppress(UserError):
+            for _, picture in _open([path]):
+                if has_colour(picture):
+                    return True
+    return False
 
 
 def _find(root: Path, split: Split) -> tuple[tuple[str, ...], dict[str, list[Path]]]:
@@ -111,13 +128,12 @@ def _check_no_splits(root: Path) -> None:
     """Refuse splits under other names, which would pass for classes.
 
     Raises:
-        UserError: the folders hold no images themselves but several folders of the same names.
+        UserError: a folder is called as a split is, and all hold several folders of the same names.
     """
     inside = [set(_class_folders(folder)) for folder in _class_folders(root).values()]
     shared = set.intersection(*inside) if len(inside) > 1 else set()
-    if len(shared) > 1 and not any(
-        p.suffix.lower() in _SUFFIXES for f in _class_folders(root).values() for p in f.iterdir()
-    ):
+    meant = [n for n in _class_folders(root) if re.search("train|test|valid", n.lower())]
+    if len(shared) > 1 and meant:
         names = ", ".join(_class_folders(root))
         raise UserError(
             f"{root} holds {names}, each with {', '.join(sorted(shared)[:3])}, ...: if these are "
@@ -129,7 +145,8 @@ def _class_folders(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         return {}
     found = (p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    return {p.name: p for p in sorted(found)}
+    # By name: paths themselves are ordered in another way on Windows.
+    return {p.name: p for p in sorted(found, key=lambda p: p.name)}
 
 
 def _files(folder: Path) -> dict[str, list[Path]]:
@@ -147,7 +164,8 @@ def _files(folder: Path) -> dict[str, list[Path]]:
 
 def _images_in(folder: Path) -> list[Path]:
     found = (p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
-    return sorted(p for p in found if not p.name.startswith("."))
+    shown = (p for p in found if not p.name.startswith("."))
+    return sorted(shown, key=lambda p: p.relative_to(folder).as_posix())
 
 
 def _part_of(

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader, Dataset
 from surestep.attacks.core import (
     attacking,
     check_inputs,
-    count_classes,
     device_of,
     forked_rng,
     forward_logits,
@@ -144,12 +143,7 @@ def evaluate(
     if isinstance(attacks, Mapping) and eps:
         raise UserError("eps takes attacks by name: an Attack is made for one radius")
     device = device_of(model)
-    names = attacks
-    if names is None:
-        names = suite.budget(budget)
-        for x, _ in batches_of(data, 1, 1, device, threat.bounds)[0]:
-            if count_classes(Adapted(model, preprocess), x) < 3:  # which the dlr loss needs
-                names = [name for name in names if not name.endswith("-dlr")]
+    names, given = suite.budget(budget) if attacks is None else attacks, sources
     if "transfer" in names and not isinstance(names, Mapping) and not sources:
         some = [x for x, _ in batches_of(data, batch_size, _ASKED_ABOUT, device, threat.bounds)[0]]
         if some:
@@ -169,7 +163,8 @@ def evaluate(
     if state is not None:
         settings["model"] = model_digest(model)
         settings["preprocess"] = "none" if preprocess is None else model_digest(preprocess)
-        settings["sources"] = [model_digest(source) for source in sources]
+        # A substitute of its own follows from the rest, but for the last digits.
+        settings["sources"] = [model_digest(source) for source in given]
     kept = State(state, settings)
     start = time.perf_counter()
     adapted = Adapted(model, preprocess)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from surestep.attacks.core import forward_logits
+from surestep.devices import out_of_memory
 from surestep.errors import UserError
 
 
@@ -40,9 +40,9 @@ class Adapted(nn.Module):
             z = z.to(weight.dtype)
         try:
             return forward_logits(self.model, z)
-        except (UserError, torch.OutOfMemoryError):
-            raise
         except Exception as e:
+            if isinstance(e, UserError) or out_of_memory(e):
+                raise
             reason = str(e).strip().splitlines()[0] if str(e).strip() else ""
             raise UserError(
                 f"the model fails on one batch of shape {tuple(x.shape)} and type {x.dtype}: "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from surestep import attacks
 from surestep.attacks import autoattack
-from surestep.attacks.core import in_turn
+from surestep.attacks.core import count_classes, in_turn
 from surestep.attacks.gradient import search
 from surestep.errors import UserError, look_up
 from surestep.threat import ThreatModel
@@ -127,6 +127,8 @@ def _iterative(kind: str, threat: ThreatModel, steps: int, restarts: int, loss: 
     size = pgd_step_size(eps, steps) if kind == "pgd" else eps / steps
 
     def run(model: nn.Module, x: Tensor, y: Tensor) -> Found:
+        # Of two classes there is no dlr loss, and the margin is what it would scale.
+        two = loss == "dlr" and count_classes(model, x) < 3
         best = search(
             model,
             x,
@@ -135,7 +137,7 @@ def _iterative(kind: str, threat: ThreatModel, steps: int, restarts: int, loss: 
             steps,
             size,
             restarts,
-            loss,
+            "margin" if two else loss,
             start_radius=None if kind == "pgd" else 0.0,
             decay=1.0 if kind == "mi-fgsm" else None,
             stop_when_wrong=True,

@@ -15,7 +15,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from importlib import resources
-from typing import Any, ClassVar, Concatenate, NamedTuple, ParamSpec, get_args, get_type_hints
+from typing import (
+    Any,
+    ClassVar,
+    Concatenate,
+    NamedTuple,
+    ParamSpec,
+    TypeVar,
+    get_args,
+    get_type_hints,
+)
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +38,7 @@ from surestep.methods._memory import Draw
 from surestep.threat import Linf, ThreatModel
 
 P = ParamSpec("P")
+T = TypeVar("T")
 
 Criterion = Callable[..., Tensor]
 """Called as ``criterion(logits, y, reduction="mean" | "none")``, as ``F.cross_entropy`` is."""
@@ -363,6 +373,22 @@ def relaxed_cross_entropy(logits: Tensor, y: Tensor, share: float) -> Tensor:
     true = log_p.gather(1, y[:, None]).squeeze(1)
     wrong = (log_p.sum(1) - true) / (logits.shape[1] - 1)
     return -(share * true + (1 - share) * wrong)
+
+
+def once(function: Callable[..., T]) -> Callable[..., T]:
+    """Return a function that keeps its first result.
+
+    For what a loss takes in from step to step: a second pass over the update, of AWP, is no second
+    step.
+    """
+    found: list[T] = []
+
+    def call(*args: Any) -> T:
+        if not found:
+            found.append(function(*args))
+        return found[0]
+
+    return call
 
 
 def stepping(craft: Callable[Concatenate[nn.Module, P], Update]) -> Callable[..., StepResult]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from surestep import processes
 from surestep.attacks.core import unwrapped
 from surestep.devices import finest
-from surestep.methods._base import Cost, Method, Terms, Update, build, register
+from surestep.methods._base import Cost, Method, Terms, Update, build, once, register
 from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
 from surestep.methods.fgsm_mep import SMOOTH
 
@@ -66,16 +66,13 @@ class ConvergeSmooth(Method):
         inner = self.base.craft(model, x, y, index)
         self._turn(model)
         n = len(inner.points)
-        sign: Tensor | None = None
+        sign = once(self._sign)
         centre = [(p, self._centre[k].to(p)) for k, p in _weights(model) if k in self._centre]
 
         def loss(logits: Tensor) -> Terms:
             own, terms = inner.loss(logits[:n])
             clean = self.criterion(logits[n:], y)
-            nonlocal sign
-            if sign is None:  # a second pass over the update, of AWP, is no second step
-                sign = self._sign(clean.detach()).to(clean.dtype)
-            jump = sign * clean
+            jump = sign(clean.detach()).to(clean.dtype) * clean
             total = own + self.weight * jump
             if self.pull:
                 apart = [(p - c).square().sum() for p, c in centre]

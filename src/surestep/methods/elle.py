@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from surestep.attacks.losses import cross_entropy
-from surestep.methods._base import Cost, Terms, Update, register
+from surestep.methods._base import Cost, Terms, Update, once, register
 from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
 from surestep.methods._single_step import OnSingleStep
 
@@ -43,16 +43,13 @@ class ELLE(OnSingleStep):
         a, b = x + self.threat.random_delta(x), x + self.threat.random_delta(x)
         share = torch.rand(len(x), *[1] * (x.dim() - 1), dtype=x.dtype, device=x.device)
         points = torch.cat([x_adv, a, b, torch.lerp(a, b, share)])
-        weight: float | Tensor | None = None
+        weight = once(self.weight)
 
         def loss(logits: Tensor) -> Terms:
             ce = self.criterion(logits[: len(x)], y)
             at_a, at_b, between = cross_entropy(logits[len(x) :], y.repeat(3)).chunk(3)
             gap = (between - torch.lerp(at_a, at_b, share.flatten().to(ce.dtype))).square().mean()
-            nonlocal weight
-            if weight is None:  # a second pass over the update, of AWP, is no second step
-                weight = self.weight(gap.detach())
-            return ce + weight * gap, {"ce": ce, "gap": gap}
+            return ce + weight(gap.detach()) * gap, {"ce": ce, "gap": gap}
 
         return Update(points, loss, slice(len(x)))
 

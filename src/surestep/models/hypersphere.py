@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surestep.devices import without_autocast
 from surestep.errors import UserError
 
 
@@ -37,7 +38,7 @@ class HypersphereHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return ``scale`` times the cosines."""
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device):
             dtype = self.weight.dtype
             unit = F.normalize(features.to(dtype), dim=1)
             return self.scale * F.linear(unit, F.normalize(self.weight, dim=1))

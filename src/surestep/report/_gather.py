@@ -17,6 +17,7 @@ from surestep.attacks.core import (
     input_gradient,
 )
 from surestep.attacks.losses import cross_entropy
+from surestep.devices import without_autocast
 from surestep.errors import UserError
 from surestep.evaluation.suite import pgd_step_size
 from surestep.report import _png
@@ -72,7 +73,7 @@ def gather(
     with (
         attacking(model) as inner,
         forked_rng(device),
-        torch.autocast(device.type, enabled=False),
+        without_autocast(device),
     ):
         torch.manual_seed(seed)
         x, y = _choose(inner, x, y, threat, samples, batch_size, device)

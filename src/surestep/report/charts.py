@@ -34,7 +34,7 @@ def accuracy_by_eps(source: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> 
     """
     if isinstance(source, Mapping):
         found = pairs(source, "eps", "accuracy", "the evidence")
-        rows = [{"x": x, "accuracy": y, "attack": "strongest attack"} for x, y in found]
+        rows = [{"x": x, "accuracy": y, "attack": "pgd-50"} for x, y in found]
     else:
         rows = []
         for point in source:

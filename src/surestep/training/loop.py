@@ -252,6 +252,12 @@ class _Trainer:
         self.accelerator, self.device = accelerator, device
         self.quiet = quiet or not accelerator.is_main_process
         train, self.held_out = split(data, validation, config.val_images, config.seed)
+        inside = [part for part in (train, self.held_out) if isinstance(part, Images)]
+        if inside and method.threat.bounds != (0.0, 1.0):
+            raise UserError(
+                f"images in memory are pixels in [0, 1], the threat model's data range is "
+                f"{method.threat.bounds}: leave bounds out, or give data and validation as loaders"
+            )
         self.source: Source = make_source(
             train,
             batch_size=config.batch_size,
@@ -577,7 +583,9 @@ class _Trainer:
         assert self.run is not None
         state = checkpoint.load_newest(self.run.checkpoints, self.display.say)
         if state is None:
-            if len(rows := self.run.history()) > 1:
+            rows = self.run.history()
+            ended = len(rows) >= math.ceil(self.config.epochs) and self.run.weights.is_file()
+            if len(rows) > 1 or ended:
                 raise UserError(
                     f"cannot resume {self.run.folder}: it has {len(rows)} epochs and no "
                     f"checkpoint; train it anew with --config {self.run.config}, another --out"

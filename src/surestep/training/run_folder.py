@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import shutil
 from collections.abc import Mapping
@@ -103,13 +101,15 @@ class RunFolder:
         """Say what shows that this is no run folder; nothing if it is one."""
         if not self.config.is_file():
             return "it has no config.yaml"
+        begun = self.config.stat().st_size > 0  # empty: stopped when it was just claimed
         entries = sorted(
             p.name for p in self.folder.iterdir() if not p.name.endswith((".part", ".state"))
         )
         others = [name for name in entries if name not in _ENTRIES]
         if others:
             return f"it holds {others[0]}"
-        return "" if "method" in read_yaml(self.config) else "its config.yaml names no method"
+        named = not begun or "method" in read_yaml(self.config)
+        return "" if named else "its config.yaml names no method"
 
     def make(self, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
         """Make the folder and write the settings.
@@ -126,14 +126,14 @@ class RunFolder:
         try:
             if overwrite and self.folder.exists():
                 shutil.rmtree(self.folder)
-            with contextlib.suppress(FileNotFoundError):
-                self.folder.rmdir()
-            self.folder.mkdir(parents=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # Of two runs that find an empty folder, one makes this file.
+            self.config.open("x").close()
+        except FileExistsError as e:
+            raise UserError(
+                f"{self.folder} was taken by another run just now: choose another --out"
+            ) from e
         except OSError as e:
-            if e.errno in (errno.EEXIST, errno.ENOTEMPTY):
-                raise UserError(
-                    f"{self.folder} was taken by another run just now: choose another --out"
-                ) from e
             raise UserError(f"cannot make the run folder {self.folder}: {e.strerror}") from e
         files.write_atomically(self.config, text)
 

@@ -130,13 +130,13 @@ def test_the_random_state_of_mps_is_left_as_it_was(apple):
 
 
 def test_a_checkpoint_holds_the_random_state_of_mps(apple):
-    state = checkpoint.rng_state()
+    state = checkpoint.rng_state(torch.device("cpu"))
     torch.mps.set_rng_state(torch.ones(2, dtype=torch.uint8))
-    checkpoint.set_rng_state(state)
+    checkpoint.set_rng_state(state, torch.device("cpu"))
     assert apple[0].tolist() == [0, 0]
     # A run that began before checkpoints held it.
     del state["mps"]
-    checkpoint.set_rng_state(state)
+    checkpoint.set_rng_state(state, torch.device("cpu"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="CUDA on Linux")
@@ -199,3 +199,29 @@ def test_float64_where_there_is_any():
     assert devices.finest(torch.device("cpu")) == devices.finest(torch.device("cuda"))
     assert devices.finest(torch.device("cpu")) == torch.float64
     assert devices.finest(torch.device("mps")) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "count", "own"),
+    [
+        ("cuda", "3", 8, "cuda:3"),
+        ("cuda", "3", 2, "cuda:1"),
+        ("cuda:0", "3", 8, "cuda:0"),
+        ("cuda", "", 8, "cuda"),
+        ("cuda", "3", 0, "cuda"),
+    ],
+)
+def test_each_process_begins_on_its_own_device(monkeypatch, name, rank, count, own):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert devices._own_device(name) == own
+
+
+def test_images_that_would_fill_the_device_stay_on_the_host(monkeypatch):
+    from surestep.data import _batches, as_images
+
+    images = as_images((torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)))
+    for free, room in ((1e9, True), (2 * 4 * 64 * 4, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 2e9))
+        assert _batches._has_room(torch.device("cuda"), images) is room
+    assert _batches._has_room(torch.device("cpu"), images)

@@ -32,6 +32,7 @@ def pick_device(name: str | None = None) -> torch.device:
             name = "mps" if torch.backends.mps.is_available() else "cpu"
     if name.startswith("cuda"):
         _let_segments_grow()
+        name = _own_device(name)
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores():
         # Threads without a core spin while others wait for them: many times slower.
         torch.set_num_threads(cores())
@@ -45,6 +46,17 @@ def pick_device(name: str | None = None) -> torch.device:
             "leave it out"
         ) from e
     return device
+
+
+def _own_device(name: str) -> str:
+    """Return the device of this process among those that torchrun started here.
+
+    Else all of them would begin, and leave some memory, on the first.
+    """
+    rank, devices = os.environ.get("LOCAL_RANK", ""), torch.cuda.device_count()
+    if name != "cuda" or not rank.isdecimal() or not devices:
+        return name
+    return f"cuda:{int(rank) % devices}"
 
 
 def cores() -> int:

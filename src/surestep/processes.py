@@ -47,7 +47,8 @@ def gather(rows: Tensor) -> Tensor:
     """Return the rows (N, ...) of all processes, in their order; N is the same in each."""
     if count() == 1:
         return rows
-    parts = [torch.empty_like(rows) for _ in range(count())]
+    plain = torch.contiguous_format
+    parts = [torch.empty_like(rows, memory_format=plain) for _ in range(count())]
     dist.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
 

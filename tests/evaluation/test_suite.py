@@ -53,6 +53,7 @@ def test_names(monkeypatch, name, called, args):
         return SimpleNamespace(x_adv="x_adv", first_wrong="steps")
 
     monkeypatch.setattr(f"surestep.evaluation.suite.{called}", note)
+    monkeypatch.setattr("surestep.evaluation.suite.count_classes", lambda *_: 3)
     found = suite.parse(name, THREAT).run("model", "x", "y")
     assert found.x_adv == "x_adv"
     assert found.first_wrong == ("steps" if called == "search" else None)

@@ -89,7 +89,7 @@ def test_memory_follows_crop_and_flip(make_task):
     method.progress = at(0)
     step(method, task, draw=draws[0])
     seen = draws[0].apply(clean)
-    classes = task.net(task.x[:1]).shape[1]
+    classes = copy.deepcopy(task.net)(task.x).shape[1]
     smoothing = 0.4 * classes / (classes - 1)  # of which the true class gets nothing
     frozen_new = ball(seen + EPS * gradients(task.net, seen, task.y, smoothing).sign(), seen)
     stored = draws[0].undo(frozen_new - seen)
@@ -172,7 +172,7 @@ def test_tdat_goes_on_from_the_batch_before(make_task):
     start = ball(task.x[1:6] + last[[0, 1, 2, 3, 0]], task.x[1:6])
     found = step(method, task, slice(1, 6)).x_adv
     # Cross entropy's smoothing gives the true class a part of the rest, the relaxed label none.
-    classes = task.net(task.x[:1]).shape[1]
+    classes = copy.deepcopy(task.net)(task.x).shape[1]
     smoothing = (1 - share) * classes / (classes - 1)
     expected = ball(
         start + EPS * gradients(task.net, start, task.y[1:6], smoothing).sign(), task.x[1:6]
@@ -462,3 +462,14 @@ def test_uat_knows_its_share_of_every_class(labelled):
     assert float(known.mean()) == pytest.approx(labelled, abs=0.02)
     for part in (*known.chunk(10), known[::10], known[3::7]):
         assert float(part.mean()) == pytest.approx(labelled, abs=0.05)
+
+
+def test_free_forgets_a_gradient_that_overflowed(make_task):
+    task = make_task("conv")
+    method = methods.get("free")(Linf(EPS))
+    for bad in (float("nan"), float("inf")):
+        result = method(copy.deepcopy(task.net), task.x, task.y)
+        result.loss.backward()
+        method._pending[1].grad[0] = bad
+    result = method(copy.deepcopy(task.net), task.x, task.y)
+    assert bool(result.x_adv.isfinite().all())

@@ -73,6 +73,28 @@ def test_fp16_skips_a_step_that_overflows(tiny):
     assert step.scaler.get_scale() == scale / 2
 
 
+@pytest.mark.parametrize("overflows", [0, 2])
+def test_momentum_of_a_dropped_step_is_none(tiny, overflows):
+    """Fused SGD makes room for it in the first step, and fills it by taking that step."""
+    results = []
+    for bad in (overflows, 0):
+        model = tiny.net(norm=False).train()
+        optimizer = make_optimizer("sgd", model.parameters(), lr=0.1, momentum=0.9)
+        step = make_step(model, tiny.method("standard"), optimizer, Engine(torch.float16))
+        hook = model[-1].weight.register_hook(lambda grad: grad * float("inf"))
+        for _ in range(bad):
+            # What lay in the memory that the momentum gets.
+            garbage = [torch.full_like(p, 1e6) for p in model.parameters()]
+            del garbage
+            step(*tiny.data())
+        hook.remove()
+        for _ in range(2):
+            step(*tiny.data())
+        results.append(model)
+    for ours, plain in zip(*(m.parameters() for m in results), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)
+
+
 def test_channels_last(tiny):
     model = tiny.net()
     optimizer = make_optimizer("sgd", model.parameters(), lr=0.1)

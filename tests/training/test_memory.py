@@ -86,6 +86,15 @@ def test_kept_bytes_are_those_of_the_activations():
     assert kept_bytes(net, torch.rand(4, 3, 4), PLAIN) == 4 * (4 * 12 + 4 * 5)
 
 
+def test_casts_of_the_weights_are_kept_once():
+    """Under autocast they are kept for backward too, whatever the number of images."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 400), nn.Tanh(), nn.Linear(400, 400))
+    bf16, shape = Engine(torch.bfloat16), torch.Size([3, 4, 4])
+    weights = sum(p.numel() * 4 for p in net.parameters())
+    limit = (4 * weights + 64 * 3000) / 2**30 + 64 * 8 * 48 * 4 / 2**30
+    assert fit_into(net.train(), methods.FGSM(Linf(0.1)), bf16, shape, 64, limit) is net
+
+
 def test_looking_at_the_memory_changes_nothing():
     model = resnet()
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()

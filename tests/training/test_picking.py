@@ -67,6 +67,22 @@ def test_a_precision_asked_for_is_kept(tiny, clock):
     assert set(picked.seconds) == {("fast", "fp32"), ("reference", "fp32")}
 
 
+@pytest.mark.parametrize("expected", [False, True])
+def test_an_engine_that_does_not_fit_is_not_taken(tiny, clock, expected):
+    def full(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    wide = {"fast_fp32": full, "reference_fp32": full}
+    clock(times(**wide, **({"fast_bf16": full} if expected else {})))
+    if expected:
+        with pytest.raises(torch.OutOfMemoryError):
+            pick(tiny)
+        return
+    picked = pick(tiny)
+    assert (picked.engine, picked.precision) == ("fast", "bf16")
+    assert set(picked.seconds) == {("fast", "bf16"), ("reference", "bf16")}
+
+
 def test_slow_models_are_timed_on_fewer_images(tiny, clock):
     slow = {engine: lambda n: n / 100 for engine in CANDIDATES}
     seen = clock(slow)

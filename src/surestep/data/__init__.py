@@ -80,12 +80,12 @@ def describe(name: str) -> str:
 
 
 def resizes(name: str) -> bool:
-    """Tell whether images of the data set ``name`` can be cut and resized to a size.
+    """Tell whether images of the data set ``name`` ("folder:PATH") can be cut and resized.
 
     Raises:
         UserError: if the name is unknown.
     """
-    return "image_size" in _source(name).takes
+    return "image_size" in _source(name.partition(":")[0]).takes
 
 
 def load(

@@ -71,8 +71,9 @@ class Batches:
                 f"{images.name} has shape {tuple(images.x.shape)}: crop and flip need "
                 "(N, C, H, W); turn augmentation off"
             )
-        self.images = images.to(device)
         self.device = torch.device(device)
+        # What would fill the device stays where it is, and moves batch by batch.
+        self.images = images.to(device) if _has_room(self.device, images) else images
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
@@ -132,3 +133,8 @@ class Batches:
 
     def _share(self, size: int) -> slice:
         return slice(self.rank * size // self.world, (self.rank + 1) * size // self.world)
+
+
+def _has_room(device: torch.device, images: Images) -> bool:
+    """Tell whether images take less than half of a GPU's free memory."""
+    return device.type != "cuda" or images.x.nbytes < torch.cuda.mem_get_info(device)[0] / 2

@@ -58,7 +58,9 @@ class Free(Method):
         (x, points), self._pending = self._pending, None
         moved = points.detach()
         if points.grad is not None:
-            step = self.threat.steepest_step(points.grad, self.threat.eps)
+            # fp16's scaled gradients may overflow, which must not stay in the perturbation.
+            grad = points.grad.nan_to_num(0.0, 0.0, 0.0)
+            step = self.threat.steepest_step(grad, self.threat.eps)
             moved = self.threat.project(moved + step, x)
         self._delta = moved - x
 

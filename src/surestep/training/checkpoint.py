@@ -17,26 +17,28 @@ from surestep.errors import UserError
 _KEPT = 2
 
 
-def rng_state() -> dict[str, Any]:
-    """Return the random state of every library a step may draw from."""
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """Return the random state of every library a step on ``device`` may draw from."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
     return {
         "python": random.getstate(),
         "numpy": (str(kind), [int(k) for k in keys], position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
         "mps": [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else [],
     }
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore what ``rng_state`` returned."""
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Restore what ``rng_state`` returned, on a device that may have another number now."""
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] and device.type == "cuda":
+        # Checkpoints of older versions have the states of all devices.
+        own = (device.index or 0) if len(state["cuda"]) > 1 else 0
+        torch.cuda.set_rng_state(state["cuda"][min(own, len(state["cuda"]) - 1)], device)
     # Checkpoints of older versions lack it.
     if state.get("mps") and torch.backends.mps.is_available():
         torch.mps.set_rng_state(*state["mps"])

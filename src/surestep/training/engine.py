@@ -93,6 +93,17 @@ class Engine:
         return autocast(device, self.precision)
 
 
+def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Let momentum begin at zero, which changes no value.
+
+    Left to itself, fused SGD makes room at the first step and fills it by taking that step; if its
+    gradients overflow the step is dropped, and the next one adds to what lay in memory.
+    """
+    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
+        for parameter in group["params"] if group["momentum"] else ():
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
 @functools.cache
 def casts_lose_gradients(device: torch.device, precision: torch.dtype) -> bool:
     """Tell whether autocast keeps casts of weights that a pass without gradients made.
@@ -146,6 +157,8 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=engine.precision == torch.float16
         )
+        if self.scaler.is_enabled():
+            _begin_momentum(optimizer)
 
     def __call__(
         self, x: Tensor, y: Tensor, index: Tensor | None = None, draw: augment.Draw | None = None

@@ -128,7 +128,7 @@ def fit(
     run = RunFolder.plan(out, resume=resume, overwrite=overwrite)
     target = pick_device(device)
     accelerator = _accelerator(target, run, tensorboard=config.tensorboard)
-    if device is None:
+    if device is None and accelerator.num_processes > 1:
         target = accelerator.device
     threat = method.threat
     describe = describe or {
@@ -151,14 +151,26 @@ def fit(
 
 def _accelerator(device: torch.device, run: RunFolder | None, *, tensorboard: bool) -> Accelerator:
     # On a machine without accelerators, several processes find each other only when told cpu.
-    cpu = device.type == "cpu"
+    # What a launcher's configuration says of precision and compilation is not surestep's to follow.
+    options: dict[str, Any] = {"mixed_precision": "no", "dynamo_backend": "no"}
+    options["cpu"] = device.type == "cpu"
     if not tensorboard:
-        return Accelerator(cpu=cpu)
+        return _one_device(options)
     if run is None:
         raise UserError("tensorboard=True needs a run folder to write to: give out=...")
     if importlib.util.find_spec("tensorboard") is None:
         raise UserError("TensorBoard is not installed: pip install 'surestep[tensorboard]'")
-    return Accelerator(cpu=cpu, log_with="tensorboard", project_dir=run.folder)
+    return _one_device({**options, "log_with": "tensorboard", "project_dir": run.folder})
+
+
+def _one_device(options: dict[str, Any]) -> Accelerator:
+    try:
+        return Accelerator(**options)
+    except ValueError as e:  # its state is one for the process
+        raise UserError(
+            f"this process has worked on another device before ({' '.join(str(e).split())[:120]}): "
+            "train in a new one"
+        ) from e
 
 
 def _check_together(config: FitSettings, method: Method) -> None:
@@ -258,17 +270,18 @@ class _Trainer:
                 f"images in memory are pixels in [0, 1], the threat model's data range is "
                 f"{method.threat.bounds}: leave bounds out, or give data and validation as loaders"
             )
-        self.source: Source = make_source(
-            train,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            augmentation=config.augment,
-            checkpoint_every=config.checkpoint_every,
-            device=device,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            prepare=accelerator.prepare,
-        )
+        with memory_for("moving the data", "give memory-mapped arrays or a DataLoader"):
+            self.source: Source = make_source(
+                train,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                augmentation=config.augment,
+                checkpoint_every=config.checkpoint_every,
+                device=device,
+                rank=accelerator.process_index,
+                world=accelerator.num_processes,
+                prepare=accelerator.prepare,
+            )
         self.images = len(train) if isinstance(train, Images) else 0
         if method.remembers and not self.images:
             raise UserError(
@@ -571,10 +584,10 @@ class _Trainer:
 
     def _random_state(self) -> dict[str, Any]:
         loader = [generator.get_state() for generator in self._loader_generators()]
-        return {**checkpoint.rng_state(), "loader": loader}
+        return {**checkpoint.rng_state(self.device), "loader": loader}
 
     def _set_random_state(self, state: dict[str, Any]) -> None:
-        checkpoint.set_rng_state(state)
+        checkpoint.set_rng_state(state, self.device)
         for generator, value in zip(self._loader_generators(), state["loader"], strict=True):
             generator.set_state(value)
 

@@ -26,7 +26,7 @@ from surestep.training.engine import Engine
 
 _BACKWARD = 1.4
 """Memory of a pass over what it keeps: gradients of activations live beside them."""
-_PROBE = 2
+_PROBE = 4
 
 
 class Frugal(nn.Module):
@@ -123,7 +123,7 @@ def fit_into(
 ) -> nn.Module:
     """Return the model, ``Frugal`` as far as its training steps need it to stay under a limit.
 
-    The memory is estimated from what a pass over two images keeps for backward.
+    The memory is estimated from what passes over a few images keep for backward.
 
     Args:
         model: in train mode, on its device.
@@ -144,18 +144,18 @@ def fit_into(
     fixed = 4 * weights + 8 * images * 4 * math.prod(shape)
     device = next(model.parameters()).device
     x = torch.zeros(_PROBE, *shape, device=device)
-    each = _BACKWARD * kept_bytes(model, x, engine) / _PROBE
+    each = _BACKWARD * _kept_by_image(model, x, engine)
     if fixed + images * each <= limit:
         return model
     with attacking(model):
-        judged = _BACKWARD * kept_bytes(model, x, engine) / _PROBE
+        judged = _BACKWARD * _kept_by_image(model, x, engine)
     chunk = int((limit - fixed) / max(judged, 1))
     frugal = Frugal(model, max(chunk, 1))
     if not uses_batch_statistics(model):
         need = fixed + judged
     elif frugal.blocks:
         # One block at a time is computed again; the largest is taken for twice the mean.
-        least = kept_bytes(frugal, x, engine) / _PROBE
+        least = _kept_by_image(frugal, x, engine)
         need = fixed + images * (least + each / len(frugal.blocks) * 2)
     else:
         need = fixed + images * each
@@ -166,6 +166,12 @@ def fit_into(
             "smaller model"
         )
     return frugal
+
+
+def _kept_by_image(model: nn.Module, x: Tensor, engine: Engine) -> float:
+    """Return what an image more keeps: autocast's casts of the weights are kept once."""
+    half = len(x) // 2
+    return (kept_bytes(model, x, engine) - kept_bytes(model, x[:half], engine)) / (len(x) - half)
 
 
 def kept_bytes(model: nn.Module, x: Tensor, engine: Engine) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from surestep import processes
 from surestep.attacks.core import count_classes, forked_rng
+from surestep.devices import out_of_memory
 from surestep.methods import Method
 from surestep.training.engine import PRECISIONS, Engine, make_optimizer, make_step
 
@@ -82,7 +83,13 @@ def pick_engine(
         for candidate in candidates:
             if candidate != expected:
                 best = min(tried.values())
-                tried[candidate] = _time(model, method, x[:n], y[:n], candidate, give_up=1.5 * best)
+                try:
+                    found = _time(model, method, x[:n], y[:n], candidate, give_up=1.5 * best)
+                except (RuntimeError, MemoryError) as e:
+                    if not out_of_memory(e):
+                        raise
+                    continue  # float32 may not fit where the expected engine does
+                tried[candidate] = found
     fastest = min(tried, key=lambda c: tried[c])
     chosen = fastest if tried[fastest] * MARGIN < seconds else expected
     return Pick(*chosen, tried, n)

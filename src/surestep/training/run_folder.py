@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from surestep import files
 from surestep.config import FitSettings, RunConfig, parse, read_yaml, to_yaml
 from surestep.errors import UserError
 
@@ -101,15 +101,13 @@ class RunFolder:
         """Say what shows that this is no run folder; nothing if it is one."""
         if not self.config.is_file():
             return "it has no config.yaml"
-        begun = self.config.stat().st_size > 0  # empty: stopped when it was just claimed
         entries = sorted(
             p.name for p in self.folder.iterdir() if not p.name.endswith((".part", ".state"))
         )
         others = [name for name in entries if name not in _ENTRIES]
         if others:
             return f"it holds {others[0]}"
-        named = not begun or "method" in read_yaml(self.config)
-        return "" if named else "its config.yaml names no method"
+        return "" if "method" in read_yaml(self.config) else "its config.yaml names no method"
 
     def make(self, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
         """Make the folder and write the settings.
@@ -128,14 +126,16 @@ class RunFolder:
                 shutil.rmtree(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             # Of two runs that find an empty folder, one makes this file.
-            self.config.open("x").close()
+            with self.config.open("x", encoding="utf-8") as f:
+                f.write(text)
+                f.flush()
+                os.fsync(f.fileno())
         except FileExistsError as e:
             raise UserError(
                 f"{self.folder} was taken by another run just now: choose another --out"
             ) from e
         except OSError as e:
             raise UserError(f"cannot make the run folder {self.folder}: {e.strerror}") from e
-        files.write_atomically(self.config, text)
 
     def as_begun(self, config: C) -> C:
         """Return the settings with the engine that the run was begun with, where that was picked.

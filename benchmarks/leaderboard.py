@@ -120,7 +120,7 @@ COMBINED: dict[str, dict[str, Any]] = {
     "sat-r2 on n-fgsm": {"method": "sat-r2", "params": {"perturbation": "n-fgsm noise=1/2"}},
     "sat-r2 on rs-fgsm": {"method": "sat-r2", "params": {"perturbation": "rs-fgsm"}},
     "sat-r2 + eps warm-up": {"method": "sat-r2", "eps_warmup": 0.7},
-    "sat-r1 + eps warm-up": {
+    "sat-r1 (a quarter, K = 5, lam 1) + eps warm-up": {
         "method": "sat-r1",
         "eps_warmup": 0.7,
         "params": {"fraction": 1 / 4, "steps": 5, "lam": 1.0},

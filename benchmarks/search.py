@@ -59,16 +59,17 @@ def run(row: Row, args: argparse.Namespace) -> None:
 
 def best(rows: list[dict[str, str]], least: int) -> None:
     """Print the means over seeds of points with at least so many, cheapest first."""
-    groups: dict[tuple[str, str, str, str], list[dict[str, str]]] = {}
+    groups: dict[tuple[str, ...], dict[str, float]] = {}
     for row in rows:
-        key = (row["cost"], row["method"], row["recipe"], row["changes"])
-        groups.setdefault(key, []).append(row)
+        # Of other images it is another measurement.
+        key = (row["cost"], row["n"], row["method"], row["recipe"], row["changes"])
+        groups.setdefault(key, {})[row["seed"]] = float(row["worst_case"])
     for key in sorted(groups, key=lambda key: float(key[0])):
-        mine = groups[key]
-        if len(mine) >= least:
-            found = [float(row["worst_case"]) for row in mine]
+        found = list(groups[key].values())
+        if len(found) >= least:
             mean, low = sum(found) / len(found), min(found)
-            print(f"cost {key[0]:>6}  mean {mean:.3f}  least {low:.3f}  n {len(found)}  {key[1:]}")
+            said = f"mean {mean:.3f}  least {low:.3f}  seeds {len(found)}  images {key[1]:>5}"
+            print(f"cost {key[0]:>6}  {said}  {key[2:]}")
 
 
 def main() -> None:

@@ -951,8 +951,8 @@ class TestValidation:
                 flat = x.flatten(1)
                 return self.head(2 * flat.detach() - flat)
 
-        method = methods.Standard(surestep.Linf(0.4))
-        attacks = ("fgsm", "square-200")
+        method = methods.Standard(surestep.Linf(0.6))
+        attacks = ("fgsm", "square-500")
         run = {"epochs": 1, "lr": 1e-6, "val_attacks": attacks, "val_images": 20}
         (row,) = tiny.train(method, model=Masked(), **run).history
         assert row["val_fgsm"] == row["val_clean"] > 0.9
@@ -1092,5 +1092,5 @@ def test_another_device_in_the_same_process(tiny, monkeypatch):
         raise ValueError("AcceleratorState has already been initialized")
 
     monkeypatch.setattr(loop, "Accelerator", refuse)
-    with pytest.raises(UserError, match="worked on another device before .*: train in a new one"):
+    with pytest.raises(UserError, match=r"worked on another device before .*: train in a new one"):
         tiny.train()

@@ -38,8 +38,8 @@ SEVERITY = ("pseudo-robust", "not robust", "inconclusive", "robust")
 not."""
 
 _ALIKE = ("dataset", "norm", "eps")
-# What may differ between two runs of one row: neither changes what is learnt.
-_NO_MATTER = ("seed", "tensorboard", "checkpoint_every")
+# What may differ between two runs of one row: none of it changes what is learnt, but for rounding.
+_NO_MATTER = ("seed", "tensorboard", "checkpoint_every", "engine", "precision")
 
 
 def compare(
@@ -370,6 +370,14 @@ def _notes(
     different = _different(groups)
     if different:
         notes.append(f"The runs were trained with different settings: {'; '.join(different)}.")
+    ways: dict[str, list[str]] = {}
+    for job in jobs:
+        if job.label in outcomes:  # "auto" was settled when the run began
+            began = runs.read_config(job.folder)
+            ways.setdefault(f"{began.engine} {began.precision}", []).append(job.label)
+    if len(ways) > 1:
+        told = "; ".join(f"{way}: {', '.join(labels)}" for way, labels in ways.items())
+        notes.append(f"Not all were computed alike, and seconds do not compare ({told}).")
     if any("peak_memory_mb" in row.numbers for row in rows):
         memory = "Peak memory is the training process's resident memory"
         devices = {pick_device(job.device or job.config.device).type for job in jobs}

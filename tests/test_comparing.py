@@ -452,6 +452,17 @@ class TestRunFolders:
         assert str(e.value) == f"{folders[0]} and {folders[1]} cannot be compared: {said}"
         assert world.done == []
 
+    def test_engines_share_a_row_and_a_note(self, world, run_of):
+        """What "auto" settled on is no setting: seeds of one row may differ in it."""
+        folders = [run_of("a", engine="fast", precision="bf16")]
+        folders += [run_of("b", seed=1, engine="reference", precision="fp32")]
+        found = compare_runs(folders)
+        assert [row.seeds for row in found.rows] == [[0, 1]]
+        told = "(fast bf16: a; reference fp32: b)"
+        assert f"Not all were computed alike, and seconds do not compare {told}." in found.notes
+        alike = compare_runs([folders[0], run_of("c", seed=2, engine="fast", precision="bf16")])
+        assert not any("computed alike" in note for note in alike.notes)
+
     def test_the_same_images_at_two_places(self, world, run_of):
         copy = Images(world.images.x.clone(), world.images.y.clone())
         world.other_images = {"elsewhere": copy}

@@ -460,6 +460,12 @@ class TestRunFolders:
         assert [row.seeds for row in found.rows] == [[0, 1]]
         told = "(fast bf16: a; reference fp32: b)"
         assert f"Not all were computed alike, and seconds do not compare {told}." in found.notes
+        # Of one seed twice, it is what is compared.
+        ways = compare_runs([folders[0], run_of("d", engine="reference", precision="fp32")])
+        assert [row.method for row in ways.rows] == [
+            "sat-r2 (fast bf16)",
+            "sat-r2 (reference fp32)",
+        ]
         alike = compare_runs([folders[0], run_of("c", seed=2, engine="fast", precision="bf16")])
         assert not any("computed alike" in note for note in alike.notes)
 

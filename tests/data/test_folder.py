@@ -153,6 +153,17 @@ def test_all_splits_have_the_channels_of_the_whole(tmp_path):
         assert data.load(f"folder:{tmp_path}", split).image_shape == (3, 4, 4)
 
 
+@pytest.mark.parametrize("colour", ["train", "test"])
+def test_the_test_split_follows_training(tmp_path, colour):
+    for split in ("train", "validation", "test"):
+        for k in range(2):
+            mode = "RGB" if k and split == colour else "L"
+            paint(tmp_path / split / "a" / f"{k}.png", 10 * k, mode=mode)
+    test = data.load(f"folder:{tmp_path}", "test")
+    assert test.image_shape == ((3 if colour == "train" else 1), 4, 4)
+    assert sorted(values(test)) == [0, 10]
+
+
 def test_training_looks_at_no_test_file(tmp_path):
     for split in ("train", "validation"):
         paint(tmp_path / split / "a" / "0.png", 1, mode="L")

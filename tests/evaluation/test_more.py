@@ -329,7 +329,8 @@ def test_every_budget_takes_two_classes(images, monkeypatch):
     x, y = images
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
     found = evaluate(net, (x, y % 2), THREAT, budget="thorough", n=10)
-    assert list(found.robust_accuracy) == ["fgsm", "pgd-2-margin", "autoattack"]
+    assert list(found.robust_accuracy) == ["fgsm", "pgd-2-dlr", "pgd-2-margin", "autoattack"]
+    assert found.robust_accuracy["pgd-2-dlr"] <= found.robust_accuracy["fgsm"]
 
 
 def test_square_in_l2_wants_images(images):

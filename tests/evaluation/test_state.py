@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import surestep
 from surestep.errors import UserError
+from surestep.evaluation import _evaluate as room
 from surestep.evaluation import evaluate
 from surestep.models import Normalize
 from surestep.posthoc import insert
@@ -103,6 +104,22 @@ def test_other_sources_and_thresholds_are_refused(net, images, tmp_path):
     layers(sparse)[0].threshold = 0.4  # which no buffer holds
     with pytest.raises(UserError, match="other model"):
         run(sparse, images, path)
+
+
+def test_a_substitute_is_no_other_source(net, images, tmp_path, monkeypatch):
+    """On another number of threads, or a GPU, it ends in other last digits."""
+    path, given = tmp_path / "state.jsonl", {"attacks": ["transfer"], "eps": [0.02]}
+    whole = run(net, images, path, **given)
+    made = room.substitute
+
+    def nearly(*args):
+        found = made(*args)
+        with torch.no_grad():
+            next(found.parameters()).mul_(1 + 1e-6)
+        return found
+
+    monkeypatch.setattr(room, "substitute", nearly)
+    assert run(net, images, path, **given) == whole
 
 
 def test_a_random_model_is_resumed_to_the_same_numbers(net, images, tmp_path):

@@ -434,22 +434,27 @@ class TestResume:
         stopping(1, lambda: train(out=tmp_path / "run"))
         self.resumes_to(tiny, whole("sat-r2", train), tmp_path / "run", train)
 
-    def test_without_its_checkpoints_a_run_is_not_begun_again(self, tiny, tmp_path):
+    def test_without_its_checkpoints_a_run_is_not_begun_again(self, tiny, stopping, tmp_path):
         out = tmp_path / "run"
-        tiny.train(out=out)
+        stopping(11, lambda: tiny.train(out=out, epochs=3))
         shutil.rmtree(out / "checkpoints")
         before = snapshot(out)
         with pytest.raises(UserError, match=r"has 2 epochs and no checkpoint; train it anew"):
-            tiny.train(out=out, resume=True)
+            tiny.train(out=out, epochs=3, resume=True)
         assert snapshot(out) == before
 
-    def test_nor_is_one_of_a_single_epoch(self, tiny, tmp_path):
+    @pytest.mark.parametrize(
+        "settings", [{}, {"epochs": 1}, {"select": "best", "epochs": 3}, {"val_images": 0}]
+    )
+    def test_a_finished_run_needs_no_checkpoints(self, tiny, tmp_path, settings):
         out = tmp_path / "run"
-        tiny.train(out=out, epochs=1)
+        done = tiny.train(out=out, **settings)
         shutil.rmtree(out / "checkpoints")
         before = snapshot(out)
-        with pytest.raises(UserError, match=r"has 1 epochs and no checkpoint"):
-            tiny.train(out=out, epochs=1, resume=True)
+        again = tiny.train(out=out, model=tiny.net(seed=9), resume=True, **settings)
+        assert tiny.same_weights(done.model, again.model)
+        assert (again.history, again.best_epoch) == (done.history, done.best_epoch)
+        assert again.train_seconds == pytest.approx(done.train_seconds)
         assert snapshot(out) == before
 
     @pytest.mark.parametrize("epochs", [0.4, 1.4])
@@ -628,7 +633,7 @@ class TestRunFolders:
         def full(*args: Any) -> None:
             nonlocal writes
             writes += 1
-            if writes == 7:  # config, then metrics, weights, checkpoint of each epoch
+            if writes == 6:  # metrics, weights, checkpoint of each epoch
                 raise OSError(28, "No space left on device")
             replace(*args)
 
@@ -1083,8 +1088,19 @@ def test_a_launchers_precision_is_not_followed(tiny, monkeypatch):
             super().__init__(**options)
 
     monkeypatch.setattr(loop, "Accelerator", Noting)
+    monkeypatch.setattr(loop.AcceleratorState, "_shared_state", {})
     tiny.train(epochs=0.4)
-    assert asked == [{"mixed_precision": "no", "dynamo_backend": "no", "cpu": True}]
+    tiny.train(epochs=0.4)  # now there is one, which may be the user's
+    assert asked == [{"mixed_precision": "no", "dynamo_backend": "no", "cpu": True}, {"cpu": True}]
+
+
+def test_an_accelerator_of_the_users_changes_nothing(tiny, monkeypatch):
+    monkeypatch.setattr(loop.AcceleratorState, "_shared_state", {})
+    loop.Accelerator(cpu=True, mixed_precision="bf16")
+    net, dtypes = tiny.net(), set()
+    net[0].register_forward_hook(lambda _m, _a, out: dtypes.add(out.dtype))
+    tiny.train(model=net, epochs=0.4)
+    assert dtypes == {torch.float32}
 
 
 def test_another_device_in_the_same_process(tiny, monkeypatch):
@@ -1092,5 +1108,7 @@ def test_another_device_in_the_same_process(tiny, monkeypatch):
         raise ValueError("AcceleratorState has already been initialized")
 
     monkeypatch.setattr(loop, "Accelerator", refuse)
-    with pytest.raises(UserError, match=r"worked on another device before .*: train in a new one"):
+    with pytest.raises(
+        UserError, match=r"has an Accelerator for something else .*: train in a new"
+    ):
         tiny.train()

@@ -247,7 +247,10 @@ def _group(jobs: list[Job]) -> dict[str, list[Job]]:
     groups: list[list[Job]] = []
     for job in jobs:
         for group in groups:
-            if _settings(group[0].config) == _settings(job.config):
+            # Of one seed twice, the way of computing is what is compared.
+            twice = [j for j in group if j.config.seed == job.config.seed]
+            other_way = any(_way(j.config) != _way(job.config) for j in twice)
+            if _settings(group[0].config) == _settings(job.config) and not other_way:
                 group.append(job)
                 break
         else:
@@ -270,6 +273,11 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return {**values, **config.params}
 
 
+def _way(config: RunConfig) -> str:
+    """Return how a run is computed, as far as its settings say."""
+    return f"{config.engine} {config.precision}"
+
+
 def _row_names(groups: list[list[Job]]) -> list[str]:
     """Return the methods, with the settings in which rows of one method differ."""
     names = []
@@ -282,7 +290,10 @@ def _row_names(groups: list[list[Job]]) -> list[str]:
             if any(other[key] != value for other in same)
         )
         names.append(f"{mine['method']} ({told})" if told else mine["method"])
-    return names
+    return [
+        f"{name} ({_way(group[0].config)})" if names.count(name) > 1 else name
+        for name, group in zip(names, groups, strict=True)
+    ]
 
 
 def _conclude(
@@ -373,8 +384,9 @@ def _notes(
     ways: dict[str, list[str]] = {}
     for job in jobs:
         if job.label in outcomes:  # "auto" was settled when the run began
-            began = runs.read_config(job.folder)
-            ways.setdefault(f"{began.engine} {began.precision}", []).append(job.label)
+            way = _way(runs.read_config(job.folder))
+            if "auto" not in way:  # else it was left to the machine, which is not known
+                ways.setdefault(way, []).append(job.label)
     if len(ways) > 1:
         told = "; ".join(f"{way}: {', '.join(labels)}" for way, labels in ways.items())
         notes.append(f"Not all were computed alike, and seconds do not compare ({told}).")

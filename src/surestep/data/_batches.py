@@ -25,8 +25,8 @@ class Batches:
     share, so that the shares together are the batch of a single process, augmentation included.
 
     Args:
-        images: the data; moved to ``device`` once, here, but for memory-mapped images, whose
-            batches are read and moved one by one.
+        images: the data; moved to ``device`` once, here, but for memory-mapped images and such
+            as would fill half of a GPU, whose batches are moved one by one.
         batch_size: images in a batch over **all** processes.
         seed: any integer.
         shuffle: a new order every epoch; False keeps the order of the images.

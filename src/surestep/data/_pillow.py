@@ -18,13 +18,16 @@ _GREY = {"1", "L"}
 _COLOUR = {"RGB", "RGBA", "P", "PA", "LA", "CMYK", "YCbCr", "HSV", "LAB"}
 
 
-def stack(pictures: Iterable[tuple[str, Picture]], image_size: int | None) -> Tensor:
+def stack(
+    pictures: Iterable[tuple[str, Picture]], image_size: int | None, *, grey: bool = False
+) -> Tensor:
     """Decode pictures into uint8 (N, C, H, W): C = 1 if all of them are grey, else 3 (RGB).
 
     Args:
         pictures: pairs of a name for messages and a picture, which may still be undecoded.
         image_size: side in pixels of the centred square each picture is cut and resized to
             (bilinear); None keeps them as they are.
+        grey: turn coloured pictures into grey ones.
 
     Raises:
         UserError: a picture cannot be decoded, has more than 8 bits a channel, or has another size
@@ -33,7 +36,7 @@ def stack(pictures: Iterable[tuple[str, Picture]], image_size: int | None) -> Te
     arrays: list[np.ndarray] = []
     first = ""
     for name, picture in pictures:
-        array = _decode(name, picture, image_size)
+        array = _decode(name, picture, image_size, grey)
         if not arrays:
             first = name
         elif array.shape[:2] != arrays[0].shape[:2]:
@@ -54,7 +57,7 @@ def has_colour(picture: Picture) -> bool:
     return picture.mode not in _GREY
 
 
-def _decode(name: str, picture: Picture, image_size: int | None) -> np.ndarray:
+def _decode(name: str, picture: Picture, image_size: int | None, grey: bool) -> np.ndarray:
     """Decode one picture into uint8 (H, W, 1) or (H, W, 3)."""
     from PIL import Image, ImageOps
 
@@ -63,7 +66,7 @@ def _decode(name: str, picture: Picture, image_size: int | None) -> np.ndarray:
             f"{name} has pixels of mode {picture.mode!r}: expected 8 bits a channel; convert it"
         )
     try:
-        if not has_colour(picture):
+        if grey or not has_colour(picture):
             picture = picture.convert("L")
         else:
             if "transparency" in picture.info:  # Pillow warns about the direct way

@@ -110,7 +110,7 @@ def fetch(archives: tuple[Archive, ...], root: Path, *, progress: bool = True) -
             _check(archive, digest.hexdigest(), path)
         _extract(archive, path)
         if downloaded:
-            path.unlink()
+            path.unlink(missing_ok=True)
     return root / archive.folder
 
 

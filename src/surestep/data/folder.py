@@ -47,7 +47,7 @@ def load(split: Split, root: str | Path, *, image_size: int | None = None) -> Im
 
     Returns:
         Images with x uint8 (N, C, H, W) in a mixed order, always the same; C = 1 if every image of
-        the split, and of training and validation, is grey, else 3.
+        training and validation is grey, else 3.
 
     Raises:
         UserError: Pillow is not installed; a folder is missing or empty; an image cannot be read or
@@ -68,9 +68,13 @@ def load(split: Split, root: str | Path, *, image_size: int | None = None) -> Im
     order = torch.randperm(len(labelled), generator=generator("order", len(labelled))).tolist()
     y = torch.tensor([labelled[i][0] for i in order])
     paths = [labelled[i][1] for i in order]
-    x = stack(((str(path), picture) for path, picture in _open(paths)), image_size)
-    if x.shape[1] == 1 and _any_colour(_trained_on(root) - set(paths)):
-        x = x.expand(-1, 3, -1, -1).contiguous()  # of one shape with what models are trained on
+    # All splits have the channels of what models are trained on, which is looked at if need be.
+    known = _trained_on(root) if split == "test" else set()
+    grey = bool(known) and not _any_colour(known)
+    pictures = ((str(path), picture) for path, picture in _open(paths))
+    x = stack(pictures, image_size, grey=grey)
+    if x.shape[1] == 1 and not grey and _any_colour(_trained_on(root) - set(paths)):
+        x = x.expand(-1, 3, -1, -1).contiguous()
     return Images(x, y, classes, root.name or "folder")
 
 

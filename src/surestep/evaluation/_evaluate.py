@@ -143,7 +143,7 @@ def evaluate(
     if isinstance(attacks, Mapping) and eps:
         raise UserError("eps takes attacks by name: an Attack is made for one radius")
     device = device_of(model)
-    names, given = suite.budget(budget) if attacks is None else attacks, sources
+    names = suite.budget(budget) if attacks is None else attacks
     if "transfer" in names and not isinstance(names, Mapping) and not sources:
         some = [x for x, _ in batches_of(data, batch_size, _ASKED_ABOUT, device, threat.bounds)[0]]
         if some:
@@ -163,8 +163,9 @@ def evaluate(
     if state is not None:
         settings["model"] = model_digest(model)
         settings["preprocess"] = "none" if preprocess is None else model_digest(preprocess)
-        # A substitute of its own follows from the rest, but for the last digits.
-        settings["sources"] = [model_digest(source) for source in given]
+        # A substitute follows from the rest, but for the last digits.
+        own = [source for source in sources if not hasattr(source, "substitute")]
+        settings["sources"] = [model_digest(source) for source in own]
     kept = State(state, settings)
     start = time.perf_counter()
     adapted = Adapted(model, preprocess)

@@ -23,6 +23,9 @@ def substitute(model: nn.Module, x: Tensor, threat: ThreatModel, seed: int) -> n
         x: images (N, ...) on its device.
         threat: norm, radius and data range.
         seed: of the network, the questions and the noise.
+
+    Returns:
+        The network, with an attribute ``substitute`` that tells it from a model of the user's.
     """
     with attacking(model) as inner, forked_rng(x.device):
         torch.manual_seed(seed)
@@ -40,6 +43,7 @@ def substitute(model: nn.Module, x: Tensor, threat: ThreatModel, seed: int) -> n
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+    net.substitute = True  # type: ignore[assignment]
     return net.eval()
 
 

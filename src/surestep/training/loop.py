@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
@@ -151,9 +152,11 @@ def fit(
 
 def _accelerator(device: torch.device, run: RunFolder | None, *, tensorboard: bool) -> Accelerator:
     # On a machine without accelerators, several processes find each other only when told cpu.
-    # What a launcher's configuration says of precision and compilation is not surestep's to follow.
-    options: dict[str, Any] = {"mixed_precision": "no", "dynamo_backend": "no"}
-    options["cpu"] = device.type == "cpu"
+    options: dict[str, Any] = {"cpu": device.type == "cpu"}
+    if not AcceleratorState._shared_state:
+        # What a launcher's configuration says of precision and compilation is not to be followed.
+        # Where the process has an Accelerator already, there is no other to be had.
+        options |= {"mixed_precision": "no", "dynamo_backend": "no"}
     if not tensorboard:
         return _one_device(options)
     if run is None:
@@ -168,8 +171,8 @@ def _one_device(options: dict[str, Any]) -> Accelerator:
         return Accelerator(**options)
     except ValueError as e:  # its state is one for the process
         raise UserError(
-            f"this process has worked on another device before ({' '.join(str(e).split())[:120]}): "
-            "train in a new one"
+            f"this process has an Accelerator for something else ({' '.join(str(e).split())}): "
+            "train in a new process"
         ) from e
 
 
@@ -330,8 +333,10 @@ class _Trainer:
         if config.ema or config.swa:
             self.average = WeightAverage(model, config.ema)
         self._best: dict[str, Tensor] = {}
+        if accelerator.num_processes > 1:  # alone it would only add autocast that it was told of
+            stepped = accelerator.prepare_model(stepped, device_placement=False)
         self.take_step = make_step(
-            accelerator.prepare_model(stepped, device_placement=False),
+            stepped,
             method,
             optimizer,
             engine,
@@ -597,8 +602,10 @@ class _Trainer:
         state = checkpoint.load_newest(self.run.checkpoints, self.display.say)
         if state is None:
             rows = self.run.history()
-            ended = len(rows) >= math.ceil(self.config.epochs) and self.run.weights.is_file()
-            if len(rows) > 1 or ended:
+            if len(rows) >= math.ceil(self.config.epochs) and self.run.weights.is_file():
+                self.at = self._ended(rows)
+                return None
+            if len(rows) > 1:
                 raise UserError(
                     f"cannot resume {self.run.folder}: it has {len(rows)} epochs and no "
                     f"checkpoint; train it anew with --config {self.run.config}, another --out"
@@ -623,6 +630,18 @@ class _Trainer:
         self.method.load_state_dict(state["method"])
         self.display.say(f"resuming {self.run.folder} at step {self.at.step} of {self.total}")
         return state
+
+    def _ended(self, rows: list[dict[str, Any]]) -> _Progress:
+        """Return the progress of a run that is done and whose checkpoints were removed."""
+        scores = [row.get("val_worst_case", 0.0) for row in rows]
+        last = self.config.select == "last" or "val_worst_case" not in rows[-1]
+        return _Progress(
+            step=self.total,
+            epoch=len(rows),
+            best_epoch=len(rows) if last else 1 + scores.index(max(scores)),
+            train_seconds=rows[-1]["train_seconds"],
+            history=rows,
+        )
 
     def _finish(self) -> None:
         """Leave the selected weights in the model."""

@@ -125,17 +125,37 @@ class RunFolder:
             if overwrite and self.folder.exists():
                 shutil.rmtree(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
-            # Of two runs that find an empty folder, one makes this file.
-            with self.config.open("x", encoding="utf-8") as f:
-                f.write(text)
-                f.flush()
-                os.fsync(f.fileno())
+            self._claim(text)
         except FileExistsError as e:
             raise UserError(
                 f"{self.folder} was taken by another run just now: choose another --out"
             ) from e
         except OSError as e:
             raise UserError(f"cannot make the run folder {self.folder}: {e.strerror}") from e
+
+    def _claim(self, text: str) -> None:
+        """Write ``config``, whole or not at all: of two runs that find an empty folder, one does.
+
+        Raises:
+            FileExistsError: the other one did, or something else lies here by now.
+        """
+        part = self.folder / f".config.yaml.{os.getpid()}.part"
+        try:
+            with part.open("w", encoding="utf-8") as f:
+                f.write(text)
+                f.flush()
+                os.fsync(f.fileno())
+            if any(not path.name.endswith(".part") for path in self.folder.iterdir()):
+                raise FileExistsError
+            try:
+                os.link(part, self.config)
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without links
+                with self.config.open("x", encoding="utf-8") as f:
+                    f.write(text)
+        finally:
+            part.unlink(missing_ok=True)
 
     def as_begun(self, config: C) -> C:
         """Return the settings with the engine that the run was begun with, where that was picked.

@@ -59,7 +59,7 @@ def run(row: Row, args: argparse.Namespace) -> None:
 
 def best(rows: list[dict[str, str]], least: int) -> None:
     """Print the means over seeds of points with at least so many, cheapest first."""
-    groups: dict[tuple[str, ...], dict[str, float]] = {}
+    groups: dict[tuple[str, str, str, str, str], dict[str, float]] = {}
     for row in rows:
         # Of other images it is another measurement.
         key = (row["cost"], row["n"], row["method"], row["recipe"], row["changes"])

@@ -212,7 +212,8 @@ def test_a_nan_gradient_in_a_pixel_costs_no_strength(mlp, digits, name, stop, th
     with torch.no_grad():
         mlp[1].weight[:, 0] = 0
     y = mlp(x).argmax(1)
-    options = {"steps": 5, "step_size": 0.1, "stop_when_wrong": stop} if name == "pgd" else {}
+    run = {"steps": 5, "step_size": threat.eps / 3, "stop_when_wrong": stop}
+    options = run if name == "pgd" else {}
     broken = []
     for model in (mlp, Cracked(mlp)):
         torch.manual_seed(1)

@@ -1,6 +1,6 @@
 """Kill training with SIGKILL at random moments, resume, compare with the run never stopped.
 
-    python benchmarks/resume_trials.py --trials 20 --out benchmarks/results/resume.csv
+    python benchmarks/resume_trials.py --out benchmarks/results/resume.csv
     python benchmarks/resume_trials.py --trials 3 --method sat-r2
 
 Each trial is a process of its own that trains on 512 embedded MNIST images and is killed some time

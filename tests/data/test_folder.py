@@ -40,6 +40,20 @@ def test_a_flat_folder_is_divided_within_each_class(flat):
     assert values(data.load("folder", "test", root=flat)) == values(splits["test"])
 
 
+def test_a_few_images_more_leave_nearly_all_where_they_were(tmp_path):
+    """Else a run that is judged after the folder has grown would be judged on its training."""
+    for k in range(60):
+        paint(tmp_path / "a" / f"{k:02}.png", k)
+    before = {
+        v for s in ("train", "validation") for v in values(data.load(f"folder:{tmp_path}", s))
+    }
+    for k in range(60, 64):
+        paint(tmp_path / "a" / f"new-{k}.png", k)
+    test = set(values(data.load(f"folder:{tmp_path}", "test")))
+    assert len(test) == 6
+    assert len(test & before) <= 1
+
+
 @pytest.mark.parametrize("val", ["val", "valid", "validation"])
 def test_split_folders(tmp_path, val):
     for k, split in enumerate(("train", val, "test")):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -26,7 +28,9 @@ def hold_out(n: int, split: Split, size: int) -> slice:
     return slice(n - size, n) if split == "validation" else slice(0, n - size)
 
 
-def divide(n: int, split: Split, *, what: str, test: bool = True) -> torch.Tensor:
+def divide(
+    n: int, split: Split, *, what: str, test: bool = True, keys: Sequence[str] | None = None
+) -> torch.Tensor:
     """Divide ``n`` examples at random, always the same way, and return those of ``split``.
 
     Args:
@@ -34,6 +38,8 @@ def divide(n: int, split: Split, *, what: str, test: bool = True) -> torch.Tenso
         split: the part to return.
         what: what is divided, in words, for the error.
         test: divide 80/10/10 into train, validation, test; False: 90/10 into train, validation.
+        keys: of the examples, such as file names: an example more or less then moves few others,
+            where by number alone it would send most that were trained on to another part.
 
     Returns:
         Sorted int64 indices. The parts are disjoint, none is empty, together they are all of ``n``.
@@ -47,7 +53,11 @@ def divide(n: int, split: Split, *, what: str, test: bool = True) -> torch.Tenso
             f"{what} has {n} example{'s' * (n != 1)}, too few to divide into {parts} splits: "
             f"give at least {parts}, or give each split its own data"
         )
-    order = torch.randperm(n, generator=generator("divide", n))
+    if keys is None:
+        order = torch.randperm(n, generator=generator("divide", n))
+    else:
+        hashes = [hashlib.blake2b(key.encode()).digest() for key in keys]
+        order = torch.tensor(sorted(range(n), key=hashes.__getitem__))
     tenth = max(1, n // 10)
     if split == "validation":
         chosen = order[:tenth]

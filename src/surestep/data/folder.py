@@ -177,10 +177,11 @@ def _part_of(
 ) -> tuple[tuple[str, ...], dict[str, list[Path]]]:
     """Divide the files under ``folder`` class by class and keep those of ``split``."""
     files = _files(folder)
-    kept = {
-        name: [paths[i] for i in divide(len(paths), split, what=str(folder / name), test=test)]
-        for name, paths in files.items()
-    }
+    kept = {}
+    for name, paths in files.items():
+        keys = [path.relative_to(folder).as_posix() for path in paths]
+        chosen = divide(len(paths), split, what=str(folder / name), test=test, keys=keys)
+        kept[name] = [paths[i] for i in chosen]
     return tuple(files), kept
 
 

@@ -5,8 +5,10 @@ import json
 import math
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -1058,6 +1060,37 @@ class TestTwoAtOnce:
             tiny.train(out=out)
         assert yaml.safe_load((out / "config.yaml").read_text())["seed"] == 1
         assert (out / "model.safetensors").is_file()
+
+    @pytest.mark.parametrize("links", [True, False])
+    def test_only_one_claims_it(self, tmp_path, monkeypatch, links):
+        """Both find it empty, and both are about to write."""
+        meet, link = threading.Barrier(2), os.link
+
+        def linked(*args: Any) -> None:
+            meet.wait(timeout=20)
+            if not links:
+                raise OSError(95, "Operation not supported")
+            link(*args)
+
+        monkeypatch.setattr(os, "link", linked)
+
+        def claim(seed: int) -> str:
+            try:
+                loop.RunFolder(tmp_path / "run").make({"method": "fgsm", "seed": seed})
+            except UserError as e:
+                return str(e)
+            return ""
+
+        with ThreadPoolExecutor(2) as pool:
+            said = sorted(pool.map(claim, (1, 2)))
+        assert said[0] == ""
+        assert "taken by another run just now" in said[1]
+        assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.yaml"]
+        config = tmp_path / "run" / "config.yaml"
+        assert yaml.safe_load(config.read_text())["seed"] in (1, 2)
+        plain = tmp_path / "plain"
+        plain.touch()
+        assert config.stat().st_mode == plain.stat().st_mode
 
     def test_an_empty_folder_is_taken(self, tiny, tmp_path):
         (tmp_path / "run").mkdir()

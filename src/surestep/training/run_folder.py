@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,12 +140,14 @@ class RunFolder:
         Raises:
             FileExistsError: the other one did, or something else lies here by now.
         """
-        part = self.folder / f".config.yaml.{os.getpid()}.part"
+        handle, name = tempfile.mkstemp(".part", f".{self.config.name}.", self.folder)
+        part = Path(name)
         try:
-            with part.open("w", encoding="utf-8") as f:
+            with os.fdopen(handle, "w", encoding="utf-8") as f:
                 f.write(text)
                 f.flush()
                 os.fsync(f.fileno())
+            part.chmod(0o666 & ~_umask())
             if any(not path.name.endswith(".part") for path in self.folder.iterdir()):
                 raise FileExistsError
             try:
@@ -186,3 +189,10 @@ class RunFolder:
                     f"cannot resume {self.folder} with {name} {settings.get(name)!r}: it was begun "
                     f"with {begun.get(name)!r}"
                 )
+
+
+def _umask() -> int:
+    """Return what new files may not be; temporary ones are the user's alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

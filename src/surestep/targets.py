@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surestep import data, files, models, runs, threat
+from surestep import data, files, models, runs
 from surestep.config import RunConfig, parse
 from surestep.data import Images
 from surestep.devices import pick_device
@@ -89,6 +89,7 @@ def open_target(
         raise UserError("mean and std go together: give both or neither")
     preprocess = None if mean is None or std is None else models.Normalize(mean, std)
     folder = Path(name)
+    given = {"dataset": dataset, "data": place, "image_size": image_size, "eps": eps}
     if folder.is_dir():
         if weights is not None:
             raise UserError(f"{name} is a run folder and has its own weights: leave --weights out")
@@ -98,16 +99,13 @@ def open_target(
                 f"{name} has a radius of {config.eps:g} in {config.norm}, which says nothing in "
                 f"{norm}: give --eps with --norm {norm}"
             )
-        changes = {"dataset": dataset, "data": place, "norm": norm, "eps": eps}
-        changes["image_size"] = image_size
-        changes = {k: v for k, v in changes.items() if v is not None}
+        changes: dict[str, Any] = {
+            k: v for k, v in {**given, "norm": norm}.items() if v is not None
+        }
         if dataset not in (None, config.dataset):  # where the run's own lay says nothing about it
             sized = {} if data.resizes(dataset) else {"image_size": None}
             changes = {"data": None, **sized, **changes}
         config = parse(RunConfig, {**config.model_dump(), **changes})
-        images = runs.load_data(config, "test")
-        model = _of_run(folder, device, images)
-        limits = runs.build_threat(config)
     else:
         _check_kind(name)
         if dataset is None or eps is None:
@@ -117,11 +115,10 @@ def open_target(
             raise UserError(
                 f"{name} is no run folder, so its data and radius are needed: {missing}"
             )
-        given = {"dataset": dataset, "data": place, "image_size": image_size, "eps": eps}
         config = parse(RunConfig, {**given, "norm": norm or "linf"})
-        images = runs.load_data(config, "test")
-        limits = threat.make(config.norm, config.eps)
-        model = _load(name, weights, images)
+    images, limits = runs.load_data(config, "test"), runs.build_threat(config)
+    of_run = folder.is_dir()
+    model = _of_run(folder, device, images) if of_run else _load(name, weights, images)
     target = pick_device(device)
     return Target(
         name,
@@ -129,7 +126,7 @@ def open_target(
         images,
         limits,
         None if preprocess is None else preprocess.to(target),
-        folder if folder.is_dir() else None,
+        folder if of_run else None,
     )
 
 

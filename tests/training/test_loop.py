@@ -635,7 +635,7 @@ class TestRunFolders:
         def full(*args: Any) -> None:
             nonlocal writes
             writes += 1
-            if writes == 6:  # metrics, weights, checkpoint of each epoch
+            if writes == 7:  # config, then metrics, weights, checkpoint of each epoch
                 raise OSError(28, "No space left on device")
             replace(*args)
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -21,6 +20,7 @@ from surestep.attacks.core import (
     check_inputs,
     forked_rng,
     forward_logits,
+    frozen,
     in_turn,
     input_gradient,
 )
@@ -94,7 +94,7 @@ def fab_t(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, steps: in
         attack = FABAttack_PT(
             predict, n_iter=steps, targeted=True, n_target_classes=min(9, classes - 1), **shared
         )
-        with _frozen(model):
+        with frozen(model):  # it calls backward, which would add to the user's gradients
             return attack.perturb(z, y)
 
     return _run(run, model, x, y, threat)
@@ -200,19 +200,6 @@ def _run(
     # A failed part may return NaN (FAB, on a flat model): the image itself then.
     found = torch.where(found.isfinite(), found, x)
     return threat.project(found, x)
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Let no weight want a gradient: FAB calls ``backward``, which would add to the user's."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_()
 
 
 def _unscale(x: Tensor, threat: ThreatModel) -> Tensor:

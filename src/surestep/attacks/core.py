@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +67,19 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let no weight want a gradient, for what would compute or collect one unasked."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_()
+
+
+@contextmanager
 def attacking(model: nn.Module, *, train_mode: bool = False) -> Iterator[nn.Module]:
     """Lend the unwrapped ``model`` to an attack and give it back as it was.
 
@@ -81,18 +94,14 @@ def attacking(model: nn.Module, *, train_mode: bool = False) -> Iterator[nn.Modu
     # A compiled backward pass computes the gradients of all that wants any, whatever is asked for.
     # Else the weights are left alone: autocast keeps its casts of those that want a gradient only.
     compiled = any(_INSIDE in m._modules for m in modules)
-    frozen = [p for p in inner.parameters() if p.requires_grad] if compiled else []
     # In eval mode a forward writes no buffer; in train mode batch norm would count the attack in.
     buffers = [(b, b.clone()) for b in inner.buffers()] if train_mode else []
     for module in changed:
         module.training = train_mode
-    for parameter in frozen:
-        parameter.requires_grad_(False)
     try:
-        yield inner
+        with frozen(inner) if compiled else nullcontext():
+            yield inner
     finally:
-        for parameter in frozen:
-            parameter.requires_grad_()
         for module in changed:
             module.training = not train_mode
         for buffer, saved in buffers:

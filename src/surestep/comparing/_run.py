@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -104,14 +103,13 @@ def finished(folder: Path, config: RunConfig) -> bool:
     between.
     """
     run = RunFolder(folder)
-    history = run.history()
     if config.mean_sparse is not None:  # made by `surestep harden`, whole or not at all
         return run.weights.is_file()
-    if len(history) < math.ceil(config.epochs) or not run.weights.is_file():
+    if not run.ended(config.epochs):
         return False
     steps = [int(path.stem.removeprefix("step-")) for path in checkpoint.found(run.checkpoints)]
     # Without any, they were removed to save space.
-    return not steps or max(steps) >= int(history[-1]["step"])
+    return not steps or max(steps) >= int(run.history()[-1]["step"])
 
 
 def read(job: Job, asked: Asked) -> dict[str, Any]:

@@ -28,6 +28,14 @@ def hold_out(n: int, split: Split, size: int) -> slice:
     return slice(n - size, n) if split == "validation" else slice(0, n - size)
 
 
+def mixed(n: int) -> torch.Tensor:
+    """Return an order of ``n`` examples, always the same, for such as lie class by class.
+
+    Whoever looks at a part takes the first ones, which are to stand for all.
+    """
+    return torch.randperm(n, generator=generator("order", n))
+
+
 def divide(
     n: int, split: Split, *, what: str, test: bool = True, keys: Sequence[str] | None = None
 ) -> torch.Tensor:

@@ -17,8 +17,7 @@ import torch
 
 from surestep.data._images import Images
 from surestep.data._pillow import has_colour, stack, unreadable
-from surestep.data._random import generator
-from surestep.data._splits import SPLITS, Split, divide
+from surestep.data._splits import SPLITS, Split, divide, mixed
 from surestep.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,8 +63,7 @@ def load(split: Split, root: str | Path, *, image_size: int | None = None) -> Im
         raise UserError(f"{root} is not a folder: give one with a sub-folder for each class")
     classes, files = _find(root, split)
     labelled = [(k, path) for k, name in enumerate(classes) for path in files.get(name, ())]
-    # Not class by class: the first n images stand for all wherever only n are looked at.
-    order = torch.randperm(len(labelled), generator=generator("order", len(labelled))).tolist()
+    order = mixed(len(labelled)).tolist()
     y = torch.tensor([labelled[i][0] for i in order])
     paths = [labelled[i][1] for i in order]
     # All splits have the channels of what models are trained on, which is looked at if need be.

@@ -9,8 +9,7 @@ import torch
 
 from surestep.data._images import Images, number_names
 from surestep.data._pillow import stack
-from surestep.data._random import generator
-from surestep.data._splits import Split, divide
+from surestep.data._splits import Split, divide, mixed
 from surestep.errors import UserError
 
 if TYPE_CHECKING:
@@ -77,8 +76,7 @@ def load(split: Split, name: str, *, image_size: int | None = None) -> Images:
     x = stack(_pictures(name, rows, image, label, labels), image_size)
     y = torch.tensor(labels)
     classes = getattr(rows.features[label], "names", None) or number_names(int(y.max()) + 1)
-    # Some are stored class by class, and the first n images are to stand for all.
-    order = torch.randperm(len(y), generator=generator("order", len(y)))
+    order = mixed(len(y))
     return Images(x[order], y[order], tuple(classes), name)
 
 

@@ -29,7 +29,7 @@ from surestep.devices import autocast, memory_for
 from surestep.errors import UserError
 from surestep.evaluation import suite
 from surestep.evaluation._state import State, digest, model_digest
-from surestep.evaluation._substitute import substitute
+from surestep.evaluation._substitute import Substitute, substitute
 from surestep.evaluation.adapt import Adapted
 from surestep.threat import ThreatModel
 
@@ -142,8 +142,8 @@ def evaluate(
     """
     if isinstance(attacks, Mapping) and eps:
         raise UserError("eps takes attacks by name: an Attack is made for one radius")
-    device = device_of(model)
     names = suite.budget(budget) if attacks is None else attacks
+    device = device_of(model)
     if "transfer" in names and not isinstance(names, Mapping) and not sources:
         some = [x for x, _ in batches_of(data, batch_size, _ASKED_ABOUT, device, threat.bounds)[0]]
         if some:
@@ -164,7 +164,7 @@ def evaluate(
         settings["model"] = model_digest(model)
         settings["preprocess"] = "none" if preprocess is None else model_digest(preprocess)
         # A substitute follows from the rest, but for the last digits.
-        own = [source for source in sources if not hasattr(source, "substitute")]
+        own = [source for source in sources if not isinstance(source, Substitute)]
         settings["sources"] = [model_digest(source) for source in own]
     kept = State(state, settings)
     start = time.perf_counter()

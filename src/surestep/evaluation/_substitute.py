@@ -12,6 +12,10 @@ from surestep.threat import ThreatModel
 STEPS, BATCH, WIDTH = 250, 64, 16
 
 
+class Substitute(nn.Sequential):
+    """A network that ``substitute`` trained, as opposed to a model of the user's."""
+
+
 def substitute(model: nn.Module, x: Tensor, threat: ThreatModel, seed: int) -> nn.Module:
     """Train a small network to answer like the model, from questions only (Papernot et al. 2017).
 
@@ -23,9 +27,6 @@ def substitute(model: nn.Module, x: Tensor, threat: ThreatModel, seed: int) -> n
         x: images (N, ...) on its device.
         threat: norm, radius and data range.
         seed: of the network, the questions and the noise.
-
-    Returns:
-        The network, with an attribute ``substitute`` that tells it from a model of the user's.
     """
     with attacking(model) as inner, forked_rng(x.device):
         torch.manual_seed(seed)
@@ -43,17 +44,16 @@ def substitute(model: nn.Module, x: Tensor, threat: ThreatModel, seed: int) -> n
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-    net.substitute = True  # type: ignore[assignment]
     return net.eval()
 
 
 def _network(x: Tensor, classes: int) -> nn.Module:
     if x.dim() != 4 or min(x.shape[2:]) < 8:
-        return nn.Sequential(
+        return Substitute(
             nn.Flatten(), nn.Linear(x[0].numel(), 256), nn.ReLU(), nn.Linear(256, classes)
         )
     channels, side = x.shape[1], min(7, x.shape[2] // 4)
-    return nn.Sequential(
+    return Substitute(
         nn.Conv2d(channels, WIDTH, 3, 2, 1),
         nn.ReLU(),
         nn.Conv2d(WIDTH, 2 * WIDTH, 3, 2, 1),

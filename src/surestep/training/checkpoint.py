@@ -37,8 +37,8 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and device.type == "cuda":
         # Checkpoints of older versions have the states of all devices.
-        own = (device.index or 0) if len(state["cuda"]) > 1 else 0
-        torch.cuda.set_rng_state(state["cuda"][min(own, len(state["cuda"]) - 1)], device)
+        own = min(device.index or 0, len(state["cuda"]) - 1)
+        torch.cuda.set_rng_state(state["cuda"][own], device)
     # Checkpoints of older versions lack it.
     if state.get("mps") and torch.backends.mps.is_available():
         torch.mps.set_rng_state(*state["mps"])

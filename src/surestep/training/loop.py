@@ -602,7 +602,7 @@ class _Trainer:
         state = checkpoint.load_newest(self.run.checkpoints, self.display.say)
         if state is None:
             rows = self.run.history()
-            if len(rows) >= math.ceil(self.config.epochs) and self.run.weights.is_file():
+            if self.run.ended(self.config.epochs):
                 self.at = self._ended(rows)
                 return None
             if len(rows) > 1:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from surestep import files
 from surestep.config import FitSettings, RunConfig, parse, read_yaml, to_yaml
 from surestep.errors import UserError
 
@@ -66,6 +68,10 @@ class RunFolder:
             raise UserError(
                 f"{self.metrics} is damaged ({e}): restore it, or train the run again"
             ) from e
+
+    def ended(self, epochs: float) -> bool:
+        """Tell whether as many epochs are told as there were to be, and weights are kept."""
+        return len(self.history()) >= math.ceil(epochs) and self.weights.is_file()
 
     @classmethod
     def plan(
@@ -140,14 +146,9 @@ class RunFolder:
         Raises:
             FileExistsError: the other one did, or something else lies here by now.
         """
-        handle, name = tempfile.mkstemp(".part", f".{self.config.name}.", self.folder)
-        part = Path(name)
+        part = self.folder / f".{self.config.name}.{uuid.uuid4().hex}.part"
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as f:
-                f.write(text)
-                f.flush()
-                os.fsync(f.fileno())
-            part.chmod(0o666 & ~_umask())
+            files.write_atomically(part, text)
             if any(not path.name.endswith(".part") for path in self.folder.iterdir()):
                 raise FileExistsError
             try:
@@ -189,10 +190,3 @@ class RunFolder:
                     f"cannot resume {self.folder} with {name} {settings.get(name)!r}: it was begun "
                     f"with {begun.get(name)!r}"
                 )
-
-
-def _umask() -> int:
-    """Return what new files may not be; temporary ones are the user's alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -123,6 +123,8 @@ for method in ("tdat", "free", "pap"):
 
     stopped(f"resumed-{method}", with_state, [4])
 (place / f"world-{rank}").write_text(str(PartialState().num_processes))
+# Left to the interpreter's end, the group's threads may abort a process that is done.
+PartialState().destroy_process_group()
 """
 
 
@@ -167,8 +169,10 @@ def test_there_are_two_without_naming_the_device(tmp_path):
         "import os, pathlib, sys\n"
         "from surestep.devices import pick_device\n"
         "from surestep.training.loop import _accelerator\n"
-        "world = _accelerator(pick_device(), None, tensorboard=False).num_processes\n"
+        "accelerator = _accelerator(pick_device(), None, tensorboard=False)\n"
+        "world = accelerator.num_processes\n"
         "pathlib.Path(sys.argv[1], os.environ['RANK']).write_text(str(world))\n"
+        "accelerator.state.destroy_process_group()\n"
     )
     torchrun(script, tmp_path)
     assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["2", "2"]

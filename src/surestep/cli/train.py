@@ -104,7 +104,10 @@ def train(
         config = runs.resolve(settings, preset)
         out = out or _new_folder(config)
     result = runs.train(config, out, resume=resume is not None, overwrite=overwrite, quiet=quiet)
-    if not PartialState().is_main_process:
+    state = PartialState()
+    # Threads of a process group that is left to the interpreter's end may abort it.
+    state.destroy_process_group()
+    if not state.is_main_process:
         return
     _report(config, out, result.model)
     last = next(r for r in result.history if r["epoch"] == result.best_epoch)

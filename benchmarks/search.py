@@ -50,7 +50,8 @@ def cost(row: Row) -> float:
 def run(row: Row, args: argparse.Namespace) -> None:
     """Train and judge one point, and write its row."""
     full = Row(row.method, row.recipe, row.seed, {**QUICK, **row.changes})
-    result = run_alone(full, "--n", str(args.n), threads=1)
+    options = ["--n", str(args.n), *(["--data", args.data] if args.data else [])]
+    result = run_alone(full, *options, threads=1)
     if result:
         result |= {"changes": json.dumps(row.changes), "cost": round(cost(row), 2)}
         append(args.out, FIELDS, result)
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("grid", nargs="?", default="{}", help="JSON of lists of values, by setting")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--n", type=int, default=1000, help="validation images")
+    parser.add_argument("--data", help="where the data set lies, if not embedded")
     parser.add_argument("--jobs", type=int, default=2, help="points at a time, one core each")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/search.csv"))
     parser.add_argument("--best", type=int, metavar="SEEDS", help="print points of so many seeds")
@@ -85,7 +87,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.row:
         row = Row(**json.loads(args.row))
-        print(json.dumps(train_and_judge(row, 100, args.n, None, "validation")))
+        print(json.dumps(train_and_judge(row, 100, args.n, args.data, "validation")))
         return
     rows = read(args.out)
     if args.best:

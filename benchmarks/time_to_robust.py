@@ -1,15 +1,17 @@
-"""Seconds of training from random weights until a model is robust: LeNet+, MNIST, eps 0.3.
+"""Seconds of training from random weights until a model is robust.
 
-    python benchmarks/time_to_robust.py                  # every recipe, five seeds
+    python benchmarks/time_to_robust.py                        # MNIST, every recipe, five seeds
+    python benchmarks/time_to_robust.py cifar10 --data DIR     # CIFAR-10, a slim PreActResNet
     python benchmarks/time_to_robust.py --only sat-r2/mnist-speed --seeds 0 1 2 3 4
-    python benchmarks/time_to_robust.py --table          # the rows so far, as Markdown
+    python benchmarks/time_to_robust.py --table                # the rows so far, as Markdown
 
-A recipe passes a threshold if the mean of its seeds' worst cases does: per image over FGSM and
-PGD-100 on cross entropy and on the margin, all 10,000 test images, from a full-radius start. The
-seconds are those of the training steps, all cores, in the same engine for all; no validation runs,
-and nothing is selected. Each run has a process of its own. Run it on an idle machine: seeds come
-in turns, recipe after recipe, so that slow minutes fall on all of them. What is robust on one kind
-of machine is on another, so all rows count for accuracy; seconds are told apart by machine.
+MNIST is raced by LeNet+ at eps 0.3, CIFAR-10 by a slim PreActResNet at 8/255. A recipe passes a
+threshold if the mean of its seeds' worst cases does: per image over FGSM and PGD-100 on cross
+entropy and on the margin, from a full-radius start, on test images. The seconds are those of the
+training steps, all cores, in the same engine for all; no validation runs, and nothing is selected.
+Each run has a process of its own. Run it on an idle machine: seeds come in turns, recipe after
+recipe, so that slow minutes fall on all of them. What is robust on one kind of machine is on
+another, so all rows count for accuracy; seconds are told apart by machine.
 """
 
 from __future__ import annotations
@@ -18,47 +20,85 @@ import argparse
 import json
 import os
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from _table import FIELDS, QUICK, Row, append, machine, read, run_alone, train_and_judge
 
-THRESHOLDS = (80, 85, 90)
-DEAR = ("pgd/mnist-speed/1.25", "pgd/mnist-speed")
-"""What the seconds of the others are held against, on the same kind of machine."""
-RECIPES: dict[str, dict[str, Any]] = {
-    "sat-r1/mnist-speed": {},
-    "sat-r2/mnist-speed": {},
-    # The same engine, batch and growth of eps; SAT-R1 takes a quarter of an epoch more.
-    "pgd/mnist-speed": {},
-    # About as long as multi-step training needs for 85%, for a fair ratio of times to it.
-    "pgd/mnist-speed/1.25": {"epochs": 1.25},
-    # The published "Fast" recipe for MNIST, on its own network; it has a record of masking.
-    "rs-fgsm/mnist": {},
+
+@dataclass(frozen=True)
+class Race:
+    """What runs against what.
+
+    Attributes:
+        recipes: METHOD/PRESET[/EPOCHS], and what each changes of its preset.
+        thresholds: of the worst case, in percent.
+        dear: what the seconds of the others are held against, on the same kind of machine.
+        n: test images.
+    """
+
+    recipes: dict[str, dict[str, Any]]
+    thresholds: tuple[int, ...]
+    dear: tuple[str, ...]
+    n: int
+
+
+RACES = {
+    "mnist": Race(
+        {
+            "sat-r1/mnist-speed": {},
+            "sat-r2/mnist-speed": {},
+            # The same engine, batch and growth of eps; SAT-R1 takes a quarter of an epoch more.
+            "pgd/mnist-speed": {},
+            # About as long as multi-step training needs for 85%, for a fair ratio of times to it.
+            "pgd/mnist-speed/1.25": {"epochs": 1.25},
+            # The published "Fast" recipe for MNIST, on its own network; it has a record of masking.
+            "rs-fgsm/mnist": {},
+        },
+        thresholds=(80, 85, 90),
+        dear=("pgd/mnist-speed/1.25", "pgd/mnist-speed"),
+        n=10_000,
+    ),
+    "cifar10": Race(
+        {
+            "sat-r1/cifar10-speed": {},
+            "sat-r2/cifar10-speed": {},
+            "pgd/cifar10-speed": {},
+            # Cut short: what a fair ratio of times to a lower threshold is to.
+            "pgd/cifar10-speed/2": {"epochs": 2},
+            "rs-fgsm/cifar10-speed": {},
+        },
+        thresholds=(20, 22, 24),
+        dear=("pgd/cifar10-speed/2", "pgd/cifar10-speed"),
+        n=2000,
+    ),
 }
+RECIPES = {name: changes for race in RACES.values() for name, changes in race.recipes.items()}
 
 
-def table(rows: list[dict[str, str]]) -> None:
+def table(rows: list[dict[str, str]], race: Race) -> None:
     """Print a line a recipe: accuracy over all seeds, seconds for each kind of machine."""
     head = ("recipe", "epochs", "seeds", "clean", "FGSM", "worst case", "passes")
-    over = ", ".join(f"over {name}'s" for name in DEAR)
+    over = ", ".join(f"over {name}'s" for name in race.dear)
     print(f"| {' | '.join(head)} | seconds, {over} |\n|{'---|' * (len(head) + 1)}")
     recipes: dict[str, list[dict[str, str]]] = {}
     for row in rows:
-        recipes.setdefault(name_of(row), []).append(row)
+        if name_of(row) in race.recipes:
+            recipes.setdefault(name_of(row), []).append(row)
     for name, mine in recipes.items():
         # Accuracy does not ask where it was trained; a seed that ran on two machines counts once.
         seeds = list({row["seed"]: row for row in reversed(mine)}.values())
         cells = [name, mine[0]["epochs"], str(len(seeds))]
         cells += [spread(seeds, key, 100) for key in ("clean", "fgsm", "worst_case")]
         worst = 100 * mean(seeds, "worst_case")
-        cells.append(", ".join(str(t) for t in THRESHOLDS if worst >= t) or "none")
+        cells.append(", ".join(str(t) for t in race.thresholds if worst >= t) or "none")
         places = []
         for where in sorted({row["machine"] for row in mine}):
             here = [row for row in mine if row["machine"] == where]
             said = [spread(here, "train_seconds", 1)]
-            for name in DEAR:
-                dear = [row for row in recipes.get(name, []) if row["machine"] == where]
+            for dear_one in race.dear:
+                dear = [row for row in recipes.get(dear_one, []) if row["machine"] == where]
                 ratio = mean(here, "train_seconds") / mean(dear, "train_seconds") if dear else None
                 said.append("–" if ratio is None else f"{ratio:.3f}")
             places.append(f"{', '.join(said)} (n = {len(here)}, {where})")
@@ -85,31 +125,36 @@ def spread(rows: list[dict[str, str]], key: str, scale: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", nargs="*", default=list(RECIPES), help="METHOD/PRESET[/EPOCHS]")
+    parser.add_argument("race", nargs="?", choices=list(RACES), default="mnist")
+    parser.add_argument("--only", nargs="*", help="METHOD/PRESET[/EPOCHS]")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
-    parser.add_argument("--n", type=int, default=10_000, help="test images")
+    parser.add_argument("--data", help="where the data set lies, if not embedded")
+    parser.add_argument("--n", type=int, help="test images, instead of the race's")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/time_to_robust.csv"))
     parser.add_argument("--table", action="store_true", help="print what --out holds")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if unknown := [name for name in args.only if name not in RECIPES]:
-        parser.error(f"{unknown[0]} is none of {', '.join(RECIPES)}: add it to RECIPES")
+    race = RACES[args.race]
+    only = args.only or list(race.recipes)
+    if unknown := [name for name in only if name not in race.recipes]:
+        parser.error(f"{unknown[0]} is none of {', '.join(race.recipes)}: add it to RACES")
     if args.row:
-        print(json.dumps(train_and_judge(Row(**json.loads(args.row)), 100, args.n, None)))
+        print(json.dumps(train_and_judge(Row(**json.loads(args.row)), 100, args.n, args.data)))
         return
     rows = read(args.out)
     if args.table:
-        return table(rows)
+        return table(rows, race)
+    options = ["--n", str(args.n or race.n), *(["--data", args.data] if args.data else [])]
     here = [row for row in rows if row["machine"] == machine()]
     done = {(name_of(row), int(row["seed"])) for row in here}
     for seed in args.seeds:
-        for name in args.only:
+        for name in only:
             if (name, seed) in done:
                 continue
             method, recipe = name.split("/")[:2]
-            row = Row(method, recipe, seed, {**QUICK, **RECIPES.get(name, {})})
-            result = run_alone(row, "--n", str(args.n), threads=args.threads)
+            row = Row(method, recipe, seed, {**QUICK, **race.recipes[name]})
+            result = run_alone(row, *options, threads=args.threads)
             if result:
                 append(args.out, FIELDS, result)
                 said = f"{result['train_seconds']} s, worst case {result['worst_case']:.3f}"

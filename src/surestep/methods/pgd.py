@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from surestep.attacks.core import Ascent, attacking
 from surestep.methods._base import Cost, Method, Update, register
-from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, MNIST_SPEED, recipe
+from surestep.methods._presets import CIFAR_RESNET, CIFAR_SPEED, MNIST_FAST, MNIST_SPEED, recipe
 
 
 @register("pgd")
@@ -26,6 +26,7 @@ class PGD(Method):
         "mnist-fast": recipe(MNIST_FAST, steps=40, alpha=0.01),
         "mnist-speed": recipe(MNIST_SPEED, settings={"lr": 0.05}, steps=40, alpha=0.01),
         "cifar10": recipe(CIFAR_RESNET, steps=10, alpha=2 / 255),
+        "cifar10-speed": recipe(CIFAR_SPEED, steps=7, alpha=2 / 255),
     }
 
     steps: int = 10

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from surestep.attacks.losses import cross_entropy
 from surestep.methods._base import register
-from surestep.methods._presets import CIFAR_RESNET, MNIST_RS, recipe
+from surestep.methods._presets import CIFAR_RESNET, CIFAR_SPEED, MNIST_RS, recipe
 from surestep.methods._single_step import SingleStep
 
 
@@ -31,6 +31,7 @@ class RSFGSM(SingleStep):
             settings={"epochs": 15, "lr": 0.2, "schedule": "triangular"},
             source="Wong et al. 2020 (they use PreActResNet-18)",
         ),
+        "cifar10-speed": recipe(CIFAR_SPEED, alpha=10 / 255),
     }
     train_mode = True
     objective = staticmethod(cross_entropy)

@@ -19,6 +19,7 @@ from surestep.attacks.core import attacking, input_gradient
 from surestep.methods._base import Cost, Criterion, Terms, Update, register, stepping
 from surestep.methods._presets import (
     CIFAR_SAT,
+    CIFAR_SPEED,
     MNIST_DEMO,
     MNIST_FAST,
     MNIST_SAT,
@@ -257,6 +258,7 @@ class SATR1(SAT):
             MNIST_SPEED, lam=1.0, steps=3, fraction=0.25, settings={"epochs": 2.25}
         ),
         "cifar10": recipe(CIFAR_SAT, lam=0.2, steps=3),
+        "cifar10-speed": recipe(CIFAR_SPEED, lam=0.2, steps=3),
     }
 
     def validate(self) -> None:
@@ -305,6 +307,7 @@ class SATR2(SAT):
         "mnist-speed": recipe(MNIST_SPEED, lam=5.0, alpha=0.01),
         "mnist-demo": recipe(MNIST_DEMO, lam=5.0, alpha=0.01),
         "cifar10": recipe(CIFAR_SAT, lam=25.0, alpha=2 / 255),
+        "cifar10-speed": recipe(CIFAR_SPEED, lam=25.0, alpha=2 / 255),
     }
 
     def validate(self) -> None:

@@ -179,6 +179,13 @@ class TestTraining:
         assert "pgd" not in found.rows[0].numbers
         assert not any(note.startswith("PGD") for note in found.notes)
 
+    def test_transfer_needs_no_source(self, world, tmp_path):
+        for attacks in (["fgsm", "transfer"], ["transfer"]):
+            compare(["sat-r2"], 1, out=tmp_path / attacks[0], attacks=attacks, audit=None, **SHORT)
+        assert world.done.count("evaluate sat-r2-seed0") == 2
+        with pytest.raises(UserError, match="'pdg'"):
+            compare(["sat-r2"], 1, out=tmp_path / "b", attacks=["transfer", "pdg"], **SHORT)
+
     def test_the_configuration_that_is_trained(self, world, tmp_path):
         compare(["sat-r3"], [7], out=tmp_path, **SHORT, lr=0.5)
         config = yaml.safe_load((tmp_path / "sat-r3-seed7" / "config.yaml").read_text("utf-8"))

@@ -221,6 +221,17 @@ class TestFolders:
         runs.train(eat, tmp_path / "run", quiet=True)
         assert runs.load(tmp_path / "run", "cpu").config.sources == (str(tmp_path / "source"),)
 
+    def test_eat_attacks_no_run_of_other_classes(self, config, tmp_path):
+        x, y = np.load(tmp_path / "a.npz").values()
+        np.savez(tmp_path / "four.npz", x=x, y=y + (np.arange(60) > 40))
+        four = {"data": str(tmp_path / "four.npz"), "val_images": 0}
+        runs.train(config.model_copy(update=four), tmp_path / "source", quiet=True)
+        values = {"method": "eat", "sources": [str(tmp_path / "source")], "params": {}}
+        eat = runs.resolve({**config.model_dump(), **values}, "none")
+        with pytest.raises(UserError, match=r"source has 4 classes, .* 3: give runs of the same"):
+            runs.train(eat, tmp_path / "run", quiet=True)
+        assert not (tmp_path / "run").exists()
+
     def test_other_methods_attack_no_other_models(self, config):
         with pytest.raises(UserError, match="sat-r2 attacks no other models"):
             runs.build_method(config.model_copy(update={"sources": ("runs/one",)}))

@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import surestep
 from surestep import UserError, scaffold
+from surestep.methods import _base
 
 ROOT = Path(__file__).parent.parent
 
@@ -96,6 +98,23 @@ def test_nothing_is_overwritten(tmp_path):
     with pytest.raises(UserError, match="exists already"):
         scaffold.method("mine", tmp_path)
     assert made[1].read_text() == "my work"
+
+
+def test_a_hyperparameter_needs_a_default():
+    with pytest.raises(UserError, match="lam of the method 'other' has no default"):
+
+        @surestep.methods.register("other")
+        @dataclass(kw_only=True)
+        class Other(surestep.methods.Standard):
+            lam: float
+
+    assert "other" not in surestep.methods.names()
+
+
+def test_a_method_without_a_card(monkeypatch):
+    monkeypatch.setitem(_base.METHODS, "cardless", surestep.methods.Standard)
+    with pytest.raises(UserError, match="'cardless' has no card"):
+        surestep.methods.card("cardless")
 
 
 def test_two_methods_of_one_name():

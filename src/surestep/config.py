@@ -195,7 +195,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text("utf-8"))
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, ValueError) as e:
         raise UserError(f"{path} is no valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no settings: expected lines such as 'method: sat-r2'")

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from surestep import data, files, methods, models, posthoc, threat
+from surestep.attacks.core import count_classes, device_of
 from surestep.config import FitSettings, RunConfig, parse, read_yaml
 from surestep.data import Images
 from surestep.devices import pick_device
@@ -186,6 +187,7 @@ def harden(
         raise UserError(f"{out} is the run itself, which is kept: give another --out")
     place = RunFolder.plan(out, overwrite=overwrite)
     assert place is not None
+    files.make_folder(place.folder.parent)  # before the work rather than after it
     options: dict[str, Any] = {"seed": seed}
     found = posthoc.harden(
         run.model,
@@ -227,6 +229,13 @@ def train(
         raise UserError(f"{out} was hardened after training: resume the run it was made from")
     method = build_method(config)
     images = load_data(config, "train")
+    for folder, source in zip(config.sources, getattr(method, "sources", ()), strict=True):
+        classes = count_classes(source, images.pixels(slice(0, 1)).to(device_of(source)))
+        if classes != images.num_classes:
+            raise UserError(
+                f"the source {folder} has {classes} classes, {images.name} {images.num_classes}: "
+                "give runs of the same data"
+            )
     settings = {name: getattr(config, name) for name in FitSettings.model_fields}
     described = {
         k: v for k, v in config.model_dump(mode="json").items() if k not in FitSettings.model_fields

@@ -202,7 +202,7 @@ def _call(file: Path, factory: str) -> nn.Module:
         model = make()
     except UserError:
         raise
-    except Exception as e:
+    except (Exception, SystemExit) as e:  # a script that runs, and exits, when imported
         raise UserError(f"{file}:{factory} fails: {type(e).__name__} {e}") from e
     finally:
         sys.path.pop(0)
@@ -244,7 +244,8 @@ def load_any_weights(path: Path, model: nn.Module) -> None:
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
-    if not isinstance(found, Mapping) or not any(isinstance(v, Tensor) for v in found.values()):
+    named = isinstance(found, Mapping) and all(isinstance(k, str) for k in found)
+    if not named or not any(isinstance(v, Tensor) for v in found.values()):
         raise UserError(f"{path} holds no state_dict: save model.state_dict()")
     expected = model.state_dict()
     state = dict(found)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from surestep import files, models
+from surestep import UserError, evaluation, files, models
 from surestep.auditing import _subject
 
 MODEL = """
@@ -32,6 +32,13 @@ def broken():
 
 def number():
     return 3
+
+def few():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 4))
+
+def exits():
+    raise SystemExit(0)
 """
 
 
@@ -168,9 +175,10 @@ def test_a_file_with_dataclasses(done, weights, on):
         (
             "{0}/net.py:nothing",
             (),
-            "has no 'nothing': it has make, plain, normalised, broken, number",
+            "has no 'nothing': it has make, plain, normalised, broken, number, few, exits",
         ),
         ("{0}/net.py:broken", (), "net.py:broken fails: ZeroDivisionError"),
+        ("{0}/net.py:exits", (), "net.py:exits fails: SystemExit"),
         ("{0}/net.py:number", (), "returned a int, expected a torch.nn.Module"),
         ("{0}/net.py", (), "names no factory"),
         ("{0}/missing.py:make", (), "is not there"),
@@ -191,6 +199,18 @@ def test_a_file_with_dataclasses(done, weights, on):
 def test_refused(refused, weights, on, model, more, said):
     given = [str(m).format(weights) for m in more]
     assert said in refused("evaluate", model.format(weights), *given, *on)
+
+
+def test_labels_that_the_model_has_not(refused, weights, on):
+    model = f"{weights}/net.py:few"
+    assert "the model has 4 classes" in refused("audit", model, "--budget", "quick", *on)
+
+
+def test_preprocessing_that_does_not_fit():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))
+    adapted = evaluation.Adapted(model, models.Normalize((0.5, 0.5), (0.2, 0.2)))
+    with pytest.raises(UserError, match="the model fails on one batch of shape"):
+        adapted(torch.rand(2, 3, 8, 8))
 
 
 def test_data_and_radius_are_needed(refused, weights):

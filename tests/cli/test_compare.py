@@ -245,7 +245,7 @@ class TestReal:
 
     def test_killed_and_continued(self, done, small, tmp_path, tools, monkeypatch):
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
-        out = tmp_path / "out"
+        out, small = tmp_path / "out", [*small, "--epochs", "6"]  # long enough for the kill
         args = ("compare", "--methods", "fgsm,sat-r3", "--seeds", "1", *small)
         args = (*args, "--checkpoint-every", "1", *QUICK, "--out", str(out))
         # The first run is there already, so that the kill comes into the second.
@@ -266,7 +266,7 @@ class TestReal:
         kept = out / "fgsm-seed0" / "comparison.json"
         before = kept.stat().st_mtime_ns
         metrics = out / "sat-r3-seed0" / "metrics.jsonl"
-        assert not metrics.exists() or len(metrics.read_text("utf-8").splitlines()) < 2
+        assert not metrics.exists() or len(metrics.read_text("utf-8").splitlines()) < 6
 
         found = json.loads(done(*args, "--json", "-"))
         assert kept.stat().st_mtime_ns == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -14,6 +15,7 @@ import safetensors.torch
 import torch
 
 from surestep import models
+from surestep.training.run_folder import RunFolder
 
 ATTACKS = "write one of fgsm, r-fgsm, i-fgsm-STEPS"
 
@@ -74,6 +76,8 @@ class TestTraining:
             (["--param", "lam="], ["sat-r3", "lam None"]),
             (["--param", "lam=1/0"], ["lam '1/0'"]),
             (["--param", "lam=[1"], ["'lam=[1'"]),
+            (["--param", "lam=2024-13-01"], ["'2024-13-01' is no number"]),
+            (["--data", "~nosuchuser/x.npz"], ["~nosuchuser/x.npz", "not there"]),
             (["--param", "lam=abc"], ["lam 'abc'", "number"]),
             (["--eps", "-1"], ["eps '-1'", "greater than or equal to 0"]),
             (["--eps", "2"], ["eps 2", "(0.0, 1.0)", "8/255"]),
@@ -221,6 +225,23 @@ class TestRunFolders:
         refused("train", *small, "--out", tmp_path / "model.py", "--overwrite", "--epochs", "1")
         assert (tmp_path / "model.py").read_text() == "dear"
 
+    def test_a_name_that_is_too_long(self, refused, small, tmp_path):
+        assert "File name too long" in refused("train", *small, "--out", tmp_path / ("x" * 300))
+
+    def test_a_run_that_goes_on_elsewhere(self, refused, run, small, tools):
+        before = tools.contents(run)
+        with RunFolder(run).held():
+            for args in (["--resume", run], [*small, "--out", run, "--overwrite"]):
+                line = refused("train", *args)
+                assert f"{run} is being trained by another process" in line
+        assert tools.contents(run) == before
+
+    def test_a_link_is_not_overwritten(self, refused, run, small, tmp_path):
+        (tmp_path / "link").symlink_to(run)
+        line = refused("train", *small, "--out", tmp_path / "link", "--overwrite")
+        assert "None" not in line
+        assert (run / "model.safetensors").is_file()
+
     def test_a_place_below_a_file(self, refused, small, digits):
         line = refused("train", *small, "--out", digits / "run")
         assert f"cannot make the run folder {digits / 'run'}" in line
@@ -349,6 +370,7 @@ class TestData:
             (X * 1.5, Y, ["to 1.5", "scale x"]),
             (X * np.nan, Y, ["NaN", "[0, 1]"]),
             (X, Y - 1, ["label -1", "start at 0"]),
+            (X, Y + 2_000_000_000, ["label 2000000002", "no class number"]),
             (X, Y.astype(np.float32), ["y has dtype float32", "integers"]),
             (X, Y[:9], ["40 images", "9 labels"]),
             (X[:0], Y[:0], ["empty"]),
@@ -486,4 +508,15 @@ class TestOurs:
         finally:
             os.close(write)
         assert ended.stderr == ""
-        assert ended.returncode in (0, 1)
+        assert ended.returncode == 1
+
+    def test_a_reader_that_leaves_costs_no_result(self, process, finished, tmp_path):
+        """As in `surestep evaluate RUN --json FILE | less`, left before the end."""
+        read, write = os.pipe()
+        os.close(read)
+        args = (finished, "--attacks", "fgsm", "--n", "20", "--json", tmp_path / "r.json")
+        try:
+            process("evaluate", *args, capture_output=False, stdout=write, stderr=subprocess.PIPE)
+        finally:
+            os.close(write)
+        assert json.loads((tmp_path / "r.json").read_text())["n"] == 20

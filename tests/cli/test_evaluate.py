@@ -7,6 +7,8 @@ import shutil
 
 import pytest
 
+from surestep import runs
+
 ATTACKS = ("--attacks", "fgsm,pgd-3,pgd-3-margin")
 
 
@@ -92,6 +94,19 @@ def test_other_data_need_none_of_the_runs_place(done, run, tmp_path, digits):
 )
 def test_what_would_be_left_out_silently(refused, finished, args, said):
     assert said in refused("evaluate", finished, *args)
+
+
+def test_sources_are_where_the_model_is(cli, finished, monkeypatch):
+    asked, load = [], runs.load
+
+    def spied(folder, device=None, images=None):
+        asked.append(device)
+        return load(folder, device, images)
+
+    monkeypatch.setattr(runs, "load", spied)
+    args = ("--source", finished, "--attacks", "transfer", "--n", "20", "--device", "cpu")
+    assert cli("evaluate", finished, *args).code == 0
+    assert asked == ["cpu", "cpu"]
 
 
 def test_a_place_that_may_not_be_entered(refused, finished, monkeypatch):

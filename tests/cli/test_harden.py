@@ -45,10 +45,14 @@ class TestHarden:
             (("--mean-sparse", "--threshold", "much"), "'much'"),
             (("--mean-sparse", "--threshold", "-1"), "-1.0"),
             (("--mean-sparse", "--attacks", "pdg"), "'pdg'"),
+            (("--mean-sparse",), "cannot make the folder"),
         ],
     )
     def test_mistakes(self, refused, finished, tmp_path, args, words):
         out = tmp_path / "out"
+        if words == "cannot make the folder":
+            out.touch()
+            out = out / "deep" / "run"
         assert words in refused("harden", finished, *args, "--out", out)
         assert not out.exists()
 

@@ -15,7 +15,7 @@ import torch
 import surestep
 from surestep import methods
 
-COMMANDS = ("train", "evaluate", "audit", "compare", "demo", "methods", "env")
+COMMANDS = ("train", "evaluate", "audit", "compare", "harden", "demo", "methods", "env")
 HEAVY = "torch numpy accelerate safetensors torchvision PIL tensorboard timm datasets"
 
 

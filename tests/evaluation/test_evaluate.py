@@ -351,7 +351,7 @@ class TestReport:
         assert plain["robust_accuracy"] == found.robust_accuracy
         assert plain["worst_case_accuracy"] == found.worst_case_accuracy
         assert plain["n"] == 90
-        assert 0 < sum(plain["attack_seconds"].values()) <= plain["seconds"] < 60
+        assert 0 < sum(plain["attack_seconds"].values()) <= plain["seconds"]
         assert plain["threat"] == {"norm": "linf", "eps": 8 / 255, "bounds": [0.0, 1.0]}
 
     @pytest.mark.parametrize("kind", ["pair", "DataLoader"])

@@ -34,9 +34,9 @@ def test_memory_inside_follows_the_flip(make_task):
         assert torch.equal(*seen)
 
 
-@pytest.mark.parametrize(("before", "sign"), [(0.98, 1.0), (0.96, 0.0), (0.5, 0.0)])
+@pytest.mark.parametrize(("before", "sign"), [(0.98, 1.0), (0.96, 0.0), (0.5, 0.0), (1.2, 1.0)])
 def test_the_limit_lies_between_two_gammas(before, sign):
-    """T is 0.03 at 0.6 of the rate, the last rise above that, but at most 0.05."""
+    """T is 0.03 at 0.6 of the rate, the last rise (no fall) above that, but at most 0.05."""
     method = methods.get("converge-smooth")(Linf(EPS), gamma=0.05)
     sums = torch.tensor([0.0, 0.0, 1.0, before], dtype=torch.float64)
     method.load_state_dict({**method.state_dict(), "sums": sums, "lr": 0.1})

@@ -272,11 +272,11 @@ def test_liet_makes_its_templates_every_so_often(make_task):
     for number in range(9):
         method.progress = methods.Progress(number, 10, 1)
         with torch.no_grad():
-            task.net[1].weight.neg_()
+            task.net[1].weight.mul_(1.1)
         step(method, task)
         made.append(method.state_dict()["templates"].clone())
     for number in range(1, 9):
-        assert torch.equal(made[number], made[number - 1]) == (number % 4 != 0) or number % 2 == 0
+        assert torch.equal(made[number], made[number - 1]) == (number % 4 != 0)
     assert method.state_dict()["made"] == 8
     with torch.no_grad():
         grey = torch.full_like(task.x[:4], 0.5)
@@ -304,7 +304,7 @@ def test_converge_smooth_adds_what_leaps(compare, make_task):
         x_f = box(task.x + EPS * signs(net, task.x, task.y))
         z = copy.deepcopy(net).train()(torch.cat([x_f, task.x]))
         clean = float(mean_ce(z[6:], task.y, 0.0).detach())
-        limit = min(max(0.05, abs(mean - before)), 0.05)
+        limit = min(max(0.05, mean - before), 0.05)
         sign = 0.0
         if mean > 0 and abs(clean - mean) > limit:
             sign = math.copysign(1.0, clean - mean)

@@ -81,7 +81,7 @@ class TestARun:
         assert not any(m.training for m in result.model.modules())
         assert result.out == out
         assert result.best_epoch == 2
-        assert 0 < result.train_seconds < 60
+        assert result.train_seconds > 0
 
     def test_config_has_every_setting(self, tiny, tmp_path):
         method = tiny.method("sat-r3", tau=0.6)

@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from surestep.attacks.core import (
     attacking,
     check_inputs,
+    check_labels,
+    count_classes,
     device_of,
     forked_rng,
     forward_logits,
@@ -353,12 +355,16 @@ def estimate(
         budget: its name.
         n: images.
         preprocess: as for ``audit``.
+
+    Raises:
+        UserError: the model fails on these images, or has no such labels.
     """
     spend = _budget(budget)
     device = device_of(model)
     batch = images.first(min(100, len(images)))
     x, y = batch.pixels().to(device), batch.y.to(device)
     adapted = Adapted(model, preprocess)
+    check_labels(y, count_classes(adapted, x))
 
     def forward_seconds(precision: torch.dtype) -> float:
         for _ in range(2):  # the first pass prepares kernels

@@ -1,7 +1,8 @@
 """The twenty masking checks: each one function, one value, one threshold, its evidence.
 
 A flag is a reason to look harder, not a verdict: the verdict rests on what the attacks find that a
-flag calls for. Thresholds were set on the models of benchmarks/audit_zoo.py, whose truth is known.
+flag calls for, and three flags can withhold "robust". Thresholds were set on the models of
+benchmarks/audit_zoo.py, whose truth is known.
 """
 
 from __future__ import annotations

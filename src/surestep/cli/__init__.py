@@ -1,4 +1,4 @@
-"""The command line: ``surestep train | evaluate | demo | methods | env``.
+"""The command line: ``surestep train``, ``evaluate``, ``audit`` and the others.
 
 Commands import torch only when they run, so that help is instant.
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ _COMMANDS = {
     "evaluate": "Measure a model's accuracy clean and under attack.",
     "audit": "Tell real robustness from masked gradients.",
     "compare": "Train and judge several methods, side by side in one table.",
-    "harden": "Harden a trained run after the fact, and judge it before and after.",
+    "harden": "Harden a trained run afterwards; judge it before and after.",
     "demo": "See FGSM training fail and SAT succeed, in minutes on a laptop.",
     "methods": "List the methods, show the card of one, or begin a new one.",
     "env": "Describe this machine and installation, for bug reports.",
@@ -62,7 +61,7 @@ class _Lazy(click.Group):
 def surestep() -> None:
     """Train image classifiers that withstand adversarial perturbations, in one attack step.
 
-    New here? `surestep demo` takes about three minutes and needs no download. Then
+    New here? `surestep demo` takes some minutes and needs no download. Then
     `surestep train --method sat-r2 --dataset mnist` and `surestep evaluate RUN`.
     """
 
@@ -84,11 +83,10 @@ def main(args: Sequence[str] | None = None) -> None:
         _fail(e.format_message(), 2)
     except click.exceptions.Exit as e:
         sys.exit(e.exit_code)
-    except BrokenPipeError:
-        # The reader (head, say) has seen enough; keep the interpreter's exit from writing again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except PermissionError as e:
         _fail(f"permission denied: {e.filename or e}; choose a place that you may use", 2)
+    except OSError as e:  # a name too long, a disk that is gone
+        _fail(f"{e.strerror or e}: {e.filename}" if e.filename else str(e), 2)
     except Exception:
         traceback.print_exc()
         _fail("this is a fault in surestep: please report it with the output of `surestep env`", 1)

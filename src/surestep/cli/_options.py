@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -92,7 +93,7 @@ def parse_params(pairs: Iterable[str]) -> dict[str, Any]:
             raise UserError(f"--param {pair!r} is not NAME=VALUE: write --param lam=5")
         try:
             params[name.replace("-", "_")] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # of dates that there are none of
             raise UserError(
                 f"--param {pair!r}: {value!r} is no number: write --param lam=5"
             ) from None
@@ -121,13 +122,17 @@ def check_writable(target: str | None) -> None:
     """Refuse a ``--json`` target before the work rather than after it.
 
     Raises:
-        UserError: it is a folder, or its folder cannot be made.
+        UserError: it is a folder, its folder cannot be made, or may not be written to.
     """
     if target is None or target == "-":
         return
     if Path(target).is_dir():
         raise UserError(f"cannot write {target}: it is a folder")
+    place = Path(target)
     try:
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        allowed = os.access(place if place.exists() else place.parent, os.W_OK)
     except OSError as e:
         raise UserError(f"cannot write {target}: {e.strerror or e}") from e
+    if not allowed:
+        raise UserError(f"cannot write {target}: permission denied; choose another place")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -36,10 +37,12 @@ def check_report(html: str | None, plots: str | None = None) -> None:
     """
     if html is None and plots is None:
         return
-    from surestep import report
+    from surestep import files, report
 
     check_writable(html)
     report.require()
+    if plots is not None:
+        files.make_folder(Path(plots))
 
 
 def write_report(html: str | None, plots: str | None, title: str, **parts: Any) -> None:

@@ -45,6 +45,7 @@ def evaluation_table(
         extra: further rows, by their name and the model's.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     first = next(iter(results.values()))
@@ -52,7 +53,7 @@ def evaluation_table(
     table = Table(title=f"accuracy on {first.n:,} test images, {threat} (95% interval)")
     table.add_column("")
     for name in results:
-        table.add_column(name, justify="right")
+        table.add_column(escape(name), justify="right")
     rows = ["clean", *first.robust_accuracy, "worst case"]
     for row in rows:
         cells = []
@@ -76,13 +77,14 @@ def evaluation_table(
 def audit_tables(name: str, found: Audit) -> None:
     """Print an audit: the verdict, the claims against what was found, the twenty checks."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(console.width, 120))
     colour = {"robust": "green", "inconclusive": "yellow"}.get(found.verdict, "red")
-    console.print(f"[bold {colour}]{found.verdict}[/]  {name}", highlight=False)
+    console.print(f"[bold {colour}]{found.verdict}[/]  {escape(name)}", highlight=False)
     console.print(found.sentence, highlight=False)
     low, high = found.found_interval
     table = Table(title=f"{found.n:,} images, {found.threat['norm']} eps {found.threat['eps']:.4g}")

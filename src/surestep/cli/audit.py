@@ -60,11 +60,13 @@ def audit(
         tell=lambda text: print(f"  {text}", file=sys.stderr, flush=True),
         **values,
     )
-    if json_file != "-":
-        audit_tables(target.name, found)
     told = {**found.to_dict(), "run": target.name, **provenance()}
-    write_json(told, json_file)
-    report_target(html, plots, target, audit=told)
+    try:
+        write_json(told, json_file)
+        report_target(html, plots, target, audit=told)
+    finally:  # last, since nobody may be reading any more, and in any case
+        if json_file != "-":
+            audit_tables(target.name, found)
 
 
 def _about(seconds: float) -> str:

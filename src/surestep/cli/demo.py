@@ -78,30 +78,30 @@ def demo(
         seconds[name] = fitted.train_seconds
         if html or plots:
             pictures[name] = of_model(fitted.model, images, threat, name)
-    if json_file != "-":
-        rows = {
-            "passes per image": {k: f"{v:g}" for k, v in costs.items()},
-            "training seconds": {k: f"{v:.0f}" for k, v in seconds.items()},
+    told = {
+        name: {
+            **results[name].to_dict(),
+            "passes_per_image": costs[name],
+            "train_seconds": seconds[name],
         }
-        evaluation_table(results, rows)
-        click.echo(_sentence(results["fgsm"], results["sat-r2"]))
-        click.echo(f"({time.perf_counter() - start:.0f} s in all)")
-    if html or plots:
-        surfaces = {k: v for one in pictures.values() for k, v in one["surfaces"].items()}
-        parts = {**pictures["sat-r2"], "surfaces": surfaces, "seeds": {"training": seed}}
-        comparison = [_row(name, results[name], costs[name], seconds[name]) for name in _METHODS]
-        write_report(html, plots, "demo", comparison=comparison, **parts, **provenance())
-    write_json(
-        {
-            name: {
-                **results[name].to_dict(),
-                "passes_per_image": costs[name],
-                "train_seconds": seconds[name],
+        for name in _METHODS
+    }
+    try:
+        write_json(told, json_file)
+        if html or plots:
+            surfaces = {k: v for one in pictures.values() for k, v in one["surfaces"].items()}
+            parts = {**pictures["sat-r2"], "surfaces": surfaces, "seeds": {"training": seed}}
+            comparison = [_row(k, results[k], costs[k], seconds[k]) for k in _METHODS]
+            write_report(html, plots, "demo", comparison=comparison, **parts, **provenance())
+    finally:  # last, since nobody may be reading any more, and in any case
+        if json_file != "-":
+            rows = {
+                "passes per image": {k: f"{v:g}" for k, v in costs.items()},
+                "training seconds": {k: f"{v:.0f}" for k, v in seconds.items()},
             }
-            for name in _METHODS
-        },
-        json_file,
-    )
+            evaluation_table(results, rows)
+            click.echo(_sentence(results["fgsm"], results["sat-r2"]))
+            click.echo(f"({time.perf_counter() - start:.0f} s in all)")
 
 
 def _row(name: str, judged: Evaluation, passes: float, seconds: float) -> dict[str, Any]:

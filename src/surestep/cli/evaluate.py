@@ -76,9 +76,10 @@ def evaluate(
     chosen = names(attacks) if attacks is not None else None
     if sources and chosen is not None and "transfer" not in chosen:
         raise UserError("--source is for the transfer attack: add transfer to --attacks")
+    device = values["device"]
     target = open_target(values, radii[-1])
     more = [target.threat.with_eps(e).eps for e in _ratios(radii)] if len(radii) > 1 else []
-    others = [runs.load(source, None).model for source in sources]
+    others = [runs.load(source, device).model for source in sources]
     if chosen is None and others:
         chosen = [*surestep.evaluation.suite.budget(budget), "transfer"]
     with progress_bar("attacking") as progress:
@@ -95,11 +96,13 @@ def evaluate(
             progress=progress,
             **values,
         )
-    if json_file != "-":
-        evaluation_table({target.name: result})
     told = {**result.to_dict(), "run": target.name, **provenance()}
-    write_json(told, json_file)
-    report_target(html, plots, target, evaluation=told)
+    try:
+        write_json(told, json_file)
+        report_target(html, plots, target, evaluation=told)
+    finally:  # last, since nobody may be reading any more, and in any case
+        if json_file != "-":
+            evaluation_table({target.name: result})
 
 
 def _ratios(texts: list[Any]) -> list[float]:

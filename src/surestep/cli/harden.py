@@ -11,7 +11,7 @@ from surestep.cli._target import POSITIVE
 from surestep.errors import UserError
 
 
-@click.command(short_help="Harden a trained run after the fact, and judge it before and after.")
+@click.command(short_help="Harden a trained run afterwards; judge it before and after.")
 @click.argument("run", metavar="RUN")
 @click.option("--mean-sparse", is_flag=True, help="Sparsify activations around their means.")
 @click.option(
@@ -34,7 +34,13 @@ from surestep.errors import UserError
 @click.option("--n", type=POSITIVE, default=1000, show_default=True, help="Test images.")
 @click.option("--out", metavar="RUN", help="Folder of the hardened run. [default: RUN-hardened]")
 @click.option("--overwrite", is_flag=True, help="Replace that folder if it exists.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Of the attacks.",
+)
 @click.option("--device", metavar="TEXT", help="cpu, cuda, cuda:1, mps; by default the best.")
 @json_option
 def harden(
@@ -108,9 +114,11 @@ def harden(
     console.print(table)
     gain = found["after"]["worst_case_accuracy"] - found["before"]["worst_case_accuracy"]
     console.print(
-        f"threshold {found['threshold']:g}, worst case {100 * gain:+.1f} points on {n} test images"
+        f"threshold {found['threshold']:g}, worst case {100 * gain:+.1f} points on "
+        f"{found['after']['n']} test images"
         + (": no threshold helped" if found["threshold"] == 0 else "")
         + f"\nwritten to {folder}; audit it: surestep audit {folder}",
+        markup=False,
         highlight=False,
     )
     write_json(found, json_file)

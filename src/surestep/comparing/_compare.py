@@ -189,7 +189,8 @@ def _compare(jobs: list[Job], asked: Asked, tell: Tell) -> Comparison:
     """Check everything, then train and judge one run after another."""
     images = _check_alike(jobs)
     rows = _group(jobs)
-    suite.parse_all(asked.attacks, runs.build_threat(jobs[0].config))
+    # In the place of the source that a transfer attack trains later.
+    suite.parse_all(asked.attacks, runs.build_threat(jobs[0].config), [torch.nn.Identity()])
     kept = {job.label: read(job, asked) for job in jobs}
     outcomes, failures = {}, []
     for k, job in enumerate(jobs, 1):

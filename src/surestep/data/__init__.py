@@ -125,7 +125,10 @@ def load(
         raise UserError(f"{name!r} and root {str(root)!r} both give the place: give one of them")
     where = place or root
     if where is not None and kind != "hf":
-        where = Path(where).expanduser()
+        try:
+            where = Path(where).expanduser()
+        except RuntimeError as e:  # no such user
+            raise UserError(f"the place {str(where)!r} is not there: {e}") from e
     if source.needs_place and where is None:
         raise UserError(f"{kind!r} needs {source.needs_place}: write {source.about.split(',')[0]}")
     if image_size is not None:

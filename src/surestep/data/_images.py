@@ -96,6 +96,9 @@ class Images:
         return self.pixels(), self.y
 
 
+_MOST_CLASSES = 1_000_000  # above it, labels are surely numbers of something else
+
+
 def number_names(count: int) -> tuple[str, ...]:
     """Class names for classes that have none: "0", "1", ..."""
     return tuple(str(k) for k in range(count))
@@ -219,6 +222,11 @@ def _check_labels(y: Tensor, num_classes: int | None, name: str) -> Tensor:
     low, high = (int(v) for v in torch.aminmax(y))
     if low < 0:
         raise UserError(f"{name}: y holds the label {low}: class numbers start at 0")
+    if high >= _MOST_CLASSES:
+        raise UserError(
+            f"{name}: y holds the label {high}, which is no class number: number the classes 0, "
+            "1, ..."
+        )
     if num_classes is not None and high >= num_classes:
         raise UserError(
             f"{name}: y holds the label {high} but there are {num_classes} classes: "

@@ -34,11 +34,11 @@ class Adapted(nn.Module):
         Raises:
             UserError: the model raises, or returns no logits.
         """
-        z = x if self.preprocess is None else self.preprocess(x)
         weight = next((p for p in self.model.parameters() if p.is_floating_point()), None)
-        if weight is not None and weight.dtype != z.dtype:
-            z = z.to(weight.dtype)
         try:
+            z = x if self.preprocess is None else self.preprocess(x)
+            if weight is not None and weight.dtype != z.dtype:
+                z = z.to(weight.dtype)
             return forward_logits(self.model, z)
         except Exception as e:
             if isinstance(e, UserError) or out_of_memory(e):

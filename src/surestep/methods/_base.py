@@ -13,7 +13,7 @@ import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from importlib import resources
 from typing import (
     Any,
@@ -418,10 +418,14 @@ def register(slug: str) -> Callable[[type[Method]], type[Method]]:
     """Register a subclass of ``Method`` under its slug.
 
     Raises:
-        UserError: the slug is another method's.
+        UserError: the slug is another method's, or a hyperparameter has no default.
     """
 
     def add(cls: type[Method]) -> type[Method]:
+        for name in parameter_names(cls):
+            one = cls.__dataclass_fields__[name]
+            if one.default is MISSING and one.default_factory is MISSING:
+                raise UserError(f"{name} of the method {slug!r} has no default: give it one")
         taken = METHODS.get(slug)
         if taken and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
             raise UserError(
@@ -503,10 +507,17 @@ def preset(slug: str, name: str) -> Preset:
 
 
 def card(slug: str) -> str:
-    """Return the method's card as Markdown: ``cards/SLUG.md`` in the package of its file."""
+    """Return the method's card as Markdown: ``cards/SLUG.md`` in the package of its file.
+
+    Raises:
+        UserError: there is no such method, or its package has no card of it.
+    """
     module = sys.modules[get(slug).__module__]
     package = module.__name__ if hasattr(module, "__path__") else module.__package__
-    return (resources.files(package or "") / "cards" / f"{slug}.md").read_text("utf-8")
+    try:
+        return (resources.files(package or "") / "cards" / f"{slug}.md").read_text("utf-8")
+    except FileNotFoundError as e:
+        raise UserError(f"the method {slug!r} has no card: {package}/cards/{slug}.md") from e
 
 
 def recipe_of(slug: str, name: str, **params: Any) -> Preset:

@@ -94,8 +94,8 @@ CIFAR_SPEED = Preset(
     params={},
     settings={
         "epochs": 4,
-        "batch_size": 128,
-        "lr": 0.1,
+        "batch_size": 64,
+        "lr": 0.2,
         "schedule": "onecycle",
         "augment": "crop-flip",
     },

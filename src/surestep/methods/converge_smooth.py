@@ -85,7 +85,7 @@ class ConvergeSmooth(Method):
         """Return 1 where the loss leapt up, -1 down, 0 within T; and take the loss in."""
         clean = processes.mean(clean).to(finest(clean.device))
         total, count, mean, before = self._sums.to(clean)
-        rise = (mean - before).abs()
+        rise = mean - before
         limit = rise.clamp(min=self.gamma * self._ratio(), max=self.gamma)
         off = clean - mean
         known = (mean > 0) & self._steady

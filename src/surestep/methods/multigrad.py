@@ -39,7 +39,8 @@ class MultiGrad(Doubled):
         """Return the common signs of the gradients at random starts, zero elsewhere."""
         votes = torch.zeros_like(point)
         for _ in range(self.starts):
-            votes += super().gradient(model, point + self.threat.random_delta(point), y).sign()
+            start = self.threat.clip(point + self.threat.random_delta(point))
+            votes += super().gradient(model, start, y).sign()
         return torch.where(votes.abs() == self.starts, votes, 0)
 
     def cost(self, batch_size: int) -> Cost:

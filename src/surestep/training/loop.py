@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -146,8 +146,9 @@ def fit(
     accelerator.wait_for_everyone()
     if run and accelerator.is_main_process and not resume:
         run.make({**describe, **trainer.config.model_dump(mode="json")}, overwrite=overwrite)
-    accelerator.wait_for_everyone()
-    return trainer.train(resume=resume)
+    with run.held() if run and accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()
+        return trainer.train(resume=resume)
 
 
 def _accelerator(device: torch.device, run: RunFolder | None, *, tensorboard: bool) -> Accelerator:

@@ -54,4 +54,4 @@ class Display:
 
     def say(self, text: str, style: str | None = None) -> None:
         """Print a line above the bar."""
-        self.console.print(text, style=style, highlight=False, soft_wrap=True)
+        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

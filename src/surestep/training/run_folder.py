@@ -7,7 +7,8 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +16,11 @@ from typing import Any, TypeVar
 from surestep import files
 from surestep.config import FitSettings, RunConfig, parse, read_yaml, to_yaml
 from surestep.errors import UserError
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]
 
 C = TypeVar("C", bound=FitSettings)
 _ENTRIES = {
@@ -130,7 +136,8 @@ class RunFolder:
         text = to_yaml(settings)
         try:
             if overwrite and self.folder.exists():
-                shutil.rmtree(self.folder)
+                with self.held() if self.config.is_file() else nullcontext():
+                    shutil.rmtree(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             self._claim(text)
         except FileExistsError as e:
@@ -138,7 +145,30 @@ class RunFolder:
                 f"{self.folder} was taken by another run just now: choose another --out"
             ) from e
         except OSError as e:
-            raise UserError(f"cannot make the run folder {self.folder}: {e.strerror}") from e
+            reason = e.strerror or e
+            raise UserError(f"cannot make the run folder {self.folder}: {reason}") from e
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder of a run that is made: of two that go on with it, one may.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        if fcntl is None:  # Windows
+            yield
+            return
+        with self.config.open("r+b") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as e:
+                raise UserError(
+                    f"{self.folder} is being trained by another process: wait for it, stop it, or "
+                    "choose another --out"
+                ) from e
+            except OSError:  # a file system without locks
+                pass
+            yield
 
     def _claim(self, text: str) -> None:
         """Write ``config``, whole or not at all: of two runs that find an empty folder, one does.

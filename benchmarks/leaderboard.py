@@ -80,6 +80,7 @@ BOARDS = {
         {
             **{"model": "lenet+", "epochs": 2, "batch_size": 64, "lr": 0.05},
             **{"optimizer": "sgd", "weight_decay": 5e-4, "schedule": "onecycle", "warmup": 0.0},
+            **{"eps_warmup": 0.0},
         },
         (0.3,),
         seeds=3,

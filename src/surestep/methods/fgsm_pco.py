@@ -32,7 +32,7 @@ class FGSMPCO(Method):
     remembers = True
     kept = ("_delta",)
     presets = {
-        "mnist": recipe(MNIST_ZOO, lam=10.0, settings=SMOOTH),
+        "mnist": recipe(MNIST_ZOO, lam=10.0),
         "cifar10": recipe(CIFAR_RESNET, lam=10.0, settings=SMOOTH),
     }
 

@@ -42,7 +42,7 @@ def zerograd(net, x, y, smoothing, q=0.35, alpha=2 * EPS):
 
 
 def multigrad(net, x, y, smoothing, starts=3, alpha=2 * EPS):
-    seen = [train_signs(net, x + uniform(x), y) for _ in range(starts)]
+    seen = [train_signs(net, box(x + uniform(x)), y) for _ in range(starts)]
     agreed = seen[0].clone()
     for other in seen[1:]:
         agreed[other != seen[0]] = 0

@@ -31,7 +31,10 @@ class UAT(PGD):
     paper = "Alayrac et al. 2019, arXiv 1905.13725"
     remembers = True
     presets = {
-        "mnist": recipe(MNIST_ZOO, labelled=0.1, steps=40, alpha=0.01),
+        # With the default lam, and eps at its full size at once, the output stays constant.
+        "mnist": recipe(
+            MNIST_ZOO, labelled=0.1, steps=40, alpha=0.01, lam=1.0, settings={"eps_warmup": 1.0}
+        ),
         "cifar10": recipe(CIFAR_RESNET, labelled=0.1, steps=10, alpha=2 / 255),
     }
 

@@ -3,6 +3,7 @@
     python benchmarks/step_cost.py                    # LeNet+, batch 32 and 128
     python benchmarks/step_cost.py --model preactresnet18 --batch-size 64 --methods fgsm sat-r2
     python benchmarks/step_cost.py --peers --out benchmarks/results/step_cost.csv
+    python benchmarks/step_cost.py --methods all      # every method, with its default parameters
     OMP_NUM_THREADS=1 python benchmarks/step_cost.py --methods sat-r2 pgd-40   # one core
 
 All steps run in one process, warm, in turn, round after round; the median over rounds counts, so
@@ -27,12 +28,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,11 +58,15 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "sat-r2": ("sat-r2", {}),
     "sat-r3": ("sat-r3", {}),
     "pgd-7": ("pgd", {"steps": 7, "alpha": 0.06}),
-    # The dear ones, measured when named.
+    # Measured when named, as are all other methods, with their default parameters.
     "pgd-40": ("pgd", {"steps": 40, "alpha": 0.01}),
-    "gradalign": ("gradalign", {}),
 }
 EPS = 0.3
+
+
+def spec(name: str) -> tuple[str, dict[str, Any]]:
+    """Return the method and the parameters that a name of ``METHODS``, or a method's own, means."""
+    return METHODS.get(name, (name, {}))
 
 
 def build_model(name: str) -> tuple[nn.Module, int, int]:
@@ -73,14 +80,15 @@ def our_step(
     model_name: str,
     name: str,
     engine: str,
-    batch: int = 0,
+    batch: int,
     max_memory: float | None = None,
     *,
     compiled: bool = False,
 ) -> tuple[TrainStep, methods.Method]:
     model, channels, size = build_model(model_name)
-    slug, params = METHODS[name]
+    slug, params = spec(name)
     method = methods.build(slug, Linf(EPS), params)
+    method.progress = methods.Progress(images=batch)
     optimizer = make_optimizer("sgd", model.parameters(), lr=0.01)
     chosen = Engine.choose(engine)
     if max_memory:
@@ -155,19 +163,19 @@ def measure(args: argparse.Namespace, batch: int) -> list[dict[str, Any]]:
     costs: dict[str, float] = {}
     names = ["standard", *(m for m in args.methods if m != "standard")]
     for name in names:
-        step, method = our_step(args.model, name, args.engine)
-        steps[name, "surestep"] = step
+        step, method = our_step(args.model, name, args.engine, batch)
+        steps[name, "surestep"] = partial(step, index=torch.arange(batch))
         costs[name] = method.cost(batch).total
         if args.compile:
-            step, _ = our_step(args.model, name, args.engine, compiled=True)
-            steps[name, "compiled"] = step
+            step, _ = our_step(args.model, name, args.engine, batch, compiled=True)
+            steps[name, "compiled"] = partial(step, index=torch.arange(batch))
         if args.peers:
             steps |= {(name, k): v for k, v in peer_steps(args.model, name, batch).items()}
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     for round_number in range(args.rounds + 3):
         for key, take in steps.items():
             # Where steps differ in turn, the mean over a turn counts.
-            turn = METHODS[key[0]][1].get("every", 1)
+            turn = spec(key[0])[1].get("every", 1)
             start = time.perf_counter()
             for _ in range(turn):
                 take(x, y)
@@ -263,8 +271,21 @@ def peak_memory(args: argparse.Namespace) -> None:
             options += ["--max-memory", str(args.max_memory)] if args.max_memory else []
             command = [sys.executable, __file__, *options, "--one", name]
             done = subprocess.run(command, check=False, capture_output=True, text=True)
-            said = done.stdout if not done.returncode else done.stderr.splitlines()[-1]
-            print(f"batch {batch:4} {name:11} {said.strip()}", flush=True)
+            if done.returncode:
+                print(f"batch {batch:4} {name:11} {done.stderr.splitlines()[-1]}", flush=True)
+                continue
+            found = json.loads(done.stdout)
+            print(
+                f"batch {batch:4} {name:11} peak {found['peak_mb'] / 1024:.2f} GiB, "
+                f"{found['before_mb'] / 1024:.2f} before the model; {found['ms'] / 1e3:.3f} s a "
+                f"step, the fastest of {args.rounds}",
+                flush=True,
+            )
+            if args.out:
+                limit = f" within {args.max_memory:g} GiB" if args.max_memory else ""
+                row = {"model": args.model, "batch": batch, "method": name}
+                row |= {"by": f"memory{limit}", **found}
+                append(args.out, FIELDS, {**row, **circumstances(args)})
 
 
 def one(args: argparse.Namespace) -> None:
@@ -274,13 +295,17 @@ def one(args: argparse.Namespace) -> None:
     seconds = []
     for _ in range(args.rounds):
         start = time.perf_counter()
-        step(x, y)
+        step(x, y, torch.arange(len(x)))
         seconds.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(
-        f"peak {peak / 2**20:.2f} GiB, {before / 2**20:.2f} before the model; "
-        f"{min(seconds):.3f} s a step, the fastest of {args.rounds}"
-    )
+    found = {"peak_mb": round(peak / 2**10), "before_mb": round(before / 2**10)}
+    print(json.dumps({**found, "ms": round(1e3 * min(seconds), 1)}))
+
+
+def circumstances(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what every row says of how and where it was measured."""
+    made = {"engine": args.engine, "threads": torch.get_num_threads(), "rounds": args.rounds}
+    return {**made, "torch": torch.__version__, **origin()}
 
 
 def main() -> None:
@@ -289,7 +314,14 @@ def main() -> None:
     )
     parser.add_argument("--model", default="lenet+")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[32, 128])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS)[:-2], choices=list(METHODS))
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(METHODS)[:-1],
+        choices=["all", *METHODS, *(name for name in methods.names() if name not in METHODS)],
+        metavar="NAME",
+        help=f"of {', '.join(METHODS)}, any other method, or all",
+    )
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--engine", default="auto", choices=("auto", "fast", "reference"))
     parser.add_argument("--peers", action="store_true", help="also the peers' ways")
@@ -302,6 +334,8 @@ def main() -> None:
     )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if "all" in args.methods:
+        args.methods = methods.names()
     if args.one:
         return one(args)
     if args.table:
@@ -314,10 +348,8 @@ def main() -> None:
         print(f"\n{args.model}, batch {batch}, engine {args.engine}, {threads} threads")
         show(rows)
         if args.out:
-            made = {"engine": args.engine, "threads": threads, "rounds": args.rounds}
-            made |= {"torch": torch.__version__, **origin()}
             for row in rows:
-                append(args.out, FIELDS, {**row, **made})
+                append(args.out, FIELDS, {**row, **circumstances(args)})
     return None
 
 

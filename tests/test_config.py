@@ -9,8 +9,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from surestep import Linf
 from surestep.config import FitSettings, RunConfig, parse, read_yaml, to_yaml
 from surestep.errors import UserError
+from surestep.evaluation import suite
 
 
 def run(**values: Any) -> RunConfig:
@@ -239,3 +241,10 @@ def test_no_torch_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
+def test_weights_are_selected_by_more_than_one_step():
+    """A run that is selected by a weak attack selects what masks its gradients."""
+    names = FitSettings.model_fields["val_attacks"].default
+    attacks = suite.parse_all(names, Linf(0.3))
+    assert max(attack.passes for attack in attacks.values()) >= 3 * 20 * 2

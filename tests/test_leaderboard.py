@@ -28,7 +28,14 @@ def test_every_row_is_a_run_that_can_be_made(name):
 
 def line(entry, seed, worst, verdict, seconds, machine="one"):
     return {
-        **{"entry": entry, "seed": str(seed), "passes": "5", "clean": "0.9", "fgsm": "0.8"},
+        **{
+            "entry": entry,
+            "seed": str(seed),
+            "eps": "0.3",
+            "passes": "5",
+            "clean": "0.9",
+            "fgsm": "0.8",
+        },
         **{"found": "0.5", "worst_case": str(worst), "verdict": verdict},
         **{"train_cpu_seconds": str(seconds), "machine": machine},
     }
@@ -66,6 +73,30 @@ def test_seconds_are_held_against_standard_training_on_the_same_machine():
     (one, _), (alone,) = board.means(rows), board.means(rows[4:])
     assert (one["ratio"], one["seeds"]) == (2.5, 3)
     assert math.isnan(alone["ratio"])
+
+
+def test_a_row_is_run_again_when_its_parameters_change():
+    pairs = list(board.rows("mnist", ["sat-r2"], [0, 1, 2]))
+    found = [
+        {"board": "mnist", "entry": "sat-r2", "eps": "0.3", "seed": seed, "params": params}
+        for seed, params in (
+            ("0", '{"lam": 5.0, "alpha": 0.01}'),
+            ("1", '{"lam": 4.0, "alpha": 0.01}'),
+        )
+    ]
+    left = board.missing(iter(pairs), found)
+    assert [row.seed for _, row in left] == [1, 2]
+
+
+def test_of_a_seed_that_ran_twice_the_later_row_counts():
+    rows = [
+        line("standard", 0, 0.0, "not robust", 40),
+        line("one", 0, 0.1, "pseudo-robust", 80),
+        line("one", 0, 0.7, "robust", 80),
+    ]
+    one = board.means(rows)[0]
+    assert (one["seeds"], one["masked"]) == (1, False)
+    assert one["worst"] == pytest.approx(70)
 
 
 def test_the_best_sat_is_held_against_the_best_of_the_rest():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 
+from surestep import methods
 from surestep.training import make_step
 from surestep.training.awp import weights_ahead
 from surestep.training.engine import make_optimizer
@@ -65,10 +67,10 @@ def test_a_perturbation_of_zero_changes_nothing(tiny):
     assert tiny.same_weights(*models)
 
 
-def test_every_method_takes_it(tiny):
-    for slug in ("sat-r2", "trades", "pgd"):
-        result = tiny.train(slug, awp=0.01, epochs=1)
-        assert all(bool(p.isfinite().all()) for p in result.model.parameters())
+@pytest.mark.parametrize("slug", methods.names())
+def test_every_method_takes_it(tiny, slug):
+    result = tiny.train(slug, awp=0.01, epochs=1)
+    assert all(bool(p.isfinite().all()) for p in result.model.parameters())
 
 
 def test_a_gradient_that_overflows_leaves_no_trace(tiny):

@@ -116,7 +116,7 @@ def loader(**where):
 stopped("resumed", without_norm)
 stopped("resumed-norm", with_norm)
 stopped("resumed-loader", loader, [7])
-for method in ("tdat", "free", "pap"):
+for method in ("tdat", "free", "pap", "fgsm-mep"):
 
     def with_state(method=method, **where):
         return train(method, model=tiny.make_net(norm=False), checkpoint_every=2, **where)
@@ -224,14 +224,14 @@ def test_every_method_on_two_processes(tiny, place, slug):
 
     Also memory follows its image from process to process, through crop and flip.
     """
+    both = left(place, slug)
+    assert equal(both[0]["state"], both[1]["state"])
     if reason := merged("COUPLED").get(slug):
         pytest.skip(f"one loss of the whole batch: {reason}")
     with tiny.nothing_random():
         one = tiny.train(
             tiny.method(slug), model=tiny.net(norm=False), augment="crop-flip", epochs=3
         )
-    both = left(place, slug)
-    assert equal(both[0]["state"], both[1]["state"])
     initial = tiny.net(norm=False).state_dict()
     for key, value in one.model.state_dict().items():
         torch.testing.assert_close(both[0]["state"][key], value, rtol=0, atol=1e-4)
@@ -256,7 +256,7 @@ def test_resume_with_a_loader(place, tiny):
     assert tiny.weights(place / "resumed-loader-7") == tiny.weights(place / "resumed-loader")
 
 
-@pytest.mark.parametrize("slug", ["tdat", "free", "pap"])
+@pytest.mark.parametrize("slug", ["tdat", "free", "pap", "fgsm-mep"])
 def test_resume_of_what_each_process_keeps_of_its_own(place, tiny, slug):
     name = f"resumed-{slug}"
     assert tiny.weights(place / f"{name}-4") == tiny.weights(place / name)

@@ -37,7 +37,13 @@ def test_fast_and_reference_agree_in_float32(tiny, method):
     torch.testing.assert_close(fast, reference, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("method", "tolerance"), [("standard", 0.02), ("fgsm", 0.1)])
+@pytest.mark.parametrize(
+    ("method", "tolerance"),
+    [
+        *(("standard", 0.02), ("fgsm", 0.1), ("sat-r1", 0.1), ("sat-r2", 0.1), ("sat-r3", 0.1)),
+        ("pgd", 0.2),
+    ],
+)
 def test_bf16_agrees_within_its_precision(tiny, method, tolerance):
     # bf16 has 8 bits; under an attack, signs of the smallest input gradients turn as well.
     reference = gradients(tiny, method, "reference")

@@ -69,8 +69,7 @@ def resolve(values: Mapping[str, Any], preset: str | None = None) -> RunConfig:
     dataset, norm = (str(values.get(k, RunConfig.model_fields[k].default)) for k in _MEANT)
     name = dataset.partition(":")[0]
     if preset is None:
-        alike = _ALIKE.get(name, name)
-        preset = alike if alike in cls.presets else "none"
+        preset = usual_preset(method, dataset) or "none"
     # The default radius is one of digits, in l-inf; other mistakes are told where they are found.
     elsewhere = preset == "none" and name != "mnist" and name in data.names()
     if "eps" not in values and (elsewhere or norm == "l2"):
@@ -94,6 +93,13 @@ def resolve(values: Mapping[str, Any], preset: str | None = None) -> RunConfig:
     scale = config.eps / chosen.eps
     lengths = {k: v * scale for k in cls.lengths if (v := chosen.params.get(k))}
     return config.model_copy(update={"params": {**chosen.params, **lengths, **config.params}})
+
+
+def usual_preset(method: str, dataset: str) -> str | None:
+    """Return the preset that a data set is trained with where none is named, if there is one."""
+    name = dataset.partition(":")[0]
+    name = _ALIKE.get(name, name)
+    return name if name in methods.get(method).presets else None
 
 
 def build_threat(config: RunConfig) -> ThreatModel:
@@ -269,7 +275,8 @@ def read_config(folder: str | Path) -> RunConfig:
     if "dataset" not in values or "model" not in values:
         raise UserError(
             f"{folder} was trained from Python with a model and data of your own: resume it with "
-            "surestep.fit(..., resume=True), judge it with surestep.evaluate"
+            "surestep.fit(..., resume=True); judge it with surestep.evaluate, or here as "
+            f"FILE.py:FACTORY --weights {folder}/model.safetensors --dataset NAME --eps NUMBER"
         )
     return parse(RunConfig, values, where=f"{run.config}: ")
 

@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import surestep
 from surestep import models
 from surestep.training.run_folder import RunFolder
 
@@ -494,6 +495,15 @@ class TestOurs:
         assert (code, out) == (130, "")
         assert "Traceback" not in err
         assert "stopped" in err
+
+    def test_control_c_of_an_evaluation(self, cli, finished, monkeypatch):
+        def stop(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(surestep, "evaluate", stop)
+        code, _, err = cli("evaluate", finished)
+        assert code == 130
+        assert err.startswith("stopped; with --state FILE")
 
     def test_control_c_says_how_to_go_on(self, cli, small, tmp_path, monkeypatch):
         assert "--resume" in self.interrupt(cli, small, tmp_path, monkeypatch).err

@@ -234,3 +234,12 @@ class TestFullDisk:
         monkeypatch.undo()
         done("train", "--resume", out, "--quiet")
         assert (out / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_data_without_a_recipe_are_told(cli, small, tmp_path, quiet):
+    args = ("--method", "sat-r3", *small, "--epochs", "1", "--out", tmp_path / "run")
+    found = cli("train", *args, *(["--quiet"] if quiet else []), "--json", tmp_path / "r.json")
+    assert found.code == 0
+    assert ("sat-r3 has no recipe of its own for npz" in found.err) == (not quiet)
+    assert json.loads((tmp_path / "r.json").read_text())["masked_epochs"] in ([], [1])

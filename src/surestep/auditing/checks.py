@@ -192,22 +192,20 @@ def broken_gradients(s: Subject) -> Finding:
 def optimisation_in_forward(s: Subject) -> Finding:
     """A forward that itself follows gradients adapts to the attack."""
     calls = 0
-    grad, backward = torch.autograd.grad, torch.autograd.backward
+    # What grad and backward both end in, however they were imported.
+    engine = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
 
-    def count(original: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            return original(*args, **kwargs)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return engine(*args, **kwargs)
 
-        return counted
-
-    torch.autograd.grad, torch.autograd.backward = count(grad), count(backward)
+    torch.autograd._engine_run_backward = counted  # type: ignore[attr-defined]
     try:
         with torch.enable_grad():
             forward_logits(s.model, s.x[:2])
     finally:
-        torch.autograd.grad, torch.autograd.backward = grad, backward
+        torch.autograd._engine_run_backward = engine  # type: ignore[attr-defined]
     said = f"forward calls autograd {calls} times" if calls else "forward calls no autograd"
     return Finding(calls > 0, float(calls), said)
 

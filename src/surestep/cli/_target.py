@@ -17,7 +17,11 @@ POSITIVE = click.IntRange(min=1)
 _OPTIONS = (
     click.argument("model", metavar="MODEL"),
     click.option("--weights", metavar="FILE", help="Of FILE.py:FACTORY: safetensors, state_dict."),
-    click.option("--dataset", metavar="TEXT", help="As for training. [default: the run's]"),
+    click.option(
+        "--dataset",
+        metavar="TEXT",
+        help="mnist, cifar10, cifar100, folder:PATH, npz:FILE or hf:NAME. [default: the run's]",
+    ),
     click.option("--data", "place", metavar="TEXT", help="Where the data set lies."),
     click.option(
         "--image-size",
@@ -69,7 +73,10 @@ def open_target(values: dict[str, Any], eps: str | None) -> Target:
     names = ("weights", "dataset", "place", "image_size", "norm", "device")
     options = {name: values.pop(name) for name in names}
     mean, std = (_numbers(name, values.pop(name)) for name in ("mean", "std"))
-    return targets.open_target(values.pop("model"), eps=eps, mean=mean, std=std, **options)
+    target = targets.open_target(values.pop("model"), eps=eps, mean=mean, std=std, **options)
+    if target.images.note:
+        click.echo(target.images.note, err=True)
+    return target
 
 
 def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:

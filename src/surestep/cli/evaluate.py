@@ -102,7 +102,13 @@ def evaluate(
         report_target(html, plots, target, evaluation=told)
     finally:  # last, since nobody may be reading any more, and in any case
         if json_file != "-":
-            evaluation_table({target.name: result})
+            curve = {
+                f"worst case at eps {at['eps']:.4g}": {
+                    target.name: f"{at['worst_case_accuracy']:.1%}"
+                }
+                for at in result.curve
+            }
+            evaluation_table({target.name: result}, curve)
 
 
 def _ratios(texts: list[Any]) -> list[float]:

@@ -229,8 +229,9 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
+    tell: Callable[[], None] = lambda: None,
 ) -> FitResult:
-    """Train a run as configured; see ``surestep.fit``."""
+    """Train a run as configured; see ``surestep.fit``. ``tell`` is called before it begins."""
     if resume and config.mean_sparse is not None:
         raise UserError(f"{out} was hardened after training: resume the run it was made from")
     method = build_method(config)
@@ -246,8 +247,10 @@ def train(
     described = {
         k: v for k, v in config.model_dump(mode="json").items() if k not in FitSettings.model_fields
     }
+    model = build_model(config, images)
+    tell()
     return fit(
-        build_model(config, images),
+        model,
         images,
         method,
         out=out,

@@ -236,10 +236,12 @@ class TestFullDisk:
         assert (out / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
 
 
-@pytest.mark.parametrize("quiet", [True, False])
-def test_data_without_a_recipe_are_told(cli, small, tmp_path, quiet):
-    args = ("--method", "sat-r3", *small, "--epochs", "1", "--out", tmp_path / "run")
-    found = cli("train", *args, *(["--quiet"] if quiet else []), "--json", tmp_path / "r.json")
+@pytest.mark.parametrize("model", [(), ("--model", "cnn-small", "--lr", "0.1")])
+def test_data_without_a_recipe_are_told(cli, digits, tmp_path, model):
+    args = ("--dataset", "npz", "--data", digits, "--eps", "0.3", "--epochs", "1", "--quiet")
+    place = ("--out", tmp_path / "run", "--json", tmp_path / "r.json", "--val-images", "20")
+    found = cli("train", "--method", "sat-r3", *args, *place, *model)
     assert found.code == 0
-    assert ("sat-r3 has no recipe of its own for npz" in found.err) == (not quiet)
+    told = "sat-r3 has no recipe of its own for npz: the defaults are taken, model lenet+, lr 0.1"
+    assert (told in found.err) == (not model)
     assert json.loads((tmp_path / "r.json").read_text())["masked_epochs"] in ([], [1])

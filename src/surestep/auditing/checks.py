@@ -193,19 +193,19 @@ def optimisation_in_forward(s: Subject) -> Finding:
     """A forward that itself follows gradients adapts to the attack."""
     calls = 0
     # What grad and backward both end in, however they were imported.
-    engine = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+    engine = torch.autograd._engine_run_backward
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         return engine(*args, **kwargs)
 
-    torch.autograd._engine_run_backward = counted  # type: ignore[attr-defined]
+    torch.autograd._engine_run_backward = counted
     try:
         with torch.enable_grad():
             forward_logits(s.model, s.x[:2])
     finally:
-        torch.autograd._engine_run_backward = engine  # type: ignore[attr-defined]
+        torch.autograd._engine_run_backward = engine
     said = f"forward calls autograd {calls} times" if calls else "forward calls no autograd"
     return Finding(calls > 0, float(calls), said)
 

@@ -107,6 +107,7 @@ def evaluate(
                     target.name: f"{at['worst_case_accuracy']:.1%}"
                 }
                 for at in result.curve
+                if at["eps"] != result.threat["eps"]
             }
             evaluation_table({target.name: result}, curve)
 

@@ -102,15 +102,23 @@ def train(
             # A file is complete in itself: a preset is taken only if one is named.
             preset = preset or "none"
         config = runs.resolve(settings, preset)
-        if preset is None and not quiet and not runs.usual_preset(config.method, config.dataset):
+        out = out or new_folder(f"{config.method}-{config.dataset.partition(':')[0]}")
+    left = [name for name in ("model", "epochs", "lr") if name not in settings]
+    if resume or preset or runs.usual_preset(config.method, config.dataset):
+        left = []
+
+    def tell() -> None:
+        if left:
+            taken = ", ".join(f"{name} {getattr(config, name)}" for name in left)
             click.echo(
-                f"{config.method} has no recipe of its own for {config.dataset}: the defaults of "
-                f"--help are taken ({config.model}, {config.epochs:g} epochs); --preset NAME takes "
-                f"another data set's (surestep methods {config.method})",
+                f"{config.method} has no recipe of its own for {config.dataset}: the defaults are "
+                f"taken, {taken}; --preset NAME takes another data set's",
                 err=True,
             )
-        out = out or new_folder(f"{config.method}-{config.dataset.partition(':')[0]}")
-    result = runs.train(config, out, resume=resume is not None, overwrite=overwrite, quiet=quiet)
+
+    result = runs.train(
+        config, out, resume=resume is not None, overwrite=overwrite, quiet=quiet, tell=tell
+    )
     state = PartialState()
     # Threads of a process group that is left to the interpreter's end may abort it.
     state.destroy_process_group()

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
+import surestep
 from surestep import runs
 
 ATTACKS = ("--attacks", "fgsm,pgd-3,pgd-3-margin")
@@ -105,9 +106,14 @@ def test_sources_are_where_the_model_is(cli, finished, monkeypatch):
         return load(folder, device, images)
 
     monkeypatch.setattr(runs, "load", spied)
-    args = ("--source", finished, "--attacks", "transfer", "--n", "20", "--device", "cpu")
-    assert cli("evaluate", finished, *args).code == 0
+    args = ("--source", finished, "--n", "20", "--device", "cpu")
+    assert cli("evaluate", finished, *args, "--attacks", "transfer").code == 0
     assert asked == ["cpu", "cpu"]
+    given = []
+    monkeypatch.setattr(surestep, "audit", lambda *_, sources, **__: given.extend(sources) or 1 / 0)
+    cli("audit", finished, *args, "--budget", "quick")
+    assert asked == ["cpu"] * 4
+    assert len(given) == 1
 
 
 def test_a_curve_is_shown_too(done, finished):

@@ -10,6 +10,8 @@ import click
 from surestep.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from surestep.targets import Target
 
 POSITIVE = click.IntRange(min=1)
@@ -51,6 +53,28 @@ def budget_option(what: str) -> Callable[..., Any]:
         show_default=True,
         help=f"{what}; standard and thorough end with AutoAttack.",
     )
+
+
+def source_option(otherwise: str) -> Callable[..., Any]:
+    """Return the option ``--source``; ``otherwise`` says what is attacked from beside it."""
+    return click.option(
+        "--source",
+        "sources",
+        multiple=True,
+        metavar="RUN",
+        help="A run folder whose points the transfer attack tries; may be repeated. " + otherwise,
+    )
+
+
+def load_sources(folders: tuple[str, ...], device: str | None) -> list[nn.Module]:
+    """Load the models of ``source_option``'s run folders.
+
+    Raises:
+        UserError: one is no run folder.
+    """
+    from surestep import runs
+
+    return [runs.load(folder, device).model for folder in folders]
 
 
 def target_options(command: Callable[..., Any]) -> Callable[..., Any]:

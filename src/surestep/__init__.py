@@ -22,7 +22,7 @@ _HOMES = {
 }
 _ROOMS = (
     *("attacks", "auditing", "comparing", "data", "evaluation", "interchange"),
-    *("methods", "models", "report", "training"),
+    *("methods", "models", "posthoc", "report", "training"),
 )
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "interchange",
     "methods",
     "models",
+    "posthoc",
     "report",
     "training",
 ]
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
         interchange,
         methods,
         models,
+        posthoc,
         report,
         training,
     )

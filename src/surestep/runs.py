@@ -69,8 +69,7 @@ def resolve(values: Mapping[str, Any], preset: str | None = None) -> RunConfig:
     dataset, norm = (str(values.get(k, RunConfig.model_fields[k].default)) for k in _MEANT)
     name = dataset.partition(":")[0]
     if preset is None:
-        alike = _ALIKE.get(name, name)
-        preset = alike if alike in cls.presets else "none"
+        preset = usual_preset(method, dataset) or "none"
     # The default radius is one of digits, in l-inf; other mistakes are told where they are found.
     elsewhere = preset == "none" and name != "mnist" and name in data.names()
     if "eps" not in values and (elsewhere or norm == "l2"):
@@ -94,6 +93,13 @@ def resolve(values: Mapping[str, Any], preset: str | None = None) -> RunConfig:
     scale = config.eps / chosen.eps
     lengths = {k: v * scale for k in cls.lengths if (v := chosen.params.get(k))}
     return config.model_copy(update={"params": {**chosen.params, **lengths, **config.params}})
+
+
+def usual_preset(method: str, dataset: str) -> str | None:
+    """Return the preset that a data set is trained with where none is named, if there is one."""
+    name = dataset.partition(":")[0]
+    name = _ALIKE.get(name, name)
+    return name if name in methods.get(method).presets else None
 
 
 def build_threat(config: RunConfig) -> ThreatModel:
@@ -223,8 +229,9 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
+    tell: Callable[[], None] = lambda: None,
 ) -> FitResult:
-    """Train a run as configured; see ``surestep.fit``."""
+    """Train a run as configured; see ``surestep.fit``. ``tell`` is called before it begins."""
     if resume and config.mean_sparse is not None:
         raise UserError(f"{out} was hardened after training: resume the run it was made from")
     method = build_method(config)
@@ -240,8 +247,10 @@ def train(
     described = {
         k: v for k, v in config.model_dump(mode="json").items() if k not in FitSettings.model_fields
     }
+    model = build_model(config, images)
+    tell()
     return fit(
-        build_model(config, images),
+        model,
         images,
         method,
         out=out,
@@ -269,7 +278,8 @@ def read_config(folder: str | Path) -> RunConfig:
     if "dataset" not in values or "model" not in values:
         raise UserError(
             f"{folder} was trained from Python with a model and data of your own: resume it with "
-            "surestep.fit(..., resume=True), judge it with surestep.evaluate"
+            "surestep.fit(..., resume=True); judge it with surestep.evaluate, or here as "
+            f"FILE.py:FACTORY --weights {folder}/model.safetensors --dataset NAME --eps NUMBER"
         )
     return parse(RunConfig, values, where=f"{run.config}: ")
 

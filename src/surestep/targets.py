@@ -156,6 +156,10 @@ def _check_kind(name: str) -> None:
 
 
 def _eval(model: nn.Module) -> nn.Module:
+    """Put a model into eval mode, and the weights of one that was trained in half into float32."""
+    halves = (torch.float16, torch.bfloat16)
+    if any(p.dtype in halves for p in model.parameters()):
+        model = model.float()
     # An exported program refuses eval(); it is what it was exported as.
     for module in model.modules():
         module.training = False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from surestep.auditing import CHECKS, _subject
 from surestep.auditing._subject import Subject
 from surestep.evaluation import Adapted
 
-BY_NAME = {check.__name__.replace("_", "-"): check for check in CHECKS}
+BY_NAME = {check.name: check for check in CHECKS}
 
 
 class Layer(nn.Module):
@@ -165,6 +167,27 @@ def test_sweep_evidence(ask, net):
 
 
 def test_optimisation_check_puts_autograd_back(ask, net):
-    before = torch.autograd.grad, torch.autograd.backward
+    before = torch.autograd._engine_run_backward
     ask("optimisation-in-forward", with_gradient_inside(net))
-    assert (torch.autograd.grad, torch.autograd.backward) == before
+    assert torch.autograd._engine_run_backward is before
+
+
+def test_a_gradient_function_that_was_imported_before_is_counted(ask, net):
+    grad = torch.autograd.grad  # as by "from torch.autograd import grad"
+
+    def forward(x):
+        with torch.enable_grad():
+            z = x.detach().requires_grad_()
+            grad(net(z).sum(), z)
+            net(z).sum().backward()
+        return net(x)
+
+    found = ask("optimisation-in-forward", Layer(forward))
+    assert (found.status, found.value) == ("flagged", 2.0)
+
+
+def test_the_page_of_checks_is_up_to_date():
+    script = Path(__file__).parents[2] / "docs" / "checks.py"
+    page = script.with_name("checks.md").read_text("utf-8")
+    assert page == runpy.run_path(str(script))["page"](), "run python docs/checks.py"
+    assert [check.number for check in CHECKS] == list(range(1, 21))

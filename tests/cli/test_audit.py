@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from surestep import UserError, evaluation, files, models
+from surestep import UserError, evaluation, files, models, targets
 from surestep.auditing import _subject
 
 MODEL = """
@@ -36,6 +36,9 @@ def number():
 def few():
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 4))
+
+def half():
+    return plain().bfloat16()
 
 def exits():
     raise SystemExit(0)
@@ -175,7 +178,7 @@ def test_a_file_with_dataclasses(done, weights, on):
         (
             "{0}/net.py:nothing",
             (),
-            "has no 'nothing': it has make, plain, normalised, broken, number, few, exits",
+            "has no 'nothing': it has make, plain, normalised, broken, number, few, half, exits",
         ),
         ("{0}/net.py:broken", (), "net.py:broken fails: ZeroDivisionError"),
         ("{0}/net.py:exits", (), "net.py:exits fails: SystemExit"),
@@ -211,6 +214,18 @@ def test_preprocessing_that_does_not_fit():
     adapted = evaluation.Adapted(model, models.Normalize((0.5, 0.5), (0.2, 0.2)))
     with pytest.raises(UserError, match="the model fails on one batch of shape"):
         adapted(torch.rand(2, 3, 8, 8))
+
+
+def test_a_model_trained_in_half_is_judged_in_float32(done, weights, on):
+    def told(factory):
+        found = done("evaluate", f"{weights}/net.py:{factory}", "--attacks", "fgsm", *on)
+        return json.loads(found)["clean_accuracy"]
+
+    model = targets.open_target(
+        f"{weights}/net.py:half", dataset="mnist", eps=0.3, device="cpu"
+    ).model
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert abs(told("half") - told("plain")) <= 0.05
 
 
 def test_data_and_radius_are_needed(refused, weights):

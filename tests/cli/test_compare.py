@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -92,6 +93,13 @@ class TestOptions:
         assert asked["args"] == (["fgsm"], 3)
         assert (asked["attacks"], asked["budget"], asked["n"]) == (None, None, 1000)
 
+    def test_a_place_of_its_own(self, cli, asked, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(comparing, "save", lambda *_, **__: None)
+        err = cli("compare", "--methods", "fgsm").err
+        assert re.fullmatch(r"runs/\d{8}-compare", asked["out"])
+        assert f"give --out {asked['out']} to go on from them" in err
+
     def test_which_seeds_and_no_audit(self, done, asked, tmp_path):
         done("compare", "--methods", "fgsm", "--seeds", "3,5", "--no-audit", "--out", tmp_path)
         assert asked["args"][1] == [3, 5]
@@ -106,8 +114,7 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("args", "said"),
         [
-            ([], "give --methods A,B and --out, or run folders"),
-            (["--methods", "fgsm"], "--methods needs a place for the run folders: give --out DIR"),
+            ([], "give --methods A,B, or run folders"),
             (["run", "--methods", "fgsm"], "give run folders or --methods, not both"),
             (["run", "--epochs", "3"], "run folders are trained already: leave out --epochs"),
             (["run", "--seeds", "3", "--preset", "x"], "leave out --preset, --seeds"),

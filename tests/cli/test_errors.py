@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import surestep
 from surestep import models
 from surestep.training.run_folder import RunFolder
 
@@ -350,7 +351,7 @@ class TestData:
             if arrays:
                 np.savez(path, **arrays)
             where = ("--dataset", "npz", "--data", path) if "--dataset" not in args else ()
-            where = (*where, "--eps", "0.3")
+            where = (*where, "--eps", "0.3", "--preset", "none")
             options = ("--batch-size", "8", "--epochs", "1", "--val-attacks", "fgsm", "--quiet")
             return refused("train", *where, *args, *options, "--out", tmp_path / "out")
 
@@ -494,6 +495,15 @@ class TestOurs:
         assert (code, out) == (130, "")
         assert "Traceback" not in err
         assert "stopped" in err
+
+    def test_control_c_of_an_evaluation(self, cli, finished, monkeypatch):
+        def stop(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(surestep, "evaluate", stop)
+        code, _, err = cli("evaluate", finished)
+        assert code == 130
+        assert err.strip().startswith("stopped; with --state FILE")
 
     def test_control_c_says_how_to_go_on(self, cli, small, tmp_path, monkeypatch):
         assert "--resume" in self.interrupt(cli, small, tmp_path, monkeypatch).err

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 
+import surestep
 from surestep import runs
 
 ATTACKS = ("--attacks", "fgsm,pgd-3,pgd-3-margin")
@@ -104,9 +106,28 @@ def test_sources_are_where_the_model_is(cli, finished, monkeypatch):
         return load(folder, device, images)
 
     monkeypatch.setattr(runs, "load", spied)
-    args = ("--source", finished, "--attacks", "transfer", "--n", "20", "--device", "cpu")
-    assert cli("evaluate", finished, *args).code == 0
+    args = ("--source", finished, "--n", "20", "--device", "cpu")
+    assert cli("evaluate", finished, *args, "--attacks", "transfer").code == 0
     assert asked == ["cpu", "cpu"]
+    given = []
+    monkeypatch.setattr(surestep, "audit", lambda *_, sources, **__: given.extend(sources) or 1 / 0)
+    cli("audit", finished, *args, "--budget", "quick")
+    assert asked == ["cpu"] * 4
+    assert len(given) == 1
+
+
+def test_a_curve_is_shown_too(done, finished):
+    out = done("evaluate", finished, "--attacks", "fgsm", "--n", "20", "--eps", "0.1,0.2,0.3")
+    assert [f"worst case at eps {eps}" in out for eps in (0.1, 0.2, 0.3)] == [True, True, False]
+    assert "per image, the strongest of the attacks" in out
+
+
+def test_data_without_splits_say_what_is_judged(cli, finished, tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (60, 28, 28), np.uint8)
+    np.savez(tmp_path / "whole.npz", x=x, y=np.arange(60) % 10)
+    args = ("--dataset", f"npz:{tmp_path / 'whole.npz'}", "--attacks", "fgsm")
+    assert "6 of 60 images" in cli("evaluate", finished, *args).err
 
 
 def test_a_place_that_may_not_be_entered(refused, finished, monkeypatch):

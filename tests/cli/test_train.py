@@ -234,3 +234,14 @@ class TestFullDisk:
         monkeypatch.undo()
         done("train", "--resume", out, "--quiet")
         assert (out / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("model", [(), ("--model", "cnn-small", "--lr", "0.1")])
+def test_data_without_a_recipe_are_told(cli, digits, tmp_path, model):
+    args = ("--dataset", "npz", "--data", digits, "--eps", "0.3", "--epochs", "1", "--quiet")
+    place = ("--out", tmp_path / "run", "--json", tmp_path / "r.json", "--val-images", "20")
+    found = cli("train", "--method", "sat-r3", *args, *place, *model)
+    assert found.code == 0
+    told = "sat-r3 has no recipe of its own for npz: the defaults are taken, model lenet+, lr 0.1"
+    assert (told in found.err) == (not model)
+    assert json.loads((tmp_path / "r.json").read_text())["masked_epochs"] in ([], [1])

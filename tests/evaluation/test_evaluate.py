@@ -342,6 +342,20 @@ class TestIntervals:
         }
 
 
+@pytest.mark.parametrize(
+    "batch",
+    [lambda x, y: (x, y, y), lambda x, y: {"x": x, "y": y}, lambda x, y: (x, y.tolist())],
+    ids=["three", "dict", "list"],
+)
+def test_a_loader_of_something_else(net, images, batch):
+    def collate(pairs):
+        return batch(*(torch.stack(part) for part in zip(*pairs, strict=True)))
+
+    loader = DataLoader(TensorDataset(*images), 10, collate_fn=collate)
+    with pytest.raises(surestep.UserError, match=r"expected a pair \(x, y\) of tensors"):
+        evaluate(net, loader, surestep.Linf(0.1), STEADY)
+
+
 class TestReport:
     def test_to_dict(self, net, images):
         found = evaluate(net, images, surestep.Linf(8 / 255), STEADY)

@@ -87,35 +87,62 @@ class Finding:
     evidence: dict[str, Any] = field(default_factory=dict)
 
 
-Checker = Callable[[Subject], Check]
+@dataclass(frozen=True)
+class Checker:
+    """One masking check, called with a subject.
+
+    Attributes:
+        number: 1 to 20.
+        title: for people.
+        threshold: in words, when it flags.
+        source: where the check is from.
+        function: what looks.
+    """
+
+    number: int
+    title: str
+    threshold: str
+    source: str
+    function: Callable[[Subject], Finding]
+
+    @property
+    def name(self) -> str:
+        """For programs."""
+        return self.function.__name__.replace("_", "-")
+
+    @property
+    def reason(self) -> str:
+        """Why it tells anything."""
+        return (self.function.__doc__ or "").strip()
+
+    def __call__(self, subject: Subject) -> Check:
+        """Look at a model."""
+        torch.manual_seed(subject.seed * 100 + self.number)
+        found = self.function(subject)
+        return Check(
+            self.number,
+            self.name,
+            self.title,
+            {None: "skipped", True: "flagged", False: "passed"}[found.flag],
+            found.value,
+            self.threshold,
+            found.sentence,
+            self.source,
+            found.evidence,
+        )
+
+
 CHECKS: list[Checker] = []
 
 
-def _check(number: int, title: str, threshold: str, source: str) -> Callable[..., Checker]:
+def _check(
+    number: int, title: str, threshold: str, source: str
+) -> Callable[[Callable[[Subject], Finding]], Checker]:
     """Register a check; its name is the function's."""
 
     def register(function: Callable[[Subject], Finding]) -> Checker:
-        def run(subject: Subject) -> Check:
-            torch.manual_seed(subject.seed * 100 + number)
-            found = function(subject)
-            status = {None: "skipped", True: "flagged", False: "passed"}[found.flag]
-            name = function.__name__.replace("_", "-")
-            return Check(
-                number,
-                name,
-                title,
-                status,
-                found.value,
-                threshold,
-                found.sentence,
-                source,
-                found.evidence,
-            )
-
-        run.__doc__ = function.__doc__
-        run.__name__ = function.__name__
-        CHECKS.append(run)
-        return run
+        CHECKS.append(Checker(number, title, threshold, source, function))
+        return CHECKS[-1]
 
     return register
 
@@ -192,22 +219,20 @@ def broken_gradients(s: Subject) -> Finding:
 def optimisation_in_forward(s: Subject) -> Finding:
     """A forward that itself follows gradients adapts to the attack."""
     calls = 0
-    grad, backward = torch.autograd.grad, torch.autograd.backward
+    # What grad and backward both end in, however they were imported.
+    engine = torch.autograd._engine_run_backward
 
-    def count(original: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            return original(*args, **kwargs)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return engine(*args, **kwargs)
 
-        return counted
-
-    torch.autograd.grad, torch.autograd.backward = count(grad), count(backward)
+    torch.autograd._engine_run_backward = counted
     try:
         with torch.enable_grad():
             forward_logits(s.model, s.x[:2])
     finally:
-        torch.autograd.grad, torch.autograd.backward = grad, backward
+        torch.autograd._engine_run_backward = engine
     said = f"forward calls autograd {calls} times" if calls else "forward calls no autograd"
     return Finding(calls > 0, float(calls), said)
 

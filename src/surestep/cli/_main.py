@@ -18,10 +18,17 @@ _COMMANDS = {
     "evaluate": "Measure a model's accuracy clean and under attack.",
     "audit": "Tell real robustness from masked gradients.",
     "compare": "Train and judge several methods, side by side in one table.",
-    "harden": "Harden a trained run afterwards; judge it before and after.",
+    "harden": "Sparsify a trained run (MeanSparse); judge it before and after.",
     "demo": "See FGSM training fail and SAT succeed, in minutes on a laptop.",
     "methods": "List the methods, show the card of one, or begin a new one.",
     "env": "Describe this machine and installation, for bug reports.",
+}
+
+
+_HOW_TO_GO_ON = {
+    "train": "; a run goes on with `surestep train --resume RUN`",
+    "compare": "; the same command with the same --out goes on from there",
+    "evaluate": "; with --state FILE an evaluation goes on from where it was stopped",
 }
 
 
@@ -67,7 +74,8 @@ def surestep() -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line; exit with 0 when done, 2 on a user's mistake, 1 on a failure of ours.
+    """Run the command line; exit with 0 when done, 2 on a user's mistake, 1 on a failure of
+    ours, 130 when stopped by Ctrl-C.
 
     Args:
         args: without the program's name; those of the process by default.
@@ -78,7 +86,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except UserError as e:
         _fail(str(e), 2)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        _fail("stopped; a run goes on with `surestep train --resume RUN`", 130)
+        _fail(f"stopped{_HOW_TO_GO_ON.get(given[0] if given else '', '')}", 130)
     except click.ClickException as e:
         _fail(e.format_message(), 2)
     except click.exceptions.Exit as e:

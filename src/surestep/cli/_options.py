@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import types
@@ -13,7 +14,7 @@ import click
 import yaml
 from pydantic.fields import FieldInfo
 
-from surestep.config import RunConfig
+from surestep.config import FitSettings, RunConfig
 from surestep.errors import UserError
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -44,7 +45,10 @@ def _option(name: str, field: FieldInfo) -> Decorator:
         return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
     default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
     if default not in (None, "") and name not in ("method", "dataset"):
-        text += f" [default: {default if not isinstance(default, float) else f'{default:g}'}]"
+        said = f"{default:g}" if isinstance(default, float) else default
+        # What a preset may hold otherwise.
+        of_preset = name in FitSettings.model_fields or name in ("model", "eps")
+        text += f" [default: the preset's, or {said}]" if of_preset else f" [default: {said}]"
     return click.option(flag, name, metavar=_metavar(field.annotation), help=text)
 
 
@@ -98,6 +102,16 @@ def parse_params(pairs: Iterable[str]) -> dict[str, Any]:
                 f"--param {pair!r}: {value!r} is no number: write --param lam=5"
             ) from None
     return params
+
+
+def new_folder(name: str) -> str:
+    """Return runs/<date>-<name>, numbered if that exists."""
+    day = datetime.datetime.now().strftime("%Y%m%d")
+    base = Path("runs") / f"{day}-{name}"
+    folder, number = base, 2
+    while folder.exists():
+        folder, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return str(folder)
 
 
 def write_json(value: Any, target: str | None) -> None:

@@ -35,6 +35,14 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int, float], None]]:
         yield show
 
 
+def share_of_images(share: float, n: int) -> str:
+    """Return a share of n images in words, with its 95% interval."""
+    from surestep.evaluation import wilson_interval
+
+    low, high = wilson_interval(round(share * n), n)
+    return f"{share:.1%} ({100 * low:.1f}-{100 * high:.1f})"
+
+
 def evaluation_table(
     results: Mapping[str, Evaluation], extra: Mapping[str, Mapping[str, str]] | None = None
 ) -> None:
@@ -68,6 +76,9 @@ def evaluation_table(
         table.add_row(row, *cells, style="bold" if row == "worst case" else None)
     for row, values in (extra or {}).items():
         table.add_row(row, *(values.get(name, "") for name in results), style="dim")
+    table.caption = "worst case: per image, the strongest of the attacks"
+    if any(attack["scope"] == "survivors" for attack in first.attacks) and len(first.attacks) > 1:
+        table.caption += "; autoattack saw what the others left"
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(console.width, 40 + 32 * len(results)))
@@ -90,9 +101,9 @@ def audit_tables(name: str, found: Audit) -> None:
     table = Table(title=f"{found.n:,} images, {found.threat['norm']} eps {found.threat['eps']:.4g}")
     table.add_column("")
     table.add_column("accuracy", justify="right")
-    table.add_row("clean", f"{found.clean_accuracy:.1%}")
+    table.add_row("clean", share_of_images(found.clean_accuracy, found.n))
     for claim, value in found.claims.items():
-        table.add_row(f"a report on {claim} alone", f"{value:.1%}")
+        table.add_row(f"a report on {claim} alone", share_of_images(value, found.n))
     table.add_row(
         f"strongest attack ({found.found_by})",
         f"{found.found_accuracy:.1%} ({100 * low:.1f}-{100 * high:.1f})",

@@ -10,6 +10,8 @@ import click
 from surestep.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from surestep.targets import Target
 
 POSITIVE = click.IntRange(min=1)
@@ -17,7 +19,11 @@ POSITIVE = click.IntRange(min=1)
 _OPTIONS = (
     click.argument("model", metavar="MODEL"),
     click.option("--weights", metavar="FILE", help="Of FILE.py:FACTORY: safetensors, state_dict."),
-    click.option("--dataset", metavar="TEXT", help="As for training. [default: the run's]"),
+    click.option(
+        "--dataset",
+        metavar="TEXT",
+        help="mnist, cifar10, cifar100, folder:PATH, npz:FILE or hf:NAME. [default: the run's]",
+    ),
     click.option("--data", "place", metavar="TEXT", help="Where the data set lies."),
     click.option(
         "--image-size",
@@ -49,6 +55,28 @@ def budget_option(what: str) -> Callable[..., Any]:
     )
 
 
+def source_option(otherwise: str) -> Callable[..., Any]:
+    """Return the option ``--source``; ``otherwise`` says what is attacked from beside it."""
+    return click.option(
+        "--source",
+        "sources",
+        multiple=True,
+        metavar="RUN",
+        help="A run folder whose points the transfer attack tries; may be repeated. " + otherwise,
+    )
+
+
+def load_sources(folders: tuple[str, ...], device: str | None) -> list[nn.Module]:
+    """Load the models of ``source_option``'s run folders.
+
+    Raises:
+        UserError: one is no run folder.
+    """
+    from surestep import runs
+
+    return [runs.load(folder, device).model for folder in folders]
+
+
 def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add what names a model, its weights, data and norm."""
     for option in reversed(_OPTIONS):
@@ -69,7 +97,10 @@ def open_target(values: dict[str, Any], eps: str | None) -> Target:
     names = ("weights", "dataset", "place", "image_size", "norm", "device")
     options = {name: values.pop(name) for name in names}
     mean, std = (_numbers(name, values.pop(name)) for name in ("mean", "std"))
-    return targets.open_target(values.pop("model"), eps=eps, mean=mean, std=std, **options)
+    target = targets.open_target(values.pop("model"), eps=eps, mean=mean, std=std, **options)
+    if target.images.note:
+        click.echo(target.images.note, err=True)
+    return target
 
 
 def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:

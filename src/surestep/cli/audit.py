@@ -10,13 +10,21 @@ import click
 from surestep.cli._options import check_writable, json_option, write_json
 from surestep.cli._report import check_report, report_options, report_target
 from surestep.cli._show import audit_tables, provenance
-from surestep.cli._target import POSITIVE, budget_option, open_target, target_options
+from surestep.cli._target import (
+    POSITIVE,
+    budget_option,
+    load_sources,
+    open_target,
+    source_option,
+    target_options,
+)
 
 
 @click.command(short_help="Tell real robustness from masked gradients.")
 @target_options
 @click.option("--eps", metavar="NUMBER", help="Radius, 0.3 or 8/255. [default: the run's]")
 @budget_option("How much is spent")
+@source_option("As well as the substitute that is trained on the model's answers.")
 @click.option("--n", type=POSITIVE, default=1000, show_default=True, help="Test images.")
 @click.option("--batch-size", type=POSITIVE, default=250, show_default=True, help="Of the attacks.")
 @json_option
@@ -24,6 +32,7 @@ from surestep.cli._target import POSITIVE, budget_option, open_target, target_op
 def audit(
     eps: str | None,
     budget: str,
+    sources: tuple[str, ...],
     json_file: str | None,
     html: str | None,
     plots: str | None,
@@ -46,7 +55,9 @@ def audit(
     import surestep
     from surestep.auditing import estimate
 
+    device = values["device"]
     target = open_target(values, eps)
+    others = load_sources(sources, device)
     n = min(values["n"], len(target.images))
     seconds = estimate(target.model, target.images, budget, n, target.preprocess)
     click.echo(f"audit of {n:,} images, budget {budget}: {_about(seconds)}", err=True)
@@ -57,6 +68,7 @@ def audit(
         budget=budget,
         seed=seed,
         preprocess=target.preprocess,
+        sources=others,
         tell=lambda text: print(f"  {text}", file=sys.stderr, flush=True),
         **values,
     )

@@ -13,6 +13,7 @@ from surestep.cli._options import (
     given,
     json_option,
     names,
+    new_folder,
     write_json,
 )
 from surestep.cli._show import provenance
@@ -39,7 +40,10 @@ _TRAINING = [
     help="How many runs a method; with a comma (0,5) the seeds themselves. [default: 3]",
 )
 @click.option(
-    "--out", metavar="DIR", help="Where runs, tables and report go; given again, go on from it."
+    "--out",
+    metavar="DIR",
+    help="Where runs, tables and report go; given again, go on from it. "
+    "[default: runs/<date>-compare; of run folders nothing is kept]",
 )
 @click.option(
     "--preset",
@@ -99,6 +103,9 @@ def compare(
     settings = given(options)
     _check(folders, methods, out, {**settings, "preset": preset, "seeds": seeds})
     check_writable(json_file)
+    if not folders and out is None:
+        out = new_folder("compare")
+        _tell(f"runs and results go to {out}: give --out {out} to go on from them")
     chosen = names(attacks) if attacks is not None else None
     if chosen is not None and budget is not None:
         raise UserError("--attacks and --budget exclude each other: give one of them")
@@ -142,9 +149,7 @@ def _check(
     if folders and methods is not None:
         raise UserError("give run folders or --methods, not both")
     if not folders and methods is None:
-        raise UserError("there is nothing to compare: give --methods A,B and --out, or run folders")
-    if not folders and out is None:
-        raise UserError("--methods needs a place for the run folders: give --out DIR")
+        raise UserError("there is nothing to compare: give --methods A,B, or run folders")
     extra = [k for k, v in training.items() if v is not None and k != "device"]
     if folders and extra:
         named = ", ".join("--" + name.replace("_", "-") for name in extra)

@@ -9,7 +9,14 @@ import click
 from surestep.cli._options import check_writable, json_option, names, write_json
 from surestep.cli._report import check_report, report_options, report_target
 from surestep.cli._show import evaluation_table, progress_bar, provenance
-from surestep.cli._target import POSITIVE, budget_option, open_target, target_options
+from surestep.cli._target import (
+    POSITIVE,
+    budget_option,
+    load_sources,
+    open_target,
+    source_option,
+    target_options,
+)
 from surestep.errors import UserError
 
 
@@ -28,14 +35,7 @@ from surestep.errors import UserError
     help="Instead of a budget: fgsm, r-fgsm, i-fgsm-K, mi-fgsm-K, noise-K, "
     "pgd-K[xRESTARTS][-ce|-margin|-dlr], apgd-ce, apgd-t, fab-t, square[-K], autoattack, transfer.",
 )
-@click.option(
-    "--source",
-    "sources",
-    multiple=True,
-    metavar="RUN",
-    help="A run folder whose points the transfer attack tries; may be repeated. Without any, "
-    "transfer trains a substitute on the model's answers.",
-)
+@source_option("Without any, transfer trains a substitute on the model's answers.")
 @click.option("--n", type=POSITIVE, help="Only the first N test images. [default: all]")
 @click.option("--batch-size", type=POSITIVE, default=500, show_default=True, help="Of the attacks.")
 @click.option("--state", metavar="FILE", help="Keep what is done here; given again, go on from it.")
@@ -68,7 +68,6 @@ def evaluate(
     check_report(html, plots)
 
     import surestep
-    from surestep import runs
 
     radii = names(eps) if eps is not None else [None]
     if not radii:
@@ -79,7 +78,7 @@ def evaluate(
     device = values["device"]
     target = open_target(values, radii[-1])
     more = [target.threat.with_eps(e).eps for e in _ratios(radii)] if len(radii) > 1 else []
-    others = [runs.load(source, device).model for source in sources]
+    others = load_sources(sources, device)
     if chosen is None and others:
         chosen = [*surestep.evaluation.suite.budget(budget), "transfer"]
     with progress_bar("attacking") as progress:
@@ -102,7 +101,14 @@ def evaluate(
         report_target(html, plots, target, evaluation=told)
     finally:  # last, since nobody may be reading any more, and in any case
         if json_file != "-":
-            evaluation_table({target.name: result})
+            curve = {
+                f"worst case at eps {at['eps']:.4g}": {
+                    target.name: f"{at['worst_case_accuracy']:.1%}"
+                }
+                for at in result.curve
+                if at["eps"] != result.threat["eps"]
+            }
+            evaluation_table({target.name: result}, curve)
 
 
 def _ratios(texts: list[Any]) -> list[float]:

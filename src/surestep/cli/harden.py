@@ -7,11 +7,12 @@ from typing import Any
 import click
 
 from surestep.cli._options import check_writable, json_option, names, write_json
+from surestep.cli._show import share_of_images
 from surestep.cli._target import POSITIVE
 from surestep.errors import UserError
 
 
-@click.command(short_help="Harden a trained run afterwards; judge it before and after.")
+@click.command(short_help="Sparsify a trained run (MeanSparse); judge it before and after.")
 @click.argument("run", metavar="RUN")
 @click.option("--mean-sparse", is_flag=True, help="Sparsify activations around their means.")
 @click.option(
@@ -57,6 +58,8 @@ def harden(
     json_file: str | None,
 ) -> None:
     """Harden the trained model of RUN, and judge it on test images before and after.
+
+    Nothing is trained: to train a model to be robust see `surestep train` and surestep.fit.
 
     --mean-sparse puts activations near their channel's mean on the mean (MeanSparse, arXiv
     2406.05927), by the threshold that withstands attacks best on validation images. The result
@@ -110,7 +113,8 @@ def harden(
         judged = found[name]
         shares = [judged["clean_accuracy"], judged["worst_case_accuracy"]]
         shares += [judged["robust_accuracy"].get(a) for a in found["after"]["robust_accuracy"]]
-        table.add_row(name, *("" if share is None else f"{share:.1%}" for share in shares))
+        told = ("" if share is None else share_of_images(share, judged["n"]) for share in shares)
+        table.add_row(name, *told)
     console.print(table)
     gain = found["after"]["worst_case_accuracy"] - found["before"]["worst_case_accuracy"]
     console.print(

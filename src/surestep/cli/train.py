@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from surestep.cli._options import (
     config_options,
     given,
     json_option,
+    new_folder,
     parse_params,
     write_json,
 )
@@ -102,8 +102,23 @@ def train(
             # A file is complete in itself: a preset is taken only if one is named.
             preset = preset or "none"
         config = runs.resolve(settings, preset)
-        out = out or _new_folder(config)
-    result = runs.train(config, out, resume=resume is not None, overwrite=overwrite, quiet=quiet)
+        out = out or new_folder(f"{config.method}-{config.dataset.partition(':')[0]}")
+    left = [name for name in ("model", "epochs", "lr") if name not in settings]
+    if resume or preset or runs.usual_preset(config.method, config.dataset):
+        left = []
+
+    def tell() -> None:
+        if left:
+            taken = ", ".join(f"{name} {getattr(config, name)}" for name in left)
+            click.echo(
+                f"{config.method} has no recipe of its own for {config.dataset}: the defaults are "
+                f"taken, {taken}; --preset NAME takes another data set's",
+                err=True,
+            )
+
+    result = runs.train(
+        config, out, resume=resume is not None, overwrite=overwrite, quiet=quiet, tell=tell
+    )
     state = PartialState()
     # Threads of a process group that is left to the interpreter's end may abort it.
     state.destroy_process_group()
@@ -125,6 +140,7 @@ def train(
             "selected_epoch": result.best_epoch,
             "train_seconds": result.train_seconds,
             "validation": {k: v for k, v in last.items() if k.startswith("val_")},
+            "masked_epochs": [row["epoch"] for row in result.history if row.get("collapse")],
         },
         json_file,
     )
@@ -143,14 +159,3 @@ def _report(config: RunConfig, out: str, model: nn.Module) -> None:
         write_report(str(run.report), None, out, **parts)
     except UserError as e:  # the run itself is done and safe
         click.echo(f"no report.html: {e}", err=True)
-
-
-def _new_folder(config: RunConfig) -> str:
-    """Return runs/<date>-<method>-<dataset>, numbered if that exists."""
-    day = datetime.datetime.now().strftime("%Y%m%d")
-    dataset = config.dataset.partition(":")[0]
-    base = Path("runs") / f"{day}-{config.method}-{dataset}"
-    folder, number = base, 2
-    while folder.exists():
-        folder, number = base.with_name(f"{base.name}-{number}"), number + 1
-    return str(folder)

@@ -192,6 +192,9 @@ def _compare(jobs: list[Job], asked: Asked, tell: Tell) -> Comparison:
     # In the place of the source that a transfer attack trains later.
     suite.parse_all(asked.attacks, runs.build_threat(jobs[0].config), [torch.nn.Identity()])
     kept = {job.label: read(job, asked) for job in jobs}
+    different = _different(rows)
+    if different and any(job.trains for job in jobs):  # before the work as well as below the table
+        tell(f"the methods are trained with different settings: {'; '.join(different)}")
     outcomes, failures = {}, []
     for k, job in enumerate(jobs, 1):
         try:

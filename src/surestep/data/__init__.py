@@ -12,12 +12,12 @@ from importlib import import_module
 from pathlib import Path
 
 from surestep.data import augment
-from surestep.data._batches import Batches
+from surestep.data._batches import Batches, as_pair
 from surestep.data._images import Images, as_images
 from surestep.data._splits import check_split
 from surestep.errors import UserError, look_up
 
-__all__ = ["Batches", "Images", "as_images", "augment", "describe", "load", "names"]
+__all__ = ["Batches", "Images", "as_images", "as_pair", "augment", "describe", "load", "names"]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,27 @@ from surestep.data._images import Images, to_pixels
 from surestep.data._random import generator
 from surestep.data.augment import CropFlip, Draw
 from surestep.errors import UserError
+
+
+def as_pair(batch: Any) -> tuple[Tensor, Tensor]:
+    """Return a DataLoader's batch as ``(x, y)``.
+
+    Raises:
+        UserError: it is no pair of tensors.
+    """
+    if (
+        not isinstance(batch, tuple | list)
+        or len(batch) != 2
+        or not all(isinstance(part, Tensor) for part in batch)
+    ):
+        kind = f"{type(batch).__name__}"
+        count = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise UserError(
+            f"the data yield a {kind}{count}, expected a pair (x, y) of tensors: write a "
+            "collate_fn that returns one"
+        )
+    x, y = batch
+    return x, y
 
 
 class Batches:

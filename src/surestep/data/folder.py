@@ -73,7 +73,11 @@ def load(split: Split, root: str | Path, *, image_size: int | None = None) -> Im
     x = stack(pictures, image_size, grey=grey)
     if x.shape[1] == 1 and not grey and _any_colour(_trained_on(root) - set(paths)):
         x = x.expand(-1, 3, -1, -1).contiguous()
-    return Images(x, y, classes, root.name or "folder")
+    divided = not any(_split_folder(root, part) for part in SPLITS)
+    note = (
+        f"{len(y):,} images: {root} names no splits, so it is divided 80/10/10" if divided else ""
+    )
+    return Images(x, y, classes, root.name or "folder", note)
 
 
 def _trained_on(root: Path) -> set[Path]:

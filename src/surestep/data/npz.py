@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,9 @@ def _load(archive: Any, split: Split, path: Path) -> Images:
         name=path.stem,
     )
     if whole or held_out:
-        return images.subset(divide(len(images), split, what=str(path), test=whole))
+        part = images.subset(divide(len(images), split, what=str(path), test=whole))
+        note = f"{len(part):,} of {len(images):,} images: {path} names no splits, so it is divided"
+        return replace(part, note=f"{note} 80/10/10") if whole else part
     return images
 
 

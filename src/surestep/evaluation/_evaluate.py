@@ -24,8 +24,8 @@ from surestep.attacks.core import (
     round_up,
     share_of,
 )
-from surestep.data import Batches, Images, as_images
-from surestep.devices import autocast, memory_for
+from surestep.data import Batches, Images, as_images, as_pair
+from surestep.devices import autocast, memory_for, without_autocast
 from surestep.errors import UserError
 from surestep.evaluation import suite
 from surestep.evaluation._state import State, digest, model_digest
@@ -311,7 +311,9 @@ class _Judge:
 
     @torch.no_grad()
     def _right(self, x: Tensor, y: Tensor) -> Tensor:
-        return ~misclassified(forward_logits(self.model, x), y).cpu()
+        # Whatever precision the caller's code runs in.
+        with without_autocast(x.device):
+            return ~misclassified(forward_logits(self.model, x), y).cpu()
 
     def result(self, seconds: float, curve: list[dict[str, Any]]) -> Evaluation:
         """Count."""
@@ -404,9 +406,10 @@ def _first(
     loader: Iterable[Any], n: int | None, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     left = math.inf if n is None else n
-    for x, y in loader:
+    for batch in loader:
         if left <= 0:
             return
+        x, y = as_pair(batch)
         take = int(min(left, len(x)))
         left -= take
         x = x[:take].to(device)

@@ -214,7 +214,8 @@ def make_step(
             weights are brought into the engine's memory format.
         method: what the step minimises.
         optimizer: over the model's parameters.
-        engine: "auto", "fast", "reference" or an ``Engine``.
+        engine: "fast", "reference", an ``Engine``, or "auto", which is the fast one here: only a
+            run has the steps to time the two.
         clip_grad: largest norm of the weight gradient.
         average: updated after each step.
         awp: relative size of an adversarial weight perturbation (``training/awp.py``).

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from surestep.data import Batches, Images, as_images, augment
+from surestep.data import Batches, Images, as_images, as_pair, augment
 from surestep.errors import UserError
 
 _NO_LENGTH = "has no length, which schedules need: give a Dataset with __len__ and __getitem__"
@@ -63,12 +63,7 @@ class LoaderSource:
         # no longer has; `make_source` refuses such checkpoints.
         assert skip == 0
         for batch in self.loader:
-            if not isinstance(batch, tuple | list) or len(batch) != 2:
-                raise UserError(
-                    f"the data yield a {type(batch).__name__}, expected a pair (x, y): write a "
-                    "collate_fn that returns one"
-                )
-            x, y = batch
+            x, y = as_pair(batch)
             yield x.to(self.device), y.to(self.device), None
 
     def draw(self, epoch: int, step: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from surestep.config import FitSettings, RunConfig
@@ -23,7 +25,11 @@ class TestRunFolder:
     def test_what_it_holds(self, finished):
         names = {p.name for p in finished.iterdir()}
         names.discard("report.html")  # an extra; see test_report.py
-        assert names == {"config.yaml", "metrics.jsonl", WEIGHTS, "checkpoints"}
+        written = {"config.yaml", "environment.json", "metrics.jsonl", WEIGHTS, "checkpoints"}
+        assert names == written
+        facts = json.loads((finished / "environment.json").read_text("utf-8"))
+        assert facts["torch"] == importlib.metadata.version("torch")
+        assert facts["torch threads"] == torch.get_num_threads()
         checkpoints = sorted(p.name for p in (finished / "checkpoints").iterdir())
         assert checkpoints == ["step-00000009.safetensors", "step-00000018.safetensors"]
 
@@ -245,3 +251,15 @@ def test_data_without_a_recipe_are_told(cli, digits, tmp_path, model):
     told = "sat-r3 has no recipe of its own for npz: the defaults are taken, model lenet+, lr 0.1"
     assert (told in found.err) == (not model)
     assert json.loads((tmp_path / "r.json").read_text())["masked_epochs"] in ([], [1])
+
+
+def test_going_on_elsewhere_is_told(cli, run):
+    path = run / "environment.json"
+    before = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps({**before, "torch": "2.4.0", "platform": "another"}), "utf-8")
+    err = cli("train", "--resume", run).err
+    assert f"the last digits: torch 2.4.0 then, {before['torch']} now" in err
+    assert "another" not in err
+    path.unlink()  # a run of an older version
+    assert "last digits" not in cli("train", "--resume", run).err
+    assert json.loads(path.read_text("utf-8")) == before

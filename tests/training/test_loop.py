@@ -62,6 +62,7 @@ class TestARun:
         result = tiny.train(method, out=out)
         assert {p.name for p in out.iterdir()} == {
             "config.yaml",
+            "environment.json",
             "metrics.jsonl",
             "model.safetensors",
             "checkpoints",
@@ -635,7 +636,7 @@ class TestRunFolders:
         def full(*args: Any) -> None:
             nonlocal writes
             writes += 1
-            if writes == 7:  # config, then metrics, weights, checkpoint of each epoch
+            if writes == 8:  # config, environment; metrics, weights, checkpoint of each epoch
                 raise OSError(28, "No space left on device")
             replace(*args)
 

@@ -96,8 +96,8 @@ def fit(
             One that ``torch.compile`` returned is trained as it is, and the module inside it kept.
         data: Images, a pair of tensors (x, y), a Dataset or a DataLoader.
         method: what a step minimises.
-        out: run folder for ``config.yaml``, ``metrics.jsonl``, ``model.safetensors`` and
-            ``checkpoints/``; None writes nothing.
+        out: run folder for ``config.yaml``, ``environment.json``, ``metrics.jsonl``,
+            ``model.safetensors`` and ``checkpoints/``; None writes nothing.
         validation: held-out data; by default a tenth of ``data``, at most ``val_images``.
         resume: go on from the newest checkpoint in ``out``; the result is bit-identical to that
             of a run that was never stopped.
@@ -147,6 +147,8 @@ def fit(
     if run and accelerator.is_main_process and not resume:
         run.make({**describe, **trainer.config.model_dump(mode="json")}, overwrite=overwrite)
     with run.held() if run and accelerator.is_main_process else nullcontext():
+        if run and accelerator.is_main_process:
+            trainer.differences = run.note_environment()
         accelerator.wait_for_everyone()
         return trainer.train(resume=resume)
 
@@ -267,6 +269,7 @@ class _Trainer:
         self.threat = method.threat
         self.accelerator, self.device = accelerator, device
         self.quiet = quiet or not accelerator.is_main_process
+        self.differences: list[str] = []  # from where the run was begun
         train, self.held_out = split(data, validation, config.val_images, config.seed)
         inside = [part for part in (train, self.held_out) if isinstance(part, Images)]
         if inside and method.threat.bounds != (0.0, 1.0):
@@ -369,6 +372,8 @@ class _Trainer:
         with Display(self.total, 0, quiet=self.quiet) as self.display:
             if self.pick:
                 self.display.say(str(self.pick))
+            for difference in self.differences:
+                self.display.say(f"results may differ in the last digits: {difference}")
             restored = self._restore() if resume else None
             while self.at.step < self.total:
                 self._epoch(restored)

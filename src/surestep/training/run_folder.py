@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from surestep import files
+from surestep import environment, files
 from surestep.config import FitSettings, RunConfig, parse, read_yaml, to_yaml
 from surestep.errors import UserError
 
@@ -25,7 +25,7 @@ except ImportError:
 C = TypeVar("C", bound=FitSettings)
 _ENTRIES = {
     *("config.yaml", "metrics.jsonl", "model.safetensors", "checkpoints", "report.html"),
-    *("tensorboard", "comparison.json"),
+    *("tensorboard", "comparison.json", "environment.json"),
 }
 
 
@@ -39,6 +39,11 @@ class RunFolder:
     def config(self) -> Path:
         """The resolved settings, which re-run the run."""
         return self.folder / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """The versions and the machine that it was begun with."""
+        return self.folder / "environment.json"
 
     @property
     def metrics(self) -> Path:
@@ -190,6 +195,15 @@ class RunFolder:
                     f.write(text)
         finally:
             part.unlink(missing_ok=True)
+
+    def note_environment(self) -> list[str]:
+        """Write down where the run is begun; return what differs from there where it goes on."""
+        now = environment.describe()
+        try:
+            return environment.differences(json.loads(self.environment.read_text("utf-8")), now)
+        except (OSError, ValueError):  # of a new run, or of an older version
+            files.write_atomically(self.environment, json.dumps(now, indent=2) + "\n")
+            return []
 
     def as_begun(self, config: C) -> C:
         """Return the settings with the engine that the run was begun with, where that was picked.

@@ -1,0 +1,48 @@
+"""What a result depends on beside its settings: the machine and the versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import torch
+
+from surestep.devices import cores
+
+_PACKAGES = ("torch", "accelerate", "numpy", "safetensors", "pydantic", "click", "rich", "timm")
+_ROUNDING = ("surestep", "torch", "cpu capability", "torch threads", "gpus")
+"""What decides on the last digits."""
+
+
+def describe() -> dict[str, Any]:
+    """Return versions, cores, threads and devices, by what people call them."""
+    from surestep import __version__
+
+    facts: dict[str, Any] = {
+        "surestep": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "usable cores": cores(),
+        "torch threads": torch.get_num_threads(),
+        "cpu capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    if torch.cuda.is_available():
+        facts["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    for name in _PACKAGES:
+        try:
+            facts[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            facts[name] = "not installed"
+    return facts
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Say in which respects that change the last digits of results two descriptions differ."""
+    return [
+        f"{name} {before.get(name)} then, {now.get(name)} now"
+        for name in _ROUNDING
+        if before.get(name) != now.get(name)
+    ]

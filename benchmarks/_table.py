@@ -114,9 +114,8 @@ def main(rows: list[Row], *, out: str, steps: int, n: int, data: str | None = No
 
 
 def _run_and_record(row: Row, args: argparse.Namespace) -> None:
-    options = ["--n", str(args.n), *(["--data", args.data] if args.data else [])]
     start = time.time()
-    result = run_alone(row, *options, threads=1)
+    result = run_alone(row, threads=1, n=args.n, data=args.data)
     if result is None:
         return
     append(args.out, FIELDS, result)
@@ -124,10 +123,18 @@ def _run_and_record(row: Row, args: argparse.Namespace) -> None:
     print(f"{time.time() - start:.0f} s {json.dumps(shown)}", flush=True)
 
 
-def run_alone(row: Row, *options: str, threads: int) -> dict[str, Any] | None:
-    """Run this script's ``--row`` in a process of its own; None, and said, if that fails."""
+def run_alone(row: Row, *words: str, threads: int, **options: Any) -> dict[str, Any] | None:
+    """Run this script's ``--row`` in a process of its own; None, and said, if that fails.
+
+    Args:
+        row: what to run.
+        words: for the command line, as they are.
+        threads: of the process.
+        options: by name, for those that are not None.
+    """
+    named = [w for k, v in options.items() if v is not None for w in (f"--{k}", str(v))]
     ran = subprocess.run(
-        [sys.executable, sys.argv[0], "--row", json.dumps(asdict(row)), *options],
+        [sys.executable, sys.argv[0], "--row", json.dumps(asdict(row)), *words, *named],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},

@@ -215,8 +215,7 @@ def train_judge_audit(row: Row, data: str | None) -> dict[str, Any]:
 def run(entry: str, row: Row, args: argparse.Namespace) -> None:
     """Run a row in a process of its own and write it down."""
     begin = time.time()
-    options = [args.board, *(["--data", args.data] if args.data else [])]
-    result = run_alone(row, *options, threads=1)
+    result = run_alone(row, args.board, threads=1, data=args.data)
     if result:
         append(args.out, FIELDS, {**result, "entry": entry})
         print(

@@ -50,8 +50,7 @@ def cost(row: Row) -> float:
 def run(row: Row, args: argparse.Namespace) -> None:
     """Train and judge one point, and write its row."""
     full = Row(row.method, row.recipe, row.seed, {**QUICK, **row.changes})
-    options = ["--n", str(args.n), *(["--data", args.data] if args.data else [])]
-    result = run_alone(full, *options, threads=1)
+    result = run_alone(full, threads=1, n=args.n, data=args.data)
     if result:
         result |= {"changes": json.dumps(row.changes), "cost": round(cost(row), 2)}
         append(args.out, FIELDS, result)

@@ -348,8 +348,9 @@ def main() -> None:
         print(f"\n{args.model}, batch {batch}, engine {args.engine}, {threads} threads")
         show(rows)
         if args.out:
+            made = circumstances(args)
             for row in rows:
-                append(args.out, FIELDS, {**row, **circumstances(args)})
+                append(args.out, FIELDS, {**row, **made})
     return None
 
 

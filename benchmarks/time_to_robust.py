@@ -145,7 +145,6 @@ def main() -> None:
     rows = read(args.out)
     if args.table:
         return table(rows, race)
-    options = ["--n", str(args.n or race.n), *(["--data", args.data] if args.data else [])]
     here = [row for row in rows if row["machine"] == machine()]
     done = {(name_of(row), int(row["seed"])) for row in here}
     for seed in args.seeds:
@@ -154,7 +153,8 @@ def main() -> None:
                 continue
             method, recipe = name.split("/")[:2]
             row = Row(method, recipe, seed, {**QUICK, **race.recipes[name]})
-            result = run_alone(row, *options, threads=args.threads)
+            n = args.n or race.n
+            result = run_alone(row, threads=args.threads, n=n, data=args.data)
             if result:
                 append(args.out, FIELDS, result)
                 said = f"{result['train_seconds']} s, worst case {result['worst_case']:.3f}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from surestep import __version__
 from surestep.devices import cores
 
 _PACKAGES = ("torch", "accelerate", "numpy", "safetensors", "pydantic", "click", "rich", "timm")
@@ -18,8 +19,6 @@ _ROUNDING = ("surestep", "torch", "cpu capability", "torch threads", "gpus")
 
 def describe() -> dict[str, Any]:
     """Return versions, cores, threads and devices, by what people call them."""
-    from surestep import __version__
-
     facts: dict[str, Any] = {
         "surestep": __version__,
         "python": platform.python_version(),

@@ -229,7 +229,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
-    tell: Callable[[], None] = lambda: None,
+    tell: Callable[[], None] | None = None,
 ) -> FitResult:
     """Train a run as configured; see ``surestep.fit``. ``tell`` is called before it begins."""
     if resume and config.mean_sparse is not None:
@@ -248,7 +248,8 @@ def train(
         k: v for k, v in config.model_dump(mode="json").items() if k not in FitSettings.model_fields
     }
     model = build_model(config, images)
-    tell()
+    if tell:
+        tell()
     return fit(
         model,
         images,

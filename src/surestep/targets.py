@@ -90,7 +90,8 @@ def open_target(
     preprocess = None if mean is None or std is None else models.Normalize(mean, std)
     folder = Path(name)
     given = {"dataset": dataset, "data": place, "image_size": image_size, "eps": eps}
-    if folder.is_dir():
+    of_run = folder.is_dir()
+    if of_run:
         if weights is not None:
             raise UserError(f"{name} is a run folder and has its own weights: leave --weights out")
         config = runs.read_config(folder)
@@ -117,7 +118,6 @@ def open_target(
             )
         config = parse(RunConfig, {**given, "norm": norm or "linf"})
     images, limits = runs.load_data(config, "test"), runs.build_threat(config)
-    of_run = folder.is_dir()
     model = _of_run(folder, device, images) if of_run else _load(name, weights, images)
     target = pick_device(device)
     return Target(

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ import safetensors.torch
 import torch
 
 import surestep
-from surestep import models
+from surestep import UserError, models
+from surestep.cli._options import hand_over
 from surestep.training.run_folder import RunFolder
 
 ATTACKS = "write one of fgsm, r-fgsm, i-fgsm-STEPS"
@@ -530,3 +532,23 @@ class TestOurs:
         finally:
             os.close(write)
         assert json.loads((tmp_path / "r.json").read_text())["n"] == 20
+
+    def test_a_result_is_written_before_it_is_shown_and_shown_in_any_case(self, tmp_path):
+        file, seen = tmp_path / "r.json", []
+
+        def leave() -> None:
+            seen.append(json.loads(file.read_text()))
+            raise SystemExit(1)
+
+        with pytest.raises(SystemExit):
+            hand_over({"n": 3}, str(file), leave)
+        assert seen == [{"n": 3}]
+
+        def full() -> None:
+            raise UserError("cannot write the report")
+
+        with pytest.raises(UserError, match="the report"):
+            hand_over({}, str(file), partial(seen.append, "shown"), full)
+        assert seen[1:] == ["shown"]
+        hand_over({}, "-", partial(seen.append, "twice"))
+        assert seen[1:] == ["shown"]

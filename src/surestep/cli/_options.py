@@ -132,6 +132,33 @@ def write_json(value: Any, target: str | None) -> None:
         raise UserError(f"cannot write {target}: {e.strerror or e}") from e
 
 
+def hand_over(
+    result: Any,
+    json_file: str | None,
+    show: Callable[[], None],
+    also: Callable[[], None] = lambda: None,
+) -> None:
+    """Write a command's result as JSON, then print it, unless JSON is what stdout gets.
+
+    Printed last, since nobody may be reading any more, and whatever fails before that.
+
+    Args:
+        result: for the JSON.
+        json_file: as for ``write_json``.
+        show: prints it.
+        also: writes what else is wanted, a report.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    try:
+        write_json(result, json_file)
+        also()
+    finally:
+        if json_file != "-":
+            show()
+
+
 def check_writable(target: str | None) -> None:
     """Refuse a ``--json`` target before the work rather than after it.
 

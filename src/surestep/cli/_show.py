@@ -39,7 +39,11 @@ def share_of_images(share: float, n: int) -> str:
     """Return a share of n images in words, with its 95% interval."""
     from surestep.evaluation import wilson_interval
 
-    low, high = wilson_interval(round(share * n), n)
+    return _with_interval(share, wilson_interval(round(share * n), n))
+
+
+def _with_interval(share: float, interval: tuple[float, float]) -> str:
+    low, high = interval
     return f"{share:.1%} ({100 * low:.1f}-{100 * high:.1f})"
 
 
@@ -71,8 +75,7 @@ def evaluation_table(
                 "worst case": result.worst_case_accuracy,
                 **result.robust_accuracy,
             }[row]
-            low, high = result.intervals[row]
-            cells.append(f"{value:.1%} ({100 * low:.1f}-{100 * high:.1f})")
+            cells.append(_with_interval(value, result.intervals[row]))
         table.add_row(row, *cells, style="bold" if row == "worst case" else None)
     for row, values in (extra or {}).items():
         table.add_row(row, *(values.get(name, "") for name in results), style="dim")
@@ -97,7 +100,6 @@ def audit_tables(name: str, found: Audit) -> None:
     colour = {"robust": "green", "inconclusive": "yellow"}.get(found.verdict, "red")
     console.print(f"[bold {colour}]{found.verdict}[/]  {escape(name)}", highlight=False)
     console.print(found.sentence, highlight=False)
-    low, high = found.found_interval
     table = Table(title=f"{found.n:,} images, {found.threat['norm']} eps {found.threat['eps']:.4g}")
     table.add_column("")
     table.add_column("accuracy", justify="right")
@@ -106,7 +108,7 @@ def audit_tables(name: str, found: Audit) -> None:
         table.add_row(f"a report on {claim} alone", share_of_images(value, found.n))
     table.add_row(
         f"strongest attack ({found.found_by})",
-        f"{found.found_accuracy:.1%} ({100 * low:.1f}-{100 * high:.1f})",
+        _with_interval(found.found_accuracy, found.found_interval),
         style="bold",
     )
     console.print(table)

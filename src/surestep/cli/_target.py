@@ -66,17 +66,6 @@ def source_option(otherwise: str) -> Callable[..., Any]:
     )
 
 
-def load_sources(folders: tuple[str, ...], device: str | None) -> list[nn.Module]:
-    """Load the models of ``source_option``'s run folders.
-
-    Raises:
-        UserError: one is no run folder.
-    """
-    from surestep import runs
-
-    return [runs.load(folder, device).model for folder in folders]
-
-
 def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add what names a model, its weights, data and norm."""
     for option in reversed(_OPTIONS):
@@ -84,13 +73,18 @@ def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def open_target(values: dict[str, Any], eps: str | None) -> Target:
+def open_target(
+    values: dict[str, Any], eps: str | None, sources: tuple[str, ...]
+) -> tuple[Target, list[nn.Module]]:
     """Take the options of ``target_options`` out of a command's values and load the model.
 
+    Returns:
+        It, and the models of ``source_option``'s run folders, on the same device.
+
     Raises:
-        UserError: see ``surestep.targets.open_target``.
+        UserError: see ``surestep.targets.open_target``; or a source is no run folder.
     """
-    from surestep import targets
+    from surestep import runs, targets
     from surestep.training.engine import keep_freed_memory
 
     keep_freed_memory()  # else every attack step pays page faults for its activations again
@@ -100,7 +94,7 @@ def open_target(values: dict[str, Any], eps: str | None) -> Target:
     target = targets.open_target(values.pop("model"), eps=eps, mean=mean, std=std, **options)
     if target.images.note:
         click.echo(target.images.note, err=True)
-    return target
+    return target, [runs.load(folder, options["device"]).model for folder in sources]
 
 
 def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:

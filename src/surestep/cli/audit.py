@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 import click
 
-from surestep.cli._options import check_writable, json_option, write_json
+from surestep.cli._options import check_writable, hand_over, json_option
 from surestep.cli._report import check_report, report_options, report_target
 from surestep.cli._show import audit_tables, provenance
 from surestep.cli._target import (
     POSITIVE,
     budget_option,
-    load_sources,
     open_target,
     source_option,
     target_options,
@@ -55,9 +55,7 @@ def audit(
     import surestep
     from surestep.auditing import estimate
 
-    device = values["device"]
-    target = open_target(values, eps)
-    others = load_sources(sources, device)
+    target, others = open_target(values, eps, sources)
     n = min(values["n"], len(target.images))
     seconds = estimate(target.model, target.images, budget, n, target.preprocess)
     click.echo(f"audit of {n:,} images, budget {budget}: {_about(seconds)}", err=True)
@@ -73,12 +71,12 @@ def audit(
         **values,
     )
     told = {**found.to_dict(), "run": target.name, **provenance()}
-    try:
-        write_json(told, json_file)
-        report_target(html, plots, target, audit=told)
-    finally:  # last, since nobody may be reading any more, and in any case
-        if json_file != "-":
-            audit_tables(target.name, found)
+    hand_over(
+        told,
+        json_file,
+        show=partial(audit_tables, target.name, found),
+        also=partial(report_target, html, plots, target, audit=told),
+    )
 
 
 def _about(seconds: float) -> str:

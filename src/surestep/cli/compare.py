@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,10 +12,10 @@ from surestep.cli._options import (
     check_writable,
     config_options,
     given,
+    hand_over,
     json_option,
     names,
     new_folder,
-    write_json,
 )
 from surestep.cli._show import provenance
 from surestep.cli._target import POSITIVE
@@ -132,9 +133,7 @@ def compare(
     made = provenance()
     if out is not None:
         comparing.save(found, out, **made, tell=_tell)
-    if json_file != "-":
-        _show(found, style)
-    write_json({**found.to_dict(), **made}, json_file)
+    hand_over({**found.to_dict(), **made}, json_file, partial(_show, found, style))
     _end(found)
 
 

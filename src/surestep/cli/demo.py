@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surestep.cli._options import check_writable, json_option, write_json
+from surestep.cli._options import check_writable, hand_over, json_option
 from surestep.cli._report import check_report, of_model, report_options, write_report
 from surestep.cli._show import evaluation_table, progress_bar, provenance
 
@@ -86,22 +86,24 @@ def demo(
         }
         for name in _METHODS
     }
-    try:
-        write_json(told, json_file)
+
+    def report() -> None:
         if html or plots:
             surfaces = {k: v for one in pictures.values() for k, v in one["surfaces"].items()}
             parts = {**pictures["sat-r2"], "surfaces": surfaces, "seeds": {"training": seed}}
             comparison = [_row(k, results[k], costs[k], seconds[k]) for k in _METHODS]
             write_report(html, plots, "demo", comparison=comparison, **parts, **provenance())
-    finally:  # last, since nobody may be reading any more, and in any case
-        if json_file != "-":
-            rows = {
-                "passes per image": {k: f"{v:g}" for k, v in costs.items()},
-                "training seconds": {k: f"{v:.0f}" for k, v in seconds.items()},
-            }
-            evaluation_table(results, rows)
-            click.echo(_sentence(results["fgsm"], results["sat-r2"]))
-            click.echo(f"({time.perf_counter() - start:.0f} s in all)")
+
+    def show() -> None:
+        rows = {
+            "passes per image": {k: f"{v:g}" for k, v in costs.items()},
+            "training seconds": {k: f"{v:.0f}" for k, v in seconds.items()},
+        }
+        evaluation_table(results, rows)
+        click.echo(_sentence(results["fgsm"], results["sat-r2"]))
+        click.echo(f"({time.perf_counter() - start:.0f} s in all)")
+
+    hand_over(told, json_file, show, report)
 
 
 def _row(name: str, judged: Evaluation, passes: float, seconds: float) -> dict[str, Any]:

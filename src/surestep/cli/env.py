@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from surestep.cli._options import json_option, write_json
+from surestep.cli._options import hand_over, json_option
 
 
 @click.command(short_help="Describe this machine and installation, for bug reports.")
@@ -25,7 +25,9 @@ def env(json_file: str | None) -> None:
         "device": str(device),
         "engine": f"{str(engine.precision).removeprefix('torch.')}, {memory}",
     }
-    if json_file != "-":
+
+    def show() -> None:
         for key, value in facts.items():
             click.echo(f"{key:15} {value}")
-    write_json(facts, json_file)
+
+    hand_over(facts, json_file, show)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import click
 
-from surestep.cli._options import check_writable, json_option, names, write_json
+from surestep.cli._options import check_writable, hand_over, json_option, names
 from surestep.cli._report import check_report, report_options, report_target
 from surestep.cli._show import evaluation_table, progress_bar, provenance
 from surestep.cli._target import (
     POSITIVE,
     budget_option,
-    load_sources,
     open_target,
     source_option,
     target_options,
@@ -75,10 +75,8 @@ def evaluate(
     chosen = names(attacks) if attacks is not None else None
     if sources and chosen is not None and "transfer" not in chosen:
         raise UserError("--source is for the transfer attack: add transfer to --attacks")
-    device = values["device"]
-    target = open_target(values, radii[-1])
+    target, others = open_target(values, radii[-1], sources)
     more = [target.threat.with_eps(e).eps for e in _ratios(radii)] if len(radii) > 1 else []
-    others = load_sources(sources, device)
     if chosen is None and others:
         chosen = [*surestep.evaluation.suite.budget(budget), "transfer"]
     with progress_bar("attacking") as progress:
@@ -96,19 +94,17 @@ def evaluate(
             **values,
         )
     told = {**result.to_dict(), "run": target.name, **provenance()}
-    try:
-        write_json(told, json_file)
-        report_target(html, plots, target, evaluation=told)
-    finally:  # last, since nobody may be reading any more, and in any case
-        if json_file != "-":
-            curve = {
-                f"worst case at eps {at['eps']:.4g}": {
-                    target.name: f"{at['worst_case_accuracy']:.1%}"
-                }
-                for at in result.curve
-                if at["eps"] != result.threat["eps"]
-            }
-            evaluation_table({target.name: result}, curve)
+    curve = {
+        f"worst case at eps {at['eps']:.4g}": {target.name: f"{at['worst_case_accuracy']:.1%}"}
+        for at in result.curve
+        if at["eps"] != result.threat["eps"]
+    }
+    hand_over(
+        told,
+        json_file,
+        show=partial(evaluation_table, {target.name: result}, curve),
+        also=partial(report_target, html, plots, target, evaluation=told),
+    )
 
 
 def _ratios(texts: list[Any]) -> list[float]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from surestep.cli._options import check_writable, json_option, names, write_json
+from surestep.cli._options import check_writable, hand_over, json_option, names
 from surestep.cli._show import share_of_images
 from surestep.cli._target import POSITIVE
 from surestep.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @click.command(short_help="Sparsify a trained run (MeanSparse); judge it before and after.")
@@ -77,7 +81,6 @@ def harden(
     values = None if threshold is None else [_number(part) for part in names(threshold)]
 
     from rich.console import Console
-    from rich.table import Table
 
     from surestep import runs
     from surestep.posthoc.hardening import ATTACKS, THRESHOLDS
@@ -106,6 +109,13 @@ def harden(
         overwrite=overwrite,
         progress=show,
     )
+    hand_over(found, json_file, partial(_tables, console, found, folder))
+
+
+def _tables(console: Console, found: dict[str, Any], folder: str) -> None:
+    """Print the accuracies before and after, and what came of it."""
+    from rich.table import Table
+
     table = Table(box=None, header_style="bold")
     for column in ("", "clean", "worst case", *found["after"]["robust_accuracy"]):
         table.add_column(column, justify="right" if column else "left")
@@ -125,7 +135,6 @@ def harden(
         markup=False,
         highlight=False,
     )
-    write_json(found, json_file)
 
 
 def _number(text: str) -> float:

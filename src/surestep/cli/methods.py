@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import click
 
-from surestep.cli._options import json_option, write_json
+from surestep.cli._options import hand_over, json_option, write_json
 from surestep.errors import UserError
 
 
@@ -38,13 +40,11 @@ def methods(name: str | None, new_name: str | None, where: str, json_file: str |
         if new_name is None:
             raise UserError("say what to call it: surestep methods new NAME")
         made = [str(path) for path in scaffold.method(new_name, where)]
-        if json_file != "-":
-            then = f"fill it in; then: surestep methods {new_name}"
-            if any("cards" in path and "src/surestep/" in path.replace("\\", "/") for path in made):
-                then += "; python docs/methods.py (the list in the docs)"
-            click.echo("\n".join([*made, then]))
-        write_json({"name": new_name, "files": made}, json_file)
-        return
+        then = f"fill it in; then: surestep methods {new_name}"
+        if any("cards" in path and "src/surestep/" in path.replace("\\", "/") for path in made):
+            then += "; python docs/methods.py (the list in the docs)"
+        told = {"name": new_name, "files": made}
+        return hand_over(told, json_file, partial(click.echo, "\n".join([*made, then])))
     if new_name is not None:
         raise UserError(f"{name!r} {new_name!r}: give one method, or `new` and a name")
     if name is not None:
@@ -54,7 +54,8 @@ def methods(name: str | None, new_name: str | None, where: str, json_file: str |
         write_json({"name": name, "card": text}, json_file)
         return
     rows = zoo.overview()
-    if json_file != "-":
+
+    def show() -> None:
         table = Table(box=None, header_style="bold")
         for column in ("method", "passes", "what a step does", "presets"):
             table.add_column(column, justify="right" if column == "passes" else "left")
@@ -63,4 +64,5 @@ def methods(name: str | None, new_name: str | None, where: str, json_file: str |
             table.add_row(row["name"], f"{row['passes']:.3g}", row["summary"], presets)
         console.print(table)
         console.print("\n`surestep methods NAME` shows the card of one.", highlight=False)
-    write_json(rows, json_file)
+
+    return hand_over(rows, json_file, show)

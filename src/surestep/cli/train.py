@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +13,10 @@ from surestep.cli._options import (
     check_writable,
     config_options,
     given,
+    hand_over,
     json_option,
     new_folder,
     parse_params,
-    write_json,
 )
 from surestep.cli._report import of_model, of_run, write_report
 from surestep.cli._show import provenance
@@ -88,6 +90,7 @@ def train(
 
     from surestep import runs
 
+    tell: Callable[[], None] | None = None
     if resume is not None:
         config, out = runs.read_config(resume), resume
     else:
@@ -103,19 +106,8 @@ def train(
             preset = preset or "none"
         config = runs.resolve(settings, preset)
         out = out or new_folder(f"{config.method}-{config.dataset.partition(':')[0]}")
-    left = [name for name in ("model", "epochs", "lr") if name not in settings]
-    if resume or preset or runs.usual_preset(config.method, config.dataset):
-        left = []
-
-    def tell() -> None:
-        if left:
-            taken = ", ".join(f"{name} {getattr(config, name)}" for name in left)
-            click.echo(
-                f"{config.method} has no recipe of its own for {config.dataset}: the defaults are "
-                f"taken, {taken}; --preset NAME takes another data set's",
-                err=True,
-            )
-
+        if preset is None and not runs.usual_preset(config.method, config.dataset):
+            tell = partial(_tell_defaults, config, settings)
     result = runs.train(
         config, out, resume=resume is not None, overwrite=overwrite, quiet=quiet, tell=tell
     )
@@ -126,24 +118,36 @@ def train(
         return
     _report(config, out, result.model)
     last = next(r for r in result.history if r["epoch"] == result.best_epoch)
-    if json_file != "-" and not quiet:
+
+    def show() -> None:
         judged = ""
         if "val_worst_case" in last:
             judged = f", worst case {last['val_worst_case']:.1%} of {last['val_n']} held-out images"
         seconds = f"{result.train_seconds:.0f} s of training"
         click.echo(f"{out}: epoch {result.best_epoch} selected{judged}, {seconds}")
         click.echo(f"judge it on test data: surestep evaluate {out}")
-    write_json(
-        {
-            "run": str(out),
-            "method": config.method,
-            "selected_epoch": result.best_epoch,
-            "train_seconds": result.train_seconds,
-            "validation": {k: v for k, v in last.items() if k.startswith("val_")},
-            "masked_epochs": [row["epoch"] for row in result.history if row.get("collapse")],
-        },
-        json_file,
-    )
+
+    told = {
+        "run": str(out),
+        "method": config.method,
+        "selected_epoch": result.best_epoch,
+        "train_seconds": result.train_seconds,
+        "validation": {k: v for k, v in last.items() if k.startswith("val_")},
+        "masked_epochs": [row["epoch"] for row in result.history if row.get("collapse")],
+    }
+    hand_over(told, json_file, (lambda: None) if quiet else show)
+
+
+def _tell_defaults(config: RunConfig, settings: dict[str, Any]) -> None:
+    """Say on stderr which defaults are taken where there is no recipe to take."""
+    left = [name for name in ("model", "epochs", "lr") if name not in settings]
+    if left:
+        taken = ", ".join(f"{name} {getattr(config, name)}" for name in left)
+        click.echo(
+            f"{config.method} has no recipe of its own for {config.dataset}: the defaults are "
+            f"taken, {taken}; --preset NAME takes another data set's",
+            err=True,
+        )
 
 
 def _report(config: RunConfig, out: str, model: nn.Module) -> None:

@@ -144,13 +144,13 @@ def fit(
     trainer = _Trainer(model, data, method, config, accelerator, target, run, validation, quiet)
     # Only now is everything checked: a mistake must not cost an old run.
     accelerator.wait_for_everyone()
-    if run and accelerator.is_main_process and not resume:
-        run.make({**describe, **trainer.config.model_dump(mode="json")}, overwrite=overwrite)
-    with run.held() if run and accelerator.is_main_process else nullcontext():
-        if run and accelerator.is_main_process:
-            trainer.differences = run.note_environment()
+    own = run if accelerator.is_main_process else None
+    if own and not resume:
+        own.make({**describe, **trainer.config.model_dump(mode="json")}, overwrite=overwrite)
+    with own.held() if own else nullcontext():
+        differences = own.note_environment() if own else []
         accelerator.wait_for_everyone()
-        return trainer.train(resume=resume)
+        return trainer.train(resume=resume, differences=differences)
 
 
 def _accelerator(device: torch.device, run: RunFolder | None, *, tensorboard: bool) -> Accelerator:
@@ -269,7 +269,6 @@ class _Trainer:
         self.threat = method.threat
         self.accelerator, self.device = accelerator, device
         self.quiet = quiet or not accelerator.is_main_process
-        self.differences: list[str] = []  # from where the run was begun
         train, self.held_out = split(data, validation, config.val_images, config.seed)
         inside = [part for part in (train, self.held_out) if isinstance(part, Images)]
         if inside and method.threat.bounds != (0.0, 1.0):
@@ -366,13 +365,14 @@ class _Trainer:
         """The weights that are validated and kept: the average, if there is one by now."""
         return self.average.model if self.average and self.average.updates else self.model
 
-    def train(self, *, resume: bool) -> FitResult:
+    def train(self, *, resume: bool, differences: list[str]) -> FitResult:
+        """Train to the end; ``differences`` are to where a resumed run was begun."""
         if self.config.tensorboard:
             self.accelerator.init_trackers("tensorboard")
         with Display(self.total, 0, quiet=self.quiet) as self.display:
             if self.pick:
                 self.display.say(str(self.pick))
-            for difference in self.differences:
+            for difference in differences:
                 self.display.say(f"results may differ in the last digits: {difference}")
             restored = self._restore() if resume else None
             while self.at.step < self.total:

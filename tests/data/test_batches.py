@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import threading
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surestep.data import Batches, Images, augment
+from surestep.data import Batches, Images, as_images, augment
+from surestep.data._ahead import read_ahead
 
 CROP_FLIP = augment.get("crop-flip")
 
@@ -126,3 +130,64 @@ def test_more_mistakes(refused):
     features = Images(torch.rand(4, 7), torch.zeros(4, dtype=torch.long))
     refused(lambda: Batches(features, 2, augment=CROP_FLIP), "(4, 7)")
     assert next(Batches(features, 2).epoch(0))[0].shape == (2, 7)
+
+
+def mapped(n: int, tmp_path) -> tuple[Images, Images]:
+    """The same images in memory and in a file; of the file, some rows in another order."""
+    images = numbered(2 * n)
+    np.save(tmp_path / "x.npy", images.x.numpy())
+    found = as_images((np.load(tmp_path / "x.npy", mmap_mode="r"), images.y))
+    rows = torch.randperm(2 * n, generator=torch.Generator().manual_seed(0))[:n]
+    return images.subset(rows), found.subset(rows)
+
+
+@pytest.mark.parametrize(("n", "size", "world"), [(40, 16, 1), (40, 16, 2), (5, 9, 1), (3, 2, 2)])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_mapped_file_gives_the_same_batches(tmp_path, n, size, world, shuffle):
+    size -= size % world
+    held, lying = mapped(n, tmp_path)
+    for rank in range(world):
+        options = {"shuffle": shuffle, "augment": CROP_FLIP, "rank": rank, "world": world}
+        there, here = (Batches(images, size, **options) for images in (lying, held))
+        same(there.epoch(1), here.epoch(1))
+        if there.steps_per_epoch > 1:
+            same(there.epoch(1, 1), here.epoch(1, 1))
+
+
+def test_of_a_mapped_file_one_batch_is_read_ahead(tmp_path):
+    _, lying = mapped(20, tmp_path)
+    asked = []
+
+    def shares():
+        for share in torch.arange(20).split(5):
+            asked.append(share)
+            yield share
+
+    batches = read_ahead(lying, shares(), pin=False)
+    for used, batch in enumerate(batches, 1):
+        assert torch.equal(batch, lying.stored(asked[used - 1]))
+        assert len(asked) == min(used + 1, 4)
+
+
+def test_an_epoch_left_early_leaves_no_reader_behind(tmp_path):
+    _, lying = mapped(20, tmp_path)
+    batches = Batches(lying, 4).epoch(0)
+    next(batches)
+    assert readers()
+    del batches
+    assert not readers()
+
+
+def readers() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("surestep-reader")]
+
+
+def test_what_fails_in_a_reader_fails_in_the_epoch(tmp_path, monkeypatch):
+    _, lying = mapped(20, tmp_path)
+
+    def failing(*_):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(np, "take", failing)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(Batches(lying, 4).epoch(0))

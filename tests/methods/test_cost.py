@@ -70,6 +70,19 @@ def test_passes(slug, params, forward, input_grad, weight_grad):
     assert declared.total == pytest.approx(forward + input_grad + weight_grad)
 
 
+@pytest.mark.parametrize("slug", ["sat-r1", "sat-r2", "sat-r3"])
+@pytest.mark.parametrize("params", [{}, {"fraction": 0.125}])
+def test_declared_cost_is_the_mean_over_the_steps(slug, params):
+    method, net = counted(slug, {**params, "every": 4}, 8)
+    found = Counter(net.counts)
+    for _ in range(3):  # the first two, of which one checked its batch, are behind
+        net.counts.clear()
+        method(net, torch.rand(8, 5), torch.zeros(8, dtype=torch.int64)).loss.backward()
+        found.update(net.counts)
+    for kind in KINDS:
+        assert found[kind] / 32 == pytest.approx(getattr(method.cost(8), kind))
+
+
 @pytest.mark.parametrize("n", [2, 5, 32])
 def test_declared_cost_at_other_batch_sizes(slug, n):
     for params in ({}, {"fraction": 0.3}) if slug.startswith("sat-") else ({},):

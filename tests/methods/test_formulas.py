@@ -53,23 +53,46 @@ def test_step_equals_the_recipe(case, smoothing, task):
         torch.testing.assert_close(ours, theirs, **exact)
 
 
-def test_regularising_every_third_step(task):
-    """Two steps of FGSM, then one with the images and the weight of three; it survives a resume."""
+def r3_between(net, x, y, smoothing):
+    """The cross entropy of SAT-R3's own step, the regularizer left out."""
+    views, loss, adv = core.sat_r3(net, x, y, smoothing, **{**core.R3, "lam": 0.0}, last=6)
+    return views[adv], lambda z: loss(torch.cat([z, z])), slice(None)
+
+
+@pytest.mark.parametrize(
+    ("slug", "params", "oracle", "between"),
+    [
+        ("sat-r1", {"lam": 0.2, "steps": 2, "fraction": 1 / 6}, core.sat_r1, core.fgsm),
+        ("sat-r1", {"lam": 0.2, "steps": 2}, core.sat_r1, core.fgsm),
+        ("sat-r2", {**core.R2, "fraction": 1 / 6}, core.sat_r2, core.fgsm),
+        ("sat-r2", core.R2, core.sat_r2, core.fgsm),
+        ("sat-r3", {**core.R3, "fraction": 1 / 6}, core.sat_r3, r3_between),
+        ("sat-r3", core.R3, core.sat_r3, r3_between),
+    ],
+)
+def test_regularising_every_third_step(task, slug, params, oracle, between):
+    """Two steps without, then one with the images and the weight of three; it survives a resume."""
 
     def make():
-        return methods.SATR1(Linf(EPS), lam=0.2, steps=2, fraction=1 / 6, every=3)
+        return methods.get(slug)(Linf(EPS), **params, every=3)
 
     method, kept = make(), {}
+    few = slug == "sat-r1" or "fraction" in params
+    rest = {k: v for k, v in params.items() if k != "fraction"}
     for number in range(1, 8):
         net = copy.deepcopy(task.net)
+        torch.manual_seed(number)
         if number in (3, 6):
-            views, loss, adv = core.sat_r1(net, task.x, task.y, 0.0, 3 * 0.2, 2, last=3)
+            last = {"last": 3 if few else 6, "lam": 3 * params["lam"]}
+            views, loss, adv = oracle(net, task.x, task.y, 0.0, **{**rest, **last})
         else:
-            views, loss, adv = core.fgsm(net, task.x, task.y, 0.0)
+            views, loss, adv = between(net, task.x, task.y, 0.0)
         logits = net.train()(views)
+        torch.manual_seed(number)
         result = method(copy.deepcopy(task.net), task.x, task.y, task.index)
         torch.testing.assert_close(result.loss, loss(logits), rtol=0, atol=1e-8)
         torch.testing.assert_close(result.x_adv, views[adv], rtol=0, atol=1e-8)
+        assert set(result.terms) == {"ce"} or number in (3, 6)
         if number == 4:
             kept = method.state_dict()
             method = make()

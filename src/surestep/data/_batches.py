@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surestep.data._ahead import read_ahead
 from surestep.data._images import Images, to_pixels
 from surestep.data._random import generator
 from surestep.data.augment import CropFlip, Draw
@@ -137,15 +138,26 @@ class Batches:
 
     def _iterate(self, epoch: int, skip: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         order = self._order(epoch).to(self.images.x.device)
-        for step in range(skip, self.steps_per_epoch):
-            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
-            index = batch[self._share(len(batch))]
-            x, y = self.images.stored(index), self.images.y[index]
+        steps = range(skip, self.steps_per_epoch)
+        shares = [self._rows(order, step) for step in steps]
+        for step, index, x in zip(steps, shares, self._stored(shares), strict=True):
+            y = self.images.y[index]
             x, y, index = (t.to(self.device, non_blocking=True) for t in (x, y, index))
             draw = self.draw(epoch, step)
             if draw is not None:
                 x = draw.apply(x)  # before the conversion: a quarter of the bytes to move
             yield to_pixels(x), y, index
+
+    def _stored(self, shares: list[Tensor]) -> Iterator[Tensor]:
+        x = self.images.x
+        away = self.images.rows is not None or x.device != self.device
+        if away and x.device.type == "cpu" and x.is_contiguous():
+            return read_ahead(self.images, shares, pin=self.device.type == "cuda")
+        return (self.images.stored(index) for index in shares)
+
+    def _rows(self, order: Tensor, step: int) -> Tensor:
+        batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+        return batch[self._share(len(batch))]
 
     def _order(self, epoch: int) -> Tensor:
         n = len(self.images)

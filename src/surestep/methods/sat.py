@@ -33,11 +33,15 @@ from surestep.threat import ThreatModel
 
 def regularised_images(batch: int, fraction: float | None) -> int:
     """Return how many images of a batch are regularised: one if ``fraction`` is None."""
-    return 1 if fraction is None else min(batch, max(1, round(fraction * batch)))
+    if fraction is None:
+        return 1
+    return min(batch, max(1, round(fraction * batch))) if fraction else 0
 
 
 def agreement(ce: Tensor, lam: float, one: Tensor, other: Tensor) -> Terms:
     """Return CE plus lam times the mean squared distance of two sets of logits (n, K)."""
+    if not len(one):
+        return ce, {"ce": ce}
     distance = (one - other).square().sum(1).mean()
     return ce + lam * distance, {"ce": ce, "distance": distance}
 
@@ -51,16 +55,13 @@ def sat_r1_update(
     lam: float,
     steps: int,
     fraction: float | None = None,
-    every: int = 1,
     base: SingleStep | None = None,
     criterion: Criterion = F.cross_entropy,
 ) -> Update:
     """Minimise CE at FGSM plus lam times the squared distance of FGSM's to I-FGSM's logits.
 
     On a masked model the two attacks disagree. I-FGSM is dear, so only the last images of the
-    batch take part: one in the paper. A pass over one image takes nearly as long as over eight:
-    on every k-th step, with k times the images and k times the weight, the regularizer sees as
-    many images, weighs as much in the mean and costs a fraction of the time.
+    batch take part: one in the paper.
 
     Args:
         model: the classifier, in train mode.
@@ -70,29 +71,29 @@ def sat_r1_update(
         lam: weight of the regularizer.
         steps: K of I-FGSM, each of eps / K.
         fraction: share of the images that is regularised (the distance is their mean); None: one
-            of each batch.
-        every: k, of a step that regularises for k.
+            of each batch; 0: none, which leaves the cross entropy.
         base: another single step in FGSM's place; I-FGSM begins where it does, and each of its
             steps ends as that one does, in the ball or not.
         criterion: the cross entropy.
     """
     base = base or FGSM(threat)
-    n = min(len(x), every * regularised_images(len(x), fraction))
+    n = regularised_images(len(x), fraction)
+    some = slice(len(x) - n, None)
     with attacking(model, train_mode=base.train_mode) as inner:
         start = base.start(x)
         grad = base.gradient(inner, start, y)
         x_fgsm = base.finish(start + threat.steepest_step(grad, base.size), x)
     with attacking(model) as inner:
         # I-FGSM's first gradient is FGSM's own; the few images have no batch statistics.
-        x_n, y_n, size = x[-n:], y[-n:], base.size / steps
-        x_ifgsm = base.finish(start[-n:] + threat.steepest_step(grad[-n:], size), x_n)
-        for _ in range(steps - 1):
+        x_n, y_n, size = x[some], y[some], base.size / steps
+        x_ifgsm = base.finish(start[some] + threat.steepest_step(grad[some], size), x_n)
+        for _ in range(steps - 1 if n else 0):
             grad, _, _ = input_gradient(inner, x_ifgsm, y_n)
             x_ifgsm = base.finish(x_ifgsm + threat.steepest_step(grad, size), x_n)
 
     def loss(logits: Tensor) -> Terms:
         at_fgsm, at_ifgsm = logits.split([len(x), n])
-        return agreement(criterion(at_fgsm, y), every * lam, at_fgsm[-n:], at_ifgsm)
+        return agreement(criterion(at_fgsm, y), lam, at_fgsm[some], at_ifgsm)
 
     return Update(torch.cat([x_fgsm, x_ifgsm]), loss, slice(len(x)))
 
@@ -124,17 +125,19 @@ def sat_r2_update(
         alpha: size of the random step before R-FGSM's gradient.
         project: keep R-FGSM in the eps ball. The authors' code does not: there its point lies up
             to eps + alpha from x.
-        fraction: share of the batch that is regularised, its last images; the paper's is 1.
+        fraction: share of the batch that is regularised, its last images; the paper's is 1. 0:
+            none, which leaves the cross entropy.
         base: another single step in FGSM's place; R-FGSM begins alpha from its start.
         criterion: the cross entropy.
     """
     base = base or FGSM(threat)
     n = regularised_images(len(x), fraction)
+    some = slice(len(x) - n, None)
     with attacking(model, train_mode=base.train_mode) as inner:
         start = base.start(x)
-        x_n, start_n = x[-n:], start[-n:]
+        x_n, start_n = x[some], start[some]
         starts = torch.cat([start, start_n + threat.steepest_step(torch.randn_like(x_n), alpha)])
-        grad = base.gradient(inner, starts, torch.cat([y, y[-n:]]))
+        grad = base.gradient(inner, starts, torch.cat([y, y[some]]))
     points = starts + threat.steepest_step(grad, base.size)
     x_fgsm, x_rfgsm = points.split([len(x), n])
     x_fgsm = base.finish(x_fgsm, x)
@@ -142,7 +145,7 @@ def sat_r2_update(
 
     def loss(logits: Tensor) -> Terms:
         at_fgsm, at_rfgsm = logits.split([len(x), n])
-        return agreement(criterion(at_fgsm, y), lam, at_fgsm[-n:], at_rfgsm)
+        return agreement(criterion(at_fgsm, y), lam, at_fgsm[some], at_rfgsm)
 
     return Update(torch.cat([x_fgsm, x_rfgsm]), loss, slice(len(x)))
 
@@ -180,7 +183,8 @@ def sat_r3_update(
         project: keep both points in the eps ball. The authors' code does not: the far one lies up
             to eps + alpha from x.
         per_sample: hinge each sample, then average, rather than hinge the batch means.
-        fraction: share of the batch that is regularised, its last images; the paper's is 1.
+        fraction: share of the batch that is regularised, its last images; the paper's is 1. 0:
+            none, which leaves the cross entropy.
         base: another single step in FGSM's place: its start, gradient and length.
         criterion: the cross entropy.
     """
@@ -190,20 +194,23 @@ def sat_r3_update(
         start = threat.clip(start + threat.steepest_step(torch.randn_like(x), alpha))
         grad = base.gradient(inner, start, y)
     n = regularised_images(len(x), fraction)
+    some = slice(len(x) - n, None)
     low, high = (start + threat.steepest_step(grad, size) for size in (eps_low, base.size))
     low, high = (threat.project(p, x) if project else threat.clip(p) for p in (low, high))
 
     def loss(logits: Tensor) -> Terms:
-        losses = criterion(logits, torch.cat([y[-n:], y]), reduction="none")
+        losses = criterion(logits, torch.cat([y[some], y]), reduction="none")
         at_low, at_high = losses.split([n, len(x)])
-        if per_sample:
-            hinge = F.relu(at_low - tau * at_high[-n:]).mean()
-        else:
-            hinge = F.relu(at_low.mean() - tau * at_high[-n:].mean())
         ce = at_high.mean()
+        if not n:
+            return ce, {"ce": ce}
+        if per_sample:
+            hinge = F.relu(at_low - tau * at_high[some]).mean()
+        else:
+            hinge = F.relu(at_low.mean() - tau * at_high[some].mean())
         return ce + lam * hinge, {"ce": ce, "ce_low": at_low.mean(), "hinge": hinge}
 
-    return Update(torch.cat([low[-n:], high]), loss, slice(n, None))
+    return Update(torch.cat([low[some], high]), loss, slice(n, None))
 
 
 sat_r1_loss = stepping(sat_r1_update)
@@ -212,17 +219,48 @@ sat_r3_loss = stepping(sat_r3_update)
 
 
 class SAT(OnSingleStep):
-    """What the three have in common: a function, called with the hyperparameters."""
+    """What the three have in common: a function, called with the hyperparameters.
+
+    With ``every`` above 1 only each k-th step regularises, with k times the images (as far as the
+    batch goes) and k times the weight: in the mean the regularizer weighs as much. For SAT-R1 it
+    sees as many images, too, in a fraction of the time: a pass over one image takes nearly as long
+    as over eight. SAT-R2 and R3, which take the whole batch, save what the other steps cost more.
+    """
 
     update: ClassVar[Callable[..., Update]]
+    kept = ("_count",)
+
+    lam: float
+    fraction: float | None
+    every: int
+
+    def validate(self) -> None:
+        """Check what all have."""
+        super().validate()
+        self.not_negative("lam")
+        self.require(self.fraction is None or 0 < self.fraction <= 1, "fraction", "in (0, 1]")
+        self.require(self.every >= 1, "every", ">= 1")
+        self._count = 0
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
-        """See the function of the method's name."""
-        params = self.params()
-        del params["perturbation"]
+        """See the function of the method's name; between every k-th step its cross entropy."""
+        self._count += 1
+        due = self._count % self.every == 0
+        params = {**self.params(), "lam": self.every * self.lam}
+        params["fraction"] = self._fraction(len(x)) if due else 0.0
+        del params["perturbation"], params["every"]
         return type(self).update(
             model, x, y, self.threat, base=self.base, criterion=self.criterion, **params
         )
+
+    def _fraction(self, batch: int) -> float:
+        """Return the share of the batch that a step regularises if it does."""
+        share = 1 / batch if self.fraction is None else self.fraction
+        return min(1.0, self.every * share)
+
+    def share(self, batch: int) -> float:
+        """Return the share of the images that is regularised, in the mean over the steps."""
+        return regularised_images(batch, self._fraction(batch)) / batch / self.every
 
 
 @register("sat-r1")
@@ -241,7 +279,6 @@ class SATR1(SAT):
     perturbation: str = "fgsm"
 
     update = staticmethod(sat_r1_update)
-    kept = ("_count",)
     presets = {
         "mnist": recipe(MNIST_SAT, lam=0.2, steps=10),
         "mnist-fast": recipe(MNIST_FAST, lam=0.2, steps=10, fraction=1 / 32),
@@ -264,24 +301,11 @@ class SATR1(SAT):
     def validate(self) -> None:
         """Check the hyperparameters."""
         super().validate()
-        self.not_negative("lam")
         self.require(self.steps >= 1, "steps", ">= 1")
-        self.require(self.fraction is None or 0 < self.fraction <= 1, "fraction", "in (0, 1]")
-        self.require(self.every >= 1, "every", ">= 1")
-        whole = (self.fraction or 0) * self.every <= 1
-        self.require(whole, "every", f"at most 1 / fraction ({self.fraction})")
-        self._count = 0
-
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
-        """See ``sat_r1_update``; between every k-th step train on the single step alone."""
-        self._count += 1
-        if self._count % self.every:
-            return Update(self.base.perturb(model, x, y), self.plain_loss(y))
-        return super().craft(model, x, y, index)
 
     def cost(self, batch_size: int) -> Cost:
         """FGSM on all, K - 1 further steps and one more image in the update for the share."""
-        share = regularised_images(batch_size, self.fraction) / batch_size
+        share = self.share(batch_size)
         return Cost.of(attack=self.gradients + (self.steps - 1) * share, update=1 + share)
 
 
@@ -297,6 +321,7 @@ class SATR2(SAT):
     alpha: float = 0.01
     project: bool = False
     fraction: float = 1.0
+    every: int = 1
 
     perturbation: str = "fgsm"
 
@@ -313,12 +338,11 @@ class SATR2(SAT):
     def validate(self) -> None:
         """Check the hyperparameters."""
         super().validate()
-        self.not_negative("lam", "alpha")
-        self.require(0 < self.fraction <= 1, "fraction", "in (0, 1]")
+        self.not_negative("alpha")
 
     def cost(self, batch_size: int) -> Cost:
         """Take both views of the regularised share through the attack and through the update."""
-        views = 1 + regularised_images(batch_size, self.fraction) / batch_size
+        views = 1 + self.share(batch_size)
         return Cost.of(attack=self.gradients * views, update=views)
 
 
@@ -341,6 +365,7 @@ class SATR3(SAT):
     project: bool = False
     per_sample: bool = False
     fraction: float = 1.0
+    every: int = 1
 
     perturbation: str = "fgsm"
 
@@ -368,17 +393,12 @@ class SATR3(SAT):
         """Check the hyperparameters and fill in the one that follows eps."""
         super().validate()
         self.eps_low = self.threat.eps / 3 if self.eps_low is None else self.eps_low
-        self.not_negative("lam")
         self.require(self.tau > 0, "tau", "> 0")
         self.not_negative("alpha")
-        self.require(0 < self.fraction <= 1, "fraction", "in (0, 1]")
         self.require(
             0 <= self.eps_low <= self.threat.eps, "eps_low", f"in [0, eps = {self.threat.eps:g}]"
         )
 
     def cost(self, batch_size: int) -> Cost:
         """One gradient, two points for the regularised share."""
-        return Cost.of(
-            attack=self.gradients,
-            update=1 + regularised_images(batch_size, self.fraction) / batch_size,
-        )
+        return Cost.of(attack=self.gradients, update=1 + self.share(batch_size))

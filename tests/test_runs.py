@@ -205,7 +205,7 @@ class TestFolders:
         assert not run.model.training
         # All of the method's parameters are written out, the defaults as well.
         params = {"lam": 5.0, "alpha": 0.01, "project": False, "fraction": 1.0}
-        params["perturbation"] = "fgsm"
+        params |= {"every": 1, "perturbation": "fgsm"}
         assert run.config == config.model_copy(update={"params": params})
         expected = result.model.state_dict()
         assert all(torch.equal(v, expected[k]) for k, v in run.model.state_dict().items())

@@ -8,7 +8,8 @@
 A point is a process of its own: SAT-R2 steps on batches drawn from a data set, the median of
 --rounds after a warm-up, and the resident memory at its highest, mapped files left out. Pixels and
 labels are random (the cost is the same); the data sets of the last axis lie in a file that is
-memory-mapped, one of them larger than the memory. Run it on an idle machine.
+memory-mapped, one of them larger than the memory. "Waiting" is the part of the time that a step
+waits for its batch, a mean. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ AXES: dict[str, list[dict[str, Any]]] = {
 DEFAULTS = {"model": "lenet+", "channels": 1, "size": 28, "classes": 10, "batch": 128}
 DEFAULTS |= {"images": 2048, "mapped": False}
 FIELDS = [
-    *("axis", *DEFAULTS, "method", "us_per_image", "us_low", "us_high", "peak_mb", "start_mb"),
-    *("file_mb", "threads", "rounds", "torch", "machine", "commit", "date"),
+    *("axis", *DEFAULTS, "method", "us_per_image", "us_low", "us_high", "us_waiting"),
+    *("peak_mb", "start_mb", "file_mb", "threads", "rounds", "torch", "machine", "commit", "date"),
 ]
 
 
@@ -104,6 +105,7 @@ def point(settings: dict[str, Any], rounds: int, folder: str) -> dict[str, Any]:
     step = make_step(model, methods.build("sat-r2", Linf(0.1), {}), optimizer)
     source = Batches(images, settings["batch"])
     seconds: list[float] = []
+    waiting: list[float] = []
     epoch, start_mb = 0, own_mb()
     peak = start_mb
     while len(seconds) < rounds + 2:
@@ -114,6 +116,7 @@ def point(settings: dict[str, Any], rounds: int, folder: str) -> dict[str, Any]:
             batch = next(batches, None)
             if batch is None:
                 break
+            waiting.append(time.perf_counter() - begin)
             step(*batch)
             seconds.append(time.perf_counter() - begin)
             # The engine keeps freed memory: after a step the process is as large as within it.
@@ -124,6 +127,7 @@ def point(settings: dict[str, Any], rounds: int, folder: str) -> dict[str, Any]:
         "us_per_image": round(statistics.median(micros), 1),
         "us_low": round(low, 1),
         "us_high": round(high, 1),
+        "us_waiting": round(1e6 * statistics.mean(waiting[2:]) / settings["batch"], 1),
         "peak_mb": round(peak),
         "start_mb": round(start_mb),
         "file_mb": round(int(np.prod(shape)) / 1e6) if settings["mapped"] else "",

@@ -15,6 +15,7 @@ import surestep
 from surestep.auditing import CHECKS, _subject
 from surestep.auditing._subject import Subject
 from surestep.evaluation import Adapted
+from surestep.evaluation.suite import pgd_step_size
 
 BY_NAME = {check.name: check for check in CHECKS}
 
@@ -191,3 +192,62 @@ def test_the_page_of_checks_is_up_to_date():
     page = script.with_name("checks.md").read_text("utf-8")
     assert page == runpy.run_path(str(script))["page"](), "run python docs/checks.py"
     assert [check.number for check in CHECKS] == list(range(1, 21))
+
+
+def test_the_climb_is_that_of_a_plain_loop(net, images):
+    x, y = (part[:20] for part in images)
+    budget = _subject.Budget(20, 20, 60, 30, 1, 200, autoattack=False)
+    s = Subject(Adapted(net).eval(), x, y, surestep.Linf(0.17), budget, 0, 25, lambda _: None)
+    s.right["clean"] = torch.ones(20, dtype=torch.bool)
+    torch.manual_seed(4)
+    found = s.climb
+    torch.manual_seed(4)
+    point, size = s.threat.random_start(x), pgd_step_size(0.17, 50)
+    losses, wrong = [], []
+    for _ in range(51):
+        point.requires_grad_()
+        logits = net(point)
+        losses.append(F.cross_entropy(logits, y).item())
+        wrong.append([int(z.argmax()) != int(k) for z, k in zip(logits, y, strict=True)])
+        (grad,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), point)
+        point = (point + size * grad.sign()).detach()
+        point = torch.min(torch.max(point, x - 0.17), x + 0.17).clamp(0, 1)
+    assert found.losses == pytest.approx(losses, rel=1e-3)
+    assert found.ever_wrong.tolist() == [any(column) for column in zip(*wrong, strict=True)]
+    assert found.wrong.tolist() == wrong[-1]
+    assert any(wrong[-1])
+    assert not all(wrong[-1])
+
+
+def test_what_is_broken_only_on_the_way(ask, net, monkeypatch):
+    def climb(_, x, y):
+        seen = torch.zeros(len(x), 51, 2)
+        seen[:, :, 0] = torch.linspace(0, 1, 51).clamp(max=0.9)
+        seen[::2, 7, 1] = 1  # and right again
+        seen[1::4, 7:, 1] = 1
+        return seen
+
+    monkeypatch.setattr(Subject, "_climb", climb)
+    found = ask("silent-success", net)
+    assert (found.status, found.value) == ("flagged", pytest.approx(0.5, abs=0.05))
+    moved = ask("convergence", net).evidence["late_movement"]
+    assert moved == pytest.approx((0.9 - 0.82) / 0.9, rel=1e-4)
+
+
+@pytest.mark.parametrize(("band", "flagged"), [((0.49, 0.515), True), ((0.999, 1.001), False)])
+def test_a_narrow_band_on_the_line_is_seen(monkeypatch, band, flagged):
+    """Twenty points would step over the first one; the second holds the end itself."""
+    low, high = band
+
+    def forward(x):
+        share = (x.flatten(1).mean(1) - 0.5) / 0.05
+        inside = ((share > low) & (share < high)).float()
+        return torch.stack([1 - 2 * inside, 0 * inside], 1)
+
+    x, y = torch.full((10, 1, 4, 4), 0.5), torch.zeros(10, dtype=torch.int64)
+    budget = _subject.Budget(20, 20, 60, 30, 1, 200, autoattack=False)
+    s = Subject(Layer(forward), x, y, surestep.Linf(0.05), budget, 0, 25, lambda _: None)
+    s.right["clean"] = torch.ones(10, dtype=torch.bool)
+    monkeypatch.setattr(Subject, "fgsm", lambda self, x, y: x + 0.05)
+    found = BY_NAME["distorted-boundary"](s)
+    assert (found.status, found.value) == ("flagged" if flagged else "passed", float(flagged))

@@ -14,6 +14,7 @@ import surestep
 from surestep.auditing import CHECKS, Check, _subject, audit
 from surestep.auditing._audit import judge
 from surestep.errors import UserError
+from surestep.evaluation._evaluate import _Judge as Judge
 from surestep.evaluation.suite import Attack, Found
 
 
@@ -351,3 +352,35 @@ def test_the_documents_table_of_budgets():
         numbers = [int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\d|\d", row)]
         assert numbers == [budget.steps, budget.queries, budget.late_queries, budget.probe]
         assert ("AutoAttack" in row) is budget.autoattack
+
+
+def test_a_stopped_audit_goes_on_and_finds_the_same(run, net, tmp_path, monkeypatch):
+    """It ends with attacks of its own on what is left, as inputs are quantised."""
+    attack, done, stops = Judge._attack, [], [9, 20]
+
+    def counting(self, name, *rest):
+        if stops and len(done) == stops[0]:
+            stops.pop(0)
+            raise KeyboardInterrupt
+        if name != "pgd-50":  # of the sweep of eps, a check: those are made anew
+            done.append(name)
+        return attack(self, name, *rest)
+
+    monkeypatch.setattr(Judge, "_attack", counting)
+    options = {"eps": 0.15, "batch_size": 25, "state": tmp_path / "deep" / "audit"}
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(MASKS["quantised"](net), **options)
+    found = run(MASKS["quantised"](net), **options).to_dict()
+    resumed = list(done)
+    done.clear()
+    whole = run(MASKS["quantised"](net), **{**options, "state": None}).to_dict()
+    assert {**found, "seconds": 0} == {**whole, "seconds": 0}
+    assert {"transfer", "bpda", "fgsm"} < set(done)
+    assert sorted(resumed) == sorted(done)  # nothing twice
+
+
+def test_a_state_of_another_audit_is_refused(run, net, tmp_path):
+    run(net, 0.05, state=tmp_path / "audit")
+    with pytest.raises(UserError, match=r"audit\.fgsm is the state of .* other threat"):
+        run(net, 0.06, state=tmp_path / "audit")

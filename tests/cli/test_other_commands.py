@@ -150,19 +150,37 @@ class TestDemo:
         monkeypatch.setattr(runs, "resolve", small)
         return configs
 
+    @pytest.fixture(scope="class")
+    def audited(self):
+        """What an audit found once: two of each demo take seconds."""
+        torch.manual_seed(0)
+        net, x = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2)), torch.rand(4, 16)
+        threat = surestep.Linf(0.3)
+        return surestep.audit(net, (x, net(x).argmax(1)), threat, budget="quick")
+
+    @pytest.fixture
+    def brief(self, tiny, audited, monkeypatch):
+        """The same, without the audits."""
+        monkeypatch.setattr(surestep, "audit", lambda *_, **__: audited)
+        return tiny
+
     def test_table_sentence_and_json(self, cli, tiny, tmp_path):
         code, out, err = cli("demo", "--n", "20", "--json", tmp_path / "demo.json", "--seed", "3")
         assert code == 0, err
         assert "training with fgsm\n" in err
         assert "training with sat-r2\n" in err
+        assert "auditing fgsm\n" in err
         found = json.loads((tmp_path / "demo.json").read_text("utf-8"))
+        rows = {row.split("  ")[0].strip("│ "): row for row in out.splitlines()}
         assert list(found) == ["fgsm", "sat-r2"]
         for result in found.values():
             assert list(result["robust_accuracy"]) == ["fgsm", "pgd-100", "pgd-100-margin"]
             assert (result["n"], result["threat"]["eps"]) == (20, 0.3)
             assert result["train_seconds"] > 0
+            assert (result["audit"]["n"], result["audit"]["budget"]) == (20, "quick")
+            assert f"{result['audit']['verdict']}, " in rows["audit, 20 images"]
+            assert result["audit"]["sentence"] in out
         assert (found["fgsm"]["passes_per_image"], found["sat-r2"]["passes_per_image"]) == (5, 10)
-        rows = {row.split("  ")[0].strip("│ "): row for row in out.splitlines()}
         for name, key in (("clean", "clean_accuracy"), ("worst case", "worst_case_accuracy")):
             for result in found.values():
                 assert f"{result[key]:.1%} (" in rows[name]
@@ -171,14 +189,14 @@ class TestDemo:
         assert "s in all)" in out
         assert not list(tmp_path.glob("fgsm*"))
 
-    def test_both_runs_are_alike_but_for_method_length_and_rate(self, done, tiny):
+    def test_both_runs_are_alike_but_for_method_length_and_rate(self, done, brief):
         done("demo", "--n", "1", "--json", "-", "--seed", "3")
-        one, other = (c.model_dump(exclude={"method", "params", "epochs", "lr"}) for c in tiny)
+        one, other = (c.model_dump(exclude={"method", "params", "epochs", "lr"}) for c in brief)
         assert one == other
         assert (one["dataset"], one["eps"], one["seed"]) == ("mnist", 0.3, 3)
-        assert [c.method for c in tiny] == ["fgsm", "sat-r2"]
+        assert [c.method for c in brief] == ["fgsm", "sat-r2"]
 
-    def test_json_on_stdout_is_json_only(self, done, tiny):
+    def test_json_on_stdout_is_json_only(self, done, brief):
         assert json.loads(done("demo", "--n", "1", "--json", "-")).keys() == {"fgsm", "sat-r2"}
 
     @pytest.mark.parametrize(
@@ -191,7 +209,7 @@ class TestDemo:
             (CHANCE, "another --seed may mask its gradients; SAT-R2,"),
         ],
     )
-    def test_the_sentence_follows_the_numbers(self, done, tiny, monkeypatch, accuracies, said):
+    def test_the_sentence_follows_the_numbers(self, done, brief, monkeypatch, accuracies, said):
         clean, under_fgsm, worst = accuracies
 
         def judge(model, data, threat, attacks, n, progress):
@@ -208,7 +226,7 @@ class TestDemo:
         monkeypatch.setattr(surestep, "evaluate", judge)
         assert said in " ".join(done("demo", "--n", "5").split())
 
-    def test_runs_are_kept_and_refused(self, cli, done, tiny, tmp_path, tools):
+    def test_runs_are_kept_and_refused(self, cli, done, brief, tmp_path, tools):
         out = tmp_path / "demo"
         done("demo", "--n", "1", "--out", out)
         assert {p.name for p in out.iterdir()} == {"fgsm", "sat-r2"}

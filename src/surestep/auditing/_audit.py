@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,6 +103,7 @@ def audit(
     batch_size: int = 250,
     preprocess: nn.Module | None = None,
     sources: Sequence[nn.Module] = (),
+    state: str | Path | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Audit:
     """Tell whether a model's robustness is real, or gradients are masked.
@@ -121,10 +123,13 @@ def audit(
         batch_size: of the attacks.
         preprocess: what the model needs done to the pixels first, such as ``models.Normalize``.
         sources: further models for the transfer attack.
+        state: begins the names of files, one of each round of attacks, in which what they found is
+            kept; given again after a stop, the audit goes on from there and finds the same.
         tell: called with a sentence on what is being done.
 
     Raises:
-        UserError: an unknown budget, a radius of 0, or a model or data that cannot be judged.
+        UserError: an unknown budget, a radius of 0, a state of another audit, or a model or data
+            that cannot be judged.
     """
     start = time.perf_counter()
     spend = _budget(budget)
@@ -142,8 +147,10 @@ def audit(
         for batch in batches:
             check_inputs(adapted, *batch, threat)
         x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        subject = Subject(adapted, x, y, threat, spend, seed, batch_size, tell)
-        _suite(subject, list(sources))
+        subject = Subject(
+            adapted, x, y, threat, spend, seed, batch_size, tell, list(sources), state
+        )
+        _suite(subject)
         tell("masking checks")
         checks = [check(subject) for check in CHECKS]
         blind = zero_share(subject, *subject.probe, log_odds)
@@ -157,7 +164,7 @@ def audit(
 _budget = budget
 
 
-def _suite(s: Subject, sources: list[nn.Module]) -> None:
+def _suite(s: Subject) -> None:
     """Run what every audit runs, on every image that is right clean."""
     steps, budget = s.budget.steps, s.budget
     s.attack(
@@ -167,7 +174,7 @@ def _suite(s: Subject, sources: list[nn.Module]) -> None:
         ]
     )
     if s.right["clean"].any():
-        attack = escalation.substitute_attack(s, sources)
+        attack = escalation.substitute_attack(s)
         s.attack({"transfer": attack}, s.right["clean"])
 
 

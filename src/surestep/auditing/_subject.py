@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.attacks import gradient
-from surestep.attacks.core import forward_logits, input_gradient, share_of
+from surestep.attacks.core import forward_logits, input_gradient, misclassified, share_of
 from surestep.attacks.losses import Objective, log_odds
 from surestep.devices import autocast, has_bf16
 from surestep.errors import UserError, look_up
 from surestep.evaluation import Adapted, evaluate
-from surestep.evaluation.suite import Attack
+from surestep.evaluation.suite import Attack, pgd_step_size
 from surestep.threat import ThreatModel
 
 
@@ -85,6 +87,20 @@ class Searched(NamedTuple):
     first_wrong: Tensor
 
 
+class Climb(NamedTuple):
+    """PGD watched on its way.
+
+    Attributes:
+        losses: the mean cross entropy at the start and after each step.
+        ever_wrong: which images (N,) were misclassified at any of these points.
+        wrong: which are at the last.
+    """
+
+    losses: list[float]
+    ever_wrong: Tensor
+    wrong: Tensor
+
+
 @dataclass
 class Subject:
     """A model under audit.
@@ -101,6 +117,8 @@ class Subject:
         detached: the model's output has no gradient with respect to its input.
         precision: in which attacks make their points.
         tell: called with a sentence on what is being done.
+        sources: further models for the transfer attack.
+        state: begins the names of the files in which attacks keep what is done.
     """
 
     model: nn.Module
@@ -111,6 +129,8 @@ class Subject:
     seed: int
     batch_size: int
     tell: Callable[[str], None]
+    sources: Sequence[nn.Module] = ()
+    state: str | Path | None = None
     right: dict[str, Tensor] = field(default_factory=dict)
     detached: bool = False
     precision: torch.dtype = torch.float32
@@ -178,6 +198,8 @@ class Subject:
             batch_size=self.batch_size,
             seed=self.seed,
             precision=self.precision,
+            sources=self.sources,
+            state=None if self.state is None else f"{self.state}.{next(iter(attacks))}",
         )
         if on is None:
             self.right["clean"] = found.right["clean"]
@@ -194,6 +216,23 @@ class Subject:
             self.x.device
         )
         return self.x[at], self.y[at]
+
+    @cached_property
+    def climb(self) -> Climb:
+        """What 50 steps of PGD from a random start pass through, on the probe."""
+        losses, wrong = self.map(self._climb, *self.probe).unbind(2)
+        return Climb(losses.mean(0).tolist(), wrong.bool().any(1), wrong[:, -1].bool())
+
+    def _climb(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the loss, and 1 for wrong, at the start and after each step, (N, 51, 2)."""
+        size, point, seen = pgd_step_size(self.threat.eps, 50), self.threat.random_start(x), []
+        for _ in range(51):
+            grad, _, logits = input_gradient(self.model, point, y, log_odds)
+            loss = F.cross_entropy(logits, y, reduction="none")
+            seen.append(torch.stack([loss, misclassified(logits, y).to(loss.dtype)], 1))
+            step = self.threat.steepest_step(grad.nan_to_num(0.0), size)
+            point = self.threat.project(point + step, x)
+        return torch.stack(seen, 1)
 
     def map(self, function: Callable[..., Any], *tensors: Tensor) -> Any:
         """Apply a function to batches of tensors and concatenate what it returns."""

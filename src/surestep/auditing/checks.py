@@ -8,9 +8,9 @@ benchmarks/audit_zoo.py, whose truth is known.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,13 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from surestep.attacks import losses
-from surestep.attacks.core import Ascent, Best, forward_logits, share_of
+from surestep.attacks.core import forward_logits, share_of
 from surestep.auditing._subject import Subject
 from surestep.auditing.binarization import binarization_rates
 from surestep.devices import autocast, finest
 from surestep.evaluation import evaluate
 from surestep.evaluation.suite import pgd_step_size
 from surestep.threat import Linf
+
+BETWEEN = 100
+"""Points on the line from an image to its FGSM point that are looked at."""
 
 C19 = "Carlini et al. 2019"
 A18 = "Athalye et al. 2018"
@@ -353,7 +356,7 @@ def convergence(s: Subject) -> Finding:
                 again = s.search(*rest, 50, 2 * size, stop_when_wrong=True)
             left[left.clone()] = ~again.wrong
         by_restart.append(share_of(left))
-    moving = _late_movement(s, x, y)
+    moving = _late_movement(s)
     late, restart = by_step[-2] - by_step[-1], by_restart[0] - by_restart[1]
     flag = late > 0.01 or restart > 0.01 or moving > 0.05
     said = (
@@ -374,19 +377,9 @@ def convergence(s: Subject) -> Finding:
     )
 
 
-def _climb(s: Subject, x: Tensor, y: Tensor) -> Iterator[Tensor]:
-    """Yield a random start and the points of 50 PGD steps from it."""
-    ascent = Ascent(s.threat, 1, pgd_step_size(s.threat.eps, 50))
-    point = s.threat.random_start(x)
-    yield point
-    for _ in range(50):
-        point = s.map(lambda a, b, c: ascent.climb(s.model, a, b, c), x, y, point)
-        yield point
-
-
-def _late_movement(s: Subject, x: Tensor, y: Tensor) -> float:
+def _late_movement(s: Subject) -> float:
     """Return how far the mean loss moves in the last 10 of 50 steps, as share of its range."""
-    course = [s.loss(point, y).mean().item() for point in islice(_climb(s, x, y), 50)]
+    course = s.climb.losses
     last, whole = course[-10:], max(course) - min(course)
     return (max(last) - min(last)) / whole if whole > 0 else 0.0
 
@@ -394,12 +387,7 @@ def _late_movement(s: Subject, x: Tensor, y: Tensor) -> float:
 @_check(12, "Silent success", "> 1% of images were broken on the way and right at the end", IOAF)
 def silent_success(s: Subject) -> Finding:
     """An attack that returns its last iterate loses these; surestep's keep the best."""
-    x, y = s.probe
-    best, point = Best(x, y, losses.log_odds), x
-    for point in _climb(s, x, y):
-        for rows in best.rows().split(s.batch_size):
-            best.try_points(s.model, rows, point[rows])
-    lost = share_of(best.wrong & (s.logits(point).argmax(1) == y))
+    lost = share_of(s.climb.ever_wrong & ~s.climb.wrong)
     return Finding(lost > 0.01, lost, f"{lost:.1%} were broken only on the way")
 
 
@@ -466,7 +454,7 @@ def abnormal_examples(s: Subject) -> Finding:
 @_check(
     17,
     "Distorted boundary",
-    "> 5% of images right at both ends are wrong between",
+    f"> 5% of images right at both ends are wrong at one of {BETWEEN} points between",
     "Kim et al. 2021",
 )
 def distorted_boundary(s: Subject) -> Finding:
@@ -474,12 +462,13 @@ def distorted_boundary(s: Subject) -> Finding:
     x, y = s.probe
     end = s.fgsm(x, y)
     both = (s.logits(x).argmax(1) == y) & (s.logits(end).argmax(1) == y)
-    changed = torch.zeros_like(both)
-    for k in range(1, 21):
-        changed |= s.logits(x + (end - x) * (k / 21)).argmax(1) != y
     if not both.any():
         return Finding(False, 0.0, "FGSM leaves no image right", {"right at both ends": 0})
-    share = share_of(changed[both])
+    left = both.nonzero().squeeze(1)
+    for share in torch.linspace(0, 1, BETWEEN + 2).tolist()[1:-1]:
+        between = x[left] + share * (end[left] - x[left])
+        left = left[s.logits(between).argmax(1) == y[left]] if len(left) else left
+    share = 1 - len(left) / int(both.sum())
     said = f"of {int(both.sum())} images right at both ends, {share:.1%} are wrong between"
     return Finding(share > 0.05, share, said, {"right at both ends": int(both.sum())})
 

@@ -202,7 +202,7 @@ def _surrogate(given: Tensor, out: Tensor) -> Callable[[Tensor], Tensor] | None:
     return lambda z: net(z.float()).view(len(z), *out.shape[1:])
 
 
-def substitute_attack(s: Subject, sources: list[nn.Module]) -> Attack:
-    """Return the transfer attack from a substitute of the subject, and from given sources."""
+def substitute_attack(s: Subject) -> Attack:
+    """Return the transfer attack from a substitute of the subject, and from its sources."""
     s.tell("training a substitute for the transfer attack")
-    return transfer([substitute(s.model, s.x, s.threat, s.seed), *sources], s.threat)
+    return transfer([substitute(s.model, s.x, s.threat, s.seed), *s.sources], s.threat)

@@ -27,6 +27,11 @@ from surestep.cli._target import (
 @source_option("As well as the substitute that is trained on the model's answers.")
 @click.option("--n", type=POSITIVE, default=1000, show_default=True, help="Test images.")
 @click.option("--batch-size", type=POSITIVE, default=250, show_default=True, help="Of the attacks.")
+@click.option(
+    "--state",
+    metavar="FILE",
+    help="Keep what is done here, in FILE.ATTACK; given again, go on from it.",
+)
 @json_option
 @report_options
 def audit(

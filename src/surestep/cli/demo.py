@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from surestep.evaluation import Evaluation
 
 _METHODS = ("fgsm", "sat-r2")
+_AUDITED = 100  # images: enough to tell masking, and it ends within a minute or so
 
 
 @click.command(short_help="See FGSM training fail and SAT succeed, in minutes on a laptop.")
@@ -44,8 +45,8 @@ def demo(
     """See FGSM training fail and SAT succeed, on MNIST at eps 0.3.
 
     Trains the same small network twice: with plain FGSM, which ends in gradient masking, and with
-    SAT-R2, a step of which takes twice as long. Then it attacks both with FGSM and with PGD-100.
-    MNIST comes with surestep, nothing is downloaded.
+    SAT-R2, a step of which takes twice as long. Then it attacks both with FGSM and with PGD-100,
+    and audits both. MNIST comes with surestep, nothing is downloaded.
     """
     check_writable(json_file)
     check_report(html, plots)
@@ -59,7 +60,7 @@ def demo(
     for name in _METHODS if out else ():
         RunFolder.plan(f"{out}/{name}", overwrite=overwrite)
     start = time.perf_counter()
-    results, costs, seconds, pictures = {}, {}, {}, {}
+    results, audits, costs, seconds, pictures = {}, {}, {}, {}, {}
     for name in _METHODS:
         config = runs.resolve({"method": name, "seed": seed}, "mnist-demo")
         click.echo(f"training with {name}", err=True)
@@ -74,6 +75,10 @@ def demo(
                 n=n,
                 progress=progress,
             )
+        click.echo(f"auditing {name}", err=True)
+        audits[name] = surestep.audit(
+            fitted.model, images, threat, budget="quick", n=min(n, _AUDITED), seed=seed
+        )
         costs[name] = methods.get(name)(threat).cost(config.batch_size).total
         seconds[name] = fitted.train_seconds
         if html or plots:
@@ -83,6 +88,7 @@ def demo(
             **results[name].to_dict(),
             "passes_per_image": costs[name],
             "train_seconds": seconds[name],
+            "audit": audits[name].to_dict(),
         }
         for name in _METHODS
     }
@@ -91,16 +97,25 @@ def demo(
         if html or plots:
             surfaces = {k: v for one in pictures.values() for k, v in one["surfaces"].items()}
             parts = {**pictures["sat-r2"], "surfaces": surfaces, "seeds": {"training": seed}}
-            comparison = [_row(k, results[k], costs[k], seconds[k]) for k in _METHODS]
+            comparison = [
+                {**_row(k, results[k], costs[k], seconds[k]), "verdict": audits[k].verdict}
+                for k in _METHODS
+            ]
             write_report(html, plots, "demo", comparison=comparison, **parts, **provenance())
 
     def show() -> None:
         rows = {
+            f"audit, {audits['fgsm'].n} images": {
+                k: f"{found.verdict}, {found.found_accuracy:.0%} left"
+                for k, found in audits.items()
+            },
             "passes per image": {k: f"{v:g}" for k, v in costs.items()},
             "training seconds": {k: f"{v:.0f}" for k, v in seconds.items()},
         }
         evaluation_table(results, rows)
         click.echo(_sentence(results["fgsm"], results["sat-r2"]))
+        for name, found in audits.items():
+            click.echo(f"audit of {name}: {found.sentence}")
         click.echo(f"({time.perf_counter() - start:.0f} s in all)")
 
     hand_over(told, json_file, show, report)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from families.maths import EPS, ball, box, cross_entropy, mean_ce, signs, squared_distance
 
-from surestep import L2, Linf, methods
+from surestep import L2, Linf, UserError, fit, methods
 from surestep.data.augment import CropFlip
 
 EXACT = {"rtol": 0, "atol": 1e-9}
@@ -423,8 +423,6 @@ def test_nuclear_norm_of_no_difference_is_finite(make_task):
 
 
 def test_without_index_a_method_with_memory_says_so(make_task):
-    from surestep import UserError
-
     task = make_task("mlp")
     for slug in methods.names():
         if methods.get(slug).remembers:
@@ -433,12 +431,10 @@ def test_without_index_a_method_with_memory_says_so(make_task):
 
 
 def test_memory_needs_images_in_memory(make_task):
-    import surestep
-
     pairs = torch.utils.data.TensorDataset(torch.rand(20, 1, 4, 4), torch.arange(20) % 4)
     net = make_task("mlp", dtype=torch.float32).net
-    with pytest.raises(surestep.UserError, match=r"iaat .* a pair of tensors"):
-        surestep.fit(net, pairs, methods.get("iaat")(Linf(EPS)), validation=pairs, quiet=True)
+    with pytest.raises(UserError, match=r"iaat .* a pair of tensors"):
+        fit(net, pairs, methods.get("iaat")(Linf(EPS)), validation=pairs, quiet=True)
 
 
 def test_memory_grows_with_the_positions_it_meets(make_task):
@@ -462,6 +458,28 @@ def test_uat_knows_its_share_of_every_class(labelled):
     assert float(known.mean()) == pytest.approx(labelled, abs=0.02)
     for part in (*known.chunk(10), known[::10], known[3::7]):
         assert float(part.mean()) == pytest.approx(labelled, abs=0.05)
+
+
+def test_uat_learns_from_images_without_a_label(make_task):
+    """As if the loss of those without one were zero; in the data two thirds have one."""
+    task = make_task("mlp")
+    y = task.y.clone()
+    y[[1, 4]] = -1
+    method = methods.get("uat")(Linf(EPS), labelled=1.0, lam=3.0, steps=2)
+    method.progress = methods.Progress(labelled=2 / 3)
+    views = []
+    handle = task.net.register_forward_pre_hook(lambda _, args: views.append(args[0].detach()))
+    result = method(task.net, task.x, y, task.index)
+    handle.remove()
+    logits = task.net(views[-1]).log_softmax(1)
+    ce = apart = 0.0
+    for i, label in enumerate(y.tolist()):
+        clean, moved = logits[i], logits[len(y) + i]
+        apart += float((clean.exp() * (clean - moved)).sum())
+        ce -= float(moved[label]) if label >= 0 else 0.0
+    assert float(result.loss) == pytest.approx(ce / 4 + 3 * apart / 6, rel=1e-9)
+    with pytest.raises(UserError, match=r"from -1 to 2.*only training with uat takes -1"):
+        methods.get("fgsm")(Linf(EPS))(task.net, task.x, y)
 
 
 def test_free_forgets_a_gradient_that_overflowed(make_task):

@@ -1146,3 +1146,37 @@ def test_another_device_in_the_same_process(tiny, monkeypatch):
         UserError, match=r"has an Accelerator for something else .*: train in a new"
     ):
         tiny.train()
+
+
+class TestImagesWithoutALabel:
+    @pytest.fixture
+    def partly(self, tiny):
+        x, y = tiny.data()
+        y[: 2 * len(y) // 3] = -1
+        return x, y
+
+    def test_uat_takes_them_and_holds_out_others(self, tiny, partly, monkeypatch):
+        method, seen = methods.get("uat")(tiny.threat, labelled=1.0, steps=1), []
+        craft = type(method).craft
+        monkeypatch.setattr(
+            type(method),
+            "craft",
+            lambda self, m, x, y, i: (
+                seen.append((y, self.progress.labelled)) or craft(self, m, x, y, i)
+            ),
+        )
+        (row,) = tiny.train(method, data=partly, epochs=1, val_images=6).history
+        assert math.isfinite(row["loss"])
+        labelled = int((partly[1] >= 0).sum())
+        assert row["val_n"] == min(6, labelled // 10)
+        held = row["val_n"]
+        assert seen[0][1] == (labelled - held) / (len(partly[1]) - held)
+        assert any((y == -1).any() for y, _ in seen)
+
+    def test_others_refuse_them_before_the_first_step(self, tiny, partly):
+        with pytest.raises(UserError, match="only training with uat takes -1, no label"):
+            tiny.train("fgsm", data=partly, epochs=1)
+
+    def test_validation_must_have_labels(self, tiny, partly):
+        with pytest.raises(UserError, match="validation holds images without a label"):
+            tiny.train("uat", data=tiny.data(), validation=partly, val_images=4)

@@ -177,9 +177,10 @@ def check_labels(y: Tensor, classes: int) -> None:
     """
     lowest, highest = (int(v) for v in torch.aminmax(y))
     if lowest < 0 or highest >= classes:
+        hint = "; only training with uat takes -1, no label" if lowest == -1 else ""
         raise UserError(
             f"y has labels from {lowest} to {highest}, but the model has {classes} classes: "
-            f"labels must run from 0 to {classes - 1}"
+            f"labels must run from 0 to {classes - 1}{hint}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -106,7 +107,8 @@ def train(
             preset = preset or "none"
         config = runs.resolve(settings, preset)
         out = out or new_folder(f"{config.method}-{config.dataset.partition(':')[0]}")
-        if preset is None and not runs.usual_preset(config.method, config.dataset):
+        first = os.environ.get("RANK", "0") == "0"  # of several processes
+        if first and preset is None and not runs.usual_preset(config.method, config.dataset):
             tell = partial(_tell_defaults, config, settings)
     result = runs.train(
         config, out, resume=resume is not None, overwrite=overwrite, quiet=quiet, tell=tell

@@ -13,11 +13,21 @@ from pathlib import Path
 
 from surestep.data import augment
 from surestep.data._batches import Batches, as_pair
-from surestep.data._images import Images, as_images
+from surestep.data._images import UNLABELLED, Images, as_images
 from surestep.data._splits import check_split
 from surestep.errors import UserError, look_up
 
-__all__ = ["Batches", "Images", "as_images", "as_pair", "augment", "describe", "load", "names"]
+__all__ = [
+    "UNLABELLED",
+    "Batches",
+    "Images",
+    "as_images",
+    "as_pair",
+    "augment",
+    "describe",
+    "load",
+    "names",
+]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from torch import Tensor
 from surestep.errors import UserError
 
 Index = Tensor | slice | Sequence[int]
+UNLABELLED = -1
+"""The label of an image that has none, for methods that learn from such, too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +24,7 @@ class Images:
 
     Attributes:
         x: uint8 (N, C, H, W) with values 0..255, or float32 (N, ...) with pixels in [0, 1].
-        y: int64 (N,), class numbers.
+        y: int64 (N,), class numbers; ``UNLABELLED`` (-1) where there is none.
         classes: class names; by default "0".."K-1" with K = max(y) + 1.
         name: what to call the data in messages and reports.
         note: where the images came from when that needs saying, such as a partial copy.
@@ -115,8 +117,9 @@ def as_images(data: Any, *, num_classes: int | None = None, name: str = "data") 
     Args:
         data: an `Images`, or a pair ``(x, y)`` of tensors or NumPy arrays. ``x`` is (N, ...) with
             at least two dimensions, uint8 in 0..255 or float32 pixels in [0, 1]; ``y`` is (N,) of
-            an integer dtype. Of a memory-mapped ``x`` (``numpy.load(path, mmap_mode="r")``)
-            nothing is read but what each batch needs (float32 once, for its range).
+            an integer dtype; -1 marks an image without a label. Of a memory-mapped ``x``
+            (``numpy.load(path, mmap_mode="r")``) nothing is read but what each batch needs
+            (float32 once, for its range).
         num_classes: number of classes; by default that of the Images, or max(y) + 1.
         name: what to call a pair in messages; an Images keeps its own name.
 
@@ -220,8 +223,10 @@ def _check_labels(y: Tensor, num_classes: int | None, name: str) -> Tensor:
         raise UserError(f"{name}: num_classes is {num_classes}: give 1 or more")
     y = y.long()
     low, high = (int(v) for v in torch.aminmax(y))
-    if low < 0:
-        raise UserError(f"{name}: y holds the label {low}: class numbers start at 0")
+    if low < UNLABELLED:
+        raise UserError(f"{name}: y holds the label {low}: class numbers start at 0 (-1: no label)")
+    if high < 0:
+        raise UserError(f"{name}: y holds no class number: label some of the images")
     if high >= _MOST_CLASSES:
         raise UserError(
             f"{name}: y holds the label {high}, which is no class number: number the classes 0, "

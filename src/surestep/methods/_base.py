@@ -98,6 +98,7 @@ class Progress:
         epochs: of the run; the last may be a part of one.
         images: in the training data; 0 if unknown.
         lr: learning rate of the step.
+        labelled: share of the training images that have a label.
     """
 
     step: int = 0
@@ -105,6 +106,7 @@ class Progress:
     epochs: float = 1
     images: int = 0
     lr: float = 0.0
+    labelled: float = 1.0
 
     @property
     def epoch(self) -> int:
@@ -185,6 +187,8 @@ class Method(ABC):
     """The hyperparameters in pixel units, which must grow and shrink with eps."""
     remembers = False
     """Whether it keeps something for each image, so that every step needs their ``index``."""
+    without_labels = False
+    """Whether it learns from images that have no label (y of -1), too."""
     kept: ClassVar[tuple[str, ...]] = ()
     """Attributes that are state: tensors, numbers, and what has a ``state_dict`` of its own."""
     kept_rows: ClassVar[tuple[str, ...]] = ()
@@ -229,7 +233,7 @@ class Method(ABC):
                 flags, gradients and buffers are left as found, but for the buffers that the one
                 update forward writes in train mode.
             x: images (N, ...) in the threat model's data range.
-            y: int64 labels (N,).
+            y: int64 labels (N,); -1 for none, where the method is ``without_labels``.
             index: position of each image in its data set (N,), for methods that remember.
             draw: the crops and flips that x was given, for the same methods.
 
@@ -250,7 +254,7 @@ class Method(ABC):
     ) -> Update:
         """Attack the model and return the update to take; see ``__call__``."""
         if not self._inputs_checked:
-            check_inputs(model, x, y, self.threat)
+            check_inputs(model, x, y.clamp(min=0) if self.without_labels else y, self.threat)
             if self.remembers and index is None:
                 raise UserError(
                     f"{self.slug} keeps a perturbation for each image: pass index, the positions "

@@ -24,12 +24,13 @@ class UAT(PGD):
     """UAT-OT: the labels of a share of the images; of all, agreement with the clean output.
 
     Whose labels are used depends on the image's position in the data set alone, so it is the same
-    in every epoch: the others' are never looked at.
+    in every epoch: the others' are never looked at. Images without a label (y of -1) do as well.
     """
 
     summary = "labels of some images; on all, the output must not move under attack"
     paper = "Alayrac et al. 2019, arXiv 1905.13725"
     remembers = True
+    without_labels = True
     presets = {
         # With the default lam, and eps at its full size at once, the output stays constant.
         "mnist": recipe(
@@ -66,9 +67,9 @@ class UAT(PGD):
             x_adv = ascent.climb(inner, x, y, start)
 
         def loss(logits: Tensor) -> Terms:
-            known = self.known(index).to(logits.dtype)
-            losses = self.criterion(logits[len(x) :], y, reduction="none")
-            ce = (known * losses).mean() / self.labelled
+            known = (self.known(index) & (y >= 0)).to(logits.dtype)
+            losses = self.criterion(logits[len(x) :], y.clamp(min=0), reduction="none")
+            ce = (known * losses).mean() / (self.labelled * self.progress.labelled)
             # The clean output is the target: no gradient into it.
             target, output = F.log_softmax(logits, dim=1).chunk(2)
             apart = kl(target.detach(), output).mean()

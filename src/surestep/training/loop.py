@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from surestep import files
-from surestep.attacks.core import check_labels, count_classes, uncompiled
+from surestep.attacks.core import check_labels, count_classes, share_of, uncompiled
 from surestep.config import FitSettings, parse
 from surestep.data import Images
 from surestep.devices import memory_for, pick_device
@@ -289,6 +289,7 @@ class _Trainer:
                 prepare=accelerator.prepare,
             )
         self.images = len(train) if isinstance(train, Images) else 0
+        self.labelled = share_of(train.y >= 0) if isinstance(train, Images) else 1.0
         if method.remembers and not self.images:
             raise UserError(
                 f"{method.slug} keeps a perturbation for each image: give images in memory, a "
@@ -309,7 +310,8 @@ class _Trainer:
         if isinstance(train, Images):
             # The method looks at the first batch only; here all labels are at hand.
             one = train.pixels(slice(0, 1)).to(device)
-            check_labels(train.y, count_classes(model, one))
+            labels = train.y.clamp(min=0) if method.without_labels else train.y
+            check_labels(labels, count_classes(model, one))
             # Where memory is short there is none for trials, and little to choose.
             if config.engine == "auto" and self.total >= MIN_STEPS and not config.max_memory:
                 with self._one_line("the trial of engines", self.share):
@@ -468,7 +470,9 @@ class _Trainer:
     def _set_course(self, lr: float) -> None:
         """Tell the method where training is, and with what share of eps to attack."""
         steps = self.source.steps_per_epoch
-        self.method.progress = Progress(self.at.step, steps, self.total / steps, self.images, lr)
+        self.method.progress = Progress(
+            self.at.step, steps, self.total / steps, self.images, lr, self.labelled
+        )
         if self.config.eps_warmup:
             self.method.set_strength(self._warmed_up(self.config.eps_warmup))
         self.take_step.averaging = self.method.progress.done >= (self.config.swa or 0)

@@ -125,6 +125,13 @@ def hold_out(n: int, wanted: int, seed: int) -> tuple[Tensor, Tensor]:
     return order[held:], order[:held]
 
 
+def hold_out_labelled(images: Images, wanted: int, seed: int) -> tuple[Images, Images]:
+    """Hold images out as ``hold_out`` does, of those that have a label."""
+    labelled, rest = (on.nonzero().squeeze(1).cpu() for on in (images.y >= 0, images.y < 0))
+    train, held = hold_out(len(labelled), wanted, seed)
+    return images.subset(torch.cat([labelled[train], rest])), images.subset(labelled[held])
+
+
 def split(data: Any, validation: Any, wanted: int, seed: int) -> tuple[Any, Any]:
     """Return the training data and the held-out data, None if none is wanted.
 
@@ -146,17 +153,21 @@ def split(data: Any, validation: Any, wanted: int, seed: int) -> tuple[Any, Any]
         return data, None
     if validation is not None:
         held_out = isinstance(validation, DataLoader | Dataset)
-        return data, validation if held_out else as_images(validation)
+        validation = validation if held_out else as_images(validation)
+        if isinstance(validation, Images) and bool((validation.y < 0).any()):
+            raise UserError("validation holds images without a label (y of -1): leave them out")
+        return data, validation
     if loader:
         raise UserError(
             "nothing can be held out of a DataLoader: pass validation=(x, y), or val_images=0"
         )
-    train, held = hold_out(len(data), wanted, seed)
-    if not len(held):
+    if isinstance(data, Images):
+        train, held = hold_out_labelled(data, wanted, seed)
+        return (train, held) if len(held) else (data, None)
+    rows, held_rows = hold_out(len(data), wanted, seed)
+    if not len(held_rows):
         return data, None
-    if isinstance(data, Dataset):
-        return Subset(data, train.tolist()), Subset(data, held.tolist())
-    return data.subset(train), data.subset(held)
+    return Subset(data, rows.tolist()), Subset(data, held_rows.tolist())
 
 
 def make_source(

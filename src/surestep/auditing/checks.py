@@ -240,7 +240,7 @@ def optimisation_in_forward(s: Subject) -> Finding:
     return Finding(calls > 0, float(calls), said)
 
 
-@_check(6, "One step beats many", "accuracy under FGSM < under PGD", f"{C19}; {A18}")
+@_check(6, "One step beats many", "accuracy under FGSM < under PGD, by > .005", f"{C19}; {A18}")
 def one_step_beats_many(s: Subject) -> Finding:
     """More steps must find at least as much; when one finds more, the gradients mislead."""
     fgsm, pgd = s.accuracy("fgsm"), s.accuracy(f"pgd-{s.budget.steps}")
@@ -300,7 +300,7 @@ def random_beats_gradient(s: Subject) -> Finding:
 @_check(
     10,
     "Sweep of eps",
-    "accuracy grows with eps, is above chance at eps .5, or unbounded > 0",
+    "accuracy grows with eps by > .02, is > .05 above chance at eps .5, or unbounded > 0",
     f"{C19}; {A18}",
 )
 def eps_sweep(s: Subject) -> Finding:

@@ -29,6 +29,7 @@ _HOW_TO_GO_ON = {
     "train": "; a run goes on with `surestep train --resume RUN`",
     "compare": "; the same command with the same --out goes on from there",
     "evaluate": "; with --state FILE an evaluation goes on from where it was stopped",
+    "audit": "; with --state FILE an audit goes on from where it was stopped",
 }
 
 

@@ -31,7 +31,7 @@ class LIET(Method):
     kept = ("_templates", "_made")
     paper = "ICCV 2025; as in the FastAT benchmark, arXiv 2604.22853"
     presets = {
-        # At eps 0.3 the published spread ends masked (leaderboard.csv, search.csv).
+        # At eps 0.3 the published spread ends masked (leaderboard.csv at 3f86206, search.csv).
         "mnist": recipe(MNIST_ZOO, lam=100.0, spread=0.0, far=False),
         "cifar10": recipe(CIFAR_RESNET, lam=100.0, far=False),
     }

@@ -1,4 +1,4 @@
-"""TDAT: the step starts at the last batch's perturbation, on labels that tighten with time.
+"""TDAT: the step starts at the last batch's perturbation, on labels that relax with time.
 
 "Taxonomy Driven Fast Adversarial Training", AAAI 2024.
 """
@@ -30,7 +30,7 @@ class TDAT(Method):
     kept_rows = ("_delta",)
     paper = "AAAI 2024"
     presets = {
-        # Two epochs end at 46% so, at 32% with the published 0.15 (search.csv, leaderboard.csv).
+        # Two epochs end at 46% so, at 32% with the published 0.15 (search.csv, leaderboard.csv at 3f86206).
         "mnist": recipe(MNIST_ZOO, lam=0.65, least=0.6),
         "cifar10": recipe(CIFAR_RESNET, lam=0.65),
     }

@@ -189,7 +189,7 @@ class Bases:
         return self.run("plain", "standard", "mnist", epochs=1, lr=0.05)
 
     def fgsm(self) -> nn.Module:
-        return self.run("fgsm", "fgsm", "mnist-demo")
+        return self.run("fgsm", "fgsm", "mnist-fast", epochs=4, lr=0.03, engine="fast")
 
     def sat_r2(self) -> nn.Module:
         return self.run("sat-r2", "sat-r2", "mnist-fast", epochs=3)

@@ -153,7 +153,7 @@ class L2(ThreatModel):
         norm = delta.flatten(1).to(finest(x.device)).norm(dim=1)
         # x + delta rounds each pixel by half an ulp at most: the radius gives way by that much.
         ulp = torch.finfo(x.dtype).eps * max(abs(b) for b in self.bounds)
-        radius = max(0.0, self.eps - ulp * math.sqrt(x[0].numel()))
+        radius = max(0.0, self.eps - ulp * math.sqrt(math.prod(x.shape[1:])))
         factor = torch.where(norm > self.eps, radius / norm, 1.0).to(x.dtype)
         inside = _per_sample(norm <= self.eps, x)
         return torch.where(inside, x_adv, self.clip(x + delta * _per_sample(factor, x)))

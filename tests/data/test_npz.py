@@ -47,6 +47,20 @@ def test_without_validation_arrays_a_tenth_is_held_out(tmp_path):
     assert sizes == [18, 2, 5]
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_images_without_a_label_are_all_for_training(tmp_path, whole):
+    x = RNG.integers(0, 256, (40, 1, 3, 3), dtype=np.uint8)
+    y = np.where(np.arange(40) % 2, -1, np.arange(40) % 4)
+    arrays = {"x": x, "y": y} if whole else {"x_train": x, "y_train": y, "x_test": x, "y_test": Y}
+    if not whole:
+        arrays["x_test"] = x[:20]
+    place = save(tmp_path, **arrays)
+    train, held = data.load(place, "train"), data.load(place, "validation")
+    assert (train.y == data.UNLABELLED).sum() == 20
+    assert (len(train), len(held)) == ((36, 2) if whole else (38, 2))
+    assert (held.y >= 0).all()
+
+
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [

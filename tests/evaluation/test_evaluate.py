@@ -378,3 +378,12 @@ class TestReport:
         assert [done for done, _, _ in calls] == [40, 80, 90]
         assert {total for _, total, _ in calls} == {90 if kind == "pair" else 0}
         assert calls[-1][2] == found.worst_case_accuracy
+
+
+def test_images_without_a_label_are_refused_before_the_work(net, images):
+    x, y = images
+    y = y.clone()
+    y[-1] = -1
+    net.register_forward_pre_hook(lambda *_: pytest.fail("judged"))
+    with pytest.raises(UserError, match="has images without a label"):
+        evaluate(net, (x, y), THREAT, STEADY, batch_size=10)

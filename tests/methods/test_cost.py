@@ -83,6 +83,18 @@ def test_declared_cost_is_the_mean_over_the_steps(slug, params):
         assert found[kind] / 32 == pytest.approx(getattr(method.cost(8), kind))
 
 
+@pytest.mark.parametrize("slug", ["sat-r1", "sat-r2", "sat-r3", "pgd", "trades"])
+@pytest.mark.parametrize("params", [{}, {"every": 4}, {"every": 2, "fraction": 0.25}])
+def test_the_largest_update(slug, params):
+    """Of four steps, so that those which are not alike all show."""
+    method, net = counted(slug, params if slug.startswith("sat-") else {}, 8)
+    sizes = []
+    net.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0]) * m.training))
+    for _ in range(4):
+        method(net, torch.rand(8, 5), torch.zeros(8, dtype=torch.int64), torch.arange(8))
+    assert method.peak_images(8) == max(sizes)
+
+
 @pytest.mark.parametrize("n", [2, 5, 32])
 def test_declared_cost_at_other_batch_sizes(slug, n):
     for params in ({}, {"fraction": 0.3}) if slug.startswith("sat-") else ({},):

@@ -12,7 +12,7 @@ import torch
 from families import core, joined, merged
 from families.maths import EPS
 
-from surestep import Linf, methods
+from surestep import L2, Linf, methods
 
 CASES = merged("CASES")
 
@@ -97,6 +97,24 @@ def test_regularising_every_third_step(task, slug, params, oracle, between):
             kept = method.state_dict()
             method = make()
             method.load_state_dict(kept)
+
+
+@pytest.mark.parametrize("slug", ["sat-r1", "sat-r2", "sat-r3"])
+@pytest.mark.parametrize("project", [True, False])
+def test_regularising_every_second_step_in_a_round_ball(make_task, slug, project):
+    """Between, it trains on what its single step alone does, in any norm and memory format."""
+    task = make_task("conv")
+    x = task.x.contiguous(memory_format=torch.channels_last)
+    options = {} if slug == "sat-r1" else {"project": project, "alpha": 0.03}
+    method, seen = methods.get(slug)(L2(0.5), every=2, **options), []
+    task.net.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for step in range(1, 5):
+        result = method(task.net, x, task.y)
+        assert len(seen[-1]) == method.peak_images(len(x)) if step % 2 == 0 else len(x)
+        assert seen[-1].is_contiguous(memory_format=torch.channels_last)
+        far = (result.x_adv - x).flatten(1).norm(dim=1)
+        assert float(far.max()) <= 0.5 + (0 if project or slug == "sat-r1" else 0.03) + 1e-9
+        assert float(far.min()) > 0.1
 
 
 @pytest.mark.parametrize(

@@ -471,14 +471,14 @@ def test_uat_learns_from_images_without_a_label(make_task):
     handle = task.net.register_forward_pre_hook(lambda _, args: views.append(args[0].detach()))
     result = method(task.net, task.x, y, task.index)
     handle.remove()
-    logits = task.net(views[-1]).log_softmax(1)
+    logits = task.net(views[-1]).log_softmax(1).detach()
     ce = apart = 0.0
     for i, label in enumerate(y.tolist()):
         clean, moved = logits[i], logits[len(y) + i]
         apart += float((clean.exp() * (clean - moved)).sum())
         ce -= float(moved[label]) if label >= 0 else 0.0
-    assert float(result.loss) == pytest.approx(ce / 4 + 3 * apart / 6, rel=1e-9)
-    with pytest.raises(UserError, match=r"from -1 to 2.*only training with uat takes -1"):
+    assert result.loss.item() == pytest.approx(ce / 4 + 3 * apart / 6, rel=1e-9)
+    with pytest.raises(UserError, match=r"from -1 to 3.*only training with uat takes -1"):
         methods.get("fgsm")(Linf(EPS))(task.net, task.x, y)
 
 

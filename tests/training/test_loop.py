@@ -377,6 +377,21 @@ class TestResume:
 
         self.check(tiny, stopping, whole(method, train), tmp_path / "run", STOPS[stop], train)
 
+    def test_a_run_begun_before_its_method_had_a_parameter(self, tiny, stopping, whole, tmp_path):
+        def train(**place: Any) -> Any:
+            out = tmp_path / "run"
+            if "resume" in place:
+                begun = yaml.safe_load((out / "config.yaml").read_text("utf-8"))
+                del begun["params"]["every"]
+                (out / "config.yaml").write_text(yaml.safe_dump(begun))
+            return tiny.train("sat-r2", checkpoint_every=EVERY, **place)
+
+        stop = STOPS[next(iter(STOPS))]
+        self.check(tiny, stopping, whole("sat-r2", train), tmp_path / "run", stop, train)
+        method = methods.SATR2(tiny.threat, lam=3.0, alpha=0.03)
+        with pytest.raises(UserError, match=r"with params .*'lam': 3.0.* begun with .*'lam': 5.0"):
+            tiny.train(method, checkpoint_every=EVERY, out=tmp_path / "run", resume=True)
+
     @pytest.mark.parametrize("stop", STOPS)
     @pytest.mark.parametrize("setting", RESUMED)
     def test_every_setting(self, tiny, stopping, whole, tmp_path, setting, stop):
@@ -1172,6 +1187,15 @@ class TestImagesWithoutALabel:
         held = row["val_n"]
         assert seen[0][1] == (labelled - held) / (len(partly[1]) - held)
         assert any((y == -1).any() for y, _ in seen)
+
+    def test_accuracy_is_of_those_that_have_a_label(self, tiny, partly):
+        always = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+        for parameter in always.parameters():
+            nn.init.zeros_(parameter)
+        nn.init.constant_(always[1].bias[0], 1.0)
+        (row,) = tiny.train("uat", model=always, data=partly, epochs=1, lr=1e-6).history
+        share = float((partly[1] == 0).sum() / (partly[1] >= 0).sum())
+        assert row["adv_accuracy"] == pytest.approx(share, abs=0.1)
 
     def test_others_refuse_them_before_the_first_step(self, tiny, partly):
         with pytest.raises(UserError, match="only training with uat takes -1, no label"):

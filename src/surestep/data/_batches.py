@@ -151,7 +151,9 @@ class Batches:
     def _stored(self, shares: list[Tensor]) -> Iterator[Tensor]:
         x = self.images.x
         away = self.images.rows is not None or x.device != self.device
-        if away and x.device.type == "cpu" and x.is_contiguous():
+        # Of what is not laid out as NumPy wants it, each read would copy all.
+        plain = x.is_contiguous() and x.data_ptr() % x.element_size() == 0
+        if away and x.device.type == "cpu" and plain:
             return read_ahead(self.images, shares, pin=self.device.type == "cuda")
         return (self.images.stored(index) for index in shares)
 

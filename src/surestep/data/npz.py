@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from surestep.data._images import Images, as_images
 from surestep.data._splits import Split, divide
@@ -22,6 +23,7 @@ def load(split: Split, path: str | Path) -> Images:
 
     The arrays are x_train, y_train, x_test, y_test and perhaps x_val, y_val; or x and y, divided
     80/10/10, always the same way. Without x_val, a tenth of the training arrays is held out.
+    Images without a label (-1) are all for training.
     Images are (N, H, W, C) or (N, C, H, W), told apart by the dimension that is 1 or 3 (the second
     if both are), or (N, H, W) for grey ones; (N, D) stays as it is. Labels are (N,) or (N, 1).
     Pickled arrays are refused: they could run code.
@@ -77,10 +79,17 @@ def _load(archive: Any, split: Split, path: Path) -> Images:
         name=path.stem,
     )
     if whole or held_out:
-        part = images.subset(divide(len(images), split, what=str(path), test=whole))
+        part = _divided(images, split, str(path), test=whole)
         note = f"{len(part):,} of {len(images):,} images: {path} names no splits, so it is divided"
         return replace(part, note=f"{note} 80/10/10") if whole else part
     return images
+
+
+def _divided(images: Images, split: Split, what: str, test: bool) -> Images:
+    """Divide the images that have a label; those without are for training."""
+    labelled, rest = (on.nonzero().squeeze(1) for on in (images.y >= 0, images.y < 0))
+    rows = labelled[divide(len(labelled), split, what=what, test=test)]
+    return images.subset(torch.cat([rows, rest]) if split == "train" else rows)
 
 
 def _channels_first(x: np.ndarray, path: Path) -> np.ndarray:

@@ -386,6 +386,8 @@ def batches_of(
         return _first(data, n, device), n or 0
     images = as_images(data) if bounds == (0.0, 1.0) else _in_range(data, bounds)
     images = images if n is None else images.first(n)
+    if bool((images.y < 0).any()):
+        raise UserError(f"{images.name} has images without a label (y of -1): leave them out")
     source = Batches(images, batch_size, shuffle=False, device=device)
     return ((x, y) for x, y, _ in source.epoch(0)), len(images)
 

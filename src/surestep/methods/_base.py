@@ -286,6 +286,10 @@ class Method(ABC):
     def cost(self, batch_size: int) -> Cost:
         """Return the passes per image of one step at this batch size."""
 
+    def peak_images(self, batch_size: int) -> int:
+        """Return how many images the largest update of such batches takes: what memory holds."""
+        return math.ceil(batch_size * self.cost(batch_size).weight_grad)
+
     def validate(self) -> None:
         """Check the hyperparameters; raise ``UserError`` through ``require``."""
 

@@ -7,7 +7,7 @@ measurable difference between such a model and a robust one. There is no clean t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,15 +33,11 @@ from surestep.threat import ThreatModel
 
 def regularised_images(batch: int, fraction: float | None) -> int:
     """Return how many images of a batch are regularised: one if ``fraction`` is None."""
-    if fraction is None:
-        return 1
-    return min(batch, max(1, round(fraction * batch))) if fraction else 0
+    return 1 if fraction is None else min(batch, max(1, round(fraction * batch)))
 
 
 def agreement(ce: Tensor, lam: float, one: Tensor, other: Tensor) -> Terms:
     """Return CE plus lam times the mean squared distance of two sets of logits (n, K)."""
-    if not len(one):
-        return ce, {"ce": ce}
     distance = (one - other).square().sum(1).mean()
     return ce + lam * distance, {"ce": ce, "distance": distance}
 
@@ -71,29 +67,28 @@ def sat_r1_update(
         lam: weight of the regularizer.
         steps: K of I-FGSM, each of eps / K.
         fraction: share of the images that is regularised (the distance is their mean); None: one
-            of each batch; 0: none, which leaves the cross entropy.
+            of each batch.
         base: another single step in FGSM's place; I-FGSM begins where it does, and each of its
             steps ends as that one does, in the ball or not.
         criterion: the cross entropy.
     """
     base = base or FGSM(threat)
     n = regularised_images(len(x), fraction)
-    some = slice(len(x) - n, None)
     with attacking(model, train_mode=base.train_mode) as inner:
         start = base.start(x)
         grad = base.gradient(inner, start, y)
         x_fgsm = base.finish(start + threat.steepest_step(grad, base.size), x)
     with attacking(model) as inner:
         # I-FGSM's first gradient is FGSM's own; the few images have no batch statistics.
-        x_n, y_n, size = x[some], y[some], base.size / steps
-        x_ifgsm = base.finish(start[some] + threat.steepest_step(grad[some], size), x_n)
-        for _ in range(steps - 1 if n else 0):
+        x_n, y_n, size = x[-n:], y[-n:], base.size / steps
+        x_ifgsm = base.finish(start[-n:] + threat.steepest_step(grad[-n:], size), x_n)
+        for _ in range(steps - 1):
             grad, _, _ = input_gradient(inner, x_ifgsm, y_n)
             x_ifgsm = base.finish(x_ifgsm + threat.steepest_step(grad, size), x_n)
 
     def loss(logits: Tensor) -> Terms:
         at_fgsm, at_ifgsm = logits.split([len(x), n])
-        return agreement(criterion(at_fgsm, y), lam, at_fgsm[some], at_ifgsm)
+        return agreement(criterion(at_fgsm, y), lam, at_fgsm[-n:], at_ifgsm)
 
     return Update(torch.cat([x_fgsm, x_ifgsm]), loss, slice(len(x)))
 
@@ -125,19 +120,17 @@ def sat_r2_update(
         alpha: size of the random step before R-FGSM's gradient.
         project: keep R-FGSM in the eps ball. The authors' code does not: there its point lies up
             to eps + alpha from x.
-        fraction: share of the batch that is regularised, its last images; the paper's is 1. 0:
-            none, which leaves the cross entropy.
+        fraction: share of the batch that is regularised, its last images; the paper's is 1.
         base: another single step in FGSM's place; R-FGSM begins alpha from its start.
         criterion: the cross entropy.
     """
     base = base or FGSM(threat)
     n = regularised_images(len(x), fraction)
-    some = slice(len(x) - n, None)
     with attacking(model, train_mode=base.train_mode) as inner:
         start = base.start(x)
-        x_n, start_n = x[some], start[some]
+        x_n, start_n = x[-n:], start[-n:]
         starts = torch.cat([start, start_n + threat.steepest_step(torch.randn_like(x_n), alpha)])
-        grad = base.gradient(inner, starts, torch.cat([y, y[some]]))
+        grad = base.gradient(inner, starts, torch.cat([y, y[-n:]]))
     points = starts + threat.steepest_step(grad, base.size)
     x_fgsm, x_rfgsm = points.split([len(x), n])
     x_fgsm = base.finish(x_fgsm, x)
@@ -145,9 +138,28 @@ def sat_r2_update(
 
     def loss(logits: Tensor) -> Terms:
         at_fgsm, at_rfgsm = logits.split([len(x), n])
-        return agreement(criterion(at_fgsm, y), lam, at_fgsm[some], at_rfgsm)
+        return agreement(criterion(at_fgsm, y), lam, at_fgsm[-n:], at_rfgsm)
 
     return Update(torch.cat([x_fgsm, x_rfgsm]), loss, slice(len(x)))
+
+
+def steps_from_noise(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    base: SingleStep,
+    alpha: float,
+    project: bool,
+    sizes: Sequence[float],
+) -> list[Tensor]:
+    """Return the ends (N, ...) of steps along one gradient, taken alpha beside the base's start."""
+    threat = base.threat
+    with attacking(model, train_mode=base.train_mode) as inner:
+        start = base.start(x)
+        start = threat.clip(start + threat.steepest_step(torch.randn_like(x), alpha))
+        grad = base.gradient(inner, start, y)
+    ends = [start + threat.steepest_step(grad, size) for size in sizes]
+    return [threat.project(end, x) if project else threat.clip(end) for end in ends]
 
 
 def sat_r3_update(
@@ -183,34 +195,25 @@ def sat_r3_update(
         project: keep both points in the eps ball. The authors' code does not: the far one lies up
             to eps + alpha from x.
         per_sample: hinge each sample, then average, rather than hinge the batch means.
-        fraction: share of the batch that is regularised, its last images; the paper's is 1. 0:
-            none, which leaves the cross entropy.
+        fraction: share of the batch that is regularised, its last images; the paper's is 1.
         base: another single step in FGSM's place: its start, gradient and length.
         criterion: the cross entropy.
     """
     base = base or FGSM(threat)
-    with attacking(model, train_mode=base.train_mode) as inner:
-        start = base.start(x)
-        start = threat.clip(start + threat.steepest_step(torch.randn_like(x), alpha))
-        grad = base.gradient(inner, start, y)
     n = regularised_images(len(x), fraction)
-    some = slice(len(x) - n, None)
-    low, high = (start + threat.steepest_step(grad, size) for size in (eps_low, base.size))
-    low, high = (threat.project(p, x) if project else threat.clip(p) for p in (low, high))
+    low, high = steps_from_noise(model, x, y, base, alpha, project, (eps_low, base.size))
 
     def loss(logits: Tensor) -> Terms:
-        losses = criterion(logits, torch.cat([y[some], y]), reduction="none")
+        losses = criterion(logits, torch.cat([y[-n:], y]), reduction="none")
         at_low, at_high = losses.split([n, len(x)])
-        ce = at_high.mean()
-        if not n:
-            return ce, {"ce": ce}
         if per_sample:
-            hinge = F.relu(at_low - tau * at_high[some]).mean()
+            hinge = F.relu(at_low - tau * at_high[-n:]).mean()
         else:
-            hinge = F.relu(at_low.mean() - tau * at_high[some].mean())
+            hinge = F.relu(at_low.mean() - tau * at_high[-n:].mean())
+        ce = at_high.mean()
         return ce + lam * hinge, {"ce": ce, "ce_low": at_low.mean(), "hinge": hinge}
 
-    return Update(torch.cat([low[some], high]), loss, slice(n, None))
+    return Update(torch.cat([low[-n:], high]), loss, slice(n, None))
 
 
 sat_r1_loss = stepping(sat_r1_update)
@@ -243,15 +246,24 @@ class SAT(OnSingleStep):
         self._count = 0
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
-        """See the function of the method's name; between every k-th step its cross entropy."""
+        """See the function of the method's name; between every k-th step, ``between``."""
         self._count += 1
-        due = self._count % self.every == 0
+        if self._count % self.every:
+            return Update(self.between(model, x, y), self.plain_loss(y))
         params = {**self.params(), "lam": self.every * self.lam}
-        params["fraction"] = self._fraction(len(x)) if due else 0.0
+        params["fraction"] = self._fraction(len(x))
         del params["perturbation"], params["every"]
         return type(self).update(
             model, x, y, self.threat, base=self.base, criterion=self.criterion, **params
         )
+
+    def between(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Return what a step without the regularizer trains on (N, ...)."""
+        return self.base.perturb(model, x, y)
+
+    def peak_images(self, batch_size: int) -> int:
+        """Count the images of a step that regularises."""
+        return batch_size + regularised_images(batch_size, self._fraction(batch_size))
 
     def _fraction(self, batch: int) -> float:
         """Return the share of the batch that a step regularises if it does."""
@@ -398,6 +410,13 @@ class SATR3(SAT):
         self.require(
             0 <= self.eps_low <= self.threat.eps, "eps_low", f"in [0, eps = {self.threat.eps:g}]"
         )
+
+    def between(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Return the far point."""
+        (far,) = steps_from_noise(
+            model, x, y, self.base, self.alpha, self.project, (self.base.size,)
+        )
+        return far
 
     def cost(self, batch_size: int) -> Cost:
         """One gradient, two points for the regularised share."""

@@ -30,7 +30,8 @@ class TDAT(Method):
     kept_rows = ("_delta",)
     paper = "AAAI 2024"
     presets = {
-        # Two epochs end at 46% so, at 32% with the published 0.15 (search.csv, leaderboard.csv at 3f86206).
+        # Two epochs end at 46% so, at 32% with the published 0.15 (search.csv, and
+        # leaderboard.csv at 3f86206).
         "mnist": recipe(MNIST_ZOO, lam=0.65, least=0.6),
         "cifar10": recipe(CIFAR_RESNET, lam=0.65),
     }

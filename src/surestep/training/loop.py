@@ -406,7 +406,8 @@ class _Trainer:
             self._set_course(lr)
             result = self._step(x, y, index)
             self.at.step += 1
-            hits = (result.logits.argmax(1) == y).float().mean()
+            # Of images without a label there is nothing to be right about.
+            hits = (result.logits.argmax(1) == y).float().mean() / self.labelled
             values = {"loss": result.loss, **result.terms, "adv_accuracy": hits}
             sums.add(self.at.step, len(x), values)
             if self.display.due():

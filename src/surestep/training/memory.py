@@ -138,7 +138,7 @@ def fit_into(
     """
     limit = gibibytes * 2**30
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    images = math.ceil(batch_size * method.cost(batch_size).weight_grad)
+    images = method.peak_images(batch_size)
     # Weights, gradients, momenta and a copy for autocast or averaging; what an attack keeps of
     # the images: starts, gradients, signs, points and their clipped copies.
     fixed = 4 * weights + 8 * images * 4 * math.prod(shape)

@@ -9,11 +9,11 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from surestep import environment, files
+from surestep import environment, files, methods
 from surestep.config import FitSettings, RunConfig, parse, read_yaml, to_yaml
 from surestep.errors import UserError
 
@@ -120,7 +120,9 @@ class RunFolder:
         if not self.config.is_file():
             return "it has no config.yaml"
         entries = sorted(
-            p.name for p in self.folder.iterdir() if not p.name.endswith((".part", ".state"))
+            p.name
+            for p in self.folder.iterdir()
+            if not p.name.endswith(".part") and ".state" not in p.name
         )
         others = [name for name in entries if name not in _ENTRIES]
         if others:
@@ -228,6 +230,9 @@ class RunFolder:
         # What a setting was before there was one: its default.
         defaults = {k: f.default for k, f in RunConfig.model_fields.items()}
         begun = {**{k: defaults.get(k) for k in settings}, **read_yaml(self.config)}
+        known = {f.name: f.default for f in fields(methods.get(str(settings["method"])))}
+        before = {name: known[name] for name in settings["params"]}
+        begun["params"] = {**before, **(begun["params"] or {})}
         for name in begun:
             if begun[name] != settings.get(name):
                 raise UserError(

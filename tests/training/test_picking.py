@@ -171,3 +171,28 @@ def test_every_method_can_be_timed(tiny):
     for slug in methods.names():
         picked = pick_engine(tiny.net().train(), tiny.method(slug), SHAPE, 4, "fp32")
         assert picked.precision == "fp32"
+
+
+def test_a_step_that_regularises_is_timed_with_the_others(tiny, monkeypatch):
+    """A cycle of each, and the second is the mean over one: the clock ticks once a reading."""
+    method = methods.SATR2(tiny.threat, alpha=0.03, every=4)
+    taken = []
+    make = picking.make_step
+
+    def noted(*args):
+        step = make(*args)
+
+        def call(x, y, index):
+            result = step(x, y, index)
+            taken.append(len(result.terms))
+            return result
+
+        return call
+
+    monkeypatch.setattr(picking, "make_step", noted)
+    ticks = iter(range(100))
+    monkeypatch.setattr(picking.time, "perf_counter", lambda: float(next(ticks)))
+    x, y = (part[:8] for part in tiny.data())
+    seconds = picking._time(tiny.net().train(), method, x, y, ("reference", "fp32"))
+    assert taken == 3 * [1, 1, 1, 2]
+    assert seconds == 1 / 4

@@ -195,6 +195,8 @@ class Method(ABC):
     """The same, of tensors with a row for each image of this process's share of the batch."""
     second_order = False
     """Whether its loss holds a gradient, which is differentiated again."""
+    cycle = 1
+    """After how many steps their costs come again, for those that time some."""
     replays = 1
     """How many steps in a row are taken on each batch."""
 

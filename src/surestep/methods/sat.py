@@ -243,6 +243,7 @@ class SAT(OnSingleStep):
         self.not_negative("lam")
         self.require(self.fraction is None or 0 < self.fraction <= 1, "fraction", "in (0, 1]")
         self.require(self.every >= 1, "every", ">= 1")
+        self.cycle = self.every
         self._count = 0
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:

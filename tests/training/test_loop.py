@@ -26,6 +26,7 @@ from surestep.errors import UserError
 from surestep.evaluation import Evaluation
 from surestep.training import TrainingDiverged, TrainStep, checkpoint, loop
 from surestep.training.schedules import learning_rate, momentum
+from surestep.training.source import make_source
 
 EVERY = 2
 STOPS = {"mid-epoch": 4, "boundary": 5, "mid-epoch 2": 9}
@@ -1204,3 +1205,13 @@ class TestImagesWithoutALabel:
     def test_validation_must_have_labels(self, tiny, partly):
         with pytest.raises(UserError, match="validation holds images without a label"):
             tiny.train("uat", data=tiny.data(), validation=partly, val_images=4)
+
+
+def test_what_a_gpu_fetches_is_pinned():
+    """A Dataset's loader, which the loop makes itself."""
+    pairs = TensorDataset(torch.rand(8, 1, 4, 4), torch.arange(8))
+    options = {"batch_size": 4, "seed": 0, "augmentation": "none", "checkpoint_every": None}
+    options |= {"rank": 0, "world": 1, "prepare": lambda loader: loader}
+    for device, pinned in (("cuda", True), ("cpu", False)):
+        source = make_source(pairs, device=torch.device(device), **options)
+        assert source.loader.pin_memory is pinned

@@ -923,6 +923,12 @@ class TestValidation:
             files.load_weights(place / "model.safetensors", loaded)
             assert tiny.same_weights(loaded, shown[kept - 1])
 
+    def test_a_weak_attack_does_not_choose(self, tiny, monkeypatch):
+        shown = scripted(monkeypatch, [0.5, 0.3, 0.1], fgsm=[0.6, 0.8, 0.9])
+        result = tiny.train(select="best", epochs=3)
+        assert result.best_epoch == 1
+        assert tiny.same_weights(result.model, shown[0])
+
     @pytest.mark.parametrize("stop", [5, 9, 10, 14])
     def test_the_best_survives_a_stop(self, tiny, stopping, monkeypatch, tmp_path, stop):
         worst = [0.3, 0.5, 0.4]

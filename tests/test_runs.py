@@ -10,6 +10,7 @@ import surestep
 from surestep import data, methods, runs
 from surestep.config import RunConfig
 from surestep.errors import UserError
+from surestep.models.hypersphere import HypersphereHead
 
 DEFAULT = {name: field.default for name, field in RunConfig.model_fields.items()}
 
@@ -258,3 +259,18 @@ class TestFolders:
     def test_no_run_folder(self, tmp_path):
         with pytest.raises(UserError, match=r"is no run folder: it has no config\.yaml"):
             runs.load(tmp_path)
+
+
+def test_a_hypersphere_head_has_its_scale_and_its_margin():
+    """The margin is on the cosine: on the logits it is scale times as wide."""
+    values = {"method": "alp", "eps": 0.1, "head": "hypersphere", "head_scale": 20.0}
+    config = runs.resolve({**values, "head_margin": 0.3, "model": "cnn-small"})
+    assert runs.build_method(config).margin == pytest.approx(6.0)
+    images = surestep.data.load("mnist", "test").first(4)
+    model = runs.build_model(config, images)
+    (head,) = [m for m in model.modules() if isinstance(m, HypersphereHead)]
+    assert head.scale == 20.0
+    logits = model.eval()(images.pixels()).detach()
+    assert 1 < float(logits.abs().max()) <= 20.0
+    plain = runs.resolve({**values, "head": "linear", "model": "cnn-small"})
+    assert runs.build_method(plain).margin == 0

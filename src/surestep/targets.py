@@ -65,8 +65,9 @@ def open_target(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     device: str | None = None,
+    split: str = "test",
 ) -> Target:
-    """Load a model by its name, its test images and its threat model.
+    """Load a model by its name, its images and its threat model.
 
     Args:
         name: a run folder, ``FILE.py:FACTORY``, a TorchScript or torch.export program,
@@ -117,7 +118,7 @@ def open_target(
                 f"{name} is no run folder, so its data and radius are needed: {missing}"
             )
         config = parse(RunConfig, {**given, "norm": norm or "linf"})
-    images, limits = runs.load_data(config, "test"), runs.build_threat(config)
+    images, limits = runs.load_data(config, split), runs.build_threat(config)
     model = _of_run(folder, device, images) if of_run else _load(name, weights, images)
     target = pick_device(device)
     return Target(

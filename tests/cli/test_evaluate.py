@@ -34,7 +34,7 @@ def test_end_to_end(done, finished, tmp_path):
         low, high = result["intervals"][row]
         shown = f"{value:.1%} ({100 * low:.1f}-{100 * high:.1f})"
         assert any(f" {row} " in line and shown in line for line in table.splitlines())
-    assert "100 test images" in " ".join(table.split())
+    assert "100 images" in " ".join(table.split())
 
 
 def test_json_on_stdout_is_json_only(cli, finished):
@@ -143,3 +143,17 @@ def test_weights_and_configuration_are_enough(done, run, name):
     path = run / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     done("evaluate", run, "--attacks", "fgsm")
+
+
+def test_a_folder_without_test_images_is_judged_on_its_validation(cli, finished, tmp_path):
+    arrays = {}
+    for k, part in enumerate(("train", "val")):
+        x = np.random.default_rng(k).integers(0, 256, (20, 28, 28), dtype=np.uint8)
+        arrays |= {f"x_{part}": x, f"y_{part}": np.arange(20) % 10}
+    np.savez(tmp_path / "set.npz", **arrays)
+    args = ("evaluate", finished, "--dataset", f"npz:{tmp_path / 'set.npz'}", "--attacks", "fgsm")
+    assert cli(*args).code == 2
+    code, out, err = cli(*args, "--split", "validation")
+    assert code == 0, err
+    assert "judged on the validation split, not on test images" in err
+    assert "20 images" in " ".join(out.split())

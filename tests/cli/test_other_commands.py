@@ -133,6 +133,15 @@ class TestProcess:
 MASKED, ROBUST, CHANCE = (0.98, 0.97, 0.02), (0.98, 0.9, 0.8), (0.11, 0.11, 0.11)
 
 
+@pytest.fixture(scope="module")
+def audited():
+    """What an audit found once: two of each demo take seconds."""
+    torch.manual_seed(0)
+    net, x = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2)), torch.rand(4, 16)
+    threat = surestep.Linf(0.3)
+    return surestep.audit(net, (x, net(x).argmax(1)), threat, budget="quick")
+
+
 class TestDemo:
     @pytest.fixture
     def tiny(self, few_digits, monkeypatch):
@@ -150,14 +159,6 @@ class TestDemo:
         monkeypatch.setattr(runs, "resolve", small)
         return configs
 
-    @pytest.fixture(scope="class")
-    def audited(self):
-        """What an audit found once: two of each demo take seconds."""
-        torch.manual_seed(0)
-        net, x = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2)), torch.rand(4, 16)
-        threat = surestep.Linf(0.3)
-        return surestep.audit(net, (x, net(x).argmax(1)), threat, budget="quick")
-
     @pytest.fixture
     def brief(self, tiny, audited, monkeypatch):
         """The same, without the audits."""
@@ -171,7 +172,7 @@ class TestDemo:
         assert "training with sat-r2\n" in err
         assert "auditing fgsm\n" in err
         found = json.loads((tmp_path / "demo.json").read_text("utf-8"))
-        rows = {row.split("  ")[0].strip("│ "): row for row in out.splitlines()}
+        rows = {row.split("│")[1].strip(): row for row in out.splitlines() if "│" in row}
         assert list(found) == ["fgsm", "sat-r2"]
         for result in found.values():
             assert list(result["robust_accuracy"]) == ["fgsm", "pgd-100", "pgd-100-margin"]
@@ -248,3 +249,18 @@ class TestDemo:
         (tmp_path / "sat-r2" / "config.yaml").write_text("method: sat-r2\n")
         assert cli("demo", "--n", "1", "--out", tmp_path).code == 2
         assert not (tmp_path / "fgsm").exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "audit", "compare", "harden", "demo"])
+def test_what_runs_in_one_process_says_so_under_torchrun(cli, monkeypatch, command):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    code, _, err = cli(command, *(["x"] if command in ("evaluate", "audit", "harden") else []))
+    assert (code, err) == (
+        2,
+        f"surestep: error: {command} runs in one process, not in 4: leave torchrun out\n",
+    )
+
+
+def test_a_new_plug_in_says_how_it_is_installed(done, tmp_path):
+    said = done("methods", "new", "my-way", "--dir", tmp_path)
+    assert f"then: pip install -e {tmp_path / 'surestep-my-way'}; surestep methods my-way" in said

@@ -60,12 +60,33 @@ class TestMEP:
         task = make_task("mlp")
         method = methods.get("fgsm-mep")(Linf(EPS), reset=2)
         points = []
-        for epoch in (0, 1, 2):
+        for epoch in range(4):
             method.progress = at(0, epoch)
             torch.manual_seed(5)
             points.append(step(method, task).x_adv)
         assert torch.equal(points[0], points[2])
         assert not torch.equal(points[0], points[1])
+        assert torch.equal(points[1], points[3])  # where the momentum of before would show
+
+    def test_memory_follows_crop_and_flip(self, make_task):
+        task = make_task("conv")
+        method = methods.get("fgsm-mep")(Linf(EPS), decay=0.5)
+        clean = task.x
+        delta = momentum = torch.zeros_like(clean)
+        for epoch in range(4):
+            draw = CropFlip(1).draw(6, torch.Generator().manual_seed(epoch))
+            x = task.x = draw.apply(clean)
+            method.progress = at(0, epoch)
+            torch.manual_seed(epoch)
+            found = step(method, task, draw=draw).x_adv
+            torch.manual_seed(epoch)
+            known = draw.apply(delta) if epoch else torch.empty_like(x).uniform_(-EPS, EPS)
+            start = ball(x + known, x)
+            grad = gradients(task.net, start, task.y)
+            torch.testing.assert_close(found, ball(start + EPS * grad.sign(), x), **EXACT)
+            moment = unit(grad) + 0.5 * draw.apply(momentum)
+            delta = draw.undo(ball(start + EPS * moment.sign(), x) - x)
+            momentum = draw.undo(moment)
 
     def test_images_are_told_apart(self, make_task):
         task = make_task("mlp")
@@ -100,6 +121,32 @@ def test_memory_follows_crop_and_flip(make_task):
     torch.testing.assert_close(update.points[:6], old, **EXACT)
 
 
+def test_pco_mixes_with_what_it_stored(make_task):
+    """From the second epoch on: step and confidence at the stored point, the mixture from there."""
+    task = make_task("mlp")
+    method = methods.get("fgsm-pco")(Linf(EPS), lam=3.0, stretch=1.3)
+    x, y, delta = task.x, task.y, torch.zeros_like(task.x)
+    classes = copy.deepcopy(task.net)(x).shape[1]
+    smoothing = 0.4 * classes / (classes - 1)  # of which the true class gets nothing
+    for epoch in range(3):
+        method.progress = at(0, epoch)
+        net = copy.deepcopy(task.net)
+        update = method.prepare(net, x, y, task.index)
+        result = method.take(net, update)
+        old = ball(x + delta, x)
+        new = ball(old + EPS * gradients(task.net, old, y, smoothing).sign(), x)
+        mixed = torch.empty_like(x)
+        for i, z in enumerate(copy.deepcopy(task.net).eval()(old).softmax(1).detach()):
+            p = z[y[i]]
+            mixed[i] = box((1 - p) * old[i] + p * (x[i] + 1.3 * (new[i] - x[i])))
+        torch.testing.assert_close(update.points, torch.cat([old, new, mixed]), **EXACT)
+        at_old, at_new, at_mixed = copy.deepcopy(task.net).train()(update.points).chunk(3)
+        ce = sum(cross_entropy(z, k, 0.0) for z, k in zip(at_mixed, y, strict=True)) / len(y)
+        gap = ((at_new - at_old) ** 2).mean() - ((at_new - at_mixed) ** 2).mean()
+        torch.testing.assert_close(result.loss, ce + 3.0 * gap.abs(), **EXACT)
+        delta = new - x
+
+
 def test_iaat_radii(make_task):
     task = make_task("mlp")
     method = methods.get("iaat")(Linf(EPS), steps=2, gamma=0.3, beta=0.1)
@@ -132,10 +179,16 @@ def test_universal_perturbations(slug, make_task):
     m = torch.zeros_like(u)
     for number in range(4):
         method.progress = at(number)
-        found = step(method, task).x_adv
+        net = copy.deepcopy(task.net)
+        update = method.prepare(net, task.x, task.y, task.index)
+        found = method.take(net, update)
         start = ball(task.x + u[groups], task.x)
         grad = gradients(task.net, start, task.y)
-        torch.testing.assert_close(found, ball(start + EPS * grad.sign(), task.x), **EXACT)
+        torch.testing.assert_close(found.x_adv, ball(start + EPS * grad.sign(), task.x), **EXACT)
+        torch.testing.assert_close(update.points[:6], start, **EXACT)
+        here, there = copy.deepcopy(task.net).train()(torch.cat([start, found.x_adv])).chunk(2)
+        ce = sum(cross_entropy(z, k, 0.0) for z, k in zip(there, task.y, strict=True)) / 6
+        torch.testing.assert_close(found.loss, ce + 10 * ((there - here) ** 2).mean(), **EXACT)
         for k in groups.unique():
             m[k] = unit(grad)[groups == k].mean(0) + 0.3 * m[k]
             u[k] = (u[k] + 1.25 * EPS * m[k].sign()).clamp(-1.25 * EPS, 1.25 * EPS)
@@ -412,6 +465,26 @@ def test_gradalign_leaves_out_what_has_no_gradient():
     result.loss.backward()
     assert float(result.terms["turn"]) == 0
     assert all(bool(p.grad.isfinite().all()) for p in net.parameters())
+
+
+def test_gradalign_is_the_mean_of_those_that_have_a_gradient(monkeypatch):
+    net = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(16, 5), torch.nn.Tanh(), torch.nn.Linear(5, 5)
+    ).double()
+    net.append(torch.nn.ReLU()).append(torch.nn.Linear(5, 3).double())
+    with torch.no_grad():
+        net[1].bias.zero_()
+        net[3].bias.fill_(-0.3)  # of grey nothing arrives; the rest is loud enough
+        net[1].weight.mul_(4)
+        net[3].weight.mul_(4)
+    x = torch.rand(4, 1, 4, 4, dtype=torch.float64)
+    dead = torch.cat([x, torch.zeros(1, 1, 4, 4, dtype=torch.float64)])
+    y = torch.arange(5) % 3
+    monkeypatch.setattr(Linf, "random_delta", lambda _, x: torch.full_like(x, 0.01))
+    method = methods.get("gradalign")(Linf(0.01))
+    with_it, without = (method(net, part, y[: len(part)]).terms["turn"] for part in (dead, x))
+    assert float(without) > 1e-7
+    torch.testing.assert_close(with_it, without, **EXACT)
 
 
 def test_nuclear_norm_of_no_difference_is_finite(make_task):

@@ -340,3 +340,37 @@ def test_colour_images_in_the_fast_engine(tiny, method):
         found.append([p.grad for p in net.parameters()])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+
+
+class Viewing(nn.Module):
+    """Flattens with ``view``, which channels_last does not allow."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4 * 36, 3)
+
+    def forward(self, x):
+        x = self.conv(x).relu()
+        return self.head(x.view(x.size(0), -1))
+
+
+@pytest.mark.parametrize("engine", ["auto", "fast"])
+@pytest.mark.parametrize("kind", ["pair", "dataset", "loader"])
+def test_a_model_that_views_is_trained_contiguous(engine, kind, monkeypatch):
+    x, y = torch.rand(48, 3, 8, 8), torch.arange(48) % 3
+    data = {
+        "pair": (x, y),
+        "dataset": torch.utils.data.TensorDataset(x, y),
+        "loader": torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 8),
+    }[kind]
+    monkeypatch.setattr("surestep.training.loop.MIN_STEPS", 1)  # the engines are timed, too
+    model = Viewing()
+    fitted = surestep.fit(
+        model, data, surestep.methods.SATR2(surestep.Linf(0.1)), epochs=2, batch_size=8,
+        validation=(x[:8], y[:8]), engine=engine, quiet=True,
+    )  # fmt: skip
+    assert fitted.history[-1]["loss"] > 0
+    assert model.conv.weight.is_contiguous()
+    other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
+    placed = Engine.choose("fast")
+    assert placed.suited(placed.place(other), torch.Size([3, 8, 8])) == placed

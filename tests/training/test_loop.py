@@ -26,6 +26,7 @@ from surestep.errors import UserError
 from surestep.evaluation import Evaluation
 from surestep.training import TrainingDiverged, TrainStep, checkpoint, loop
 from surestep.training.schedules import learning_rate, momentum
+from surestep.training.source import make_source
 
 EVERY = 2
 STOPS = {"mid-epoch": 4, "boundary": 5, "mid-epoch 2": 9}
@@ -922,6 +923,12 @@ class TestValidation:
             files.load_weights(place / "model.safetensors", loaded)
             assert tiny.same_weights(loaded, shown[kept - 1])
 
+    def test_a_weak_attack_does_not_choose(self, tiny, monkeypatch):
+        shown = scripted(monkeypatch, [0.5, 0.3, 0.1], fgsm=[0.6, 0.8, 0.9])
+        result = tiny.train(select="best", epochs=3)
+        assert result.best_epoch == 1
+        assert tiny.same_weights(result.model, shown[0])
+
     @pytest.mark.parametrize("stop", [5, 9, 10, 14])
     def test_the_best_survives_a_stop(self, tiny, stopping, monkeypatch, tmp_path, stop):
         worst = [0.3, 0.5, 0.4]
@@ -1204,3 +1211,13 @@ class TestImagesWithoutALabel:
     def test_validation_must_have_labels(self, tiny, partly):
         with pytest.raises(UserError, match="validation holds images without a label"):
             tiny.train("uat", data=tiny.data(), validation=partly, val_images=4)
+
+
+def test_what_a_gpu_fetches_is_pinned():
+    """A Dataset's loader, which the loop makes itself."""
+    pairs = TensorDataset(torch.rand(8, 1, 4, 4), torch.arange(8))
+    options = {"batch_size": 4, "seed": 0, "augmentation": "none", "checkpoint_every": None}
+    options |= {"rank": 0, "world": 1, "prepare": lambda loader: loader}
+    for device, pinned in (("cuda", True), ("cpu", False)):
+        source = make_source(pairs, device=torch.device(device), **options)
+        assert source.loader.pin_memory is pinned

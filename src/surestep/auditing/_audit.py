@@ -353,6 +353,7 @@ def estimate(
     budget: str,
     n: int,
     preprocess: nn.Module | None = None,
+    batch_size: int = 250,
 ) -> float:
     """Return about how many seconds an audit takes at most: what a robust model costs.
 
@@ -362,13 +363,14 @@ def estimate(
         budget: its name.
         n: images.
         preprocess: as for ``audit``.
+        batch_size: of the attacks.
 
     Raises:
         UserError: the model fails on these images, or has no such labels.
     """
     spend = _budget(budget)
     device = device_of(model)
-    batch = images.first(min(100, len(images)))
+    batch = images.first(min(100, batch_size, len(images)))
     x, y = batch.pixels().to(device), batch.y.to(device)
     adapted = Adapted(model, preprocess)
     check_labels(y, count_classes(adapted, x))

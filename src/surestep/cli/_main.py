@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ _COMMANDS = {
 }
 
 
+_ALONE = ("evaluate", "audit", "compare", "harden", "demo")
 _HOW_TO_GO_ON = {
     "train": "; a run goes on with `surestep train --resume RUN`",
     "compare": "; the same command with the same --out goes on from there",
@@ -66,12 +68,16 @@ class _Lazy(click.Group):
     cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
 @click.version_option(__version__, "--version", prog_name="surestep")
-def surestep() -> None:
+@click.pass_context
+def surestep(context: click.Context) -> None:
     """Train image classifiers that withstand adversarial perturbations, in one attack step.
 
     New here? `surestep demo` takes some minutes and needs no download. Then
     `surestep train --method sat-r2 --dataset mnist` and `surestep evaluate RUN`.
     """
+    command, processes = context.invoked_subcommand, os.environ.get("WORLD_SIZE", "1")
+    if processes != "1" and command in _ALONE:
+        raise UserError(f"{command} runs in one process, not in {processes}: leave torchrun out")
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -62,7 +62,7 @@ def evaluation_table(
 
     first = next(iter(results.values()))
     threat = f"{first.threat['norm']} eps {first.threat['eps']:.4g}"
-    table = Table(title=f"accuracy on {first.n:,} test images, {threat} (95% interval)")
+    table = Table(title=f"accuracy on {first.n:,} images, {threat} (95% interval)")
     table.add_column("")
     for name in results:
         table.add_column(escape(name), justify="right")

@@ -24,6 +24,13 @@ _OPTIONS = (
         metavar="TEXT",
         help="mnist, cifar10, cifar100, folder:PATH, npz:FILE or hf:NAME. [default: the run's]",
     ),
+    click.option(
+        "--split",
+        type=click.Choice(["test", "validation"]),
+        default="test",
+        show_default=True,
+        help="The images to judge on; what a training run selected by is no test.",
+    ),
     click.option("--data", "place", metavar="TEXT", help="Where the data set lies."),
     click.option(
         "--image-size",
@@ -88,10 +95,12 @@ def open_target(
     from surestep.training.engine import keep_freed_memory
 
     keep_freed_memory()  # else every attack step pays page faults for its activations again
-    names = ("weights", "dataset", "place", "image_size", "norm", "device")
+    names = ("weights", "dataset", "place", "image_size", "norm", "device", "split")
     options = {name: values.pop(name) for name in names}
     mean, std = (_numbers(name, values.pop(name)) for name in ("mean", "std"))
     target = targets.open_target(values.pop("model"), eps=eps, mean=mean, std=std, **options)
+    if options["split"] != "test":
+        click.echo(f"judged on the {options['split']} split, not on test images", err=True)
     if target.images.note:
         click.echo(target.images.note, err=True)
     return target, [runs.load(folder, options["device"]).model for folder in sources]

@@ -59,10 +59,13 @@ def audit(
 
     import surestep
     from surestep.auditing import estimate
+    from surestep.devices import memory_for
 
     target, others = open_target(values, eps, sources)
     n = min(values["n"], len(target.images))
-    seconds = estimate(target.model, target.images, budget, n, target.preprocess)
+    size = values["batch_size"]
+    with memory_for("the estimate of its cost", f"lower --batch-size ({size})"):
+        seconds = estimate(target.model, target.images, budget, n, target.preprocess, size)
     click.echo(f"audit of {n:,} images, budget {budget}: {_about(seconds)}", err=True)
     found = surestep.audit(
         target.model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import click
 
@@ -40,7 +41,9 @@ def methods(name: str | None, new_name: str | None, where: str, json_file: str |
         if new_name is None:
             raise UserError("say what to call it: surestep methods new NAME")
         made = [str(path) for path in scaffold.method(new_name, where)]
-        then = f"fill it in; then: surestep methods {new_name}"
+        packages = [path for path in made if path.endswith("pyproject.toml")]
+        install = "".join(f"pip install -e {Path(path).parent}; " for path in packages)
+        then = f"fill it in; then: {install}surestep methods {new_name}"
         if any("cards" in path and "src/surestep/" in path.replace("\\", "/") for path in made):
             then += "; python docs/methods.py (the list in the docs)"
         told = {"name": new_name, "files": made}

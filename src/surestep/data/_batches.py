@@ -142,7 +142,9 @@ class Batches:
         shares = [self._rows(order, step) for step in steps]
         for step, index, x in zip(steps, shares, self._stored(shares), strict=True):
             y = self.images.y[index]
-            x, y, index = (t.to(self.device, non_blocking=True) for t in (x, y, index))
+            # Elsewhere a copy that nobody waits for may read memory that is no longer there.
+            ahead = self.device.type == "cuda"
+            x, y, index = (t.to(self.device, non_blocking=ahead) for t in (x, y, index))
             draw = self.draw(epoch, step)
             if draw is not None:
                 x = draw.apply(x)  # before the conversion: a quarter of the bytes to move

@@ -12,6 +12,8 @@ from surestep.data._random import generator
 from surestep.errors import UserError
 
 Split = Literal["train", "validation", "test"]
+OR_VALIDATION = "; evaluate and audit take --split validation"
+"""What to do where there is no test split."""
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 

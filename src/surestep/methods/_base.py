@@ -428,7 +428,8 @@ def register(slug: str) -> Callable[[type[Method]], type[Method]]:
     """Register a subclass of ``Method`` under its slug.
 
     Raises:
-        UserError: the slug is another method's, or a hyperparameter has no default.
+        UserError: the slug is another method's, a hyperparameter has no default, or the summary
+            or the paper is missing.
     """
 
     def add(cls: type[Method]) -> type[Method]:
@@ -436,6 +437,9 @@ def register(slug: str) -> Callable[[type[Method]], type[Method]]:
             one = cls.__dataclass_fields__[name]
             if one.default is MISSING and one.default_factory is MISSING:
                 raise UserError(f"{name} of the method {slug!r} has no default: give it one")
+        for name in ("summary", "paper"):
+            if not isinstance(getattr(cls, name, None), str):
+                raise UserError(f"the method {slug!r} has no {name}: give its class one, in words")
         taken = METHODS.get(slug)
         if taken and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
             raise UserError(

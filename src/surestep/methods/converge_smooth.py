@@ -26,8 +26,9 @@ class ConvergeSmooth(Method):
     Where the clean loss of a batch is further than T from the mean of the epoch (the batch)
     before, it is added to the loss, or taken off. T = min(max(gamma / ratio, rise), gamma) with
     the last rise of that mean, and ratio, of gamma, how far the learning rate has come down.
-    Off in the first epoch and in one in which the learning rate drops below half. ``pull`` is the
-    weight of the squared distance to the mean of earlier epochs' weights (weight centralization).
+    Off in the first epoch (B-CS: for its first batch) and in one in which the learning rate drops
+    below half. ``pull`` is the weight of the squared distance to the mean of earlier epochs'
+    weights (weight centralization).
     """
 
     kept = ("_sums", "_epoch", "_lr", "_steady", "_centre", "base")

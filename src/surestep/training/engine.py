@@ -7,13 +7,13 @@ import functools
 import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import unwrapped
+from surestep.attacks.core import attacking, forked_rng, unwrapped
 from surestep.data import augment
 from surestep.devices import autocast, has_bf16
 from surestep.errors import UserError, unknown_name
@@ -81,6 +81,27 @@ class Engine:
             # torch's own stubs leave this overload out.
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model
+
+    def suited(self, model: nn.Module, shape: torch.Size) -> Engine:
+        """Return the engine, without channels_last where a pass over such images fails.
+
+        A model that flattens with ``view`` takes contiguous images alone.
+
+        Args:
+            model: placed, on its device; placed anew if need be.
+            shape: of one image.
+        """
+        if not self.channels_last or len(shape) != 3:
+            return self
+        device = next(model.parameters()).device
+        x = self.place_images(torch.zeros(2, *shape, device=device))
+        try:
+            with attacking(model) as inner, forked_rng(device), torch.no_grad():
+                inner(x)
+        except RuntimeError:
+            model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            return replace(self, channels_last=False)
+        return self
 
     def place_images(self, x: Tensor) -> Tensor:
         """Bring images into the engine's memory format."""

@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -246,6 +246,9 @@ class _Sums:
         return {k: float(v) / self.counts[k] for k, v in self.totals.items()}
 
 
+_NO_TENSORS = (TypeError, ValueError, KeyError, IndexError)
+
+
 class _Trainer:
     """One run: the loop, and the state that a checkpoint holds."""
 
@@ -321,6 +324,8 @@ class _Trainer:
         config = self.config
         engine = Engine.choose(config.engine, config.precision, device)
         stepped = engine.place(model)
+        with suppress(*_NO_TENSORS):  # of a loader whose own collate_fn makes tensors
+            engine = engine.suited(model, image_shape(train))
         if config.compile:
             # The step's network alone: batches of validation shrink, and each size is compiled.
             stepped = given if given is not model else cast(nn.Module, torch.compile(stepped))

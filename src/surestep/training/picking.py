@@ -116,12 +116,12 @@ def _time(
     give_up: float = float("inf"),
 ) -> float:
     """Return the seconds of a step: the better of two cycles, after one to prepare the kernels."""
-    net = copy.deepcopy(model)
+    net, chosen = copy.deepcopy(model), Engine.choose(*engine, x.device)
     step = make_step(
         net,
         copy.deepcopy(method),
         make_optimizer("sgd", net.parameters(), lr=0.0),
-        Engine.choose(*engine, x.device),
+        chosen.suited(chosen.place(net), x.shape[1:]),
     )
     best = float("inf")
     for i in range(3):

@@ -64,7 +64,8 @@ class LoaderSource:
         assert skip == 0
         for batch in self.loader:
             x, y = as_pair(batch)
-            yield x.to(self.device), y.to(self.device), None
+            x, y = (t.to(self.device, non_blocking=self.device.type == "cuda") for t in (x, y))
+            yield x, y, None
 
     def draw(self, epoch: int, step: int) -> None:
         """Return None: what a Dataset does to its images is not known."""
@@ -221,5 +222,11 @@ def make_source(
     if isinstance(data, Dataset):
         if batch_size % world:
             raise UserError(f"batch_size {batch_size} is not divisible by {world} processes")
-        data = DataLoader(data, batch_size // world, shuffle=True, drop_last=True)
+        data = DataLoader(
+            data,
+            batch_size // world,
+            shuffle=True,
+            drop_last=True,
+            pin_memory=device.type == "cuda",
+        )
     return LoaderSource(prepare(data), device)

@@ -129,7 +129,10 @@ class RunConfig(FitSettings):
     )
     data: str | None = Field(None, description="Where the data set lies (folder or file)")
     image_size: Positive | None = Field(None, description="Resize the images of a folder to this")
-    model: str = Field("lenet+", description="Architecture, or timm:NAME")
+    model: str = Field("lenet+", description="Architecture, or timm:NAME (weights: see --weights)")
+    weights: str | None = Field(
+        None, description="Weights to begin with: a file, or pretrained (timm's own)"
+    )
     normalize: bool = Field(True, description="Normalise inside the model, where it does so")
     head: Literal["linear", "hypersphere"] = Field(
         "linear", description="Last layer; hypersphere: logits are scaled cosines"

@@ -79,6 +79,9 @@ class FitSettings(BaseModel):
     awp: float | None = Field(
         None, gt=0, description="Adversarial weight perturbation: relative size, 0.001 to 0.01"
     )
+    awp_from: float = Field(
+        0.0, ge=0, description="Epochs of training before the weights are perturbed (awp)"
+    )
     augment: Literal["none", "crop-flip"] = Field(
         "none", description="Augmentation of the training images"
     )

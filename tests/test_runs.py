@@ -274,3 +274,44 @@ def test_a_hypersphere_head_has_its_scale_and_its_margin():
     assert 1 < float(logits.abs().max()) <= 20.0
     plain = runs.resolve({**values, "head": "linear", "model": "cnn-small"})
     assert runs.build_method(plain).margin == 0
+
+
+class TestWeightsToBeginWith:
+    @pytest.fixture
+    def values(self, tmp_path):
+        rng = np.random.default_rng(0)
+        x = rng.integers(0, 256, (60, 8, 8), np.uint8)
+        np.savez(tmp_path / "a.npz", x=x, y=np.arange(60) % 3)
+        values = {"dataset": "npz", "data": str(tmp_path / "a.npz"), "model": "cnn-small"}
+        return {**values, "eps": 0.3, "epochs": 1, "batch_size": 16, "val_images": 0}
+
+    @pytest.mark.parametrize("kind", ["safetensors", "state_dict"])
+    def test_of_a_file(self, values, tmp_path, kind):
+        first, second = tmp_path / "first", tmp_path / "second"
+        runs.train(runs.resolve({"method": "fgsm", "seed": 5, **values}), first, quiet=True)
+        before = runs.load(first, "cpu").model.state_dict()
+        file = first / "model.safetensors"
+        if kind == "state_dict":
+            file = tmp_path / "w.pt"
+            torch.save(before, file)
+        values |= {"method": "sat-r2", "seed": 9, "lr": 1e-12, "weights": str(file)}
+        runs.train(runs.resolve(values), second, quiet=True)
+        after = runs.load(second, "cpu").model.state_dict()
+        for name, value in before.items():
+            torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
+        file.unlink()  # the run has weights of its own by now
+        runs.train(runs.resolve(values), second, resume=True, quiet=True)
+
+    def test_what_cannot_be_taken(self, values, tmp_path):
+        values |= {"method": "fgsm"}
+        runs.train(runs.resolve(values), tmp_path / "first", quiet=True)
+        weights = str(tmp_path / "first" / "model.safetensors")
+        for model, given, said in (
+            ("preactresnet10-slim", weights, "model.safetensors"),
+            ("cnn-small", "pretrained", "timm's, of timm:NAME"),
+            ("cnn-small", "gone.pt", "gone.pt is not there"),
+        ):
+            config = runs.resolve({**values, "model": model, "weights": given})
+            with pytest.raises(UserError, match=said):
+                runs.train(config, tmp_path / "second", quiet=True)
+        assert not (tmp_path / "second").exists()

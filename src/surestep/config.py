@@ -79,6 +79,9 @@ class FitSettings(BaseModel):
     awp: float | None = Field(
         None, gt=0, description="Adversarial weight perturbation: relative size, 0.001 to 0.01"
     )
+    awp_from: float = Field(
+        0.0, ge=0, description="Epochs of training before the weights are perturbed (awp)"
+    )
     augment: Literal["none", "crop-flip"] = Field(
         "none", description="Augmentation of the training images"
     )
@@ -129,7 +132,10 @@ class RunConfig(FitSettings):
     )
     data: str | None = Field(None, description="Where the data set lies (folder or file)")
     image_size: Positive | None = Field(None, description="Resize the images of a folder to this")
-    model: str = Field("lenet+", description="Architecture, or timm:NAME")
+    model: str = Field("lenet+", description="Architecture, or timm:NAME (weights: see --weights)")
+    weights: str | None = Field(
+        None, description="Weights to begin with: a file, or pretrained (timm's own)"
+    )
     normalize: bool = Field(True, description="Normalise inside the model, where it does so")
     head: Literal["linear", "hypersphere"] = Field(
         "linear", description="Last layer; hypersphere: logits are scaled cosines"

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import pickle
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -119,6 +120,56 @@ def load_weights(path: Path, model: nn.Module) -> None:
                 f"model's has {tuple(expected[name].shape)}"
             )
     model.load_state_dict(state)
+
+
+def load_any_weights(path: Path, model: nn.Module) -> None:
+    """Load safetensors weights or a saved ``state_dict`` into a model.
+
+    Of a checkpoint the entry "state_dict" or "model" is taken, and the prefixes "module." and
+    "model." of its names are dropped where the model has none.
+
+    Raises:
+        UserError: the file is missing, damaged, holds more than tensors, or does not fit.
+    """
+    if path.suffix == ".safetensors":
+        return load_weights(path, model)
+    try:
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as e:
+        raise UserError(f"{path} is not there") from e
+    except pickle.UnpicklingError as e:
+        if not _saved_by_torch(path):
+            raise UserError(
+                f"{path} is no file of weights: expected what torch.save or safetensors wrote"
+            ) from e
+        raise UserError(
+            f"{path} holds more than tensors, and loading it could run code: save "
+            "model.state_dict(), or safetensors"
+        ) from e
+    except (RuntimeError, OSError, EOFError, ValueError) as e:
+        raise UserError(f"{path} cannot be read as weights: {' '.join(str(e).split())}") from e
+    for key in ("state_dict", "model"):
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    named = isinstance(found, Mapping) and all(isinstance(k, str) for k in found)
+    if not named or not any(isinstance(v, Tensor) for v in found.values()):
+        raise UserError(f"{path} holds no state_dict: save model.state_dict()")
+    expected = model.state_dict()
+    state = dict(found)
+    for prefix in ("module.", "model.", "module.model."):
+        if not expected.keys() & state.keys():
+            state = {k.removeprefix(prefix): v for k, v in found.items()}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:
+        reason = " ".join(str(e).split())
+        raise UserError(f"{path} does not fit the model: {reason[:300]}") from e
+
+
+def _saved_by_torch(path: Path) -> bool:
+    """Tell whether a file begins as torch.save's do: as a zip archive or, long ago, a pickle."""
+    with path.open("rb") as f:
+        return f.read(4).startswith((b"PK\x03\x04", b"\x80"))
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

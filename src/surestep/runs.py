@@ -127,8 +127,15 @@ def load_data(config: RunConfig, split: str) -> Images:
     return data.load(config.dataset, split, root=config.data, image_size=config.image_size)
 
 
-def build_model(config: RunConfig, images: Images) -> nn.Module:
-    """Build a run's model for its data, with the random weights of its seed."""
+def build_model(config: RunConfig, images: Images, *, begin: bool = False) -> nn.Module:
+    """Build a run's model for its data, with the random weights of its seed.
+
+    Args:
+        config: of the run.
+        images: of its data set.
+        begin: take the weights that the run begins with, if it names any.
+    """
+    pretrained = begin and config.weights == "pretrained"
     torch.manual_seed(config.seed)
     shape = images.image_shape
     if len(shape) != 3:
@@ -145,7 +152,10 @@ def build_model(config: RunConfig, images: Images) -> nn.Module:
         image_size=shape[-1],
         mean=mean,
         std=std,
+        pretrained=pretrained,
     )
+    if begin and config.weights is not None and not pretrained:
+        files.load_any_weights(Path(config.weights), model)
     if config.head == "hypersphere":
         model = models.on_hypersphere(model, config.head_scale)
     if config.mean_sparse is not None:
@@ -247,7 +257,7 @@ def train(
     described = {
         k: v for k, v in config.model_dump(mode="json").items() if k not in FitSettings.model_fields
     }
-    model = build_model(config, images)
+    model = build_model(config, images, begin=not resume)
     if tell:
         tell()
     return fit(

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import pickle
 import sys
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from surestep import data, files, models, runs
 from surestep.config import RunConfig, parse
@@ -182,7 +180,7 @@ def _load(name: str, weights: str | None, images: Images) -> nn.Module:
         return _program(Path(name))
     model = _call(Path(file), factory)
     if weights is not None:
-        load_any_weights(Path(weights), model)
+        files.load_any_weights(Path(weights), model)
     return model
 
 
@@ -220,56 +218,6 @@ def _call(file: Path, factory: str) -> nn.Module:
     return model
 
 
-def load_any_weights(path: Path, model: nn.Module) -> None:
-    """Load safetensors weights or a saved ``state_dict`` into a model.
-
-    Of a checkpoint the entry "state_dict" or "model" is taken, and the prefixes "module." and
-    "model." of its names are dropped where the model has none.
-
-    Raises:
-        UserError: the file is missing, damaged, holds more than tensors, or does not fit.
-    """
-    if path.suffix == ".safetensors":
-        return files.load_weights(path, model)
-    try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as e:
-        raise UserError(f"{path} is not there") from e
-    except pickle.UnpicklingError as e:
-        if not _saved_by_torch(path):
-            raise UserError(
-                f"{path} is no file of weights: expected what torch.save or safetensors wrote"
-            ) from e
-        raise UserError(
-            f"{path} holds more than tensors, and loading it could run code: save "
-            "model.state_dict(), or safetensors"
-        ) from e
-    except (RuntimeError, OSError, EOFError, ValueError) as e:
-        raise UserError(f"{path} cannot be read as weights: {' '.join(str(e).split())}") from e
-    for key in ("state_dict", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    named = isinstance(found, Mapping) and all(isinstance(k, str) for k in found)
-    if not named or not any(isinstance(v, Tensor) for v in found.values()):
-        raise UserError(f"{path} holds no state_dict: save model.state_dict()")
-    expected = model.state_dict()
-    state = dict(found)
-    for prefix in ("module.", "model.", "module.model."):
-        if not expected.keys() & state.keys():
-            state = {k.removeprefix(prefix): v for k, v in found.items()}
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as e:
-        reason = " ".join(str(e).split())
-        raise UserError(f"{path} does not fit the model: {reason[:300]}") from e
-
-
-def _saved_by_torch(path: Path) -> bool:
-    """Tell whether a file begins as torch.save's do: as a zip archive or, long ago, a pickle."""
-    with path.open("rb") as f:
-        return f.read(4).startswith((b"PK\x03\x04", b"\x80"))
-
-
 def _program(path: Path) -> nn.Module:
     try:
         if path.suffix == ".pt2":
@@ -297,7 +245,7 @@ def _timm(name: str, weights: str | None, images: Images) -> nn.Module:
         config = made.pretrained_cfg
         return nn.Sequential(models.Normalize(config["mean"], config["std"]), made)
     model = models.create(name, images.num_classes, in_channels=shape[0], image_size=shape[-1])
-    load_any_weights(Path(weights), getattr(model, "body", model))
+    files.load_any_weights(Path(weights), getattr(model, "body", model))
     return model
 
 

@@ -28,9 +28,13 @@ class FakeModel(nn.Module):
 
 @pytest.fixture(autouse=True)
 def timm(monkeypatch):
-    def create_model(name, *, num_classes, in_chans, **options):
+    def create_model(name, *, pretrained, num_classes, in_chans, **options):
+        if pretrained and name != "net":
+            raise OSError("no network")
         if name == "net" and not options:
-            return FakeModel(num_classes, in_chans, size=None, fixed=False)
+            made = FakeModel(num_classes, in_chans, size=None, fixed=False)
+            made.pretrained = pretrained
+            return made
         if name == "vit":
             return FakeModel(num_classes, in_chans, size=options.get("img_size", 224), fixed=True)
         raise RuntimeError(f"Unknown model ({name})")
@@ -77,3 +81,12 @@ def test_without_timm(monkeypatch):
     with pytest.raises(UserError) as error:
         create("timm:net")
     assert str(error.value) == "timm:net needs timm: pip install 'surestep[timm]'"
+
+
+def test_pretrained_weights():
+    assert create("timm:net", pretrained=True).body.pretrained
+    assert not create("timm:net").body.pretrained
+    with pytest.raises(UserError, match=r"timm cannot load the weights of 'timm:vit': no network"):
+        create("timm:vit", pretrained=True)
+    with pytest.raises(UserError, match=r"timm's, of timm:NAME: for lenet\+ name a file"):
+        create("lenet+", pretrained=True)

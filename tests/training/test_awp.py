@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 
-from surestep import methods
+from surestep import UserError, methods
+from surestep.training import engine as room
 from surestep.training import make_step
 from surestep.training.awp import weights_ahead
 from surestep.training.engine import make_optimizer
@@ -118,3 +119,19 @@ def test_free_steps_along_the_last_pass(tiny):
     with weights_ahead(ahead, 0.05):
         (expected,) = torch.autograd.grad(loss(ahead(leaf), y), leaf)
     torch.testing.assert_close(method._pending[1].grad, expected)
+
+
+def test_it_begins_after_so_many_epochs(tiny, monkeypatch):
+    seen = []
+    ahead = room.weights_ahead
+    monkeypatch.setattr(
+        room, "weights_ahead", lambda model, size: seen.append(size) or ahead(model, size)
+    )
+    plain = tiny.train("fgsm", epochs=1)
+    late = tiny.train("fgsm", epochs=1, awp=0.02, awp_from=1.0)
+    assert tiny.same_weights(plain.model, late.model)
+    assert not seen
+    tiny.train("fgsm", epochs=2, awp=0.02, awp_from=1.4)
+    assert seen == 3 * [0.02]  # of ten steps, five an epoch
+    with pytest.raises(UserError, match=r"awp_from \(1\) says when awp begins: give awp, too"):
+        tiny.train("fgsm", awp_from=1.0)

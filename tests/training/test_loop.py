@@ -337,6 +337,7 @@ RESUMED = {
     "a part of an epoch": {"epochs": 2.4},
     "swa": {"swa": 0.3},
     "awp": {"awp": 0.02},
+    "awp after an epoch and a half": {"awp": 0.02, "awp_from": 1.4},
     "fp16": {"engine": "fast", "precision": "fp16"},
     "dropout": {"dropout": 0.4},
     "best": {"select": "best", "epochs": 3},

@@ -90,8 +90,9 @@ def create(
     image_size: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    pretrained: bool = False,
 ) -> nn.Module:
-    """Create a model with fresh weights that maps pixels in [0, 1] to logits.
+    """Create a model, with fresh weights unless asked, that maps pixels in [0, 1] to logits.
 
     Args:
         name: one of ``names()``, or ``timm:NAME`` with timm installed.
@@ -103,13 +104,16 @@ def create(
             is the model's own, or no normalisation if that is for another number of channels.
             ``mean`` 0 and ``std`` 1 turn normalisation off.
         std: per channel, goes with ``mean``.
+        pretrained: take timm's own weights, downloaded at need; its last layer is fresh where the
+            number of classes is another.
 
     Returns:
         A module from images (N, in_channels, H, W) to logits (N, num_classes).
 
     Raises:
         UserError: the name is unknown, a number is not positive, mean and std do not match
-            in_channels, the model cannot be built for this size, or timm is not installed.
+            in_channels, the model cannot be built for this size, timm is not installed, or there
+            are no pretrained weights.
     """
     for what, value in (
         ("num_classes", num_classes),
@@ -119,7 +123,9 @@ def create(
         if value is not None and value < 1:
             raise UserError(f"{what} is {value}: give a number of 1 or more")
     if name.startswith(PREFIX):
-        return create_timm(name, num_classes, in_channels or 3, image_size, mean, std)
+        return create_timm(name, num_classes, in_channels or 3, image_size, mean, std, pretrained)
+    if pretrained:
+        raise UserError(f"pretrained weights are timm's, of {PREFIX}NAME: for {name} name a file")
     entry = _entry(name)
     in_channels = in_channels or entry.in_channels
     return entry.build(

@@ -21,8 +21,9 @@ def create_timm(
     image_size: int | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
+    pretrained: bool = False,
 ) -> Classifier:
-    """Create ``timm:NAME`` with fresh weights, normalising as its pretrained weights expect.
+    """Create ``timm:NAME``, normalising as its pretrained weights expect.
 
     timm's own classifier stays inside ``body``; ``head`` is the identity.
 
@@ -37,10 +38,11 @@ def create_timm(
         raise UserError(f"{name} needs timm: pip install 'surestep[timm]'") from error
 
     def build(**options: int) -> Any:
+        options |= {"num_classes": num_classes, "in_chans": in_channels}
         try:
-            return timm.create_model(
-                name.removeprefix(PREFIX), num_classes=num_classes, in_chans=in_channels, **options
-            )
+            return timm.create_model(name.removeprefix(PREFIX), pretrained=pretrained, **options)
+        except OSError as error:  # what the Hub raises, too
+            raise UserError(f"timm cannot load the weights of {name!r}: {error}") from error
         # What timm raises for an unknown name or tag, and for a size that a model cannot take.
         except (RuntimeError, AssertionError) as error:
             raise UserError(

@@ -172,7 +172,7 @@ class TrainStep:
     ) -> None:
         self.model, self.method, self.optimizer, self.engine = model, method, optimizer, engine
         self.clip_grad, self.average, self.awp = clip_grad, average, awp
-        self.averaging = True
+        self.averaging = self.perturbing = True
         self.device = next(model.parameters()).device
         # Only float16 has too few exponents for unscaled gradients.
         self.scaler = torch.amp.GradScaler(
@@ -189,7 +189,8 @@ class TrainStep:
         Waits for the device nowhere (but for the first batch, which is checked).
         """
         x = self.engine.place_images(x)
-        probe = nullcontext() if self.awp is None else buffers_kept(self.model)
+        awp = self.awp if self.perturbing else None
+        probe = nullcontext() if awp is None else buffers_kept(self.model)
         # One autocast context: attack and update share the cast weights.
         with probe, self.engine.autocast(self.device):
             update = self.method.prepare(self.model, x, y, index, draw)
@@ -197,10 +198,10 @@ class TrainStep:
                 torch.clear_autocast_cache()
             result = self.method.take(self.model, update)
         self._backward(result)
-        if self.awp is not None:
+        if awp is not None:
             if update.points.is_leaf:  # what reads the images' gradient wants the last pass's
                 update.points.grad = None
-            with weights_ahead(self.model, self.awp):
+            with weights_ahead(self.model, awp):
                 with self.engine.autocast(self.device):
                     result = self.method.take(self.model, update)
                 self._backward(result)

@@ -195,6 +195,8 @@ def _check_together(config: FitSettings, method: Method) -> None:
             f"{method.slug} {why}, which cannot be computed a second time: leave max_memory "
             f"({config.max_memory:g}) out"
         )
+    if config.awp_from and config.awp is None:
+        raise UserError(f"awp_from ({config.awp_from:g}) says when awp begins: give awp, too")
     if config.ema and config.swa:
         raise UserError(
             f"ema ({config.ema:g}) and swa ({config.swa:g}) both average the weights: "
@@ -482,6 +484,7 @@ class _Trainer:
         if self.config.eps_warmup:
             self.method.set_strength(self._warmed_up(self.config.eps_warmup))
         self.take_step.averaging = self.method.progress.done >= (self.config.swa or 0)
+        self.take_step.perturbing = self.at.step >= self.config.awp_from * steps
 
     def _warmed_up(self, epochs: float) -> float:
         return warm_up(self.at.step, epochs * self.source.steps_per_epoch)

@@ -47,7 +47,7 @@ class TestRunFolder:
         assert config["val_attacks"] == ["fgsm", "pgd-2"]
         assert config["params"].keys() == {
             *("lam", "tau", "alpha", "eps_low", "project", "per_sample", "fraction"),
-            "perturbation",
+            *("every", "perturbation"),
         }
         assert config["params"]["eps_low"] == pytest.approx(0.1)
 

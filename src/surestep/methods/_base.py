@@ -256,7 +256,8 @@ class Method(ABC):
     ) -> Update:
         """Attack the model and return the update to take; see ``__call__``."""
         if not self._inputs_checked:
-            check_inputs(model, x, y.clamp(min=0) if self.without_labels else y, self.threat)
+            known = y.where(y != -1, 0) if self.without_labels else y  # of no label
+            check_inputs(model, x, known, self.threat)
             if self.remembers and index is None:
                 raise UserError(
                     f"{self.slug} keeps a perturbation for each image: pass index, the positions "

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from surestep import files
 from surestep.attacks.core import check_labels, count_classes, share_of, uncompiled
 from surestep.config import FitSettings, parse
-from surestep.data import Images
+from surestep.data import UNLABELLED, Images
 from surestep.devices import memory_for, pick_device
 from surestep.errors import UserError
 from surestep.evaluation import Evaluation, evaluate, suite
@@ -315,7 +315,8 @@ class _Trainer:
         if isinstance(train, Images):
             # The method looks at the first batch only; here all labels are at hand.
             one = train.pixels(slice(0, 1)).to(device)
-            labels = train.y.clamp(min=0) if method.without_labels else train.y
+            unlabelled = (train.y == UNLABELLED) & method.without_labels
+            labels = train.y.where(~unlabelled, 0)
             check_labels(labels, count_classes(model, one))
             # Where memory is short there is none for trials, and little to choose.
             if config.engine == "auto" and self.total >= MIN_STEPS and not config.max_memory:

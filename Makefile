@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test lint clean
 
-# Set up, then train and judge two small networks: some minutes with bf16, half an hour without.
+# Set up, then train and judge two small networks: some minutes with bf16, a quarter of an hour without.
 demo: $(VENV)/.demo
 	$(BIN)/surestep demo
 

@@ -182,19 +182,19 @@ class TestParts:
             runs.build_model(RunConfig(), images)
 
 
+@pytest.fixture
+def short(tmp_path):
+    """Settings of a run of a second, on an archive of sixty images."""
+    x = np.random.default_rng(0).integers(0, 256, (60, 8, 8), np.uint8)
+    np.savez(tmp_path / "a.npz", x=x, y=np.arange(60) % 3)
+    values = {"dataset": "npz", "data": str(tmp_path / "a.npz"), "model": "cnn-small"}
+    return {**values, "eps": 0.3, "epochs": 1, "batch_size": 16}
+
+
 class TestFolders:
     @pytest.fixture
-    def config(self, tmp_path):
-        rng = np.random.default_rng(0)
-        x = rng.integers(0, 256, (60, 8, 8), np.uint8)
-        np.savez(tmp_path / "a.npz", x=x, y=np.arange(60) % 3)
-        values = {
-            "dataset": "npz",
-            "data": str(tmp_path / "a.npz"),
-            "model": "cnn-small",
-            "eps": 0.3,
-        }
-        values |= {"epochs": 1, "batch_size": 16, "val_attacks": ["fgsm"], "method": "sat-r2"}
+    def config(self, short):
+        values = {**short, "val_attacks": ["fgsm"], "method": "sat-r2"}
         return runs.resolve({**values, "engine": "reference"})
 
     def test_train_and_load(self, config, tmp_path):
@@ -278,12 +278,8 @@ def test_a_hypersphere_head_has_its_scale_and_its_margin():
 
 class TestWeightsToBeginWith:
     @pytest.fixture
-    def values(self, tmp_path):
-        rng = np.random.default_rng(0)
-        x = rng.integers(0, 256, (60, 8, 8), np.uint8)
-        np.savez(tmp_path / "a.npz", x=x, y=np.arange(60) % 3)
-        values = {"dataset": "npz", "data": str(tmp_path / "a.npz"), "model": "cnn-small"}
-        return {**values, "eps": 0.3, "epochs": 1, "batch_size": 16, "val_images": 0}
+    def values(self, short):
+        return {**short, "val_images": 0}
 
     @pytest.mark.parametrize("kind", ["safetensors", "state_dict"])
     def test_of_a_file(self, values, tmp_path, kind):

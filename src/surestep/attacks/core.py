@@ -138,10 +138,13 @@ def forward_logits(model: nn.Module, x: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def check_inputs(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> None:
+def check_inputs(
+    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, unlabelled: bool = False
+) -> None:
     """Refuse what would silently give wrong numbers, or fail later in a puzzling way.
 
-    Looks at the values, so it waits for the device: call it at the door, not in a step.
+    Looks at the values, so it waits for the device: call it at the door, not in a step. With
+    ``unlabelled`` a label may be -1, for none.
 
     Raises:
         UserError: x is empty, not floating, not finite or outside the data range; y is not an
@@ -166,18 +169,20 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) ->
             f"y is {y.dtype} of shape {tuple(y.shape)}, expected torch.int64 labels of shape "
             f"({len(x)},)"
         )
-    check_labels(y, count_classes(model, x))
+    check_labels(y, count_classes(model, x), unlabelled=unlabelled)
 
 
-def check_labels(y: Tensor, classes: int) -> None:
-    """Refuse labels that are no class of the model.
+def check_labels(y: Tensor, classes: int, *, unlabelled: bool = False) -> None:
+    """Refuse labels that are no class of the model, nor -1 where ``unlabelled`` allows that.
 
     Raises:
         UserError: a label is outside 0 .. classes - 1.
     """
     lowest, highest = (int(v) for v in torch.aminmax(y))
-    if lowest < 0 or highest >= classes:
-        hint = "; only training with uat takes -1, no label" if lowest == -1 else ""
+    if lowest < (-1 if unlabelled else 0) or highest >= classes:
+        hint = (
+            "; only training with uat takes -1, no label" if lowest == -1 and not unlabelled else ""
+        )
         raise UserError(
             f"y has labels from {lowest} to {highest}, but the model has {classes} classes: "
             f"labels must run from 0 to {classes - 1}{hint}"

@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.attacks import gradient
-from surestep.attacks.core import forward_logits, input_gradient, misclassified, share_of
+from surestep.attacks.core import (
+    Ascent,
+    Best,
+    forward_logits,
+    input_gradient,
+    misclassified,
+    share_of,
+)
 from surestep.attacks.losses import Objective, log_odds
 from surestep.devices import autocast, has_bf16
 from surestep.errors import UserError, look_up
@@ -99,6 +106,19 @@ class Climb(NamedTuple):
     losses: list[float]
     ever_wrong: Tensor
     wrong: Tensor
+
+
+class _Watch(Best):
+    """Takes down what it is offered: the loss of every point (N,), and whether it is wrong."""
+
+    def __init__(self, x: Tensor, y: Tensor, objective: Objective) -> None:
+        super().__init__(x, y, objective)
+        self.seen: list[Tensor] = []
+
+    def offer(self, rows: Tensor, x_adv: Tensor, logits: Tensor) -> None:
+        """Take down the loss and 1 for wrong, (N, 2)."""
+        loss = F.cross_entropy(logits, self.y, reduction="none")
+        self.seen.append(torch.stack([loss, misclassified(logits, self.y).to(loss.dtype)], 1))
 
 
 @dataclass
@@ -225,14 +245,9 @@ class Subject:
 
     def _climb(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the loss, and 1 for wrong, at the start and after each step, (N, 51, 2)."""
-        size, point, seen = pgd_step_size(self.threat.eps, 50), self.threat.random_start(x), []
-        for _ in range(51):
-            grad, _, logits = input_gradient(self.model, point, y, log_odds)
-            loss = F.cross_entropy(logits, y, reduction="none")
-            seen.append(torch.stack([loss, misclassified(logits, y).to(loss.dtype)], 1))
-            step = self.threat.steepest_step(grad.nan_to_num(0.0), size)
-            point = self.threat.project(point + step, x)
-        return torch.stack(seen, 1)
+        watch = _Watch(x, y, log_odds)
+        Ascent(self.threat, 50, pgd_step_size(self.threat.eps, 50)).search(self.model, watch)
+        return torch.stack(watch.seen, 1)
 
     def map(self, function: Callable[..., Any], *tensors: Tensor) -> Any:
         """Apply a function to batches of tensors and concatenate what it returns."""

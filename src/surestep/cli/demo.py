@@ -12,6 +12,7 @@ from surestep.cli._report import check_report, of_model, report_options, write_r
 from surestep.cli._show import evaluation_table, progress_bar, provenance
 
 if TYPE_CHECKING:
+    from surestep.auditing import Audit
     from surestep.evaluation import Evaluation
 
 _METHODS = ("fgsm", "sat-r2")
@@ -97,10 +98,7 @@ def demo(
         if html or plots:
             surfaces = {k: v for one in pictures.values() for k, v in one["surfaces"].items()}
             parts = {**pictures["sat-r2"], "surfaces": surfaces, "seeds": {"training": seed}}
-            comparison = [
-                {**_row(k, results[k], costs[k], seconds[k]), "verdict": audits[k].verdict}
-                for k in _METHODS
-            ]
+            comparison = [_row(k, results[k], audits[k], costs[k], seconds[k]) for k in _METHODS]
             write_report(html, plots, "demo", comparison=comparison, **parts, **provenance())
 
     def show() -> None:
@@ -121,7 +119,9 @@ def demo(
     hand_over(told, json_file, show, report)
 
 
-def _row(name: str, judged: Evaluation, passes: float, seconds: float) -> dict[str, Any]:
+def _row(
+    name: str, judged: Evaluation, found: Audit, passes: float, seconds: float
+) -> dict[str, Any]:
     """Return a row of the report's comparison."""
     pgd = min(v for k, v in judged.robust_accuracy.items() if k.startswith("pgd"))
     return {
@@ -130,6 +130,7 @@ def _row(name: str, judged: Evaluation, passes: float, seconds: float) -> dict[s
         "fgsm": judged.robust_accuracy["fgsm"],
         "pgd": pgd,
         "worst_case_accuracy": judged.worst_case_accuracy,
+        "verdict": found.verdict,
         "passes": passes,
         "seconds": seconds,
     }

@@ -68,6 +68,11 @@ class Images:
             return replace(self, rows=self.rows[index], y=self.y[index])
         return replace(self, x=self.x[index], y=self.y[index])
 
+    def by_label(self) -> tuple[Tensor, Tensor]:
+        """Return the positions (int64) of images that have a label, and of those that have none."""
+        has_one = (self.y >= 0).cpu()
+        return has_one.nonzero().squeeze(1), (~has_one).nonzero().squeeze(1)
+
     def first(self, n: int) -> Images:
         """Return the first ``n`` images, or all of them if there are fewer.
 

@@ -12,8 +12,6 @@ from surestep.data._random import generator
 from surestep.errors import UserError
 
 Split = Literal["train", "validation", "test"]
-OR_VALIDATION = "; evaluate and audit take --split validation"
-"""What to do where there is no test split."""
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 
@@ -36,6 +34,11 @@ def mixed(n: int) -> torch.Tensor:
     Whoever looks at a part takes the first ones, which are to stand for all.
     """
     return torch.randperm(n, generator=generator("order", n))
+
+
+def instead(split: Split) -> str:
+    """Return what an error adds where a split is not there: what else can be judged on."""
+    return "; evaluate and audit take --split validation" if split == "test" else ""
 
 
 def divide(

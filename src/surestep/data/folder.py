@@ -17,7 +17,7 @@ import torch
 
 from surestep.data._images import Images
 from surestep.data._pillow import has_colour, stack, unreadable
-from surestep.data._splits import OR_VALIDATION, SPLITS, Split, divide, mixed
+from surestep.data._splits import SPLITS, Split, divide, instead, mixed
 from surestep.errors import UserError
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _find(root: Path, split: Split) -> tuple[tuple[str, ...], dict[str, list[Pat
         expected = " or ".join(_FOLDERS[split])
         raise UserError(
             f"{root} has no {split} split: expected a folder {expected} with classes"
-            f"{OR_VALIDATION if split == 'test' else ''}"
+            f"{instead(split)}"
         )
     files = _files(wanted)
     classes = tuple(_class_folders(train)) if train else tuple(files)

@@ -9,7 +9,7 @@ import torch
 
 from surestep.data._images import Images, number_names
 from surestep.data._pillow import stack
-from surestep.data._splits import OR_VALIDATION, Split, divide, mixed
+from surestep.data._splits import Split, divide, instead, mixed
 from surestep.errors import UserError
 
 if TYPE_CHECKING:
@@ -91,8 +91,7 @@ def _stored_split(name: str, split: Split, available: list[str]) -> str | None:
     if found := stored[split]:
         return found
     raise UserError(
-        f"{name!r} has no {split} split: it has {', '.join(available) or 'none'}"
-        f"{OR_VALIDATION if split == 'test' else ''}"
+        f"{name!r} has no {split} split: it has {', '.join(available) or 'none'}{instead(split)}"
     )
 
 

@@ -87,7 +87,7 @@ def _load(archive: Any, split: Split, path: Path) -> Images:
 
 def _divided(images: Images, split: Split, what: str, test: bool) -> Images:
     """Divide the images that have a label; those without are for training."""
-    labelled, rest = (on.nonzero().squeeze(1) for on in (images.y >= 0, images.y < 0))
+    labelled, rest = images.by_label()
     rows = labelled[divide(len(labelled), split, what=what, test=test)]
     return images.subset(torch.cat([rows, rest]) if split == "train" else rows)
 

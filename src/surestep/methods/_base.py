@@ -195,8 +195,6 @@ class Method(ABC):
     """The same, of tensors with a row for each image of this process's share of the batch."""
     second_order = False
     """Whether its loss holds a gradient, which is differentiated again."""
-    cycle = 1
-    """After how many steps their costs come again, for those that time some."""
     replays = 1
     """How many steps in a row are taken on each batch."""
 
@@ -256,8 +254,7 @@ class Method(ABC):
     ) -> Update:
         """Attack the model and return the update to take; see ``__call__``."""
         if not self._inputs_checked:
-            known = y.where(y != -1, 0) if self.without_labels else y  # of no label
-            check_inputs(model, x, known, self.threat)
+            check_inputs(model, x, y, self.threat, unlabelled=self.without_labels)
             if self.remembers and index is None:
                 raise UserError(
                     f"{self.slug} keeps a perturbation for each image: pass index, the positions "
@@ -288,6 +285,11 @@ class Method(ABC):
     @abstractmethod
     def cost(self, batch_size: int) -> Cost:
         """Return the passes per image of one step at this batch size."""
+
+    @property
+    def cycle(self) -> int:
+        """After how many steps their costs come again, for those that time some."""
+        return 1
 
     def peak_images(self, batch_size: int) -> int:
         """Return how many images the largest update of such batches takes: what memory holds."""

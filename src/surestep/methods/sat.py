@@ -243,7 +243,6 @@ class SAT(OnSingleStep):
         self.not_negative("lam")
         self.require(self.fraction is None or 0 < self.fraction <= 1, "fraction", "in (0, 1]")
         self.require(self.every >= 1, "every", ">= 1")
-        self.cycle = self.every
         self._count = 0
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
@@ -261,6 +260,11 @@ class SAT(OnSingleStep):
     def between(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return what a step without the regularizer trains on (N, ...)."""
         return self.base.perturb(model, x, y)
+
+    @property
+    def cycle(self) -> int:
+        """Of each so many steps one regularises."""
+        return self.every
 
     def peak_images(self, batch_size: int) -> int:
         """Count the images of a step that regularises."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from surestep import files
 from surestep.attacks.core import check_labels, count_classes, share_of, uncompiled
 from surestep.config import FitSettings, parse
-from surestep.data import UNLABELLED, Images
+from surestep.data import Images
 from surestep.devices import memory_for, pick_device
 from surestep.errors import UserError
 from surestep.evaluation import Evaluation, evaluate, suite
@@ -248,9 +248,6 @@ class _Sums:
         return {k: float(v) / self.counts[k] for k, v in self.totals.items()}
 
 
-_NO_TENSORS = (TypeError, ValueError, KeyError, IndexError)
-
-
 class _Trainer:
     """One run: the loop, and the state that a checkpoint holds."""
 
@@ -315,9 +312,8 @@ class _Trainer:
         if isinstance(train, Images):
             # The method looks at the first batch only; here all labels are at hand.
             one = train.pixels(slice(0, 1)).to(device)
-            unlabelled = (train.y == UNLABELLED) & method.without_labels
-            labels = train.y.where(~unlabelled, 0)
-            check_labels(labels, count_classes(model, one))
+            classes = count_classes(model, one)
+            check_labels(train.y, classes, unlabelled=method.without_labels)
             # Where memory is short there is none for trials, and little to choose.
             if config.engine == "auto" and self.total >= MIN_STEPS and not config.max_memory:
                 with self._one_line("the trial of engines", self.share):
@@ -327,7 +323,8 @@ class _Trainer:
         config = self.config
         engine = Engine.choose(config.engine, config.precision, device)
         stepped = engine.place(model)
-        with suppress(*_NO_TENSORS):  # of a loader whose own collate_fn makes tensors
+        # A loader whose own collate_fn makes the tensors cannot tell their shape.
+        with suppress(TypeError, ValueError, KeyError, IndexError):
             engine = engine.suited(model, image_shape(train))
         if config.compile:
             # The step's network alone: batches of validation shrink, and each size is compiled.

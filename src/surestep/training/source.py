@@ -128,7 +128,7 @@ def hold_out(n: int, wanted: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def hold_out_labelled(images: Images, wanted: int, seed: int) -> tuple[Images, Images]:
     """Hold images out as ``hold_out`` does, of those that have a label."""
-    labelled, rest = (on.nonzero().squeeze(1).cpu() for on in (images.y >= 0, images.y < 0))
+    labelled, rest = images.by_label()
     train, held = hold_out(len(labelled), wanted, seed)
     return images.subset(torch.cat([labelled[train], rest])), images.subset(labelled[held])
 

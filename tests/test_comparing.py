@@ -349,10 +349,12 @@ class TestFailures:
             compare(["fgsm"], 1, out=tmp_path, **SHORT)
         assert compare(["fgsm", "pgd"], 1, out=tmp_path, **SHORT).failures[0].fault
 
-    def test_a_killed_training(self, world, tmp_path):
-        world.ends = {"fgsm-seed0": (-9, 0, "")}
+    @pytest.mark.parametrize(("code", "number"), [(-9, 9), (-15, 15), (143, 15)])
+    def test_a_killed_training(self, world, tmp_path, code, number):
+        world.ends = {"fgsm-seed0": (code, 0, "")}
         found = compare(["fgsm", "pgd"], 1, out=tmp_path, **SHORT)
-        assert found.failures == [Failure("fgsm-seed0", "the training was killed by signal 9")]
+        said = f"the training was killed by signal {number}"
+        assert found.failures == [Failure("fgsm-seed0", said)]
 
     def test_stopped_from_the_keyboard(self, world, tmp_path):
         world.ends = {"fgsm-seed0": (130, 0, "")}

@@ -112,6 +112,24 @@ class TestAgain:
         assert tools.rows(out) == tools.rows(whole)
         assert {p.name for p in out.rglob("*")} == {p.name for p in whole.rglob("*")}
 
+    def test_terminated_and_resumed(self, done, small, tmp_path, tools):
+        """As a cluster does it: SIGTERM, and some seconds later the end."""
+        arguments, out = [*small, "--epochs", "40"], tmp_path / "out"
+        command = [sys.executable, "-m", "surestep", "train", *map(str, arguments), "--out", out]
+        with subprocess.Popen(
+            command, env=tools.environment(), stderr=subprocess.PIPE, text=True
+        ) as process:
+            while process.poll() is None and not (out / "metrics.jsonl").is_file():
+                time.sleep(0.02)
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=60)
+        assert process.returncode == 143
+        assert f"{out} is saved" in said
+        assert said.strip().splitlines()[-1].startswith("stopped; a run goes on with")
+        newest = max((out / "checkpoints").iterdir()).stem
+        assert 9 <= int(newest.removeprefix("step-")) < 360
+        assert len(tools.rows(out)) < 40
+
 
 class TestSettings:
     @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from families import merged
+from torch.utils.data import DataLoader, TensorDataset
 
 from surestep import files, methods
 from surestep.errors import UserError
@@ -22,6 +24,7 @@ SCRIPT = """
 import functools
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -29,7 +32,7 @@ import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader, TensorDataset
 
-from surestep.training import Pick, TrainStep, loop, pick_engine
+from surestep.training import Pick, TrainStep, loop, pick_engine, stopping
 from surestep.training.memory import Frugal
 
 spec = importlib.util.spec_from_file_location("helpers", sys.argv[1])
@@ -116,6 +119,37 @@ def loader(**where):
 stopped("resumed", without_norm)
 stopped("resumed-norm", with_norm)
 stopped("resumed-loader", loader, [7])
+
+
+def asked(name, run, *, resume):
+    # The second process alone is asked, in its third step; both stop after the fourth.
+    done, stopping.ASK_EVERY = 0, 4
+
+    def step(self, *batch):
+        nonlocal done
+        done += 1
+        if done == 3 and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(self, *batch)
+
+    TrainStep.__call__ = step
+    try:
+        run(out=place / name)
+    except SystemExit as e:
+        (place / f"{name}-{rank}").write_text(f"{e.code} {done}")
+    TrainStep.__call__ = take
+    if resume:
+        run(out=place / name, resume=True)
+
+
+def drawing_nothing(**where):
+    return train("fgsm", model=tiny.make_net(norm=False), epochs=3, **where)
+
+
+asked("asked", with_norm, resume=True)
+asked("asked-loader", loader, resume=True)
+asked("left", drawing_nothing, resume=False)
+asked("left-loader", loader, resume=False)
 for method in ("tdat", "free", "pap", "fgsm-mep"):
 
     def with_state(method=method, **where):
@@ -277,13 +311,43 @@ def test_only_the_first_writes(place, tiny):
     assert not torch.equal(first["torch"], second["torch"])
 
 
-def test_one_process_refuses_to_resume_what_two_began(place, tiny):
-    with pytest.raises(UserError, match="was run on 2 processes, this is 1"):
+@pytest.mark.parametrize("name", ["asked", "asked-loader", "left", "left-loader"])
+def test_one_is_asked_to_stop_and_both_do(place, name):
+    assert [(place / f"{name}-{rank}").read_text() for rank in (0, 1)] == ["143 4", "143 4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "whole"), [("asked", "resumed-norm"), ("asked-loader", "resumed-loader")]
+)
+def test_and_go_on_as_if_nothing_had_been(place, tiny, name, whole):
+    assert tiny.weights(place / name) == tiny.weights(place / whole)
+    assert tiny.rows(place / name) == tiny.rows(place / whole)
+
+
+def test_one_process_goes_on_with_what_two_began(place, tiny, tmp_path, capsys):
+    def train(**where: Any) -> Any:
+        net = tiny.net(norm=False)
+        return tiny.train("fgsm", model=net, epochs=3, quiet=False, **where)
+
+    shutil.copytree(place / "left", tmp_path / "run")
+    gone_on = train(out=tmp_path / "run", resume=True)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "it was begun with 2 processes and goes on with 1, which draw other" in said
+    # FGSM draws nothing: each step is that of the same global batch.
+    for name, value in train().model.state_dict().items():
+        torch.testing.assert_close(gone_on.model.state_dict()[name], value, rtol=0, atol=1e-4)
+    assert len(gone_on.history) == 3
+
+
+def test_but_not_with_a_loader_whose_steps_are_others(place, tiny, tmp_path):
+    shutil.copytree(place / "left-loader", tmp_path / "run")
+    pairs = DataLoader(TensorDataset(*tiny.data()), 6, shuffle=True)
+    with pytest.raises(UserError, match=r"was run on 2 processes, this is 1, .*DataLoader.* same number"):
         tiny.train(
-            "sat-r2",
+            "fgsm",
             model=tiny.net(norm=False),
-            ema=0.9,
-            checkpoint_every=2,
-            out=place / "resumed",
+            data=pairs,
+            validation=tiny.data(10),
+            out=tmp_path / "run",
             resume=True,
         )

@@ -787,8 +787,6 @@ class TestData:
         ("source", "settings", "said"),
         [
             (DataLoader, {}, "nothing can be held out of a DataLoader: pass validation"),
-            (DataLoader, {"val_images": 0, "checkpoint_every": 2}, "checkpoint_every=2 needs"),
-            (Pairs, {"checkpoint_every": 2}, "checkpoint_every=2 needs data in memory"),
             (Pairs, {"augment": "crop-flip"}, "'crop-flip' works on tensors in memory"),
         ],
     )

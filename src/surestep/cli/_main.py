@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ _HOW_TO_GO_ON = {
     "evaluate": "; with --state FILE an evaluation goes on from where it was stopped",
     "audit": "; with --state FILE an audit goes on from where it was stopped",
 }
+
+_TERMINATED = 128 + signal.SIGTERM
 
 
 class _Lazy(click.Group):
@@ -82,7 +85,7 @@ def surestep(context: click.Context) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; exit with 0 when done, 2 on a user's mistake, 1 on a failure of
-    ours, 130 when stopped by Ctrl-C.
+    ours, 130 when stopped by Ctrl-C, 143 when a training was stopped by SIGTERM.
 
     Args:
         args: without the program's name; those of the process by default.
@@ -93,7 +96,11 @@ def main(args: Sequence[str] | None = None) -> None:
     except UserError as e:
         _fail(str(e), 2)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        _fail(f"stopped{_HOW_TO_GO_ON.get(given[0] if given else '', '')}", 130)
+        _stopped(given, 130)
+    except SystemExit as e:
+        if e.code != _TERMINATED:
+            raise
+        _stopped(given, _TERMINATED)
     except click.ClickException as e:
         _fail(e.format_message(), 2)
     except click.exceptions.Exit as e:
@@ -107,8 +114,11 @@ def main(args: Sequence[str] | None = None) -> None:
         _fail("this is a fault in surestep: please report it with the output of `surestep env`", 1)
 
 
+def _stopped(given: Sequence[str], code: int) -> None:
+    print(f"stopped{_HOW_TO_GO_ON.get(given[0] if given else '', '')}", file=sys.stderr)
+    sys.exit(code)
+
+
 def _fail(message: str, code: int) -> None:
-    print(
-        f"surestep: error: {' '.join(message.split())}" if code != 130 else message, file=sys.stderr
-    )
+    print(f"surestep: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)

@@ -241,8 +241,9 @@ def _train(job: Job, tell: Tell) -> float | None:
         code, peak, error = _measured(["train", *arguments], tell)
     if code in (130, -2):  # by its own handler, or before that was there
         raise KeyboardInterrupt
-    if code < 0:
-        raise Failed(f"the training was killed by signal {-code}", fault=False)
+    if code < 0 or code > 128:  # by its own handler
+        number = -code if code < 0 else code - 128
+        raise Failed(f"the training was killed by signal {number}", fault=False)
     if code:
         raise Failed(error or f"the training ended with exit code {code}", fault=code != 2)
     # Kilobytes, but on a Mac bytes.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,41 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.manual_seed(seed)
+
+
+class OwnRandom:
+    """A random state, on the CPU, that is not the process's.
+
+    Args:
+        seed: of it.
+    """
+
+    def __init__(self, seed: int) -> None:
+        before = self._read()
+        seed_everything(seed)
+        self._state = self._read()
+        self._write(*before)
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Draw from this state, not from the process's, meanwhile."""
+        before = self._read()
+        self._write(*self._state)
+        try:
+            yield
+        finally:
+            self._state = self._read()
+            self._write(*before)
+
+    @staticmethod
+    def _read() -> tuple[Any, Any, torch.Tensor]:
+        return random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+
+    @staticmethod
+    def _write(python: Any, numpy: Any, cpu: torch.Tensor) -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(cpu)
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:

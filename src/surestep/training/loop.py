@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from accelerate import Accelerator
@@ -36,7 +36,16 @@ from surestep.training.picking import MIN_STEPS, Pick, pick_engine
 from surestep.training.progress import Display
 from surestep.training.run_folder import RunFolder
 from surestep.training.schedules import learning_rate, momentum, warm_up
-from surestep.training.source import LoaderSource, Replayed, Source, image_shape, make_source, split
+from surestep.training.source import (
+    Batch,
+    LoaderSource,
+    Replayed,
+    Source,
+    image_shape,
+    make_source,
+    split,
+)
+from surestep.training.stopping import Asked, StopRequest
 
 METHOD_SETTINGS = ("label_smoothing", "dropout")
 """Settings of a run that a method may bring along, where the run's say nothing."""
@@ -100,7 +109,7 @@ def fit(
             ``model.safetensors`` and ``checkpoints/``; None writes nothing.
         validation: held-out data; by default a tenth of ``data``, at most ``val_images``.
         resume: go on from the newest checkpoint in ``out``; the result is bit-identical to that
-            of a run that was never stopped.
+            of a run that was never stopped, unless it goes on with another number of processes.
         overwrite: delete what is in ``out`` first.
         quiet: show nothing.
         device: such as "cpu" or "cuda"; by default the best there is.
@@ -113,6 +122,8 @@ def fit(
     Raises:
         UserError: invalid settings or data, a run folder that exists already, a full disk.
         TrainingDiverged: the loss became NaN or infinite; the last good checkpoint is kept.
+        KeyboardInterrupt: Ctrl-C; with ``out``, a checkpoint of the last step was written.
+        SystemExit: SIGTERM (code 143); with ``out``, likewise.
     """
     config = parse(FitSettings, settings)
     if uncompiled(model) is not model:
@@ -237,9 +248,10 @@ class _Sums:
         self.bad_step = torch.where(bad, number, self.bad_step)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"totals": self.totals, "counts": self.counts}
+        return {"images": self.images, "totals": self.totals, "counts": self.counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.images = state.get("images", 0)
         # Checkpoints of older versions have one number for all.
         self.counts = state.get("counts") or dict.fromkeys(state["totals"], state.get("steps", 0))
         self.totals = {k: v.to(self.device) for k, v in state["totals"].items()}
@@ -284,7 +296,6 @@ class _Trainer:
                 batch_size=config.batch_size,
                 seed=config.seed,
                 augmentation=config.augment,
-                checkpoint_every=config.checkpoint_every,
                 device=device,
                 rank=accelerator.process_index,
                 world=accelerator.num_processes,
@@ -356,6 +367,7 @@ class _Trainer:
         )
         self.engine, self.optimizer = engine, optimizer
         self.at = _Progress()
+        self.stop = StopRequest()
 
     def _pick_engine(self, shape: torch.Size) -> None:
         """Set the fastest engine, measured in the first process, in the settings of all."""
@@ -382,9 +394,11 @@ class _Trainer:
             for difference in differences:
                 self.display.say(f"results may differ in the last digits: {difference}")
             restored = self._restore() if resume else None
-            while self.at.step < self.total:
-                self._epoch(restored)
-                restored = None
+            # Without a folder there is nothing to go on from: signals do what they always do.
+            with self.stop.heard() if self.run else nullcontext():
+                while self.at.epoch < math.ceil(self.total / self.source.steps_per_epoch):
+                    self._epoch(restored)
+                    restored = None
         self._finish()
         return FitResult(
             self.model,
@@ -396,19 +410,17 @@ class _Trainer:
 
     def _epoch(self, restored: dict[str, Any] | None) -> None:
         """Train one epoch (from a checkpoint within it: the rest of it), validate, save."""
-        steps, skip = self.source.steps_per_epoch, self.at.step % self.source.steps_per_epoch
+        steps = self.source.steps_per_epoch
+        # All of an epoch's steps are done where a run was stopped while it was validated.
+        skip = self.at.step - steps * self.at.epoch
         sums = _Sums(self.device)
         begin, seconds_before = time.perf_counter(), self.at.train_seconds
         # The last epoch may be a part of one.
         left = min(steps - skip, self.total - self.at.step)
-        batches = itertools.islice(self.source.epoch(self.at.epoch, skip), left)
         if restored:
             sums.load_state_dict(restored["sums"])
-            self._set_random_state(restored["rng"][self.accelerator.process_index])
-        lr = 0.0
-        for x, y, index in batches:
-            lr = self._set_rates()
-            self._set_course(lr)
+        for x, y, index in self._batches(skip, left, restored):
+            self._set_course(self._set_rates())
             result = self._step(x, y, index)
             self.at.step += 1
             # Of images without a label there is nothing to be right about.
@@ -419,26 +431,56 @@ class _Trainer:
                 self._show(sums, begin)
             every = self.config.checkpoint_every
             within = self.at.step % steps and self.at.step < self.total
-            if every and self.at.step % every == 0 and within:
+            due = every and self.at.step % every == 0 and within
+            stops = self.run is not None and self.stop.after(self.at.step, self.device)
+            if due or stops:
                 self.at.train_seconds = seconds_before + time.perf_counter() - begin
                 self._check_finite(sums, weights=True)
                 self._share_buffers()
                 self._save(sums)
+            if stops:
+                self._leave()
         self._check_finite(sums, weights=True)
         self._share_buffers()
-        row_seconds = time.perf_counter() - begin
-        self.at.train_seconds = seconds_before + row_seconds
+        self.at.train_seconds = seconds_before + time.perf_counter() - begin
         self.at.epoch += 1
+        seconds = self.at.train_seconds - sum(r["train_seconds"] for r in self.at.history[-1:])
         row = {
             "epoch": self.at.epoch,
             "step": self.at.step,
-            "lr": lr,
+            "lr": self.optimizer.param_groups[0]["lr"],
             **sums.means(),
-            "images_per_second": sums.images * self.accelerator.num_processes / row_seconds,
+            "images_per_second": sums.images * self.accelerator.num_processes / seconds,
             "train_seconds": self.at.train_seconds,
         }
-        self._validate(row)
+        random_state = self._random_state()
+        try:
+            self._validate(row)
+        except Asked:
+            self.at.epoch -= 1
+            self._set_random_state(random_state)
+            self._save(sums)
+            self._leave()
         self._record(row)
+
+    def _batches(self, skip: int, left: int, restored: dict[str, Any] | None) -> Iterator[Batch]:
+        """Return so many batches of the epoch; from a checkpoint within it, those after it."""
+        states = restored["rng"] if restored else gather_object([self._random_state()])
+        # A loader draws its order when an epoch begins, and images as it goes.
+        self.epoch_rng = restored.get("epoch_rng", states) if restored and skip else states
+        if restored:
+            self._set_random_states(self.epoch_rng)
+        batches = self.source.epoch(self.at.epoch, skip) if left else iter(())
+        if restored:
+            self._set_random_states(states)
+        return itertools.islice(batches, left)
+
+    def _leave(self) -> NoReturn:
+        assert self.run is not None
+        self.display.say(
+            f"stopped at step {self.at.step} of {self.total}: {self.run.folder} is saved"
+        )
+        self.stop.leave()
 
     def _step(self, x: Tensor, y: Tensor, index: Tensor | None) -> StepResult:
         draw = None
@@ -517,7 +559,8 @@ class _Trainer:
         if self.held_out is None:
             self.at.best_epoch = self.at.epoch
             return
-        found = self._attack_held_out()
+        with self.stop.at_once():
+            found = self._attack_held_out()
         row["val_n"] = found.n
         row["val_clean"] = found.clean_accuracy
         row |= {f"val_{name}": value for name, value in found.robust_accuracy.items()}
@@ -591,6 +634,8 @@ class _Trainer:
                     "method": method,
                     "sums": sums.state_dict(),
                     "rng": states,
+                    "epoch_rng": self.epoch_rng,
+                    "steps_per_epoch": self.source.steps_per_epoch,
                 },
             )
 
@@ -607,6 +652,14 @@ class _Trainer:
     def _random_state(self) -> dict[str, Any]:
         loader = [generator.get_state() for generator in self._loader_generators()]
         return {**checkpoint.rng_state(self.device), "loader": loader}
+
+    def _set_random_states(self, states: list[dict[str, Any]]) -> None:
+        """Restore this process's; one that the run did not have draws numbers of its own."""
+        rank = self.accelerator.process_index
+        if rank < len(states):
+            self._set_random_state(states[rank])
+        else:
+            checkpoint.seed_everything(self.config.seed + rank + self.at.step)
 
     def _set_random_state(self, state: dict[str, Any]) -> None:
         checkpoint.set_rng_state(state, self.device)
@@ -628,11 +681,7 @@ class _Trainer:
                     f"checkpoint; train it anew with --config {self.run.config}, another --out"
                 )
             return None
-        if len(state["rng"]) != self.accelerator.num_processes:
-            raise UserError(
-                f"{self.run.folder} was run on {len(state['rng'])} processes, this is "
-                f"{self.accelerator.num_processes}: resume with the same number"
-            )
+        self._check_processes(len(state["rng"]), state.get("steps_per_epoch"))
         self.at = _Progress(**state["progress"])
         try:
             self.model.load_state_dict(state["model"])
@@ -647,6 +696,22 @@ class _Trainer:
         self.method.load_state_dict(state["method"])
         self.display.say(f"resuming {self.run.folder} at step {self.at.step} of {self.total}")
         return state
+
+    def _check_processes(self, begun: int, steps: int | None) -> None:
+        """Let a run go on with another number of processes where its steps stay what they were."""
+        now = self.accelerator.num_processes
+        if begun == now:
+            return
+        if steps != self.source.steps_per_epoch:
+            assert self.run is not None
+            raise UserError(
+                f"{self.run.folder} was run on {begun} processes, this is {now}, with which a "
+                "DataLoader has other steps: resume with the same number"
+            )
+        self.display.say(
+            f"results differ from an uninterrupted run's: it was begun with {begun} processes and "
+            f"goes on with {now}, which draw other random numbers"
+        )
 
     def _ended(self, rows: list[dict[str, Any]]) -> _Progress:
         """Return the progress of a run that is done and whose checkpoints were removed."""

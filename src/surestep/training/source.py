@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from surestep.data import Batches, Images, as_images, as_pair, augment
 from surestep.errors import UserError
+from surestep.training.checkpoint import OwnRandom
 
 _NO_LENGTH = "has no length, which schedules need: give a Dataset with __len__ and __getitem__"
 
@@ -27,7 +29,10 @@ class Source(Protocol):
         ...
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """Yield (x, y, index) of an epoch from step ``skip`` on."""
+        """Return (x, y, index) of an epoch's batches from step ``skip`` on.
+
+        What is drawn for it from the global random state is drawn by this call, not later.
+        """
         ...
 
     def draw(self, epoch: int, step: int) -> augment.Draw | None:
@@ -54,15 +59,25 @@ class LoaderSource:
             raise UserError(f"the DataLoader {_NO_LENGTH}") from None
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """Yield (x, y, None).
+        """Return (x, y, None) of the batches; those before ``skip`` are loaded, and left out.
 
         Raises:
             UserError: a batch is no pair.
         """
-        # The order is drawn at the start, from a random state that a checkpoint within the epoch
-        # no longer has; `make_source` refuses such checkpoints.
-        assert skip == 0
-        for batch in self.loader:
+        if isinstance(self.loader, DataLoaderShard | DataLoaderDispatcher):
+            # It counts the epochs that came to their end, which a part of one does not.
+            self.loader.set_epoch(epoch)
+        random = OwnRandom(int(torch.empty((), dtype=torch.int64).random_()))
+        return _without(self._batches(random), skip)
+
+    def _batches(self, random: OwnRandom) -> Iterator[Batch]:
+        batches = iter(self.loader)
+        while True:
+            # Order and transforms must not depend on what the steps in between draw.
+            with random.used():
+                batch = next(batches, None)
+            if batch is None:
+                return
             x, y = as_pair(batch)
             x, y = (t.to(self.device, non_blocking=self.device.type == "cuda") for t in (x, y))
             yield x, y, None
@@ -97,16 +112,22 @@ class Replayed:
         return self.times * self.source.steps_per_epoch
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """Yield each batch of the source so many times, from step ``skip`` on."""
+        """Return each batch of the source so many times, from step ``skip`` on."""
         whole, part = divmod(skip, self.times)
-        for batch in self.source.epoch(epoch, whole):
-            for _ in range(part, self.times):
-                yield batch
-            part = 0
+        batches = self.source.epoch(epoch, whole)
+        replayed = (batch for batch in batches for _ in range(self.times))
+        return _without(replayed, part)
 
     def draw(self, epoch: int, step: int) -> augment.Draw | None:
         """Return the crops and flips of a batch, if it has any."""
         return self.source.draw(epoch, step // self.times)
+
+
+def _without(batches: Iterator[Batch], skip: int) -> Iterator[Batch]:
+    """Take the first away now: generators of a loader's own are restored before the next."""
+    for _ in range(skip):
+        next(batches)
+    return batches
 
 
 def image_shape(data: Any) -> torch.Size:
@@ -177,7 +198,6 @@ def make_source(
     batch_size: int,
     seed: int,
     augmentation: str,
-    checkpoint_every: int | None,
     device: torch.device,
     rank: int,
     world: int,
@@ -190,14 +210,13 @@ def make_source(
         batch_size: of all processes together (a DataLoader keeps its own).
         seed: of the order and the augmentation.
         augmentation: name of it.
-        checkpoint_every: steps between checkpoints within an epoch, if there are to be any.
         device: where batches are wanted.
         rank: of this process.
         world: number of processes.
         prepare: shards a DataLoader over the processes (Accelerate's ``prepare``).
 
     Raises:
-        UserError: augmentation of, or checkpoints within an epoch of, data not held in memory.
+        UserError: augmentation of data not held in memory; a batch size that cannot be divided.
     """
     if not isinstance(data, DataLoader | Dataset):
         return Batches(
@@ -213,11 +232,6 @@ def make_source(
         raise UserError(
             f"augment={augmentation!r} works on tensors in memory: augment in your Dataset, or "
             "pass a pair of tensors"
-        )
-    if checkpoint_every:
-        raise UserError(
-            f"checkpoint_every={checkpoint_every} needs data in memory: a DataLoader cannot go on "
-            "within an epoch; leave it out to save at the end of each"
         )
     if isinstance(data, Dataset):
         if batch_size % world:

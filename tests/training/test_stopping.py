@@ -1,0 +1,218 @@
+"""Runs that are asked to stop: they save where they are, and go on as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from surestep import files
+from surestep.training import TrainStep, checkpoint, loop, stopping
+
+ENDS = {signal.SIGTERM: (SystemExit, "143"), signal.SIGINT: (KeyboardInterrupt, None)}
+
+
+class Noisy(Dataset):
+    """A Dataset that changes its images anew each time, from torch's own random state."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x, y
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x = self.x[index]
+        return (x + 0.05 * torch.rand_like(x)).clamp(0, 1), self.y[index]
+
+
+@pytest.fixture
+def asking(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return ``asking(after, run)``: do ``run``, which a signal asks to stop in its step ``after``.
+
+    No step must follow it.
+    """
+
+    def ask(after: int, run: Callable[[], object], number: int = signal.SIGTERM) -> None:
+        done, take = 0, TrainStep.__call__
+
+        def step(self: TrainStep, *batch: Any) -> Any:
+            nonlocal done
+            done += 1
+            assert done <= after
+            result = take(self, *batch)
+            if done == after:
+                os.kill(os.getpid(), number)
+            return result
+
+        error, said = ENDS[signal.Signals(number)]
+        with monkeypatch.context() as patch:
+            patch.setattr(TrainStep, "__call__", step)
+            with pytest.raises(error, match=said):
+                run()
+
+    return ask
+
+
+def same(tiny: Any, out: Path, whole: Path) -> None:
+    assert tiny.weights(out) == tiny.weights(whole)
+    assert tiny.rows(out) == tiny.rows(whole)
+    ours, theirs = (files.load_tree(checkpoint.found(f / "checkpoints")[-1]) for f in (out, whole))
+    for name in ("model", "optimizer", "rng", "sums"):
+        assert str(ours[name]) == str(theirs[name])
+
+
+# Five steps an epoch: within the first, its last, the first of the second, the last of all.
+@pytest.mark.parametrize("after", [1, 3, 5, 6, 10])
+@pytest.mark.parametrize(
+    "kind", ["images", "average and state", "Dataset", "DataLoader", "replayed"]
+)
+def test_a_run_goes_on_where_it_was(tiny, asking, tmp_path, kind, after):
+    def train(**place: Any) -> Any:
+        data, settings = tiny.data(), {}
+        if kind in ("Dataset", "replayed"):
+            data = Noisy(*tiny.data(58))
+        elif kind == "DataLoader":
+            own = torch.Generator().manual_seed(3)
+            data = DataLoader(Noisy(*tiny.data(50)), 10, shuffle=True, generator=own)
+        elif kind == "average and state":
+            settings = {"ema": 0.9, "select": "best", "augment": "crop-flip"}
+        if not isinstance(data, tuple):
+            settings["validation"] = tiny.data(8)
+        if kind == "replayed":
+            settings["epochs"] = 2 / 2
+        method = {"replayed": "free", "average and state": "fgsm-mep"}.get(kind, "sat-r2")
+        return tiny.train(method, data=data, **settings, **place)
+
+    train(out=tmp_path / "whole")
+    asking(after, lambda: train(out=tmp_path / "run"))
+    assert checkpoint.found(tmp_path / "run" / "checkpoints")[-1].stem == f"step-{after:08d}"
+    train(out=tmp_path / "run", resume=True)
+    same(tiny, tmp_path / "run", tmp_path / "whole")
+
+
+def test_again_and_again(tiny, asking, tmp_path):
+    def train(**place: Any) -> Any:
+        return tiny.train("sat-r3", data=Noisy(*tiny.data()), validation=tiny.data(8), **place)
+
+    train(out=tmp_path / "whole")
+    asking(2, lambda: train(out=tmp_path / "run"))
+    for _ in range(3):
+        asking(1, lambda: train(out=tmp_path / "run", resume=True))
+    train(out=tmp_path / "run", resume=True)
+    same(tiny, tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+@pytest.mark.parametrize("number", ENDS)
+def test_during_validation(tiny, tmp_path, monkeypatch, number, epoch):
+    def train(**place: Any) -> Any:
+        # A partial epoch at the end.
+        return tiny.train("sat-r2", epochs=1.4, select="best", **place)
+
+    train(out=tmp_path / "whole")
+    evaluate, calls = loop.evaluate, 0
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == epoch:
+            torch.rand(3)
+            os.kill(os.getpid(), number)
+        return evaluate(*args, **kwargs)
+
+    error, said = ENDS[number]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", interrupted)
+        with pytest.raises(error, match=said):
+            train(out=tmp_path / "run")
+    assert calls == epoch
+    stopped = checkpoint.found(tmp_path / "run" / "checkpoints")[-1]
+    assert stopped.stem == f"step-{(5, 7)[epoch - 1]:08d}"
+    train(out=tmp_path / "run", resume=True)
+    same(tiny, tmp_path / "run", tmp_path / "whole")
+
+
+def test_what_is_said(tiny, asking, tmp_path, capsys):
+    out = tmp_path / "run"
+    asking(3, lambda: tiny.train(out=out, quiet=False), signal.SIGINT)
+    assert f"stopped at step 3 of 10: {out} is saved" in capsys.readouterr().err
+
+
+def test_signals_do_what_they_did_before_and_after(tiny, tmp_path, monkeypatch):
+    def handlers() -> list[Any]:
+        return [signal.getsignal(number) for number in ENDS]
+
+    before, within, take = handlers(), [], TrainStep.__call__
+
+    def step(self: TrainStep, *batch: Any) -> Any:
+        within.append(handlers() != before)
+        return take(self, *batch)
+
+    monkeypatch.setattr(TrainStep, "__call__", step)
+    tiny.train()
+    assert not any(within)  # nothing could be saved
+    tiny.train(out=tmp_path / "run")
+    assert all(within[10:])
+    assert handlers() == before
+
+
+def test_in_a_thread(tiny, tmp_path):
+    """Signals are heard by a process's first thread alone."""
+    thread = threading.Thread(target=lambda: tiny.train(out=tmp_path / "run"))
+    thread.start()
+    thread.join()
+    assert len(tiny.rows(tmp_path / "run")) == 2
+
+
+class TestCtrlC:
+    def test_a_second_one_interrupts(self, monkeypatch):
+        now = [10.0]
+        monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+        stop = stopping.StopRequest()
+        with stop.heard():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.number == signal.SIGINT
+            now[0] += 0.3  # the launcher's copy of the same
+            os.kill(os.getpid(), signal.SIGINT)
+            now[0] += 1
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    def test_sigterm_after_it_does_not(self):
+        stop = stopping.StopRequest()
+        with stop.heard():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.number == signal.SIGTERM
+
+
+def test_a_loader_is_told_its_epoch(tiny, asking, tmp_path):
+    """Samplers and data sets that shuffle by epoch, as torch's DistributedSampler does."""
+    seen: list[int] = []
+
+    class Told(Noisy):
+        def set_epoch(self, epoch: int) -> None:
+            seen.append(epoch)
+
+    def train(**place: Any) -> Any:
+        data, settings = Told(*tiny.data()), {"validation": tiny.data(8), "epochs": 3}
+        return tiny.train(data=DataLoader(data, 10), **settings, **place)
+
+    train()
+    assert sorted(set(seen)) == [0, 1, 2]
+    seen.clear()
+    asking(8, lambda: train(out=tmp_path / "run"))
+    assert max(seen) == 1
+    seen.clear()
+    train(out=tmp_path / "run", resume=True)
+    assert sorted(set(seen)) == [1, 2]

@@ -54,6 +54,7 @@ class World:
         self.accuracies = {"fgsm": 0.8, "pgd-100": 0.6, "pgd-100-margin": 0.5}
         self.verdicts: dict[str, str] = {}
         self.found = 0.5
+        self.sizes: list[int | None] = []
         self.breaks: dict[str, Exception] = {}
         self.images = Images(torch.zeros(40, 1, 4, 4), torch.zeros(40, dtype=torch.int64))
         self.other_images: dict[str | None, Images] = {}
@@ -90,12 +91,14 @@ class World:
 
     def evaluate(self, model: str, images: Images, threat: Any, attacks: Any, **options: Any):
         self.judge("evaluate", model)
+        self.sizes.append(options.get("batch_size"))
         shift = 0.01 * int(model[-1]) if model[-1].isdigit() else 0.0
         scores = {name: self.accuracies.get(name, 0.4) + shift for name in attacks}
         return SimpleNamespace(to_dict=lambda: evaluated(scores, 0.9 + shift))
 
     def audit(self, model: str, images: Images, threat: Any, **options: Any):
         self.judge("audit", model)
+        self.sizes.append(options.get("batch_size"))
         verdict = self.verdicts.get(model, "robust")
         return SimpleNamespace(to_dict=lambda: audited(verdict, self.found))
 
@@ -142,6 +145,16 @@ class TestTraining:
             ("sat-r2", [0, 1]),
         ]
         assert told[:2] == ["training fgsm-seed0 (1 of 4)", "  epoch 1/1"]
+
+    def test_how_many_images_are_attacked_at_a_time(self, world, tmp_path):
+        compare(["fgsm"], 1, out=tmp_path / "one", **SHORT)
+        compare(["fgsm"], 1, out=tmp_path / "two", eval_batch_size=7, **SHORT)
+        assert world.sizes == [None, None, 7, 7]
+        # It is no other comparison.
+        compare(["fgsm"], 1, out=tmp_path / "two", eval_batch_size=9, **SHORT)
+        assert len(world.sizes) == 4
+        with pytest.raises(UserError, match="eval_batch_size 0: give 1 or more"):
+            compare(["fgsm"], 1, out=tmp_path / "three", eval_batch_size=0, **SHORT)
 
     def test_the_numbers(self, world, tmp_path):
         row = compare(["sat-r2"], [0, 2], out=tmp_path, **SHORT).rows[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import sys
@@ -123,6 +124,12 @@ def memory_for(what: str, advice: str) -> Iterator[None]:
         raise
 
 
+def free_cached_memory() -> None:
+    """Give what the allocator holds of a GPU for later back, to other processes."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def finest(device: torch.device) -> torch.dtype:
     """Return the most precise floating type of a device: float64, which Apple's GPUs lack."""
     return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
@@ -137,6 +144,27 @@ def autocasts(device: torch.device) -> bool:
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Return the context in which a device computes in the types of the tensors."""
     return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
+
+
+@functools.cache
+def casts_lose_gradients(device: torch.device) -> bool:
+    """Tell whether autocast keeps casts of weights that a pass without gradients made.
+
+    A later pass gets no weight gradient from them. Releases of 2025 and before do (pytorch/pytorch
+    #112583), later ones do not. Asked under autocast.
+    """
+    weight, x = (torch.zeros(1, 1, device=device) for _ in range(2))
+    weight.requires_grad_()
+    with torch.no_grad():
+        torch.nn.functional.linear(x, weight)
+    with torch.enable_grad():
+        return not torch.nn.functional.linear(x, weight).requires_grad
+
+
+def drop_casts_without_gradients(device: torch.device) -> None:
+    """Under autocast, forget what an attack cast, where the update would get no gradient by it."""
+    if autocasts(device) and casts_lose_gradients(device):
+        torch.clear_autocast_cache()
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:

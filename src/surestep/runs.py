@@ -19,6 +19,7 @@ from surestep.config import FitSettings, RunConfig, parse, read_yaml
 from surestep.data import Images
 from surestep.devices import pick_device
 from surestep.errors import UserError
+from surestep.evaluation import suite
 from surestep.methods import Method
 from surestep.posthoc import insert
 from surestep.threat import ThreatModel
@@ -28,7 +29,7 @@ from surestep.training.run_folder import RunFolder
 _MEANT = ("dataset", "norm")
 """What a radius is meant for."""
 _ALIKE = {"cifar100": "cifar10"}
-"""Data sets that are trained with the presets of another."""
+"""Data sets that are trained with the presets of another, where a method has none of their own."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def resolve(values: Mapping[str, Any], preset: str | None = None) -> RunConfig:
     A preset brings data set, model, eps, the method's parameters and the training settings;
     what the user gives explicitly wins. At another eps than the preset's, its step sizes and other
     lengths change in proportion. Without a preset's name, the one called as the data set is taken
-    if the method has it (for cifar100 that of cifar10).
+    if the method has it (for cifar100 else that of cifar10).
 
     Args:
         values: by the names of ``RunConfig``'s fields.
@@ -98,8 +99,8 @@ def resolve(values: Mapping[str, Any], preset: str | None = None) -> RunConfig:
 def usual_preset(method: str, dataset: str) -> str | None:
     """Return the preset that a data set is trained with where none is named, if there is one."""
     name = dataset.partition(":")[0]
-    name = _ALIKE.get(name, name)
-    return name if name in methods.get(method).presets else None
+    known = methods.get(method).presets
+    return next((n for n in (name, _ALIKE.get(name)) if n in known), None)
 
 
 def build_threat(config: RunConfig) -> ThreatModel:
@@ -167,11 +168,12 @@ def harden(
     folder: str | Path,
     out: str | Path,
     *,
-    thresholds: Sequence[float],
-    attacks: Sequence[str],
+    thresholds: Sequence[float] = posthoc.THRESHOLDS,
+    attacks: Sequence[str] | None = None,
     n_search: int | None = None,
     n: int | None = None,
     seed: int = 0,
+    batch_size: int = 500,
     device: str | None = None,
     overwrite: bool = False,
     progress: Callable[[dict[str, Any]], None] | None = None,
@@ -182,10 +184,13 @@ def harden(
         folder: of the trained run.
         out: of the hardened one.
         thresholds: to try on validation images; see ``surestep.posthoc.harden``.
-        attacks: names, of the search and of the judgement on test images.
+        attacks: names, of the search and of the judgement on test images; by default
+            ``posthoc.ATTACKS`` and ``posthoc.JUDGES``. Transfer attacks are made on the run as it
+            was.
         n_search: only the first so many validation images.
         n: only the first so many test images.
         seed: of the attacks.
+        batch_size: of the attacks.
         device: where to run; by default the best there is.
         overwrite: replace ``out``.
         progress: called with each row of the search.
@@ -204,21 +209,23 @@ def harden(
     place = RunFolder.plan(out, overwrite=overwrite)
     assert place is not None
     files.make_folder(place.folder.parent)  # before the work rather than after it
-    options: dict[str, Any] = {"seed": seed}
+    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
     found = posthoc.harden(
         run.model,
         load_data(run.config, "train"),
         load_data(run.config, "validation"),
         run.threat,
         thresholds=thresholds,
-        attacks=attacks,
+        attacks=attacks or posthoc.ATTACKS,
         n=n_search,
         progress=progress,
         **options,
     )
     test = load_data(run.config, "test")
     before, after = (
-        posthoc.judge(model, test, run.threat, attacks, n=n, **options).to_dict()
+        posthoc.judge(
+            model, test, run.threat, attacks or posthoc.JUDGES, n=n, sources=[run.model], **options
+        ).to_dict()
         for model in (run.model, found.model)
     )
     config = run.config.model_copy(update={"mean_sparse": found.threshold})
@@ -244,7 +251,12 @@ def train(
     """Train a run as configured; see ``surestep.fit``. ``tell`` is called before it begins."""
     if resume and config.mean_sparse is not None:
         raise UserError(f"{out} was hardened after training: resume the run it was made from")
+    # What can be told at once, before a data set is read.
+    RunFolder.plan(out, resume=resume, overwrite=overwrite)
     method = build_method(config)
+    if config.val_images:
+        suite.parse_all(config.val_attacks, method.threat)
+    models.check_name(config.model)
     images = load_data(config, "train")
     for folder, source in zip(config.sources, getattr(method, "sources", ()), strict=True):
         classes = count_classes(source, images.pixels(slice(0, 1)).to(device_of(source)))

@@ -41,6 +41,7 @@ class Target:
         threat: norm, radius and data range.
         preprocess: what the model needs done to the pixels first, if it was declared.
         run: the run folder, if it is one.
+        note: what is worth saying before it is judged.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Target:
     threat: ThreatModel
     preprocess: nn.Module | None = None
     run: Path | None = None
+    note: str = ""
 
 
 def open_target(
@@ -88,6 +90,12 @@ def open_target(
         raise UserError("mean and std go together: give both or neither")
     preprocess = None if mean is None or std is None else models.Normalize(mean, std)
     folder = Path(name)
+    normalises = folder.is_dir() or name.startswith("hf:") or (_of_timm(name) and not weights)
+    if preprocess is not None and normalises:
+        raise UserError(f"{name} normalises its images itself: leave mean and std out")
+    target = pick_device(device)
+    if weights is not None and not Path(weights).is_file():
+        raise UserError(f"the weights {weights} are not there")
     given = {"dataset": dataset, "data": place, "image_size": image_size, "eps": eps}
     of_run = folder.is_dir()
     if of_run:
@@ -118,7 +126,7 @@ def open_target(
         config = parse(RunConfig, {**given, "norm": norm or "linf"})
     images, limits = runs.load_data(config, split), runs.build_threat(config)
     model = _of_run(folder, device, images) if of_run else _load(name, weights, images)
-    target = pick_device(device)
+    note = _numbering(name, model, images)
     return Target(
         name,
         _eval(model.to(target)),
@@ -126,6 +134,33 @@ def open_target(
         limits,
         None if preprocess is None else preprocess.to(target),
         folder if of_run else None,
+        note,
+    )
+
+
+def _numbering(name: str, model: nn.Module, images: Images) -> str:
+    """Hold a pretrained model's classes against those of the data; return what is to be said.
+
+    Raises:
+        UserError: they are the same classes in another order.
+    """
+    body = model[-1] if isinstance(model, nn.Sequential) else model
+    named = getattr(getattr(body, "config", None), "id2label", None)
+    theirs = [str(named[k]) for k in sorted(named)] if named else []
+    ours = [str(c) for c in images.classes or ()]
+    if theirs and ours and theirs != ours and sorted(theirs) == sorted(ours):
+        k = next(k for k, (one, other) in enumerate(zip(theirs, ours, strict=True)) if one != other)
+        raise UserError(
+            f"{name} numbers the classes otherwise than the data: {k} is {theirs[k]!r} there, "
+            f"{ours[k]!r} here; order the data's classes as the model's"
+        )
+    known = getattr(body, "num_classes", None)
+    outputs = len(theirs) or (known if isinstance(known, int) else 0)
+    if not outputs or outputs == images.num_classes:
+        return ""
+    return (
+        f"{name} has {outputs} classes, the data {images.num_classes}: label k of the data is "
+        "taken for output k of the model"
     )
 
 
@@ -154,6 +189,10 @@ def _check_kind(name: str) -> None:
         raise UserError(f"{name} is not there")
 
 
+def _of_timm(name: str) -> bool:
+    return name.startswith("timm:")
+
+
 def _eval(model: nn.Module) -> nn.Module:
     """Put a model into eval mode, and the weights of one that was trained in half into float32."""
     halves = (torch.float16, torch.bfloat16)
@@ -166,7 +205,7 @@ def _eval(model: nn.Module) -> nn.Module:
 
 
 def _load(name: str, weights: str | None, images: Images) -> nn.Module:
-    if name.startswith("timm:"):
+    if _of_timm(name):
         return _timm(name, weights, images)
     file, colon, factory = name.rpartition(":")
     if not (colon and file.endswith(".py")):

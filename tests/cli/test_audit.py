@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from PIL import Image
 
 from surestep import UserError, evaluation, files, models, targets
 from surestep.auditing import _subject
+from surestep.data import Images
 
 MODEL = """
 import torch
@@ -195,6 +197,8 @@ def test_a_file_with_dataclasses(done, weights, on):
         ("{0}/script.ts", ("--weights", "{0}/plain.pt"), "has its own weights"),
         ("{0}/net.py:make", ("--mean", "0.1"), "mean and std go together"),
         ("{0}/net.py:make", ("--mean", "a", "--std", "1"), "give numbers, one per channel"),
+        ("hf:nothing", ("--mean", "0.5", "--std", "0.2"), "normalises its images itself"),
+        ("timm:nothing", ("--mean", "0.5", "--std", "0.2"), "normalises its images itself"),
         ("timm:nothing", (), "timm"),
         ("hf:nothing", (), "transformers"),
     ],
@@ -202,6 +206,47 @@ def test_a_file_with_dataclasses(done, weights, on):
 def test_refused(refused, weights, on, model, more, said):
     given = [str(m).format(weights) for m in more]
     assert said in refused("evaluate", model.format(weights), *given, *on)
+
+
+def test_a_run_normalises_inside(refused, finished):
+    line = refused("evaluate", finished, "--mean", "0.1", "--std", "0.3", "--attacks", "fgsm")
+    assert "normalises its images itself: leave mean and std out" in line
+
+
+class Pretrained(torch.nn.Module):
+    """As timm's and the Hub's models tell of their classes."""
+
+    def __init__(self, names=None, outputs=None):
+        super().__init__()
+        if names:
+            self.config = SimpleNamespace(id2label=dict(enumerate(names)))
+        if outputs:
+            self.num_classes = outputs
+
+
+@pytest.mark.parametrize(
+    ("told", "classes", "note"),
+    [
+        ({"names": ["cat", "dog"]}, ["cat", "dog"], ""),
+        ({"names": ["tabby", "hound", "gull"]}, ["cat", "dog"], "has 3 classes, the data 2: label"),
+        ({"outputs": 1000}, ["cat", "dog"], "hf:pets has 1000 classes, the data 2: label k"),
+        ({"outputs": 2}, ["cat", "dog"], ""),
+        ({}, ["cat", "dog"], ""),
+        ({"names": ["cat", "dog"]}, None, ""),
+    ],
+)
+def test_the_numbers_of_the_classes(told, classes, note):
+    images = Images(torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]), classes=classes)
+    for model in (Pretrained(**told), torch.nn.Sequential(torch.nn.Identity(), Pretrained(**told))):
+        found = targets._numbering("hf:pets", model, images)
+        assert note in found
+        assert bool(found) == bool(note)
+
+
+def test_the_same_classes_in_another_order():
+    images = Images(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]), classes=["cat", "dog"])
+    with pytest.raises(UserError, match="0 is 'dog' there, 'cat' here; order the data's classes"):
+        targets._numbering("hf:pets", Pretrained(["dog", "cat"]), images)
 
 
 def test_labels_that_the_model_has_not(refused, weights, on):

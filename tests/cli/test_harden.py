@@ -5,7 +5,9 @@ import json
 import pytest
 import yaml
 
+import surestep
 from surestep import runs
+from surestep.posthoc import hardening
 from surestep.posthoc.mean_sparse import layers
 
 QUICK = ("--mean-sparse", "--n", "40", "--n-search", "20", "--attacks", "pgd-5,square-20")
@@ -36,6 +38,27 @@ class TestHarden:
         done("evaluate", out, "--attacks", "pgd-5", "--n", "40", "--json", judged)
         assert json.loads(judged.read_text())["clean_accuracy"] == pytest.approx(
             found["after"]["clean_accuracy"]
+        )
+
+    def test_by_default_the_judges_include_transfer_from_the_run(
+        self, done, finished, tmp_path, monkeypatch
+    ):
+        asked = []
+
+        def evaluate(model, data, threat, attacks, **options):
+            asked.append((tuple(attacks), options["batch_size"], len(options["sources"])))
+            return surestep.evaluate(model, data, threat, ["fgsm"], n=options["n"])
+
+        monkeypatch.setattr(hardening, "evaluate", evaluate)
+        done("harden", finished, "--mean-sparse", "--threshold", "0.2", "--n", "20",
+             "--n-search", "10", "--batch-size", "64", "--out", tmp_path / "hard")  # fmt: skip
+        assert {size for _, size, _ in asked} == {64}
+        assert {count for *_, count in asked} == {1}
+        assert not any("transfer" in attacks for attacks, *_ in asked[:4])
+        # Before, after, and after with straight-through gradients, which a transfer has no use for.
+        assert ["transfer" in attacks for attacks, *_ in asked[4:]] in (
+            [True, True, False],
+            [True] * 2,
         )
 
     @pytest.mark.parametrize(

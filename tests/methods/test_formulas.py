@@ -168,6 +168,25 @@ def test_how_far_the_authors_points_lie(build, make_task, slug, inside):
     assert far == pytest.approx(EPS if inside else EPS + 0.03, abs=1e-9)
 
 
+@pytest.mark.parametrize("slug", ["rs-fgsm", "n-fgsm", "zerograd", "multigrad", "aaer"])
+def test_attacks_in_train_mode_see_confident_networks(build, make_task, monkeypatch, slug):
+    """Without a random start it is seen: cross entropy has no gradient, the step must have one."""
+    monkeypatch.setattr(Linf, "random_delta", lambda self, x, *_: torch.zeros_like(x))
+    task = make_task("mlp", dtype=torch.float32)
+    with torch.no_grad():
+        task.net[-1].weight *= 1e4
+    x = task.x.clamp(0.2, 0.8)
+    y = task.net(x).argmax(1)
+    leaf = x.clone().requires_grad_()
+    torch.nn.functional.cross_entropy(task.net(leaf), y, reduction="sum").backward()
+    assert bool((leaf.grad.flatten(1) == 0).all(1).any())
+    far = (build(slug)(task.net, x, y).x_adv - x).abs()
+    if slug == "zerograd":
+        assert bool((far > EPS - 1e-6).flatten(1).any(1).all())
+    else:
+        torch.testing.assert_close(far, torch.full_like(x, EPS), rtol=0, atol=1e-6)
+
+
 def test_methods_survive_confident_networks(build, slug, make_task):
     """Logits of thousands: every part of the loss and every gradient stays finite."""
     task = make_task("mlp", dtype=torch.float32)

@@ -94,7 +94,7 @@ def test_the_start_is_the_labels_own_direction(make_task):
     x = task.x.clamp(0.2, 0.8)
     templates, seen = EPS * grey_signs(task), []
     task.net.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()))
-    methods.get("liet")(Linf(EPS))(task.net, x, task.y)
+    methods.get("liet")(Linf(EPS), far=False)(task.net, x, task.y)
     delta = (seen[-1][:300] - x) / templates[task.y]
     along, against = ((delta - sign).abs().lt(1e-6).flatten(1).double().mean(1) for sign in (1, -1))
     forward = along > against

@@ -10,7 +10,7 @@ from torch import nn
 
 import surestep
 from surestep.attacks.core import input_gradient
-from surestep.report import _png, gather
+from surestep.report import _gather, _png, gather
 
 LINF = surestep.Linf(0.3)
 
@@ -158,3 +158,16 @@ def test_bad_images(net, images):
         gather(net, (x * 255).byte(), y, LINF)
     with pytest.raises(surestep.UserError, match="no image"):
         gather(net, x[:0], y[:0], LINF)
+
+
+def test_too_little_memory(net, images, monkeypatch):
+    x, y = images
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(_gather, "_surface", full)
+    with pytest.raises(
+        surestep.UserError, match=r"memory in the report's pictures: lower batch_size \(8\)"
+    ):
+        gather(net, x, y, LINF, batch_size=8)

@@ -32,6 +32,7 @@ import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader, TensorDataset
 
+from surestep import UserError
 from surestep.training import Pick, TrainStep, loop, pick_engine, stopping
 from surestep.training.memory import Frugal
 
@@ -156,6 +157,12 @@ for method in ("tdat", "free", "pap", "fgsm-mep"):
         return train(method, model=tiny.make_net(norm=False), checkpoint_every=2, **where)
 
     stopped(f"resumed-{method}", with_state, [4])
+idle = torch.nn.Sequential(tiny.make_net(norm=False))
+idle.register_parameter("aside", torch.nn.Parameter(torch.zeros(3)))
+try:
+    train("fgsm", model=idle)
+except UserError as e:
+    (place / f"idle-{rank}").write_text(str(e))
 (place / f"world-{rank}").write_text(str(PartialState().num_processes))
 # Left to the interpreter's end, the group's threads may abort a process that is done.
 PartialState().destroy_process_group()
@@ -309,6 +316,12 @@ def test_only_the_first_writes(place, tiny):
     state = files.load_tree(checkpoint.found(folder / "checkpoints")[-1])
     first, second = state["rng"]
     assert not torch.equal(first["torch"], second["torch"])
+
+
+def test_a_parameter_without_a_part_in_it_is_named(place):
+    for rank in (0, 1):
+        said = (place / f"idle-{rank}").read_text()
+        assert "take no part in the logits: aside; freeze them with requires_grad_(False)" in said
 
 
 @pytest.mark.parametrize("name", ["asked", "asked-loader", "left", "left-loader"])

@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surestep
-from surestep import methods
+from surestep import devices, methods
 from surestep.data import Batches, as_images
 from surestep.devices import has_bf16
 from surestep.errors import UserError
 from surestep.training import Engine, TrainStep, WeightAverage, make_optimizer, make_step
-from surestep.training import engine as room
 
 WEIGHTS = [nn.Parameter(torch.ones(2))]
 FAST32 = Engine(torch.float32, channels_last=True, tuned=True)
@@ -310,15 +309,26 @@ def test_casts_that_lost_their_gradients_are_made_again(tiny, monkeypatch):
     """Releases of torch up to 2025 keep casts of a pass without gradients; this one does not."""
     x, y = tiny.data(8)
     cleared = []
-    assert not room.casts_lose_gradients(torch.device("cpu"), torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not devices.casts_lose_gradients(torch.device("cpu"))
     monkeypatch.setattr(torch, "clear_autocast_cache", lambda: cleared.append(1))
     for lost in (False, True):
-        monkeypatch.setattr(room, "casts_lose_gradients", lambda *_, lost=lost: lost)
+        monkeypatch.setattr(devices, "casts_lose_gradients", lambda _, lost=lost: lost)
         net = tiny.net().train()
         optimizer = make_optimizer("sgd", net.parameters(), lr=0.1)
-        made = make_step(net, tiny.method("trades"), optimizer, "reference")
-        assert bool(torch.isfinite(made(x, y).loss))
+        for precision in ("fp32", "bf16"):
+            engine = Engine.choose("fast", precision, torch.device("cpu"))
+            made = make_step(net, tiny.method("trades"), optimizer, engine)
+            assert bool(torch.isfinite(made(x, y).loss))
+        assert cleared == [1] * lost, "under autocast only"
+        cleared.clear()
+        # In a loop of one's own, too.
+        method = tiny.method("trades")
+        with torch.autocast("cpu", torch.bfloat16):
+            method(net, x, y)
+        method(net, x, y)
         assert cleared == [1] * lost
+        cleared.clear()
 
 
 @pytest.mark.parametrize("method", methods.names())

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import random
 import shutil
 import threading
 import time
@@ -16,15 +17,22 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    TensorDataset,
+)
 
 import surestep
 from surestep import data, files, methods
 from surestep.config import FitSettings
 from surestep.errors import UserError
 from surestep.evaluation import Evaluation
-from surestep.training import TrainingDiverged, TrainStep, checkpoint, loop
+from surestep.training import TrainingDiverged, TrainStep, checkpoint, loop, progress
 from surestep.training.schedules import learning_rate, momentum
 from surestep.training.source import make_source
 
@@ -1215,8 +1223,110 @@ class TestImagesWithoutALabel:
 def test_what_a_gpu_fetches_is_pinned():
     """A Dataset's loader, which the loop makes itself."""
     pairs = TensorDataset(torch.rand(8, 1, 4, 4), torch.arange(8))
-    options = {"batch_size": 4, "seed": 0, "augmentation": "none", "checkpoint_every": None}
+    options = {"batch_size": 4, "seed": 0, "augmentation": "none"}
     options |= {"rank": 0, "world": 1, "prepare": lambda loader: loader}
     for device, pinned in (("cuda", True), ("cpu", False)):
         source = make_source(pairs, device=torch.device(device), **options)
         assert source.loader.pin_memory is pinned
+
+
+class TestLoaders:
+    def test_a_datasets_images_are_loaded_by_workers(self, tiny, monkeypatch):
+        seen, made = [], DataLoader.__init__
+
+        def noted(self, *args, num_workers=0, **kwargs):
+            seen.append(num_workers)
+            made(self, *args, num_workers=num_workers, **kwargs)
+
+        monkeypatch.setattr(DataLoader, "__init__", noted)
+        x, y = tiny.data(32)
+        results = [
+            tiny.train(data=TensorDataset(x, y), validation=tiny.data(8), epochs=1, workers=workers)
+            for workers in (0, 2)
+        ]
+        assert {0, 2} <= set(seen)
+        assert tiny.same_weights(*(result.model for result in results))
+        with pytest.raises(UserError, match="workers -1: give 0 or more"):
+            tiny.train(workers=-1)
+
+    def test_validation_attacks_as_many_as_the_loader_has_at_a_time(self, tiny, monkeypatch):
+        sizes, evaluate = [], loop.evaluate
+
+        def judge(*args, batch_size, **kwargs):
+            sizes.append(batch_size)
+            return evaluate(*args, batch_size=batch_size, **kwargs)
+
+        monkeypatch.setattr(loop, "evaluate", judge)
+        pairs = DataLoader(TensorDataset(*tiny.data()), 4)
+        tiny.train(data=pairs, validation=tiny.data(8), epochs=1, batch_size=100)
+        assert sizes == [4]
+
+    def test_batches_are_moved_here(self, tiny, monkeypatch):
+        """Accelerate would wait for the device before it fetches the next."""
+        prepared, prepare = [], Accelerator.prepare_data_loader
+
+        def noted(self, loader, **options):
+            prepared.append(options)
+            return prepare(self, loader, **options)
+
+        monkeypatch.setattr(Accelerator, "prepare_data_loader", noted)
+        tiny.train(data=TensorDataset(*tiny.data()), validation=tiny.data(8), epochs=1)
+        assert prepared == [{"device_placement": False}]
+
+    def test_shares_are_not_shared_out_again(self, tiny):
+        pairs = TensorDataset(*tiny.data())
+        sampler = DistributedSampler(pairs, num_replicas=2, rank=0)
+        loader = DataLoader(pairs, 4, sampler=sampler)
+        options = {"batch_size": 4, "seed": 0, "augmentation": "none", "rank": 0}
+        options |= {"device": torch.device("cpu"), "prepare": lambda loader: loader}
+        with pytest.raises(UserError, match=r"has a DistributedSampler, .*: give one without"):
+            make_source(loader, world=2, **options)
+        assert make_source(loader, world=1, **options).steps_per_epoch == 8
+
+    def test_an_iterable_that_knows_its_length(self, tiny):
+        x, y = tiny.data(40)
+
+        class Stream(IterableDataset):
+            def __len__(self) -> int:
+                return len(x)
+
+            def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+                return iter(zip(x, y, strict=True))
+
+        loader = DataLoader(Stream(), 10)
+        result = tiny.train("sat-r2", data=loader, validation=tiny.data(8), engine="fast")
+        assert [row["step"] for row in result.history] == [4, 8]
+        with pytest.raises(UserError, match=r"max_memory \(1\) needs the shape of an image"):
+            tiny.train(data=loader, validation=tiny.data(8), max_memory=1.0)
+
+
+def test_a_log_has_a_line_a_minute(tiny, monkeypatch, capsys):
+    """A run without a terminal, whose epochs take hours, must not look as if it hung."""
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN", 0.0)
+    tiny.train(epochs=1, quiet=False)
+    quiet_minute = capsys.readouterr().err
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    tiny.train(epochs=1, quiet=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert "step 3/5" not in quiet_minute
+    assert [line for line in lines if line.startswith("epoch 1/1  step 3/5  loss ")]
+    tiny.train(epochs=1, quiet=True)
+    assert not capsys.readouterr().err
+
+
+def test_resume_restores_every_library_that_draws(tiny, stopping, tmp_path):
+    """Models and transforms may draw from python and numpy, too."""
+
+    class Noisy(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            shift = random.random() + np.random.rand() + torch.rand(()).item()  # noqa: NPY002
+            return super().forward(x + 0.05 * shift)
+
+    def train(**place: Any) -> Any:
+        return tiny.train(model=Noisy(*tiny.net()), checkpoint_every=EVERY, **place)
+
+    train(out=tmp_path / "whole")
+    stopping(5, lambda: train(out=tmp_path / "run"))
+    train(out=tmp_path / "run", resume=True)
+    assert tiny.weights(tmp_path / "run") == tiny.weights(tmp_path / "whole")
+    assert tiny.rows(tmp_path / "run") == tiny.rows(tmp_path / "whole")

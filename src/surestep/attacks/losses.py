@@ -42,12 +42,22 @@ def log_odds(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Return -log p_y per sample, for attacks in train mode.
-
-    There batch norm couples the samples, so that the weights 1 - p_y of their gradients matter
-    and log-odds would point elsewhere.
-    """
+    """Return -log p_y per sample; where its gradient is followed see ``weighed_log_odds``."""
     return F.cross_entropy(logits, y, reduction="none")
+
+
+def weighed_log_odds(logits: Tensor, y: Tensor) -> Tensor:
+    """Return log-odds, each times its constant weight in the gradient of the batch's cross entropy.
+
+    For attacks in train mode. There batch norm couples the samples, so that the weights 1 - p_y
+    of their gradients matter and log-odds alone would point elsewhere. Here the weights are taken
+    over the largest of the batch: the gradient is that of cross entropy times one number, and a
+    batch of confident samples has one. None is below exp(-50), so that samples beside which
+    others are far less sure have a gradient too, and add nothing to those of the others.
+    """
+    values = log_odds(logits, y)
+    weights = F.logsigmoid(values.detach())
+    return values * (weights - weights.max()).clamp(min=-50).exp()
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:

@@ -60,14 +60,17 @@ def binarization_rates(
     readouts, biases, kept = [], [], []
     for row in range(len(x)):
         image = x[row : row + 1]
-        inner = threat.random_start(image.expand(INNER, *image.shape[1:]), 0.95 * threat.eps)
         planted = threat.project(
             image + threat.steepest_step(torch.randn_like(image), threat.eps), image
         )
         with torch.no_grad():
-            points = torch.cat([image, inner, planted])
-            feats = torch.cat([features(z).to(fine) for z in points.split(batch_size)])
-        readout = _separate(feats[:-1], feats[-1])
+            # Large images: never are there more points at a time than are passed at once.
+            sizes = [min(batch_size, INNER - k) for k in range(0, INNER, batch_size)]
+            drawn = (
+                threat.random_start(image.repeat_interleave(k, 0), 0.95 * threat.eps) for k in sizes
+            )
+            inner = torch.cat([features(z).to(fine) for z in (image, *drawn)])
+            readout = _separate(inner, features(planted).to(fine)[0])
         if readout is not None:
             readouts.append(readout[0])
             biases.append(readout[1])

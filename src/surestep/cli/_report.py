@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from surestep.training.run_folder import RunFolder
 
 _LOOKED_AT = 200  # images among which a report finds some that are right
+_AT_ONCE = 256
 
 
 def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,7 +64,9 @@ def write_report(html: str | None, plots: str | None, title: str, **parts: Any) 
         report.save_plots(page, plots)
 
 
-def report_target(html: str | None, plots: str | None, target: Target, **results: Any) -> None:
+def report_target(
+    html: str | None, plots: str | None, target: Target, batch_size: int, **results: Any
+) -> None:
     """Write what is wanted of a judged model's report: its results, and what it shows beside."""
     if html is None and plots is None:
         return
@@ -71,20 +74,24 @@ def report_target(html: str | None, plots: str | None, target: Target, **results
     from surestep.training.run_folder import RunFolder
 
     model = Adapted(target.model, target.preprocess)
-    parts = of_model(model, target.images, target.threat, target.name)
+    parts = of_model(model, target.images, target.threat, target.name, batch_size)
     parts |= of_run(RunFolder(target.run)) if target.run is not None else {}
     write_report(html, plots, target.name, **results, **parts)
 
 
-def of_model(model: nn.Module, images: Images, threat: ThreatModel, name: str) -> dict[str, Any]:
+def of_model(
+    model: nn.Module, images: Images, threat: ThreatModel, name: str, batch_size: int
+) -> dict[str, Any]:
     """Return a model's loss surface and adversarial examples; without gradients, neither."""
     from surestep import report
 
     known = {"classes": images.classes}
     try:
         x, y = images.first(min(_LOOKED_AT, len(images))).tensors()
-        return known | report.gather(model, x, y, threat, name=name)
-    except UserError:  # the result stands without pictures
+        size = min(batch_size, _AT_ONCE)
+        return known | report.gather(model, x, y, threat, name=name, batch_size=size)
+    except UserError as e:  # the result stands without pictures
+        click.echo(f"the report has no pictures: {e}", err=True)
         return known
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,10 +15,12 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int, float], None]]:
-    """Show a bar on stderr; yield the callback that ``surestep.evaluate`` takes."""
+    """Show a bar on stderr, or a line a minute; yield the callback of ``surestep.evaluate``."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Left
+
+    from surestep.training.progress import SECONDS_BETWEEN_LINES
 
     columns = (TextColumn(what), BarColumn(bar_width=20), MofNCompleteColumn())
     console = Console(stderr=True)
@@ -28,8 +32,13 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int, float], None]]:
         disable=not console.is_terminal,
     ) as bar:
         task = bar.add_task(what, total=None, worst="")
+        said = time.monotonic()
 
         def show(done: int, total: int, worst: float) -> None:
+            nonlocal said
+            if not console.is_terminal and time.monotonic() - said >= SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                print(f"{what} {done}/{total or '?'}  worst case {worst:.1%}", file=sys.stderr)
             bar.update(task, completed=done, total=total or None, worst=f"{worst:.1%}")
 
         yield show

@@ -101,8 +101,8 @@ def open_target(
     target = targets.open_target(values.pop("model"), eps=eps, mean=mean, std=std, **options)
     if options["split"] != "test":
         click.echo(f"judged on the {options['split']} split, not on test images", err=True)
-    if target.images.note:
-        click.echo(target.images.note, err=True)
+    for note in filter(None, (target.images.note, target.note)):
+        click.echo(note, err=True)
     return target, [runs.load(folder, options["device"]).model for folder in sources]
 
 

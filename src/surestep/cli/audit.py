@@ -83,7 +83,7 @@ def audit(
         told,
         json_file,
         show=partial(audit_tables, target.name, found),
-        also=partial(report_target, html, plots, target, audit=told),
+        also=partial(report_target, html, plots, target, values["batch_size"], audit=told),
     )
 
 

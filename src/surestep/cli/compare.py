@@ -66,6 +66,9 @@ _TRAINING = [
 )
 @click.option("--n", type=POSITIVE, default=1000, show_default=True, help="Test images.")
 @click.option(
+    "--eval-batch-size", type=POSITIVE, help="Of the attacks. [default: 500, of the audit 250]"
+)
+@click.option(
     "--format",
     "style",
     type=click.Choice(["terminal", "md", "csv", "latex"]),
@@ -85,6 +88,7 @@ def compare(
     budget: str | None,
     audit: bool,
     n: int,
+    eval_batch_size: int | None,
     style: str,
     json_file: str | None,
     **options: Any,
@@ -121,6 +125,7 @@ def compare(
         "budget": budget,
         "audit": "quick" if audit else None,
         "n": n,
+        "eval_batch_size": eval_batch_size,
         "out": out,
         "tell": _tell,
     }

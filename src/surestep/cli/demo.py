@@ -83,7 +83,7 @@ def demo(
         costs[name] = methods.get(name)(threat).cost(config.batch_size).total
         seconds[name] = fitted.train_seconds
         if html or plots:
-            pictures[name] = of_model(fitted.model, images, threat, name)
+            pictures[name] = of_model(fitted.model, images, threat, name, config.batch_size)
     told = {
         name: {
             **results[name].to_dict(),

@@ -103,7 +103,7 @@ def evaluate(
         told,
         json_file,
         show=partial(evaluation_table, {target.name: result}, curve),
-        also=partial(report_target, html, plots, target, evaluation=told),
+        also=partial(report_target, html, plots, target, values["batch_size"], evaluation=told),
     )
 
 

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 @click.option(
     "--attacks",
     metavar="A,B,...",
-    help="Of the search and of the judgement. [default: apgd-ce,pgd-50-margin,square-1000]",
+    help="Of the search and of the judgement. [default: apgd-ce,pgd-50-margin,square-1000; of the "
+    "judgement also transfer, from RUN]",
 )
 @click.option(
     "--n-search",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Of the attacks.",
 )
+@click.option("--batch-size", type=POSITIVE, default=500, show_default=True, help="Of the attacks.")
 @click.option("--device", metavar="TEXT", help="cpu, cuda, cuda:1, mps; by default the best.")
 @json_option
 def harden(
@@ -58,6 +60,7 @@ def harden(
     out: str | None,
     overwrite: bool,
     seed: int,
+    batch_size: int,
     device: str | None,
     json_file: str | None,
 ) -> None:
@@ -83,7 +86,7 @@ def harden(
     from rich.console import Console
 
     from surestep import runs
-    from surestep.posthoc.hardening import ATTACKS, THRESHOLDS
+    from surestep.posthoc import THRESHOLDS
     from surestep.training.engine import keep_freed_memory
 
     keep_freed_memory()
@@ -101,10 +104,11 @@ def harden(
         run,
         folder,
         thresholds=values or THRESHOLDS,
-        attacks=names(attacks) if attacks else ATTACKS,
+        attacks=names(attacks) if attacks else None,
         n_search=n_search,
         n=n,
         seed=seed,
+        batch_size=batch_size,
         device=device,
         overwrite=overwrite,
         progress=show,

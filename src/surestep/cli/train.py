@@ -161,7 +161,8 @@ def _report(config: RunConfig, out: str, model: nn.Module) -> None:
     try:
         report.require()
         images = runs.load_data(config, "validation")
-        parts = {**of_model(model, images, threat, out), **of_run(run), **provenance()}
+        shown = of_model(model, images, threat, out, config.batch_size)
+        parts = {**shown, **of_run(run), **provenance()}
         write_report(str(run.report), None, out, **parts)
     except UserError as e:  # the run itself is done and safe
         click.echo(f"no report.html: {e}", err=True)

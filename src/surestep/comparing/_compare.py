@@ -52,6 +52,7 @@ def compare(
     budget: str | None = None,
     audit: str | None = "quick",
     n: int = 1000,
+    eval_batch_size: int | None = None,
     tell: Tell = lambda _: None,
     **settings: Any,
 ) -> Comparison:
@@ -72,6 +73,8 @@ def compare(
         budget: instead of ``attacks``: "quick", "standard" or "thorough".
         audit: budget of the audit; None for no audit.
         n: test images, the first ones.
+        eval_batch_size: images attacked at a time; by default as in ``surestep.evaluate`` and
+            ``surestep.audit``.
         tell: called with a line on what is being done.
         settings: of training, by the names of ``RunConfig``: dataset, eps, epochs, ...
 
@@ -82,7 +85,7 @@ def compare(
         UserError: unknown names, no method or seed, invalid settings, methods whose data set or
             threat model differ, run folders or kept results of other settings, or no run succeeded.
     """
-    asked = _asked(attacks, budget, audit, n)
+    asked = _asked(attacks, budget, audit, n, eval_batch_size)
     for name, instead in (("method", "methods"), ("seed", "seeds")):
         if name in settings:
             raise UserError(f"{name} is no setting of a comparison: give {instead}")
@@ -107,6 +110,7 @@ def compare_runs(
     budget: str | None = None,
     audit: str | None = "quick",
     n: int = 1000,
+    eval_batch_size: int | None = None,
     device: str | None = None,
     tell: Tell = lambda _: None,
 ) -> Comparison:
@@ -123,6 +127,8 @@ def compare_runs(
         budget: instead of ``attacks``: "quick", "standard" or "thorough".
         audit: budget of the audit; None for no audit.
         n: test images, the first ones.
+        eval_batch_size: images attacked at a time; by default as in ``surestep.evaluate`` and
+            ``surestep.audit``.
         device: by default the best there is.
         tell: called with a line on what is being done.
 
@@ -130,7 +136,7 @@ def compare_runs(
         UserError: a folder is no finished run, two are the same run, or their test images or
             threat models differ; or no run could be judged.
     """
-    asked = _asked(attacks, budget, audit, n)
+    asked = _asked(attacks, budget, audit, n, eval_batch_size)
     place = None if out is None else _folder(out)
     jobs: list[Job] = []
     for folder in _distinct("run folder", [Path(f) for f in folders]):
@@ -149,16 +155,24 @@ def compare_runs(
     return _compare(jobs, asked, tell)
 
 
-def _asked(attacks: Sequence[str] | None, budget: str | None, audit: str | None, n: int) -> Asked:
+def _asked(
+    attacks: Sequence[str] | None,
+    budget: str | None,
+    audit: str | None,
+    n: int,
+    batch_size: int | None,
+) -> Asked:
     if attacks is not None and budget is not None:
         raise UserError("attacks and budget exclude each other: give one of them")
     if audit is not None:
         suite.budget(audit)
     if n < 1:
         raise UserError(f"n {n}: give 1 test image or more")
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"eval_batch_size {batch_size}: give 1 or more")
     if attacks is None:
         attacks = ATTACKS if budget is None else suite.budget(budget)
-    return Asked(tuple(dict.fromkeys(attacks)), audit, n)
+    return Asked(tuple(dict.fromkeys(attacks)), audit, n, batch_size)
 
 
 def _distinct(what: str, values: list[Any]) -> list[Any]:

@@ -16,6 +16,7 @@ from surestep import auditing, evaluation, files, runs
 from surestep.comparing._table import Tell
 from surestep.config import RunConfig, parse, to_yaml
 from surestep.data import Images
+from surestep.devices import free_cached_memory
 from surestep.errors import UserError
 from surestep.training import checkpoint
 from surestep.training.loop import METHOD_SETTINGS
@@ -54,6 +55,8 @@ class Asked:
     attacks: tuple[str, ...]
     audit: str | None
     n: int
+    batch_size: int | None = None
+    """Of the attacks: how, not what; by default the evaluation's and the audit's own."""
 
     def to_dict(self) -> dict[str, Any]:
         return {"attacks": list(self.attacks), "audit": self.audit, "n": self.n}
@@ -199,11 +202,14 @@ def bring_to_end(
         missing.remove("audit")
     if missing:
         run = runs.load(job.folder, job.device or job.config.device)
+        sized: dict[str, Any] = {}
+        if asked.batch_size is not None:
+            sized["batch_size"] = asked.batch_size
         if "evaluation" in missing:
             tell(f"evaluating {told}")
             state = job.kept and job.kept.with_name(f"comparison-{weights}.state")
             found = evaluation.evaluate(
-                run.model, images, run.threat, asked.attacks, n=asked.n, state=state
+                run.model, images, run.threat, asked.attacks, n=asked.n, state=state, **sized
             )
             kept = kept | {"evaluation": found.to_dict()}
             _write(job, kept)
@@ -211,7 +217,15 @@ def bring_to_end(
                 state.unlink(missing_ok=True)
         if asked.audit is not None:
             tell(f"auditing {told}")
-            judged = auditing.audit(run.model, images, run.threat, budget=asked.audit, n=asked.n)
+            judged = auditing.audit(
+                run.model,
+                images,
+                run.threat,
+                budget=asked.audit,
+                n=asked.n,
+                tell=lambda text: tell(f"  {text}"),
+                **sized,
+            )
             kept = kept | {"audit": judged.to_dict()}
             _write(job, kept)
     return kept
@@ -230,6 +244,7 @@ def _train(job: Job, tell: Tell) -> float | None:
         Failed: it ended without a result.
         KeyboardInterrupt: it was stopped from the keyboard.
     """
+    free_cached_memory()  # the training, in its process, wants it
     with tempfile.TemporaryDirectory() as place:
         if RunFolder(job.folder).config.is_file():
             arguments = ["--resume", str(job.folder)]

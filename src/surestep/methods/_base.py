@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from surestep import processes
 from surestep.attacks.core import check_inputs, forward_logits
+from surestep.devices import drop_casts_without_gradients
 from surestep.errors import UserError, look_up, unknown_name
 from surestep.methods._dropout import dropping
 from surestep.methods._memory import Draw
@@ -242,7 +243,9 @@ class Method(ABC):
                 (later batches are not checked: that would wait for the device at each step); a
                 method that remembers got no index.
         """
-        return self.take(model, self.prepare(model, x, y, index, draw))
+        update = self.prepare(model, x, y, index, draw)
+        drop_casts_without_gradients(x.device)
+        return self.take(model, update)
 
     def prepare(
         self,

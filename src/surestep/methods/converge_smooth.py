@@ -14,8 +14,7 @@ from surestep import processes
 from surestep.attacks.core import unwrapped
 from surestep.devices import finest
 from surestep.methods._base import Cost, Method, Terms, Update, build, once, register
-from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
-from surestep.methods.fgsm_mep import SMOOTH
+from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe, smoothed
 
 
 @register("converge-smooth")
@@ -26,18 +25,19 @@ class ConvergeSmooth(Method):
     Where the clean loss of a batch is further than T from the mean of the epoch (the batch)
     before, it is added to the loss, or taken off. T = min(max(gamma / ratio, rise), gamma) with
     the last rise of that mean, and ratio, of gamma, how far the learning rate has come down.
-    Off in the first epoch (B-CS: for its first batch) and in one in which the learning rate drops
-    below half. ``pull`` is the weight of the squared distance to the mean of earlier epochs'
-    weights (weight centralization).
+    Off in the first epoch (B-CS: for its first batch), in one in which the learning rate drops
+    below half, and in the next, whose loss is compared with that one's.
+    ``pull`` is the weight of the squared distance to the mean of earlier epochs' weights (weight
+    centralization).
     """
 
-    kept = ("_sums", "_epoch", "_lr", "_steady", "_centre", "base")
+    kept = ("_sums", "_epoch", "_lr", "_steady", "_calm", "_centre", "base")
     summary = "another method whose loss must not jump between epochs or batches"
     paper = "Zhao et al. 2023, arXiv 2308.12857"
     presets = {
         "mnist": recipe(MNIST_ZOO, perturbation="rs-fgsm"),
         "cifar10": recipe(CIFAR_ZOO, perturbation="rs-fgsm"),
-        "cifar10-mep": recipe(CIFAR_ZOO, perturbation="fgsm-mep", settings=SMOOTH),
+        "cifar10-mep": recipe(CIFAR_ZOO, perturbation="fgsm-mep", settings=smoothed(10)),
     }
 
     perturbation: str = "rs-fgsm"
@@ -57,7 +57,8 @@ class ConvergeSmooth(Method):
         self.dropout = max(self.dropout, self.base.dropout)
         # Of the clean loss: sum and number in this epoch, the means before; the mean weights.
         self._sums = torch.zeros(4, dtype=torch.float64)
-        self._epoch, self._lr, self._steady = 0, 0.0, True
+        self._epoch, self._lr = 0, 0.0
+        self._steady, self._calm = True, True  # this epoch, the one before
         self._centre: dict[str, Tensor] = {}
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
@@ -89,7 +90,7 @@ class ConvergeSmooth(Method):
         rise = mean - before
         limit = rise.clamp(min=self.gamma * self._ratio(), max=self.gamma)
         off = clean - mean
-        known = (mean > 0) & self._steady
+        known = (mean > 0) & (self._steady and self._calm)
         if self.compare == "batch":
             mean, before = clean, mean
         self._sums = torch.stack([total + clean, count + 1, mean, before])
@@ -105,8 +106,8 @@ class ConvergeSmooth(Method):
             self._lr = max(self._lr, lr)
             self._steady = self._steady and lr >= self._lr / 2
             return
-        self._epoch, self._steady = self.progress.epoch, lr >= self._lr / 2
-        self._lr = lr
+        self._epoch, self._calm = self.progress.epoch, self._steady
+        self._steady, self._lr = lr >= self._lr / 2, lr
         total, count, mean, _ = self._sums
         if self.compare == "epoch":
             zero = torch.zeros_like(total)

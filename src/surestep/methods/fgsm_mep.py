@@ -14,10 +14,7 @@ from torch import Tensor, nn
 from surestep.attacks.core import attacking, input_gradient
 from surestep.methods._base import Cost, Method, Terms, Update, register
 from surestep.methods._memory import Memory
-from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
-
-SMOOTH = {"label_smoothing": 4 / 9}
-"""0.6 of the label for the true class of ten: torch gives it a tenth of 4/9 back."""
+from surestep.methods._presets import CIFAR100_RESNET, CIFAR_RESNET, MNIST_ZOO, recipe, smoothed
 
 
 def l1_unit(grad: Tensor) -> Tensor:
@@ -41,7 +38,7 @@ class FGSMMEP(Method):
     """FGSM-MEP: start at the stored perturbation, pair the logits there and after the step.
 
     The store forgets every ``reset`` epochs. The paper's label smoothing, 0.6 for the true class,
-    is a setting of the preset ``cifar10``.
+    is a setting of the presets for CIFAR.
     """
 
     summary = "FGSM from a start that follows each image's gradient momentum over epochs"
@@ -51,7 +48,8 @@ class FGSMMEP(Method):
     presets = {
         # At eps 0.3 the published smoothing ends masked (leaderboard.csv at 3f86206, search.csv).
         "mnist": recipe(MNIST_ZOO, lam=10.0, alpha=0.15),
-        "cifar10": recipe(CIFAR_RESNET, lam=10.0, settings=SMOOTH),
+        "cifar10": recipe(CIFAR_RESNET, lam=10.0, settings=smoothed(10)),
+        "cifar100": recipe(CIFAR100_RESNET, lam=10.0, settings=smoothed(100)),
     }
 
     lam: float = 10.0

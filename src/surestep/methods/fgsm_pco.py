@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from surestep.attacks.core import attacking, input_gradient
 from surestep.methods._base import Cost, Method, Terms, Update, register, relaxed_cross_entropy
 from surestep.methods._memory import Memory
-from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
-from surestep.methods.fgsm_mep import SMOOTH, pairing
+from surestep.methods._presets import CIFAR100_RESNET, CIFAR_RESNET, MNIST_ZOO, recipe, smoothed
+from surestep.methods.fgsm_mep import pairing
 
 
 @register("fgsm-pco")
@@ -33,7 +33,8 @@ class FGSMPCO(Method):
     kept = ("_delta",)
     presets = {
         "mnist": recipe(MNIST_ZOO, lam=10.0),
-        "cifar10": recipe(CIFAR_RESNET, lam=10.0, settings=SMOOTH),
+        "cifar10": recipe(CIFAR_RESNET, lam=10.0, settings=smoothed(10)),
+        "cifar100": recipe(CIFAR100_RESNET, lam=10.0, settings=smoothed(100)),
     }
 
     lam: float = 10.0

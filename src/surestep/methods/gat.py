@@ -20,6 +20,9 @@ class GAT(Guided):
     paper = "Sriramanan et al. 2020, arXiv 2011.14969"
     presets = {
         "mnist": recipe(MNIST_ZOO, lam=15.0, source="lam of Sriramanan et al. 2020, else ours"),
+        "mnist-long": recipe(
+            MNIST_ZOO, lam=15.0, settings={"epochs": 50}, source="Sriramanan et al. 2020, else ours"
+        ),
         "cifar10": recipe(CIFAR_RESNET, lam=10.0),
     }
 

@@ -16,6 +16,7 @@ from surestep.attacks.core import attacking, count_classes, input_gradient
 from surestep.methods._base import Cost, Method, Terms, Update, one_hot, register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.methods.trades import kl
+from surestep.threat import Linf
 
 
 @register("liet")
@@ -23,7 +24,8 @@ from surestep.methods.trades import kl
 class LIET(Method):
     """LIET: from a noisy template of the label, FGSM; both outputs are drawn together.
 
-    ``far``: noise of 2 eps and no return to the ball, as the authors have it above 8/255.
+    ``far``: noise of 2 eps and no return to the ball; by default above 8/255 of l-inf, as the
+    authors have it.
     ``spread`` is the mass of the label that goes to random wrong classes.
     """
 
@@ -33,19 +35,22 @@ class LIET(Method):
     presets = {
         # At eps 0.3 the published spread ends masked (leaderboard.csv at 3f86206, search.csv).
         "mnist": recipe(MNIST_ZOO, lam=100.0, spread=0.0, far=False),
-        "cifar10": recipe(CIFAR_RESNET, lam=100.0, far=False),
+        "cifar10": recipe(CIFAR_RESNET, lam=100.0),
     }
 
     lam: float = 100.0
     every: int = 20
     spread: float = 0.6
-    far: bool = False
+    far: bool | None = None
 
     def validate(self) -> None:
         """Check the hyperparameters."""
         self.not_negative("lam")
         self.require(self.every >= 1, "every", ">= 1")
         self.require(0 <= self.spread < 1, "spread", "in [0, 1)")
+        if self.far is None:
+            limit = 8.5 / 255 * self.threat.span
+            self.far = isinstance(self.threat, Linf) and self.threat.eps > limit
         self._templates, self._made = torch.zeros(0), -1  # (K, ...), at which step
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:

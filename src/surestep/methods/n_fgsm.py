@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from surestep.attacks.losses import cross_entropy
+from surestep.attacks.losses import weighed_log_odds
 from surestep.methods._base import register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
 from surestep.methods._single_step import SingleStep
@@ -34,7 +34,7 @@ class NFGSM(SingleStep):
         ),
     }
     train_mode = True
-    objective = staticmethod(cross_entropy)
+    objective = staticmethod(weighed_log_odds)
     ball = False
 
     noise: float = 2.0

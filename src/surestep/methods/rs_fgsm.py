@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from surestep.attacks.losses import cross_entropy
+from surestep.attacks.losses import weighed_log_odds
 from surestep.methods._base import register
 from surestep.methods._presets import CIFAR_RESNET, CIFAR_SPEED, MNIST_RS, recipe
 from surestep.methods._single_step import SingleStep
@@ -26,15 +26,15 @@ class RSFGSM(SingleStep):
     presets = {
         "mnist": MNIST_RS,
         "cifar10": recipe(
-            CIFAR_RESNET,
+            replace(CIFAR_RESNET, model="preactresnet18"),
             alpha=10 / 255,
             settings={"epochs": 15, "lr": 0.2, "schedule": "triangular"},
-            source="Wong et al. 2020 (they use PreActResNet-18)",
+            source="Wong et al. 2020",
         ),
         "cifar10-speed": recipe(CIFAR_SPEED, alpha=10 / 255),
     }
     train_mode = True
-    objective = staticmethod(cross_entropy)
+    objective = staticmethod(weighed_log_odds)
 
     alpha: float | None = None
 

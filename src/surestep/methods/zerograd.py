@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from surestep.methods._base import register
-from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
+from surestep.methods._presets import CIFAR100_ZOO, CIFAR_ZOO, MNIST_ZOO, recipe
 from surestep.methods.rs_fgsm import RSFGSM
 
 
@@ -31,6 +31,7 @@ class ZeroGrad(Doubled):
     presets = {
         "mnist": recipe(MNIST_ZOO, q=0.35),
         "cifar10": recipe(CIFAR_ZOO, q=0.35, source="Golgooni et al. 2021"),
+        "cifar100": recipe(CIFAR100_ZOO, q=0.45, source="Golgooni et al. 2021"),
     }
 
     q: float = 0.35

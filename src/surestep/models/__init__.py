@@ -1,7 +1,7 @@
 """Image classifiers that take pixels in [0, 1]; any normalisation is inside the model."""
 
 from surestep.models._base import Classifier, Normalize
-from surestep.models._registry import create, describe, names, register
+from surestep.models._registry import check_name, create, describe, names, register
 from surestep.models.hypersphere import HypersphereHead, on_hypersphere
 from surestep.models.lenet import CNNSmall, LeNetPlus
 from surestep.models.resnet import PreActResNet, ResNet
@@ -16,6 +16,7 @@ __all__ = [
     "PreActResNet",
     "ResNet",
     "WideResNet",
+    "check_name",
     "create",
     "describe",
     "names",

@@ -136,6 +136,16 @@ def create(
     )
 
 
+def check_name(name: str) -> None:
+    """Refuse a name that no model has; one of timm's is only known to timm.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if not name.startswith(PREFIX):
+        _entry(name)
+
+
 def _entry(name: str) -> _Entry:
     if name not in _ENTRIES:
         raise unknown_name("model", name, [*_ENTRIES, f"{PREFIX}NAME"])

@@ -20,6 +20,8 @@ from surestep.threat import ThreatModel
 THRESHOLDS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
 ATTACKS = ("apgd-ce", "pgd-50-margin", "square-1000")
 """With true gradients and with straight-through ones; Square needs none."""
+JUDGES = (*ATTACKS, "transfer")
+"""Of the result: also the points of the model as it was, whose gradients are whole."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,11 @@ def judge(
         data: as for ``surestep.evaluate``.
         threat: norm, radius and data range.
         attacks: names of attacks.
-        options: of ``surestep.evaluate``: n, seed, batch_size.
+        options: of ``surestep.evaluate``: n, seed, batch_size, sources.
     """
     found: list[tuple[str, Evaluation]] = [("", evaluate(model, data, threat, attacks, **options))]
-    with_gradients = [name for name in attacks if not name.startswith(("square", "noise"))]
+    without = ("square", "noise", "transfer")
+    with_gradients = [name for name in attacks if not name.startswith(without)]
     if layers(model) and with_gradients:
         with straight_through(model):
             found.append(("-bpda", evaluate(model, data, threat, with_gradients, **options)))
@@ -98,6 +101,7 @@ def harden(
     attacks: Sequence[str] = ATTACKS,
     n: int | None = 500,
     seed: int = 0,
+    batch_size: int = 500,
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> Hardened:
     """Sparsify activations around their means by the threshold that withstands attacks best.
@@ -111,6 +115,7 @@ def harden(
         attacks: names; each with a gradient is run twice, see ``judge``.
         n: only the first n validation images.
         seed: of the attacks.
+        batch_size: of the attacks.
         progress: called with each row of the search.
 
     Raises:
@@ -118,16 +123,17 @@ def harden(
     """
     if any(t < 0 for t in thresholds):
         raise UserError(f"thresholds {list(thresholds)}: give deviations >= 0, such as 0.2")
-    model = uncompiled(model)
-    statistics = measure(model, train)
-    image = train.pixels(slice(0, 1)).to(device_of(model))
-    model = insert(copy.deepcopy(model), image, 0.0)
+    dense = uncompiled(model)
+    statistics = measure(dense, train)
+    image = train.pixels(slice(0, 1)).to(device_of(dense))
+    model = insert(copy.deepcopy(dense), image, 0.0)
+    options = {"seed": seed, "batch_size": batch_size}
     set_statistics(model, statistics)
     rows = []
     for threshold in sorted({0.0, *thresholds}):
         for layer in layers(model):
             layer.threshold = threshold
-        found = judge(model, validation, threat, attacks, n=n, seed=seed)
+        found = judge(model, validation, threat, attacks, n=n, sources=[dense], **options)
         rows.append({"threshold": threshold, **found.to_dict()})
         if progress:
             progress(rows[-1])

@@ -17,7 +17,7 @@ from surestep.attacks.core import (
     input_gradient,
 )
 from surestep.attacks.losses import cross_entropy
-from surestep.devices import without_autocast
+from surestep.devices import memory_for, without_autocast
 from surestep.errors import UserError
 from surestep.evaluation.suite import pgd_step_size
 from surestep.report import _png
@@ -61,7 +61,8 @@ def gather(
         ``surfaces`` and ``examples``, plain data that ``Report`` takes.
 
     Raises:
-        UserError: invalid images, labels or sizes, or a model without an input gradient.
+        UserError: invalid images, labels or sizes, a model without an input gradient, or too
+            little memory for so large batches.
     """
     sizes = {"samples": samples, "points": points, "steps": steps, "batch_size": batch_size}
     for what, value in sizes.items():
@@ -71,6 +72,7 @@ def gather(
         raise UserError(f"points {points}: give an odd number from 3, so that the image is one")
     device = next((p.device for p in model.parameters()), x.device)
     with (
+        memory_for("the report's pictures", f"lower batch_size ({batch_size})"),
         attacking(model) as inner,
         forked_rng(device),
         without_autocast(device),

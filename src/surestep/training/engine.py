@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from surestep.attacks.core import attacking, forked_rng, unwrapped
 from surestep.data import augment
-from surestep.devices import autocast, has_bf16
+from surestep.devices import autocast, drop_casts_without_gradients, has_bf16
 from surestep.errors import UserError, unknown_name
 from surestep.methods import Method, StepResult
 from surestep.training.averaging import WeightAverage
@@ -126,21 +126,6 @@ def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
 
 
 @functools.cache
-def casts_lose_gradients(device: torch.device, precision: torch.dtype) -> bool:
-    """Tell whether autocast keeps casts of weights that a pass without gradients made.
-
-    A later pass gets no weight gradient from them. Releases of 2025 and before do (pytorch/pytorch
-    #112583), later ones do not.
-    """
-    weight, x = (torch.zeros(1, 1, device=device) for _ in range(2))
-    weight.requires_grad_()
-    with autocast(device, precision):
-        with torch.no_grad():
-            nn.functional.linear(x, weight)
-        return not nn.functional.linear(x, weight).requires_grad
-
-
-@functools.cache
 def keep_freed_memory() -> None:
     """Ask glibc to keep freed memory for reuse, once per process; elsewhere do nothing.
 
@@ -194,8 +179,7 @@ class TrainStep:
         # One autocast context: attack and update share the cast weights.
         with probe, self.engine.autocast(self.device):
             update = self.method.prepare(self.model, x, y, index, draw)
-            if casts_lose_gradients(self.device, self.engine.precision):
-                torch.clear_autocast_cache()
+            drop_casts_without_gradients(self.device)
             result = self.method.take(self.model, update)
         self._backward(result)
         if awp is not None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import itertools
 import json
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -19,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from surestep import files
 from surestep.attacks.core import check_labels, count_classes, share_of, uncompiled
@@ -91,6 +94,7 @@ def fit(
     overwrite: bool = False,
     quiet: bool = False,
     device: str | None = None,
+    workers: int = 0,
     describe: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> FitResult:
@@ -103,16 +107,19 @@ def fit(
     Args:
         model: returns logits (N, K) for images in the method's data range; is changed in place.
             One that ``torch.compile`` returned is trained as it is, and the module inside it kept.
-        data: Images, a pair of tensors (x, y), a Dataset or a DataLoader.
+        data: Images, a pair of tensors (x, y), a Dataset or a DataLoader. Of several processes
+            each takes batches of a DataLoader's own size; ``batch_size`` is of all together.
         method: what a step minimises.
         out: run folder for ``config.yaml``, ``environment.json``, ``metrics.jsonl``,
             ``model.safetensors`` and ``checkpoints/``; None writes nothing.
-        validation: held-out data; by default a tenth of ``data``, at most ``val_images``.
+        validation: held-out data; by default a tenth of ``data``, at most ``val_images``. Those of
+            a Dataset come through its own transforms: give them here where these are random.
         resume: go on from the newest checkpoint in ``out``; the result is bit-identical to that
             of a run that was never stopped, unless it goes on with another number of processes.
         overwrite: delete what is in ``out`` first.
         quiet: show nothing.
         device: such as "cpu" or "cuda"; by default the best there is.
+        workers: processes that load the images of a Dataset; a DataLoader has its own.
         describe: written to ``config.yaml`` before the settings.
         settings: of ``surestep.config.FitSettings``: epochs, batch_size, lr, schedule, ...
 
@@ -152,7 +159,11 @@ def fit(
     if run and resume:
         config = run.as_begun(config)
         run.check_same({**describe, **config.model_dump(mode="json")})
-    trainer = _Trainer(model, data, method, config, accelerator, target, run, validation, quiet)
+    if workers < 0:
+        raise UserError(f"workers {workers}: give 0 or more")
+    trainer = _Trainer(
+        model, data, method, config, accelerator, target, run, validation, quiet, workers
+    )
     # Only now is everything checked: a mistake must not cost an old run.
     accelerator.wait_for_everyone()
     own = run if accelerator.is_main_process else None
@@ -274,6 +285,7 @@ class _Trainer:
         run: RunFolder | None,
         validation: Any,
         quiet: bool,
+        workers: int,
     ) -> None:
         _check_together(config, method)
         checkpoint.seed_everything(config.seed + accelerator.process_index)
@@ -299,7 +311,9 @@ class _Trainer:
                 device=device,
                 rank=accelerator.process_index,
                 world=accelerator.num_processes,
-                prepare=accelerator.prepare,
+                # Batches are moved here, without waiting for the device.
+                prepare=functools.partial(accelerator.prepare_data_loader, device_placement=False),
+                workers=workers,
             )
         self.images = len(train) if isinstance(train, Images) else 0
         self.labelled = share_of(train.y >= 0) if isinstance(train, Images) else 1.0
@@ -318,6 +332,8 @@ class _Trainer:
             )
         # Images of a step, of this process.
         self.share = math.ceil(config.batch_size / accelerator.num_processes)
+        if isinstance(train, DataLoader) and train.batch_size:
+            self.share = train.batch_size
         model.to(device).train()
         self.pick: Pick | None = None
         if isinstance(train, Images):
@@ -334,14 +350,19 @@ class _Trainer:
         config = self.config
         engine = Engine.choose(config.engine, config.precision, device)
         stepped = engine.place(model)
-        # A loader whose own collate_fn makes the tensors cannot tell their shape.
-        with suppress(TypeError, ValueError, KeyError, IndexError):
-            engine = engine.suited(model, image_shape(train))
+        shape = image_shape(train)
+        if shape:
+            engine = engine.suited(model, shape)
         if config.compile:
             # The step's network alone: batches of validation shrink, and each size is compiled.
             stepped = given if given is not model else cast(nn.Module, torch.compile(stepped))
         if config.max_memory:
-            shape = image_shape(train)
+            if shape is None:
+                raise UserError(
+                    f"max_memory ({config.max_memory:g}) needs the shape of an image, which the "
+                    f"{type(train).__name__} does not tell: give a Dataset whose items are pairs "
+                    "of tensors, or a smaller batch instead"
+                )
             stepped = fit_into(model, method, engine, shape, self.share, config.max_memory)
         optimizer = make_optimizer(
             config.optimizer,
@@ -503,6 +524,13 @@ class _Trainer:
             if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 reason = str(e).strip().splitlines()[0]
                 raise UserError(f"torch.compile fails here, leave compile out: {reason}") from e
+            if unused := re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(e)):
+                names = [n for n, p in self.model.named_parameters() if p.requires_grad]
+                which = ", ".join(names[int(k)] for k in unused[1].split()[:5])
+                raise UserError(
+                    f"several processes cannot train a model of which parameters take no part in "
+                    f"the logits: {which}; freeze them with requires_grad_(False)"
+                ) from e
             raise
 
     def _set_rates(self) -> float:

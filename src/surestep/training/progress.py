@@ -9,10 +9,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 _SECONDS_BETWEEN = 0.5
+SECONDS_BETWEEN_LINES = 60.0
+"""Where there is no terminal: a log that stands still looks like a run that hangs."""
 
 
 class Display:
-    """A progress bar on a terminal, a line an epoch elsewhere, nothing when ``quiet``."""
+    """A progress bar on a terminal, else a line an epoch or a minute; nothing if ``quiet``."""
 
     def __init__(self, total_steps: int, done: int, *, quiet: bool) -> None:
         self.console = Console(quiet=quiet, stderr=True)
@@ -27,6 +29,7 @@ class Display:
         )
         self.task = self.bar.add_task("", total=total_steps, completed=done, info="")
         self._next = 0.0
+        self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
 
     def __enter__(self) -> Display:
         self.bar.start()
@@ -51,7 +54,10 @@ class Display:
     def step(self, number: int, epoch: str, info: str) -> None:
         """Show the state of training at a step."""
         self.bar.update(self.task, completed=number, description=epoch, info=info)
+        if not self.console.is_terminal and time.monotonic() >= self._next_line:
+            self.say(f"{epoch}  step {number}/{self.bar.tasks[self.task].total:.0f}  {info}")
 
     def say(self, text: str, style: str | None = None) -> None:
         """Print a line above the bar."""
+        self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
         self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset
 
 from surestep.data import Batches, Images, as_images, as_pair, augment
 from surestep.errors import UserError
@@ -130,14 +130,21 @@ def _without(batches: Iterator[Batch], skip: int) -> Iterator[Batch]:
     return batches
 
 
-def image_shape(data: Any) -> torch.Size:
-    """Return the shape of one image of Images, a Dataset or a DataLoader."""
+def image_shape(data: Any) -> torch.Size | None:
+    """Return the shape of one image of Images, a Dataset or a DataLoader.
+
+    None if it cannot be told without making a batch: the items of a Dataset may be anything that
+    a collate_fn makes tensors of, and an IterableDataset has none to ask for.
+    """
     if isinstance(data, Images):
         return torch.Size(data.image_shape)
     data = data.dataset if isinstance(data, DataLoader) else data
     # What an augmentation draws here, training must not miss.
-    with torch.random.fork_rng([]):
-        return torch.as_tensor(data[0][0]).shape
+    with OwnRandom(0).used():
+        try:
+            return torch.as_tensor(data[0][0]).shape
+        except Exception:
+            return None
 
 
 def hold_out(n: int, wanted: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -202,6 +209,7 @@ def make_source(
     rank: int,
     world: int,
     prepare: Any,
+    workers: int = 0,
 ) -> Source:
     """Return the source of batches for any kind of data.
 
@@ -213,7 +221,8 @@ def make_source(
         device: where batches are wanted.
         rank: of this process.
         world: number of processes.
-        prepare: shards a DataLoader over the processes (Accelerate's ``prepare``).
+        prepare: shards a DataLoader over the processes (Accelerate's ``prepare_data_loader``).
+        workers: processes that load a Dataset's images.
 
     Raises:
         UserError: augmentation of data not held in memory; a batch size that cannot be divided.
@@ -242,5 +251,12 @@ def make_source(
             shuffle=True,
             drop_last=True,
             pin_memory=device.type == "cuda",
+            num_workers=workers,
+            persistent_workers=workers > 0,
+        )
+    elif world > 1 and isinstance(data.sampler, DistributedSampler):
+        raise UserError(
+            "the DataLoader has a DistributedSampler, and its batches are shared out over the "
+            "processes here: give one without"
         )
     return LoaderSource(prepare(data), device)

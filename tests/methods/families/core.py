@@ -283,7 +283,7 @@ PUBLISHED = [
     ("r-fgsm", "mnist", 0.3, "lenet+", {}, {}),
     ("r-fgsm", "cifar10", E8, None, {}, {"batch_size": 128}),
     ("rs-fgsm", "mnist", 0.3, "cnn-small", {"alpha": 0.375}, FAST),
-    ("rs-fgsm", "cifar10", E8, None, {"alpha": 10 / 255},
+    ("rs-fgsm", "cifar10", E8, "preactresnet18", {"alpha": 10 / 255},
      {"epochs": 15, "lr": 0.2, "schedule": "triangular", "batch_size": 128}),
     ("n-fgsm", "cifar10", E8, None, {"noise": 2.0},
      {"epochs": 30, "lr": 0.2, "schedule": "triangular", "batch_size": 128}),

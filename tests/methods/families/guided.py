@@ -116,6 +116,7 @@ REFUSED = [
 PUBLISHED = [
     ("gat", "cifar10", E8, None, {"lam": 10.0}, {}),
     ("gat", "mnist", 0.3, "lenet+", {"lam": 15.0}, {}),
+    ("gat", "mnist-long", 0.3, "lenet+", {"lam": 15.0}, {"epochs": 50}),
     ("nuat", "cifar10", E8, None, {"lam": 4.5}, {}),
     ("tdat", "cifar10", E8, None, {"lam": 0.65}, {}),
 ]

@@ -39,14 +39,15 @@ def liet(net, x, y, smoothing, spread=0.6, far=False, every=20, lam=100.0, done=
 
 
 CASES = {
-    "liet": (liet, {}, {}),
-    "liet spread": (liet, {"spread": 0.2, "every": 3, "lam": 7.0}, {}),
+    "liet": (liet, {"far": False}, {}),
+    "liet as by default at such an eps": (liet, {}, {"far": True}),
+    "liet spread": (liet, {"far": False, "spread": 0.2, "every": 3, "lam": 7.0}, {}),
     "liet far": (liet, {"far": True, "spread": 0.0}, {}),
 }
-SMALL = {"liet": {"lam": 5.0}}
+SMALL = {"liet": {"lam": 5.0, "far": False}}
 BY_HAND = [("liet", {}, 3, 3, 2)]
 PUBLISHED = [
-    ("liet", "cifar10", 8 / 255, "resnet18", {"lam": 100.0, "far": False}, {"epochs": 100}),
+    ("liet", "cifar10", 8 / 255, "resnet18", {"lam": 100.0}, {"epochs": 100}),
 ]
 REFUSED = [
     ("liet", {"lam": -1.0}, ("liet", "lam", "-1.0", ">= 0")),

@@ -29,6 +29,10 @@ CASES = {
     "mart beta alpha sigma": (mart, {"beta": 1.5, "steps": 2, "alpha": 0.03, "sigma": 0.05}, {}),
 }
 SMALL = {"mart": {"steps": 3, "alpha": 0.05, "sigma": 0.05}}
+PUBLISHED = [
+    ("mart", "mnist", 0.3, "lenet+", {"beta": 5.0, "steps": 40, "alpha": 0.01}, {}),
+    ("mart", "cifar10", 8 / 255, "resnet18", {"beta": 5.0, "steps": 10, "alpha": 0.007}, {}),
+]
 BY_HAND = [("mart", {"steps": 5}, 7, 7, 2), ("mart", {"steps": 1}, 3, 3, 2)]
 REFUSED = [
     ("mart", {"beta": -1.0}, ("mart", "beta", "-1.0", ">= 0")),

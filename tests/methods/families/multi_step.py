@@ -79,8 +79,11 @@ PUBLISHED = [
         "pgd-wa",
         "cifar10",
         E8,
-        None,
+        "resnet18",
         {"steps": 10, "alpha": STEP2},
-        {"ema": 0.9995, "label_smoothing": 0.4},
+        {
+            **{"ema": 0.9995, "label_smoothing": 0.4, "epochs": 100, "schedule": "onecycle"},
+            **{"lr": 0.1, "batch_size": 128},
+        },
     ),
 ]

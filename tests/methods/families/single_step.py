@@ -222,12 +222,17 @@ REFUSED = [
 ]
 PUBLISHED = [
     ("zerograd", "cifar10", E8, None, {"q": 0.35}, FAST),
+    ("zerograd", "cifar100", E8, None, {"q": 0.45}, FAST),
+    ("aaer", "cifar10", E8, None, {"lam": 1.0, "lam_loss": 2.5, "lam_spread": 1.5}, FAST),
+    (
+        *("aaer", "cifar10-n", E8, None),
+        {"lam": 1.0, "lam_loss": 1.5, "lam_spread": 0.15, "perturbation": "n-fgsm"},
+        FAST,
+    ),
     ("multigrad", "cifar10", E8, None, {"starts": 3}, FAST),
     ("gradalign", "cifar10", E8, None, {"lam": 0.2}, {"epochs": 30}),
     ("elle", "cifar10", E8, None, {"lam": 1000.0}, FAST),
     ("elle-a", "cifar10", E8, None, {"lam": 4000.0}, FAST),
 ]
 TRAIN_PASSES = {"zerograd": 2, "multigrad": 4, "gradalign": 2, "aaer": 2}
-# A confident network's gradient underflows in train mode, and MultiGrad has no random start.
-MAY_STAY = ("multigrad",)
 IN_PART = ("eat",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -19,7 +20,7 @@ import pytest
 import torch
 import yaml
 
-from surestep import UserError, auditing, comparing, evaluation, runs
+from surestep import UserError, auditing, comparing, evaluation, methods, runs
 from surestep.comparing import Comparison, Failure, Number, Row, _run, compare, compare_runs, save
 from surestep.data import Images
 
@@ -145,6 +146,23 @@ class TestTraining:
             ("sat-r2", [0, 1]),
         ]
         assert told[:2] == ["training fgsm-seed0 (1 of 4)", "  epoch 1/1"]
+
+    def test_a_plug_in_that_was_changed_since(self, world, tmp_path, monkeypatch):
+        """Its author tries the next idea: a finished run is of the one before."""
+        code = ["one"]
+        monkeypatch.setattr(_run, "code_of", lambda method: code[0])
+        for _ in range(2):
+            compare(["fgsm"], 1, out=tmp_path, **SHORT)
+        assert world.done.count("train fgsm-seed0") == 1
+        code[0] = "two"
+        with pytest.raises(UserError, match=r"code of fgsm has changed since .*fgsm-seed0 "):
+            compare(["fgsm"], 1, out=tmp_path, **SHORT)
+
+    def test_the_code_of_a_method(self, monkeypatch):
+        assert _run.code_of("fgsm") is None
+        monkeypatch.setattr(methods.get("fgsm"), "__module__", __name__)
+        digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        assert _run.code_of("fgsm") == digest[:16]
 
     def test_how_many_images_are_attacked_at_a_time(self, world, tmp_path):
         compare(["fgsm"], 1, out=tmp_path / "one", **SHORT)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import surestep
-from surestep import L2, Linf, devices, methods, posthoc
+from surestep import L2, Linf, UserError, devices, methods, posthoc
 from surestep.attacks.core import forked_rng
 from surestep.auditing import _subject, escalation
 from surestep.data import as_images
@@ -225,3 +225,40 @@ def test_images_that_would_fill_the_device_stay_on_the_host(monkeypatch):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 2e9))
         assert _batches._has_room(torch.device("cuda"), images) is room
     assert _batches._has_room(torch.device("cpu"), images)
+
+
+class TestExact:
+    """What decides over an image has all of float32's digits; on a GPU two switches take some."""
+
+    @pytest.fixture
+    def switches(self, monkeypatch):
+        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        before = cudnn.allow_tf32, matmul.allow_tf32
+        cudnn.allow_tf32, matmul.allow_tf32 = True, True
+        yield lambda: (cudnn.allow_tf32, matmul.allow_tf32)
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+
+    def test_on_a_gpu(self, switches):
+        with devices.exact(torch.device("cuda")):
+            assert switches() == (False, False)
+        assert switches() == (True, True)
+
+    def test_elsewhere_they_are_left_alone(self, switches):
+        with torch.autocast("cpu", torch.bfloat16), devices.exact(torch.device("cpu")):
+            assert switches() == (True, True)
+            assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("said", ["CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"])
+def test_memory_that_is_full_in_a_librarys_words(said):
+    full = pytest.raises(UserError, match="out of memory in a step: do less")
+    with full, devices.memory_for("a step", "do less"):
+        raise RuntimeError(f"CUDA error: {said} when calling `create(handle)`")
+
+
+def test_a_gpu_that_all_processes_would_share(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="'cuda:1' is one for all the processes of this machine"):
+        devices.pick_device("cuda:1")

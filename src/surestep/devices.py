@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,7 +39,8 @@ def pick_device(name: str | None = None) -> torch.device:
         # Threads without a core spin while others wait for them: many times slower.
         torch.set_num_threads(cores())
     try:
-        device = torch.device(name)
+        # With its number: torch says "cuda" and "cuda:0" of the same, and they are not equal.
+        device = torch.ones(1, device=name).device
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         reason = str(e).strip().splitlines()[0]
@@ -55,7 +57,14 @@ def _own_device(name: str) -> str:
     Else all of them would begin, and leave some memory, on the first.
     """
     rank, devices = os.environ.get("LOCAL_RANK", ""), torch.cuda.device_count()
-    if name != "cuda" or not rank.isdecimal() or not devices:
+    if not rank.isdecimal() or not devices:
+        return name
+    if name != "cuda":
+        if os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
+            raise UserError(
+                f"device {name!r} is one for all the processes of this machine: give cuda, and "
+                "each has its own"
+            )
         return name
     return f"cuda:{int(rank) % devices}"
 
@@ -94,7 +103,8 @@ def _let_segments_grow() -> None:
 def has_bf16(device: torch.device) -> bool:
     """Tell whether the device multiplies bfloat16 in hardware."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
         return bool(probe and probe())
@@ -104,8 +114,8 @@ def has_bf16(device: torch.device) -> bool:
 def out_of_memory(error: Exception) -> bool:
     """Tell whether an error is a device's, or the host's, that has no memory left."""
     said = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        "DefaultCPUAllocator" in said or "out of memory" in said
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in said for words in ("DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED")
     )
 
 
@@ -144,6 +154,26 @@ def autocasts(device: torch.device) -> bool:
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Return the context in which a device computes in the types of the tensors."""
     return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
+
+
+@contextmanager
+def exact(device: torch.device) -> Iterator[None]:
+    """Compute in all of float32's digits, for what decides: no autocast, and on a GPU no TF32.
+
+    By default cuDNN multiplies float32 with ten bits of mantissa.
+    """
+    places: list[Any] = []
+    if device.type == "cuda":
+        places = [torch.backends.cudnn, torch.backends.cuda.matmul]
+    before = [place.allow_tf32 for place in places]
+    for place in places:
+        place.allow_tf32 = False
+    try:
+        with without_autocast(device):
+            yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.allow_tf32 = value
 
 
 @functools.cache

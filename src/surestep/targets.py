@@ -94,8 +94,6 @@ def open_target(
     if preprocess is not None and normalises:
         raise UserError(f"{name} normalises its images itself: leave mean and std out")
     target = pick_device(device)
-    if weights is not None and not Path(weights).is_file():
-        raise UserError(f"the weights {weights} are not there")
     given = {"dataset": dataset, "data": place, "image_size": image_size, "eps": eps}
     of_run = folder.is_dir()
     if of_run:
@@ -116,6 +114,8 @@ def open_target(
         config = parse(RunConfig, {**config.model_dump(), **changes})
     else:
         _check_kind(name)
+        if weights is not None and not Path(weights).is_file():
+            raise UserError(f"{weights} is not there")
         if dataset is None or eps is None:
             missing = " and ".join(
                 flag for flag, value in (("--dataset", dataset), ("--eps", eps)) if value is None

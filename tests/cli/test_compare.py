@@ -85,6 +85,7 @@ class TestOptions:
             "budget": "standard",
             "audit": "quick",
             "n": 7,
+            "eval_batch_size": None,
             "out": str(tmp_path / "out"),
         }
 

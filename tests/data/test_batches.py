@@ -191,3 +191,13 @@ def test_what_fails_in_a_reader_fails_in_the_epoch(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "take", failing)
     with pytest.raises(OSError, match="the disk is gone"):
         next(Batches(lying, 4).epoch(0))
+
+
+def test_shares_of_a_small_training_set_are_equal():
+    """Processes that gather what they hold, or average gradients, need as many images each."""
+    images = as_images((torch.rand(7, 1, 2, 2), torch.arange(7)))
+    shares = [list(Batches(images, 12, rank=k, world=3).epoch(0)) for k in range(3)]
+    assert [[len(x) for x, *_ in share] for share in shares] == [[2], [2], [2]]
+    # In their order, for an evaluation, none is left out.
+    shares = [list(Batches(images, 12, rank=k, world=3, shuffle=False).epoch(0)) for k in range(3)]
+    assert sum(len(x) for share in shares for x, *_ in share) == 7

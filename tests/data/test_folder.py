@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from surestep import data
+from surestep import UserError, data
+from surestep.data import _pillow
 
 
 def paint(path: Path, value: int, size=(4, 4), mode: str = "RGB") -> None:
@@ -217,3 +220,26 @@ def test_classes_may_have_folders_inside(tmp_path):
         for k in range(3):
             paint(tmp_path / name / "images" / f"{k}.png", k)
     assert data.load(f"folder:{tmp_path}").classes == ("cat", "dog")
+
+
+def test_threads_that_decode_keep_the_order(monkeypatch):
+    """More pictures than are open at a time, the first of each block the slowest."""
+    monkeypatch.setattr(_pillow, "_BLOCK", 6)
+
+    def opener(k):
+        if k % 6 == 0:
+            time.sleep(0.02)
+        return Image.new("L", (2, 2), k)
+
+    x = _pillow.stack(((str(k), partial(opener, k)) for k in range(20)), None)
+    assert x[:, 0, 0, 0].tolist() == list(range(20))
+
+
+def test_the_first_that_is_damaged_is_named():
+    def opener(k):
+        if k in (5, 7):
+            raise _pillow.unreadable(str(k), ValueError("torn"))
+        return Image.new("L", (2, 2), k)
+
+    with pytest.raises(UserError, match=r"^5 is not a readable image"):
+        _pillow.stack(((str(k), partial(opener, k)) for k in range(20)), None)

@@ -420,3 +420,21 @@ def test_full_memory_in_a_forward_pass_is_no_fault_of_the_model(net, images):
     net.register_forward_pre_hook(lambda _, args: full() if len(args[0]) > 1 else None)
     with pytest.raises(UserError, match=r"out of memory in an attack: lower batch_size \(40\)"):
         evaluate(net, images, THREAT, ["fgsm"], batch_size=40)
+
+
+class TestSortedByClass:
+    @pytest.fixture
+    def ordered(self):
+        y = torch.arange(90) // 30
+        return (y / 3 + 0.1)[:, None].repeat(1, 4), y
+
+    def test_one_class_alone_is_told(self, ordered):
+        net = nn.Linear(4, 3)
+        with pytest.warns(UserWarning, match="25 images are all of class 0: if the data are"):
+            surestep.evaluate(net, ordered, surestep.Linf(0.1), ["fgsm"], n=25)
+        with pytest.warns(UserWarning, match="shuffle them, or judge all"):
+            surestep.evaluate(net, TensorDataset(*ordered), surestep.Linf(0.1), ["fgsm"], n=25)
+
+    @pytest.mark.parametrize("n", [None, 31, 10])
+    def test_nothing_is_told_of_several_or_of_few(self, ordered, n):
+        surestep.evaluate(nn.Linear(4, 3), ordered, surestep.Linf(0.1), ["fgsm"], n=n)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from surestep.attacks.losses import Objective, log_odds, margin
-from surestep.devices import autocasts, without_autocast
+from surestep.devices import autocasts, exact
 from surestep.errors import UserError
 from surestep.threat import ThreatModel
 
@@ -197,7 +197,7 @@ def count_classes(model: nn.Module, x: Tensor) -> int:
         UserError: the model fails on it or returns no logits.
     """
     # A look at the model must not change what it draws at random afterwards.
-    with attacking(uncompiled(model)) as inner, forked_rng(x.device):
+    with attacking(uncompiled(unwrapped(model))) as inner, forked_rng(x.device):
         try:
             return forward_logits(inner, x[:1]).shape[1]
         except UserError:
@@ -278,7 +278,7 @@ def in_turn(
                 break
             found = attack(x[left], y[left])
             # In float32: what is wrong by a hair in bf16 may be right, and is not done then.
-            with torch.no_grad(), without_autocast(x.device):
+            with torch.no_grad(), exact(x.device):
                 broken = misclassified(forward_logits(inner, found), y[left])
             x_adv[left[broken]] = found[broken]
             left = left[~broken]

@@ -380,9 +380,10 @@ def estimate(
             start = time.perf_counter()
             with attacking(adapted), autocast(device, precision):
                 try:
-                    input_gradient(adapted, x, y)
+                    values = input_gradient(adapted, x, y)[0]
                 except UserError:  # without a gradient the forward is the cost, or fails again
-                    forward_logits(adapted, x)
+                    values = forward_logits(adapted, x)
+                float(values.flatten()[0])  # a GPU is only done once a number is read
         return (time.perf_counter() - start) / len(x) / 3  # a gradient is about three forwards
 
     full = forward_seconds(torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surestep import auditing, evaluation, files, runs
+from surestep import auditing, evaluation, files, methods, runs
 from surestep.comparing._table import Tell
 from surestep.config import RunConfig, parse, to_yaml
 from surestep.data import Images
@@ -138,6 +139,7 @@ def read(job: Job, asked: Asked) -> dict[str, Any]:
         "settings": asked.to_dict(),
         "weights": None,
         "peak_memory_mb": None,
+        "code": None,
         "evaluation": None,
         "audit": None,
     }
@@ -149,10 +151,11 @@ def read(job: Job, asked: Asked) -> dict[str, Any]:
         found = _kept(path)
         if found is None:
             continue
+        _check_code(job, found.get("code"))
         if found["settings"] == fresh["settings"]:
             return found
         if path != job.kept:
-            return fresh | {key: found[key] for key in ("weights", "peak_memory_mb")}
+            return fresh | {k: found.get(k) for k in ("weights", "peak_memory_mb", "code")}
         name = next(k for k, v in fresh["settings"].items() if found["settings"].get(k) != v)
         one, other = (_told(s["settings"].get(name)) for s in (found, fresh))
         raise UserError(
@@ -160,6 +163,31 @@ def read(job: Job, asked: Asked) -> dict[str, Any]:
             "another --out"
         )
     return fresh
+
+
+def code_of(method: str) -> str | None:
+    """Return a digest of the file that a plug-in's method is written in; None for one of ours."""
+    module = methods.get(method).__module__
+    if module.partition(".")[0] == "surestep":
+        return None
+    try:
+        source = inspect.getsource(sys.modules[module])
+    except (OSError, TypeError, KeyError):  # there is no such file
+        return None
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
+def _check_code(job: Job, before: str | None) -> None:
+    """Refuse a run of a method whose author has changed it since.
+
+    Raises:
+        UserError: it is one.
+    """
+    if job.trains and before is not None and before != code_of(job.config.method):
+        raise UserError(
+            f"the code of {job.config.method} has changed since {job.folder} was trained: delete "
+            "that folder, or give another --out"
+        )
 
 
 def _told(value: Any) -> str:
@@ -195,6 +223,7 @@ def bring_to_end(
     if weights != kept["weights"]:
         # New, or other ones than were judged.
         kept = kept | {"weights": weights, "peak_memory_mb": trained}
+        kept |= {"code": code_of(job.config.method)} if job.trains else {}
         kept |= {"evaluation": None, "audit": None}
         _write(job, kept)
     missing = [k for k in ("evaluation", "audit") if kept[k] is None]

@@ -116,7 +116,8 @@ class Batches:
 
         Each is ``(x, y, index)``: float32 pixels in [0, 1] of shape (n, C, H, W), int64 labels (n,)
         and int64 positions (n,) of the images in the data, all on the device. An incomplete batch
-        is shared as equally as it goes; a share may then be smaller than others, or empty.
+        is shared as equally as it goes; a share may then be smaller than others, or empty. When
+        shuffling shares are equal, and what cannot be shared is left out.
 
         Raises:
             UserError: if ``skip`` is outside 0..steps_per_epoch.
@@ -132,7 +133,7 @@ class Batches:
         """Return the crops and flips this rank's batch ``step`` of ``epoch`` gets, if any."""
         if self.augment is None:
             return None
-        size = min(self.batch_size, len(self.images) - step * self.batch_size)
+        size = self._size(step)
         whole = self.augment.draw(size, generator("augment", self.seed, epoch, step))
         return whole[self._share(size)]
 
@@ -161,13 +162,18 @@ class Batches:
 
     def _rows(self, order: Tensor, step: int) -> Tensor:
         batch = order[step * self.batch_size : (step + 1) * self.batch_size]
-        return batch[self._share(len(batch))]
+        return batch[self._share(self._size(step))]
 
     def _order(self, epoch: int) -> Tensor:
         n = len(self.images)
         if not self.shuffle:
             return torch.arange(n)
         return torch.randperm(n, generator=generator("order", self.seed, epoch))
+
+    def _size(self, step: int) -> int:
+        """Return the images of a batch; in training the processes' shares must be equal."""
+        size = min(self.batch_size, len(self.images) - step * self.batch_size)
+        return size - size % self.world if self.shuffle else size
 
     def _share(self, size: int) -> slice:
         return slice(self.rank * size // self.world, (self.rank + 1) * size // self.world)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,17 +17,21 @@ from surestep.errors import UserError
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
+Opener = Callable[[], "Picture"]
+_BLOCK = 1024  # pictures that are open, or wait for it, at a time
 _GREY = {"1", "L"}
 _COLOUR = {"RGB", "RGBA", "P", "PA", "LA", "CMYK", "YCbCr", "HSV", "LAB"}
 
 
 def stack(
-    pictures: Iterable[tuple[str, Picture]], image_size: int | None, *, grey: bool = False
+    pictures: Iterable[tuple[str, Opener]], image_size: int | None, *, grey: bool = False
 ) -> Tensor:
     """Decode pictures into uint8 (N, C, H, W): C = 1 if all of them are grey, else 3 (RGB).
 
+    Threads share the work: Pillow decodes without Python's lock.
+
     Args:
-        pictures: pairs of a name for messages and a picture, which may still be undecoded.
+        pictures: pairs of a name for messages and what opens the picture.
         image_size: side in pixels of the centred square each picture is cut and resized to
             (bilinear); None keeps them as they are.
         grey: turn coloured pictures into grey ones.
@@ -35,8 +42,7 @@ def stack(
     """
     arrays: list[np.ndarray] = []
     first = ""
-    for name, picture in pictures:
-        array = _decode(name, picture, image_size, grey)
+    for name, array in _decoded(iter(pictures), image_size, grey):
         if not arrays:
             first = name
         elif array.shape[:2] != arrays[0].shape[:2]:
@@ -50,6 +56,22 @@ def stack(
     for place, array in zip(whole, arrays, strict=True):
         place[:] = array.transpose(2, 0, 1)  # a grey picture fills all three channels
     return torch.from_numpy(whole)
+
+
+def _decoded(
+    pictures: Iterator[tuple[str, Opener]], image_size: int | None, grey: bool
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield names and decoded pictures in their order, some blocks at a time."""
+
+    def decode(pair: tuple[str, Opener]) -> np.ndarray:
+        name, opener = pair
+        with opener() as picture:
+            return _decode(name, picture, image_size, grey)
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        while block := list(itertools.islice(pictures, _BLOCK)):
+            for (name, _), array in zip(block, pool.map(decode, block), strict=True):
+                yield name, array
 
 
 def has_colour(picture: Picture) -> bool:

@@ -69,8 +69,9 @@ class Draw:
         height, width = x.shape[-2:]
         rows = torch.arange(height, device=x.device)[None]
         columns = torch.arange(width, device=x.device)[None]
+        ahead = x.device.type == "cuda"  # elsewhere such a copy may read what is gone by then
         dy, dx, flip = (
-            v.to(x.device, non_blocking=True)[:, None] for v in (self.dy, self.dx, self.flip)
+            v.to(x.device, non_blocking=ahead)[:, None] for v in (self.dy, self.dx, self.flip)
         )
         return rows, columns, dy, dx, flip
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,8 +70,7 @@ def load(split: Split, root: str | Path, *, image_size: int | None = None) -> Im
     # All splits have the channels of what models are trained on, which is looked at if need be.
     known = _trained_on(root) if split == "test" else set()
     grey = bool(known) and not _any_colour(known)
-    pictures = ((str(path), picture) for path, picture in _open(paths))
-    x = stack(pictures, image_size, grey=grey)
+    x = stack(((str(path), partial(_open, path)) for path in paths), image_size, grey=grey)
     if x.shape[1] == 1 and not grey and _any_colour(_trained_on(root) - set(paths)):
         x = x.expand(-1, 3, -1, -1).contiguous()
     divided = not any(_split_folder(root, part) for part in SPLITS)
@@ -93,10 +93,9 @@ def _trained_on(root: Path) -> set[Path]:
 def _any_colour(paths: Iterable[Path]) -> bool:
     """Tell whether any picture has colours, from the files' headers; damaged ones are skipped."""
     for path in sorted(paths):
-        with contextlib.suppress(UserError):
-            for _, picture in _open([path]):
-                if has_colour(picture):
-                    return True
+        with contextlib.suppress(UserError), _open(path) as picture:
+            if has_colour(picture):
+                return True
     return False
 
 
@@ -190,13 +189,11 @@ def _part_of(
     return tuple(files), kept
 
 
-def _open(paths: Iterable[Path]) -> Iterator[tuple[Path, Picture]]:
+def _open(path: Path) -> Picture:
+    """Open a picture, of which only the header is read yet."""
     from PIL import Image
 
-    for path in paths:
-        try:
-            picture = Image.open(path)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise unreadable(str(path), error) from None
-        with picture:
-            yield path, picture
+    try:
+        return Image.open(path)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise unreadable(str(path), error) from None

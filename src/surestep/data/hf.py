@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from surestep.data._images import Images, number_names
-from surestep.data._pillow import stack
+from surestep.data._pillow import Opener, stack
 from surestep.data._splits import Split, divide, instead, mixed
 from surestep.errors import UserError
 
@@ -120,7 +121,7 @@ def _column(
 
 def _pictures(
     name: str, rows: Any, image: str, label: str, labels: list[int]
-) -> Iterator[tuple[str, Picture]]:
+) -> Iterator[tuple[str, Opener]]:
     """Yield the pictures and put their labels into ``labels``: one pass decodes each row once."""
     for i in range(len(rows)):
         row = rows[i]
@@ -133,4 +134,8 @@ def _pictures(
         if not hasattr(row[image], "convert"):
             raise UserError(f"{where} holds no picture in column {image!r}: expected an image")
         labels.append(row[label])
-        yield where, row[image]
+        yield where, partial(_given, row[image])
+
+
+def _given(picture: Picture) -> Picture:
+    return picture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -25,7 +26,7 @@ from surestep.attacks.core import (
     share_of,
 )
 from surestep.data import Batches, Images, as_images, as_pair
-from surestep.devices import autocast, memory_for, without_autocast
+from surestep.devices import autocast, exact, memory_for
 from surestep.errors import UserError
 from surestep.evaluation import suite
 from surestep.evaluation._state import State, digest, model_digest
@@ -35,6 +36,7 @@ from surestep.threat import ThreatModel
 
 FORMAT, VERSION = "surestep-evaluation", 1
 _ASKED_ABOUT = 1000  # images that a substitute is trained on
+_FEW = 20  # images that may be of one class by chance
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ def evaluate(
         attacks: names, see ``surestep.evaluation.suite``; by default those of the budget.
         budget: "quick", "standard" or "thorough"; without ``attacks``.
         batch_size: of the attacks.
-        n: only the first n images; all by default.
+        n: only the first n images; all by default. Data sorted by class have only some of the
+            classes there: of one alone a warning tells.
         seed: of the random starts.
         eps: further radii, for the curve of accuracy against eps.
         precision: bfloat16 or float16 crafts the perturbations under autocast. Whether a point is
@@ -183,6 +186,8 @@ def evaluate(
         kept.close()
     if not judge.done:
         raise UserError("there is no image to evaluate on")
+    if n is not None:
+        judge.warn_of_one_class()
     curve = [
         _at(
             radius,
@@ -263,6 +268,16 @@ class _Judge:
         self.survivors += int(worst.sum())
         self.number += 1
 
+    def warn_of_one_class(self) -> None:
+        """Say that a part of data sorted by class was judged, where all of it is of one class."""
+        labels = torch.cat(self.labels)
+        if len(labels) >= _FEW and bool((labels == labels[0]).all()):
+            warnings.warn(
+                f"the first {len(labels):,} images are all of class {int(labels[0])}: if the data "
+                "are sorted by class, shuffle them, or judge all (n=None)",
+                stacklevel=3,
+            )
+
     def _clean(self, x: Tensor, y: Tensor) -> Tensor:
         fingerprint = digest(x, y) if self.state.kept else ""
         known = self.state.get(self.number, "clean")
@@ -312,7 +327,7 @@ class _Judge:
     @torch.no_grad()
     def _right(self, x: Tensor, y: Tensor) -> Tensor:
         # Whatever precision the caller's code runs in.
-        with without_autocast(x.device):
+        with exact(x.device):
             return ~misclassified(forward_logits(self.model, x), y).cpu()
 
     def result(self, seconds: float, curve: list[dict[str, Any]]) -> Evaluation:

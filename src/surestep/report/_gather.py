@@ -17,7 +17,7 @@ from surestep.attacks.core import (
     input_gradient,
 )
 from surestep.attacks.losses import cross_entropy
-from surestep.devices import memory_for, without_autocast
+from surestep.devices import exact, memory_for
 from surestep.errors import UserError
 from surestep.evaluation.suite import pgd_step_size
 from surestep.report import _png
@@ -75,7 +75,7 @@ def gather(
         memory_for("the report's pictures", f"lower batch_size ({batch_size})"),
         attacking(model) as inner,
         forked_rng(device),
-        without_autocast(device),
+        exact(device),
     ):
         torch.manual_seed(seed)
         x, y = _choose(inner, x, y, threat, samples, batch_size, device)

@@ -53,17 +53,18 @@ def seed_everything(seed: int) -> None:
 
 
 class OwnRandom:
-    """A random state, on the CPU, that is not the process's.
+    """A random state of python, numpy and torch on the CPU that is not the process's.
 
     Args:
         seed: of it.
     """
 
     def __init__(self, seed: int) -> None:
-        before = self._read()
-        seed_everything(seed)
-        self._state = self._read()
-        self._write(*before)
+        self._state = (
+            random.Random(seed).getstate(),
+            np.random.RandomState(seed % 2**32).get_state(),
+            torch.Generator().manual_seed(seed).get_state(),
+        )
 
     @contextmanager
     def used(self) -> Iterator[None]:

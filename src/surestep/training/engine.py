@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import attacking, forked_rng, unwrapped
+from surestep.attacks.core import attacking, forked_rng, uncompiled, unwrapped
 from surestep.data import augment
 from surestep.devices import autocast, drop_casts_without_gradients, has_bf16
 from surestep.errors import UserError, unknown_name
@@ -73,6 +73,11 @@ class Engine:
         last = fast and torch.device(device).type != "mps"
         return cls(dtype, channels_last=last, tuned=fast)
 
+    @property
+    def precision_name(self) -> str:
+        """The precision, by the name that settings give it."""
+        return next(name for name, dtype in PRECISIONS.items() if dtype == self.precision)
+
     def place(self, model: nn.Module) -> nn.Module:
         """Bring a model's weights into the engine's memory format, in place."""
         if self.tuned:
@@ -94,6 +99,7 @@ class Engine:
         if not self.channels_last or len(shape) != 3:
             return self
         device = next(model.parameters()).device
+        model = uncompiled(unwrapped(model))
         x = self.place_images(torch.zeros(2, *shape, device=device))
         try:
             with attacking(model) as inner, forked_rng(device), torch.no_grad():
@@ -112,6 +118,14 @@ class Engine:
     def autocast(self, device: torch.device) -> Any:
         """Return the context of a forward pass."""
         return autocast(device, self.precision)
+
+
+def match_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Give state its parameter's strides: fused kernels walk all tensors in memory order."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter).copy_(value)
 
 
 def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
@@ -165,6 +179,15 @@ class TrainStep:
         )
         if self.scaler.is_enabled():
             _begin_momentum(optimizer)
+        self._unsettled = True
+
+    def _settle(self, x: Tensor) -> None:
+        """Look at the first images: a model that flattens with ``view`` is stepped contiguous."""
+        self._unsettled = False
+        suited = self.engine.suited(self.model, x.shape[1:])
+        if suited is not self.engine:
+            self.engine = suited
+            match_layout(self.optimizer)
 
     def __call__(
         self, x: Tensor, y: Tensor, index: Tensor | None = None, draw: augment.Draw | None = None
@@ -173,6 +196,8 @@ class TrainStep:
 
         Waits for the device nowhere (but for the first batch, which is checked).
         """
+        if self._unsettled:
+            self._settle(x)
         x = self.engine.place_images(x)
         awp = self.awp if self.perturbing else None
         probe = nullcontext() if awp is None else buffers_kept(self.model)

@@ -33,7 +33,7 @@ from surestep.evaluation import Evaluation, evaluate, suite
 from surestep.methods import Method, Progress, StepResult
 from surestep.training import checkpoint
 from surestep.training.averaging import WeightAverage
-from surestep.training.engine import Engine, make_optimizer, make_step
+from surestep.training.engine import Engine, make_optimizer, make_step, match_layout
 from surestep.training.memory import fit_into
 from surestep.training.picking import MIN_STEPS, Pick, pick_engine
 from surestep.training.progress import Display
@@ -116,6 +116,7 @@ def fit(
             a Dataset come through its own transforms: give them here where these are random.
         resume: go on from the newest checkpoint in ``out``; the result is bit-identical to that
             of a run that was never stopped, unless it goes on with another number of processes.
+            (On a GPU as far as its kernels are: see ``torch.use_deterministic_algorithms``.)
         overwrite: delete what is in ``out`` first.
         quiet: show nothing.
         device: such as "cpu" or "cuda"; by default the best there is.
@@ -387,6 +388,8 @@ class _Trainer:
             awp=config.awp,
         )
         self.engine, self.optimizer = engine, optimizer
+        # What a run goes on with, where another machine's choice may be another.
+        self.config = config.model_copy(update={"precision": engine.precision_name})
         self.at = _Progress()
         self.stop = StopRequest()
 
@@ -487,12 +490,12 @@ class _Trainer:
     def _batches(self, skip: int, left: int, restored: dict[str, Any] | None) -> Iterator[Batch]:
         """Return so many batches of the epoch; from a checkpoint within it, those after it."""
         states = restored["rng"] if restored else gather_object([self._random_state()])
-        # A loader draws its order when an epoch begins, and images as it goes.
+        # A loader draws its order when an epoch begins, so its beginning is restored first.
         self.epoch_rng = restored.get("epoch_rng", states) if restored and skip else states
         if restored:
             self._set_random_states(self.epoch_rng)
         batches = self.source.epoch(self.at.epoch, skip) if left else iter(())
-        if restored:
+        if restored and skip:
             self._set_random_states(states)
         return itertools.islice(batches, left)
 
@@ -592,7 +595,9 @@ class _Trainer:
         row["val_n"] = found.n
         row["val_clean"] = found.clean_accuracy
         row |= {f"val_{name}": value for name, value in found.robust_accuracy.items()}
-        row["val_worst_case"] = score = found.worst_case_accuracy
+        # Kernels may round apart: all processes must select the weights of the same epoch.
+        (score,) = broadcast_object_list([found.worst_case_accuracy])
+        row["val_worst_case"] = score
         row["val_seconds"] = found.seconds
         one_step = found.robust_accuracy.get("fgsm", score)
         fell = self.at.last_robust - score > COLLAPSE
@@ -717,7 +722,7 @@ class _Trainer:
             reason = " ".join(str(e).split())[:200]
             raise UserError(f"cannot resume {self.run.folder} with another model: {reason}") from e
         self.optimizer.load_state_dict(state["optimizer"])
-        _match_layout(self.optimizer)
+        match_layout(self.optimizer)
         self.take_step.scaler.load_state_dict(state["scaler"])
         if self.average:
             self.average.load_state_dict(state["average"])
@@ -763,14 +768,6 @@ class _Trainer:
         else:
             self.model.load_state_dict(self._best)
         self.model.eval()
-
-
-def _match_layout(optimizer: torch.optim.Optimizer) -> None:
-    """Give loaded state its parameter's strides: fused kernels walk all tensors in memory order."""
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                state[name] = torch.empty_like(parameter).copy_(value)
 
 
 def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -121,7 +121,7 @@ def _time(
         net,
         copy.deepcopy(method),
         make_optimizer("sgd", net.parameters(), lr=0.0),
-        chosen.suited(chosen.place(net), x.shape[1:]),
+        chosen,
     )
     best = float("inf")
     for i in range(3):

@@ -213,8 +213,6 @@ class RunFolder:
         Another engine rounds differently: a resumed run must not pick again. A precision that is
         asked for stays as asked, for ``check_same`` to judge.
         """
-        if config.engine != "auto":
-            return config
         begun, settings = read_yaml(self.config), config.model_dump()
         for name in ("engine", "precision"):
             if settings[name] == "auto":

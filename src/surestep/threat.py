@@ -79,6 +79,10 @@ class ThreatModel(ABC):
         A sample with zero gradient gets a zero step.
         """
 
+    def random_step(self, x: Tensor, size: float) -> Tensor:
+        """Return perturbations shaped as ``x`` along Gaussian noise, of norm ``size``."""
+        return self.steepest_step(torch.randn_like(x), size)
+
     @abstractmethod
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Bring ``x_adv`` back into the ball around ``x`` and into the data range.
@@ -86,6 +90,11 @@ class ThreatModel(ABC):
         Exact under rounding: the distance of the result from ``x``, computed in the tensors'
         own dtype, never exceeds eps. ``x`` must lie in the data range.
         """
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """Shape one value a sample (N,) so that it meets each of the sample's in ``like`` (N, ...)."""
+    return values.view(-1, *[1] * (like.dim() - 1))
 
 
 @dataclass(frozen=True)
@@ -136,14 +145,14 @@ class L2(ThreatModel):
         """Draw uniformly from the ball: a Gaussian direction, a radius with density r^(d-1)."""
         radius = self.eps if radius is None else radius
         share = torch.rand(len(x), device=x.device, dtype=x.dtype).pow(1 / x[0].numel())
-        return self.steepest_step(torch.randn_like(x), radius) * _per_sample(share, x)
+        return self.random_step(x, radius) * per_sample(share, x)
 
     def steepest_step(self, grad: Tensor, size: float) -> Tensor:
         """Return ``size * grad / ||grad||_2`` per sample."""
         # Dividing by the largest entry first keeps the squares of tiny gradients from vanishing.
-        scale = _per_sample(grad.flatten(1).abs().amax(1), grad)
+        scale = per_sample(grad.flatten(1).abs().amax(1), grad)
         direction = grad / torch.where(scale > 0, scale, 1)
-        norm = _per_sample(direction.flatten(1).norm(dim=1), grad)
+        norm = per_sample(direction.flatten(1).norm(dim=1), grad)
         return size * direction / norm.clamp(min=1)
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
@@ -155,8 +164,8 @@ class L2(ThreatModel):
         ulp = torch.finfo(x.dtype).eps * max(abs(b) for b in self.bounds)
         radius = max(0.0, self.eps - ulp * math.sqrt(math.prod(x.shape[1:])))
         factor = torch.where(norm > self.eps, radius / norm, 1.0).to(x.dtype)
-        inside = _per_sample(norm <= self.eps, x)
-        return torch.where(inside, x_adv, self.clip(x + delta * _per_sample(factor, x)))
+        inside = per_sample(norm <= self.eps, x)
+        return torch.where(inside, x_adv, self.clip(x + delta * per_sample(factor, x)))
 
 
 NORMS: dict[str, type[ThreatModel]] = {"linf": Linf, "l2": L2}
@@ -178,7 +187,3 @@ def make(norm: str, eps: float, bounds: tuple[float, float] = (0.0, 1.0)) -> Thr
 
 def _finite(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.dim() - 1))

@@ -7,10 +7,12 @@ found: modes, ``requires_grad`` flags, ``.grad`` and buffers.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -18,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from surestep.attacks.losses import Objective, log_odds, margin
 from surestep.devices import autocasts, exact
 from surestep.errors import UserError
-from surestep.threat import ThreatModel
+from surestep.threat import ThreatModel, per_sample
 
 _BUCKET = 32
 _INSIDE = "_orig_mod"
@@ -41,10 +43,12 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def forked_rng(device: torch.device) -> Iterator[None]:
-    """Leave torch's random state, also that of the device and of others in use, as it was.
+    """Leave the random states as they were: python's, numpy's, torch's, also that of the device.
 
     Seeding inside, ``torch.manual_seed``, reaches every device.
     """
+    # A model may draw from any of them.
+    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
     # torch's own fork_rng asks for the state of a device by its number, which mps has not.
     state = torch.mps.get_rng_state() if device.type == "mps" else None
     used = torch.cuda.is_initialized() or device.type == "cuda"
@@ -52,6 +56,8 @@ def forked_rng(device: torch.device) -> Iterator[None]:
         with torch.random.fork_rng(range(torch.cuda.device_count()) if used else []):
             yield
     finally:
+        random.setstate(python)
+        np.random.set_state(arrays)  # noqa: NPY002
         if state is not None:
             torch.mps.set_rng_state(state)
 
@@ -243,6 +249,12 @@ def input_gradient(
     return grad, values.detach(), logits.detach()
 
 
+def l1_unit(grad: Tensor) -> Tensor:
+    """Return each sample's gradient over the sum of its absolute values; zero stays zero."""
+    size = per_sample(grad.abs().flatten(1).sum(1), grad)
+    return grad / torch.where(size > 0, size, 1)
+
+
 def misclassified(logits: Tensor, y: Tensor) -> Tensor:
     """Return which samples are wrong: another class leads, or a logit is NaN."""
     return (logits.argmax(1) != y) | logits.isnan().any(1)
@@ -396,8 +408,7 @@ class Ascent:
     def _direction(self, grad: Tensor, momentum: Tensor | None) -> Tensor:
         if self.decay is None:
             return grad
-        size = grad.abs().flatten(1).sum(1).view(-1, *[1] * (grad.dim() - 1))
-        unit = grad / torch.where(size > 0, size, 1)
+        unit = l1_unit(grad)
         return unit if momentum is None else self.decay * momentum + unit
 
     def _advance(self, x_adv: Tensor, x: Tensor, direction: Tensor) -> Tensor:

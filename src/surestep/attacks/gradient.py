@@ -6,7 +6,6 @@ The model is attacked in eval mode and left as it was found.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from surestep.attacks import losses
@@ -54,7 +53,7 @@ def r_fgsm(
     alpha = threat.eps / 2 if alpha is None else alpha
     if not 0 <= alpha <= threat.eps:
         raise UserError(f"alpha {alpha:g} is outside [0, eps = {threat.eps:g}]")
-    start = threat.clip(x + threat.steepest_step(torch.randn_like(x), alpha))
+    start = threat.clip(x + threat.random_step(x, alpha))
     with attacking(model) as inner:
         grad, _, _ = input_gradient(inner, start, y, losses.get(loss))
     step = threat.steepest_step(grad.nan_to_num(0.0), threat.eps - alpha)

@@ -60,9 +60,7 @@ def binarization_rates(
     readouts, biases, kept = [], [], []
     for row in range(len(x)):
         image = x[row : row + 1]
-        planted = threat.project(
-            image + threat.steepest_step(torch.randn_like(image), threat.eps), image
-        )
+        planted = threat.project(image + threat.random_step(image, threat.eps), image)
         with torch.no_grad():
             # Large images: never are there more points at a time than are passed at once.
             sizes = [min(batch_size, INNER - k) for k in range(0, INNER, batch_size)]

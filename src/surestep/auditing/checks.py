@@ -24,7 +24,7 @@ from surestep.auditing.binarization import binarization_rates
 from surestep.devices import autocast, finest
 from surestep.evaluation import evaluate
 from surestep.evaluation.suite import pgd_step_size
-from surestep.threat import Linf
+from surestep.threat import Linf, per_sample
 
 BETWEEN = 100
 """Points on the line from an image to its FGSM point that are looked at."""
@@ -430,7 +430,7 @@ def local_linearity(s: Subject) -> Finding:
     x, y = s.probe
     a, b = s.threat.random_start(x), s.threat.random_start(x)
     share = torch.rand(len(x), device=x.device)
-    mixed = share.view(-1, *[1] * (x.dim() - 1))
+    mixed = per_sample(share, x)
     at = [s.loss(p, y).to(finest(x.device)) for p in (a, b, (1 - mixed) * a + mixed * b)]
     error = (at[2] - (1 - share) * at[0] - share * at[1]).square().mean().item()
     scale = torch.stack(at).square().mean().item()
@@ -486,7 +486,7 @@ def sat_properties(s: Subject) -> Finding:
     at_f = s.logits(s.threat.project(x + step, x))
     ifgsm = s.search(x, y, 10, s.threat.eps / 10, start_radius=0.0).x_adv
     alpha = s.threat.eps / 30
-    noisy = s.threat.clip(x + s.threat.steepest_step(torch.randn_like(x), alpha))
+    noisy = s.threat.clip(x + s.threat.random_step(x, alpha))
     rfgsm = s.threat.project(s.fgsm(noisy, y), x)
     size = at_f.square().sum(1).mean().item() or 1.0
     apart = {

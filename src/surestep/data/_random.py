@@ -14,5 +14,10 @@ def generator(*words: int | str) -> torch.Generator:
     give run 0 at epoch 1 the draws of run 1 at epoch 0. A hash (BLAKE2b of the words) has no such
     neighbours and is the same on every platform and Python version.
     """
+    return torch.Generator().manual_seed(seed_of(*words))
+
+
+def seed_of(*words: int | str) -> int:
+    """Return 32 bits of a hash of ``words``."""
     digest = hashlib.blake2b(repr(words).encode(), digest_size=4).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return int.from_bytes(digest, "little")

@@ -76,7 +76,7 @@ def default_root() -> Path:
     return Path(place).expanduser() if place else Path.home() / ".cache" / "surestep"
 
 
-def fetch(archives: tuple[Archive, ...], root: Path, *, progress: bool = True) -> Path:
+def fetch(archives: tuple[Archive, ...], root: Path) -> Path:
     """Make the folder of one of ``archives`` exist under ``root`` and return it.
 
     The first archive that already lies in ``root`` is unpacked; else the first one is downloaded.
@@ -85,7 +85,6 @@ def fetch(archives: tuple[Archive, ...], root: Path, *, progress: bool = True) -
     Args:
         archives: equivalent archives, the preferred one first.
         root: where to; made if need be.
-        progress: show a bar on a terminal.
 
     Raises:
         UserError: no network, a web page or a damaged file instead of the archive, a full disk,
@@ -101,7 +100,7 @@ def fetch(archives: tuple[Archive, ...], root: Path, *, progress: bool = True) -
             return root / archive.folder
         if downloaded:
             log.info("downloading %s to %s", archive.url, root)
-            _download(archive, path, progress)
+            _download(archive, path)
         else:
             with path.open("rb") as file:
                 digest = hashlib.md5(usedforsecurity=False)
@@ -166,20 +165,20 @@ def _one_line(archive: Archive, root: Path) -> Iterator[None]:
     )
 
 
-def _download(archive: Archive, path: Path, progress: bool) -> None:
+def _download(archive: Archive, path: Path) -> None:
     """Download to a temporary file beside ``path``; rename it once the checksum is right."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     part = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
-            digest = _stream(archive, file, progress)
+            digest = _stream(archive, file)
         _check(archive, digest, archive.url)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def _stream(archive: Archive, file: BinaryIO, progress: bool) -> str:
+def _stream(archive: Archive, file: BinaryIO) -> str:
     """Copy the archive from the web into ``file``; return the MD5 of what was written."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
@@ -187,7 +186,7 @@ def _stream(archive: Archive, file: BinaryIO, progress: bool) -> str:
     digest = hashlib.md5(usedforsecurity=False)
     console = Console(stderr=True)
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console, disable=not (progress and console.is_terminal))
+    bar = Progress(*columns, console=console, disable=not console.is_terminal)
     with urllib.request.urlopen(archive.url, timeout=_TIMEOUT) as answer, bar:
         length = answer.headers.get("Content-Length")
         total = int(length) if length else None

@@ -40,7 +40,7 @@ class Guided(Method):
         assert self.alpha is not None
         lam, n = self.weight(), len(x)
         with attacking(model) as inner:
-            start = self.threat.clip(x + self.threat.steepest_step(torch.randn_like(x), self.alpha))
+            start = self.threat.clip(x + self.threat.random_step(x, self.alpha))
             objective: Objective = log_odds
             if self._guided:
                 with torch.no_grad():

@@ -11,6 +11,7 @@ from surestep.attacks.losses import cross_entropy
 from surestep.methods._base import Cost, Terms, Update, once, register
 from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
 from surestep.methods._single_step import OnSingleStep
+from surestep.threat import per_sample
 
 
 @register("elle")
@@ -41,7 +42,7 @@ class ELLE(OnSingleStep):
         """Take x_adv, two random points and one between them through the update."""
         x_adv = self.base.perturb(model, x, y)
         a, b = x + self.threat.random_delta(x), x + self.threat.random_delta(x)
-        share = torch.rand(len(x), *[1] * (x.dim() - 1), dtype=x.dtype, device=x.device)
+        share = per_sample(torch.rand(len(x), dtype=x.dtype, device=x.device), x)
         points = torch.cat([x_adv, a, b, torch.lerp(a, b, share)])
         weight = once(self.weight)
 

@@ -15,6 +15,7 @@ from surestep.attacks.core import attacking, input_gradient, misclassified
 from surestep.methods._base import register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.methods.pgd import PGD
+from surestep.threat import per_sample
 
 
 @register("fat")
@@ -49,7 +50,7 @@ class FAT(PGD):
             for _ in range(self.steps):
                 grad, _, logits = input_gradient(inner, x_adv, y)
                 left = left - misclassified(logits, y).long()
-                going = (left >= 0).view(-1, *[1] * (x.dim() - 1))
+                going = per_sample(left >= 0, x)
                 step = self.threat.steepest_step(grad, self.alpha)
                 x_adv = torch.where(going, self.threat.project(x_adv + step, x), x_adv)
         return x_adv

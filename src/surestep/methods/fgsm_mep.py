@@ -11,20 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import attacking, input_gradient
+from surestep.attacks.core import attacking, input_gradient, l1_unit
 from surestep.methods._base import Cost, Method, Terms, Update, register
 from surestep.methods._memory import Memory
 from surestep.methods._presets import CIFAR100_RESNET, CIFAR_RESNET, MNIST_ZOO, recipe, smoothed
-
-
-def l1_unit(grad: Tensor) -> Tensor:
-    """Return each sample's gradient over the sum of its absolute values; zero stays zero.
-
-    The authors divide the gradient of the batch's mean loss by the whole batch's sum, in which
-    images that are right with certainty hardly count.
-    """
-    size = grad.abs().flatten(1).sum(1).view(-1, *[1] * (grad.dim() - 1))
-    return grad / torch.where(size > 0, size, 1)
 
 
 def pairing(one: Tensor, other: Tensor) -> Tensor:
@@ -81,6 +71,8 @@ class FGSMMEP(Method):
             grad, _, _ = input_gradient(inner, start, y)
         x_adv = threat.project(start + threat.steepest_step(grad, self.alpha), x)
         before = self._momentum.read(index, x, images, draw)
+        # The authors divide the gradient of the batch's mean loss by the whole batch's sum, in
+        # which images that are right with certainty hardly count.
         momentum = l1_unit(grad) + self.decay * before
         moved = threat.project(start + threat.steepest_step(momentum, self.alpha), x) - x
         self._momentum.write(index, momentum, images, draw)

@@ -16,6 +16,7 @@ from surestep.methods._base import Cost, Method, Terms, Update, register, relaxe
 from surestep.methods._memory import Memory
 from surestep.methods._presets import CIFAR100_RESNET, CIFAR_RESNET, MNIST_ZOO, recipe, smoothed
 from surestep.methods.fgsm_mep import pairing
+from surestep.threat import per_sample
 
 
 @register("fgsm-pco")
@@ -59,7 +60,7 @@ class FGSMPCO(Method):
         with attacking(model) as inner:
             grad, _, logits = input_gradient(inner, old, y, smoothed)
         new = threat.project(old + threat.steepest_step(grad, threat.eps), x)
-        p_y = logits.softmax(1).gather(1, y[:, None]).view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
+        p_y = per_sample(logits.softmax(1).gather(1, y[:, None]), x).to(x.dtype)
         mixed = threat.clip((1 - p_y) * old + p_y * (x + self.stretch * (new - x)))
         self._delta.write(index, new - x, images, self.draw)
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from surestep import processes
-from surestep.attacks.core import attacking, input_gradient
+from surestep.attacks.core import attacking, input_gradient, l1_unit
 from surestep.methods._base import Cost, Method, Terms, Update, one_hot, register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
-from surestep.methods.fgsm_mep import l1_unit, pairing
+from surestep.methods.fgsm_mep import pairing
+from surestep.threat import per_sample
 
 
 @register("fgsm-uap")
@@ -61,7 +62,7 @@ class FGSMUAP(Method):
         # The mean gradient of each group, over all processes; a group without images keeps still.
         member = one_hot(group, groups).to(x.dtype)
         total = processes.mean(torch.einsum("ng,n...->g...", member, l1_unit(grad)))
-        count = processes.mean(member.sum(0)).view(-1, *[1] * (x.dim() - 1))
+        count = per_sample(processes.mean(member.sum(0)), x)
         present = count > 0
         m = torch.where(present, total / torch.where(present, count, 1) + self.decay * m, m)
         moved = u + threat.steepest_step(m, self.alpha)

@@ -12,6 +12,7 @@ from surestep.methods._base import Cost, Update, register
 from surestep.methods._memory import Memory
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.methods.pgd import PGD
+from surestep.threat import per_sample
 
 
 @register("iaat")
@@ -46,16 +47,16 @@ class IAAT(PGD):
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Attack at the full radius, scale to the image's, then move the radius."""
         assert index is not None
-        images, shape = self.progress.images, (-1, *[1] * (x.dim() - 1))
+        images = self.progress.images
         delta = self.perturb(model, x, y) - x
         share = 1 - self._missing.read(index, x.flatten(1)[:, 0], images)
         more = (share + self.gamma).clamp(max=1)
         with attacking(model) as inner, torch.no_grad():
-            logits = forward_logits(inner, self.threat.project(x + more.view(shape) * delta, x))
+            logits = forward_logits(inner, self.threat.project(x + per_sample(more, x) * delta, x))
         withstood = ~misclassified(logits, y)
         moved = torch.where(withstood, more, (share - self.gamma).clamp(min=0))
         self._missing.write(index, 1 - self.beta * share - (1 - self.beta) * moved, images)
-        x_adv = self.threat.project(x + share.view(shape) * delta, x)
+        x_adv = self.threat.project(x + per_sample(share, x) * delta, x)
         return Update(x_adv, self.plain_loss(y))
 
     def cost(self, batch_size: int) -> Cost:

@@ -16,7 +16,7 @@ from surestep.attacks.core import attacking, count_classes, input_gradient
 from surestep.methods._base import Cost, Method, Terms, Update, one_hot, register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.methods.trades import kl
-from surestep.threat import Linf
+from surestep.threat import Linf, per_sample
 
 
 @register("liet")
@@ -55,13 +55,13 @@ class LIET(Method):
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Begin at the templates of the labels, with noise in some pixels."""
-        threat, shape = self.threat, (-1, *[1] * (x.dim() - 1))
+        threat = self.threat
         self._renew(model, x)
         templates = self._templates.to(x)
-        share = 0.1 + 0.4 * torch.rand(len(x), dtype=x.dtype, device=x.device).view(shape)
+        share = per_sample(0.1 + 0.4 * torch.rand(len(x), dtype=x.dtype, device=x.device), x)
         noisy = torch.rand_like(x) < share
         noise = threat.random_delta(x, (2 if self.far else 1) * threat.eps)
-        flip = 1 - 2 * (torch.rand(len(x), device=x.device) < 0.5).to(x.dtype).view(shape)
+        flip = per_sample(1 - 2 * (torch.rand(len(x), device=x.device) < 0.5).to(x.dtype), x)
         delta = torch.where(noisy, noise, threat.steepest_step(templates[y], threat.eps))
         start = threat.clip(x + flip * delta)
         with attacking(model) as inner:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from surestep.methods._base import register
@@ -35,7 +34,7 @@ class RFGSM(SingleStep):
     def start(self, x: Tensor) -> Tensor:
         """Step at random."""
         assert self.alpha is not None
-        return self.threat.clip(x + self.threat.steepest_step(torch.randn_like(x), self.alpha))
+        return self.threat.clip(x + self.threat.random_step(x, self.alpha))
 
     @property
     def size(self) -> float:

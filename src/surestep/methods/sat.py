@@ -129,7 +129,7 @@ def sat_r2_update(
     with attacking(model, train_mode=base.train_mode) as inner:
         start = base.start(x)
         x_n, start_n = x[-n:], start[-n:]
-        starts = torch.cat([start, start_n + threat.steepest_step(torch.randn_like(x_n), alpha)])
+        starts = torch.cat([start, start_n + threat.random_step(x_n, alpha)])
         grad = base.gradient(inner, starts, torch.cat([y, y[-n:]]))
     points = starts + threat.steepest_step(grad, base.size)
     x_fgsm, x_rfgsm = points.split([len(x), n])
@@ -156,7 +156,7 @@ def steps_from_noise(
     threat = base.threat
     with attacking(model, train_mode=base.train_mode) as inner:
         start = base.start(x)
-        start = threat.clip(start + threat.steepest_step(torch.randn_like(x), alpha))
+        start = threat.clip(start + threat.random_step(x, alpha))
         grad = base.gradient(inner, start, y)
     ends = [start + threat.steepest_step(grad, size) for size in sizes]
     return [threat.project(end, x) if project else threat.clip(end) for end in ends]

@@ -11,6 +11,7 @@ from surestep.attacks.core import attacking, forward_logits, input_gradient, mis
 from surestep.methods._base import Cost, register
 from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
 from surestep.methods.rs_fgsm import RSFGSM
+from surestep.threat import per_sample
 
 
 @register("ssat")
@@ -55,7 +56,7 @@ class SSAT(RSFGSM):
             for k, wrong in reversed(list(enumerate(flipped.view(c - 1, n), 1))):
                 share = torch.where(wrong, k / c, share)
         share = torch.where(misclassified(logits, y), 0, share)
-        return self.threat.project(x + share.view(-1, *[1] * (x.dim() - 1)) * delta, x)
+        return self.threat.project(x + per_sample(share, x) * delta, x)
 
     def cost(self, batch_size: int) -> Cost:
         """FGSM's, and the inner points' forward passes."""

@@ -21,7 +21,7 @@ from surestep.devices import exact, memory_for
 from surestep.errors import UserError
 from surestep.evaluation.suite import pgd_step_size
 from surestep.report import _png
-from surestep.threat import ThreatModel
+from surestep.threat import ThreatModel, per_sample
 
 _LARGEST = 96  # pixels on a side of an embedded picture
 
@@ -129,8 +129,8 @@ def _surface(
     for start in range(0, len(x) * points * points, batch_size):
         at = torch.arange(start, min(start + batch_size, len(x) * points * points), device=x.device)
         row, place = at // points**2, at % points**2
-        along = shares[place % points].view(-1, *[1] * (x.dim() - 1))
-        across = shares[place // points].view(-1, *[1] * (x.dim() - 1))
+        along = per_sample(shares[place % points], x)
+        across = per_sample(shares[place // points], x)
         # The corners lie outside the ball: a surface shows the neighbourhood, no attack is made.
         around = threat.clip(x[row] + along * steps[row] + across * aside[row])
         with torch.no_grad():

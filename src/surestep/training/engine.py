@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import attacking, forked_rng, uncompiled, unwrapped
+from surestep.attacks.core import attacking, device_of, forked_rng, uncompiled, unwrapped
 from surestep.data import augment
 from surestep.devices import autocast, drop_casts_without_gradients, has_bf16
-from surestep.errors import UserError, unknown_name
+from surestep.errors import UserError, look_up, unknown_name
 from surestep.methods import Method, StepResult
 from surestep.training.averaging import WeightAverage
 from surestep.training.awp import buffers_kept, weights_ahead
@@ -98,11 +98,16 @@ class Engine:
         """
         if not self.channels_last or len(shape) != 3:
             return self
-        device = next(model.parameters()).device
+        device = device_of(model)
         model = uncompiled(unwrapped(model))
         x = self.place_images(torch.zeros(2, *shape, device=device))
         try:
-            with attacking(model) as inner, forked_rng(device), torch.no_grad():
+            with (
+                attacking(model) as inner,
+                forked_rng(device),
+                torch.no_grad(),
+                self.autocast(device),
+            ):
                 inner(x)
         except RuntimeError:
             model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -172,7 +177,7 @@ class TrainStep:
         self.model, self.method, self.optimizer, self.engine = model, method, optimizer, engine
         self.clip_grad, self.average, self.awp = clip_grad, average, awp
         self.averaging = self.perturbing = True
-        self.device = next(model.parameters()).device
+        self.device = device_of(model)
         # Only float16 has too few exponents for unscaled gradients.
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=engine.precision == torch.float16
@@ -279,8 +284,7 @@ def make_optimizer(
         UserError: an unknown name, or no parameters.
     """
     parameters = list(parameters)
-    if name not in OPTIMIZERS:
-        raise unknown_name("optimizer", name, OPTIMIZERS)
+    kind = look_up("optimizer", name, OPTIMIZERS)
     if not any(p.requires_grad for p in parameters):
         raise UserError("the model has no parameters to train (all of them frozen?)")
     # The fused kernels update all tensors in one pass over memory.
@@ -291,4 +295,4 @@ def make_optimizer(
     }
     if name == "sgd":
         options["momentum"] = momentum
-    return OPTIMIZERS[name](parameters, **options)
+    return kind(parameters, **options)

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from surestep import files
 from surestep.attacks.core import check_labels, count_classes, share_of, uncompiled
 from surestep.config import FitSettings, parse
-from surestep.data import Images
+from surestep.data import Images, seed_of
 from surestep.devices import memory_for, pick_device
 from surestep.errors import UserError
 from surestep.evaluation import Evaluation, evaluate, suite
@@ -289,119 +289,152 @@ class _Trainer:
         workers: int,
     ) -> None:
         _check_together(config, method)
-        checkpoint.seed_everything(config.seed + accelerator.process_index)
-        given, model = model, uncompiled(model)
-        self.model, self.method, self.config, self.run = model, method, config, run
+        # The first process has the run's own seed; a hash keeps the others from other runs'.
+        rank = accelerator.process_index
+        checkpoint.seed_everything(seed_of("process", config.seed, rank) if rank else config.seed)
+        self.model, self.method, self.config = uncompiled(model), method, config
         # Validation attacks with all of eps from the first epoch on.
         self.threat = method.threat
-        self.accelerator, self.device = accelerator, device
+        self.accelerator, self.device, self.run = accelerator, device, run
         self.quiet = quiet or not accelerator.is_main_process
         train, self.held_out = split(data, validation, config.val_images, config.seed)
-        inside = [part for part in (train, self.held_out) if isinstance(part, Images)]
-        if inside and method.threat.bounds != (0.0, 1.0):
-            raise UserError(
-                f"images in memory are pixels in [0, 1], the threat model's data range is "
-                f"{method.threat.bounds}: leave bounds out, or give data and validation as loaders"
-            )
-        with memory_for("moving the data", "give memory-mapped arrays or a DataLoader"):
-            self.source: Source = make_source(
-                train,
-                batch_size=config.batch_size,
-                seed=config.seed,
-                augmentation=config.augment,
-                device=device,
-                rank=accelerator.process_index,
-                world=accelerator.num_processes,
-                # Batches are moved here, without waiting for the device.
-                prepare=functools.partial(accelerator.prepare_data_loader, device_placement=False),
-                workers=workers,
-            )
         self.images = len(train) if isinstance(train, Images) else 0
         self.labelled = share_of(train.y >= 0) if isinstance(train, Images) else 1.0
-        if method.remembers and not self.images:
-            raise UserError(
-                f"{method.slug} keeps a perturbation for each image: give images in memory, a "
-                "pair of tensors (x, y), instead of a Dataset or DataLoader"
-            )
-        self.total = round(method.replays * self.source.steps_per_epoch * config.epochs)
-        if not self.source.steps_per_epoch:
-            raise UserError("there is no batch to train on: the data hold fewer images than one")
-        if not self.total:
-            raise UserError(
-                f"{config.epochs:g} epochs of {self.source.steps_per_epoch} steps are less than "
-                "one: give more epochs"
-            )
+        self.source = self._open(train, workers)
+        self.total = self._count_steps()
         # Images of a step, of this process.
         self.share = math.ceil(config.batch_size / accelerator.num_processes)
         if isinstance(train, DataLoader) and train.batch_size:
             self.share = train.batch_size
-        model.to(device).train()
-        self.pick: Pick | None = None
-        if isinstance(train, Images):
-            # The method looks at the first batch only; here all labels are at hand.
-            one = train.pixels(slice(0, 1)).to(device)
-            classes = count_classes(model, one)
-            check_labels(train.y, classes, unlabelled=method.without_labels)
-            # Where memory is short there is none for trials, and little to choose.
-            if config.engine == "auto" and self.total >= MIN_STEPS and not config.max_memory:
-                with self._one_line("the trial of engines", self.share):
-                    self._pick_engine(one.shape[1:])
+        self.model.to(device).train()
+        self.pick = self._look_at(train) if isinstance(train, Images) else None
         if method.replays > 1:
             self.source = Replayed(self.source, method.replays)
-        config = self.config
-        engine = Engine.choose(config.engine, config.precision, device)
-        stepped = engine.place(model)
         shape = image_shape(train)
-        if shape:
-            engine = engine.suited(model, shape)
-        if config.compile:
-            # The step's network alone: batches of validation shrink, and each size is compiled.
-            stepped = given if given is not model else cast(nn.Module, torch.compile(stepped))
-        if config.max_memory:
-            if shape is None:
-                raise UserError(
-                    f"max_memory ({config.max_memory:g}) needs the shape of an image, which the "
-                    f"{type(train).__name__} does not tell: give a Dataset whose items are pairs "
-                    "of tensors, or a smaller batch instead"
-                )
-            stepped = fit_into(model, method, engine, shape, self.share, config.max_memory)
-        optimizer = make_optimizer(
+        self.engine = self._lay_out(shape)
+        self.average = None
+        if config.ema or config.swa:
+            self.average = WeightAverage(self.model, config.ema)
+        self._best: dict[str, Tensor] = {}
+        self.optimizer = make_optimizer(
             config.optimizer,
-            model.parameters(),
+            self.model.parameters(),
             lr=config.lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
         )
-        self.average = None
-        if config.ema or config.swa:
-            self.average = WeightAverage(model, config.ema)
-        self._best: dict[str, Tensor] = {}
-        if accelerator.num_processes > 1:  # alone it would only add autocast that it was told of
-            stepped = accelerator.prepare_model(stepped, device_placement=False)
         self.take_step = make_step(
-            stepped,
+            self._wrapped(model, shape),
             method,
-            optimizer,
-            engine,
+            self.optimizer,
+            self.engine,
             clip_grad=config.clip_grad,
             average=self.average,
             awp=config.awp,
         )
-        self.engine, self.optimizer = engine, optimizer
-        # What a run goes on with, where another machine's choice may be another.
-        self.config = config.model_copy(update={"precision": engine.precision_name})
         self.at = _Progress()
         self.stop = StopRequest()
 
-    def _pick_engine(self, shape: torch.Size) -> None:
+    def _open(self, train: Any, workers: int) -> Source:
+        """Return the source of batches.
+
+        Raises:
+            UserError: data that the threat model or the method cannot take.
+        """
+        inside = any(isinstance(part, Images) for part in (train, self.held_out))
+        if inside and self.threat.bounds != (0.0, 1.0):
+            raise UserError(
+                f"images in memory are pixels in [0, 1], the threat model's data range is "
+                f"{self.threat.bounds}: leave bounds out, or give data and validation as loaders"
+            )
+        if self.method.remembers and not self.images:
+            raise UserError(
+                f"{self.method.slug} keeps a perturbation for each image: give images in memory, a "
+                "pair of tensors (x, y), instead of a Dataset or DataLoader"
+            )
+        # Batches are moved by the source, without waiting for the device.
+        prepare = functools.partial(self.accelerator.prepare_data_loader, device_placement=False)
+        with memory_for("moving the data", "give memory-mapped arrays or a DataLoader"):
+            return make_source(
+                train,
+                batch_size=self.config.batch_size,
+                seed=self.config.seed,
+                augmentation=self.config.augment,
+                device=self.device,
+                rank=self.accelerator.process_index,
+                world=self.accelerator.num_processes,
+                prepare=prepare,
+                workers=workers,
+            )
+
+    def _count_steps(self) -> int:
+        """Return the number of steps of the whole run.
+
+        Raises:
+            UserError: there is none.
+        """
+        steps = self.source.steps_per_epoch
+        if not steps:
+            raise UserError("there is no batch to train on: the data hold fewer images than one")
+        total = round(self.method.replays * steps * self.config.epochs)
+        if not total:
+            raise UserError(
+                f"{self.config.epochs:g} epochs of {steps} steps are less than one: give more "
+                "epochs"
+            )
+        return total
+
+    def _look_at(self, train: Images) -> Pick | None:
+        """Check all labels, where the method looks at a batch's only, and try engines out."""
+        one = train.pixels(slice(0, 1)).to(self.device)
+        classes = count_classes(self.model, one)
+        check_labels(train.y, classes, unlabelled=self.method.without_labels)
+        # Where memory is short there is none for trials, and little to choose.
+        if self.config.engine != "auto" or self.total < MIN_STEPS or self.config.max_memory:
+            return None
+        with self._one_line("the trial of engines", self.share):
+            return self._pick_engine(one.shape[1:])
+
+    def _lay_out(self, shape: torch.Size | None) -> Engine:
+        """Bring the model's weights into the layout of the engine, and return it."""
+        engine = Engine.choose(self.config.engine, self.config.precision, self.device)
+        engine.place(self.model)
+        if shape:
+            engine = engine.suited(self.model, shape)
+        # What a run goes on with, where another machine's choice may be another.
+        self.config = self.config.model_copy(update={"precision": engine.precision_name})
+        return engine
+
+    def _wrapped(self, given: nn.Module, shape: torch.Size | None) -> nn.Module:
+        """Return the network as the step calls it: compiled, in parts, of several processes."""
+        stepped, limit = self.model, self.config.max_memory
+        if self.config.compile:
+            # The step's network alone: batches of validation shrink, and each size is compiled.
+            compiled = given is not self.model
+            stepped = given if compiled else cast(nn.Module, torch.compile(stepped))
+        if limit:
+            if shape is None:
+                raise UserError(
+                    f"max_memory ({limit:g}) needs the shape of an image, which these data do not "
+                    "tell: give a Dataset whose items are pairs of tensors, or a smaller batch "
+                    "instead"
+                )
+            stepped = fit_into(self.model, self.method, self.engine, shape, self.share, limit)
+        if self.accelerator.num_processes > 1:
+            # Alone it would only add autocast that it was told of.
+            stepped = self.accelerator.prepare_model(stepped, device_placement=False)
+        return stepped
+
+    def _pick_engine(self, shape: torch.Size) -> Pick:
         """Set the fastest engine, measured in the first process, in the settings of all."""
         picks: list[Pick | None] = [None]
         if self.accelerator.is_main_process:
             picks = [pick_engine(self.model, self.method, shape, self.share, self.config.precision)]
-        (self.pick,) = broadcast_object_list(picks)
-        assert self.pick
-        chosen = {"engine": self.pick.engine, "precision": self.pick.precision}
+        (pick,) = broadcast_object_list(picks)
+        assert pick
+        chosen = {"engine": pick.engine, "precision": pick.precision}
         self.config = self.config.model_copy(update=chosen)
+        return pick
 
     @property
     def judged(self) -> nn.Module:
@@ -412,7 +445,7 @@ class _Trainer:
         """Train to the end; ``differences`` are to where a resumed run was begun."""
         if self.config.tensorboard:
             self.accelerator.init_trackers("tensorboard")
-        with Display(self.total, 0, quiet=self.quiet) as self.display:
+        with Display(self.total, quiet=self.quiet) as self.display:
             if self.pick:
                 self.display.say(str(self.pick))
             for difference in differences:
@@ -437,12 +470,12 @@ class _Trainer:
         steps = self.source.steps_per_epoch
         # All of an epoch's steps are done where a run was stopped while it was validated.
         skip = self.at.step - steps * self.at.epoch
-        sums = _Sums(self.device)
-        begin, seconds_before = time.perf_counter(), self.at.train_seconds
         # The last epoch may be a part of one.
         left = min(steps - skip, self.total - self.at.step)
+        sums = _Sums(self.device)
         if restored:
             sums.load_state_dict(restored["sums"])
+        self._began = time.perf_counter() - self.at.train_seconds
         for x, y, index in self._batches(skip, left, restored):
             self._set_course(self._set_rates())
             result = self._step(x, y, index)
@@ -452,29 +485,18 @@ class _Trainer:
             values = {"loss": result.loss, **result.terms, "adv_accuracy": hits}
             sums.add(self.at.step, len(x), values)
             if self.display.due():
-                self._show(sums, begin)
-            every = self.config.checkpoint_every
-            within = self.at.step % steps and self.at.step < self.total
-            due = every and self.at.step % every == 0 and within
-            stops = self.run is not None and self.stop.after(self.at.step, self.device)
-            if due or stops:
-                self.at.train_seconds = seconds_before + time.perf_counter() - begin
-                self._check_finite(sums, weights=True)
-                self._share_buffers()
-                self._save(sums)
-            if stops:
-                self._leave()
+                self._show(sums)
+            self._pause(sums)
         self._check_finite(sums, weights=True)
         self._share_buffers()
-        self.at.train_seconds = seconds_before + time.perf_counter() - begin
+        speed = self._speed(sums)
         self.at.epoch += 1
-        seconds = self.at.train_seconds - sum(r["train_seconds"] for r in self.at.history[-1:])
         row = {
             "epoch": self.at.epoch,
             "step": self.at.step,
             "lr": self.optimizer.param_groups[0]["lr"],
             **sums.means(),
-            "images_per_second": sums.images * self.accelerator.num_processes / seconds,
+            "images_per_second": speed,
             "train_seconds": self.at.train_seconds,
         }
         random_state = self._random_state()
@@ -486,6 +508,27 @@ class _Trainer:
             self._save(sums)
             self._leave()
         self._record(row)
+
+    def _pause(self, sums: _Sums) -> None:
+        """Write a checkpoint within the epoch if one is due, and stop there if that is asked."""
+        every, step = self.config.checkpoint_every, self.at.step
+        within = step % self.source.steps_per_epoch and step < self.total
+        due = every and step % every == 0 and within
+        stops = self.run is not None and self.stop.after(step, self.device)
+        if not (due or stops):
+            return
+        self._check_finite(sums, weights=True)
+        self._share_buffers()
+        self._speed(sums)
+        self._save(sums)
+        if stops:
+            self._leave()
+
+    def _speed(self, sums: _Sums) -> float:
+        """Take the time, and return the images a second of this epoch so far."""
+        self.at.train_seconds = time.perf_counter() - self._began
+        before = self.at.history[-1]["train_seconds"] if self.at.history else 0.0
+        return sums.images * self.accelerator.num_processes / (self.at.train_seconds - before)
 
     def _batches(self, skip: int, left: int, restored: dict[str, Any] | None) -> Iterator[Batch]:
         """Return so many batches of the epoch; from a checkpoint within it, those after it."""
@@ -560,10 +603,9 @@ class _Trainer:
     def _warmed_up(self, epochs: float) -> float:
         return warm_up(self.at.step, epochs * self.source.steps_per_epoch)
 
-    def _show(self, sums: _Sums, begin: float) -> None:
+    def _show(self, sums: _Sums) -> None:
         self._check_finite(sums)
-        means = sums.means()
-        speed = sums.images * self.accelerator.num_processes / (time.perf_counter() - begin)
+        means, speed = sums.means(), self._speed(sums)
         robust = f"  robust {self.at.last_robust:.1%}" if self.at.last_robust >= 0 else ""
         parts = "  ".join(f"{k} {v:.3f}" for k, v in means.items() if k != "adv_accuracy")
         epoch = f"epoch {self.at.epoch + 1}/{math.ceil(self.config.epochs)}"

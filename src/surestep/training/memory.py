@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from surestep.attacks.core import attacking, forked_rng, forward_logits
+from surestep.attacks.core import attacking, device_of, forked_rng, forward_logits
 from surestep.errors import UserError
 from surestep.methods import Method
 from surestep.training.engine import Engine
@@ -142,7 +142,7 @@ def fit_into(
     # Weights, gradients, momenta and a copy for autocast or averaging; what an attack keeps of
     # the images: starts, gradients, signs, points and their clipped copies.
     fixed = 4 * weights + 8 * images * 4 * math.prod(shape)
-    device = next(model.parameters()).device
+    device = device_of(model)
     x = torch.zeros(_PROBE, *shape, device=device)
     each = _BACKWARD * _kept_by_image(model, x, engine)
     if fixed + images * each <= limit:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from surestep import processes
-from surestep.attacks.core import count_classes, forked_rng
+from surestep.attacks.core import count_classes, device_of, forked_rng
 from surestep.devices import out_of_memory
 from surestep.methods import Method
 from surestep.training.engine import PRECISIONS, Engine, make_optimizer, make_step
@@ -68,7 +68,7 @@ def pick_engine(
         batch_size: of the training steps; slow models are timed on fewer images.
         precision: the only one to try; "auto": the expected one and float32.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     names = {dtype: name for name, dtype in PRECISIONS.items()}
     expected = "fast", names[Engine.choose("fast", precision, device).precision]
     precisions = [expected[1]] if precision != "auto" else [expected[1], "fp32"]

@@ -16,7 +16,7 @@ SECONDS_BETWEEN_LINES = 60.0
 class Display:
     """A progress bar on a terminal, else a line an epoch or a minute; nothing if ``quiet``."""
 
-    def __init__(self, total_steps: int, done: int, *, quiet: bool) -> None:
+    def __init__(self, total_steps: int, *, quiet: bool) -> None:
         self.console = Console(quiet=quiet, stderr=True)
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -27,7 +27,7 @@ class Display:
             console=self.console,
             disable=quiet or not self.console.is_terminal,
         )
-        self.task = self.bar.add_task("", total=total_steps, completed=done, info="")
+        self.task = self.bar.add_task("", total=total_steps, info="")
         self._next = 0.0
         self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
 

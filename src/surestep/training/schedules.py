@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from surestep.errors import unknown_name
+from surestep.errors import look_up
 
 
 def step(done: float) -> float:
@@ -62,9 +62,7 @@ def learning_rate(name: str, peak: float, done: float) -> float:
     Raises:
         UserError: no schedule of that name.
     """
-    if name not in SCHEDULES:
-        raise unknown_name("schedule", name, SCHEDULES)
-    return peak * SCHEDULES[name](done)
+    return peak * look_up("schedule", name, SCHEDULES)(done)
 
 
 def warm_up(step: int, steps: float) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from surestep import files
+from surestep import UserError, files
 from surestep.training import TrainStep, checkpoint, loop, stopping
 
 ENDS = {signal.SIGTERM: (SystemExit, "143"), signal.SIGINT: (KeyboardInterrupt, None)}
@@ -138,6 +138,23 @@ def test_during_validation(tiny, tmp_path, monkeypatch, number, epoch):
     stopped = checkpoint.found(tmp_path / "run" / "checkpoints")[-1]
     assert stopped.stem == f"step-{(5, 7)[epoch - 1]:08d}"
     train(out=tmp_path / "run", resume=True)
+    same(tiny, tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_validation_that_fails_loses_no_epoch(tiny, tmp_path, monkeypatch):
+    """Memory may be enough for the steps, and not for the attacks."""
+    tiny.train(out=tmp_path / "whole")
+
+    def full(*_: Any, **__: Any) -> Any:
+        torch.rand(3)
+        raise UserError("out of memory in an attack: lower batch_size (10)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", full)
+        with pytest.raises(UserError, match="out of memory"):
+            tiny.train(out=tmp_path / "run")
+    assert checkpoint.found(tmp_path / "run" / "checkpoints")[-1].stem == f"step-{5:08d}"
+    tiny.train(out=tmp_path / "run", resume=True)
     same(tiny, tmp_path / "run", tmp_path / "whole")
 
 

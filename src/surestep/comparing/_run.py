@@ -230,7 +230,7 @@ def bring_to_end(
     if asked.audit is None and "audit" in missing:
         missing.remove("audit")
     if missing:
-        run = runs.load(job.folder, job.device or job.config.device)
+        run = runs.load(job.folder, job.device or job.config.device, images)
         sized: dict[str, Any] = {}
         if asked.batch_size is not None:
             sized["batch_size"] = asked.batch_size

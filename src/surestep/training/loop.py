@@ -502,11 +502,15 @@ class _Trainer:
         random_state = self._random_state()
         try:
             self._validate(row)
-        except Asked:
-            self.at.epoch -= 1
-            self._set_random_state(random_state)
-            self._save(sums)
-            self._leave()
+        except (Asked, UserError) as e:
+            # A resume begins with the validation. Of several processes one may be alone with this.
+            if self.accelerator.num_processes == 1:
+                self.at.epoch -= 1
+                self._set_random_state(random_state)
+                self._save(sums)
+            if isinstance(e, Asked):
+                self._leave()
+            raise
         self._record(row)
 
     def _pause(self, sums: _Sums) -> None:

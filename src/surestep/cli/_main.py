@@ -115,7 +115,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _stopped(given: Sequence[str], code: int) -> None:
-    print(f"stopped{_HOW_TO_GO_ON.get(given[0] if given else '', '')}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # of several processes
+        print(f"stopped{_HOW_TO_GO_ON.get(given[0] if given else '', '')}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import surestep
-from surestep.auditing import CHECKS, _subject
+from surestep.auditing import CHECKS, _subject, checks
 from surestep.auditing._subject import Subject
 from surestep.evaluation import Adapted
 from surestep.evaluation.suite import pgd_step_size
@@ -31,7 +32,10 @@ class Layer(nn.Module):
 
 @pytest.fixture
 def ask(images):
-    """Return ``ask(name, model)``: the outcome of one check, on attacks' results as given."""
+    """Return ``ask(name, model)``: the outcome of one check, on attacks' results as given.
+
+    Of each the share of images that it left right, the first ones; below 0 the last ones.
+    """
 
     def call(name, model, eps=0.05, **right):
         x, y = images
@@ -40,7 +44,8 @@ def ask(images):
         s = Subject(Adapted(model).eval(), x, y, surestep.Linf(eps), budget, 0, 25, lambda _: None)
         s.right["clean"] = s.logits(x).argmax(1) == y
         for attack, share in right.items():
-            left = torch.arange(len(x)) < round(share * len(x))
+            left = torch.arange(len(x)) < round(abs(share) * len(x))
+            left = left if share >= 0 else left.flip(0)
             s.right[attack.replace("_", "-")] = left
         return BY_NAME[name](s)
 
@@ -109,6 +114,8 @@ def test_models(ask, net, name):
         ("black-box-beats-white-box", {"fgsm": 0.9, "pgd_20": 0.8, "square_60": 0.7}, True),
         ("black-box-beats-white-box", {"fgsm": 0.9, "pgd_20": 0.8, "transfer": 0.7}, True),
         ("black-box-beats-white-box", {"fgsm": 0.9, "pgd_20": 0.8, "square_60": 0.9}, False),
+        # Each breaks images that the other does not.
+        ("black-box-beats-white-box", {"fgsm": 0.9, "pgd_20": 0.5, "square_60": -0.6}, True),
         ("random-beats-gradient", {"fgsm": 0.9, "pgd_20": 0.9, "noise_20": 0.8}, True),
         ("random-beats-gradient", {"fgsm": 0.9, "pgd_20": 0.7, "noise_20": 0.8}, False),
         ("losses-agree", {"pgd_20": 0.9, "pgd_20_margin": 0.8}, True),
@@ -150,14 +157,38 @@ def test_sat_properties_of_a_linear_margin(ask, net, images):
         assert value == pytest.approx(F.cross_entropy(net(point), y).item(), rel=1e-4)
 
 
-def test_convergence_evidence(ask, net):
-    found = ask("convergence", net, eps=0.12)
-    steps, accuracy = found.evidence["steps"], found.evidence["accuracy"]
-    assert steps == [5, 10, 25, 50, 100]
-    assert accuracy == sorted(accuracy, reverse=True)
-    restarts = found.evidence["restart_accuracy"]
-    assert restarts == sorted(restarts, reverse=True)
-    assert restarts[0] == accuracy[-1]
+@pytest.mark.parametrize(
+    ("steps", "again", "moving", "flagged"),
+    [
+        # Of thirty images: the steps after which they are first wrong, -1 for never.
+        ([3] * 10 + [20] * 10 + [-1] * 10, 0, 0.0, False),
+        ([3] * 10 + [70] * 1 + [-1] * 19, 0, 0.0, True),  # between step 50 and 100
+        ([3] * 10 + [-1] * 20, 1, 0.0, True),  # by another start
+        ([3] * 10 + [-1] * 20, 0, 0.06, True),
+        ([3] * 10 + [-1] * 20, 0, 0.04, False),
+    ],
+)
+def test_convergence(ask, net, monkeypatch, steps, again, moving, flagged):
+    searches = []
+
+    def search(self, x, y, *_, **__):
+        searches.append(len(x))
+        if len(searches) == 1:
+            first = torch.tensor(steps)
+            return SimpleNamespace(first_wrong=first, wrong=first >= 0)
+        return SimpleNamespace(wrong=torch.arange(len(x)) < (again if len(searches) == 2 else 0))
+
+    monkeypatch.setattr(Subject, "search", search)
+    monkeypatch.setattr(Subject, "probe", property(lambda s: (s.x[:30], s.y[:30])))
+    monkeypatch.setattr(checks, "_late_movement", lambda s: moving)
+    found = ask("convergence", net)
+    assert (found.status == "flagged") is flagged
+    right = [sum(not 0 <= first <= k for first in steps) / 30 for k in (5, 10, 25, 50, 100)]
+    assert found.evidence["accuracy"] == pytest.approx(right)
+    left = steps.count(-1)
+    assert searches == [30, left, left - again]
+    wanted = [left / 30, (left - again) / 30, (left - again) / 30]
+    assert found.evidence["restart_accuracy"] == pytest.approx(wanted)
 
 
 def test_sweep_evidence(ask, net):

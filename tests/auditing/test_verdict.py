@@ -14,6 +14,7 @@ import surestep
 from surestep.auditing import CHECKS, Check, _subject, audit
 from surestep.auditing._audit import judge
 from surestep.errors import UserError
+from surestep.evaluation import wilson_interval
 from surestep.evaluation._evaluate import _Judge as Judge
 from surestep.evaluation.suite import Attack, Found
 
@@ -108,7 +109,9 @@ def test_what_an_audit_says(run, net):
     assert values["n"] == 60
     assert set(values["claims"]) == {"fgsm", "pgd-10"}
     assert found.found_accuracy == min(found.attacks.values())
-    assert found.attacks[found.found_by] == found.found_accuracy
+    late = {step["name"] for step in found.escalation}
+    on_all = {k: v for k, v in found.attacks.items() if k not in late}
+    assert found.attacks[found.found_by] == min(on_all.values())
     low, high = found.found_interval
     assert low <= found.found_accuracy <= high
 
@@ -213,6 +216,22 @@ def test_one_class_too_many(run, net):
     assert run(wide, 0.05).verdict == "robust"
 
 
+def flagged(name, value=1.0, **evidence):
+    return Check(1, name, name, "flagged", value, "", "", "", evidence)
+
+
+COLLAPSE = [flagged("collapse")]
+
+
+def said_of(
+    found, n=1000, *, claims=(0.94, 0.91), clean=0.98, checks=(), blind=0.0, budget="quick"
+):
+    """Return verdict and sentence where ``found`` of n images withstand everything."""
+    interval = wilson_interval(round(found * n), n)
+    named = dict(zip(("fgsm", "pgd-10"), claims, strict=True))
+    return judge(clean, named, found, interval, 0.1, list(checks), blind, budget, n)
+
+
 @pytest.mark.parametrize(
     ("fgsm", "pgd", "found", "verdict"),
     [
@@ -227,14 +246,49 @@ def test_one_class_too_many(run, net):
     ],
 )
 def test_the_rule(fgsm, pgd, found, verdict):
-    claims = {"fgsm": fgsm, "pgd-10": pgd}
-    said, sentence = judge(0.98, claims, found, found - 0.02, 0.1, [], 0.0, "quick", "pgd-100")
+    said, sentence = said_of(found, claims=(fgsm, pgd), checks=COLLAPSE)
     assert said == verdict
     assert f"{found:.1%}" in sentence
 
 
-def flagged(name):
-    return Check(1, name, name, "flagged", 1.0, "", "", "")
+@pytest.mark.parametrize(
+    ("found", "n", "verdict", "words"),
+    [
+        # Half of the claim is 0.47.
+        (0.48, 50, "robust", ""),
+        (0.44, 50, "inconclusive", "about half of what the model claims"),
+        (0.44, 5000, "pseudo-robust", ""),
+        (0.20, 50, "pseudo-robust", ""),
+    ],
+)
+def test_half_of_the_claim_on_few_images(found, n, verdict, words):
+    """Two images fewer must not turn an honest model into a masked one."""
+    said, sentence = said_of(found, n, checks=COLLAPSE)
+    assert said == verdict
+    assert words in sentence
+
+
+@pytest.mark.parametrize(
+    ("found", "n", "verdict"),
+    # The floor is 0.235.
+    [(0.225, 40, "inconclusive"), (0.225, 40_000, "not robust"), (0.0, 25, "not robust"),
+     (0.30, 40, "inconclusive"), (0.30, 40_000, "robust")],
+)  # fmt: skip
+def test_the_floor_on_few_images(found, n, verdict):
+    said, sentence = said_of(found, n, claims=(0.4, 0.3))
+    assert said == verdict
+    assert ("--n" in sentence) == (verdict == "inconclusive")
+
+
+def test_a_claim_that_fails_where_no_check_flags_is_not_called_masked():
+    """Attacked far beyond the radius that it was trained for, say."""
+    assert said_of(0.02, claims=(0.6, 0.5))[0] == "not robust"
+    assert said_of(0.02, claims=(0.6, 0.5), checks=COLLAPSE)[0] == "pseudo-robust"
+
+
+def missed(count):
+    evidence = {"broken only by it": {"square-200": count, "transfer": 1}}
+    return flagged("black-box-beats-white-box", **evidence)
 
 
 @pytest.mark.parametrize(
@@ -245,16 +299,42 @@ def flagged(name):
         ([], 0.2, "inconclusive"),
         ([flagged("broken-gradients")], 0.0, "inconclusive"),
         ([flagged("random-beats-gradient")], 0.0, "inconclusive"),
-        ([flagged("one-step-beats-many")], 0.0, "inconclusive"),
+        ([flagged("random-beats-gradient", 0.002)], 0.0, "robust"),
+        ([flagged("one-step-beats-many", 0.006)], 0.0, "inconclusive"),
         ([flagged("vanishing-gradients"), flagged("convergence")], 0.0, "robust"),
+        # Of a thousand images: surely more than 20, and perhaps.
+        ([missed(40)], 0.0, "inconclusive"),
+        ([missed(25)], 0.0, "robust"),
     ],
 )
 def test_what_gradients_cannot_judge_is_not_called_robust(checks, blind, verdict):
-    claims = {"fgsm": 0.9, "pgd-10": 0.88}
     for budget, advice in (("quick", "--budget standard"), ("thorough", "an attack written for")):
-        said, text = judge(0.98, claims, 0.86, 0.84, 0.1, checks, blind, budget, "square-200")
+        said, text = said_of(0.86, checks=checks, blind=blind, budget=budget)
         assert said == verdict
         assert (advice in text) is (verdict == "inconclusive")
+
+
+def test_found_by_is_the_attack_that_broke_the_most(images):
+    """Not the first that came to the end of what another had begun."""
+    x, y = images
+    right = nn.functional.one_hot(y, 3).float()
+
+    def forward(z):  # right on an image, wrong on one that was moved
+        moved = (z - x[: len(z)]).abs().flatten(1).amax(1) > 1e-3
+        wrong = right[: len(z)].roll(1, 1)
+        return torch.where(moved[:, None], wrong, right[: len(z)]) + 0 * z.sum()
+
+    def moving(rows):
+        chosen = torch.zeros(len(x), 1, 1, 1)
+        chosen[rows] = 0.01
+        return Attack(lambda model, x, y: Found(x + chosen[: len(x)]))
+
+    budget = _subject.Budget(5, 5, 20, 30, 1, 30, autoattack=False)
+    s = _subject.Subject(Layer(forward), x, y, surestep.Linf(0.3), budget, 0, 60, lambda _: None)
+    s.attack({"many": moving(slice(0, 40)), "few": moving(slice(40, 50))})
+    assert s.broke == {"many": 40, "few": 10}
+    s.attack({"late": Attack(lambda model, x, y: Found(x))}, torch.zeros(60, dtype=torch.bool))
+    assert s.broke["late"] == 0
 
 
 @pytest.mark.parametrize(

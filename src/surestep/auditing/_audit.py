@@ -51,7 +51,7 @@ class Audit:
         claims: the accuracy that a report on FGSM alone, or on PGD-10 alone, would have given.
         found_accuracy: share of images that nothing broke.
         found_interval: its 95% interval.
-        found_by: the attack that took the most images, and how many it left.
+        found_by: the attack that broke the most of the images it was run on.
         attacks: accuracy by attack; of those on survivors only, what was left after it.
         escalation: what was run because checks flagged, why, and what it left.
         chance: share of the commonest label.
@@ -249,10 +249,8 @@ def _conclude(
     chance = s.y.bincount().max().item() / n
     clean = s.accuracy("clean")
     taken = {name: s.accuracy(name) for name in s.right if name != "clean"}
-    strongest = min(taken, key=lambda name: taken[name])
-    verdict, sentence = judge(
-        clean, claims, found, interval[0], chance, checks, blind, budget, strongest
-    )
+    strongest = max(s.broke, key=lambda name: s.broke[name])
+    verdict, sentence = judge(clean, claims, found, interval, chance, checks, blind, budget, n)
     return Audit(
         verdict=verdict,
         sentence=sentence,
@@ -274,19 +272,23 @@ def _conclude(
 
 
 # Without these, what gradient attacks leave says nothing: more than a tenth of blind images.
-_DECISIVE = ("broken-gradients", "random-beats-gradient", "one-step-beats-many")
+_BY_COUNT = ("random-beats-gradient", "one-step-beats-many")
+_FEW = 3
+"""Images by which two attacks may differ by chance."""
+_MISSED = 0.02
+"""Share of images that only an attack without gradients breaks, above which gradients mislead."""
 
 
 def judge(
     clean: float,
     claims: dict[str, float],
     found: float,
-    low: float,
+    interval: tuple[float, float],
     chance: float,
     checks: list[Check],
     blind: float,
     budget: str,
-    strongest: str,
+    n: int,
 ) -> tuple[str, str]:
     """Return the verdict and its sentence.
 
@@ -294,16 +296,17 @@ def judge(
         clean: clean accuracy.
         claims: accuracy under FGSM and PGD-10, as a weak report has it.
         found: accuracy after all attacks.
-        low: lower end of its interval.
+        interval: its 95% interval.
         chance: share of the commonest label.
         checks: the twenty.
         blind: share of images on which even a safe loss has no gradient.
         budget: the name of the one spent.
-        strongest: the attack that left the least.
+        n: number of images.
     """
     flags = [check.title.lower() for check in checks if check.flagged]
     seen = f"flagged: {', '.join(flags)}" if flags else "no check flagged"
     floor = chance + 0.15 * (1 - chance)
+    low, high = interval
     if clean <= floor:
         return INCONCLUSIVE, (
             f"The model is right on {clean:.1%} of clean images, near chance ({chance:.1%}): there "
@@ -315,36 +318,65 @@ def judge(
         claims["fgsm"] if claims["fgsm"] >= 0.5 * clean else 0.0,
         claims["pgd-10"] if claims["pgd-10"] > floor else 0.0,
     )
-    if found < 0.5 * looks:
-        name = max(claims, key=lambda k: claims[k])
+    name = max(claims, key=lambda k: claims[k])
+    claimed = f"{claims[name]:.1%} under {name.upper()}"
+    # Where nothing is wrong with the gradients, a claim that does not hold is only a weak one.
+    if flags and high < 0.5 * looks:
         return PSEUDO, (
-            f"The model only looks robust: {claims[name]:.1%} under {name.upper()}, but "
-            f"{found:.1%} under the strongest attack ({strongest}); {seen}."
+            f"The model only looks robust: {claimed}, but {found:.1%} withstand all attacks; "
+            f"{seen}."
+        )
+    if flags and found < 0.5 * looks:
+        return INCONCLUSIVE, (
+            f"{claimed}, but {found:.1%} withstand all attacks ({100 * low:.0f} to "
+            f"{100 * high:.0f}% at 95%): about half of what the model claims, too close to tell on "
+            "so few images: give more with --n."
         )
     # An undefended model may be hidden well enough that nothing here broke it.
-    doubt = [c.title.lower() for c in checks if c.flagged and c.name in _DECISIVE]
-    if found > floor and (doubt or blind > 0.1):
-        why = ", ".join(doubt) or f"no gradient on {blind:.0%} of the images"
+    doubt = [c.title.lower() for c in checks if c.flagged and _decisive(c, n)]
+    if blind > 0.1:
+        doubt.append(f"no gradient on {blind:.0%} of the images")
+    if (missed := _missed(checks, n)) > _MISSED:
+        doubt.append(f"{missed:.0%} of the images or more fall to attacks without gradients alone")
+    if found > floor and doubt:
         more = {"quick": "standard", "standard": "thorough"}.get(budget)
         advice = f"--budget {more}" if more else "an attack written for this model"
         return INCONCLUSIVE, (
-            f"{found:.1%} withstood everything tried, but gradient attacks are blind here ({why}): "
-            f"{advice} would decide."
+            f"{found:.1%} withstood everything tried, but gradient attacks are blind here "
+            f"({', '.join(doubt)}): {advice} would decide."
         )
     if low > floor:
         return ROBUST, (
-            f"The model is robust: {found:.1%} of the images withstand the strongest attack "
-            f"({strongest}), {clean:.1%} are right clean; {seen}."
+            f"The model is robust: {found:.1%} of the images withstand all attacks, {clean:.1%} "
+            f"are right clean; {seen}."
         )
-    if found > floor:
+    if high > floor:
         return INCONCLUSIVE, (
-            f"{found:.1%} withstand the strongest attack, too close to chance ({chance:.1%}) to "
-            "tell on so few images: give more with --n."
+            f"{found:.1%} withstand all attacks ({100 * low:.0f} to {100 * high:.0f}% at 95%), too "
+            f"close to chance ({chance:.1%}) to tell on so few images: give more with --n."
         )
     return NOT_ROBUST, (
-        f"The model is not robust: the strongest attack ({strongest}) leaves {found:.1%} of "
-        f"{clean:.1%} clean; {seen}."
+        f"The model is not robust: {found:.1%} withstand all attacks, of {clean:.1%} that are "
+        f"right clean; {seen}."
     )
+
+
+def _decisive(check: Check, n: int) -> bool:
+    """Tell whether a check that flags says that gradient attacks mean nothing here."""
+    if check.name in _BY_COUNT:
+        return check.value is not None and round(check.value * n) >= _FEW
+    return check.name == "broken-gradients"
+
+
+def _missed(checks: list[Check], n: int) -> float:
+    """Return the share of images, at least, that an attack without gradients breaks alone."""
+    counts = [
+        count
+        for check in checks
+        if check.name == "black-box-beats-white-box" and check.flagged
+        for count in check.evidence.get("broken only by it", {}).values()
+    ]
+    return wilson_interval(max(counts), n)[0] if counts else 0.0
 
 
 def estimate(

@@ -134,6 +134,7 @@ class Subject:
         seed: of all that is random.
         batch_size: of the attacks.
         right: (N,) each: which images an attack left right, by its name; "clean" too.
+        broke: how many images an attack broke of those it was run on, by its name.
         detached: the model's output has no gradient with respect to its input.
         precision: in which attacks make their points.
         tell: called with a sentence on what is being done.
@@ -152,6 +153,7 @@ class Subject:
     sources: Sequence[nn.Module] = ()
     state: str | Path | None = None
     right: dict[str, Tensor] = field(default_factory=dict)
+    broke: dict[str, int] = field(default_factory=dict)
     detached: bool = False
     precision: torch.dtype = torch.float32
 
@@ -207,6 +209,7 @@ class Subject:
         if not len(rows):
             for name in attacks:
                 self.right[name] = torch.zeros(len(self.x), dtype=torch.bool)
+                self.broke[name] = 0
             return
         self.tell(f"{', '.join(attacks)} on {len(rows):,} images")
         at = rows.to(self.x.device)
@@ -227,6 +230,7 @@ class Subject:
             left = torch.zeros(len(self.x), dtype=torch.bool)
             left[rows] = found.right[name]
             self.right[name] = left
+            self.broke[name] = int((found.right["clean"] & ~found.right[name]).sum())
 
     @property
     def probe(self) -> tuple[Tensor, Tensor]:

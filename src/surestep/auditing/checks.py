@@ -265,7 +265,7 @@ def collapse(s: Subject) -> Finding:
 @_check(
     8,
     "Black-box beats white-box",
-    "Square or transfer leaves less than gradients, by > .002",
+    "Square or transfer leaves less than gradients, by > .002, or breaks > .02 that they do not",
     f"{AA}; {A18}; {C19}",
 )
 def black_box_beats_white_box(s: Subject) -> Finding:
@@ -279,7 +279,7 @@ def black_box_beats_white_box(s: Subject) -> Finding:
     only = {n: int((white & ~s.right[n]).sum()) for n in black}
     said = f"{name} leaves {black[name]:.1%}, gradient attacks {best:.1%}"
     return Finding(
-        black[name] < best - 0.002,
+        black[name] < best - 0.002 or max(only.values()) > 0.02 * len(white),
         best - black[name],
         said,
         {"accuracy": black, "broken only by it": only},

@@ -116,7 +116,7 @@ def audit_tables(name: str, found: Audit) -> None:
     for claim, value in found.claims.items():
         table.add_row(f"a report on {claim} alone", share_of_images(value, found.n))
     table.add_row(
-        f"strongest attack ({found.found_by})",
+        f"all attacks (most by {found.found_by})",
         _with_interval(found.found_accuracy, found.found_interval),
         style="bold",
     )

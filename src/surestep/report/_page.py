@@ -143,7 +143,8 @@ def _tiles(report: Report) -> list[dict[str, str]]:
         found = percent(get(report.audit, "found_accuracy", "the audit"))
         interval = span(report.audit.get("found_interval"))
         by = report.audit.get("found_by") or "the audit"
-        tiles.append(("This audit finds", found, f"{interval} · by {by}" if interval else by))
+        by = f"most by {by}"
+        tiles.append(("This audit finds", found, f"{interval} · {by}" if interval else by))
         flagged = sum(c.get("status") == "flagged" for c in report.checks)
         tiles.append(("Checks flagged", f"{flagged} of {len(report.checks)}", ""))
     if report.evaluation is not None:
@@ -181,7 +182,11 @@ def _attack_tables(report: Report) -> list[dict[str, Any]]:
         tables.append({"title": "Evaluation", "rows": _evaluated(report.evaluation)})
     found = (report.audit or {}).get("attacks") or {}
     if found:
-        rows = [_attack_row(name, accuracy) for name, accuracy in found.items()]
+        late = {step.get("name") for step in (report.audit or {}).get("escalation") or ()}
+        rows = [
+            _attack_row(name, accuracy, scope="survivors" if name in late else None)
+            for name, accuracy in found.items()
+        ]
         tables.append({"title": "Attacks of the audit", "rows": rows})
     for table in tables:
         table["timed"] = any(row["seconds"] is not None for row in table["rows"])

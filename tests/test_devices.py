@@ -231,21 +231,26 @@ class TestExact:
     """What decides over an image has all of float32's digits; on a GPU two switches take some."""
 
     @pytest.fixture
-    def switches(self, monkeypatch):
-        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-        before = cudnn.allow_tf32, matmul.allow_tf32
-        cudnn.allow_tf32, matmul.allow_tf32 = True, True
-        yield lambda: (cudnn.allow_tf32, matmul.allow_tf32)
-        cudnn.allow_tf32, matmul.allow_tf32 = before
+    def switches(self):
+        places = [(place, name) for place, name, _ in devices._tf32_places()]
+        before = [getattr(*place) for place in places]
+        for place in places:
+            setattr(*place, "tf32" if place[1] == "fp32_precision" else True)
+        yield lambda: {getattr(*place) for place in places}
+        for place, value in zip(places, before, strict=True):
+            setattr(*place, value)
 
     def test_on_a_gpu(self, switches):
+        (on,) = switches()
         with devices.exact(torch.device("cuda")):
-            assert switches() == (False, False)
-        assert switches() == (True, True)
+            (off,) = switches()
+        assert (on, off) in (("tf32", "ieee"), (True, False))
+        assert switches() == {on}
 
     def test_elsewhere_they_are_left_alone(self, switches):
+        on = switches()
         with torch.autocast("cpu", torch.bfloat16), devices.exact(torch.device("cpu")):
-            assert switches() == (True, True)
+            assert switches() == on
             assert not torch.is_autocast_enabled("cpu")
 
 
@@ -260,5 +265,6 @@ def test_a_gpu_that_all_processes_would_share(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")  # which is left alone
     with pytest.raises(UserError, match="'cuda:1' is one for all the processes of this machine"):
         devices.pick_device("cuda:1")

@@ -162,18 +162,25 @@ def exact(device: torch.device) -> Iterator[None]:
 
     By default cuDNN multiplies float32 with ten bits of mantissa.
     """
-    places: list[Any] = []
-    if device.type == "cuda":
-        places = [torch.backends.cudnn, torch.backends.cuda.matmul]
-    before = [place.allow_tf32 for place in places]
-    for place in places:
-        place.allow_tf32 = False
+    places = _tf32_places() if device.type == "cuda" else []
+    before = [getattr(place, name) for place, name, _ in places]
+    for place, name, off in places:
+        setattr(place, name, off)
     try:
         with without_autocast(device):
             yield
     finally:
-        for place, value in zip(places, before, strict=True):
-            place.allow_tf32 = value
+        for (place, name, _), value in zip(places, before, strict=True):
+            setattr(place, name, value)
+
+
+def _tf32_places() -> list[tuple[Any, str, object]]:
+    """Return where TF32 is switched: an object, an attribute, and what switches it off."""
+    cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # once it is used, the older switches cannot be read
+        return [(place, "fp32_precision", "ieee") for place in (cudnn.conv, cudnn.rnn, matmul)]
+    return [(place, "allow_tf32", False) for place in (cudnn, matmul)]
 
 
 @functools.cache

@@ -119,7 +119,10 @@ class TestAgain:
         with subprocess.Popen(
             command, env=tools.environment(), stderr=subprocess.PIPE, text=True
         ) as process:
-            while process.poll() is None and not (out / "metrics.jsonl").is_file():
+            end = time.monotonic() + 300
+            while process.poll() is None and time.monotonic() < end:
+                if (out / "metrics.jsonl").is_file():
+                    break
                 time.sleep(0.02)
             process.send_signal(signal.SIGTERM)
             _, said = process.communicate(timeout=60)
@@ -129,6 +132,10 @@ class TestAgain:
         newest = max((out / "checkpoints").iterdir()).stem
         assert 9 <= int(newest.removeprefix("step-")) < 360
         assert len(tools.rows(out)) < 40
+        config = out / "config.yaml"
+        config.write_text(config.read_text().replace("epochs: 40", "epochs: 2"))
+        told = done("train", "--resume", out)
+        assert f"surestep evaluate {out}" in told
 
 
 class TestSettings:

@@ -73,22 +73,21 @@ def same(tiny: Any, out: Path, whole: Path) -> None:
 # Five steps an epoch: within the first, its last, the first of the second, the last of all.
 @pytest.mark.parametrize("after", [1, 3, 5, 6, 10])
 @pytest.mark.parametrize(
-    "kind", ["images", "average and state", "Dataset", "DataLoader", "replayed"]
+    "kind", ["images", "average and state", "Dataset", "workers", "DataLoader", "replayed"]
 )
 def test_a_run_goes_on_where_it_was(tiny, asking, tmp_path, kind, after):
     def train(**place: Any) -> Any:
         data, settings = tiny.data(), {}
-        if kind in ("Dataset", "replayed"):
+        if kind in ("Dataset", "workers"):
             data = Noisy(*tiny.data(58))
-        elif kind == "DataLoader":
+            settings["workers"] = 2 * (kind == "workers")
+        elif kind in ("DataLoader", "replayed"):
             own = torch.Generator().manual_seed(3)
             data = DataLoader(Noisy(*tiny.data(50)), 10, shuffle=True, generator=own)
         elif kind == "average and state":
             settings = {"ema": 0.9, "select": "best", "augment": "crop-flip"}
         if not isinstance(data, tuple):
             settings["validation"] = tiny.data(8)
-        if kind == "replayed":
-            settings["epochs"] = 2 / 2
         method = {"replayed": "free", "average and state": "fgsm-mep"}.get(kind, "sat-r2")
         return tiny.train(method, data=data, **settings, **place)
 
@@ -97,6 +96,18 @@ def test_a_run_goes_on_where_it_was(tiny, asking, tmp_path, kind, after):
     assert checkpoint.found(tmp_path / "run" / "checkpoints")[-1].stem == f"step-{after:08d}"
     train(out=tmp_path / "run", resume=True)
     same(tiny, tmp_path / "run", tmp_path / "whole")
+
+
+def test_other_data_than_it_was_begun_with(tiny, asking, tmp_path):
+    """Epochs of other lengths: where in one it was would say nothing."""
+
+    def train(size: int, **place: Any) -> Any:
+        pairs = DataLoader(Noisy(*tiny.data()), size)
+        return tiny.train(data=pairs, validation=tiny.data(8), **place)
+
+    asking(7, lambda: train(16, out=tmp_path / "run"))
+    with pytest.raises(UserError, match="has epochs of 4 steps, these data give 8: resume with th"):
+        train(8, out=tmp_path / "run", resume=True)
 
 
 def test_again_and_again(tiny, asking, tmp_path):
@@ -204,6 +215,46 @@ class TestCtrlC:
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGINT)
 
+    def test_ignored_signals_stay_ignored(self):
+        """As a shell has it for what it runs in the background."""
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            stop = stopping.StopRequest()
+            with stop.heard():
+                os.kill(os.getpid(), signal.SIGINT)
+                assert stop.number == 0
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def test_a_second_signal_does_not_interrupt_the_saving(self):
+        stop = stopping.StopRequest()
+
+        def validate() -> None:
+            with stop.at_once():
+                try:
+                    os.kill(os.getpid(), signal.SIGINT)
+                finally:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        with stop.heard(), pytest.raises(stopping.Asked):
+            validate()
+        assert stop.number == signal.SIGTERM
+
+    def test_heard_at_the_very_end_it_still_counts(self, tiny, tmp_path, monkeypatch):
+        """The run is done and whole; what follows it in a script must not begin."""
+        record = loop._Trainer._record
+
+        def late(self, row):
+            record(self, row)
+            if row["epoch"] == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        monkeypatch.setattr(loop._Trainer, "_record", late)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.train(out=tmp_path / "run")
+        assert len(tiny.rows(tmp_path / "run")) == 2
+
     def test_sigterm_after_it_does_not(self):
         stop = stopping.StopRequest()
         with stop.heard():
@@ -211,6 +262,21 @@ class TestCtrlC:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
         assert stop.number == signal.SIGTERM
+
+
+def test_workers_outlive_a_signal_to_the_whole_group(tiny, tmp_path):
+    """As a cluster's manager sends it; each worker tells, after it, that it is still there."""
+
+    class Killing(Noisy):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            if torch.utils.data.get_worker_info() is not None:
+                for number in ENDS:
+                    os.kill(os.getpid(), number)
+            return super().__getitem__(index)
+
+    data = Killing(*tiny.data(40))
+    result = tiny.train(data=data, validation=tiny.data(8), epochs=1, workers=2)
+    assert result.history[0]["step"] == 4
 
 
 def test_a_loader_is_told_its_epoch(tiny, asking, tmp_path):

@@ -88,6 +88,7 @@ def train(
         )
 
     from accelerate import PartialState
+    from torch import distributed
 
     from surestep import runs
 
@@ -110,12 +111,15 @@ def train(
         first = os.environ.get("RANK", "0") == "0"  # of several processes
         if first and preset is None and not runs.usual_preset(config.method, config.dataset):
             tell = partial(_tell_defaults, config, settings)
-    result = runs.train(
-        config, out, resume=resume is not None, overwrite=overwrite, quiet=quiet, tell=tell
-    )
+    try:
+        result = runs.train(
+            config, out, resume=resume is not None, overwrite=overwrite, quiet=quiet, tell=tell
+        )
+    finally:
+        # Threads of a process group that is left to the interpreter's end may abort it.
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
     state = PartialState()
-    # Threads of a process group that is left to the interpreter's end may abort it.
-    state.destroy_process_group()
     if not state.is_main_process:
         return
     _report(config, out, result.model)

@@ -218,12 +218,14 @@ def bring_to_end(
     trained = None
     if job.trains and not finished(job.folder, job.config):
         tell(f"training {told}")
+        # Before: it may be edited meanwhile.
+        kept = kept | {"code": code_of(job.config.method)}
+        _write(job, kept)
         trained = _train(job, tell)
     weights = hashlib.sha256(RunFolder(job.folder).weights.read_bytes()).hexdigest()[:16]
     if weights != kept["weights"]:
         # New, or other ones than were judged.
         kept = kept | {"weights": weights, "peak_memory_mb": trained}
-        kept |= {"code": code_of(job.config.method)} if job.trains else {}
         kept |= {"evaluation": None, "audit": None}
         _write(job, kept)
     missing = [k for k in ("evaluation", "audit") if kept[k] is None]
@@ -236,7 +238,8 @@ def bring_to_end(
             sized["batch_size"] = asked.batch_size
         if "evaluation" in missing:
             tell(f"evaluating {told}")
-            state = job.kept and job.kept.with_name(f"comparison-{weights}.state")
+            size = f"-{asked.batch_size}" if asked.batch_size else ""
+            state = job.kept and job.kept.with_name(f"comparison-{weights}{size}.state")
             found = evaluation.evaluate(
                 run.model, images, run.threat, asked.attacks, n=asked.n, state=state, **sized
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -12,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surestep.devices import cores
 from surestep.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 Opener = Callable[[], "Picture"]
-_BLOCK = 1024  # pictures that are open, or wait for it, at a time
+_BLOCK = 64  # pictures that are open, or wait for it, at a time
 _GREY = {"1", "L"}
 _COLOUR = {"RGB", "RGBA", "P", "PA", "LA", "CMYK", "YCbCr", "HSV", "LAB"}
 
@@ -68,7 +68,7 @@ def _decoded(
         with opener() as picture:
             return _decode(name, picture, image_size, grey)
 
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(16, cores())) as pool:
         while block := list(itertools.islice(pictures, _BLOCK)):
             for (name, _), array in zip(block, pool.map(decode, block), strict=True):
                 yield name, array

@@ -457,6 +457,8 @@ class _Trainer:
                     self._epoch(restored)
                     restored = None
         self._finish()
+        if self.stop.number:  # heard when there was nothing left to stop
+            self.stop.leave()
         return FitResult(
             self.model,
             self.at.history,
@@ -551,6 +553,7 @@ class _Trainer:
         self.display.say(
             f"stopped at step {self.at.step} of {self.total}: {self.run.folder} is saved"
         )
+        self._end()
         self.stop.leave()
 
     def _step(self, x: Tensor, y: Tensor, index: Tensor | None) -> StepResult:
@@ -726,7 +729,8 @@ class _Trainer:
                     torch.distributed.broadcast(buffer, 0)
 
     def _loader_generators(self) -> list[torch.Generator]:
-        return self.source.generators() if isinstance(self.source, LoaderSource) else []
+        source = self.source.source if isinstance(self.source, Replayed) else self.source
+        return source.generators() if isinstance(source, LoaderSource) else []
 
     def _random_state(self) -> dict[str, Any]:
         loader = [generator.get_state() for generator in self._loader_generators()]
@@ -738,7 +742,7 @@ class _Trainer:
         if rank < len(states):
             self._set_random_state(states[rank])
         else:
-            checkpoint.seed_everything(self.config.seed + rank + self.at.step)
+            checkpoint.seed_everything(seed_of("process", self.config.seed, rank, self.at.step))
 
     def _set_random_state(self, state: dict[str, Any]) -> None:
         checkpoint.set_rng_state(state, self.device)
@@ -760,7 +764,7 @@ class _Trainer:
                     f"checkpoint; train it anew with --config {self.run.config}, another --out"
                 )
             return None
-        self._check_processes(len(state["rng"]), state.get("steps_per_epoch"))
+        self._check_steps(len(state["rng"]), state.get("steps_per_epoch"))
         self.at = _Progress(**state["progress"])
         try:
             self.model.load_state_dict(state["model"])
@@ -776,16 +780,21 @@ class _Trainer:
         self.display.say(f"resuming {self.run.folder} at step {self.at.step} of {self.total}")
         return state
 
-    def _check_processes(self, begun: int, steps: int | None) -> None:
+    def _check_steps(self, begun: int, steps: int | None) -> None:
         """Let a run go on with another number of processes where its steps stay what they were."""
-        now = self.accelerator.num_processes
+        assert self.run is not None
+        now, expected = self.accelerator.num_processes, self.source.steps_per_epoch
         if begun == now:
+            if steps not in (None, expected):  # older checkpoints do not say
+                raise UserError(
+                    f"{self.run.folder} has epochs of {steps} steps, these data give {expected}: "
+                    "resume with the data and the batch size that it was begun with"
+                )
             return
-        if steps != self.source.steps_per_epoch:
-            assert self.run is not None
+        if not self.images:
             raise UserError(
-                f"{self.run.folder} was run on {begun} processes, this is {now}, with which a "
-                "DataLoader has other steps: resume with the same number"
+                f"{self.run.folder} was run on {begun} processes, this is {now}, which share a "
+                "Dataset or DataLoader out otherwise: resume with the same number"
             )
         self.display.say(
             f"results differ from an uninterrupted run's: it was begun with {begun} processes and "
@@ -804,11 +813,15 @@ class _Trainer:
             history=rows,
         )
 
-    def _finish(self) -> None:
-        """Leave the selected weights in the model."""
+    def _end(self) -> None:
+        """Wait until the first process has written what it writes: a launcher ends all with one."""
         self.accelerator.wait_for_everyone()
         for tracker in self.accelerator.trackers:
             tracker.finish()
+
+    def _finish(self) -> None:
+        """Leave the selected weights in the model."""
+        self._end()
         if self.run:
             files.load_weights(self.run.weights, self.model)
         else:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
+from accelerate.data_loader import DataLoaderShard
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset
 
@@ -64,7 +65,7 @@ class LoaderSource:
         Raises:
             UserError: a batch is no pair.
         """
-        if isinstance(self.loader, DataLoaderShard | DataLoaderDispatcher):
+        if isinstance(self.loader, DataLoaderShard):
             # It counts the epochs that came to their end, which a part of one does not.
             self.loader.set_epoch(epoch)
         random = OwnRandom(int(torch.empty((), dtype=torch.int64).random_()))
@@ -199,6 +200,15 @@ def split(data: Any, validation: Any, wanted: int, seed: int) -> tuple[Any, Any]
     return Subset(data, rows.tolist()), Subset(data, held_rows.tolist())
 
 
+def _deaf(_: int) -> None:
+    """Let a worker not end of a signal to the whole group: the run needs it for the step to come.
+
+    When the run ends, its workers are told so, or find that it is gone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def make_source(
     data: Any,
     *,
@@ -252,7 +262,12 @@ def make_source(
             drop_last=True,
             pin_memory=device.type == "cuda",
             num_workers=workers,
-            persistent_workers=workers > 0,
+            worker_init_fn=_deaf,
+        )
+    elif world > 1 and isinstance(data.dataset, IterableDataset):
+        raise UserError(
+            "an IterableDataset cannot be shared out over several processes: give a Dataset with "
+            "__getitem__, or train in one"
         )
     elif world > 1 and isinstance(data.sampler, DistributedSampler):
         raise UserError(

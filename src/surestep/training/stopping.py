@@ -45,7 +45,12 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {n: signal.signal(n, self._hear) for n in (signal.SIGINT, signal.SIGTERM)}
+        before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            # Ignored, as by a shell for what it runs in the background; or set by a C library.
+            if handler not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, self._hear)
         try:
             yield
         finally:
@@ -60,6 +65,7 @@ class StopRequest:
             return
         self.number, self._since = number, now
         if self._at_once:
+            self._at_once = False  # another signal must not interrupt the saving
             raise Asked
 
     @contextmanager

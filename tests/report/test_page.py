@@ -63,7 +63,7 @@ def test_the_verdict_comes_first(page):
     assert text.index("pseudo-robust") < text.index("Accuracy under attack")
     assert "It looks 95% robust, and a stronger attack leaves 1%." in text
     assert "A weak report claims 95.4% under fgsm alone" in text
-    assert "This audit finds 1.2% 0.5–2.7 · by pgd-50-margin" in text
+    assert "This audit finds 1.2% 0.5–2.7 · most by pgd-50-margin" in text
     assert "Checks flagged 1 of 20" in text
 
 

@@ -218,9 +218,7 @@ def bring_to_end(
     trained = None
     if job.trains and not finished(job.folder, job.config):
         tell(f"training {told}")
-        # Before: it may be edited meanwhile.
-        kept = kept | {"code": code_of(job.config.method)}
-        _write(job, kept)
+        kept = kept | {"code": code_of(job.config.method)}  # which may be edited meanwhile
         trained = _train(job, tell)
     weights = hashlib.sha256(RunFolder(job.folder).weights.read_bytes()).hexdigest()[:16]
     if weights != kept["weights"]:

@@ -343,3 +343,17 @@ class TestWeights:
         with pytest.raises(UserError, match=rf"w\.safetensors does not fit the model: .*{said}"):
             files.load_weights(path, other)
         assert identical(before, dict(other.state_dict()))
+
+
+def test_safetensors_of_a_wrapped_model(tmp_path):
+    """As DistributedDataParallel, and RobustBench, put a name before each."""
+    net = nn.Linear(2, 2)
+    for prefix in ("module.", "model.", "module.model."):
+        named = {f"{prefix}{k}": v for k, v in net.state_dict().items()}
+        safetensors.torch.save_file(named, tmp_path / "w.safetensors")
+        other = nn.Linear(2, 2)
+        files.load_any_weights(tmp_path / "w.safetensors", other)
+        assert torch.equal(other.weight, net.weight)
+    safetensors.torch.save_file({"weight": torch.zeros(2, 2)}, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match="missing bias"):
+        files.load_any_weights(tmp_path / "w.safetensors", nn.Linear(2, 2))

@@ -58,7 +58,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         if e.errno == errno.ENOSPC:
             raise UserError(
                 f"no space left to write {path} ({len(content) / 1e6:.0f} MB): free some, then "
-                "go on with --resume"
+                "go on (a run with --resume)"
             ) from e
         raise UserError(f"cannot write {path}: {e.strerror or e}") from e
 
@@ -103,7 +103,11 @@ def load_weights(path: Path, model: nn.Module) -> None:
     Raises:
         UserError: the file is missing, truncated or corrupt, or does not fit the model.
     """
-    state, _ = _read(path)
+    _fit(path, _read(path)[0], model)
+
+
+def _fit(path: Path, state: dict[str, Tensor], model: nn.Module) -> None:
+    """Load weights whose names and shapes are those of the model."""
     expected = model.state_dict()
     missing = sorted(expected.keys() - state.keys())
     extra = sorted(state.keys() - expected.keys())
@@ -132,7 +136,7 @@ def load_any_weights(path: Path, model: nn.Module) -> None:
         UserError: the file is missing, damaged, holds more than tensors, or does not fit.
     """
     if path.suffix == ".safetensors":
-        return load_weights(path, model)
+        return _fit(path, _without_prefix(_read(path)[0], model), model)
     try:
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as e:
@@ -154,16 +158,21 @@ def load_any_weights(path: Path, model: nn.Module) -> None:
     named = isinstance(found, Mapping) and all(isinstance(k, str) for k in found)
     if not named or not any(isinstance(v, Tensor) for v in found.values()):
         raise UserError(f"{path} holds no state_dict: save model.state_dict()")
-    expected = model.state_dict()
-    state = dict(found)
-    for prefix in ("module.", "model.", "module.model."):
-        if not expected.keys() & state.keys():
-            state = {k.removeprefix(prefix): v for k, v in found.items()}
+    state = _without_prefix(found, model)
     try:
         model.load_state_dict(state)
     except RuntimeError as e:
         reason = " ".join(str(e).split())
         raise UserError(f"{path} does not fit the model: {reason[:300]}") from e
+
+
+def _without_prefix(found: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Drop what wrappers put before the names, where the model has none of them."""
+    expected, state = model.state_dict(), dict(found)
+    for prefix in ("module.", "model.", "module.model."):
+        if not expected.keys() & state.keys():
+            state = {k.removeprefix(prefix): v for k, v in found.items()}
+    return state
 
 
 def _saved_by_torch(path: Path) -> bool:

@@ -6,6 +6,7 @@ surestep finds by its entry point once it is installed.
 
 from __future__ import annotations
 
+import keyword
 import re
 from pathlib import Path
 
@@ -185,6 +186,8 @@ def method(slug: str, where: str | Path = ".") -> list[Path]:
     if slug in methods.names():
         raise UserError(f"there is a method {slug!r} already: choose another name")
     module = slug.replace("-", "_")
+    if keyword.iskeyword(module):
+        raise UserError(f"{slug!r} is a word of Python's: choose another name")
     words = {
         "slug": slug,
         "title": slug.upper() if len(slug) <= 4 else slug.replace("-", " ").capitalize(),

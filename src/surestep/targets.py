@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Target:
         preprocess: what the model needs done to the pixels first, if it was declared.
         run: the run folder, if it is one.
         note: what is worth saying before it is judged.
+        judged_on: ``dataset`` and ``split`` of the images, for results.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Target:
     preprocess: nn.Module | None = None
     run: Path | None = None
     note: str = ""
+    judged_on: dict[str, str] = field(default_factory=dict)
 
 
 def open_target(
@@ -81,6 +83,7 @@ def open_target(
         mean: per channel, if the model wants normalised images; with ``std``.
         std: per channel.
         device: by default the best there is.
+        split: "test" or "validation".
 
     Raises:
         UserError: it is none of these, files are missing or do not fit, or the data set or the
@@ -135,6 +138,7 @@ def open_target(
         None if preprocess is None else preprocess.to(target),
         folder if of_run else None,
         note,
+        {"dataset": config.dataset, "split": split},
     )
 
 
@@ -295,6 +299,13 @@ def _hugging_face(name: str) -> nn.Module:
         processor = transformers.AutoImageProcessor.from_pretrained(name)
     except Exception as e:
         raise UserError(f"transformers cannot load {name!r}: {' '.join(str(e).split())}") from e
+    scale = getattr(processor, "rescale_factor", None)
+    flips = getattr(processor, "do_flip_channel_order", False)
+    if flips or (getattr(processor, "do_rescale", True) and scale not in (None, 1 / 255)):
+        raise UserError(
+            f"hf:{name} wants its pixels in another order or scale than RGB in [0, 1]: write a "
+            "FILE.py:FACTORY that puts this into the model"
+        )
     if getattr(processor, "do_normalize", False):
         return nn.Sequential(models.Normalize(processor.image_mean, processor.image_std), model)
     found: nn.Module = model

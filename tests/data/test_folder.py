@@ -243,3 +243,10 @@ def test_the_first_that_is_damaged_is_named():
 
     with pytest.raises(UserError, match=r"^5 is not a readable image"):
         _pillow.stack(((str(k), partial(opener, k)) for k in range(20)), None)
+
+
+def test_splits_without_classes_are_no_classes(tmp_path):
+    for name in ("train", "test"):
+        paint(tmp_path / name / "one.png", 5)
+    with pytest.raises(UserError, match="holds test, train, which hold no folders of classes"):
+        data.load("folder:" + str(tmp_path), "train")

@@ -438,3 +438,14 @@ class TestSortedByClass:
     @pytest.mark.parametrize("n", [None, 31, 10])
     def test_nothing_is_told_of_several_or_of_few(self, ordered, n):
         surestep.evaluate(nn.Linear(4, 3), ordered, surestep.Linf(0.1), ["fgsm"], n=n)
+
+
+def test_a_radius_of_the_curve_is_not_attacked_twice(net, images):
+    seen: list[int] = []
+    options = {"eps": (0.02, 0.05), "progress": lambda done, *_: seen.append(done)}
+    found = evaluate(net, images, THREAT, ["fgsm"], **options)
+    alone = evaluate(net, images, surestep.Linf(0.02), ["fgsm"])
+    assert [at["eps"] for at in found.curve] == [0.02, 0.05]
+    assert found.curve[0]["worst_case_accuracy"] == alone.worst_case_accuracy
+    assert found.curve[1]["worst_case_accuracy"] == found.worst_case_accuracy
+    assert seen == [len(images[1])] * 2

@@ -108,6 +108,12 @@ def test_an_entry_has_exactly_robustbenchs_keys(evaluation: dict[str, Any]) -> N
     assert entry(evaluation)["reported"] == ""
 
 
+def test_what_was_selected_by_is_no_test(evaluation: dict[str, Any]) -> None:
+    assert entry({**evaluation, "split": "test", "dataset": "cifar10"})
+    said = refused(entry, {**evaluation, "split": "validation"})
+    assert "is of validation images, which a training run may have selected by" in said
+
+
 def test_only_autoattack_counts(evaluation: dict[str, Any]) -> None:
     del evaluation["robust_accuracy"]["autoattack"]
     message = refused(entry, evaluation)

@@ -141,14 +141,14 @@ def audit_tables(name: str, found: Audit) -> None:
 def provenance() -> dict[str, Any]:
     """Return what a result needs to be made again: the command and the versions."""
     import platform
-    import sys
+    import shlex
 
     import torch
 
     import surestep
 
     return {
-        "command": "surestep " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["surestep", *sys.argv[1:]]),
         "versions": {
             "surestep": surestep.__version__,
             "torch": torch.__version__,

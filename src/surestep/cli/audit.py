@@ -78,7 +78,7 @@ def audit(
         tell=lambda text: print(f"  {text}", file=sys.stderr, flush=True),
         **values,
     )
-    told = {**found.to_dict(), "run": target.name, **provenance()}
+    told = {**found.to_dict(), "run": target.name, **target.judged_on, **provenance()}
     hand_over(
         told,
         json_file,

@@ -93,7 +93,7 @@ def evaluate(
             progress=progress,
             **values,
         )
-    told = {**result.to_dict(), "run": target.name, **provenance()}
+    told = {**result.to_dict(), "run": target.name, **target.judged_on, **provenance()}
     curve = {
         f"worst case at eps {at['eps']:.4g}": {target.name: f"{at['worst_case_accuracy']:.1%}"}
         for at in result.curve

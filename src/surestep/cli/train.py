@@ -168,5 +168,5 @@ def _report(config: RunConfig, out: str, model: nn.Module) -> None:
         shown = of_model(model, images, threat, out, config.batch_size)
         parts = {**shown, **of_run(run), **provenance()}
         write_report(str(run.report), None, out, **parts)
-    except UserError as e:  # the run itself is done and safe
+    except Exception as e:  # the run itself is done and safe
         click.echo(f"no report.html: {e}", err=True)

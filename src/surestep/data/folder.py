@@ -136,8 +136,15 @@ def _check_no_splits(root: Path) -> None:
     """Refuse splits under other names, which would pass for classes.
 
     Raises:
-        UserError: a folder is called as a split is, and all hold several folders of the same names.
+        UserError: all folders are called as splits are; or one is, and all hold several folders of
+            the same names.
     """
+    known = {name for names in _FOLDERS.values() for name in names}
+    if (found := set(_class_folders(root))) and found <= known:
+        raise UserError(
+            f"{root} holds {', '.join(sorted(found))}, which hold no folders of classes: give "
+            "SPLIT/CLASS/*.png"
+        )
     inside = [set(_class_folders(folder)) for folder in _class_folders(root).values()]
     shared = set.intersection(*inside) if len(inside) > 1 else set()
     meant = [n for n in _class_folders(root) if re.search("train|test|valid", n.lower())]

@@ -7,7 +7,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,10 +188,13 @@ def evaluate(
         raise UserError("there is no image to evaluate on")
     if n is not None:
         judge.warn_of_one_class()
+    whole = judge.result(time.perf_counter() - start, [])
     curve = [
         _at(
             radius,
-            evaluate(
+            whole
+            if radius.eps == threat.eps
+            else evaluate(
                 model,
                 data,
                 radius,
@@ -203,11 +206,12 @@ def evaluate(
                 preprocess=preprocess,
                 sources=sources,
                 state=None if state is None else f"{state}.eps-{radius.eps:g}",
+                progress=progress,
             ),
         )
         for radius in radii
     ]
-    return judge.result(time.perf_counter() - start, curve)
+    return replace(whole, curve=curve, seconds=time.perf_counter() - start)
 
 
 def _at(threat: ThreatModel, found: Evaluation) -> dict[str, Any]:

@@ -149,6 +149,11 @@ def to_model_info(
     validate(evaluation)
     if evaluation["format"] != "surestep-evaluation":
         raise UserError(f"a {evaluation['format']} has no RobustBench entry: give an evaluation")
+    if (split := evaluation.get("split", "test")) != "test":
+        raise UserError(
+            f"the evaluation is of {split} images, which a training run may have selected by: "
+            "evaluate on test images"
+        )
     accuracies = evaluation["robust_accuracy"]
     if "autoattack" not in accuracies:
         raise UserError(

@@ -171,6 +171,8 @@ def _setting(report: Report) -> list[str]:
         f"pixels in [{low:g}, {high:g}]",
         f"{get(source, 'n', 'the audit or evaluation'):,} images",
     ]
+    if source.get("dataset"):
+        words.insert(2, f"{source['dataset']}, {source.get('split', 'test')} split")
     if report.audit is not None and report.audit.get("budget"):
         words.append(f"{report.audit['budget']} budget")
     return words

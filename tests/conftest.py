@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import settings
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 # Seconds say nothing of a test that shares its cores with others.
 settings.register_profile("any machine", deadline=None)
@@ -47,24 +46,3 @@ def net() -> nn.Module:
         for _ in range(3):
             net(torch.rand(8, 1, 8, 8))
     return net.train()
-
-
-READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero")
-
-
-class NoReading(TorchDispatchMode):
-    """Fails on operations whose result the host must wait for, wherever they come from."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__.strip("_")
-        assert name not in {r.strip("_") for r in READS}, f"the step reads a value: {func}"
-        indices = args[1] if name.startswith("index") and len(args) > 1 else ()
-        for index in indices if isinstance(indices, (list, tuple)) else ():
-            assert index is None or index.dtype != torch.bool, "the step indexes with a mask"
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def no_reading() -> type[NoReading]:
-    """The mode in which a step must not read values."""
-    return NoReading

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from families import joined, merged
+from families.reading import NoReading
 from torch import nn
 
 from surestep import L2, Linf, UserError, methods
@@ -128,7 +129,7 @@ def test_same_seed_same_step(build, slug, task):
     assert torch.equal(losses[0], losses[2]) == (slug in joined("DETERMINISTIC"))
 
 
-def test_no_step_waits_for_the_device(method, make_task, monkeypatch, no_reading):
+def test_no_step_waits_for_the_device(method, make_task, monkeypatch):
     task = make_task("conv", dtype=torch.float32)
     method(task.net, task.x, task.y, task.index)
 
@@ -138,13 +139,13 @@ def test_no_step_waits_for_the_device(method, make_task, monkeypatch, no_reading
     with monkeypatch.context() as patch:
         for name in HOST:
             patch.setattr(torch.Tensor, name, read)
-        with no_reading():
+        with NoReading():
             method(task.net, task.x, task.y, task.index).loss.backward()
 
 
 @pytest.mark.parametrize("read", [torch.Tensor.item, lambda v: v.view(1).nonzero(), bool])
-def test_the_guard_against_waiting_works(read, no_reading):
-    with no_reading(), pytest.raises(AssertionError, match="reads a value"):
+def test_the_guard_against_waiting_works(read):
+    with NoReading(), pytest.raises(AssertionError, match="reads a value"):
         read(torch.ones(()))
 
 

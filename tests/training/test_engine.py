@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from families.reading import NoReading
 from torch import Tensor, nn
 
 import surestep
@@ -250,7 +251,7 @@ def test_the_optimizer_steps_once_and_gradients_do_not_add_up(tiny):
 
 @pytest.mark.parametrize("method", methods.names())
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_step_waits_for_the_device_nowhere(tiny, monkeypatch, no_reading, method, optimizer):
+def test_a_step_waits_for_the_device_nowhere(tiny, monkeypatch, method, optimizer):
     model = tiny.net().train()
     step = make_step(
         model,
@@ -271,7 +272,7 @@ def test_a_step_waits_for_the_device_nowhere(tiny, monkeypatch, no_reading, meth
             patch.setattr(Tensor, name, waits)
         for name in ("bool", "float", "int", "index", "contains"):
             patch.setattr(Tensor, f"__{name}__", waits)
-        with no_reading():
+        with NoReading():
             result = step(*batch)
     assert torch.isfinite(result.loss)
 

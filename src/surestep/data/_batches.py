@@ -133,9 +133,9 @@ class Batches:
         """Return the crops and flips this rank's batch ``step`` of ``epoch`` gets, if any."""
         if self.augment is None:
             return None
-        size = self._size(step)
+        size = min(self.batch_size, len(self.images) - step * self.batch_size)
         whole = self.augment.draw(size, generator("augment", self.seed, epoch, step))
-        return whole[self._share(size)]
+        return whole[self._share(self._even(size))]
 
     def _iterate(self, epoch: int, skip: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         order = self._order(epoch).to(self.images.x.device)
@@ -162,7 +162,7 @@ class Batches:
 
     def _rows(self, order: Tensor, step: int) -> Tensor:
         batch = order[step * self.batch_size : (step + 1) * self.batch_size]
-        return batch[self._share(self._size(step))]
+        return batch[self._share(self._even(len(batch)))]
 
     def _order(self, epoch: int) -> Tensor:
         n = len(self.images)
@@ -170,9 +170,8 @@ class Batches:
             return torch.arange(n)
         return torch.randperm(n, generator=generator("order", self.seed, epoch))
 
-    def _size(self, step: int) -> int:
-        """Return the images of a batch; in training the processes' shares must be equal."""
-        size = min(self.batch_size, len(self.images) - step * self.batch_size)
+    def _even(self, size: int) -> int:
+        """Return how many images of a batch are shared; in training the shares must be equal."""
         return size - size % self.world if self.shuffle else size
 
     def _share(self, size: int) -> slice:

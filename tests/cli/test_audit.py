@@ -111,7 +111,7 @@ def test_a_run(cli, finished, tmp_path):
     for check in found["checks"]:
         assert check["title"].split()[0] in result.out
     assert "at most about" in result.err
-    assert found["command"].startswith("surestep ")
+    assert found["command"].startswith("surestep")
 
 
 def test_every_kind_of_model_gives_the_same(done, finished, weights, on):

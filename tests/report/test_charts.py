@@ -42,6 +42,15 @@ def test_accuracy_by_eps_of_a_check():
     assert [(r["x"], r["accuracy"]) for r in found] == [(0.1, 0.9), (0.2, None)]
 
 
+@pytest.mark.parametrize(
+    ("eps", "kind"),
+    [([0.05, 0.1, 0.2], "linear"), ([0.03, 0.1, 1.0], "log"), ([0, 0.1, 1], "linear")],
+)
+def test_a_sweep_to_the_whole_range_is_logarithmic(eps, kind):
+    chart = charts.accuracy_by_eps({"eps": eps, "accuracy": [0.9, 0.5, 0.0]})
+    assert encodings(chart.to_dict(), "x")[0]["scale"]["type"] == kind
+
+
 def test_accuracy_by_step(evaluation, audit):
     found = rows(charts.accuracy_by_step(evaluation["attacks"]))
     assert [(r["attack"], r["x"], r["accuracy"]) for r in found] == [
@@ -68,6 +77,8 @@ def test_loss_along_fgsm(audit):
     ]
     both = rows(charts.loss_along_fgsm({"a": evidence, "b": evidence}))
     assert [r["model"] for r in both] == ["a"] * 3 + ["b"] * 3
+    # Beside each other shapes are compared: each over its largest.
+    assert [r["loss"] for r in both] == pytest.approx([0.04, 1.0, 0.16] * 2)
 
 
 def test_a_surface_is_cut_through_the_images():

@@ -89,19 +89,25 @@ def loss_along_fgsm(source: Mapping[str, Any]) -> alt.LayerChart:
 
     Args:
         source: {"step", "loss"}: shares of eps, and the mean cross entropy there, as in the
-            evidence of the check of the SAT properties; or several such dicts by model's name.
+            evidence of the check of the SAT properties; or several such dicts by model's name, of
+            which each is drawn over its largest loss.
 
     Raises:
         UserError: one has another shape.
     """
     by_model = {"this model": source} if "loss" in source else source
-    rows = [
-        {"x": x, "loss": y, "model": name}
-        for name, one in by_model.items()
-        for x, y in pairs(one, "step", "loss", "the evidence")
-    ]
+    rows = []
+    for name, one in by_model.items():
+        points = pairs(one, "step", "loss", "the evidence")
+        # What tells is the shape; the losses of two models are seldom of one size.
+        largest = max((y for _, y in points if y is not None), default=0.0) or 1.0
+        size = largest if len(by_model) > 1 else 1.0
+        rows += [
+            {"x": x, "loss": None if y is None else y / size, "model": name} for x, y in points
+        ]
     title = "step along the FGSM direction (share of eps)"
-    return _lines(some(rows, "the loss"), title, "loss", by="model")
+    value = "loss / its largest" if len(by_model) > 1 else "loss"
+    return _lines(some(rows, "the loss"), title, "loss", by="model", title=value)
 
 
 def along_fgsm(surface: Mapping[str, Any]) -> dict[str, list[float]]:
@@ -368,8 +374,18 @@ def _history(
     ]
 
 
+_WIDE = 8
+"""Ratio of the largest to the smallest x above which the axis is logarithmic."""
+
+
 def _lines(
-    rows: list[Row], x: str, value: str, *, by: str = "attack", share: bool = False
+    rows: list[Row],
+    x: str,
+    value: str,
+    *,
+    by: str = "attack",
+    share: bool = False,
+    title: str | None = None,
 ) -> alt.LayerChart:
     """Draw one line a series, with a point at each value that tells it when pointed at.
 
@@ -379,22 +395,26 @@ def _lines(
         value: the column of the value.
         by: the column of the series' name.
         share: the value is a share, to be drawn from 0 to 100%.
+        title: of the value's axis; by default the column's name.
     """
     alt = need("altair")
     series = list(dict.fromkeys(row[by] for row in rows))
     whole = all(float(row["x"]).is_integer() for row in rows if row["x"] is not None)
     scale = alt.Scale(domain=[0, 1]) if share else alt.Scale(zero=True)
     axis = alt.Axis(format="%") if share else alt.Axis()
+    known = [float(row["x"]) for row in rows if row["x"] is not None]
+    # A sweep that ends at the whole data range would have all else at its left edge.
+    kind = "log" if known and 0 < _WIDE * min(known) < max(known) and not whole else "linear"
     # One line needs no legend.
     legend = alt.Legend(title=None) if len(series) > 1 else None
     base = alt.Chart().encode(
         x=alt.X(
             "x:Q",
             title=x,
-            scale=alt.Scale(nice=False, zero=False, padding=8),
+            scale=alt.Scale(type=kind, nice=False, zero=False, padding=8),
             axis=alt.Axis(grid=False, **({"tickMinStep": 1} if whole else {})),
         ),
-        y=alt.Y(f"{value}:Q", title=value, scale=scale, axis=axis),
+        y=alt.Y(f"{value}:Q", title=title or value, scale=scale, axis=axis),
         color=alt.Color(f"{by}:N", sort=series, scale=alt.Scale(domain=series), legend=legend),
     )
     line = base.mark_line(strokeWidth=2, clip=True)

@@ -196,7 +196,8 @@ def harden(
         progress: called with each row of the search.
 
     Returns:
-        The threshold, the rows of its search, and accuracies on test images before and after.
+        The threshold, the rows of its search, accuracies on test images before and after, and how
+        many of these images were saved and lost: a gain of few is noise.
 
     Raises:
         UserError: no run folder, one that is hardened already, or ``out`` exists.
@@ -225,7 +226,7 @@ def harden(
     before, after = (
         posthoc.judge(
             model, test, run.threat, attacks or posthoc.JUDGES, n=n, sources=[run.model], **options
-        ).to_dict()
+        )
         for model in (run.model, found.model)
     )
     config = run.config.model_copy(update={"mean_sparse": found.threshold})
@@ -234,8 +235,10 @@ def harden(
     return {
         "threshold": found.threshold,
         "search": found.search,
-        "before": before,
-        "after": after,
+        "before": before.to_dict(),
+        "after": after.to_dict(),
+        "saved": int((after.right & ~before.right).sum()),
+        "lost": int((before.right & ~after.right).sum()),
     }
 
 

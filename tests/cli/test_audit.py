@@ -166,7 +166,8 @@ def test_images_of_other_sizes(done, refused, weights, tmp_path):
     model = (f"{weights}/net.py:make", "--dataset", f"folder:{tmp_path}", "--eps", "0.1")
     assert "image_size" in refused("evaluate", *model, "--attacks", "fgsm")
     told = done("evaluate", *model, "--attacks", "fgsm", "--image-size", "28", "--json", "-")
-    assert json.loads(told)["n"] == 8
+    found = json.loads(told)
+    assert (found["n"], found["dataset"], found["split"]) == (8, f"folder:{tmp_path}", "test")
 
 
 def test_a_file_with_dataclasses(done, weights, on):

@@ -133,7 +133,7 @@ def _tables(console: Console, found: dict[str, Any], folder: str) -> None:
     gain = found["after"]["worst_case_accuracy"] - found["before"]["worst_case_accuracy"]
     console.print(
         f"threshold {found['threshold']:g}, worst case {100 * gain:+.1f} points on "
-        f"{found['after']['n']} test images"
+        f"{found['after']['n']} test images ({found['saved']} withstand more, {found['lost']} less)"
         + (": no threshold helped" if found["threshold"] == 0 else "")
         + f"\nwritten to {folder}; audit it: surestep audit {folder}",
         markup=False,

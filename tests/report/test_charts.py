@@ -62,6 +62,11 @@ def test_accuracy_by_step(evaluation, audit):
     assert [(r["x"], r["accuracy"]) for r in found] == [(1, 0.9), (10, 0.2), (50, 0.01)]
 
 
+def test_restarts_are_whole(audit):
+    chart = charts.accuracy_by_restart({"restarts": [1, 2, 3], "restart_accuracy": [0.5, 0.4, 0.4]})
+    assert encodings(chart.to_dict(), "x")[0]["axis"]["values"] == [1, 2, 3]
+
+
 def test_accuracy_by_restart(audit):
     found = rows(charts.accuracy_by_restart(audit["checks"][10]["evidence"]))
     assert [(r["x"], r["accuracy"]) for r in found] == [(1, 0.05), (5, 0.01)]

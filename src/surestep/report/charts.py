@@ -374,6 +374,7 @@ def _history(
     ]
 
 
+_FEW = 5  # whole numbers that each get a tick
 _WIDE = 8
 """Ratio of the largest to the smallest x above which the axis is logarithmic."""
 
@@ -405,6 +406,11 @@ def _lines(
     known = [float(row["x"]) for row in rows if row["x"] is not None]
     # A sweep that ends at the whole data range would have all else at its left edge.
     kind = "log" if known and 0 < _WIDE * min(known) < max(known) and not whole else "linear"
+    ticks: dict[str, Any] = {}
+    if whole:  # there is no restart one and a half
+        ticks = {"tickMinStep": 1, "format": "d"}
+        if len(set(known)) <= _FEW:
+            ticks["values"] = sorted(set(known))
     # One line needs no legend.
     legend = alt.Legend(title=None) if len(series) > 1 else None
     base = alt.Chart().encode(
@@ -412,7 +418,7 @@ def _lines(
             "x:Q",
             title=x,
             scale=alt.Scale(type=kind, nice=False, zero=False, padding=8),
-            axis=alt.Axis(grid=False, **({"tickMinStep": 1} if whole else {})),
+            axis=alt.Axis(grid=False, **ticks),
         ),
         y=alt.Y(f"{value}:Q", title=title or value, scale=scale, axis=axis),
         color=alt.Color(f"{by}:N", sort=series, scale=alt.Scale(domain=series), legend=legend),

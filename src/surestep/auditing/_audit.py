@@ -271,7 +271,6 @@ def _conclude(
     )
 
 
-# Without these, what gradient attacks leave says nothing: more than a tenth of blind images.
 _BY_COUNT = ("random-beats-gradient", "one-step-beats-many")
 _FEW = 3
 """Images by which two attacks may differ by chance."""
@@ -365,6 +364,7 @@ def _decisive(check: Check, n: int) -> bool:
     """Tell whether a check that flags says that gradient attacks mean nothing here."""
     if check.name in _BY_COUNT:
         return check.value is not None and round(check.value * n) >= _FEW
+    # Without gradients, what attacks by gradients leave says nothing.
     return check.name == "broken-gradients"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int, float], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Left
 
-    from surestep.training.progress import SECONDS_BETWEEN_LINES
+    from surestep.training.progress import SECONDS_BETWEEN_LINES, Every
 
     columns = (TextColumn(what), BarColumn(bar_width=20), MofNCompleteColumn())
     console = Console(stderr=True)
@@ -32,12 +31,10 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int, float], None]]:
         disable=not console.is_terminal,
     ) as bar:
         task = bar.add_task(what, total=None, worst="")
-        said = time.monotonic()
+        line = Every(SECONDS_BETWEEN_LINES)
 
         def show(done: int, total: int, worst: float) -> None:
-            nonlocal said
-            if not console.is_terminal and time.monotonic() - said >= SECONDS_BETWEEN_LINES:
-                said = time.monotonic()
+            if not console.is_terminal and line.due():
                 print(f"{what} {done}/{total or '?'}  worst case {worst:.1%}", file=sys.stderr)
             bar.update(task, completed=done, total=total or None, worst=f"{worst:.1%}")
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.attacks.core import attacking, input_gradient
-from surestep.attacks.losses import cross_entropy, weighed_log_odds
+from surestep.attacks.losses import cross_entropy
 from surestep.methods._base import Cost, Terms, Update, register
 from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
 from surestep.methods._single_step import OnSingleStep
@@ -52,7 +52,7 @@ class AAER(OnSingleStep):
         base = self.base
         with attacking(model, train_mode=base.train_mode) as inner:
             start = base.start(x)
-            grad, _, was = input_gradient(inner, start, y, weighed_log_odds)
+            grad, _, was = input_gradient(inner, start, y, base.objective)
         before = cross_entropy(was, y)
         x_adv = base.finish(start + self.threat.steepest_step(grad, base.size), x)
 

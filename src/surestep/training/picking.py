@@ -14,7 +14,7 @@ from surestep import processes
 from surestep.attacks.core import count_classes, device_of, forked_rng
 from surestep.devices import out_of_memory
 from surestep.methods import Method
-from surestep.training.engine import PRECISIONS, Engine, make_optimizer, make_step
+from surestep.training.engine import Engine, make_optimizer, make_step
 
 MIN_STEPS = 100
 """Shorter training is over before a measurement pays."""
@@ -69,8 +69,7 @@ def pick_engine(
         precision: the only one to try; "auto": the expected one and float32.
     """
     device = device_of(model)
-    names = {dtype: name for name, dtype in PRECISIONS.items()}
-    expected = "fast", names[Engine.choose("fast", precision, device).precision]
+    expected = "fast", Engine.choose("fast", precision, device).precision_name
     precisions = [expected[1]] if precision != "auto" else [expected[1], "fp32"]
     candidates = dict.fromkeys((e, p) for p in precisions for e in ("fast", "reference"))
     # Methods may share what they find between processes, and only this one tries.

@@ -13,6 +13,30 @@ SECONDS_BETWEEN_LINES = 60.0
 """Where there is no terminal: a log that stands still looks like a run that hangs."""
 
 
+class Every:
+    """Tells when so many seconds have passed since it last did.
+
+    Args:
+        seconds: between two times.
+        at_once: the first time is now.
+    """
+
+    def __init__(self, seconds: float, *, at_once: bool = False) -> None:
+        self.seconds = seconds
+        self._next = time.monotonic() + (0.0 if at_once else seconds)
+
+    def due(self) -> bool:
+        """Tell whether it is time; if so, the next time is as many seconds away."""
+        if time.monotonic() < self._next:
+            return False
+        self.restart()
+        return True
+
+    def restart(self) -> None:
+        """Begin to count the seconds now."""
+        self._next = time.monotonic() + self.seconds
+
+
 class Display:
     """A progress bar on a terminal, else a line an epoch or a minute; nothing if ``quiet``."""
 
@@ -28,8 +52,8 @@ class Display:
             disable=quiet or not self.console.is_terminal,
         )
         self.task = self.bar.add_task("", total=total_steps, info="")
-        self._next = 0.0
-        self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+        self._numbers = Every(_SECONDS_BETWEEN, at_once=True)
+        self._line = Every(SECONDS_BETWEEN_LINES)
 
     def __enter__(self) -> Display:
         self.bar.start()
@@ -45,19 +69,15 @@ class Display:
 
     def due(self) -> bool:
         """Tell whether it is time to show numbers again (reading them waits for the device)."""
-        now = time.monotonic()
-        if now < self._next:
-            return False
-        self._next = now + _SECONDS_BETWEEN
-        return True
+        return self._numbers.due()
 
     def step(self, number: int, epoch: str, info: str) -> None:
         """Show the state of training at a step."""
         self.bar.update(self.task, completed=number, description=epoch, info=info)
-        if not self.console.is_terminal and time.monotonic() >= self._next_line:
+        if not self.console.is_terminal and self._line.due():
             self.say(f"{epoch}  step {number}/{self.bar.tasks[self.task].total:.0f}  {info}")
 
     def say(self, text: str, style: str | None = None) -> None:
         """Print a line above the bar."""
-        self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+        self._line.restart()
         self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -31,6 +31,20 @@ def test_defaults(slug, name, value):
     assert methods.get(slug)(Linf(0.1)).params()[name] == value
 
 
+@pytest.mark.parametrize(
+    ("slug", "name", "eps", "lam"),
+    [
+        ("gradalign", "cifar10", 8, 0.2),
+        ("gradalign", "cifar10-16", 16, 2.0),
+        ("elle", "cifar10", 8, 1000),
+        ("elle", "cifar10-16", 16, 5000),
+    ],
+)
+def test_weights_that_grow_with_the_radius(slug, name, eps, lam):
+    config = runs.resolve({"method": slug}, name)
+    assert (config.eps, config.params["lam"]) == (pytest.approx(eps / 255), lam)
+
+
 def test_hypersphere_head():
     config = RunConfig(method="pgd", head="hypersphere", eps="8/255")
     assert config.head_scale == 15

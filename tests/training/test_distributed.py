@@ -143,12 +143,40 @@ def asked(name, run, *, resume):
         run(out=place / name, resume=True)
 
 
+def validating(**where):
+    # The second process alone is asked, while the images of the first epoch are validated.
+    evaluate, calls = loop.evaluate, []
+
+    def interrupted(*args, **kwargs):
+        if not calls and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        calls.append(1)
+        return evaluate(*args, **kwargs)
+
+    loop.evaluate = interrupted
+    try:
+        train("sat-r2", checkpoint_every=2, **where)
+    finally:
+        loop.evaluate = evaluate
+
+
+try:
+    validating(out=place / "asked-validating")
+except SystemExit as e:
+    (place / f"asked-validating-{rank}").write_text(str(e.code))
+before = sorted(path.name for path in (place / "asked-validating" / "checkpoints").iterdir())
+if rank == 0:
+    (place / "asked-validating-at").write_text(before[-1])
+train("sat-r2", checkpoint_every=2, out=place / "asked-validating", resume=True)
+
+
 def drawing_nothing(**where):
     return train("fgsm", model=tiny.make_net(norm=False), epochs=3, **where)
 
 
 asked("asked", with_norm, resume=True)
 asked("asked-loader", loader, resume=True)
+drawing_nothing(out=place / "left-alone")
 asked("left", drawing_nothing, resume=False)
 asked("left-loader", loader, resume=False)
 for method in ("tdat", "free", "pap", "fgsm-mep"):
@@ -335,6 +363,23 @@ def test_one_is_asked_to_stop_and_both_do(place, name):
 def test_and_go_on_as_if_nothing_had_been(place, tiny, name, whole):
     assert tiny.weights(place / name) == tiny.weights(place / whole)
     assert tiny.rows(place / name) == tiny.rows(place / whole)
+
+
+def test_validation_is_left_by_both(place, tiny):
+    for rank in (0, 1):
+        assert (place / f"asked-validating-{rank}").read_text() == "143"
+    assert (place / "asked-validating-at").read_text() == "step-00000005.safetensors"
+    assert tiny.weights(place / "asked-validating") == tiny.weights(place / "resumed-norm")
+    assert tiny.rows(place / "asked-validating") == tiny.rows(place / "resumed-norm")
+
+
+def test_the_rows_are_of_all_images(place, tiny):
+    """The first process's share of the batches has another loss than the second's."""
+    rows = tiny.rows(place / "left-alone")
+    one = tiny.train("fgsm", model=tiny.net(norm=False), epochs=3)
+    for row, whole in zip(rows, one.history, strict=True):
+        assert row["loss"] == pytest.approx(whole["loss"], abs=1e-5)
+        assert row["adv_accuracy"] == pytest.approx(whole["adv_accuracy"], abs=1e-5)
 
 
 def test_one_process_goes_on_with_what_two_began(place, tiny, tmp_path, capsys):

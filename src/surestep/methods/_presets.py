@@ -120,11 +120,17 @@ CIFAR100_ZOO = replace(CIFAR_ZOO, dataset="cifar100")
 
 
 def recipe(
-    base: Preset, *, settings: Mapping[str, Any] | None = None, source: str = "", **params: Any
+    base: Preset,
+    *,
+    eps: float | None = None,
+    settings: Mapping[str, Any] | None = None,
+    source: str = "",
+    **params: Any,
 ) -> Preset:
     """Return ``base`` with a method's parameters, and with some settings changed."""
     return replace(
         base,
+        eps=base.eps if eps is None else eps,
         params=params,
         settings={**base.settings, **(settings or {})},
         source=source or base.source,

@@ -24,6 +24,7 @@ class ELLE(OnSingleStep):
     presets = {
         "mnist": recipe(MNIST_ZOO, lam=1.0, perturbation="rs-fgsm", source="ours: search.csv"),
         "cifar10": recipe(CIFAR_ZOO, lam=1000.0),
+        "cifar10-16": recipe(CIFAR_ZOO, eps=16 / 255, lam=5000.0),
     }
 
     lam: float = 1000.0

@@ -7,6 +7,7 @@ Andriushchenko & Flammarion 2020, "Understanding and Improving Fast Adversarial 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,11 @@ from surestep.attacks.losses import cross_entropy
 from surestep.methods._base import Cost, Terms, Update, register
 from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
 from surestep.methods._single_step import OnSingleStep
+
+_PAPER: dict[str, Any] = {
+    "settings": {"epochs": 30, "lr": 0.3, "schedule": "triangular"},
+    "source": "Andriushchenko & Flammarion 2020 (they use PreActResNet-18)",
+}
 
 
 def unit(grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,12 +43,8 @@ class GradAlign(OnSingleStep):
     paper = "Andriushchenko & Flammarion 2020, arXiv 2007.02617"
     presets = {
         "mnist": recipe(MNIST_ZOO, lam=0.2, perturbation="rs-fgsm", source="ours: search.csv"),
-        "cifar10": recipe(
-            CIFAR_ZOO,
-            lam=0.2,
-            settings={"epochs": 30, "lr": 0.3, "schedule": "triangular"},
-            source="Andriushchenko & Flammarion 2020 (they use PreActResNet-18)",
-        ),
+        "cifar10": recipe(CIFAR_ZOO, lam=0.2, **_PAPER),
+        "cifar10-16": recipe(CIFAR_ZOO, eps=16 / 255, lam=2.0, **_PAPER),
     }
 
     second_order = True

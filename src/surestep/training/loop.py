@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import re
+import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -260,7 +261,8 @@ class _Sums:
         self.bad_step = torch.where(bad, number, self.bad_step)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"images": self.images, "totals": self.totals, "counts": self.counts}
+        totals = {k: v.cpu() for k, v in self.totals.items()}
+        return {"images": self.images, "totals": totals, "counts": self.counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.images = state.get("images", 0)
@@ -270,6 +272,12 @@ class _Sums:
 
     def means(self) -> dict[str, float]:
         return {k: float(v) / self.counts[k] for k, v in self.totals.items()}
+
+    def means_of_all(self) -> dict[str, float]:
+        """Return the means over all processes, which have equal shares of each batch."""
+        parts = gather_object([self.means()])
+        names = dict.fromkeys(name for part in parts for name in part)
+        return {k: statistics.fmean(part[k] for part in parts if k in part) for k in names}
 
 
 class _Trainer:
@@ -476,7 +484,10 @@ class _Trainer:
         left = min(steps - skip, self.total - self.at.step)
         sums = _Sums(self.device)
         if restored:
-            sums.load_state_dict(restored["sums"])
+            parts = restored["sums"]
+            # Checkpoints of older versions have the first process's alone.
+            parts = parts if isinstance(parts, list) else [parts]
+            sums.load_state_dict(parts[min(self.accelerator.process_index, len(parts) - 1)])
         self._began = time.perf_counter() - self.at.train_seconds
         for x, y, index in self._batches(skip, left, restored):
             self._set_course(self._set_rates())
@@ -497,7 +508,7 @@ class _Trainer:
             "epoch": self.at.epoch,
             "step": self.at.step,
             "lr": self.optimizer.param_groups[0]["lr"],
-            **sums.means(),
+            **sums.means_of_all(),
             "images_per_second": speed,
             "train_seconds": self.at.train_seconds,
         }
@@ -505,8 +516,8 @@ class _Trainer:
         try:
             self._validate(row)
         except (Asked, UserError) as e:
-            # A resume begins with the validation. Of several processes one may be alone with this.
-            if self.accelerator.num_processes == 1:
+            # A resume begins with the validation. With an error a process may be alone.
+            if isinstance(e, Asked) or self.accelerator.num_processes == 1:
                 self.at.epoch -= 1
                 self._set_random_state(random_state)
                 self._save(sums)
@@ -674,6 +685,7 @@ class _Trainer:
             batch_size=min(VALIDATED, self.share),
             seed=self.config.seed,
             precision=self.engine.precision,
+            progress=lambda *_: self.stop.together(self.device),
         )
 
     def _record(self, row: dict[str, Any]) -> None:
@@ -701,6 +713,7 @@ class _Trainer:
         if self.run is None:
             return
         states = gather_object([self._random_state()])
+        parts = gather_object([sums.state_dict()])
         # In every process: what each has of a batch is gathered.
         method = self.method.state_dict()
         if self.accelerator.is_main_process:
@@ -714,7 +727,7 @@ class _Trainer:
                     "scaler": self.take_step.scaler.state_dict(),
                     "average": self.average.state_dict() if self.average else None,
                     "method": method,
-                    "sums": sums.state_dict(),
+                    "sums": parts,
                     "rng": states,
                     "epoch_rng": self.epoch_rng,
                     "steps_per_epoch": self.source.steps_per_epoch,

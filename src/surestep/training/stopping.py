@@ -83,8 +83,14 @@ class StopRequest:
         """Tell, after a step, whether to stop here: the same in every process."""
         if processes.count() == 1:
             return self.number != 0
-        if step % ASK_EVERY:
-            return False
+        return step % ASK_EVERY == 0 and self._by_any(device)
+
+    def together(self, device: torch.device) -> None:
+        """Raise `Asked` in every process if one of them was asked; each must call this as often."""
+        if processes.count() > 1 and self._by_any(device):
+            raise Asked
+
+    def _by_any(self, device: torch.device) -> bool:
         return bool(processes.mean(torch.tensor(float(self.number != 0), device=device)) > 0)
 
     def leave(self) -> NoReturn:

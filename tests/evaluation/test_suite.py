@@ -38,6 +38,8 @@ FROM_X = {"start_radius": 0.0, "decay": None}
         ("apgd-t", "autoattack.apgd_t", ()),
         ("fab-t", "autoattack.fab_t", ()),
         ("autoattack", "autoattack.autoattack", ()),
+        ("deepfool", "nearest.deepfool", (50,)),
+        ("deepfool-7", "nearest.deepfool", (7,)),
     ],
 )
 def test_names(monkeypatch, name, called, args):

@@ -33,7 +33,8 @@ from surestep.errors import UserError
     "--attacks",
     metavar="A,B,...",
     help="Instead of a budget: fgsm, r-fgsm, i-fgsm-K, mi-fgsm-K, noise-K, "
-    "pgd-K[xRESTARTS][-ce|-margin|-dlr], apgd-ce, apgd-t, fab-t, square[-K], autoattack, transfer.",
+    "pgd-K[xRESTARTS][-ce|-margin|-dlr], apgd-ce, apgd-t, fab-t, square[-K], autoattack, transfer; "
+    "with foolbox cw-l2[-K], deepfool[-K].",
 )
 @source_option("Without any, transfer trains a substitute on the model's answers.")
 @click.option("--n", type=POSITIVE, help="Only the first N test images. [default: all]")

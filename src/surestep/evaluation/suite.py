@@ -10,7 +10,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from surestep import attacks
-from surestep.attacks import autoattack
+from surestep.attacks import autoattack, nearest
 from surestep.attacks.core import count_classes, in_turn
 from surestep.attacks.gradient import search
 from surestep.errors import UserError, look_up
@@ -18,13 +18,21 @@ from surestep.threat import ThreatModel
 
 NAMES = (
     "fgsm, r-fgsm, i-fgsm-STEPS, mi-fgsm-STEPS, noise-SAMPLES, pgd-STEPS[xRESTARTS][-LOSS], "
-    "apgd-ce, apgd-t, fab-t, square[-QUERIES], autoattack, transfer"
+    "apgd-ce, apgd-t, fab-t, square[-QUERIES], autoattack, transfer, cw-l2[-STEPS], "
+    "deepfool[-STEPS]"
 )
 _NAME = re.compile(
-    r"(?P<kind>fgsm|r-fgsm|i-fgsm|mi-fgsm|noise|pgd|square|transfer|autoattack|apgd-ce|apgd-t|fab-t)"
+    r"(?P<kind>fgsm|r-fgsm|i-fgsm|mi-fgsm|noise|pgd|square|transfer|autoattack|apgd-ce|apgd-t|fab-t"
+    r"|cw-l2|deepfool)"
     r"(?:-(?P<count>[1-9]\d*))?(?:x(?P<restarts>[1-9]\d*))?(?:-(?P<loss>ce|margin|dlr))?"
 )
 _COUNTED = ("pgd", "i-fgsm", "mi-fgsm", "noise")
+_COUNTS = {
+    "square": autoattack.QUERIES,
+    "cw-l2": nearest.CW_STEPS,
+    "deepfool": nearest.DEEPFOOL_STEPS,
+}
+"""Of attacks that have a number where none is written."""
 _PLAIN = ("fgsm", "r-fgsm", *_COUNTED[:3])
 
 BUDGETS: dict[str, tuple[str, ...]] = {
@@ -88,13 +96,14 @@ def parse(name: str, threat: ThreatModel, sources: Sequence[nn.Module] = ()) -> 
         sources: models for "transfer".
 
     Raises:
-        UserError: the name is none of these, or transfer has no source.
+        UserError: the name is none of these, transfer has no source, or an attack of foolbox's
+            is in another norm or foolbox not installed.
     """
     match = _NAME.fullmatch(name)
     if (
         match is None
         or (match["kind"] in _COUNTED and match["count"] is None)
-        or (match["count"] is not None and match["kind"] not in (*_COUNTED, "square"))
+        or (match["count"] is not None and match["kind"] not in (*_COUNTED, *_COUNTS))
         or (match["restarts"] is not None and match["kind"] != "pgd")
         or (match["loss"] is not None and match["kind"] not in _PLAIN)
     ):
@@ -107,7 +116,9 @@ def parse(name: str, threat: ThreatModel, sources: Sequence[nn.Module] = ()) -> 
         if not sources:
             raise UserError("the transfer attack needs source models: give at least one")
         return transfer(sources, threat)
-    count = count or autoattack.QUERIES
+    count = count or _COUNTS.get(kind, 0)
+    if kind in ("cw-l2", "deepfool"):
+        nearest.check(kind, threat)
     simple: Mapping[str, tuple[Callable[[nn.Module, Tensor, Tensor], Tensor], float]] = {
         "fgsm": (lambda m, x, y: attacks.fgsm(m, x, y, threat, loss), 2),
         "r-fgsm": (lambda m, x, y: attacks.r_fgsm(m, x, y, threat, loss=loss), 2),
@@ -117,6 +128,14 @@ def parse(name: str, threat: ThreatModel, sources: Sequence[nn.Module] = ()) -> 
         "apgd-t": (lambda m, x, y: autoattack.apgd_t(m, x, y, threat), 1800),
         "fab-t": (lambda m, x, y: autoattack.fab_t(m, x, y, threat), 2700),
         "autoattack": (lambda m, x, y: autoattack.autoattack(m, x, y, threat), 9700),
+        "cw-l2": (
+            lambda m, x, y: nearest.cw_l2(m, x, y, threat, count),
+            2 * nearest.SEARCHES * count,
+        ),
+        "deepfool": (
+            lambda m, x, y: nearest.deepfool(m, x, y, threat, count),
+            2 * nearest.CANDIDATES * count,
+        ),
     }
     run, passes = simple[kind]
     return Attack(lambda m, x, y: Found(run(m, x, y)), passes, survivors=kind == "autoattack")

@@ -8,7 +8,7 @@ import json
 import os
 import pickle
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +88,25 @@ def load_tree(path: Path) -> Any:
         raise UserError(f"{path} is corrupt ({e}): restore it or remove it") from e
 
 
-def save_weights(path: Path, model: nn.Module) -> None:
+def save_weights(path: Path, model: nn.Module, classes: Sequence[str] = ()) -> None:
     """Save a model's parameters and buffers as safetensors.
 
-    Tensors that share memory (tied weights) are written once under each name.
+    Tensors that share memory (tied weights) are written once under each name. The header has the
+    names of the classes, if they are given, in the order of the model's outputs.
     """
     state = {k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items()}
-    write_atomically(path, safetensors.torch.save(state, {"format": "pt"}))
+    header = {"classes": json.dumps(list(classes))} if classes else {}
+    write_atomically(path, safetensors.torch.save(state, {"format": "pt", **header}))
+
+
+def class_names(path: Path) -> tuple[str, ...]:
+    """Return the names of the classes that ``save_weights`` was given; none if it was not.
+
+    Raises:
+        UserError: the file is missing, truncated or corrupt.
+    """
+    with _opened(path) as f:
+        return tuple(json.loads((f.metadata() or {}).get("classes", "[]")))
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -182,12 +194,18 @@ def _saved_by_torch(path: Path) -> bool:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with _opened(path) as f:
+        # Cloned: they map the file, which Windows then does not let go.
+        return {k: f.get_tensor(k).clone() for k in f.keys()}, f.metadata() or {}  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     try:
         with safetensors.safe_open(path, "pt") as f:
-            # Cloned: they map the file, which Windows then does not let go.
-            return {k: f.get_tensor(k).clone() for k in f.keys()}, f.metadata() or {}  # noqa: SIM118
+            yield f
     except (SafetensorError, OSError) as e:
         raise UserError(
             f"{path} is truncated, corrupt or no safetensors file ({e}): restore it or remove it"

@@ -48,6 +48,11 @@ class Run:
     threat: ThreatModel
     folder: Path
 
+    @property
+    def weights(self) -> Path:
+        """The file of the weights."""
+        return RunFolder(self.folder).weights
+
 
 def resolve(values: Mapping[str, Any], preset: str | None = None) -> RunConfig:
     """Complete a user's settings with a preset's.
@@ -231,7 +236,7 @@ def harden(
     )
     config = run.config.model_copy(update={"mean_sparse": found.threshold})
     place.make(config.model_dump(mode="json"), overwrite=overwrite)
-    files.save_weights(place.weights, found.model)
+    files.save_weights(place.weights, found.model, files.class_names(run.weights))
     return {
         "threshold": found.threshold,
         "search": found.search,

@@ -10,7 +10,8 @@ import importlib
 import importlib.util
 import sys
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from torch import nn
 
 from surestep import data, files, models, runs
 from surestep.config import RunConfig, parse
-from surestep.data import Images
+from surestep.data import Images, number_names
 from surestep.devices import pick_device
 from surestep.errors import UserError
 from surestep.threat import ThreatModel
+from surestep.training.run_folder import RunFolder
 
 KINDS = (
     "a run folder, FILE.py:FACTORY, a TorchScript (.pt) or torch.export (.pt2) program, timm:NAME "
@@ -128,38 +130,73 @@ def open_target(
             )
         config = parse(RunConfig, {**given, "norm": norm or "linf"})
     images, limits = runs.load_data(config, split), runs.build_threat(config)
-    model = _of_run(folder, device, images) if of_run else _load(name, weights, images)
-    note = _numbering(name, model, images)
+    file = RunFolder(folder).weights if of_run else Path(weights or "")
+    classes = files.class_names(file) if _has_header(file) else ()
+    if of_run:
+        numbered = _as_numbered(name, classes, images)
+        model = _of_run(folder, device, numbered)
+    else:
+        model = _load(name, weights, images)
+        numbered = _as_numbered(name, classes or _names_of(model), images)
+    notes = [_outputs(name, model, numbered)]
+    if numbered is not images:
+        notes.append(f"the data's classes are numbered as those of {name}, by their names")
     return Target(
         name,
         _eval(model.to(target)),
-        images,
+        numbered,
         limits,
         None if preprocess is None else preprocess.to(target),
         folder if of_run else None,
-        note,
+        "; ".join(filter(None, notes)),
         {"dataset": config.dataset, "split": split},
     )
 
 
-def _numbering(name: str, model: nn.Module, images: Images) -> str:
-    """Hold a pretrained model's classes against those of the data; return what is to be said.
+def _has_header(file: Path) -> bool:
+    return file.suffix == ".safetensors" and file.is_file()
+
+
+def _body(model: nn.Module) -> nn.Module:
+    """Return a pretrained model without the normalisation before it."""
+    return model[-1] if isinstance(model, nn.Sequential) and len(model) else model
+
+
+def _names_of(model: nn.Module) -> tuple[str, ...]:
+    """Return what a model of the Hub calls its classes; nothing of others."""
+    named = getattr(getattr(_body(model), "config", None), "id2label", None) or {}
+    return tuple(str(named[k]) for k in sorted(named))
+
+
+def _as_numbered(name: str, theirs: Sequence[str], images: Images) -> Images:
+    """Return the images with labels as the model numbers its classes, where both have names.
 
     Raises:
-        UserError: they are the same classes in another order.
+        UserError: the model has some of the data's classes, and others not.
     """
-    body = model[-1] if isinstance(model, nn.Sequential) else model
-    named = getattr(getattr(body, "config", None), "id2label", None)
-    theirs = [str(named[k]) for k in sorted(named)] if named else []
-    ours = [str(c) for c in images.classes or ()]
-    if theirs and ours and theirs != ours and sorted(theirs) == sorted(ours):
-        k = next(k for k, (one, other) in enumerate(zip(theirs, ours, strict=True)) if one != other)
+    ours = images.classes
+    known = set(theirs) & set(ours)
+    ambiguous = len(set(theirs)) < len(theirs) or len(set(ours)) < len(ours)
+    if tuple(ours) == tuple(theirs) or not known or ambiguous:
+        return images
+    unknown = [one for one in ours if one not in known]
+    if unknown and tuple(ours) == number_names(len(ours)):  # numbers, not names
+        return images
+    if unknown:
         raise UserError(
-            f"{name} numbers the classes otherwise than the data: {k} is {theirs[k]!r} there, "
-            f"{ours[k]!r} here; order the data's classes as the model's"
+            f"{name} does not know the class {unknown[0]!r} of the data, while it knows "
+            f"{len(known)} of {len(ours)}: name the data's classes as the model's, or leave out "
+            "what it was not trained on"
         )
-    known = getattr(body, "num_classes", None)
-    outputs = len(theirs) or (known if isinstance(known, int) else 0)
+    number = torch.tensor([theirs.index(one) for one in ours])
+    labels = torch.where(images.y < 0, images.y, number[images.y])
+    return replace(images, y=labels, classes=tuple(theirs))
+
+
+def _outputs(name: str, model: nn.Module, images: Images) -> str:
+    """Say that a pretrained model has another number of classes than the data."""
+    known = getattr(_body(model), "num_classes", None)
+    outputs = len(_names_of(model)) or (known if isinstance(known, int) else 0)
     if not outputs or outputs == images.num_classes:
         return ""
     return (

@@ -7,6 +7,7 @@ import os
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -226,28 +227,80 @@ class Pretrained(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("told", "classes", "note"),
+    ("told", "note"),
     [
-        ({"names": ["cat", "dog"]}, ["cat", "dog"], ""),
-        ({"names": ["tabby", "hound", "gull"]}, ["cat", "dog"], "has 3 classes, the data 2: label"),
-        ({"outputs": 1000}, ["cat", "dog"], "hf:pets has 1000 classes, the data 2: label k"),
-        ({"outputs": 2}, ["cat", "dog"], ""),
-        ({}, ["cat", "dog"], ""),
-        ({"names": ["cat", "dog"]}, None, ""),
+        ({"names": ["cat", "dog"]}, ""),
+        ({"names": ["tabby", "hound", "gull"]}, "has 3 classes, the data 2: label"),
+        ({"outputs": 1000}, "hf:pets has 1000 classes, the data 2: label k"),
+        ({"outputs": 2}, ""),
+        ({}, ""),
     ],
 )
-def test_the_numbers_of_the_classes(told, classes, note):
-    images = Images(torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]), classes=classes)
+def test_the_number_of_outputs(told, note):
+    images = Images(torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]), classes=("cat", "dog"))
     for model in (Pretrained(**told), torch.nn.Sequential(torch.nn.Identity(), Pretrained(**told))):
-        found = targets._numbering("hf:pets", model, images)
+        found = targets._outputs("hf:pets", model, images)
         assert note in found
         assert bool(found) == bool(note)
+        assert targets._names_of(model) == tuple(told.get("names", ()))
 
 
-def test_the_same_classes_in_another_order():
-    images = Images(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]), classes=["cat", "dog"])
-    with pytest.raises(UserError, match="0 is 'dog' there, 'cat' here; order the data's classes"):
-        targets._numbering("hf:pets", Pretrained(["dog", "cat"]), images)
+@pytest.mark.parametrize(
+    ("theirs", "ours", "labels"),
+    [
+        (("cat", "dog"), ("cat", "dog"), [0, 1, -1]),
+        (("dog", "cat"), ("cat", "dog"), [1, 0, -1]),
+        (("ape", "bee", "cat", "dog"), ("bee", "dog"), [1, 3, -1]),
+        # Names that say nothing of each other.
+        ((), ("cat", "dog"), [0, 1, -1]),
+        (("tabby", "hound", "gull"), ("cat", "dog"), [0, 1, -1]),
+        (("cat", "dog"), None, [0, 1, -1]),
+        (("1", "2"), None, [0, 1, -1]),
+        (("crane", "cat", "crane"), ("cat", "crane"), [0, 1, -1]),
+    ],
+)
+def test_labels_are_numbered_by_the_names_of_the_classes(theirs, ours, labels):
+    y = torch.tensor([0, 1, -1])
+    images = Images(torch.zeros(3, 3, 8, 8), y, classes=ours)
+    found = targets._as_numbered("hf:pets", theirs, images)
+    assert found.y.tolist() == labels
+    assert images.y.tolist() == [0, 1, -1]
+    if found is not images:
+        assert found.classes == theirs
+
+
+def test_a_class_that_the_model_was_not_trained_on():
+    images = Images(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]), classes=("cat", "emu"))
+    said = "hf:pets does not know the class 'emu' of the data, while it knows 1 of 2: name the"
+    with pytest.raises(UserError, match=said):
+        targets._as_numbered("hf:pets", ("dog", "cat"), images)
+
+
+def test_a_folder_with_some_of_the_classes_that_a_run_was_trained_on(cli, tmp_path):
+    """Dark, grey and white; judged on the last two alone."""
+    for k, name in enumerate(("dark", "grey", "white")):
+        for place in ("all", *(["some"] if k else [])):
+            (tmp_path / place / name).mkdir(parents=True)
+            for j in range(20):
+                pixels = np.full((8, 8, 3), 110 * k + j, np.uint8)
+                Image.fromarray(pixels).save(tmp_path / place / name / f"{j}.png")
+    model = ("--model", "cnn-small", "--eps", "0.01", "--val-images", "0", "--preset", "none")
+    train = ("train", "--method", "standard", "--dataset", "folder", "--data", tmp_path / "all")
+    out = tmp_path / "run"
+    assert cli(*train, *model, "--lr", "0.02", "--epochs", "30", "--batch-size", "8", "--out", out)
+    assert files.class_names(out / "model.safetensors") == ("dark", "grey", "white")
+
+    def judged(*place):
+        result = cli("evaluate", out, "--attacks", "fgsm", "--json", "-", *place)
+        assert result.code == 0, result.err
+        return json.loads(result.out), result.err
+
+    whole, said = judged()
+    assert "are numbered as those of" not in said
+    some, said = judged("--data", tmp_path / "some")
+    assert "the data's classes are numbered as those of" in " ".join(said.split())
+    assert whole["clean_accuracy"] == some["clean_accuracy"] == 1
+    assert [row["label"] for row in some["per_class"]] == [1, 2]
 
 
 def test_labels_that_the_model_has_not(refused, weights, on):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from surestep.data import augment
 from surestep.data._batches import Batches, as_pair
-from surestep.data._images import UNLABELLED, Images, as_images
+from surestep.data._images import UNLABELLED, Images, as_images, number_names
 from surestep.data._random import seed_of
 from surestep.data._splits import check_split
 from surestep.errors import UserError, look_up
@@ -28,6 +28,7 @@ __all__ = [
     "describe",
     "load",
     "names",
+    "number_names",
     "seed_of",
 ]
 

@@ -308,6 +308,7 @@ class _Trainer:
         train, self.held_out = split(data, validation, config.val_images, config.seed)
         self.images = len(train) if isinstance(train, Images) else 0
         self.labelled = share_of(train.y >= 0) if isinstance(train, Images) else 1.0
+        self.classes = train.classes if isinstance(train, Images) else ()
         self.source = self._open(train, workers)
         self.total = self._count_steps()
         # Images of a step, of this process.
@@ -703,7 +704,7 @@ class _Trainer:
             rows = "".join(json.dumps(r) + "\n" for r in self.at.history)
             files.write_atomically(self.run.metrics, rows)
             if self.at.best_epoch == self.at.epoch:
-                files.save_weights(self.run.weights, self.judged)
+                files.save_weights(self.run.weights, self.judged, self.classes)
         if self.at.best_epoch == self.at.epoch:
             self._best = {} if self.run else _copy(self.judged.state_dict())
         self._save(_Sums(self.device))

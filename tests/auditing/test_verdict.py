@@ -138,6 +138,10 @@ def test_a_given_source_counts(run, net):
         without = run(hidden)
         found = run(hidden, sources=[net])
     assert found.attacks["transfer"] < 0.1 < without.attacks["transfer"]
+    check = found.checks[7]
+    assert check.evidence["substitute agrees"] == pytest.approx(1 / 3, abs=0.05)
+    assert "the substitute answers as the model on 3" in check.sentence
+    assert run(net).checks[7].evidence["substitute agrees"] > 0.9
 
 
 def test_near_chance_is_inconclusive(run, net):

@@ -137,6 +137,7 @@ class Subject:
         broke: how many images an attack broke of those it was run on, by its name.
         detached: the model's output has no gradient with respect to its input.
         precision: in which attacks make their points.
+        agreement: on how many of the images (a share) the substitute answers as the model.
         tell: called with a sentence on what is being done.
         sources: further models for the transfer attack.
         state: begins the names of the files in which attacks keep what is done.
@@ -156,6 +157,7 @@ class Subject:
     broke: dict[str, int] = field(default_factory=dict)
     detached: bool = False
     precision: torch.dtype = torch.float32
+    agreement: float | None = None
 
     def __post_init__(self) -> None:
         try:

@@ -278,11 +278,15 @@ def black_box_beats_white_box(s: Subject) -> Finding:
     best = share_of(white)
     only = {n: int((white & ~s.right[n]).sum()) for n in black}
     said = f"{name} leaves {black[name]:.1%}, gradient attacks {best:.1%}"
+    evidence: dict[str, Any] = {"accuracy": black, "broken only by it": only}
+    if s.agreement is not None:
+        said += f"; the substitute answers as the model on {s.agreement:.0%} of the images"
+        evidence["substitute agrees"] = s.agreement
     return Finding(
         black[name] < best - 0.002 or max(only.values()) > 0.02 * len(white),
         best - black[name],
         said,
-        {"accuracy": black, "broken only by it": only},
+        evidence,
     )
 
 

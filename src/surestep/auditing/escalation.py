@@ -205,4 +205,8 @@ def _surrogate(given: Tensor, out: Tensor) -> Callable[[Tensor], Tensor] | None:
 def substitute_attack(s: Subject) -> Attack:
     """Return the transfer attack from a substitute of the subject, and from its sources."""
     s.tell("training a substitute for the transfer attack")
-    return transfer([substitute(s.model, s.x, s.threat, s.seed), *s.sources], s.threat)
+    stand_in = substitute(s.model, s.x, s.threat, s.seed)
+    with torch.no_grad():
+        alike = s.logits(s.x).argmax(1) == s.map(stand_in, s.x).argmax(1)
+    s.agreement = share_of(alike)
+    return transfer([stand_in, *s.sources], s.threat)

@@ -65,11 +65,17 @@ class FitSettings(BaseModel):
     eps_warmup: float = Field(
         0.0, ge=0, description="Epochs in which eps (with step sizes) rises linearly at first"
     )
-    label_smoothing: float = Field(
-        0.0, ge=0, lt=1, description="Label smoothing of the update's cross entropy"
+    label_smoothing: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Label smoothing of the update's cross entropy; by default the method's",
     )
-    dropout: float = Field(
-        0.0, ge=0, lt=1, description="Dropout after each activation, falling to 0 (SADS)"
+    dropout: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Dropout after each activation, falling to 0 (SADS); by default the method's",
     )
     clip_grad: float | None = Field(None, gt=0, description="Largest norm of the weight gradient")
     ema: float | None = Field(None, gt=0, lt=1, description="Decay of a weight average (0.999)")
@@ -132,7 +138,9 @@ class RunConfig(FitSettings):
     )
     data: str | None = Field(None, description="Where the data set lies (folder or file)")
     image_size: Positive | None = Field(None, description="Resize the images of a folder to this")
-    model: str = Field("lenet+", description="Architecture, or timm:NAME (weights: see --weights)")
+    model: str = Field(
+        "lenet+", description="Architecture, timm:NAME or FILE.py:FACTORY (weights: see --weights)"
+    )
     weights: str | None = Field(
         None, description="Weights to begin with: a file, or pretrained (timm's own)"
     )

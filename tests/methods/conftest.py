@@ -1,3 +1,4 @@
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -33,6 +34,14 @@ def flat():
 
 
 NETS = {"mlp": (mlp, (1, 4, 4), 4), "conv": (conv, (2, 5, 5), 4), "flat": (flat, (7,), 3)}
+
+
+@pytest.fixture(autouse=True)
+def _steps_at_no_point_of_a_course():
+    """Tests here take steps that belong to no training; one of them tests what is said of that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* follows the course of training")
+        yield
 
 
 @pytest.fixture(params=methods.names())

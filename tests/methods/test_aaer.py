@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from surestep import Linf, methods
+from surestep import Linf, UserError, methods
 
 
 def test_only_what_spreads_more_than_usual_is_pulled(make_task):
@@ -23,3 +23,9 @@ def test_only_what_spreads_more_than_usual_is_pulled(make_task):
     assert not grad[3:].any()  # the usual spread is what they are measured by
     extra = (loss - terms["ce"]).detach()
     assert float(terms["penalty"].detach()) == pytest.approx(float(extra))
+
+
+@pytest.mark.parametrize("perturbation", ["zerograd", "multigrad"])
+def test_a_step_along_another_gradient_is_refused(perturbation):
+    with pytest.raises(UserError, match=rf"perturbation '{perturbation}' is not a step along one"):
+        methods.get("aaer")(Linf(0.1), perturbation=perturbation)

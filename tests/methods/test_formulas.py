@@ -5,6 +5,7 @@ their noise from the same seed.
 """
 
 import copy
+import inspect
 import math
 
 import pytest
@@ -200,3 +201,29 @@ def test_methods_survive_confident_networks(build, slug, make_task):
     moved = (result.x_adv != x).flatten(1)
     assert bool(moved.any()) == (slug not in ("standard", *joined("MAY_STAY")))
     assert bool(moved.all()) == (slug not in ("standard", *joined("MAY_STAY"), *joined("IN_PART")))
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [
+        ("sat_r1_loss", "sat-r1"),
+        ("sat_r2_loss", "sat-r2"),
+        ("sat_r3_loss", "sat-r3"),
+        ("trades_loss", "trades"),
+    ],
+)
+def test_functional_forms(name, slug, make_task):
+    """The same as the method with its defaults, which the function has too."""
+    task, function = make_task("mlp"), getattr(methods, name)
+    assert function.__name__ == name
+    given = inspect.signature(function).parameters
+    found = []
+    for call in (methods.get(slug)(Linf(EPS)), None):
+        torch.manual_seed(0)
+        net = copy.deepcopy(task.net)
+        if call:
+            params = {k: v for k, v in call.params().items() if k in given}
+            found.append(call(net, task.x, task.y).loss)
+        else:
+            found.append(function(net, task.x, task.y, Linf(EPS), **params).loss)
+    torch.testing.assert_close(found[0], found[1])

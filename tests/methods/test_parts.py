@@ -1,12 +1,16 @@
 """Parts that every method takes: dropout that falls, a margin on the true class."""
 
 import copy
+import warnings
 
 import pytest
 import torch
+from families import merged
 from torch import nn
 
 from surestep import Linf, UserError, methods
+
+SMALL = merged("SMALL")
 
 
 def test_dropout_acts_in_the_update_and_falls(make_task):
@@ -64,3 +68,35 @@ def test_a_margin_lowers_the_true_logit_in_the_update_only(make_task):
 def test_parts_have_a_range(part, value):
     with pytest.raises(UserError, match=f"fgsm: {part} {value}"):
         methods.FGSM(Linf(0.1), **{part: value})
+
+
+def test_dropout_wants_activations_that_are_modules():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return torch.relu(self.layer(x.flatten(1)))
+
+    with pytest.raises(UserError, match="has nothing to follow: the model has no activation modul"):
+        methods.get("sads")(Linf(0.1))(Functional(), torch.rand(2, 4), torch.tensor([0, 1]))
+
+
+FOLLOW = ("gat", "nuat", "liet", "fgsm-mep", "tdat", "converge-smooth", "sads")
+
+
+def test_a_course_that_nobody_tells(slug, make_task):
+    """The second step tells what an own loop forgot; of methods that follow no course nothing."""
+    task, method = make_task("conv"), methods.get(slug)(Linf(0.1), **SMALL.get(slug, {}))
+
+    def step():
+        method(task.net, task.x, task.y, task.index)
+
+    step()
+    if slug in FOLLOW:
+        with pytest.warns(UserWarning, match=f"{slug} follows the course of training, and nobody"):
+            step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step()

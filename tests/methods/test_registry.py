@@ -1,6 +1,8 @@
 import re
 import runpy
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from families import joined
@@ -125,3 +127,28 @@ def test_the_page_of_methods_is_up_to_date():
     assert script.with_name("methods.md").read_text("utf-8") == namespace["page"](), (
         "run python docs/methods.py"
     )
+
+
+@pytest.mark.parametrize("kind", [Literal["a", "b"], tuple[float, float], list[float] | None])
+def test_a_hyperparameter_of_another_kind_is_refused_when_it_is_registered(kind):
+    class Odd(methods.FGSM):
+        mode: str = "a"
+
+    Odd.__annotations__ = {"mode": kind}
+    with pytest.raises(
+        UserError, match=r"mode of Odd is a .*: hyperparameters are float, int, bool"
+    ):
+        methods.register("odd")(dataclass(Odd))
+    assert "odd" not in methods.names()
+
+
+def test_what_is_no_threat_model_is_refused():
+    with pytest.raises(UserError, match=r"0\.03 is no threat model: give surestep.Linf"):
+        methods.SATR2(0.03)
+
+
+def test_a_state_that_lacks_something_leaves_it_as_it_is(slug):
+    method = methods.get(slug)(Linf(0.1))
+    before = method.state_dict()
+    method.load_state_dict({})
+    assert str(method.state_dict()) == str(before)

@@ -20,7 +20,6 @@ from surestep.data import Images
 from surestep.devices import free_cached_memory
 from surestep.errors import UserError
 from surestep.training import checkpoint
-from surestep.training.loop import METHOD_SETTINGS
 from surestep.training.run_folder import RunFolder
 
 OUTCOME_FORMAT, OUTCOME_VERSION = "surestep-outcome", 1
@@ -91,7 +90,7 @@ class Failed(Exception):
 def whole(config: RunConfig) -> RunConfig:
     """Spell out every hyperparameter, as a run folder does."""
     method = runs.build_method(config)
-    own = {part: getattr(config, part) or getattr(method, part) for part in METHOD_SETTINGS}
+    own = methods.settle(method, config)
     return parse(RunConfig, {**config.model_dump(), **own, "params": method.params()})
 
 

@@ -26,6 +26,7 @@ from surestep.methods._base import (
     preset,
     recipe_of,
     register,
+    settle,
 )
 from surestep.methods.fgsm import FGSM
 from surestep.methods.n_fgsm import NFGSM
@@ -73,5 +74,6 @@ __all__ = [
     "sat_r1_loss",
     "sat_r2_loss",
     "sat_r3_loss",
+    "settle",
     "trades_loss",
 ]

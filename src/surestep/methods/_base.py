@@ -11,10 +11,12 @@ import copy
 import functools
 import math
 import sys
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from importlib import resources
+from types import UnionType
 from typing import (
     Any,
     ClassVar,
@@ -22,7 +24,9 @@ from typing import (
     NamedTuple,
     ParamSpec,
     TypeVar,
+    Union,
     get_args,
+    get_origin,
     get_type_hints,
 )
 
@@ -37,6 +41,7 @@ from surestep.errors import UserError, look_up, unknown_name
 from surestep.methods._dropout import dropping
 from surestep.methods._memory import Draw
 from surestep.threat import Linf, ThreatModel
+from surestep.threat import check as check_threat
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -120,6 +125,10 @@ class Progress:
         return self.step / (self.steps_per_epoch * self.epochs)
 
 
+_NOT_TOLD = Progress()
+"""What a method has until somebody tells it where training is."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """Passes per training image of one step. A standard step is 1 + 1 + 1."""
@@ -198,6 +207,8 @@ class Method(ABC):
     """Whether its loss holds a gradient, which is differentiated again."""
     replays = 1
     """How many steps in a row are taken on each batch."""
+    follows = False
+    """Whether it follows a course: a loop of one's own must set ``progress`` before each step."""
 
     threat: ThreatModel
     label_smoothing: float = field(default=0.0, kw_only=True)
@@ -205,14 +216,16 @@ class Method(ABC):
     dropout: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
+        check_threat(self.threat)
         self._inputs_checked = False
-        self.progress = Progress()
+        self.progress = _NOT_TOLD
         self.draw: Draw | None = None
-        hints = get_type_hints(type(self))
-        for name in (*PARTS, *parameter_names(type(self))):
-            kinds = get_args(hints[name]) or (hints[name],)
-            expected = " or ".join(_WORDS.get(kind, kind.__name__) for kind in kinds)
+        for name, kinds in kinds_of(type(self)).items():
+            expected = " or ".join(_WORDS[kind] for kind in kinds)
             self.require(_fits(getattr(self, name), kinds), name, expected)
+        for name, least in _LEAST.items():
+            value = getattr(self, name, None)
+            self.require(value is None or value >= least, name, f">= {least}")
         self.require(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)")
         self.require(self.margin >= 0, "margin", ">= 0")
         self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
@@ -256,6 +269,14 @@ class Method(ABC):
         draw: Draw | None = None,
     ) -> Update:
         """Attack the model and return the update to take; see ``__call__``."""
+        if self._inputs_checked and self.progress is _NOT_TOLD and (self.follows or self.dropout):
+            self.progress = Progress()  # told once is enough
+            warnings.warn(
+                f"{self.slug} follows the course of training, and nobody tells it: set "
+                "method.progress = surestep.methods.Progress(step, steps_per_epoch, epochs, "
+                "images) before each step (surestep.fit does)",
+                stacklevel=3,
+            )
         if not self._inputs_checked:
             check_inputs(model, x, y, self.threat, unlabelled=self.without_labels)
             if self.remembers and index is None:
@@ -279,7 +300,11 @@ class Method(ABC):
         """Return the update for one batch; see ``__call__``. ``x`` is detached."""
 
     def set_strength(self, share: float) -> None:
-        """Attack from now on with ``share`` of eps, and of the other lengths: 1 is all of it."""
+        """Attack from now on with ``share`` of eps, and of the other lengths: 1 is all of it.
+
+        The way to change the radius of a method that is made already: parts of it have taken over
+        what ``threat`` was.
+        """
         threat, lengths = self._full
         self.threat = threat if share == 1 else threat.with_eps(share * threat.eps)
         for name, length in lengths.items():
@@ -337,7 +362,10 @@ class Method(ABC):
             self.require(getattr(self, name) >= 0, name, ">= 0")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what must survive a resume: ``kept``, and ``kept_rows`` of all processes."""
+        """Return what must survive a resume: ``kept``, and ``kept_rows`` of all processes.
+
+        Of several processes each must call this: those of a method with ``kept_rows`` gather them.
+        """
         state = {}
         for name in (*self.kept, *self.kept_rows):
             value = getattr(self, name)
@@ -349,7 +377,9 @@ class Method(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned; what it lacks (an older run's) stays as it is."""
         for name in (*self.kept, *self.kept_rows):
-            value = state.get(name.strip("_"), getattr(self, name))
+            if name.strip("_") not in state:
+                continue
+            value = state[name.strip("_")]
             if hasattr(getattr(self, name), "load_state_dict"):
                 getattr(self, name).load_state_dict(value)
             elif isinstance(value, Tensor):
@@ -359,6 +389,8 @@ class Method(ABC):
                 setattr(self, name, copy.deepcopy(value))
 
 
+_LEAST = {"lam": 0, "alpha": 0, "steps": 1}
+"""Of what has the same name, and means the same, in every method."""
 _WORDS = {
     float: "a finite number",
     int: "a whole number",
@@ -366,6 +398,25 @@ _WORDS = {
     str: "a name",
     type(None): "none",
 }
+
+
+def kinds_of(cls: type[Method]) -> dict[str, tuple[type, ...]]:
+    """Return the types that each hyperparameter may have.
+
+    Raises:
+        UserError: one is not written in YAML and on the command line as it is.
+    """
+    hints = get_type_hints(cls)
+    found = {}
+    for name in (*PARTS, *parameter_names(cls)):
+        union = get_origin(hints[name]) in (Union, UnionType)
+        found[name] = kinds = get_args(hints[name]) if union else (hints[name],)
+        if not set(kinds) <= set(_WORDS):
+            raise UserError(
+                f"{name} of {cls.__name__} is a {hints[name]}: hyperparameters are float, int, "
+                "bool, str or one of these and None; make another thing of a name in validate()"
+            )
+    return found
 
 
 def _with_margin(
@@ -414,6 +465,8 @@ def stepping(craft: Callable[Concatenate[nn.Module, P], Update]) -> Callable[...
     def step(model: nn.Module, *args: P.args, **kwargs: P.kwargs) -> StepResult:
         return craft(model, *args, **kwargs).take(model)
 
+    step.__name__ = craft.__name__.replace("_update", "_loss")
+    step.__annotations__ = {**craft.__annotations__, "return": StepResult}
     return step
 
 
@@ -428,6 +481,8 @@ def _fits(value: Any, kinds: tuple[type, ...]) -> bool:
 METHODS: dict[str, type[Method]] = {}
 PARTS = ("label_smoothing", "margin", "dropout")
 """What every method has, whatever its mathematics."""
+_SETTABLE = ("label_smoothing", "dropout")
+"""The parts that a run's settings may name; the margin is its head's."""
 
 
 def register(slug: str) -> Callable[[type[Method]], type[Method]]:
@@ -443,6 +498,7 @@ def register(slug: str) -> Callable[[type[Method]], type[Method]]:
             one = cls.__dataclass_fields__[name]
             if one.default is MISSING and one.default_factory is MISSING:
                 raise UserError(f"{name} of the method {slug!r} has no default: give it one")
+        kinds_of(cls)
         for name in ("summary", "paper"):
             if not isinstance(getattr(cls, name, None), str):
                 raise UserError(f"the method {slug!r} has no {name}: give its class one, in words")
@@ -515,6 +571,19 @@ def build(slug: str, threat: ThreatModel, params: Mapping[str, Any], **parts: fl
         if name not in known:
             raise unknown_name(f"parameter of {slug}", name, known)
     return cls(threat, **params, **parts)
+
+
+def settle(method: Method, settings: object) -> dict[str, float]:
+    """Give a method the parts that settings of a run name; return all that a run may name.
+
+    Args:
+        method: is changed.
+        settings: with attributes label_smoothing and dropout; None leaves the method's own.
+    """
+    for name in _SETTABLE:
+        if (value := getattr(settings, name)) is not None:
+            setattr(method, name, value)
+    return {name: getattr(method, name) for name in _SETTABLE}
 
 
 def preset(slug: str, name: str) -> Preset:

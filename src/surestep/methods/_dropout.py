@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.activations import activations
+from surestep.errors import UserError
 
 
 @contextmanager
@@ -16,6 +17,9 @@ def dropping(model: nn.Module, p: float) -> Iterator[None]:
     """Drop outputs of the activations of ``model`` with probability ``p`` (in train mode).
 
     SADS (Vivek & Babu 2020, arXiv 2004.08628) puts such a layer after each non-linearity.
+
+    Raises:
+        UserError: the model has no activations that are modules.
     """
     if not p:
         yield
@@ -24,7 +28,13 @@ def dropping(model: nn.Module, p: float) -> Iterator[None]:
     def drop(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return F.dropout(output, p, module.training)
 
-    handles = [m.register_forward_hook(drop) for m in activations(model).values()]
+    layers = activations(model).values()
+    if not layers:
+        raise UserError(
+            f"dropout {p:g} has nothing to follow: the model has no activation modules "
+            "(nn.ReLU(), not F.relu); make modules of them, or leave dropout out"
+        )
+    handles = [m.register_forward_hook(drop) for m in layers]
     try:
         yield
     finally:

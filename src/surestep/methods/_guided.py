@@ -21,6 +21,7 @@ class Guided(Method):
     lam: float
     alpha: float | None
     lengths = ("alpha",)
+    follows = True
 
     def distance(self, clean: Tensor, adversarial: Tensor) -> Tensor:
         """Return the distance of two sets of logits (N, K), summed over the batch."""
@@ -31,9 +32,8 @@ class Guided(Method):
         raise NotImplementedError
 
     def validate(self) -> None:
-        """Check the hyperparameters; the random start is half of eps by default."""
+        """Start at half of eps by default."""
         self.alpha = self.threat.eps / 2 if self.alpha is None else self.alpha
-        self.not_negative("lam", "alpha")
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Step eps along cross entropy, on odd steps with the distance."""

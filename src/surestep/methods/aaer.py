@@ -15,7 +15,7 @@ from surestep.attacks.core import attacking, input_gradient
 from surestep.attacks.losses import cross_entropy
 from surestep.methods._base import Cost, Terms, Update, register
 from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
-from surestep.methods._single_step import OnSingleStep
+from surestep.methods._single_step import OnSingleStep, SingleStep
 
 
 @register("aaer")
@@ -43,9 +43,11 @@ class AAER(OnSingleStep):
     perturbation: str = "rs-fgsm"
 
     def validate(self) -> None:
-        """Check the weights."""
+        """Check the weights, and that the step is along the one gradient that is taken here."""
         super().validate()
-        self.not_negative("lam", "lam_loss", "lam_spread")
+        self.not_negative("lam_loss", "lam_spread")
+        plain = type(self.base).gradient is SingleStep.gradient
+        self.require(plain, "perturbation", "a step along one gradient, as rs-fgsm and n-fgsm are")
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Compare loss and logits at the start, from the attack's own pass, with those after."""

@@ -29,11 +29,6 @@ class ALP(PGD):
 
     lam: float = 0.5
 
-    def validate(self) -> None:
-        """Check the weight."""
-        super().validate()
-        self.not_negative("lam")
-
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Pair each image with its perturbed self."""
         points = torch.cat([x, self.perturb(model, x, y)])

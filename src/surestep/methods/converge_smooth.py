@@ -23,8 +23,9 @@ class ConvergeSmooth(Method):
     """E-CS (``compare="epoch"``) or B-CS (``"batch"``) around any method, named by its slug.
 
     Where the clean loss of a batch is further than T from the mean of the epoch (the batch)
-    before, it is added to the loss, or taken off. T = min(max(gamma / ratio, rise), gamma) with
-    the last rise of that mean, and ratio, of gamma, how far the learning rate has come down.
+    before, it is added to the loss, or taken off. T is the last rise of that mean, but no more
+    than gamma, and no less than gamma times the share of its first value that the learning rate
+    has come down to.
     Off in the first epoch (B-CS: for its first batch), in one in which the learning rate drops
     below half, and in the next, whose loss is compared with that one's.
     ``pull`` is the weight of the squared distance to the mean of earlier epochs' weights (weight
@@ -32,6 +33,7 @@ class ConvergeSmooth(Method):
     """
 
     kept = ("_sums", "_epoch", "_lr", "_steady", "_calm", "_centre", "base")
+    follows = True
     summary = "another method whose loss must not jump between epochs or batches"
     paper = "Zhao et al. 2023, arXiv 2308.12857"
     presets = {

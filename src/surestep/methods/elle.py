@@ -30,11 +30,6 @@ class ELLE(OnSingleStep):
     lam: float = 1000.0
     perturbation: str = "fgsm"
 
-    def validate(self) -> None:
-        """Check the weight."""
-        super().validate()
-        self.not_negative("lam")
-
     def weight(self, gap: Tensor) -> Tensor | float:
         """Return lam; ``gap`` is this step's, detached."""
         return self.lam

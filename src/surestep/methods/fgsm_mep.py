@@ -34,6 +34,7 @@ class FGSMMEP(Method):
     summary = "FGSM from a start that follows each image's gradient momentum over epochs"
     paper = "Jia et al. 2022, arXiv 2207.08859"
     remembers = True
+    follows = True
     kept = ("_delta", "_momentum", "_round")
     presets = {
         # At eps 0.3 the published smoothing ends masked (leaderboard.csv at 3f86206, search.csv).
@@ -50,9 +51,8 @@ class FGSMMEP(Method):
     def validate(self) -> None:
         """Check the hyperparameters; the step is eps by default."""
         self.alpha = self.threat.eps if self.alpha is None else self.alpha
-        self.not_negative("lam", "decay")
+        self.not_negative("decay")
         self.require(self.reset >= 1, "reset", ">= 1")
-        self.not_negative("alpha")
         self._delta, self._momentum, self._round = Memory(), Memory(), 0
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:

@@ -44,7 +44,7 @@ class FGSMPCO(Method):
 
     def validate(self) -> None:
         """Check the hyperparameters."""
-        self.not_negative("lam", "stretch")
+        self.not_negative("stretch")
         self.require(0 <= self.smoothing < 1, "smoothing", "in [0, 1)")
         self._delta = Memory()
 

@@ -43,7 +43,7 @@ class FGSMUAP(Method):
     def validate(self) -> None:
         """Check the hyperparameters."""
         self.alpha = 1.25 * self.threat.eps if self.alpha is None else self.alpha
-        self.not_negative("lam", "decay", "alpha")
+        self.not_negative("decay")
         self._u = self._m = torch.zeros(0)
 
     def choose(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, int]:

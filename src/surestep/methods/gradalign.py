@@ -52,11 +52,6 @@ class GradAlign(OnSingleStep):
     lam: float = 0.2
     perturbation: str = "fgsm"
 
-    def validate(self) -> None:
-        """Check the weight."""
-        super().validate()
-        self.not_negative("lam")
-
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Differentiate the second gradient only, as the authors do."""
         n, x_adv = len(x), self.base.perturb(model, x, y)

@@ -29,6 +29,7 @@ class LIET(Method):
     ``spread`` is the mass of the label that goes to random wrong classes.
     """
 
+    follows = True
     summary = "FGSM from the label's own direction on a grey image"
     kept = ("_templates", "_made")
     paper = "ICCV 2025; as in the FastAT benchmark, arXiv 2604.22853"
@@ -45,7 +46,6 @@ class LIET(Method):
 
     def validate(self) -> None:
         """Check the hyperparameters."""
-        self.not_negative("lam")
         self.require(self.every >= 1, "every", ">= 1")
         self.require(0 <= self.spread < 1, "spread", "in [0, 1)")
         if self.far is None:

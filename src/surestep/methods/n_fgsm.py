@@ -43,7 +43,7 @@ class NFGSM(SingleStep):
     def validate(self) -> None:
         """Check the noise and alpha, or take its default."""
         self.alpha = self.threat.eps if self.alpha is None else self.alpha
-        self.not_negative("noise", "alpha")
+        self.not_negative("noise")
 
     def start(self, x: Tensor) -> Tensor:
         """Start in the noise."""

@@ -48,7 +48,6 @@ class PAP(Method):
 
     def validate(self) -> None:
         """Check the hyperparameters."""
-        self.not_negative("lam")
         self.require(self.steps >= 2, "steps", ">= 2")
         self.require(self.fraction is None or 0 < self.fraction <= 1, "fraction", "in (0, 1]")
         # Images, labels and points of all groups, the one that leaves first.
@@ -106,5 +105,5 @@ class PAP(Method):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore this process's."""
-        self._age = state["age"]
+        self._age = state.get("age", self._age)
         self._held = {k: processes.own(state[k]).clone() for k in FIELDS if k in state}

@@ -33,10 +33,8 @@ class PGD(Method):
     alpha: float | None = None
 
     def validate(self) -> None:
-        """Check the hyperparameters."""
+        """Take the default of alpha."""
         self.alpha = self.threat.eps / 4 if self.alpha is None else self.alpha
-        self.require(self.steps >= 1, "steps", ">= 1")
-        self.not_negative("alpha")
 
     def start(self, x: Tensor) -> Tensor:
         """Return where the attack begins."""

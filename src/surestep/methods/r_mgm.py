@@ -34,9 +34,8 @@ class RMGM(Method):
     alpha: float | None = None
 
     def validate(self) -> None:
-        """Check the weight; alpha is half of eps by default, as Tramèr's."""
+        """Take the default of alpha: half of eps, as Tramèr's."""
         self.alpha = RFGSM(self.threat, alpha=self.alpha).alpha
-        self.not_negative("lam")
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Attack from both starts in one pass, by the two methods' own parts."""

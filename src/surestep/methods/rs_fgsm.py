@@ -39,9 +39,8 @@ class RSFGSM(SingleStep):
     alpha: float | None = None
 
     def validate(self) -> None:
-        """Check alpha, or take its default."""
+        """Take the default of alpha."""
         self.alpha = 1.25 * self.threat.eps if self.alpha is None else self.alpha
-        self.not_negative("alpha")
 
     def start(self, x: Tensor) -> Tensor:
         """Start at random in the ball."""

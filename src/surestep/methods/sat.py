@@ -240,7 +240,6 @@ class SAT(OnSingleStep):
     def validate(self) -> None:
         """Check what all have."""
         super().validate()
-        self.not_negative("lam")
         self.require(self.fraction is None or 0 < self.fraction <= 1, "fraction", "in (0, 1]")
         self.require(self.every >= 1, "every", ">= 1")
         self._count = 0
@@ -315,11 +314,6 @@ class SATR1(SAT):
         "cifar10-speed": recipe(CIFAR_SPEED, lam=0.2, steps=3),
     }
 
-    def validate(self) -> None:
-        """Check the hyperparameters."""
-        super().validate()
-        self.require(self.steps >= 1, "steps", ">= 1")
-
     def cost(self, batch_size: int) -> Cost:
         """FGSM on all, K - 1 further steps and one more image in the update for the share."""
         share = self.share(batch_size)
@@ -351,11 +345,6 @@ class SATR2(SAT):
         "cifar10": recipe(CIFAR_SAT, lam=25.0, alpha=2 / 255),
         "cifar10-speed": recipe(CIFAR_SPEED, lam=25.0, alpha=2 / 255),
     }
-
-    def validate(self) -> None:
-        """Check the hyperparameters."""
-        super().validate()
-        self.not_negative("alpha")
 
     def cost(self, batch_size: int) -> Cost:
         """Take both views of the regularised share through the attack and through the update."""
@@ -411,7 +400,6 @@ class SATR3(SAT):
         super().validate()
         self.eps_low = self.threat.eps / 3 if self.eps_low is None else self.eps_low
         self.require(self.tau > 0, "tau", "> 0")
-        self.not_negative("alpha")
         self.require(
             0 <= self.eps_low <= self.threat.eps, "eps_low", f"in [0, eps = {self.threat.eps:g}]"
         )

@@ -26,6 +26,7 @@ class TDAT(Method):
     time. The perturbation goes on from batch to batch, by the position in the batch.
     """
 
+    follows = True
     summary = "FGSM from the previous batch's perturbation, on relaxed labels"
     kept_rows = ("_delta",)
     paper = "AAAI 2024"
@@ -42,7 +43,6 @@ class TDAT(Method):
 
     def validate(self) -> None:
         """Check the hyperparameters."""
-        self.not_negative("lam")
         self.require(0 < self.relax <= 0.64, "relax", "in (0, 0.64], so that the share is below 1")
         self.require(0 < self.least < 1, "least", "in (0, 1)")
         self._delta = torch.zeros(0)

@@ -88,9 +88,7 @@ class TRADES(Method):
     def validate(self) -> None:
         """Check the hyperparameters."""
         self.alpha = self.threat.eps * 0.007 * 255 / 8 if self.alpha is None else self.alpha
-        self.not_negative("beta")
-        self.require(self.steps >= 1, "steps", ">= 1")
-        self.not_negative("alpha", "sigma")
+        self.not_negative("beta", "sigma")
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """See ``trades_update``."""

@@ -43,10 +43,9 @@ class UAT(PGD):
     lam: float = 5.0
 
     def validate(self) -> None:
-        """Check the share and the weight."""
+        """Check the share."""
         super().validate()
         self.require(0 < self.labelled <= 1, "labelled", "in (0, 1]")
-        self.not_negative("lam")
 
     def known(self, index: Tensor) -> Tensor:
         """Return which images (N,) have a label, the same whenever it is asked."""

@@ -5,7 +5,6 @@ Pang et al. 2020, "Boosting Adversarial Training with Hypersphere Embedding", ar
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,7 +12,7 @@ from surestep.devices import without_autocast
 from surestep.errors import UserError
 
 
-class HypersphereHead(nn.Module):
+class HypersphereHead(nn.Linear):
     """A linear layer without bias on the unit sphere: ``scale`` times the cosine.
 
     Features and class weights are normalised, with gradient. The margin of the training loss is
@@ -31,16 +30,22 @@ class HypersphereHead(nn.Module):
     """
 
     def __init__(self, in_features: int, num_classes: int, scale: float = 15.0) -> None:
-        super().__init__()
+        super().__init__(in_features, num_classes, bias=False)
         self.scale = scale
-        self.weight = nn.Parameter(torch.empty(num_classes, in_features))
+
+    def reset_parameters(self) -> None:
+        """Draw the class weights: their directions are uniform on the sphere."""
         nn.init.normal_(self.weight)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Return ``scale`` times the cosines."""
-        with without_autocast(features.device):
+    def extra_repr(self) -> str:
+        """Tell the scale, which no weight holds."""
+        return f"{super().extra_repr()}, scale={self.scale:g}"
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``scale`` times the cosines of features."""
+        with without_autocast(input.device):
             dtype = self.weight.dtype
-            unit = F.normalize(features.to(dtype), dim=1)
+            unit = F.normalize(input.to(dtype), dim=1)
             return self.scale * F.linear(unit, F.normalize(self.weight, dim=1))
 
 

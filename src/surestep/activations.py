@@ -1,6 +1,10 @@
-"""The activations of a model: where dropout and sparsification are put."""
+"""The activations of a model: where dropout and sparsification are put, and a way through these."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -17,3 +21,24 @@ def activations(model: nn.Module) -> dict[str, nn.Module]:
     Activations called as functions (``F.relu``) are not seen.
     """
     return {name: m for name, m in model.named_modules() if isinstance(m, ACTIVATIONS)}
+
+
+def with_a_way_through(model: nn.Module) -> list[Any]:
+    """Return the layers that know a gradient straight through them: MeanSparse, and any of a kind.
+
+    Such a layer has an attribute ``straight_through``, a bool, and obeys it.
+    """
+    return [m for m in model.modules() if isinstance(getattr(m, "straight_through", None), bool)]
+
+
+@contextmanager
+def straight_through(model: nn.Module) -> Iterator[nn.Module]:
+    """Lend the model with gradients that pass such layers (BPDA, Athalye et al. 2018)."""
+    before = [(layer, layer.straight_through) for layer in with_a_way_through(model)]
+    for layer, _ in before:
+        layer.straight_through = True
+    try:
+        yield model
+    finally:
+        for layer, value in before:
+            layer.straight_through = value

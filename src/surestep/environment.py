@@ -12,7 +12,17 @@ import torch
 from surestep import __version__
 from surestep.devices import cores
 
-_PACKAGES = ("torch", "accelerate", "numpy", "safetensors", "pydantic", "click", "rich", "timm")
+_PACKAGES = (
+    "torch",
+    "accelerate",
+    "numpy",
+    "safetensors",
+    "pyautoattack",
+    "pydantic",
+    "click",
+    "rich",
+    "timm",
+)
 _ROUNDING = ("surestep", "torch", "cpu capability", "torch threads", "gpus")
 """What decides on the last digits."""
 

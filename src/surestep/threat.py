@@ -185,5 +185,17 @@ def make(norm: str, eps: float, bounds: tuple[float, float] = (0.0, 1.0)) -> Thr
     return look_up("norm", norm, NORMS)(eps, bounds)
 
 
+def check(given: object) -> None:
+    """Refuse what is no threat model.
+
+    Raises:
+        UserError: it is none, such as a bare number.
+    """
+    if not isinstance(given, ThreatModel):
+        raise UserError(
+            f"{given!r} is no threat model: give surestep.Linf(8 / 255), say, or surestep.L2(0.5)"
+        )
+
+
 def _finite(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)

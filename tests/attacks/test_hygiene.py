@@ -9,7 +9,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from surestep import attacks
 from surestep.attacks import autoattack
-from surestep.attacks.core import attacking, check_inputs, forward_logits, input_gradient
+from surestep.attacks.core import (
+    attacking,
+    check_inputs,
+    forward_logits,
+    input_gradient,
+    interpreted,
+)
 
 
 def snapshot(net):
@@ -98,6 +104,8 @@ def test_modes_are_restored_when_the_model_raises(convnet, images, threat, attac
 @pytest.mark.parametrize("broken", [False, True])
 def test_attacking_restores(convnet, images, train_mode, broken):
     x, y = images()
+    # As a whole in train mode it would keep the modes of its layers.
+    convnet.training = not train_mode
     before = snapshot(convnet)
     handle = break_at(convnet, 3 if broken else 99)
     try:
@@ -229,3 +237,57 @@ def test_distributed_model_is_attacked_unwrapped(mlp, digits, threat):
     finally:
         distributed.destroy_process_group()
     assert attacks.fgsm(mlp, x, y, threat).shape == x.shape
+
+
+def test_layers_that_are_kept_in_eval_mode_are_so_in_an_attack_in_train_mode(convnet):
+    """Frozen batch norm: attack and update must be of one function."""
+    modes = {name: m.training for name, m in convnet.named_modules()}
+    assert convnet.training
+    assert not convnet[1].training
+    with attacking(convnet, train_mode=True) as inner:
+        assert {name: m.training for name, m in inner.named_modules()} == modes
+    convnet.eval()
+    with attacking(convnet, train_mode=True) as inner:
+        assert all(m.training for m in inner.modules())
+    assert not any(m.training for m in convnet.modules())
+
+
+@pytest.mark.parametrize("part", ["whole", "inside"])
+@pytest.mark.usefixtures("nothing_stays_compiled")
+def test_no_weight_gradient_of_a_model_compiled_in_place(mlp, digits, part):
+    wanted = []
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp
+
+        def forward(self, x):
+            return self.net(x)
+
+    def look(graph, example):
+        wanted.append([p.requires_grad for p in mlp.parameters()])
+        return graph.forward
+
+    net = Own()
+    net.compile(backend=look)
+    net = net if part == "whole" else nn.Sequential(net)
+    x, y = digits()
+    with attacking(net) as inner:
+        input_gradient(inner, x, y)
+    assert wanted
+    assert not any(map(any, wanted))
+    assert all(p.requires_grad for p in mlp.parameters())
+    with interpreted(net):
+        seen = len(wanted)
+        net(torch.rand(3, 1, 3, 4, dtype=torch.float64))
+    assert len(wanted) == seen
+
+
+def test_values_that_rounding_took_out_of_the_range(mlp, digits, threat):
+    x, y = digits()
+    x[0, 0, 0, 0] = 1 + 1e-7
+    with pytest.raises(
+        ValueError, match=r"1\.0000001\], expected \[0, 1\]: x\.clamp\(0, 1\) takes b"
+    ):
+        check_inputs(mlp, x, y, threat)

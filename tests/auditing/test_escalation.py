@@ -38,7 +38,7 @@ def test_straight_through_keeps_the_forward_and_gives_a_gradient(net, images):
     quantise = Layer(lambda z: (z * 7).round() / 7)
     model = nn.Sequential(quantise, net)
     plain = model(x)
-    with escalation.straight_through(model, x, ["0"]) as smooth:
+    with escalation.bpda(model, x, ["0"]) as smooth:
         z = x.clone().requires_grad_()
         out = smooth(z)
         (grad,) = torch.autograd.grad(out.sum(), z)
@@ -56,7 +56,7 @@ def test_a_layer_that_changes_shape_gets_a_fitted_network(images):
     torch.manual_seed(0)
     codes = Layer(lambda z: (z > torch.arange(0.05, 1, 0.1).view(1, -1, 1, 1)).float())
     model = nn.Sequential(codes, Layer(lambda z: z.sum((2, 3))))
-    with escalation.straight_through(model, x, ["0"]) as smooth:
+    with escalation.bpda(model, x, ["0"]) as smooth:
         z = x.clone().requires_grad_()
         (grad,) = torch.autograd.grad(smooth(z).sum(), z)
     # More light, more comparisons hold: about ten per unit of light.

@@ -468,3 +468,30 @@ def test_a_state_of_another_audit_is_refused(run, net, tmp_path):
     run(net, 0.05, state=tmp_path / "audit")
     with pytest.raises(UserError, match=r"audit\.fgsm is the state of .* other threat"):
         run(net, 0.06, state=tmp_path / "audit")
+
+
+def test_layers_with_a_way_through_are_attacked_through_it(run, net, monkeypatch):
+    """MeanSparse, say: dead in places, where the check for dead layers sees nothing.
+
+    Nothing that needs no gradient may break the model first.
+    """
+    monkeypatch.setattr(
+        "surestep.auditing.escalation.transfer", lambda *_: Attack(lambda model, x, y: Found(x))
+    )
+    monkeypatch.setattr("surestep.attacks.autoattack.square", lambda model, x, *_: x)
+
+    class Dead(nn.Module):
+        straight_through = False
+
+        def forward(self, x):
+            dead = (x * 7).round() / 7
+            return dead + (x - x.detach()) if self.straight_through else dead
+
+    hidden = Dead()
+    found = run(nn.Sequential(hidden, net))
+    steps = {step["name"]: step for step in found.escalation}
+    why = "1 layers pass no gradient in places: straight through them"
+    assert steps["pgd-40-margin-bpda"]["why"] == why
+    assert steps["pgd-40-margin-bpda"]["accuracy"] < 0.1
+    assert hidden.straight_through is False
+    assert not any("bpda" in step["name"] for step in run(net).escalation)

@@ -35,6 +35,9 @@ def test_end_to_end(done, finished, tmp_path):
         shown = f"{value:.1%} ({100 * low:.1f}-{100 * high:.1f})"
         assert any(f" {row} " in line and shown in line for line in table.splitlines())
     assert "100 images" in " ".join(table.split())
+    weakest = min(result["per_class"], key=lambda one: one["worst_case_accuracy"])
+    assert f"weakest class: {weakest['label']}, worst case" in table
+    assert f"seconds: fgsm {result['attack_seconds']['fgsm']:.1f}, pgd-3 " in table
 
 
 def test_json_on_stdout_is_json_only(cli, finished):

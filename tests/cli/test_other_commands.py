@@ -213,7 +213,7 @@ class TestDemo:
     def test_the_sentence_follows_the_numbers(self, done, brief, monkeypatch, accuracies, said):
         clean, under_fgsm, worst = accuracies
 
-        def judge(model, data, threat, attacks, n, progress):
+        def judge(model, data, threat, attacks, n, progress, tell):
             progress(n, n, worst)
             found = evaluate(model, data, threat, ["fgsm"], n=n)
             scores = {"fgsm": under_fgsm, "pgd-100": worst}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
+
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import surestep
 from surestep import attacks
 from surestep.attacks import autoattack
+from surestep.data import Images
 from surestep.errors import UserError
 from surestep.evaluation import Adapted, evaluate, suite
 from surestep.evaluation.suite import Attack, Found
@@ -34,8 +38,9 @@ class Wrapped(nn.Module):
         lambda net, x: [net(x)],
         lambda net, x: {"loss": None, "logits": net(x)},
         lambda net, x: type("Output", (), {})(),
+        lambda net, x: namedtuple("Named", "logits aux")(net(x), None),
     ],
-    ids=["tuple", "list", "dict", "object"],
+    ids=["tuple", "list", "dict", "object", "named tuple"],
 )
 def test_logits_are_found_in_what_a_model_returns(net, images, wrap):
     def give(net, x):
@@ -429,15 +434,73 @@ class TestSortedByClass:
         return (y / 3 + 0.1)[:, None].repeat(1, 4), y
 
     def test_one_class_alone_is_told(self, ordered):
-        net = nn.Linear(4, 3)
-        with pytest.warns(UserWarning, match="25 images are all of class 0: if the data are"):
-            surestep.evaluate(net, ordered, surestep.Linf(0.1), ["fgsm"], n=25)
-        with pytest.warns(UserWarning, match="shuffle them, or judge all"):
-            surestep.evaluate(net, TensorDataset(*ordered), surestep.Linf(0.1), ["fgsm"], n=25)
+        net, loader = nn.Linear(4, 3), DataLoader(TensorDataset(*ordered), 10)
+        said = "25 images are all of class 0: if the data are sorted by class, shuffle them, or jud"
+        with pytest.warns(UserWarning, match=said) as told:
+            surestep.evaluate(net, loader, surestep.Linf(0.1), ["fgsm"], n=25)
+        assert told[0].filename == __file__
+        with pytest.warns(UserWarning, match=said) as told:
+            surestep.audit(net, loader, surestep.Linf(0.1), budget="quick", n=25)
+        assert told[0].filename == __file__
 
     @pytest.mark.parametrize("n", [None, 31, 10])
     def test_nothing_is_told_of_several_or_of_few(self, ordered, n):
-        surestep.evaluate(nn.Linear(4, 3), ordered, surestep.Linf(0.1), ["fgsm"], n=n)
+        loader = DataLoader(TensorDataset(*ordered), 10)
+        surestep.evaluate(nn.Linear(4, 3), loader, surestep.Linf(0.1), ["fgsm"], n=n)
+
+    @pytest.mark.parametrize("kind", ["tensors", "Dataset"])
+    def test_a_part_is_drawn_from_all(self, ordered, kind):
+        data = ordered if kind == "tensors" else TensorDataset(*ordered)
+        found = surestep.evaluate(nn.Linear(4, 3), data, surestep.Linf(0.1), ["fgsm"], n=27)
+        assert found.n == 27
+        assert [row["label"] for row in found.per_class] == [0, 1, 2]
+        again = surestep.evaluate(nn.Linear(4, 3), data, surestep.Linf(0.1), ["fgsm"], n=27)
+        assert [row["n"] for row in found.per_class] == [row["n"] for row in again.per_class]
+        audited = surestep.audit(nn.Linear(4, 3), data, surestep.Linf(0.1), budget="quick", n=27)
+        assert audited.chance < 0.7
+
+    def test_of_others_it_is_the_first(self):
+        y = torch.arange(30) % 3
+        x = torch.linspace(0.1, 0.9, 30)[:, None].repeat(1, 4)
+        assert torch.equal(Images(x, y).first(7).x, x[:7])
+
+
+def test_a_loader_of_bytes_or_doubles_is_the_same_as_of_pixels(net, images):
+    x, y = images
+    grey = (255 * x).round().to(torch.uint8)
+    pixels = grey.float() / 255
+    whole = evaluate(net, (pixels, y), THREAT, ["fgsm"])
+    for given in (grey, pixels.double()):
+        found = evaluate(net, DataLoader(TensorDataset(given, y), 500), THREAT, ["fgsm"])
+        assert torch.equal(found.right["fgsm"], whole.right["fgsm"])
+
+
+def test_one_process_judges_a_distributed_model_by_itself(net, images):
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(net)
+        wrapped.register_forward_pre_hook(lambda *_: pytest.fail("the wrapper was called"))
+        found = evaluate(wrapped, images, THREAT, ["fgsm", "transfer"])
+        audited = surestep.audit(wrapped, images, THREAT, budget="quick", n=40)
+    finally:
+        distributed.destroy_process_group()
+    assert found.right["fgsm"].equal(evaluate(net, images, THREAT, ["fgsm"]).right["fgsm"])
+    assert audited.verdict
+
+
+def test_what_is_given_in_another_form(net, images):
+    one = evaluate(net, images, THREAT, "fgsm")
+    assert list(one.robust_accuracy) == ["fgsm"]
+    own = suite.Attack(lambda model, x, y: attacks.fgsm(model, x, y, THREAT))
+    assert (
+        evaluate(net, images, THREAT, {"own": own}).robust_accuracy["own"]
+        == (one.robust_accuracy["fgsm"])
+    )
+    for call in (evaluate, surestep.audit):
+        with pytest.raises(
+            UserError, match=r"0\.03 is no threat model: give surestep\.Linf\(8 / 255"
+        ):
+            call(net, images, 0.03)
 
 
 def test_a_radius_of_the_curve_is_not_attacked_twice(net, images):
@@ -449,3 +512,24 @@ def test_a_radius_of_the_curve_is_not_attacked_twice(net, images):
     assert found.curve[0]["worst_case_accuracy"] == alone.worst_case_accuracy
     assert found.curve[1]["worst_case_accuracy"] == found.worst_case_accuracy
     assert seen == [len(images[1])] * 2
+
+
+def test_what_is_being_done_is_told(net, images, tmp_path):
+    said: list[str] = []
+    options = {"batch_size": 50, "tell": said.append, "state": tmp_path / "state"}
+    evaluate(net, images, THREAT, ["fgsm", "pgd-2"], **options)
+    assert said == [
+        *("fgsm on images 1 to 50", "pgd-2 on images 1 to 50"),
+        *("fgsm on images 51 to 90", "pgd-2 on images 51 to 90"),
+    ]
+    evaluate(net, images, THREAT, ["fgsm", "pgd-2"], **options)
+    assert len(said) == 4, "what a state knows is not done again"
+
+
+@pytest.mark.parametrize("kind", ["DataLoader", "Dataset"])
+def test_a_substitute_moves_no_random_state(net, images, kind):
+    pairs = TensorDataset(*images)
+    data = DataLoader(pairs, 30, shuffle=True) if kind == "DataLoader" else pairs
+    before = torch.get_rng_state()
+    evaluate(net, data, THREAT, ["transfer"])
+    assert torch.equal(before, torch.get_rng_state())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -102,7 +103,7 @@ def test_names(monkeypatch, name, called, args):
     ],
 )
 def test_what_is_no_name(name):
-    with pytest.raises(UserError, match=r"unknown attack .*: write one of fgsm, ") as caught:
+    with pytest.raises(UserError, match=r"unknown attack .*: write one of fgsm\[") as caught:
         suite.parse(name, THREAT)
     assert "\n" not in str(caught.value)
     assert repr(name) in str(caught.value)
@@ -185,3 +186,21 @@ def test_budgets():
         suite.parse_all(names, THREAT)
     with pytest.raises(UserError, match="unknown budget 'quik': did you mean 'quick'"):
         suite.budget("quik")
+
+
+def test_every_kind_is_told_to_people_as_it_can_be_written():
+    written = suite.NAMES.split(", ")
+    assert len(written) == len(suite.KINDS)
+    for text, kind in zip(written, suite.KINDS, strict=True):
+        if kind in ("transfer", "cw-l2", "deepfool"):
+            continue  # of a source, of a norm, of a package
+        for full in (True, False):
+            name = re.sub(r"\[(.*?)\]", r"\1" if full else "", text)
+            name = re.sub("STEPS|SAMPLES|QUERIES", "3", name)
+            suite.parse(name.replace("RESTARTS", "2").replace("LOSS", "dlr"), THREAT)
+
+
+def test_which_follow_the_gradient():
+    names = ("fgsm", "noise-3", "pgd-5-margin", "square-30", "transfer", "apgd-ce", "autoattack")
+    followed = ["fgsm", "pgd-5-margin", "apgd-ce", "autoattack"]
+    assert suite.with_gradients(names) == followed

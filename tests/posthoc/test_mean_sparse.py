@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from surestep import Linf, UserError, posthoc
+from surestep.activations import straight_through
 from surestep.attacks.core import input_gradient
 from surestep.data import as_images
 from surestep.evaluation import evaluate
 from surestep.posthoc import hardening
-from surestep.posthoc.mean_sparse import layers, set_statistics, straight_through
+from surestep.posthoc.mean_sparse import layers, set_statistics
 
 
 @pytest.fixture

@@ -67,6 +67,21 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return getattr(model, _INSIDE, model)
 
 
+def compiled(model: nn.Module) -> bool:
+    """Tell whether a model, or a part of it, is compiled."""
+    return any(_INSIDE in m._modules or m._compiled_call_impl is not None for m in model.modules())
+
+
+@contextmanager
+def interpreted(model: nn.Module) -> Iterator[None]:
+    """Run what is compiled of a model as plain code: that looks for no hooks of later."""
+    if compiled(model) and hasattr(torch.compiler, "set_stance"):  # torch 2.6
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the module inside a DistributedDataParallel one."""
     return model.module if isinstance(model, DistributedDataParallel) else model
@@ -92,20 +107,21 @@ def attacking(model: nn.Module, *, train_mode: bool = False) -> Iterator[nn.Modu
     Args:
         model: any module; of a DistributedDataParallel one, the module inside is lent, since
             an attack must not take part in gradient synchronisation.
-        train_mode: put it in train mode (batch statistics, dropout) rather than eval mode.
+        train_mode: in train mode (batch statistics, dropout) rather than eval mode. One that is
+            in train mode as a whole keeps the modes of its layers.
     """
     inner = unwrapped(model)
-    modules = list(inner.modules())
-    changed = [m for m in modules if m.training != train_mode]
-    # A compiled backward pass computes the gradients of all that wants any, whatever is asked for.
-    # Else the weights are left alone: autocast keeps its casts of those that want a gradient only.
-    compiled = any(_INSIDE in m._modules for m in modules)
+    # Of a model that is trained, layers kept in eval mode are no others in the attack.
+    as_found = train_mode and inner.training
+    changed = [] if as_found else [m for m in inner.modules() if m.training != train_mode]
     # In eval mode a forward writes no buffer; in train mode batch norm would count the attack in.
     buffers = [(b, b.clone()) for b in inner.buffers()] if train_mode else []
     for module in changed:
         module.training = train_mode
     try:
-        with frozen(inner) if compiled else nullcontext():
+        # A compiled backward pass computes the gradients of all that wants any, asked for or not.
+        # Else the weights are left alone: autocast keeps its casts of what wants a gradient only.
+        with frozen(inner) if compiled(inner) else nullcontext():
             yield inner
     finally:
         for module in changed:
@@ -125,9 +141,10 @@ def forward_logits(model: nn.Module, x: Tensor) -> Tensor:
     """
     returned = model(x)
     logits = returned
-    if isinstance(returned, Mapping) or hasattr(returned, "logits"):
-        entries = returned if isinstance(returned, Mapping) else vars(returned)
-        logits = entries.get("logits")
+    if isinstance(returned, Mapping):
+        logits = returned.get("logits")
+    elif hasattr(returned, "logits"):
+        logits = returned.logits
     elif isinstance(returned, tuple | list) and returned:
         logits = returned[0]
     if not isinstance(logits, Tensor):
@@ -166,9 +183,14 @@ def check_inputs(
     lowest, highest = (float(v) for v in torch.aminmax(x.detach()))
     # Written so that NaN fails it too.
     if not (lowest >= low and highest <= high):
+        near = max(low - lowest, highest - high) < 1e-3 * threat.span
+        advice = (
+            f"x.clamp({low:g}, {high:g}) takes back what rounding did"
+            if near
+            else "scale to the data range and put any normalisation inside the model"
+        )
         raise UserError(
-            f"x has values in [{lowest:g}, {highest:g}], expected [{low:g}, {high:g}]: scale to "
-            "the data range and put any normalisation inside the model"
+            f"x has values in [{lowest:.9g}, {highest:.9g}], expected [{low:g}, {high:g}]: {advice}"
         )
     if y.dtype != torch.int64 or y.shape != x.shape[:1]:
         raise UserError(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from surestep.activations import straight_through, with_a_way_through
 from surestep.attacks.core import (
     attacking,
     check_inputs,
@@ -21,19 +22,24 @@ from surestep.attacks.core import (
     forked_rng,
     forward_logits,
     input_gradient,
+    interpreted,
     share_of,
     uncompiled,
+    unwrapped,
 )
 from surestep.attacks.losses import log_odds
 from surestep.auditing import escalation
-from surestep.auditing._subject import Subject, budget
+from surestep.auditing._subject import Subject
+from surestep.auditing._subject import budget as budget_of
 from surestep.auditing.checks import CHECKS, Check, zero_share
 from surestep.data import Images
 from surestep.devices import autocast, has_bf16, memory_for
 from surestep.errors import UserError
 from surestep.evaluation import Adapted, wilson_interval
-from surestep.evaluation._evaluate import batches_of
+from surestep.evaluation._evaluate import batches_of, warn_of_one_class
+from surestep.evaluation.suite import parse
 from surestep.threat import ThreatModel
+from surestep.threat import check as check_threat
 
 FORMAT, VERSION = "surestep-audit", 1
 ROBUST, PSEUDO, NOT_ROBUST, INCONCLUSIVE = "robust", "pseudo-robust", "not robust", "inconclusive"
@@ -118,7 +124,7 @@ def audit(
         data: a pair of tensors (x, y), a Dataset or a DataLoader; images it was not trained on.
         threat: norm, radius and data range.
         budget: "quick", "standard" or "thorough".
-        n: only the first n images; None for all.
+        n: only n images, chosen as ``surestep.evaluate`` does; None for all.
         seed: of all that is random.
         batch_size: of the attacks.
         preprocess: what the model needs done to the pixels first, such as ``models.Normalize``.
@@ -132,14 +138,20 @@ def audit(
             that cannot be judged.
     """
     start = time.perf_counter()
-    spend = _budget(budget)
+    spend = budget_of(budget)
+    check_threat(threat)
     if threat.eps == 0:
         raise UserError("eps 0: no image may change, so there is nothing to audit; give a radius")
-    # The checks hang hooks on modules, which compiled code does not look for again.
-    adapted = Adapted(uncompiled(model), preprocess)
+    # One process judges: the others must not be waited for.
+    adapted = Adapted(uncompiled(unwrapped(model)), preprocess)
     device = device_of(model)
     advice = f"lower batch_size ({batch_size})"
-    with attacking(adapted), forked_rng(device), memory_for("the audit", advice):
+    with (
+        attacking(adapted),
+        forked_rng(device),
+        memory_for("the audit", advice),
+        interpreted(adapted),  # the checks hang hooks on modules
+    ):
         torch.manual_seed(seed)
         batches = list(batches_of(data, batch_size, n, device, threat.bounds)[0])
         if not batches:
@@ -147,6 +159,10 @@ def audit(
         for batch in batches:
             check_inputs(adapted, *batch, threat)
         x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        if n is not None:
+            warn_of_one_class(
+                [{"label": k, "n": int((y == k).sum())} for k in y.unique().tolist()], 2
+            )
         subject = Subject(
             adapted, x, y, threat, spend, seed, batch_size, tell, list(sources), state
         )
@@ -159,9 +175,6 @@ def audit(
         # The profile of gaps can only now tell what the strongest attacks took.
         checks[-1] = CHECKS[-1](subject)
     return _conclude(subject, checks, claims, steps, blind, budget, time.perf_counter() - start)
-
-
-_budget = budget
 
 
 def _suite(s: Subject) -> None:
@@ -181,7 +194,8 @@ def _suite(s: Subject) -> None:
 def _escalate(s: Subject, checks: list[Check], blind: float) -> list[dict[str, Any]]:
     """Run attacks made for what flagged, on what is left, and say why each was run."""
     flagged = {check.name for check in checks if check.flagged}
-    if not flagged and not s.budget.autoattack:
+    own_way = with_a_way_through(s.model)
+    if not (flagged or own_way or s.budget.autoattack):
         return []
     steps: list[dict[str, Any]] = []
 
@@ -192,6 +206,11 @@ def _escalate(s: Subject, checks: list[Check], blind: float) -> list[dict[str, A
             steps.append({"name": name, "why": why, "accuracy": share_of(s.survivors)})
 
     budget, pgd_steps = s.budget, 2 * s.budget.steps
+    if own_way:
+        why = f"{len(own_way)} layers pass no gradient in places: straight through them"
+        with straight_through(s.model):
+            run(f"pgd-{pgd_steps}-margin-bpda", why, parse(f"pgd-{pgd_steps}-margin", s.threat))
+            run(f"pgd-{pgd_steps}-bpda", why, parse(f"pgd-{pgd_steps}", s.threat))
     some = s.probe[0][: s.batch_size]
     if "logits-not-probabilities" in flagged:
         inverse = escalation.LogProbabilities(s.model)
@@ -218,7 +237,7 @@ def _escalate(s: Subject, checks: list[Check], blind: float) -> list[dict[str, A
         if layers:
             wrapping = {id(m): name for name, m in s.model.named_modules()}[id(s.inner)] + "."
             names = ", ".join(name.removeprefix(wrapping) for name in layers)
-            with escalation.straight_through(s.model, some[:64], layers) as smooth:
+            with escalation.bpda(s.model, some[:64], layers) as smooth:
                 run(
                     "bpda",
                     f"no gradient flows through {names}: straight through it",
@@ -400,7 +419,7 @@ def estimate(
     Raises:
         UserError: the model fails on these images, or has no such labels.
     """
-    spend = _budget(budget)
+    spend = budget_of(budget)
     device = device_of(model)
     batch = images.first(min(100, batch_size, len(images)))
     x, y = batch.pixels().to(device), batch.y.to(device)

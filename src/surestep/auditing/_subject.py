@@ -22,6 +22,7 @@ from surestep.attacks.core import (
     share_of,
 )
 from surestep.attacks.losses import Objective, log_odds
+from surestep.clock import SECONDS_BETWEEN_LINES, Every
 from surestep.devices import autocast, has_bf16
 from surestep.errors import UserError, look_up
 from surestep.evaluation import Adapted, evaluate
@@ -214,7 +215,7 @@ class Subject:
                 self.broke[name] = 0
             return
         self.tell(f"{', '.join(attacks)} on {len(rows):,} images")
-        at = rows.to(self.x.device)
+        at, minute = rows.to(self.x.device), Every(SECONDS_BETWEEN_LINES)
         found = evaluate(
             self.model,
             (self.x[at], self.y[at]),
@@ -225,6 +226,7 @@ class Subject:
             precision=self.precision,
             sources=self.sources,
             state=None if self.state is None else f"{self.state}.{next(iter(attacks))}",
+            tell=lambda text: self.tell(f"  {text}") if minute.due() else None,
         )
         if on is None:
             self.right["clean"] = found.right["clean"]

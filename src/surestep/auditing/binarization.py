@@ -19,7 +19,7 @@ from surestep.threat import ThreatModel
 INNER, RANDOM, STEPS = 999, 200, 30
 
 
-def feature_reader(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+def feature_reader(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """Return a function from images to what the model's last linear layer sees (N, D).
 
     Without such a layer: to the logits.
@@ -56,7 +56,7 @@ def binarization_rates(
     Returns:
         None if no problem could be posed: the features of the planted point are no different.
     """
-    features, fine = feature_reader(model, x), finest(x.device)
+    features, fine = feature_reader(model), finest(x.device)
     readouts, biases, kept = [], [], []
     for row in range(len(x)):
         image = x[row : row + 1]

@@ -523,7 +523,9 @@ def binarization(s: Subject) -> Finding:
     some = x[: max(20, s.budget.probe // 5)]
     rates = binarization_rates(s.model, some, s.threat, s.batch_size)
     if rates is None:
-        return Finding(None, None, "no linear layer to read features from, or no problem was posed")
+        return Finding(
+            None, None, "no problem could be posed: points within the ball have the same features"
+        )
     pgd, noise, posed = rates
     flag = pgd < 0.8 or pgd <= noise
     said = f"of {posed} posed problems PGD solves {pgd:.0%}, random points {noise:.0%}"
@@ -533,7 +535,7 @@ def binarization(s: Subject) -> Finding:
 @_check(
     20,
     "Profile of gaps",
-    "PGD-50 over AutoAttack > 8 points, or PGD-10 over PGD > 3",
+    "PGD over AutoAttack > 8 points, or PGD-10 over PGD > 3",
     "medians of 186 public runs: 5.2 and 0.7 points",
 )
 def gap_profile(s: Subject) -> Finding:
@@ -542,7 +544,7 @@ def gap_profile(s: Subject) -> Finding:
     gaps = {"pgd-10 over pgd": ten - pgd}
     flag = ten - pgd > 0.03
     if "autoattack" in s.right:  # run on what the others left, so its share includes theirs
-        gaps["pgd over autoattack"] = pgd - share_of(s.survivors)
-        flag |= gaps["pgd over autoattack"] > 0.08
+        gaps["pgd over all with autoattack"] = pgd - share_of(s.survivors)
+        flag |= gaps["pgd over all with autoattack"] > 0.08
     said = ", ".join(f"{name} {100 * gap:.1f} points" for name, gap in gaps.items())
     return Finding(flag, max(gaps.values()), said, gaps)

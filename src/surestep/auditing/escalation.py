@@ -123,7 +123,7 @@ def _is_flat(module: nn.Module, given: Tensor) -> bool:
 
 
 @contextmanager
-def straight_through(model: nn.Module, x: Tensor, names: list[str]) -> Iterator[nn.Module]:
+def bpda(model: nn.Module, x: Tensor, names: list[str]) -> Iterator[nn.Module]:
     """Lend the model with a differentiable backward through the named layers (BPDA).
 
     The forward stays as it is. Backward, a layer whose output has the shape of its input counts

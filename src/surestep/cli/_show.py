@@ -5,23 +5,31 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from surestep.auditing import Audit
     from surestep.evaluation import Evaluation
 
 
+class Watched(NamedTuple):
+    """What an evaluation calls on its way: ``progress`` and ``tell`` of ``surestep.evaluate``."""
+
+    progress: Callable[[int, int, float], None]
+    tell: Callable[[str], None]
+
+
 @contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int, float], None]]:
-    """Show a bar on stderr, or a line a minute; yield the callback of ``surestep.evaluate``."""
+def progress_bar(what: str) -> Iterator[Watched]:
+    """Show a bar on stderr, or a line a minute; yield the callbacks of ``surestep.evaluate``."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Left
 
-    from surestep.training.progress import SECONDS_BETWEEN_LINES, Every
+    from surestep.clock import SECONDS_BETWEEN_LINES, Every
 
-    columns = (TextColumn(what), BarColumn(bar_width=20), MofNCompleteColumn())
+    named = TextColumn("{task.description}")
+    columns = (named, BarColumn(bar_width=20), MofNCompleteColumn())
     console = Console(stderr=True)
     with Progress(
         *columns,
@@ -33,12 +41,17 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int, float], None]]:
         task = bar.add_task(what, total=None, worst="")
         line = Every(SECONDS_BETWEEN_LINES)
 
-        def show(done: int, total: int, worst: float) -> None:
+        def progress(done: int, total: int, worst: float) -> None:
             if not console.is_terminal and line.due():
                 print(f"{what} {done}/{total or '?'}  worst case {worst:.1%}", file=sys.stderr)
             bar.update(task, completed=done, total=total or None, worst=f"{worst:.1%}")
 
-        yield show
+        def tell(text: str) -> None:
+            if not console.is_terminal and line.due():
+                print(f"{what}: {text}", file=sys.stderr)
+            bar.update(task, description=f"{what}: {text.partition(' ')[0]}")
+
+        yield Watched(progress, tell)
 
 
 def share_of_images(share: float, n: int) -> str:
@@ -92,6 +105,19 @@ def evaluation_table(
     if not console.is_terminal:
         console = Console(width=max(console.width, 40 + 32 * len(results)))
     console.print(table)
+    if len(results) == 1:
+        console.print(_more_of(first), style="dim", highlight=False, soft_wrap=True)
+
+
+def _more_of(found: Evaluation) -> str:
+    """Say what each attack took, and which class is the weakest."""
+    seconds = ", ".join(f"{name} {took:.1f}" for name, took in found.attack_seconds.items())
+    weakest = min(found.per_class, key=lambda row: row["worst_case_accuracy"])
+    share = share_of_images(weakest["worst_case_accuracy"], weakest["n"])
+    return (
+        f"seconds: {seconds}; weakest class: {weakest['label']}, worst case {share} of "
+        f"{weakest['n']:,} images"
+    )
 
 
 def audit_tables(name: str, found: Audit) -> None:

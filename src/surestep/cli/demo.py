@@ -67,14 +67,14 @@ def demo(
         click.echo(f"training with {name}", err=True)
         fitted = runs.train(config, f"{out}/{name}" if out else None, overwrite=overwrite)
         images, threat = runs.load_data(config, "test"), runs.build_threat(config)
-        with progress_bar(f"attacking {name}") as progress:
+        with progress_bar(f"attacking {name}") as watched:
             results[name] = surestep.evaluate(
                 fitted.model,
                 images,
                 threat,
                 ("fgsm", "pgd-100", "pgd-100-margin"),
                 n=n,
-                progress=progress,
+                **watched._asdict(),
             )
         click.echo(f"auditing {name}", err=True)
         audits[name] = surestep.audit(

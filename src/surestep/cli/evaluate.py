@@ -80,7 +80,7 @@ def evaluate(
     more = [target.threat.with_eps(e).eps for e in _ratios(radii)] if len(radii) > 1 else []
     if chosen is None and others:
         chosen = [*surestep.evaluation.suite.budget(budget), "transfer"]
-    with progress_bar("attacking") as progress:
+    with progress_bar("attacking") as watched:
         result = surestep.evaluate(
             target.model,
             target.images,
@@ -91,7 +91,7 @@ def evaluate(
             eps=more,
             preprocess=target.preprocess,
             sources=others,
-            progress=progress,
+            **watched._asdict(),
             **values,
         )
     told = {**result.to_dict(), "run": target.name, **target.judged_on, **provenance()}

@@ -12,10 +12,10 @@ from importlib import import_module
 from pathlib import Path
 
 from surestep.data import augment
-from surestep.data._batches import Batches, as_pair
+from surestep.data._batches import Batches, as_pair, as_pixels
 from surestep.data._images import UNLABELLED, Images, as_images, number_names
 from surestep.data._random import seed_of
-from surestep.data._splits import check_split
+from surestep.data._splits import check_split, some
 from surestep.errors import UserError, look_up
 
 __all__ = [
@@ -24,12 +24,14 @@ __all__ = [
     "Images",
     "as_images",
     "as_pair",
+    "as_pixels",
     "augment",
     "describe",
     "load",
     "names",
     "number_names",
     "seed_of",
+    "some",
 ]
 
 

@@ -36,6 +36,11 @@ def as_pair(batch: Any) -> tuple[Tensor, Tensor]:
     return x, y
 
 
+def as_pixels(x: Tensor, bounds: tuple[float, float]) -> Tensor:
+    """Return a batch with bytes turned into pixels in [0, 1], where that is the data range."""
+    return to_pixels(x) if x.dtype == torch.uint8 and bounds == (0.0, 1.0) else x
+
+
 class Batches:
     """Batches of an `Images`, each a pure function of the seed, the epoch and the step.
 

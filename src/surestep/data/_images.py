@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surestep.data._splits import some
 from surestep.errors import UserError
 
 Index = Tensor | slice | Sequence[int]
@@ -76,11 +77,15 @@ class Images:
     def first(self, n: int) -> Images:
         """Return the first ``n`` images, or all of them if there are fewer.
 
+        Of images that lie class by class these are drawn from all, always the same.
+
         Raises:
             UserError: if ``n`` is less than 1.
         """
         if n < 1:
             raise UserError(f"cannot take the first {n} images of {self.name}: give 1 or more")
+        if n < len(self) and self.num_classes > 1 and bool((self.y.diff() >= 0).all()):
+            return self.subset(some(len(self), n))
         return self.subset(slice(0, n))
 
     def to(self, device: torch.device | str) -> Images:

@@ -36,6 +36,11 @@ def mixed(n: int) -> torch.Tensor:
     return torch.randperm(n, generator=generator("order", n))
 
 
+def some(n: int, count: int) -> torch.Tensor:
+    """Return which ``count`` of ``n`` examples, always the same, stand for all of them."""
+    return mixed(n)[:count].sort().values
+
+
 def instead(split: Split) -> str:
     """Return what an error adds where a split is not there: what else can be judged on."""
     return "; evaluate and audit take --split validation" if split == "test" else ""

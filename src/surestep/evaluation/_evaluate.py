@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import warnings
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from surestep.attacks.core import (
     attacking,
@@ -24,15 +25,18 @@ from surestep.attacks.core import (
     misclassified,
     round_up,
     share_of,
+    unwrapped,
 )
-from surestep.data import Batches, Images, as_images, as_pair
+from surestep.data import Batches, Images, as_images, as_pair, as_pixels, some
 from surestep.devices import autocast, exact, memory_for
 from surestep.errors import UserError
 from surestep.evaluation import suite
 from surestep.evaluation._state import State, digest, model_digest
 from surestep.evaluation._substitute import Substitute, substitute
 from surestep.evaluation.adapt import Adapted
+from surestep.evaluation.suite import Found
 from surestep.threat import ThreatModel
+from surestep.threat import check as check_threat
 
 FORMAT, VERSION = "surestep-evaluation", 1
 _ASKED_ABOUT = 1000  # images that a substitute is trained on
@@ -109,6 +113,7 @@ def evaluate(
     sources: Sequence[nn.Module] = (),
     state: str | Path | None = None,
     progress: Callable[[int, int, float], None] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """Measure clean accuracy and accuracy under each attack.
 
@@ -122,11 +127,13 @@ def evaluate(
             tuple, or as "logits" in a dict.
         data: a pair of tensors (x, y), a Dataset or a DataLoader of such pairs.
         threat: norm, radius and data range.
-        attacks: names, see ``surestep.evaluation.suite``; by default those of the budget.
+        attacks: names, see ``surestep.evaluation.suite``, or ``suite.Attack`` by name; by default
+            those of the budget.
         budget: "quick", "standard" or "thorough"; without ``attacks``.
         batch_size: of the attacks.
-        n: only the first n images; all by default. Data sorted by class have only some of the
-            classes there: of one alone a warning tells.
+        n: only n images: the first ones; of tensors that are sorted by class, and of a Dataset,
+            n drawn from all, always the same. All by default. Of a DataLoader that begins with one
+            class alone a warning tells.
         seed: of the random starts.
         eps: further radii, for the curve of accuracy against eps.
         precision: bfloat16 or float16 crafts the perturbations under autocast. Whether a point is
@@ -138,83 +145,89 @@ def evaluate(
             and ends with the same numbers.
         progress: called after each batch with images done, images in all (0 if unknown) and the
             worst-case accuracy so far.
+        tell: called with a few words when an attack begins on a batch.
 
     Raises:
         UserError: unknown attack or budget, no data, a state of another evaluation, or images,
             labels or model that cannot be judged.
     """
+    check_threat(threat)
+    attacks = [attacks] if isinstance(attacks, str) else attacks
     if isinstance(attacks, Mapping) and eps:
         raise UserError("eps takes attacks by name: an Attack is made for one radius")
     names = suite.budget(budget) if attacks is None else attacks
-    device = device_of(model)
-    if "transfer" in names and not isinstance(names, Mapping) and not sources:
-        some = [x for x, _ in batches_of(data, batch_size, _ASKED_ABOUT, device, threat.bounds)[0]]
-        if some:
-            sources = [substitute(Adapted(model, preprocess), torch.cat(some), threat, seed)]
-    by_name = (
-        dict(attacks) if isinstance(attacks, Mapping) else suite.parse_all(names, threat, sources)
-    )
     radii = [threat.with_eps(e) for e in eps]
-    settings = {
-        "attacks": list(by_name),
-        "threat": threat.to_dict(),
-        "batch_size": batch_size,
-        "n": n,
-        "seed": seed,
-        "precision": str(precision),
-    }
-    if state is not None:
-        settings["model"] = model_digest(model)
-        settings["preprocess"] = "none" if preprocess is None else model_digest(preprocess)
-        # A substitute follows from the rest, but for the last digits.
-        own = [source for source in sources if not isinstance(source, Substitute)]
-        settings["sources"] = [model_digest(source) for source in own]
-    kept = State(state, settings)
-    start = time.perf_counter()
-    adapted = Adapted(model, preprocess)
-    judge = _Judge(adapted, threat, by_name, seed, precision, kept)
-    try:
-        advice = f"lower batch_size ({batch_size})"
-        with attacking(adapted), forked_rng(device), memory_for("an attack", advice):
+    device, start = device_of(model), time.perf_counter()
+    # One process judges: the others must not be waited for.
+    judged = Adapted(unwrapped(model), preprocess)
+    advice = f"lower batch_size ({batch_size})"
+    if "transfer" in names and not isinstance(names, Mapping) and not sources:
+        with forked_rng(device), memory_for("the substitute", advice):
+            sources = _stand_in(judged, data, batch_size, threat, seed)
+
+    def at(radius: ThreatModel, place: str | Path | None) -> Evaluation:
+        by_name = (
+            dict(names) if isinstance(names, Mapping) else suite.parse_all(names, radius, sources)
+        )
+        settings = {
+            "attacks": list(by_name),
+            "threat": radius.to_dict(),
+            "batch_size": batch_size,
+            "n": n,
+            "seed": seed,
+            "precision": str(precision),
+        }
+        if place is not None:
+            settings |= _digests(model, preprocess, sources)
+        judge = _Judge(judged, radius, by_name, seed, precision, State(place, settings), tell)
+        with (
+            contextlib.closing(judge.state),
+            attacking(judged),
+            forked_rng(device),
+            memory_for("an attack", advice),
+        ):
             torch.manual_seed(seed)
-            batches, total = batches_of(data, batch_size, n, device, threat.bounds)
+            batches, total = batches_of(data, batch_size, n, device, radius.bounds)
             for x, y in batches:
                 judge.batch(x, y)
                 if progress:
                     progress(judge.done, total, judge.survivors / judge.done)
-    finally:
-        kept.close()
-    if not judge.done:
-        raise UserError("there is no image to evaluate on")
+        return judge.result()
+
+    whole = at(threat, state)
     if n is not None:
-        judge.warn_of_one_class()
-    whole = judge.result(time.perf_counter() - start, [])
-    curve = [
-        _at(
-            radius,
-            whole
-            if radius.eps == threat.eps
-            else evaluate(
-                model,
-                data,
-                radius,
-                list(names),
-                batch_size=batch_size,
-                n=n,
-                seed=seed,
-                precision=precision,
-                preprocess=preprocess,
-                sources=sources,
-                state=None if state is None else f"{state}.eps-{radius.eps:g}",
-                progress=progress,
-            ),
-        )
-        for radius in radii
-    ]
+        warn_of_one_class(whole.per_class, stacklevel=2)
+    curve = []
+    for radius in radii:
+        place = None if state is None else f"{state}.eps-{radius.eps:g}"
+        curve.append(_row(radius, whole if radius.eps == threat.eps else at(radius, place)))
     return replace(whole, curve=curve, seconds=time.perf_counter() - start)
 
 
-def _at(threat: ThreatModel, found: Evaluation) -> dict[str, Any]:
+def _stand_in(
+    model: nn.Module, data: Any, batch_size: int, threat: ThreatModel, seed: int
+) -> list[nn.Module]:
+    """Train a substitute on what the model answers to the first images; none without any."""
+    torch.manual_seed(seed)
+    batches, _ = batches_of(data, batch_size, _ASKED_ABOUT, device_of(model), threat.bounds)
+    shown = [x for x, _ in batches]
+    return [substitute(model, torch.cat(shown), threat, seed)] if shown else []
+
+
+def _digests(
+    model: nn.Module, preprocess: nn.Module | None, sources: Sequence[nn.Module]
+) -> dict[str, Any]:
+    """Tell the models of an evaluation from others, for its state."""
+    # A substitute follows from the rest, but for the last digits.
+    own = [source for source in sources if not isinstance(source, Substitute)]
+    return {
+        "model": model_digest(model),
+        "preprocess": "none" if preprocess is None else model_digest(preprocess),
+        "sources": [model_digest(source) for source in own],
+    }
+
+
+def _row(threat: ThreatModel, found: Evaluation) -> dict[str, Any]:
     kept = ("clean_accuracy", "robust_accuracy", "worst_case_accuracy", "n")
     return {"eps": threat.eps, **{name: getattr(found, name) for name in kept}}
 
@@ -230,8 +243,9 @@ class _Judge:
         seed: int,
         precision: torch.dtype,
         state: State,
+        tell: Callable[[str], None] | None,
     ) -> None:
-        self.model, self.threat, self.attacks = model, threat, attacks
+        self.model, self.threat, self.attacks, self.tell = model, threat, attacks, tell
         self.seed, self.precision, self.state = seed, precision, state
         # Cheapest first: what they break, those on survivors need not attack.
         self.order = sorted(attacks, key=lambda k: (attacks[k].survivors, attacks[k].passes))
@@ -252,6 +266,8 @@ class _Judge:
         for name in self.order:
             known = self.state.get(self.number, name)
             if known is None:
+                if self.tell:
+                    self.tell(f"{name} on images {self.done + 1:,} to {self.done + len(x):,}")
                 targets = worst if self.attacks[name].survivors else clean
                 known = self._attack(name, x, y, targets)
                 self.state.put(self.number, name, **known)
@@ -271,16 +287,6 @@ class _Judge:
         self.done += len(x)
         self.survivors += int(worst.sum())
         self.number += 1
-
-    def warn_of_one_class(self) -> None:
-        """Say that a part of data sorted by class was judged, where all of it is of one class."""
-        labels = torch.cat(self.labels)
-        if len(labels) >= _FEW and bool((labels == labels[0]).all()):
-            warnings.warn(
-                f"the first {len(labels):,} images are all of class {int(labels[0])}: if the data "
-                "are sorted by class, shuffle them, or judge all (n=None)",
-                stacklevel=3,
-            )
 
     def _clean(self, x: Tensor, y: Tensor) -> Tensor:
         fingerprint = digest(x, y) if self.state.kept else ""
@@ -313,6 +319,7 @@ class _Judge:
             at = rows.to(x.device)
             with autocast(x.device, self.precision):
                 found = self.attacks[name].run(self.model, x[at], y[at])
+            found = Found(found) if isinstance(found, Tensor) else found
             # Whatever an attack returns, only a point of the threat model counts.
             x_adv = torch.where(found.x_adv.isfinite(), found.x_adv, x[at])
             wrong = targets[rows] & ~self._right(self.threat.project(x_adv, x[at]), y[at])
@@ -334,8 +341,14 @@ class _Judge:
         with exact(x.device):
             return ~misclassified(forward_logits(self.model, x), y).cpu()
 
-    def result(self, seconds: float, curve: list[dict[str, Any]]) -> Evaluation:
-        """Count."""
+    def result(self) -> Evaluation:
+        """Count; the time that all took is for the caller to say.
+
+        Raises:
+            UserError: there was no image.
+        """
+        if not self.done:
+            raise UserError("there is no image to evaluate on")
         n = self.done
         right = {name: torch.cat(parts) for name, parts in self.right.items()}
         counts = {name: int(mask.sum()) for name, mask in right.items()}
@@ -359,7 +372,7 @@ class _Judge:
             n=n,
             seed=self.seed,
             intervals={name: wilson_interval(c, n) for name, c in counts.items()},
-            seconds=seconds,
+            seconds=sum(self.seconds.values()),
             attack_seconds=self.seconds,
             threat=self.threat.to_dict(),
             attacks=[
@@ -373,7 +386,7 @@ class _Judge:
                 for name, attack in self.attacks.items()
             ],
             per_class=per_class,
-            curve=curve,
+            curve=[],
             right={**right, "worst case": worst},
         )
 
@@ -399,10 +412,12 @@ def batches_of(
         UserError: data that are none, or tensors that are no float32 images where the data range
             is another than [0, 1].
     """
-    if isinstance(data, Dataset) and not isinstance(data, Images):
+    if isinstance(data, Dataset):
+        whole = len(data) if hasattr(data, "__len__") else 0
+        data = Subset(data, some(whole, n).tolist()) if n is not None and n < whole else data
         data = DataLoader(data, batch_size)
     if isinstance(data, DataLoader):
-        return _first(data, n, device), n or 0
+        return _first(data, n, device, bounds), n or 0
     images = as_images(data) if bounds == (0.0, 1.0) else _in_range(data, bounds)
     images = images if n is None else images.first(n)
     if bool((images.y < 0).any()):
@@ -423,8 +438,19 @@ def _in_range(data: Any, bounds: tuple[float, float]) -> Images:
     )
 
 
+def warn_of_one_class(per_class: Sequence[Mapping[str, Any]], stacklevel: int) -> None:
+    """Say that a part of data sorted by class was judged, where all of it is of one class."""
+    first = per_class[0]
+    if len(per_class) == 1 and first["n"] >= _FEW:
+        warnings.warn(
+            f"the first {first['n']:,} images are all of class {first['label']}: if the data are "
+            "sorted by class, shuffle them, or judge all (n=None)",
+            stacklevel=stacklevel + 1,
+        )
+
+
 def _first(
-    loader: Iterable[Any], n: int | None, device: torch.device
+    loader: Iterable[Any], n: int | None, device: torch.device, bounds: tuple[float, float]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     left = math.inf if n is None else n
     for batch in loader:
@@ -433,5 +459,5 @@ def _first(
         x, y = as_pair(batch)
         take = int(min(left, len(x)))
         left -= take
-        x = x[:take].to(device)
+        x = as_pixels(x[:take].to(device), bounds)
         yield x.float() if x.dtype == torch.float64 else x, y[:take].to(device)

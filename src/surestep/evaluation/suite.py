@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor, nn
@@ -15,25 +15,6 @@ from surestep.attacks.core import count_classes, in_turn
 from surestep.attacks.gradient import search
 from surestep.errors import UserError, look_up
 from surestep.threat import ThreatModel
-
-NAMES = (
-    "fgsm, r-fgsm, i-fgsm-STEPS, mi-fgsm-STEPS, noise-SAMPLES, pgd-STEPS[xRESTARTS][-LOSS], "
-    "apgd-ce, apgd-t, fab-t, square[-QUERIES], autoattack, transfer, cw-l2[-STEPS], "
-    "deepfool[-STEPS]"
-)
-_NAME = re.compile(
-    r"(?P<kind>fgsm|r-fgsm|i-fgsm|mi-fgsm|noise|pgd|square|transfer|autoattack|apgd-ce|apgd-t|fab-t"
-    r"|cw-l2|deepfool)"
-    r"(?:-(?P<count>[1-9]\d*))?(?:x(?P<restarts>[1-9]\d*))?(?:-(?P<loss>ce|margin|dlr))?"
-)
-_COUNTED = ("pgd", "i-fgsm", "mi-fgsm", "noise")
-_COUNTS = {
-    "square": autoattack.QUERIES,
-    "cw-l2": nearest.CW_STEPS,
-    "deepfool": nearest.DEEPFOOL_STEPS,
-}
-"""Of attacks that have a number where none is written."""
-_PLAIN = ("fgsm", "r-fgsm", *_COUNTED[:3])
 
 BUDGETS: dict[str, tuple[str, ...]] = {
     "quick": ("fgsm", "noise-20", "pgd-50", "pgd-50-margin"),
@@ -65,14 +46,14 @@ class Attack:
     """An attack of an evaluation.
 
     Attributes:
-        run: maps (model, x, y) to what it found.
+        run: maps (model, x, y) to what it found, or to the points alone.
         passes: about how many forward passes an image costs that withstands it (a gradient
             counts as two); the order of an evaluation goes by it.
         survivors: run it only on what the other attacks left; its accuracy is then theirs together.
         looks: how many points an iterative attack tries, the start included.
     """
 
-    run: Callable[[nn.Module, Tensor, Tensor], Found]
+    run: Callable[[nn.Module, Tensor, Tensor], Found | Tensor]
     passes: float = 1
     survivors: bool = False
     looks: int | None = None
@@ -84,6 +65,27 @@ def pgd_step_size(eps: float, steps: int) -> float:
     At eps 0.3 this is the usual 0.01 for PGD-100, at eps 8/255 the usual 2/255 for PGD-10.
     """
     return eps * max(2.5 / steps, 1 / 30)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the name of an attack says, and what it is made for.
+
+    Attributes:
+        kind: the first part of the name.
+        count: the number after it, of steps, samples or queries; 0 where there is none.
+        restarts: after an x.
+        loss: at the end.
+        threat: norm, radius and data range.
+        sources: models for "transfer".
+    """
+
+    kind: str
+    count: int
+    restarts: int
+    loss: str
+    threat: ThreatModel
+    sources: Sequence[nn.Module]
 
 
 def parse(name: str, threat: ThreatModel, sources: Sequence[nn.Module] = ()) -> Attack:
@@ -100,70 +102,80 @@ def parse(name: str, threat: ThreatModel, sources: Sequence[nn.Module] = ()) -> 
             is in another norm or foolbox not installed.
     """
     match = _NAME.fullmatch(name)
+    kind = KINDS[match["kind"]] if match else None
     if (
         match is None
-        or (match["kind"] in _COUNTED and match["count"] is None)
-        or (match["count"] is not None and match["kind"] not in (*_COUNTED, *_COUNTS))
-        or (match["restarts"] is not None and match["kind"] != "pgd")
-        or (match["loss"] is not None and match["kind"] not in _PLAIN)
+        or kind is None
+        or (match["count"] is None and kind.counts and kind.usual is None)
+        or (match["count"] is not None and not kind.counts)
+        or (match["restarts"] is not None and not kind.restarts)
+        or (match["loss"] is not None and not kind.loss)
     ):
         raise UserError(f"unknown attack {name!r}: write one of {NAMES}, LOSS ce, margin or dlr")
-    kind, loss = match["kind"], match["loss"] or "ce"
-    count, restarts = int(match["count"] or 0), int(match["restarts"] or 1)
-    if kind in ("pgd", "i-fgsm", "mi-fgsm"):
-        return _iterative(kind, threat, count, restarts, loss)
-    if kind == "transfer":
-        if not sources:
-            raise UserError("the transfer attack needs source models: give at least one")
-        return transfer(sources, threat)
-    count = count or _COUNTS.get(kind, 0)
-    if kind in ("cw-l2", "deepfool"):
-        nearest.check(kind, threat)
-    simple: Mapping[str, tuple[Callable[[nn.Module, Tensor, Tensor], Tensor], float]] = {
-        "fgsm": (lambda m, x, y: attacks.fgsm(m, x, y, threat, loss), 2),
-        "r-fgsm": (lambda m, x, y: attacks.r_fgsm(m, x, y, threat, loss=loss), 2),
-        "noise": (lambda m, x, y: attacks.random_noise(m, x, y, threat, count), count),
-        "square": (lambda m, x, y: autoattack.square(m, x, y, threat, count), count),
-        "apgd-ce": (lambda m, x, y: autoattack.apgd_ce(m, x, y, threat), 200),
-        "apgd-t": (lambda m, x, y: autoattack.apgd_t(m, x, y, threat), 1800),
-        "fab-t": (lambda m, x, y: autoattack.fab_t(m, x, y, threat), 2700),
-        "autoattack": (lambda m, x, y: autoattack.autoattack(m, x, y, threat), 9700),
-        "cw-l2": (
-            lambda m, x, y: nearest.cw_l2(m, x, y, threat, count),
-            2 * nearest.SEARCHES * count,
-        ),
-        "deepfool": (
-            lambda m, x, y: nearest.deepfool(m, x, y, threat, count),
-            2 * nearest.CANDIDATES * count,
-        ),
-    }
-    run, passes = simple[kind]
-    return Attack(lambda m, x, y: Found(run(m, x, y)), passes, survivors=kind == "autoattack")
+    count, restarts = int(match["count"] or kind.usual or 0), int(match["restarts"] or 1)
+    return kind.make(Spec(match["kind"], count, restarts, match["loss"] or "ce", threat, sources))
 
 
-def _iterative(kind: str, threat: ThreatModel, steps: int, restarts: int, loss: str) -> Attack:
-    eps = threat.eps
-    size = pgd_step_size(eps, steps) if kind == "pgd" else eps / steps
+def with_gradients(names: Iterable[str]) -> list[str]:
+    """Return those of the attacks that follow the model's gradient."""
+    kinds = ((name, _NAME.fullmatch(name)) for name in names)
+    return [name for name, match in kinds if match and KINDS[match["kind"]].gradients]
+
+
+def _one(run: Callable[[nn.Module, Tensor, Tensor], Tensor], passes: float) -> Attack:
+    return Attack(lambda m, x, y: Found(run(m, x, y)), passes)
+
+
+def _iterative(spec: Spec) -> Attack:
+    eps, steps = spec.threat.eps, spec.count
+    size = pgd_step_size(eps, steps) if spec.kind == "pgd" else eps / steps
 
     def run(model: nn.Module, x: Tensor, y: Tensor) -> Found:
         # Of two classes there is no dlr loss, and the margin is what it would scale.
-        two = loss == "dlr" and count_classes(model, x) < 3
+        two = spec.loss == "dlr" and count_classes(model, x) < 3
         best = search(
             model,
             x,
             y,
-            threat,
+            spec.threat,
             steps,
             size,
-            restarts,
-            "margin" if two else loss,
-            start_radius=None if kind == "pgd" else 0.0,
-            decay=1.0 if kind == "mi-fgsm" else None,
+            spec.restarts,
+            "margin" if two else spec.loss,
+            start_radius=None if spec.kind == "pgd" else 0.0,
+            decay=1.0 if spec.kind == "mi-fgsm" else None,
             stop_when_wrong=True,
         )
         return Found(best.x_adv, best.first_wrong)
 
-    return Attack(run, 2 * steps * restarts, looks=(steps + 1) * restarts)
+    return Attack(run, 2 * steps * spec.restarts, looks=(steps + 1) * spec.restarts)
+
+
+def _autoattack(spec: Spec) -> Attack:
+    attack = _one(lambda m, x, y: autoattack.autoattack(m, x, y, spec.threat), 9700)
+    return replace(attack, survivors=True)
+
+
+def _transfer(spec: Spec) -> Attack:
+    if not spec.sources:
+        raise UserError("the transfer attack needs source models: give at least one")
+    return transfer(spec.sources, spec.threat)
+
+
+def _cw_l2(spec: Spec) -> Attack:
+    nearest.check(spec.kind, spec.threat)
+    return _one(
+        lambda m, x, y: nearest.cw_l2(m, x, y, spec.threat, spec.count),
+        2 * nearest.SEARCHES * spec.count,
+    )
+
+
+def _deepfool(spec: Spec) -> Attack:
+    nearest.check(spec.kind, spec.threat)
+    return _one(
+        lambda m, x, y: nearest.deepfool(m, x, y, spec.threat, spec.count),
+        2 * nearest.CANDIDATES * spec.count,
+    )
 
 
 def transfer(sources: Sequence[nn.Module], threat: ThreatModel) -> Attack:
@@ -212,3 +224,68 @@ def budget(name: str) -> tuple[str, ...]:
         UserError: there is none of that name.
     """
     return look_up("budget", name, BUDGETS)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the attacks of a kind are written and made.
+
+    Attributes:
+        make: of what the name says.
+        counts: what the number after the kind counts; nothing where it takes none.
+        usual: that number where it is not written; None if it must be.
+        restarts: takes xRESTARTS.
+        loss: takes -LOSS.
+        gradients: follows the model's gradient.
+    """
+
+    make: Callable[[Spec], Attack]
+    counts: str = ""
+    usual: int | None = None
+    restarts: bool = False
+    loss: bool = False
+    gradients: bool = True
+
+    def written(self, name: str) -> str:
+        """Return how it is written, for people."""
+        number = f"-{self.counts}" if self.counts else ""
+        number = f"[{number}]" if self.usual else number
+        return name + number + "[xRESTARTS]" * self.restarts + "[-LOSS]" * self.loss
+
+
+KINDS: dict[str, Kind] = {
+    "fgsm": Kind(
+        lambda s: _one(lambda m, x, y: attacks.fgsm(m, x, y, s.threat, s.loss), 2), loss=True
+    ),
+    "r-fgsm": Kind(
+        lambda s: _one(lambda m, x, y: attacks.r_fgsm(m, x, y, s.threat, loss=s.loss), 2),
+        loss=True,
+    ),
+    "i-fgsm": Kind(_iterative, "STEPS", loss=True),
+    "mi-fgsm": Kind(_iterative, "STEPS", loss=True),
+    "noise": Kind(
+        lambda s: _one(lambda m, x, y: attacks.random_noise(m, x, y, s.threat, s.count), s.count),
+        "SAMPLES",
+        gradients=False,
+    ),
+    "pgd": Kind(_iterative, "STEPS", restarts=True, loss=True),
+    "apgd-ce": Kind(lambda s: _one(lambda m, x, y: autoattack.apgd_ce(m, x, y, s.threat), 200)),
+    "apgd-t": Kind(lambda s: _one(lambda m, x, y: autoattack.apgd_t(m, x, y, s.threat), 1800)),
+    "fab-t": Kind(lambda s: _one(lambda m, x, y: autoattack.fab_t(m, x, y, s.threat), 2700)),
+    "square": Kind(
+        lambda s: _one(lambda m, x, y: autoattack.square(m, x, y, s.threat, s.count), s.count),
+        "QUERIES",
+        autoattack.QUERIES,
+        gradients=False,
+    ),
+    "autoattack": Kind(_autoattack),
+    "transfer": Kind(_transfer, gradients=False),
+    "cw-l2": Kind(_cw_l2, "STEPS", nearest.CW_STEPS),
+    "deepfool": Kind(_deepfool, "STEPS", nearest.DEEPFOOL_STEPS),
+}
+"""Every attack that has a name. A new one is a function in ``attacks/`` and a line here."""
+NAMES = ", ".join(kind.written(name) for name, kind in KINDS.items())
+_NAME = re.compile(
+    rf"(?P<kind>{'|'.join(KINDS)})"
+    r"(?:-(?P<count>[1-9]\d*))?(?:x(?P<restarts>[1-9]\d*))?(?:-(?P<loss>ce|margin|dlr))?"
+)

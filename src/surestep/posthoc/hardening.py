@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surestep.activations import straight_through
 from surestep.attacks.core import device_of, share_of, uncompiled
 from surestep.data import Images
 from surestep.errors import UserError
-from surestep.evaluation import Evaluation, evaluate
-from surestep.posthoc.mean_sparse import insert, layers, measure, set_statistics, straight_through
+from surestep.evaluation import Evaluation, evaluate, suite
+from surestep.posthoc.mean_sparse import insert, layers, measure, set_statistics
 from surestep.threat import ThreatModel
 
 THRESHOLDS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
@@ -76,8 +77,7 @@ def judge(
         options: of ``surestep.evaluate``: n, seed, batch_size, sources.
     """
     found: list[tuple[str, Evaluation]] = [("", evaluate(model, data, threat, attacks, **options))]
-    without = ("square", "noise", "transfer")
-    with_gradients = [name for name in attacks if not name.startswith(without)]
+    with_gradients = suite.with_gradients(attacks)
     if layers(model) and with_gradients:
         with straight_through(model):
             found.append(("-bpda", evaluate(model, data, threat, with_gradients, **options)))

@@ -166,15 +166,3 @@ def set_statistics(model: nn.Module, found: dict[str, tuple[Tensor, Tensor]]) ->
         assert isinstance(layer, MeanSparse)
         layer.mean.copy_(mean)
         layer.std.copy_(std)
-
-
-@contextmanager
-def straight_through(model: nn.Module) -> Iterator[nn.Module]:
-    """Lend the model with gradients that pass the dead zones (BPDA, Athalye et al. 2018)."""
-    for layer in layers(model):
-        layer.straight_through = True
-    try:
-        yield model
-    finally:
-        for layer in layers(model):
-            layer.straight_through = False

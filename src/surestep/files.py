@@ -8,9 +8,9 @@ import json
 import os
 import pickle
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -88,25 +88,48 @@ def load_tree(path: Path) -> Any:
         raise UserError(f"{path} is corrupt ({e}): restore it or remove it") from e
 
 
-def save_weights(path: Path, model: nn.Module, classes: Sequence[str] = ()) -> None:
+class Takes(NamedTuple):
+    """What a model takes and gives.
+
+    Attributes:
+        classes: their names, in the order of its outputs.
+        shape: of one image.
+    """
+
+    classes: tuple[str, ...] = ()
+    shape: tuple[int, ...] = ()
+
+
+def save_weights(path: Path, model: nn.Module, takes: Takes | None = None) -> None:
     """Save a model's parameters and buffers as safetensors.
 
-    Tensors that share memory (tied weights) are written once under each name. The header has the
-    names of the classes, if they are given, in the order of the model's outputs.
+    Tensors that share memory (tied weights) are written once under each name. The header has what
+    the model takes, if that is known.
     """
     state = {k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items()}
-    header = {"classes": json.dumps(list(classes))} if classes else {}
-    write_atomically(path, safetensors.torch.save(state, {"format": "pt", **header}))
+    header = {k: json.dumps(v) for k, v in takes._asdict().items()} if takes else {}
+    write_atomically(path, _in_order(safetensors.torch.save(state, {"format": "pt", **header})))
 
 
-def class_names(path: Path) -> tuple[str, ...]:
-    """Return the names of the classes that ``save_weights`` was given; none if it was not.
+def _in_order(content: bytes) -> bytes:
+    """Return a safetensors file with its metadata sorted: written they come in a random order."""
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:begin])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[begin:]
+
+
+def read_takes(path: Path) -> Takes:
+    """Return what ``save_weights`` was told of the model; empty if it was told nothing.
 
     Raises:
         UserError: the file is missing, truncated or corrupt.
     """
     with _opened(path) as f:
-        return tuple(json.loads((f.metadata() or {}).get("classes", "[]")))
+        header = f.metadata() or {}
+    return Takes(*(tuple(json.loads(header.get(name, "[]"))) for name in Takes._fields))
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import (
     DataLoader,
@@ -32,7 +31,7 @@ from surestep import data, files, methods
 from surestep.config import FitSettings
 from surestep.errors import UserError
 from surestep.evaluation import Evaluation
-from surestep.training import TrainingDiverged, TrainStep, checkpoint, loop, progress
+from surestep.training import TrainingDiverged, TrainStep, checkpoint, loop, picking, progress
 from surestep.training.schedules import learning_rate, momentum
 from surestep.training.source import make_source
 
@@ -648,6 +647,22 @@ class TestRunFolders:
             tiny.train(out=out, overwrite=True, **settings)
         assert snapshot(tmp_path) == before
 
+    @pytest.mark.parametrize("part", ["data", "validation"])
+    @pytest.mark.parametrize("kind", ["Dataset", "DataLoader", "labels"])
+    def test_data_that_are_refused_cost_no_run(self, tiny, tmp_path, kind, part):
+        """What a loader holds is looked at before an old run makes room, or an epoch is trained."""
+        x, y = tiny.data()
+        pairs = TensorDataset(x * 3, y) if kind != "labels" else TensorDataset(x, y + 7)
+        bad = DataLoader(pairs, 8) if kind == "DataLoader" else pairs
+        settings = {"validation": tiny.data(8), part: bad}
+        out = tmp_path / "run"
+        tiny.train(out=out)
+        before = snapshot(tmp_path)
+        said = r"labels from 7 to 7" if kind == "labels" else r"expected \[0, 1\]"
+        with pytest.raises(UserError, match=said):
+            tiny.train(out=out, overwrite=True, **settings)
+        assert snapshot(tmp_path) == before
+
     def test_a_place_where_no_folder_can_be(self, tiny, tmp_path):
         (tmp_path / "file").touch()
         with pytest.raises(UserError, match="cannot make the run folder"):
@@ -729,7 +744,9 @@ class TestData:
         settings = {"val_images": 15, "val_attacks": ("fgsm", "i-fgsm-2")}
         history = tiny.train(validation=held, **settings).history
         assert history[0]["val_n"] == 15
-        expected = tiny.train(validation=(x, y), **settings).history
+        # Of a Dataset a part is drawn from all, of the others it is the first.
+        rows = data.some(20, 15) if kind == "Dataset" else slice(0, 15)
+        expected = tiny.train(validation=(x[rows], y[rows]), **settings).history
         assert [r["val_worst_case"] for r in history] == [r["val_worst_case"] for r in expected]
 
     @pytest.mark.parametrize("kind", ["pair", "Dataset"])
@@ -1231,6 +1248,65 @@ def test_what_a_gpu_fetches_is_pinned():
 
 
 class TestLoaders:
+    def test_bytes_are_made_pixels(self, tiny):
+        x, y = tiny.data()
+        grey = (255 * x).round().to(torch.uint8)
+        found = [
+            tiny.train(data=DataLoader(TensorDataset(given, y), 8), validation=(grey, y))
+            for given in (grey, grey.float() / 255)
+        ]
+        assert tiny.same_weights(found[0].model, found[1].model)
+
+    def test_a_loader_of_the_users_own_kind_is_used_as_it_is(self, tiny):
+        class Counting(DataLoader):
+            epochs = 0
+
+            def __iter__(self):
+                self.epochs += 1
+                for x, y in super().__iter__():
+                    yield x.flip(3), y
+
+        class Sampler(torch.utils.data.SequentialSampler):
+            told: list[int] = []
+
+            def set_epoch(self, epoch):
+                self.told.append(epoch)
+
+        x, y = tiny.data()
+        pairs = TensorDataset(x.flip(3), y)
+        loader = Counting(pairs, 8, sampler=Sampler(pairs))
+        plain = tiny.train(data=DataLoader(TensorDataset(x, y), 8), validation=(x, y))
+        own = tiny.train(data=loader, validation=(x, y))
+        assert loader.epochs == 2
+        assert Sampler.told == [0, 1]
+        assert tiny.same_weights(own.model, plain.model)
+
+    @pytest.mark.parametrize("kind", ["subclass", "batch_size=None"])
+    def test_but_not_shared_out(self, tiny, kind):
+        class Own(DataLoader):
+            def __iter__(self):
+                return super().__iter__()
+
+        pairs = TensorDataset(*tiny.data())
+        loader = Own(pairs, 8) if kind == "subclass" else DataLoader(pairs, batch_size=None)
+        said = "of a Own, which changes" if kind == "subclass" else "batch_size=None cannot be sha"
+        with pytest.raises(UserError, match=said):
+            make_source(
+                loader,
+                **{"batch_size": 8, "seed": 0, "augmentation": "none", "rank": 0, "world": 2},
+                device=torch.device("cpu"),
+                prepare=lambda _: pytest.fail("was shared out"),
+            )
+
+    def test_full_memory_names_the_loaders_own_size(self, tiny, monkeypatch):
+        def full(*_: Any) -> Any:
+            raise torch.OutOfMemoryError
+
+        monkeypatch.setattr(TrainStep, "__call__", full)
+        loader = DataLoader(TensorDataset(*tiny.data()), 8)
+        with pytest.raises(UserError, match=r"lower the DataLoader's batch_size \(8\), or set max"):
+            tiny.train(data=loader, val_images=0)
+
     def test_a_datasets_images_are_loaded_by_workers(self, tiny, monkeypatch):
         seen, made = [], DataLoader.__init__
 
@@ -1263,15 +1339,17 @@ class TestLoaders:
 
     def test_batches_are_moved_here(self, tiny, monkeypatch):
         """Accelerate would wait for the device before it fetches the next."""
-        prepared, prepare = [], Accelerator.prepare_data_loader
+        given: list[Any] = []
 
-        def noted(self, loader, **options):
-            prepared.append(options)
-            return prepare(self, loader, **options)
+        def noted(*args: Any, prepare: Any, **options: Any) -> Any:
+            given.append(prepare)
+            return make_source(*args, prepare=prepare, **options)
 
-        monkeypatch.setattr(Accelerator, "prepare_data_loader", noted)
+        monkeypatch.setattr(loop, "make_source", noted)
         tiny.train(data=TensorDataset(*tiny.data()), validation=tiny.data(8), epochs=1)
-        assert prepared == [{"device_placement": False}]
+        (prepare,) = given
+        assert prepare.func.__name__ == "prepare_data_loader"
+        assert prepare.keywords == {"device_placement": False}
 
     def test_shares_are_not_shared_out_again(self, tiny):
         pairs = TensorDataset(*tiny.data())
@@ -1330,3 +1408,35 @@ def test_resume_restores_every_library_that_draws(tiny, stopping, tmp_path):
     train(out=tmp_path / "run", resume=True)
     assert tiny.weights(tmp_path / "run") == tiny.weights(tmp_path / "whole")
     assert tiny.rows(tmp_path / "run") == tiny.rows(tmp_path / "whole")
+
+
+def test_what_is_no_method(tiny):
+    with pytest.raises(UserError, match=r"'sat-r2' is no method: give surestep.methods.get"):
+        surestep.fit(tiny.net(), tiny.data(), "sat-r2")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_a_logger_is_called_after_each_epoch(tiny, tmp_path, ema):
+    seen: list[dict[str, Any]] = []
+
+    def note(row: dict[str, Any], model: nn.Module) -> None:
+        assert len(tiny.rows(tmp_path / "run")) == row["epoch"]
+        with torch.no_grad():
+            seen.append({"weights": model[0].weight.clone(), **row})
+        row.clear()
+
+    result = tiny.train("fgsm", out=tmp_path / "run", ema=ema, on_epoch=note)
+    assert [row["epoch"] for row in seen] == [1, 2]
+    assert [row["loss"] for row in seen] == [row["loss"] for row in result.history]
+    assert torch.equal(seen[-1]["weights"], result.model[0].weight)
+    assert not torch.equal(seen[0]["weights"], seen[1]["weights"])
+
+
+def test_a_model_that_cannot_be_copied(tiny):
+    """As torch's old weight_norm leaves it: no trial of engines, and no average."""
+    net = tiny.net()
+    net.kept = net(torch.rand(2, 1, 8, 8))
+    assert picking.pick_engine(net, tiny.method("fgsm"), torch.Size([1, 8, 8]), 4) is None
+    tiny.train("fgsm", model=net, engine="auto", epochs=20)
+    with pytest.raises(UserError, match=r"it cannot be copied .*: leave ema and swa out"):
+        tiny.train("fgsm", model=net, ema=0.9)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from surestep.errors import UserError
+
 
 class WeightAverage:
     """Keep an average of a model's parameters; buffers are copied (averaged in a plain mean).
@@ -20,12 +22,22 @@ class WeightAverage:
     Args:
         model: the module whose weights are averaged.
         decay: d, in (0, 1); None for the plain mean (SWA, Izmailov et al. 2018, arXiv 1803.05407).
+
+    Raises:
+        UserError: the model cannot be copied.
     """
 
     def __init__(self, model: nn.Module, decay: float | None) -> None:
         self.decay = decay
         self.updates = 0
-        self.model = copy.deepcopy(model).requires_grad_(False)
+        try:
+            self.model = copy.deepcopy(model).requires_grad_(False)
+        except Exception as e:
+            reason = " ".join(str(e).split())[:200]
+            raise UserError(
+                f"an average of the weights needs a copy of the model, and it cannot be copied "
+                f"({reason}): leave ema and swa out"
+            ) from e
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

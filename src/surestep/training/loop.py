@@ -9,11 +9,10 @@ import itertools
 import json
 import math
 import re
-import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -25,13 +24,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from surestep import files
-from surestep.attacks.core import check_labels, count_classes, share_of, uncompiled
+from surestep.attacks.core import (
+    check_inputs,
+    check_labels,
+    compiled,
+    count_classes,
+    share_of,
+    uncompiled,
+)
 from surestep.config import FitSettings, parse
-from surestep.data import Images, seed_of
+from surestep.data import Images, as_pixels, seed_of
 from surestep.devices import memory_for, pick_device
 from surestep.errors import UserError
 from surestep.evaluation import Evaluation, evaluate, suite
-from surestep.methods import Method, Progress, StepResult
+from surestep.methods import Method, Progress, StepResult, settle
 from surestep.training import checkpoint
 from surestep.training.averaging import WeightAverage
 from surestep.training.engine import Engine, make_optimizer, make_step, match_layout
@@ -45,14 +51,13 @@ from surestep.training.source import (
     LoaderSource,
     Replayed,
     Source,
+    first_of,
     image_shape,
     make_source,
     split,
 )
+from surestep.training.state import RunState, Sums
 from surestep.training.stopping import Asked, StopRequest
-
-METHOD_SETTINGS = ("label_smoothing", "dropout")
-"""Settings of a run that a method may bring along, where the run's say nothing."""
 
 VALIDATED = 500
 """Most images that validation attacks at a time."""
@@ -97,6 +102,7 @@ def fit(
     device: str | None = None,
     workers: int = 0,
     describe: Mapping[str, Any] | None = None,
+    on_epoch: Callable[[dict[str, Any], nn.Module], None] | None = None,
     **settings: Any,
 ) -> FitResult:
     """Train a model with a method, validating by strong attacks on held-out images.
@@ -106,8 +112,9 @@ def fit(
     seeded. Runs on several processes when started by ``torchrun`` or ``accelerate launch``.
 
     Args:
-        model: returns logits (N, K) for images in the method's data range; is changed in place.
-            One that ``torch.compile`` returned is trained as it is, and the module inside it kept.
+        model: returns logits (N, K) for images in the method's data range; is changed in place,
+            and put into train mode. One that ``torch.compile`` returned is trained as it is, and
+            the module inside it kept.
         data: Images, a pair of tensors (x, y), a Dataset or a DataLoader. Of several processes
             each takes batches of a DataLoader's own size; ``batch_size`` is of all together.
         method: what a step minimises.
@@ -123,6 +130,8 @@ def fit(
         device: such as "cpu" or "cuda"; by default the best there is.
         workers: processes that load the images of a Dataset; a DataLoader has its own.
         describe: written to ``config.yaml`` before the settings.
+        on_epoch: called in the first process after each epoch with its row of the history and the
+            model that was judged (the average, if there is one): for loggers.
         settings: of ``surestep.config.FitSettings``: epochs, batch_size, lr, schedule, ...
 
     Returns:
@@ -134,16 +143,16 @@ def fit(
         KeyboardInterrupt: Ctrl-C; with ``out``, a checkpoint of the last step was written.
         SystemExit: SIGTERM (code 143); with ``out``, likewise.
     """
+    if not isinstance(method, Method):
+        raise UserError(
+            f"{method!r} is no method: give surestep.methods.get('sat-r2')(surestep.Linf(0.3)), say"
+        )
     config = parse(FitSettings, settings)
-    if uncompiled(model) is not model:
+    if compiled(model):
         config = config.model_copy(update={"compile": True})
     # Settings that change a method change a copy of it, never the caller's.
     method = copy.deepcopy(method)
-    for part in METHOD_SETTINGS:
-        if value := getattr(config, part):
-            setattr(method, part, value)
-        else:
-            config = config.model_copy(update={part: getattr(method, part)})
+    config = config.model_copy(update=settle(method, config))
     if config.val_images:
         suite.parse_all(config.val_attacks, method.threat)
     run = RunFolder.plan(out, resume=resume, overwrite=overwrite)
@@ -164,7 +173,7 @@ def fit(
     if workers < 0:
         raise UserError(f"workers {workers}: give 0 or more")
     trainer = _Trainer(
-        model, data, method, config, accelerator, target, run, validation, quiet, workers
+        model, data, method, config, accelerator, target, run, validation, quiet, workers, on_epoch
     )
     # Only now is everything checked: a mistake must not cost an old run.
     accelerator.wait_for_everyone()
@@ -228,58 +237,6 @@ def _check_together(config: FitSettings, method: Method) -> None:
         )
 
 
-@dataclass
-class _Progress:
-    """How far a run is: everything in a checkpoint that is a plain number."""
-
-    step: int = 0
-    epoch: int = 0
-    best_epoch: int = 0
-    best_score: float = -1.0
-    last_robust: float = -1.0
-    train_seconds: float = 0.0
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-
-class _Sums:
-    """Means over an epoch, summed on the device: nothing waits for it until they are read."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.images = 0
-        self.totals: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}  # not every step has every term
-        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-
-    def add(self, number: int, images: int, values: Mapping[str, Tensor]) -> None:
-        self.images += images
-        for name, value in values.items():
-            total = self.totals.get(name)
-            self.totals[name] = value.clone() if total is None else total + value
-            self.counts[name] = self.counts.get(name, 0) + 1
-        bad = ~torch.isfinite(values["loss"]) & (self.bad_step < 0)
-        self.bad_step = torch.where(bad, number, self.bad_step)
-
-    def state_dict(self) -> dict[str, Any]:
-        totals = {k: v.cpu() for k, v in self.totals.items()}
-        return {"images": self.images, "totals": totals, "counts": self.counts}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.images = state.get("images", 0)
-        # Checkpoints of older versions have one number for all.
-        self.counts = state.get("counts") or dict.fromkeys(state["totals"], state.get("steps", 0))
-        self.totals = {k: v.to(self.device) for k, v in state["totals"].items()}
-
-    def means(self) -> dict[str, float]:
-        return {k: float(v) / self.counts[k] for k, v in self.totals.items()}
-
-    def means_of_all(self) -> dict[str, float]:
-        """Return the means over all processes, which have equal shares of each batch."""
-        parts = gather_object([self.means()])
-        names = dict.fromkeys(name for part in parts for name in part)
-        return {k: statistics.fmean(part[k] for part in parts if k in part) for k in names}
-
-
 class _Trainer:
     """One run: the loop, and the state that a checkpoint holds."""
 
@@ -295,6 +252,7 @@ class _Trainer:
         validation: Any,
         quiet: bool,
         workers: int,
+        on_epoch: Callable[[dict[str, Any], nn.Module], None] | None,
     ) -> None:
         _check_together(config, method)
         # The first process has the run's own seed; a hash keeps the others from other runs'.
@@ -305,18 +263,26 @@ class _Trainer:
         self.threat = method.threat
         self.accelerator, self.device, self.run = accelerator, device, run
         self.quiet = quiet or not accelerator.is_main_process
+        self.on_epoch = on_epoch if accelerator.is_main_process else None
         train, self.held_out = split(data, validation, config.val_images, config.seed)
         self.images = len(train) if isinstance(train, Images) else 0
         self.labelled = share_of(train.y >= 0) if isinstance(train, Images) else 1.0
-        self.classes = train.classes if isinstance(train, Images) else ()
+        inside = isinstance(train, Images)
+        self.takes = files.Takes(train.classes, train.image_shape) if inside else None
         self.source = self._open(train, workers)
         self.total = self._count_steps()
         # Images of a step, of this process.
         self.share = math.ceil(config.batch_size / accelerator.num_processes)
+        self.size = f"batch_size ({config.batch_size})"
         if isinstance(train, DataLoader) and train.batch_size:
             self.share = train.batch_size
+            self.size = f"the DataLoader's batch_size ({train.batch_size})"
         self.model.to(device).train()
-        self.pick = self._look_at(train) if isinstance(train, Images) else None
+        # What cannot be trained on must not be found out when an old run has made room for it.
+        self._look_at(train)
+        if self.held_out is not None:
+            self._look_at(self.held_out)
+        self.pick = self._try_engines(train) if isinstance(train, Images) else None
         if method.replays > 1:
             self.source = Replayed(self.source, method.replays)
         shape = image_shape(train)
@@ -341,7 +307,7 @@ class _Trainer:
             average=self.average,
             awp=config.awp,
         )
-        self.at = _Progress()
+        self.at = RunState()
         self.stop = StopRequest()
 
     def _open(self, train: Any, workers: int) -> Source:
@@ -374,6 +340,7 @@ class _Trainer:
                 world=self.accelerator.num_processes,
                 prepare=prepare,
                 workers=workers,
+                bounds=self.threat.bounds,
             )
 
     def _count_steps(self) -> int:
@@ -393,16 +360,28 @@ class _Trainer:
             )
         return total
 
-    def _look_at(self, train: Images) -> Pick | None:
-        """Check all labels, where the method looks at a batch's only, and try engines out."""
-        one = train.pixels(slice(0, 1)).to(self.device)
-        classes = count_classes(self.model, one)
-        check_labels(train.y, classes, unlabelled=self.method.without_labels)
+    def _look_at(self, data: Any) -> None:
+        """Check all labels of Images, where the method looks at a batch's only; of others an item.
+
+        Raises:
+            UserError: they cannot be trained, or judged, on.
+        """
+        unlabelled = self.method.without_labels and data is not self.held_out
+        if isinstance(data, Images):
+            one = data.pixels(slice(0, 1)).to(self.device)
+            check_labels(data.y, count_classes(self.model, one), unlabelled=unlabelled)
+        elif batch := first_of(data):
+            x, y = (part.to(self.device) for part in batch)
+            x = as_pixels(x, self.threat.bounds)
+            check_inputs(self.model, x, y, self.threat, unlabelled=unlabelled)
+
+    def _try_engines(self, train: Images) -> Pick | None:
+        """Pick the fastest engine, where that pays."""
         # Where memory is short there is none for trials, and little to choose.
         if self.config.engine != "auto" or self.total < MIN_STEPS or self.config.max_memory:
             return None
         with self._one_line("the trial of engines", self.share):
-            return self._pick_engine(one.shape[1:])
+            return self._pick_engine(torch.Size(train.image_shape))
 
     def _lay_out(self, shape: torch.Size | None) -> Engine:
         """Bring the model's weights into the layout of the engine, and return it."""
@@ -419,8 +398,7 @@ class _Trainer:
         stepped, limit = self.model, self.config.max_memory
         if self.config.compile:
             # The step's network alone: batches of validation shrink, and each size is compiled.
-            compiled = given is not self.model
-            stepped = given if compiled else cast(nn.Module, torch.compile(stepped))
+            stepped = given if compiled(given) else cast(nn.Module, torch.compile(stepped))
         if limit:
             if shape is None:
                 raise UserError(
@@ -434,13 +412,14 @@ class _Trainer:
             stepped = self.accelerator.prepare_model(stepped, device_placement=False)
         return stepped
 
-    def _pick_engine(self, shape: torch.Size) -> Pick:
+    def _pick_engine(self, shape: torch.Size) -> Pick | None:
         """Set the fastest engine, measured in the first process, in the settings of all."""
         picks: list[Pick | None] = [None]
         if self.accelerator.is_main_process:
             picks = [pick_engine(self.model, self.method, shape, self.share, self.config.precision)]
         (pick,) = broadcast_object_list(picks)
-        assert pick
+        if not pick:
+            return None
         chosen = {"engine": pick.engine, "precision": pick.precision}
         self.config = self.config.model_copy(update=chosen)
         return pick
@@ -483,7 +462,7 @@ class _Trainer:
         skip = self.at.step - steps * self.at.epoch
         # The last epoch may be a part of one.
         left = min(steps - skip, self.total - self.at.step)
-        sums = _Sums(self.device)
+        sums = Sums(self.device)
         if restored:
             parts = restored["sums"]
             # Checkpoints of older versions have the first process's alone.
@@ -527,7 +506,7 @@ class _Trainer:
             raise
         self._record(row)
 
-    def _pause(self, sums: _Sums) -> None:
+    def _pause(self, sums: Sums) -> None:
         """Write a checkpoint within the epoch if one is due, and stop there if that is asked."""
         every, step = self.config.checkpoint_every, self.at.step
         within = step % self.source.steps_per_epoch and step < self.total
@@ -539,10 +518,12 @@ class _Trainer:
         self._share_buffers()
         self._speed(sums)
         self._save(sums)
+        # Writing is no training.
+        self._began = time.perf_counter() - self.at.train_seconds
         if stops:
             self._leave()
 
-    def _speed(self, sums: _Sums) -> float:
+    def _speed(self, sums: Sums) -> float:
         """Take the time, and return the images a second of this epoch so far."""
         self.at.train_seconds = time.perf_counter() - self._began
         before = self.at.history[-1]["train_seconds"] if self.at.history else 0.0
@@ -580,7 +561,7 @@ class _Trainer:
         """Turn what the compiler cannot do, and memory that is full, into one clear line."""
         limit = self.config.max_memory
         less = f"max_memory ({limit:g})" if limit else "set max_memory, in GiB"
-        advice = f"lower batch_size ({self.config.batch_size}), or {less}"
+        advice = f"lower {self.size}, or {less}"
         try:
             with memory_for(f"{where}, of {images} images", advice):
                 yield
@@ -622,7 +603,7 @@ class _Trainer:
     def _warmed_up(self, epochs: float) -> float:
         return warm_up(self.at.step, epochs * self.source.steps_per_epoch)
 
-    def _show(self, sums: _Sums) -> None:
+    def _show(self, sums: Sums) -> None:
         self._check_finite(sums)
         means, speed = sums.means(), self._speed(sums)
         robust = f"  robust {self.at.last_robust:.1%}" if self.at.last_robust >= 0 else ""
@@ -630,7 +611,7 @@ class _Trainer:
         epoch = f"epoch {self.at.epoch + 1}/{math.ceil(self.config.epochs)}"
         self.display.step(self.at.step, epoch, f"{parts}{robust}  {speed:,.0f} img/s")
 
-    def _check_finite(self, sums: _Sums, *, weights: bool = False) -> None:
+    def _check_finite(self, sums: Sums, *, weights: bool = False) -> None:
         """Stop if a loss was not finite, or the weights no longer are."""
         bad = int(sums.bad_step)
         if bad < 0 and weights:
@@ -704,12 +685,14 @@ class _Trainer:
             rows = "".join(json.dumps(r) + "\n" for r in self.at.history)
             files.write_atomically(self.run.metrics, rows)
             if self.at.best_epoch == self.at.epoch:
-                files.save_weights(self.run.weights, self.judged, self.classes)
+                files.save_weights(self.run.weights, self.judged, self.takes)
         if self.at.best_epoch == self.at.epoch:
             self._best = {} if self.run else _copy(self.judged.state_dict())
-        self._save(_Sums(self.device))
+        self._save(Sums(self.device))
+        if self.on_epoch:
+            self.on_epoch(dict(row), self.judged)
 
-    def _save(self, sums: _Sums) -> None:
+    def _save(self, sums: Sums) -> None:
         """Write a checkpoint of everything the rest of the run depends on."""
         if self.run is None:
             return
@@ -779,7 +762,7 @@ class _Trainer:
                 )
             return None
         self._check_steps(len(state["rng"]), state.get("steps_per_epoch"))
-        self.at = _Progress(**state["progress"])
+        self.at = RunState(**state["progress"])
         try:
             self.model.load_state_dict(state["model"])
         except RuntimeError as e:
@@ -815,11 +798,11 @@ class _Trainer:
             f"goes on with {now}, which draw other random numbers"
         )
 
-    def _ended(self, rows: list[dict[str, Any]]) -> _Progress:
+    def _ended(self, rows: list[dict[str, Any]]) -> RunState:
         """Return the progress of a run that is done and whose checkpoints were removed."""
         scores = [row.get("val_worst_case", 0.0) for row in rows]
         last = self.config.select == "last" or "val_worst_case" not in rows[-1]
-        return _Progress(
+        return RunState(
             step=self.total,
             epoch=len(rows),
             best_epoch=len(rows) if last else 1 + scores.index(max(scores)),

@@ -55,11 +55,13 @@ class Pick:
 
 def pick_engine(
     model: nn.Module, method: Method, shape: torch.Size, batch_size: int, precision: str = "auto"
-) -> Pick:
+) -> Pick | None:
     """Time a few steps of copies with each engine, on random images, and return the fastest.
 
     The expected one (``Engine.choose``) is kept unless another is clearly faster. Model, method
     and random state are left as they were.
+
+    A model that cannot be copied is not tried: then None is returned.
 
     Args:
         model: in train mode, on its device.
@@ -68,6 +70,10 @@ def pick_engine(
         batch_size: of the training steps; slow models are timed on fewer images.
         precision: the only one to try; "auto": the expected one and float32.
     """
+    try:
+        copy.deepcopy(model)
+    except Exception:  # of weight_norm, of models that hold a lock or a tensor of an earlier pass
+        return None
     device = device_of(model)
     expected = "fast", Engine.choose("fast", precision, device).precision_name
     precisions = [expected[1]] if precision != "auto" else [expected[1], "fp32"]

@@ -10,9 +10,16 @@ from typing import Any, Protocol
 import torch
 from accelerate.data_loader import DataLoaderShard
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    Subset,
+    default_collate,
+)
 
-from surestep.data import Batches, Images, as_images, as_pair, augment
+from surestep.data import Batches, Images, as_images, as_pair, as_pixels, augment
 from surestep.errors import UserError
 from surestep.training.checkpoint import OwnRandom
 
@@ -47,13 +54,19 @@ class LoaderSource:
     Args:
         loader: yields pairs (x, y).
         device: where batches are wanted.
+        bounds: the data range; where it is [0, 1], bytes are made pixels.
 
     Raises:
         UserError: the loader has no length.
     """
 
-    def __init__(self, loader: DataLoader, device: torch.device) -> None:
-        self.loader, self.device = loader, device
+    def __init__(
+        self,
+        loader: DataLoader,
+        device: torch.device,
+        bounds: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
+        self.loader, self.device, self.bounds = loader, device, bounds
         try:
             self.steps_per_epoch = len(loader)
         except TypeError:
@@ -65,23 +78,26 @@ class LoaderSource:
         Raises:
             UserError: a batch is no pair.
         """
-        if isinstance(self.loader, DataLoaderShard):
-            # It counts the epochs that came to their end, which a part of one does not.
-            self.loader.set_epoch(epoch)
+        own: tuple[Any, ...] = (self.loader.batch_sampler, self.loader.sampler, self.loader.dataset)
+        for part in (self.loader,) if isinstance(self.loader, DataLoaderShard) else own:
+            # Accelerate counts the epochs that came to their end, which a part of one does not.
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
         random = OwnRandom(int(torch.empty((), dtype=torch.int64).random_()))
         return _without(self._batches(random), skip)
 
     def _batches(self, random: OwnRandom) -> Iterator[Batch]:
-        batches = iter(self.loader)
+        # Order and transforms must not depend on what the steps in between draw.
+        with random.used():
+            batches = iter(self.loader)
         while True:
-            # Order and transforms must not depend on what the steps in between draw.
             with random.used():
                 batch = next(batches, None)
             if batch is None:
                 return
             x, y = as_pair(batch)
             x, y = (t.to(self.device, non_blocking=self.device.type == "cuda") for t in (x, y))
-            yield x, y, None
+            yield as_pixels(x, self.bounds), y, None
 
     def draw(self, epoch: int, step: int) -> None:
         """Return None: what a Dataset does to its images is not known."""
@@ -146,6 +162,28 @@ def image_shape(data: Any) -> torch.Size | None:
             return torch.as_tensor(data[0][0]).shape
         except Exception:
             return None
+
+
+def first_of(data: Any) -> tuple[Tensor, Tensor] | None:
+    """Return a batch of the first item alone, as a Dataset or a DataLoader makes its batches.
+
+    None where there is no item to ask for: of a DataLoader that is streamed, or that makes its
+    batches in another way.
+
+    Raises:
+        UserError: it is no pair of tensors.
+    """
+    loader = isinstance(data, DataLoader)
+    if loader and data.batch_sampler is None:
+        return None
+    # What an augmentation draws here, training must not miss.
+    with OwnRandom(0).used():
+        try:
+            dataset = data.dataset if loader else data
+            batch = (data.collate_fn if loader else default_collate)([dataset[0]])
+        except Exception:
+            return None  # it is told where the batches are made
+    return as_pair(batch)
 
 
 def hold_out(n: int, wanted: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -220,6 +258,7 @@ def make_source(
     world: int,
     prepare: Any,
     workers: int = 0,
+    bounds: tuple[float, float] = (0.0, 1.0),
 ) -> Source:
     """Return the source of batches for any kind of data.
 
@@ -231,8 +270,10 @@ def make_source(
         device: where batches are wanted.
         rank: of this process.
         world: number of processes.
-        prepare: shards a DataLoader over the processes (Accelerate's ``prepare_data_loader``).
+        prepare: shards a DataLoader over the processes (Accelerate's ``prepare_data_loader``),
+            where there are several: it makes another of it.
         workers: processes that load a Dataset's images.
+        bounds: the data range.
 
     Raises:
         UserError: augmentation of data not held in memory; a batch size that cannot be divided.
@@ -264,6 +305,16 @@ def make_source(
             num_workers=workers,
             worker_init_fn=_deaf,
         )
+    elif world > 1 and type(data).__iter__ is not DataLoader.__iter__:
+        raise UserError(
+            f"the batches of a {type(data).__name__}, which changes what a DataLoader yields, "
+            "cannot be shared out over several processes: do that in its Dataset or collate_fn"
+        )
+    elif world > 1 and data.batch_sampler is None:
+        raise UserError(
+            "a DataLoader with batch_size=None cannot be shared out over several processes: let "
+            "it make the batches"
+        )
     elif world > 1 and isinstance(data.dataset, IterableDataset):
         raise UserError(
             "an IterableDataset cannot be shared out over several processes: give a Dataset with "
@@ -274,4 +325,4 @@ def make_source(
             "the DataLoader has a DistributedSampler, and its batches are shared out over the "
             "processes here: give one without"
         )
-    return LoaderSource(prepare(data), device)
+    return LoaderSource(prepare(data) if world > 1 else data, device, bounds)

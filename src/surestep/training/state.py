@@ -1,0 +1,68 @@
+"""What a run has come to: numbers that a checkpoint holds, and the means of the running epoch."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+
+@dataclass
+class RunState:
+    """How far a run is: everything in a checkpoint that is a plain number."""
+
+    step: int = 0
+    epoch: int = 0
+    best_epoch: int = 0
+    best_score: float = -1.0
+    last_robust: float = -1.0
+    train_seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Sums:
+    """Means over an epoch, summed on the device: nothing waits for it until they are read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.images = 0
+        self.totals: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}  # not every step has every term
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def add(self, number: int, images: int, values: Mapping[str, Tensor]) -> None:
+        """Take in a step: its number, its images, and its losses and the like by name."""
+        self.images += images
+        for name, value in values.items():
+            total = self.totals.get(name)
+            self.totals[name] = value.clone() if total is None else total + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+        bad = ~torch.isfinite(values["loss"]) & (self.bad_step < 0)
+        self.bad_step = torch.where(bad, number, self.bad_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint within an epoch must hold."""
+        totals = {k: v.cpu() for k, v in self.totals.items()}
+        return {"images": self.images, "totals": totals, "counts": self.counts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.images = state.get("images", 0)
+        # Checkpoints of older versions have one number for all.
+        self.counts = state.get("counts") or dict.fromkeys(state["totals"], state.get("steps", 0))
+        self.totals = {k: v.to(self.device) for k, v in state["totals"].items()}
+
+    def means(self) -> dict[str, float]:
+        """Return the means of this process's steps."""
+        return {k: float(v) / self.counts[k] for k, v in self.totals.items()}
+
+    def means_of_all(self) -> dict[str, float]:
+        """Return the means over all processes, which have equal shares of each batch."""
+        parts = gather_object([self.means()])
+        names = dict.fromkeys(name for part in parts for name in part)
+        return {k: statistics.fmean(part[k] for part in parts if k in part) for k in names}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import surestep
-from surestep import data, methods, runs
+from surestep import data, files, methods, runs
 from surestep.config import RunConfig
 from surestep.devices import has_bf16
 from surestep.errors import UserError
@@ -210,20 +210,27 @@ class TestFolders:
         params |= {"every": 1, "perturbation": "fgsm"}
         # And the precision, which on another machine would be another.
         precision = "bf16" if has_bf16(torch.device("cpu")) else "fp32"
-        written = {"params": params, "precision": precision}
+        parts = {"label_smoothing": 0.0, "dropout": 0.0}
+        written = {"params": params, "precision": precision, **parts}
         assert run.config == config.model_copy(update=written)
         expected = result.model.state_dict()
         assert all(torch.equal(v, expected[k]) for k, v in run.model.state_dict().items())
 
-    def test_eat_attacks_other_runs(self, config, tmp_path):
+    def test_eat_attacks_other_runs(self, config, tmp_path, monkeypatch):
         runs.train(config, tmp_path / "source", quiet=True)
         values = {"method": "eat", "sources": [str(tmp_path / "source")], "params": {}}
         eat = runs.resolve({**config.model_dump(), **values}, "none")
-        (source,) = runs.build_method(eat).sources
-        kept = runs.load(tmp_path / "source", "cpu").model.state_dict()
-        assert all(torch.equal(v, kept[k]) for k, v in source.state_dict().items())
-        assert not source.training
+        attacked, craft = [], methods.get("eat").craft
+
+        def noted(self, *batch):
+            attacked.extend(self.sources)
+            return craft(self, *batch)
+
+        monkeypatch.setattr(methods.get("eat"), "craft", noted)
         runs.train(eat, tmp_path / "run", quiet=True)
+        kept = runs.load(tmp_path / "source", "cpu").model.state_dict()
+        assert all(torch.equal(v, kept[k]) for k, v in attacked[0].state_dict().items())
+        assert not attacked[0].training
         assert runs.load(tmp_path / "run", "cpu").config.sources == (str(tmp_path / "source"),)
 
     def test_eat_attacks_no_run_of_other_classes(self, config, tmp_path):
@@ -259,6 +266,28 @@ class TestFolders:
         for read in (runs.read_config, runs.load):
             with pytest.raises(UserError, match=r"own was trained from Python .*surestep\.fit\("):
                 read(out)
+
+    def test_it_is_loaded_without_its_data(self, config, tmp_path):
+        result = runs.train(config, tmp_path / "run", quiet=True)
+        (tmp_path / "a.npz").unlink()
+        run = surestep.load(tmp_path / "run", "cpu")
+        assert isinstance(run, surestep.Run)
+        x = torch.rand(4, *files.read_takes(run.weights).shape)
+        assert torch.equal(run.model(x), result.model.eval()(x))
+
+    def test_an_explicit_zero_counts(self, config, tmp_path):
+        """Of a part that the method brings along."""
+        values = {**config.model_dump(), "method": "sads", "params": {}}
+        own = runs.resolve({**values, "dropout": None}, "none")
+        assert runs.build_method(own).dropout == methods.get("sads")(surestep.Linf(0.3)).dropout > 0
+        none = runs.resolve({**values, "dropout": 0}, "none")
+        assert runs.build_method(none).dropout == 0
+        runs.train(none, tmp_path / "run", quiet=True)
+        assert runs.read_config(tmp_path / "run").dropout == 0
+        fgsm = {**config.model_dump(), "method": "fgsm", "params": {}}
+        runs.train(runs.resolve(fgsm, "none"), tmp_path / "fgsm", quiet=True)
+        one, other = (tmp_path / name / "model.safetensors" for name in ("run", "fgsm"))
+        assert one.read_bytes() == other.read_bytes()
 
     def test_no_run_folder(self, tmp_path):
         with pytest.raises(UserError, match=r"is no run folder: it has no config\.yaml"):

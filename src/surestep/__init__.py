@@ -19,10 +19,12 @@ _HOMES = {
     "Evaluation": "surestep.evaluation",
     "fit": "surestep.training",
     "FitResult": "surestep.training",
+    "load": "surestep.runs",
+    "Run": "surestep.runs",
 }
 _ROOMS = (
     *("attacks", "auditing", "comparing", "data", "evaluation", "interchange"),
-    *("methods", "models", "posthoc", "report", "training"),
+    *("methods", "models", "posthoc", "report", "runs", "training"),
 )
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "Evaluation",
     "FitResult",
     "Linf",
+    "Run",
     "ThreatModel",
     "UserError",
     "attacks",
@@ -42,10 +45,12 @@ __all__ = [
     "evaluation",
     "fit",
     "interchange",
+    "load",
     "methods",
     "models",
     "posthoc",
     "report",
+    "runs",
     "training",
 ]
 
@@ -61,11 +66,13 @@ if TYPE_CHECKING:
         models,
         posthoc,
         report,
+        runs,
         training,
     )
     from surestep.auditing import Audit, audit
     from surestep.errors import UserError
     from surestep.evaluation import Evaluation, evaluate
+    from surestep.runs import Run, load
     from surestep.threat import L2, Linf, ThreatModel
     from surestep.training import FitResult, fit
 

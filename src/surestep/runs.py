@@ -114,17 +114,18 @@ def build_threat(config: RunConfig) -> ThreatModel:
 
 
 def build_method(config: RunConfig) -> Method:
-    """Build the method of a run."""
-    parts = {"label_smoothing": config.label_smoothing}
-    if config.head == "hypersphere":
-        parts["margin"] = config.head_scale * config.head_margin
-    method = methods.build(config.method, build_threat(config), config.params, **parts)
-    if config.sources:
-        if not hasattr(method, "sources"):
-            raise UserError(
-                f"{config.method} attacks no other models: leave sources out, or train with eat"
-            )
-        method.sources = [load(folder, config.device).model for folder in config.sources]
+    """Build the method of a run; the models that it attacks are loaded when it is trained.
+
+    Raises:
+        UserError: a hyperparameter is invalid, or the method attacks no other models.
+    """
+    margin = config.head_scale * config.head_margin if config.head == "hypersphere" else 0.0
+    method = methods.build(config.method, build_threat(config), config.params, margin=margin)
+    methods.settle(method, config)
+    if config.sources and not hasattr(method, "sources"):
+        raise UserError(
+            f"{config.method} attacks no other models: leave sources out, or train with eat"
+        )
     return method
 
 
@@ -236,7 +237,7 @@ def harden(
     )
     config = run.config.model_copy(update={"mean_sparse": found.threshold})
     place.make(config.model_dump(mode="json"), overwrite=overwrite)
-    files.save_weights(place.weights, found.model, files.class_names(run.weights))
+    files.save_weights(place.weights, found.model, files.read_takes(run.weights))
     return {
         "threshold": found.threshold,
         "search": found.search,
@@ -265,14 +266,19 @@ def train(
     if config.val_images:
         suite.parse_all(config.val_attacks, method.threat)
     models.check_name(config.model)
+    if models.in_file(config.model):
+        config = config.model_copy(update={"model": models.absolute(config.model)})
     images = load_data(config, "train")
-    for folder, source in zip(config.sources, getattr(method, "sources", ()), strict=True):
+    sources = [load(folder, config.device).model for folder in config.sources]
+    for folder, source in zip(config.sources, sources, strict=True):
         classes = count_classes(source, images.pixels(slice(0, 1)).to(device_of(source)))
         if classes != images.num_classes:
             raise UserError(
                 f"the source {folder} has {classes} classes, {images.name} {images.num_classes}: "
                 "give runs of the same data"
             )
+    if sources:
+        method.sources = sources  # type: ignore[attr-defined]
     settings = {name: getattr(config, name) for name in FitSettings.model_fields}
     described = {
         k: v for k, v in config.model_dump(mode="json").items() if k not in FitSettings.model_fields
@@ -316,13 +322,13 @@ def read_config(folder: str | Path) -> RunConfig:
 
 
 def load(folder: str | Path, device: str | None = None, images: Images | None = None) -> Run:
-    """Load a run folder.
+    """Load a run folder; ``surestep.load``. Its data are not needed.
 
     Args:
         folder: as written by ``surestep train``.
         device: for the model; by default the best there is.
-        images: shaped as those it was trained on, with as many classes; by default its test
-            images, from where they lay.
+        images: shaped as those it was trained on, with as many classes, for runs of older
+            versions; by default its test images, from where they lay.
 
     Raises:
         UserError: it is no run folder, or its weights are missing or damaged.
@@ -332,6 +338,10 @@ def load(folder: str | Path, device: str | None = None, images: Images | None = 
     weights = RunFolder(folder).weights
     if not weights.is_file():
         raise UserError(f"{folder} has no weights yet: continue it with --resume {folder}")
+    takes = files.read_takes(weights)
+    if takes.classes:
+        one = torch.zeros(1, *takes.shape)
+        images = Images(one, torch.zeros(1, dtype=torch.int64), takes.classes, config.dataset)
     model = build_model(config, load_data(config, "test") if images is None else images)
     files.load_weights(weights, model)
     return Run(config, model.to(pick_device(device)).eval(), build_threat(config), folder)

@@ -7,8 +7,6 @@ Nothing is ever unpickled: weights are safetensors, or a ``state_dict`` read by 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -131,7 +129,7 @@ def open_target(
         config = parse(RunConfig, {**given, "norm": norm or "linf"})
     images, limits = runs.load_data(config, split), runs.build_threat(config)
     file = RunFolder(folder).weights if of_run else Path(weights or "")
-    classes = files.class_names(file) if _has_header(file) else ()
+    classes = files.read_takes(file).classes if _has_header(file) else ()
     if of_run:
         numbered = _as_numbered(name, classes, images)
         model = _of_run(folder, device, numbered)
@@ -218,11 +216,10 @@ def _of_run(folder: Path, device: str | None, images: Images) -> nn.Module:
 
 def _check_kind(name: str) -> None:
     """Refuse what is no model, before asking what else is missing."""
-    file, colon, _ = name.rpartition(":")
     program = Path(name).suffix in (".pt", ".pth", ".ts", ".pt2")
     if name.endswith(".py"):
         raise UserError(f"{name} names no factory: write {name}:make_model")
-    if not (name.startswith(("timm:", "hf:")) or (colon and file.endswith(".py")) or program):
+    if not (name.startswith(("timm:", "hf:")) or models.in_file(name) or program):
         raise UserError(
             f"{name} is no run folder: it has no config.yaml, and no model: give {KINDS}"
         )
@@ -248,8 +245,7 @@ def _eval(model: nn.Module) -> nn.Module:
 def _load(name: str, weights: str | None, images: Images) -> nn.Module:
     if _of_timm(name):
         return _timm(name, weights, images)
-    file, colon, factory = name.rpartition(":")
-    if not (colon and file.endswith(".py")):
+    if not models.in_file(name):
         if weights is not None:
             raise UserError(
                 f"{name} has its own weights: leave --weights out; it is for FILE.py:FACTORY and "
@@ -258,43 +254,9 @@ def _load(name: str, weights: str | None, images: Images) -> nn.Module:
         if name.startswith("hf:"):
             return _hugging_face(name.removeprefix("hf:"))
         return _program(Path(name))
-    model = _call(Path(file), factory)
+    model = models.from_file(name)
     if weights is not None:
         files.load_any_weights(Path(weights), model)
-    return model
-
-
-def _call(file: Path, factory: str) -> nn.Module:
-    """Run a Python file and call the function in it that makes the model."""
-    if not file.is_file():
-        raise UserError(f"{file} is not there")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Files beside it can be imported, as if it were run; dataclasses look their module up.
-    sys.path.insert(0, str(file.parent.resolve()))
-    before = sys.modules.get(file.stem)
-    sys.modules[file.stem] = module
-    try:
-        spec.loader.exec_module(module)
-        make = getattr(module, factory, None)
-        if make is None:
-            known = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
-            raise UserError(f"{file} has no {factory!r}: it has {', '.join(known) or 'nothing'}")
-        model = make()
-    except UserError:
-        raise
-    except (Exception, SystemExit) as e:  # a script that runs, and exits, when imported
-        raise UserError(f"{file}:{factory} fails: {type(e).__name__} {e}") from e
-    finally:
-        sys.path.pop(0)
-        if before is not None:
-            sys.modules[file.stem] = before
-    if not isinstance(model, nn.Module):
-        raise UserError(
-            f"{file}:{factory} returned a {type(model).__name__}, expected a torch.nn.Module"
-        )
     return model
 
 

@@ -288,3 +288,37 @@ def test_going_on_elsewhere_is_told(cli, run):
     path.unlink()  # a run of an older version
     assert "last digits" not in cli("train", "--resume", run).err
     assert json.loads(path.read_text("utf-8")) == before
+
+
+def test_a_model_of_ones_own(done, refused, digits, tmp_path, monkeypatch):
+    """Trained by the name of the function that makes it; judged from any folder."""
+    (tmp_path / "net.py").write_text(
+        "import sys\n"
+        "sys.path.insert(0, 'elsewhere')\n"
+        "from torch import nn\n"
+        "def make():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(784, 20), nn.ReLU(), nn.Linear(20, 10))\n"
+        "def few():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(784, 3))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    path = list(sys.path)
+    data = ("--dataset", "npz", "--data", digits, "--eps", "0.3", "--val-images", "0")
+    data += ("--lr", "0.1")
+    train = ("train", "--method", "sat-r2", *data, "--epochs", "1", "--out", tmp_path / "run")
+    done(*train, "--model", "net.py:make", "--quiet")
+    assert sys.path == ["elsewhere", *path]
+    sys.path.remove("elsewhere")
+    monkeypatch.chdir(tmp_path / "run")
+    judged = ("evaluate", tmp_path / "run", "--attacks", "fgsm", "--n", "20", "--json", "-")
+    assert json.loads(done(*judged))["n"] == 20
+    again = ("train", "--config", tmp_path / "run" / "config.yaml", "--out", tmp_path / "again")
+    done(*again, "--quiet")
+    one, other = (tmp_path / name / "model.safetensors" for name in ("run", "again"))
+    assert one.read_bytes() == other.read_bytes()
+    other = (*train[:-1], tmp_path / "other", "--model")
+    assert "labels from 0 to 9, but the model has 3" in refused(*other, f"{tmp_path}/net.py:few")
+    assert "has no 'none': it has make, few" in refused(*other, f"{tmp_path}/net.py:none")
+    assert "no.py is not there" in refused(*other, f"{tmp_path}/no.py:make")
+    assert "unknown model 'lenet'" in refused(*other, "lenet")
+    assert not (tmp_path / "other").exists()

@@ -1,6 +1,7 @@
 """Image classifiers that take pixels in [0, 1]; any normalisation is inside the model."""
 
 from surestep.models._base import Classifier, Normalize
+from surestep.models._from_file import absolute, from_file, in_file
 from surestep.models._registry import check_name, create, describe, names, register
 from surestep.models.hypersphere import HypersphereHead, on_hypersphere
 from surestep.models.lenet import CNNSmall, LeNetPlus
@@ -16,9 +17,12 @@ __all__ = [
     "PreActResNet",
     "ResNet",
     "WideResNet",
+    "absolute",
     "check_name",
     "create",
     "describe",
+    "from_file",
+    "in_file",
     "names",
     "on_hypersphere",
     "register",

@@ -10,6 +10,7 @@ from torch import nn
 
 from surestep.errors import UserError, unknown_name
 from surestep.models._base import Normalize, choose_normalize
+from surestep.models._from_file import from_file, in_file
 from surestep.models._timm import PREFIX, create_timm
 
 
@@ -95,7 +96,8 @@ def create(
     """Create a model, with fresh weights unless asked, that maps pixels in [0, 1] to logits.
 
     Args:
-        name: one of ``names()``, or ``timm:NAME`` with timm installed.
+        name: one of ``names()``, ``timm:NAME`` with timm installed, or ``FILE.py:FACTORY``: what
+            a function without arguments makes, as it is.
         num_classes: number of logits.
         in_channels: channels of the images; default: the model's own (1 or 3).
         image_size: height and width of the images; default: the model's own. Models with global
@@ -112,8 +114,8 @@ def create(
 
     Raises:
         UserError: the name is unknown, a number is not positive, mean and std do not match
-            in_channels, the model cannot be built for this size, timm is not installed, or there
-            are no pretrained weights.
+            in_channels, the model cannot be built for this size, timm is not installed, there
+            are no pretrained weights, or the file makes no model.
     """
     for what, value in (
         ("num_classes", num_classes),
@@ -126,6 +128,8 @@ def create(
         return create_timm(name, num_classes, in_channels or 3, image_size, mean, std, pretrained)
     if pretrained:
         raise UserError(f"pretrained weights are timm's, of {PREFIX}NAME: for {name} name a file")
+    if in_file(name):
+        return from_file(name)
     entry = _entry(name)
     in_channels = in_channels or entry.in_channels
     return entry.build(
@@ -137,16 +141,16 @@ def create(
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that no model has; one of timm's is only known to timm.
+    """Refuse a name that no model has; one of timm's is only known to timm, a file's to the file.
 
     Raises:
         UserError: there is none of that name.
     """
-    if not name.startswith(PREFIX):
+    if not name.startswith(PREFIX) and not in_file(name):
         _entry(name)
 
 
 def _entry(name: str) -> _Entry:
     if name not in _ENTRIES:
-        raise unknown_name("model", name, [*_ENTRIES, f"{PREFIX}NAME"])
+        raise unknown_name("model", name, [*_ENTRIES, f"{PREFIX}NAME", "FILE.py:FACTORY"])
     return _ENTRIES[name]

@@ -1,0 +1,69 @@
+"""Models that a Python file of the user's makes: FILE.py:FACTORY."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from torch import nn
+
+from surestep.errors import UserError
+
+
+def in_file(name: str) -> bool:
+    """Tell whether a model's name is FILE.py:FACTORY."""
+    file, colon, _ = name.rpartition(":")
+    return bool(colon) and file.endswith(".py")
+
+
+def absolute(name: str) -> str:
+    """Return the name that says the same from any folder."""
+    file, _, factory = name.rpartition(":")
+    return f"{Path(file).resolve()}:{factory}"
+
+
+def from_file(name: str) -> nn.Module:
+    """Run a Python file and call the function in it that makes the model.
+
+    Args:
+        name: FILE.py:FACTORY; the factory takes no arguments.
+
+    Raises:
+        UserError: there is no such file or function, it fails, or it makes no module.
+    """
+    path, _, factory = name.rpartition(":")
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"{file} is not there")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Files beside it can be imported, as if it were run; dataclasses look their module up.
+    folder = str(file.parent.resolve())
+    sys.path.insert(0, folder)
+    before = sys.modules.get(file.stem)
+    sys.modules[file.stem] = module
+    try:
+        spec.loader.exec_module(module)
+        make = getattr(module, factory, None)
+        if make is None:
+            known = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
+            raise UserError(f"{file} has no {factory!r}: it has {', '.join(known) or 'nothing'}")
+        model = make()
+    except UserError:
+        raise
+    except (Exception, SystemExit) as e:  # a script that runs, and exits, when imported
+        raise UserError(f"{file}:{factory} fails: {type(e).__name__} {e}") from e
+    finally:
+        with suppress(ValueError):  # the file may have changed the path itself
+            sys.path.remove(folder)
+        if before is not None:
+            sys.modules[file.stem] = before
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"{file}:{factory} returned a {type(model).__name__}, expected a torch.nn.Module"
+        )
+    return model

@@ -48,6 +48,8 @@ FIELDS = [
     *("pgd_margin", "worst_case", "n", "verdict", "found", "found_by", "flags", "audit_n"),
     *("audit_seconds", "settings", "params", "commit", "torch", "machine", "date", "command"),
 ]
+DIVERGED = "diverged"
+"""In place of a verdict, where the loss became NaN: such a row counts in no mean."""
 MULTI_STEP = {"steps": 7, "alpha": 0.1}
 """Of attacks in training that take 40 steps of 0.01 on MNIST otherwise."""
 
@@ -173,14 +175,27 @@ def train_judge_audit(row: Row, data: str | None) -> dict[str, Any]:
     import torch
 
     from surestep import audit, evaluate, runs
-    from surestep.training import Engine
+    from surestep.training import Engine, TrainingDiverged
 
     board = BOARDS[row.recipe]
     config = runs.resolve({"method": row.method, "seed": row.seed, **row.changes}, row.recipe)
     config = config.model_copy(update={"data": data, "val_images": 0})
     # Of one thread: what else the machine does at the time does not count.
     begin = time.process_time()
-    fitted = runs.train(config, None, quiet=True)
+    about = {
+        "board": row.recipe,
+        "method": row.method,
+        "eps": round(config.eps, 4),
+        "seed": row.seed,
+        "passes": round(runs.build_method(config).cost(config.batch_size).total, 2),
+        "settings": json.dumps({k: v for k, v in row.changes.items() if k != "params"}),
+        "params": json.dumps(config.params),
+        "torch": torch.__version__,
+    }
+    try:
+        fitted = runs.train(config, None, quiet=True)
+    except TrainingDiverged as e:
+        return {**about, "verdict": DIVERGED, "found_by": str(e).partition(";")[0]}
     seconds = time.process_time() - begin
     engine, threat, pgd = Engine.choose(), runs.build_threat(config), f"pgd-{board.steps}"
     model, test = engine.place(fitted.model), runs.load_data(config, "test")
@@ -188,11 +203,7 @@ def train_judge_audit(row: Row, data: str | None) -> dict[str, Any]:
     judged = evaluate(model, test, threat, attacks, n=board.n, precision=engine.precision)
     audited = audit(model, test, threat, budget="quick", n=board.audit_n)
     return {
-        "board": row.recipe,
-        "method": row.method,
-        "eps": round(config.eps, 4),
-        "seed": row.seed,
-        "passes": round(runs.build_method(config).cost(config.batch_size).total, 2),
+        **about,
         "train_cpu_seconds": round(seconds, 1),
         "clean": judged.clean_accuracy,
         "fgsm": judged.robust_accuracy["fgsm"],
@@ -206,9 +217,6 @@ def train_judge_audit(row: Row, data: str | None) -> dict[str, Any]:
         "flags": sum(check.flagged for check in audited.checks),
         "audit_n": audited.n,
         "audit_seconds": round(audited.seconds, 1),
-        "settings": json.dumps({k: v for k, v in row.changes.items() if k != "params"}),
-        "params": json.dumps(config.params),
-        "torch": torch.__version__,
     }
 
 
@@ -218,6 +226,9 @@ def run(entry: str, row: Row, args: argparse.Namespace) -> None:
     result = run_alone(row, args.board, threads=1, data=args.data)
     if result:
         append(args.out, FIELDS, {**result, "entry": entry})
+        if result["verdict"] == DIVERGED:
+            print(f"{entry} seed {row.seed}: {result['found_by']}", flush=True)
+            return
         print(
             f"{time.time() - begin:4.0f} s  {entry} eps {result['eps']} seed {row.seed}: clean "
             f"{result['clean']:.3f} fgsm {result['fgsm']:.3f} worst {result['worst_case']:.3f} "
@@ -243,9 +254,12 @@ def means(found: list[dict[str, str]]) -> list[Means]:
         plain.setdefault(one["machine"], []).append(float(one["train_cpu_seconds"]))
     lines = []
     for entry, measured in groups.items():
-        mine = list({(r["eps"], r["seed"]): r for r in measured}.values())
+        latest = list({(r["eps"], r["seed"]): r for r in measured}.values())
+        mine = [r for r in latest if r["verdict"] != DIVERGED]
+        if not mine:
+            continue
         worst = [100 * float(r["worst_case"]) for r in mine]
-        verdicts = [r["verdict"] for r in mine]
+        verdicts = [r["verdict"] for r in latest]
         ratios = [
             float(r["train_cpu_seconds"]) / statistics.mean(plain[r["machine"]])
             for r in mine

@@ -320,13 +320,13 @@ class TestWeights:
         files.save_weights(tmp_path / "w", net)
         net.load_state_dict(safetensors.torch.load_file(tmp_path / "w"))
 
-    def test_what_a_model_takes(self, tmp_path):
-        for takes in (files.Takes(), files.Takes(("ape", "bee, \u00e4"), (3, 8, 8))):
-            files.save_weights(tmp_path / "w", nn.Linear(2, 2), takes)
-            assert files.read_takes(tmp_path / "w") == takes
+    def test_what_a_model_takes_and_gives(self, tmp_path):
+        for signature in (files.Signature(), files.Signature(("ape", "bee, \u00e4"), (3, 8, 8))):
+            files.save_weights(tmp_path / "w", nn.Linear(2, 2), signature)
+            assert files.read_signature(tmp_path / "w") == signature
             files.load_weights(tmp_path / "w", nn.Linear(2, 2))
         with pytest.raises(UserError, match="does not exist"):
-            files.read_takes(tmp_path / "none")
+            files.read_signature(tmp_path / "none")
 
     def test_tied_weights(self, tmp_path):
         net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))

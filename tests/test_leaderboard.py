@@ -114,3 +114,12 @@ def test_the_best_sat_is_held_against_the_best_of_the_rest():
     assert "-3.0 points" in text
     # Nothing to compare with.
     assert board.against(board.means(rows[1:2])) == ""
+
+
+def test_a_seed_that_diverged_is_named_and_counts_in_no_mean():
+    gone = {**line("one", 1, "", board.DIVERGED, ""), "clean": "", "fgsm": "", "found": ""}
+    rows = [line("standard", 0, 0.0, "not robust", 40), line("one", 0, 0.8, "robust", 80), gone]
+    one, _ = board.means(rows)
+    assert (one["worst"], one["spread"], one["seeds"]) == (pytest.approx(80), None, 1)
+    assert one["verdict"] == "robust (1), diverged (1)"
+    assert [found["entry"] for found in board.means([gone])] == []

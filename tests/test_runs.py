@@ -272,7 +272,7 @@ class TestFolders:
         (tmp_path / "a.npz").unlink()
         run = surestep.load(tmp_path / "run", "cpu")
         assert isinstance(run, surestep.Run)
-        x = torch.rand(4, *files.read_takes(run.weights).shape)
+        x = torch.rand(4, *files.read_signature(run.weights).shape)
         assert torch.equal(run.model(x), result.model.eval()(x))
 
     def test_an_explicit_zero_counts(self, config, tmp_path):

@@ -88,7 +88,7 @@ def load_tree(path: Path) -> Any:
         raise UserError(f"{path} is corrupt ({e}): restore it or remove it") from e
 
 
-class Takes(NamedTuple):
+class Signature(NamedTuple):
     """What a model takes and gives.
 
     Attributes:
@@ -100,14 +100,14 @@ class Takes(NamedTuple):
     shape: tuple[int, ...] = ()
 
 
-def save_weights(path: Path, model: nn.Module, takes: Takes | None = None) -> None:
+def save_weights(path: Path, model: nn.Module, signature: Signature | None = None) -> None:
     """Save a model's parameters and buffers as safetensors.
 
     Tensors that share memory (tied weights) are written once under each name. The header has what
-    the model takes, if that is known.
+    the model takes and gives, if that is known.
     """
     state = {k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items()}
-    header = {k: json.dumps(v) for k, v in takes._asdict().items()} if takes else {}
+    header = {k: json.dumps(v) for k, v in signature._asdict().items()} if signature else {}
     write_atomically(path, _in_order(safetensors.torch.save(state, {"format": "pt", **header})))
 
 
@@ -121,7 +121,7 @@ def _in_order(content: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[begin:]
 
 
-def read_takes(path: Path) -> Takes:
+def read_signature(path: Path) -> Signature:
     """Return what ``save_weights`` was told of the model; empty if it was told nothing.
 
     Raises:
@@ -129,7 +129,7 @@ def read_takes(path: Path) -> Takes:
     """
     with _opened(path) as f:
         header = f.metadata() or {}
-    return Takes(*(tuple(json.loads(header.get(name, "[]"))) for name in Takes._fields))
+    return Signature(*(tuple(json.loads(header.get(name, "[]"))) for name in Signature._fields))
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

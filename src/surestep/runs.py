@@ -237,7 +237,7 @@ def harden(
     )
     config = run.config.model_copy(update={"mean_sparse": found.threshold})
     place.make(config.model_dump(mode="json"), overwrite=overwrite)
-    files.save_weights(place.weights, found.model, files.read_takes(run.weights))
+    files.save_weights(place.weights, found.model, files.read_signature(run.weights))
     return {
         "threshold": found.threshold,
         "search": found.search,
@@ -338,10 +338,10 @@ def load(folder: str | Path, device: str | None = None, images: Images | None = 
     weights = RunFolder(folder).weights
     if not weights.is_file():
         raise UserError(f"{folder} has no weights yet: continue it with --resume {folder}")
-    takes = files.read_takes(weights)
-    if takes.classes:
-        one = torch.zeros(1, *takes.shape)
-        images = Images(one, torch.zeros(1, dtype=torch.int64), takes.classes, config.dataset)
+    signature = files.read_signature(weights)
+    if signature.classes:
+        one = torch.zeros(1, *signature.shape)
+        images = Images(one, torch.zeros(1, dtype=torch.int64), signature.classes, config.dataset)
     model = build_model(config, load_data(config, "test") if images is None else images)
     files.load_weights(weights, model)
     return Run(config, model.to(pick_device(device)).eval(), build_threat(config), folder)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from surestep import data, files, models, runs
+from surestep.attacks.core import device_of
 from surestep.config import RunConfig, parse
 from surestep.data import Images, number_names
 from surestep.devices import pick_device
@@ -129,7 +130,7 @@ def open_target(
         config = parse(RunConfig, {**given, "norm": norm or "linf"})
     images, limits = runs.load_data(config, split), runs.build_threat(config)
     file = RunFolder(folder).weights if of_run else Path(weights or "")
-    classes = files.read_takes(file).classes if _has_header(file) else ()
+    classes = files.read_signature(file).classes if _has_header(file) else ()
     if of_run:
         numbered = _as_numbered(name, classes, images)
         model = _of_run(folder, device, numbered)
@@ -149,6 +150,23 @@ def open_target(
         "; ".join(filter(None, notes)),
         {"dataset": config.dataset, "split": split},
     )
+
+
+def open_source(name: str, target: Target) -> nn.Module:
+    """Load another model for a target's images, to make points on, onto the target's device.
+
+    Args:
+        name: as of ``open_target``; other weights than its own are loaded by its factory.
+        target: whose images and device.
+
+    Raises:
+        UserError: it is no model.
+    """
+    device = device_of(target.model)
+    if Path(name).is_dir():
+        return runs.load(name, str(device)).model
+    _check_kind(name)
+    return _eval(_load(name, None, target.images).to(device))
 
 
 def _has_header(file: Path) -> bool:

@@ -288,7 +288,7 @@ def test_a_folder_with_some_of_the_classes_that_a_run_was_trained_on(cli, tmp_pa
     train = ("train", "--method", "standard", "--dataset", "folder", "--data", tmp_path / "all")
     out = tmp_path / "run"
     assert cli(*train, *model, "--lr", "0.02", "--epochs", "30", "--batch-size", "8", "--out", out)
-    assert files.read_takes(out / "model.safetensors") == (("dark", "grey", "white"), (3, 8, 8))
+    assert files.read_signature(out / "model.safetensors") == (("dark", "grey", "white"), (3, 8, 8))
 
     def judged(*place):
         result = cli("evaluate", out, "--attacks", "fgsm", "--json", "-", *place)

@@ -119,6 +119,30 @@ def test_sources_are_where_the_model_is(cli, finished, monkeypatch):
     assert len(given) == 1
 
 
+def test_sources_of_any_kind(done, refused, finished, tmp_path):
+    """The points of the model itself break it as its own gradients do; those of another do not."""
+    (tmp_path / "net.py").write_text(
+        "from surestep import files, models\n"
+        "from pathlib import Path\n"
+        "def same():\n"
+        "    net = models.create('cnn-small', 10)\n"
+        f"    files.load_weights(Path({str(finished / 'model.safetensors')!r}), net)\n"
+        "    return net\n"
+        "def other():\n"
+        "    return models.create('cnn-small', 10)\n"
+    )
+
+    def left(*source):
+        args = ("evaluate", finished, "--attacks", "transfer", "--n", "40", "--json", "-")
+        return json.loads(done(*args, *source))["robust_accuracy"]["transfer"]
+
+    same = left("--source", f"{tmp_path}/net.py:same")
+    assert same == left("--source", finished)
+    assert same < left("--source", f"{tmp_path}/net.py:other")
+    refusal = refused("evaluate", finished, "--attacks", "transfer", "--source", tmp_path / "none")
+    assert "no run folder" in refusal
+
+
 def test_a_curve_is_shown_too(done, finished):
     out = done("evaluate", finished, "--attacks", "fgsm", "--n", "20", "--eps", "0.1,0.2,0.3")
     assert [f"worst case at eps {eps}" in out for eps in (0.1, 0.2, 0.3)] == [True, True, False]

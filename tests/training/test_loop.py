@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -1376,6 +1377,61 @@ class TestLoaders:
         assert [row["step"] for row in result.history] == [4, 8]
         with pytest.raises(UserError, match=r"max_memory \(1\) needs the shape of an image"):
             tiny.train(data=loader, validation=tiny.data(8), max_memory=1.0)
+
+
+class TestStreams:
+    """Data without a length, and without an end."""
+
+    @pytest.fixture
+    def stream(self, tiny):
+        class Stream(IterableDataset):
+            epoch = 0
+
+            def set_epoch(self, epoch):
+                self.epoch = epoch
+
+            def __iter__(self):
+                x, y = tiny.data()
+                for i in itertools.count(7 * self.epoch):
+                    yield x[i % 64] + 0.1 * torch.rand(1, 8, 8), y[i % 64]
+
+        return lambda: DataLoader(Stream(), 10, collate_fn=Clipped())
+
+    def train(self, tiny, stream, **settings):
+        held = {"validation": tiny.data(8), "checkpoint_every": 2}
+        return tiny.train("sat-r2", data=stream(), steps_per_epoch=5, **held, **settings)
+
+    def test_epochs_are_as_long_as_is_said(self, tiny, stream, tmp_path):
+        result = self.train(tiny, stream, out=tmp_path / "run")
+        assert [row["step"] for row in result.history] == [5, 10]
+
+    @pytest.mark.parametrize("after", STOPS.values())
+    def test_resume(self, tiny, stream, stopping, tmp_path, after):
+        whole, out = tmp_path / "whole", tmp_path / "run"
+        self.train(tiny, stream, out=whole)
+        stopping(after, lambda: self.train(tiny, stream, out=out))
+        self.train(tiny, stream, out=out, resume=True)
+        assert tiny.weights(out) == tiny.weights(whole)
+        assert tiny.rows(out) == tiny.rows(whole)
+
+    def test_what_is_refused(self, tiny, stream):
+        with pytest.raises(UserError, match=r"has no length, .*: give steps_per_epoch with a Data"):
+            tiny.train(data=stream(), validation=tiny.data(8))
+        with pytest.raises(UserError, match="steps_per_epoch 0: give 1 or more"):
+            tiny.train(steps_per_epoch=0)
+        with pytest.raises(UserError, match=r"steps_per_epoch \(5\) is of a DataLoader: other"):
+            tiny.train(steps_per_epoch=5)
+        short = DataLoader(TensorDataset(*tiny.data()), 10)
+        with pytest.raises(UserError, match="ended after 7 of 9 batches of an epoch: give fewer"):
+            tiny.train(data=short, validation=tiny.data(8), steps_per_epoch=9)
+
+
+class Clipped:
+    """Put the pairs of a batch together, and their noise back into the range."""
+
+    def __call__(self, pairs):
+        x, y = zip(*pairs, strict=True)
+        return torch.stack(x).clamp(0, 1), torch.stack(y)
 
 
 def test_a_log_has_a_line_a_minute(tiny, monkeypatch, capsys):

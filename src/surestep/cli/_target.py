@@ -68,8 +68,9 @@ def source_option(otherwise: str) -> Callable[..., Any]:
         "--source",
         "sources",
         multiple=True,
-        metavar="RUN",
-        help="A run folder whose points the transfer attack tries; may be repeated. " + otherwise,
+        metavar="MODEL",
+        help="A model (named as MODEL is) whose points the transfer attack tries; may be repeated. "
+        + otherwise,
     )
 
 
@@ -86,12 +87,12 @@ def open_target(
     """Take the options of ``target_options`` out of a command's values and load the model.
 
     Returns:
-        It, and the models of ``source_option``'s run folders, on the same device.
+        It, and the models of ``source_option``, on the same device.
 
     Raises:
-        UserError: see ``surestep.targets.open_target``; or a source is no run folder.
+        UserError: see ``surestep.targets.open_target``; or a source is no model.
     """
-    from surestep import runs, targets
+    from surestep import targets
     from surestep.training.engine import keep_freed_memory
 
     keep_freed_memory()  # else every attack step pays page faults for its activations again
@@ -103,7 +104,7 @@ def open_target(
         click.echo(f"judged on the {options['split']} split, not on test images", err=True)
     for note in filter(None, (target.images.note, target.note)):
         click.echo(note, err=True)
-    return target, [runs.load(folder, options["device"]).model for folder in sources]
+    return target, [targets.open_source(name, target) for name in sources]
 
 
 def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:

@@ -13,9 +13,9 @@ from surestep import methods as zoo
 from surestep import runs
 from surestep.comparing._run import (
     KEPT,
-    Asked,
     Failed,
     Job,
+    Judging,
     bring_to_end,
     epochs_done,
     finished,
@@ -161,7 +161,7 @@ def _asked(
     audit: str | None,
     n: int,
     batch_size: int | None,
-) -> Asked:
+) -> Judging:
     if attacks is not None and budget is not None:
         raise UserError("attacks and budget exclude each other: give one of them")
     if audit is not None:
@@ -172,7 +172,7 @@ def _asked(
         raise UserError(f"eval_batch_size {batch_size}: give 1 or more")
     if attacks is None:
         attacks = ATTACKS if budget is None else suite.budget(budget)
-    return Asked(tuple(dict.fromkeys(attacks)), audit, n, batch_size)
+    return Judging(tuple(dict.fromkeys(attacks)), audit, n, batch_size)
 
 
 def _distinct(what: str, values: list[Any]) -> list[Any]:
@@ -199,7 +199,7 @@ def _numbered(base: str) -> Iterable[str]:
         number += 1
 
 
-def _compare(jobs: list[Job], asked: Asked, tell: Tell) -> Comparison:
+def _compare(jobs: list[Job], asked: Judging, tell: Tell) -> Comparison:
     """Check everything, then train and judge one run after another."""
     images = _check_alike(jobs)
     rows = _group(jobs)
@@ -319,7 +319,7 @@ def _conclude(
     groups: dict[str, list[Job]],
     outcomes: dict[str, dict[str, Any]],
     failures: list[Failure],
-    asked: Asked,
+    asked: Judging,
 ) -> Comparison:
     """Make the table of what each run gave."""
     ended = [job for job in jobs if job.label in outcomes]
@@ -373,7 +373,7 @@ def _notes(
     rows: list[Row],
     outcomes: dict[str, dict[str, Any]],
     failures: list[Failure],
-    asked: Asked,
+    asked: Judging,
 ) -> list[str]:
     """Say what a reader must know to read the table right."""
     notes = []

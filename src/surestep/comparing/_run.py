@@ -49,7 +49,7 @@ KEPT = "comparison.json"
 
 
 @dataclass(frozen=True)
-class Asked:
+class Judging:
     """How every run is judged."""
 
     attacks: tuple[str, ...]
@@ -115,7 +115,7 @@ def finished(folder: Path, config: RunConfig) -> bool:
     return not steps or max(steps) >= int(run.history()[-1]["step"])
 
 
-def read(job: Job, asked: Asked) -> dict[str, Any]:
+def read(job: Job, asked: Judging) -> dict[str, Any]:
     """Return what is known of a run, before anything is made.
 
     Raises:
@@ -211,7 +211,7 @@ def _kept(path: Path) -> dict[str, Any] | None:
 
 
 def bring_to_end(
-    job: Job, kept: dict[str, Any], asked: Asked, images: Images, told: str, tell: Tell
+    job: Job, kept: dict[str, Any], asked: Judging, images: Images, told: str, tell: Tell
 ) -> dict[str, Any]:
     """Bring a run to its end: train, evaluate, audit, whatever of these is missing."""
     trained = None

@@ -59,10 +59,7 @@ MNIST_RS = Preset(
 # Small batches take more steps in an epoch; a radius that grows at first spares the time at chance.
 MNIST_SPEED = replace(
     MNIST_FAST,
-    settings={
-        **MNIST_FAST.settings,
-        **{"epochs": 2, "batch_size": 64, "eps_warmup": 0.7},
-    },
+    settings={**MNIST_FAST.settings, "epochs": 2, "batch_size": 64, "eps_warmup": 0.7},
     source="ours: benchmarks/search.py, benchmarks/time_to_robust.py",
 )
 MNIST_DEMO = replace(
@@ -70,7 +67,9 @@ MNIST_DEMO = replace(
     # Minutes long: no time to try engines out.
     settings={
         **MNIST_SPEED.settings,
-        **{"val_images": 100, "select": "last", "engine": "fast"},
+        "val_images": 100,
+        "select": "last",
+        "engine": "fast",
     },
     source="ours: what `surestep demo` trains",
 )
@@ -94,7 +93,10 @@ CIFAR_SPEED = replace(
     CIFAR_RESNET,
     settings={
         **CIFAR_RESNET.settings,
-        **{"epochs": 4, "batch_size": 64, "lr": 0.2, "schedule": "onecycle"},
+        "epochs": 4,
+        "batch_size": 64,
+        "lr": 0.2,
+        "schedule": "onecycle",
     },
     model="preactresnet10-slim",
     source="ours: benchmarks/search.py, benchmarks/time_to_robust.py",

@@ -101,6 +101,7 @@ def fit(
     quiet: bool = False,
     device: str | None = None,
     workers: int = 0,
+    steps_per_epoch: int | None = None,
     describe: Mapping[str, Any] | None = None,
     on_epoch: Callable[[dict[str, Any], nn.Module], None] | None = None,
     **settings: Any,
@@ -129,6 +130,8 @@ def fit(
         quiet: show nothing.
         device: such as "cpu" or "cuda"; by default the best there is.
         workers: processes that load the images of a Dataset; a DataLoader has its own.
+        steps_per_epoch: batches of an epoch of a DataLoader that streams, and has no length. Each
+            epoch begins the stream anew (``set_epoch`` tells its dataset which).
         describe: written to ``config.yaml`` before the settings.
         on_epoch: called in the first process after each epoch with its row of the history and the
             model that was judged (the average, if there is one): for loggers.
@@ -172,8 +175,11 @@ def fit(
         run.check_same({**describe, **config.model_dump(mode="json")})
     if workers < 0:
         raise UserError(f"workers {workers}: give 0 or more")
+    if steps_per_epoch is not None and steps_per_epoch < 1:
+        raise UserError(f"steps_per_epoch {steps_per_epoch}: give 1 or more")
+    loading = {"workers": workers, "steps": steps_per_epoch}
     trainer = _Trainer(
-        model, data, method, config, accelerator, target, run, validation, quiet, workers, on_epoch
+        model, data, method, config, accelerator, target, run, validation, quiet, loading, on_epoch
     )
     # Only now is everything checked: a mistake must not cost an old run.
     accelerator.wait_for_everyone()
@@ -251,7 +257,7 @@ class _Trainer:
         run: RunFolder | None,
         validation: Any,
         quiet: bool,
-        workers: int,
+        loading: dict[str, Any],
         on_epoch: Callable[[dict[str, Any], nn.Module], None] | None,
     ) -> None:
         _check_together(config, method)
@@ -268,8 +274,8 @@ class _Trainer:
         self.images = len(train) if isinstance(train, Images) else 0
         self.labelled = share_of(train.y >= 0) if isinstance(train, Images) else 1.0
         inside = isinstance(train, Images)
-        self.takes = files.Takes(train.classes, train.image_shape) if inside else None
-        self.source = self._open(train, workers)
+        self.signature = files.Signature(train.classes, train.image_shape) if inside else None
+        self.source = self._open(train, loading)
         self.total = self._count_steps()
         # Images of a step, of this process.
         self.share = math.ceil(config.batch_size / accelerator.num_processes)
@@ -310,7 +316,7 @@ class _Trainer:
         self.at = RunState()
         self.stop = StopRequest()
 
-    def _open(self, train: Any, workers: int) -> Source:
+    def _open(self, train: Any, loading: dict[str, Any]) -> Source:
         """Return the source of batches.
 
         Raises:
@@ -339,8 +345,8 @@ class _Trainer:
                 rank=self.accelerator.process_index,
                 world=self.accelerator.num_processes,
                 prepare=prepare,
-                workers=workers,
                 bounds=self.threat.bounds,
+                **loading,
             )
 
     def _count_steps(self) -> int:
@@ -685,7 +691,7 @@ class _Trainer:
             rows = "".join(json.dumps(r) + "\n" for r in self.at.history)
             files.write_atomically(self.run.metrics, rows)
             if self.at.best_epoch == self.at.epoch:
-                files.save_weights(self.run.weights, self.judged, self.takes)
+                files.save_weights(self.run.weights, self.judged, self.signature)
         if self.at.best_epoch == self.at.epoch:
             self._best = {} if self.run else _copy(self.judged.state_dict())
         self._save(Sums(self.device))

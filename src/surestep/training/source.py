@@ -23,7 +23,10 @@ from surestep.data import Batches, Images, as_images, as_pair, as_pixels, augmen
 from surestep.errors import UserError
 from surestep.training.checkpoint import OwnRandom
 
-_NO_LENGTH = "has no length, which schedules need: give a Dataset with __len__ and __getitem__"
+_NO_LENGTH = (
+    "has no length, which schedules need: give steps_per_epoch with a DataLoader, or a Dataset "
+    "with __len__ and __getitem__"
+)
 
 Batch = tuple[Tensor, Tensor, Tensor | None]
 
@@ -55,6 +58,7 @@ class LoaderSource:
         loader: yields pairs (x, y).
         device: where batches are wanted.
         bounds: the data range; where it is [0, 1], bytes are made pixels.
+        steps: batches of an epoch, of a loader that streams; by default its length.
 
     Raises:
         UserError: the loader has no length.
@@ -65,10 +69,11 @@ class LoaderSource:
         loader: DataLoader,
         device: torch.device,
         bounds: tuple[float, float] = (0.0, 1.0),
+        steps: int | None = None,
     ) -> None:
-        self.loader, self.device, self.bounds = loader, device, bounds
+        self.loader, self.device, self.bounds, self._most = loader, device, bounds, steps
         try:
-            self.steps_per_epoch = len(loader)
+            self.steps_per_epoch = len(loader) if steps is None else steps
         except TypeError:
             raise UserError(f"the DataLoader {_NO_LENGTH}") from None
 
@@ -88,13 +93,20 @@ class LoaderSource:
 
     def _batches(self, random: OwnRandom) -> Iterator[Batch]:
         # Order and transforms must not depend on what the steps in between draw.
+        made = 0
         with random.used():
             batches = iter(self.loader)
-        while True:
+        while self._most is None or made < self._most:
             with random.used():
                 batch = next(batches, None)
             if batch is None:
+                if self._most is not None:
+                    raise UserError(
+                        f"the DataLoader ended after {made} of {self._most} batches of an epoch: "
+                        "give fewer steps_per_epoch, or a stream that goes on"
+                    )
                 return
+            made += 1
             x, y = as_pair(batch)
             x, y = (t.to(self.device, non_blocking=self.device.type == "cuda") for t in (x, y))
             yield as_pixels(x, self.bounds), y, None
@@ -259,6 +271,7 @@ def make_source(
     prepare: Any,
     workers: int = 0,
     bounds: tuple[float, float] = (0.0, 1.0),
+    steps: int | None = None,
 ) -> Source:
     """Return the source of batches for any kind of data.
 
@@ -274,10 +287,15 @@ def make_source(
             where there are several: it makes another of it.
         workers: processes that load a Dataset's images.
         bounds: the data range.
+        steps: batches of an epoch of a DataLoader; by default its length.
 
     Raises:
         UserError: augmentation of data not held in memory; a batch size that cannot be divided.
     """
+    if steps is not None and not isinstance(data, DataLoader):
+        raise UserError(
+            f"steps_per_epoch ({steps}) is of a DataLoader: other data have as many as they have"
+        )
     if not isinstance(data, DataLoader | Dataset):
         return Batches(
             data,
@@ -325,4 +343,4 @@ def make_source(
             "the DataLoader has a DistributedSampler, and its batches are shared out over the "
             "processes here: give one without"
         )
-    return LoaderSource(prepare(data) if world > 1 else data, device, bounds)
+    return LoaderSource(prepare(data) if world > 1 else data, device, bounds, steps)

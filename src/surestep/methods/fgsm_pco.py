@@ -33,7 +33,8 @@ class FGSMPCO(Method):
     remembers = True
     kept = ("_delta",)
     presets = {
-        "mnist": recipe(MNIST_ZOO, lam=10.0),
+        # Of two seeds one diverges at eps 0.3 without (leaderboard.csv).
+        "mnist": recipe(MNIST_ZOO, lam=10.0, settings={"clip_grad": 1.0}),
         "cifar10": recipe(CIFAR_RESNET, lam=10.0, settings=smoothed(10)),
         "cifar100": recipe(CIFAR100_RESNET, lam=10.0, settings=smoothed(100)),
     }

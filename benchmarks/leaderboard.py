@@ -6,8 +6,8 @@
     python benchmarks/leaderboard.py --table docs/leaderboard.md
 
 A row is a method, a radius and a seed: trained as the board's protocol says with the method's own
-parameters (and label smoothing, growth of eps, clipping) for that data, judged on test images by FGSM and
-PGD on cross entropy and margin, and audited, so that a masked row is marked as one. Every row has
+parameters (and label smoothing, growth of eps, clipping) for that data, judged on test images by
+FGSM and PGD on cross entropy and margin, and audited, so that a masked row is marked as one. Every row has
 one thread, and seconds are its CPU's. Rows that the CSV holds are skipped, unless the parameters
 have changed since; then the later row counts. A stopped board goes on where it was, seed after
 seed, so that all methods have one seed before any has two. Nothing is selected: the last weights

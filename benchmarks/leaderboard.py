@@ -7,11 +7,11 @@
 
 A row is a method, a radius and a seed: trained as the board's protocol says with the method's own
 parameters (and label smoothing, growth of eps, clipping) for that data, judged on test images by
-FGSM and PGD on cross entropy and margin, and audited, so that a masked row is marked as one. Every row has
-one thread, and seconds are its CPU's. Rows that the CSV holds are skipped, unless the parameters
-have changed since; then the later row counts. A stopped board goes on where it was, seed after
-seed, so that all methods have one seed before any has two. Nothing is selected: the last weights
-are judged.
+FGSM and PGD on cross entropy and margin, and audited, so that a masked row is marked as one. Every
+row has one thread, and seconds are its CPU's. Rows that the CSV holds are skipped, unless the
+parameters have changed since; then the later row counts. A stopped board goes on where it was, seed
+after seed, so that all methods have one seed before any has two. Nothing is selected: the last
+weights are judged.
 
 The protocol is the FastAT benchmark's (arXiv 2604.22853) made small enough for two cores: fewer
 epochs, smaller networks, and multi-step attacks in training of 7 steps at most.

@@ -107,7 +107,8 @@ def save_weights(path: Path, model: nn.Module, signature: Signature | None = Non
     the model takes and gives, if that is known.
     """
     state = {k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items()}
-    header = {k: json.dumps(v) for k, v in signature._asdict().items()} if signature else {}
+    told = signature._asdict() if signature else {}
+    header = {f"surestep.{name}": json.dumps(value) for name, value in told.items()}
     write_atomically(path, _in_order(safetensors.torch.save(state, {"format": "pt", **header})))
 
 
@@ -129,7 +130,8 @@ def read_signature(path: Path) -> Signature:
     """
     with _opened(path) as f:
         header = f.metadata() or {}
-    return Signature(*(tuple(json.loads(header.get(name, "[]"))) for name in Signature._fields))
+    told = (header.get(f"surestep.{name}", "[]") for name in Signature._fields)
+    return Signature(*(tuple(json.loads(value)) for value in told))
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

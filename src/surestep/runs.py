@@ -49,6 +49,11 @@ class Run:
     folder: Path
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the model's outputs; none of runs of older versions."""
+        return files.read_signature(self.weights).classes
+
+    @property
     def weights(self) -> Path:
         """The file of the weights."""
         return RunFolder(self.folder).weights
@@ -106,6 +111,13 @@ def usual_preset(method: str, dataset: str) -> str | None:
     name = dataset.partition(":")[0]
     known = methods.get(method).presets
     return next((n for n in (name, _ALIKE.get(name)) if n in known), None)
+
+
+def from_anywhere(config: RunConfig) -> RunConfig:
+    """Return settings that name the same model from any folder."""
+    if not models.in_file(config.model):
+        return config
+    return config.model_copy(update={"model": models.absolute(config.model)})
 
 
 def build_threat(config: RunConfig) -> ThreatModel:
@@ -266,8 +278,7 @@ def train(
     if config.val_images:
         suite.parse_all(config.val_attacks, method.threat)
     models.check_name(config.model)
-    if models.in_file(config.model):
-        config = config.model_copy(update={"model": models.absolute(config.model)})
+    config = from_anywhere(config)
     images = load_data(config, "train")
     sources = [load(folder, config.device).model for folder in config.sources]
     for folder, source in zip(config.sources, sources, strict=True):

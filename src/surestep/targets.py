@@ -160,13 +160,19 @@ def open_source(name: str, target: Target) -> nn.Module:
         target: whose images and device.
 
     Raises:
-        UserError: it is no model.
+        UserError: it is no model, or numbers the classes otherwise than the target.
     """
     device = device_of(target.model)
     if Path(name).is_dir():
-        return runs.load(name, str(device)).model
-    _check_kind(name)
-    return _eval(_load(name, None, target.images).to(device))
+        run = runs.load(name, str(device))
+        model, classes = run.model, run.classes
+    else:
+        _check_kind(name)
+        model = _eval(_load(name, None, target.images).to(device))
+        classes = _names_of(model)
+    if _as_numbered(name, classes, target.images) is not target.images:
+        raise UserError(f"the source {name} numbers the classes otherwise: give one of the same")
+    return model
 
 
 def _has_header(file: Path) -> bool:
@@ -196,7 +202,10 @@ def _as_numbered(name: str, theirs: Sequence[str], images: Images) -> Images:
     if tuple(ours) == tuple(theirs) or not known or ambiguous:
         return images
     unknown = [one for one in ours if one not in known]
-    if unknown and tuple(ours) == number_names(len(ours)):  # numbers, not names
+    numbers = any(tuple(names) == number_names(len(names)) for names in (ours, theirs))
+    # One or another may be called otherwise, where those that are not stand where they stand.
+    alike = len(ours) == len(theirs) and all(ours.index(k) == theirs.index(k) for k in known)
+    if unknown and (numbers or alike):
         return images
     if unknown:
         raise UserError(

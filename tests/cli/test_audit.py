@@ -256,6 +256,9 @@ def test_the_number_of_outputs(told, note):
         (("tabby", "hound", "gull"), ("cat", "dog"), [0, 1, -1]),
         (("cat", "dog"), None, [0, 1, -1]),
         (("1", "2"), None, [0, 1, -1]),
+        (("0", "1", "2"), ("1", "5"), [0, 1, -1]),
+        # One is called otherwise, the other stands where it stands.
+        (("car", "dog"), ("automobile", "dog"), [0, 1, -1]),
         (("crane", "cat", "crane"), ("cat", "crane"), [0, 1, -1]),
     ],
 )

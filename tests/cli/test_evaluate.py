@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import surestep
-from surestep import runs
+from surestep import files, models, runs
 
 ATTACKS = ("--attacks", "fgsm,pgd-3,pgd-3-margin")
 
@@ -139,6 +139,13 @@ def test_sources_of_any_kind(done, refused, finished, tmp_path):
     same = left("--source", f"{tmp_path}/net.py:same")
     assert same == left("--source", finished)
     assert same < left("--source", f"{tmp_path}/net.py:other")
+    swapped = shutil.copytree(finished, tmp_path / "swapped")
+    signature = files.read_signature(finished / "model.safetensors")
+    net = models.create("cnn-small", 10)
+    classes = (signature.classes[1], signature.classes[0], *signature.classes[2:])
+    files.save_weights(swapped / "model.safetensors", net, signature._replace(classes=classes))
+    refusal = refused("evaluate", finished, "--attacks", "transfer", "--source", swapped)
+    assert "numbers the classes otherwise" in refusal
     refusal = refused("evaluate", finished, "--attacks", "transfer", "--source", tmp_path / "none")
     assert "no run folder" in refusal
 

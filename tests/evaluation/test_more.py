@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import surestep
 from surestep import attacks
@@ -458,6 +458,17 @@ class TestSortedByClass:
         assert [row["n"] for row in found.per_class] == [row["n"] for row in again.per_class]
         audited = surestep.audit(nn.Linear(4, 3), data, surestep.Linf(0.1), budget="quick", n=27)
         assert audited.chance < 0.7
+
+    def test_a_stream_with_a_length_is_read_as_it_comes(self, ordered):
+        class Stream(IterableDataset):
+            def __len__(self):
+                return 90
+
+            def __iter__(self):
+                return iter(zip(*ordered, strict=True))
+
+        found = surestep.evaluate(nn.Linear(4, 3), Stream(), surestep.Linf(0.1), ["fgsm"], n=40)
+        assert [row["n"] for row in found.per_class] == [30, 10]
 
     def test_of_others_it_is_the_first(self):
         y = torch.arange(30) % 3

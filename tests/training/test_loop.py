@@ -1268,7 +1268,7 @@ class TestLoaders:
                     yield x.flip(3), y
 
         class Sampler(torch.utils.data.SequentialSampler):
-            told: list[int] = []
+            told: list[int] = []  # once an epoch, though two places lead to it
 
             def set_epoch(self, epoch):
                 self.told.append(epoch)
@@ -1281,6 +1281,22 @@ class TestLoaders:
         assert loader.epochs == 2
         assert Sampler.told == [0, 1]
         assert tiny.same_weights(own.model, plain.model)
+        batches = torch.utils.data.BatchSampler(Sampler(pairs), 8, drop_last=False)
+        tiny.train(data=DataLoader(pairs, batch_sampler=batches), validation=(x, y))
+        assert Sampler.told == [0, 1, 0, 1]
+
+    def test_validation_in_doubles(self, tiny):
+        x, y = tiny.data(12)
+        held = DataLoader(TensorDataset(x.double(), y), 6)
+        assert tiny.train(validation=held).history[0]["val_n"] == 12
+
+    def test_dropout_without_a_place_is_told_at_once(self, tiny, tmp_path):
+        tiny.train(out=tmp_path / "run")
+        before = snapshot(tmp_path)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+        with pytest.raises(UserError, match="has nothing to follow"):
+            tiny.train("sads", model=net, out=tmp_path / "run", overwrite=True)
+        assert snapshot(tmp_path) == before
 
     @pytest.mark.parametrize("kind", ["subclass", "batch_size=None"])
     def test_but_not_shared_out(self, tiny, kind):
@@ -1422,8 +1438,17 @@ class TestStreams:
         with pytest.raises(UserError, match=r"steps_per_epoch \(5\) is of a DataLoader: other"):
             tiny.train(steps_per_epoch=5)
         short = DataLoader(TensorDataset(*tiny.data()), 10)
-        with pytest.raises(UserError, match="ended after 7 of 9 batches of an epoch: give fewer"):
+        with pytest.raises(UserError, match="steps_per_epoch 9: the DataLoader has 7 batches"):
             tiny.train(data=short, validation=tiny.data(8), steps_per_epoch=9)
+        fewer = tiny.train(data=short, validation=tiny.data(8), steps_per_epoch=3)
+        assert [row["step"] for row in fewer.history] == [3, 6]
+
+        class Ends(IterableDataset):
+            def __iter__(self):
+                return iter(zip(*tiny.data(), strict=True))
+
+        with pytest.raises(UserError, match="ended after 7 of 9 batches of an epoch: give fewer"):
+            tiny.train(data=DataLoader(Ends(), 10), validation=tiny.data(8), steps_per_epoch=9)
 
 
 class Clipped:
@@ -1486,6 +1511,21 @@ def test_a_logger_is_called_after_each_epoch(tiny, tmp_path, ema):
     assert [row["loss"] for row in seen] == [row["loss"] for row in result.history]
     assert torch.equal(seen[-1]["weights"], result.model[0].weight)
     assert not torch.equal(seen[0]["weights"], seen[1]["weights"])
+
+
+def test_a_logger_changes_nothing_of_what_follows(tiny, tmp_path):
+    """One that shows random images, and sets the model to eval mode as it is used to."""
+
+    def look(row: dict[str, Any], model: nn.Module) -> None:
+        assert not model.training
+        model.eval()
+        model(torch.rand(3, 1, 8, 8))
+        random.random()
+        np.random.rand()  # noqa: NPY002
+
+    one = tiny.train("sat-r2", epochs=3)
+    other = tiny.train("sat-r2", epochs=3, on_epoch=look)
+    assert tiny.same_weights(one.model, other.model)
 
 
 def test_a_model_that_cannot_be_copied(tiny):

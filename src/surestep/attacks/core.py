@@ -67,9 +67,14 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return getattr(model, _INSIDE, model)
 
 
+def compiled_whole(model: nn.Module) -> bool:
+    """Tell whether a model is compiled as one: by ``torch.compile``, or in place."""
+    return _INSIDE in model._modules or model._compiled_call_impl is not None
+
+
 def compiled(model: nn.Module) -> bool:
     """Tell whether a model, or a part of it, is compiled."""
-    return any(_INSIDE in m._modules or m._compiled_call_impl is not None for m in model.modules())
+    return any(map(compiled_whole, model.modules()))
 
 
 @contextmanager
@@ -85,6 +90,12 @@ def interpreted(model: nn.Module) -> Iterator[None]:
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the module inside a DistributedDataParallel one."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def alone(model: nn.Module) -> nn.Module:
+    """Return a model whose passes wait for no other process, though DDP be around or inside it."""
+    inner = uncompiled(model)
+    return inner.module if isinstance(inner, DistributedDataParallel) else model
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from surestep.activations import straight_through, with_a_way_through
 from surestep.attacks.core import (
+    alone,
     attacking,
     check_inputs,
     check_labels,
@@ -25,7 +26,6 @@ from surestep.attacks.core import (
     interpreted,
     share_of,
     uncompiled,
-    unwrapped,
 )
 from surestep.attacks.losses import log_odds
 from surestep.auditing import escalation
@@ -143,7 +143,7 @@ def audit(
     if threat.eps == 0:
         raise UserError("eps 0: no image may change, so there is nothing to audit; give a radius")
     # One process judges: the others must not be waited for.
-    adapted = Adapted(uncompiled(unwrapped(model)), preprocess)
+    adapted = Adapted(uncompiled(alone(model)), preprocess)
     device = device_of(model)
     advice = f"lower batch_size ({batch_size})"
     with (

@@ -37,7 +37,7 @@ from surestep.errors import UserError
     "with foolbox cw-l2[-K], deepfool[-K].",
 )
 @source_option("Without any, transfer trains a substitute on the model's answers.")
-@click.option("--n", type=POSITIVE, help="Only the first N test images. [default: all]")
+@click.option("--n", type=POSITIVE, help="Only N test images, the first. [default: all]")
 @click.option("--batch-size", type=POSITIVE, default=500, show_default=True, help="Of the attacks.")
 @click.option("--state", metavar="FILE", help="Keep what is done here; given again, go on from it.")
 @json_option

@@ -91,6 +91,7 @@ def whole(config: RunConfig) -> RunConfig:
     """Spell out every hyperparameter, as a run folder does."""
     method = runs.build_method(config)
     own = methods.settle(method, config)
+    config = runs.from_anywhere(config)
     return parse(RunConfig, {**config.model_dump(), **own, "params": method.params()})
 
 

@@ -7,16 +7,17 @@ import math
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from surestep.attacks.core import (
+    alone,
     attacking,
     check_inputs,
     device_of,
@@ -25,7 +26,6 @@ from surestep.attacks.core import (
     misclassified,
     round_up,
     share_of,
-    unwrapped,
 )
 from surestep.data import Batches, Images, as_images, as_pair, as_pixels, some
 from surestep.devices import autocast, exact, memory_for
@@ -159,7 +159,7 @@ def evaluate(
     radii = [threat.with_eps(e) for e in eps]
     device, start = device_of(model), time.perf_counter()
     # One process judges: the others must not be waited for.
-    judged = Adapted(unwrapped(model), preprocess)
+    judged = Adapted(alone(model), preprocess)
     advice = f"lower batch_size ({batch_size})"
     if "transfer" in names and not isinstance(names, Mapping) and not sources:
         with forked_rng(device), memory_for("the substitute", advice):
@@ -413,7 +413,8 @@ def batches_of(
             is another than [0, 1].
     """
     if isinstance(data, Dataset):
-        whole = len(data) if hasattr(data, "__len__") else 0
+        streams = isinstance(data, IterableDataset) or not isinstance(data, Sized)
+        whole = 0 if streams else len(cast(Sized, data))
         data = Subset(data, some(whole, n).tolist()) if n is not None and n < whole else data
         data = DataLoader(data, batch_size)
     if isinstance(data, DataLoader):

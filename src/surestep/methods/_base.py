@@ -175,7 +175,8 @@ class Preset:
 class Method(ABC):
     """One step of a training method, called as ``method(model, x, y)``.
 
-    Subclasses are dataclasses; their fields are the hyperparameters.
+    Subclasses are dataclasses; their fields are the hyperparameters. ``lam`` is a weight and
+    ``alpha`` a length, at least 0, ``steps`` at least 1: that is checked here.
 
     Args:
         threat: norm, radius and data range of the perturbations trained against.
@@ -223,9 +224,9 @@ class Method(ABC):
         for name, kinds in kinds_of(type(self)).items():
             expected = " or ".join(_WORDS[kind] for kind in kinds)
             self.require(_fits(getattr(self, name), kinds), name, expected)
-        for name, least in _LEAST.items():
-            value = getattr(self, name, None)
-            self.require(value is None or value >= least, name, f">= {least}")
+        for name in sorted(_LEAST.keys() & set(parameter_names(type(self)))):
+            value, least = getattr(self, name), _LEAST[name]
+            self.require(not isinstance(value, float | int) or value >= least, name, f">= {least}")
         self.require(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)")
         self.require(self.margin >= 0, "margin", ">= 0")
         self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
@@ -390,7 +391,7 @@ class Method(ABC):
 
 
 _LEAST = {"lam": 0, "alpha": 0, "steps": 1}
-"""Of what has the same name, and means the same, in every method."""
+"""Of hyperparameters whose names mean the same in every method: weight, length, number."""
 _WORDS = {
     float: "a finite number",
     int: "a whole number",

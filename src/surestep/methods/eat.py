@@ -41,6 +41,11 @@ class EAT(OnSingleStep):
         self.require(0 <= self.clean < 1, "clean", "in [0, 1)")
         self.sources: Sequence[nn.Module] = ()
 
+    @property
+    def follows(self) -> bool:  # type: ignore[override]
+        """Whose turn it is comes with the step."""
+        return bool(self.sources)
+
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Perturb on the model whose turn it is."""
         turn = self.progress.step % (1 + len(self.sources))

@@ -75,5 +75,5 @@ class Free(Method):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore this process's part."""
-        delta = state.get("delta")
-        self._delta = None if delta is None else processes.own(delta).clone()
+        if "delta" in state:
+            self._delta = processes.own(state["delta"]).clone()

@@ -106,4 +106,4 @@ class PAP(Method):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore this process's."""
         self._age = state.get("age", self._age)
-        self._held = {k: processes.own(state[k]).clone() for k in FIELDS if k in state}
+        self._held |= {k: processes.own(state[k]).clone() for k in FIELDS if k in state}

@@ -25,10 +25,12 @@ from torch.utils.data import DataLoader
 
 from surestep import files
 from surestep.attacks.core import (
+    attacking,
     check_inputs,
     check_labels,
-    compiled,
+    compiled_whole,
     count_classes,
+    forked_rng,
     share_of,
     uncompiled,
 )
@@ -36,8 +38,9 @@ from surestep.config import FitSettings, parse
 from surestep.data import Images, as_pixels, seed_of
 from surestep.devices import memory_for, pick_device
 from surestep.errors import UserError
-from surestep.evaluation import Evaluation, evaluate, suite
+from surestep.evaluation import Adapted, Evaluation, evaluate, suite
 from surestep.methods import Method, Progress, StepResult, settle
+from surestep.methods._dropout import dropping
 from surestep.training import checkpoint
 from surestep.training.averaging import WeightAverage
 from surestep.training.engine import Engine, make_optimizer, make_step, match_layout
@@ -134,7 +137,7 @@ def fit(
             epoch begins the stream anew (``set_epoch`` tells its dataset which).
         describe: written to ``config.yaml`` before the settings.
         on_epoch: called in the first process after each epoch with its row of the history and the
-            model that was judged (the average, if there is one): for loggers.
+            model that was judged (the average, if there is one), in eval mode: for loggers.
         settings: of ``surestep.config.FitSettings``: epochs, batch_size, lr, schedule, ...
 
     Returns:
@@ -151,7 +154,7 @@ def fit(
             f"{method!r} is no method: give surestep.methods.get('sat-r2')(surestep.Linf(0.3)), say"
         )
     config = parse(FitSettings, settings)
-    if compiled(model):
+    if compiled_whole(model):
         config = config.model_copy(update={"compile": True})
     # Settings that change a method change a copy of it, never the caller's.
     method = copy.deepcopy(method)
@@ -284,7 +287,9 @@ class _Trainer:
             self.share = train.batch_size
             self.size = f"the DataLoader's batch_size ({train.batch_size})"
         self.model.to(device).train()
-        # What cannot be trained on must not be found out when an old run has made room for it.
+        # What cannot be trained must not be found out when an old run has made room for it.
+        with dropping(self.model, method.dropout):
+            pass
         self._look_at(train)
         if self.held_out is not None:
             self._look_at(self.held_out)
@@ -379,7 +384,9 @@ class _Trainer:
         elif batch := first_of(data):
             x, y = (part.to(self.device) for part in batch)
             x = as_pixels(x, self.threat.bounds)
-            check_inputs(self.model, x, y, self.threat, unlabelled=unlabelled)
+            # As validation takes them.
+            model = Adapted(self.model) if data is self.held_out else self.model
+            check_inputs(model, x, y, self.threat, unlabelled=unlabelled)
 
     def _try_engines(self, train: Images) -> Pick | None:
         """Pick the fastest engine, where that pays."""
@@ -404,7 +411,8 @@ class _Trainer:
         stepped, limit = self.model, self.config.max_memory
         if self.config.compile:
             # The step's network alone: batches of validation shrink, and each size is compiled.
-            stepped = given if compiled(given) else cast(nn.Module, torch.compile(stepped))
+            whole = compiled_whole(given)
+            stepped = given if whole else cast(nn.Module, torch.compile(stepped))
         if limit:
             if shape is None:
                 raise UserError(
@@ -696,7 +704,9 @@ class _Trainer:
             self._best = {} if self.run else _copy(self.judged.state_dict())
         self._save(Sums(self.device))
         if self.on_epoch:
-            self.on_epoch(dict(row), self.judged)
+            # What a logger draws, or sets, training must not miss.
+            with attacking(self.judged) as model, forked_rng(self.device):
+                self.on_epoch(dict(row), model)
 
     def _save(self, sums: Sums) -> None:
         """Write a checkpoint of everything the rest of the run depends on."""

@@ -227,8 +227,9 @@ class RunFolder:
         """
         # What a setting was before there was one: its default.
         defaults = {k: f.default for k, f in RunConfig.model_fields.items()}
-        begun = {**{k: defaults.get(k) for k in settings}, **read_yaml(self.config)}
         known = {f.name: f.default for f in fields(methods.get(str(settings["method"])))}
+        defaults |= {k: known[k] for k in methods.PARTS if k in settings}
+        begun = {**{k: defaults.get(k) for k in settings}, **read_yaml(self.config)}
         before = {name: known[name] for name in settings["params"]}
         begun["params"] = {**before, **(begun["params"] or {})}
         for name in begun:

@@ -61,7 +61,7 @@ class LoaderSource:
         steps: batches of an epoch, of a loader that streams; by default its length.
 
     Raises:
-        UserError: the loader has no length.
+        UserError: the loader has no length, or less than ``steps``.
     """
 
     def __init__(
@@ -73,9 +73,16 @@ class LoaderSource:
     ) -> None:
         self.loader, self.device, self.bounds, self._most = loader, device, bounds, steps
         try:
-            self.steps_per_epoch = len(loader) if steps is None else steps
+            known: int | None = len(loader)
         except TypeError:
-            raise UserError(f"the DataLoader {_NO_LENGTH}") from None
+            known = None
+        if known is None and steps is None:
+            raise UserError(f"the DataLoader {_NO_LENGTH}")
+        if known is not None and steps is not None and steps > known:
+            raise UserError(
+                f"steps_per_epoch {steps}: the DataLoader has {known} batches: give no more"
+            )
+        self.steps_per_epoch = steps or known or 0
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """Return (x, y, None) of the batches; those before ``skip`` are loaded, and left out.
@@ -83,8 +90,8 @@ class LoaderSource:
         Raises:
             UserError: a batch is no pair.
         """
-        own: tuple[Any, ...] = (self.loader.batch_sampler, self.loader.sampler, self.loader.dataset)
-        for part in (self.loader,) if isinstance(self.loader, DataLoaderShard) else own:
+        shared = isinstance(self.loader, DataLoaderShard)
+        for part in [self.loader] if shared else [*self._parts(), self.loader.dataset]:
             # Accelerate counts the epochs that came to their end, which a part of one does not.
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
@@ -117,12 +124,20 @@ class LoaderSource:
     def generators(self) -> list[torch.Generator]:
         """Return the random generators of the loader and its samplers, outermost first."""
         found: list[torch.Generator] = []
-        places: list[Any] = [self.loader]
-        while places:
-            place = places.pop(0)
+        for place in self._parts():
             generator = getattr(place, "generator", None)
             if isinstance(generator, torch.Generator) and generator not in found:
                 found.append(generator)
+        return found
+
+    def _parts(self) -> list[Any]:
+        """Return the loader and the samplers in it, each once, outermost first."""
+        found: list[Any] = []
+        places: list[Any] = [self.loader]
+        while places:
+            place = places.pop(0)
+            if not any(place is other for other in found):
+                found.append(place)
             nested = (getattr(place, name, None) for name in ("batch_sampler", "sampler"))
             places += [n for n in nested if n is not None]
         return found
@@ -191,10 +206,13 @@ def first_of(data: Any) -> tuple[Tensor, Tensor] | None:
     # What an augmentation draws here, training must not miss.
     with OwnRandom(0).used():
         try:
-            dataset = data.dataset if loader else data
-            batch = (data.collate_fn if loader else default_collate)([dataset[0]])
+            item = (data.dataset if loader else data)[0]
+        except (NotImplementedError, TypeError, IndexError, KeyError):
+            return None  # it streams, is empty, or has other keys than numbers
+        try:
+            batch = (data.collate_fn if loader else default_collate)([item])
         except Exception:
-            return None  # it is told where the batches are made
+            return None  # it may want more than one
     return as_pair(batch)
 
 
@@ -323,7 +341,7 @@ def make_source(
             num_workers=workers,
             worker_init_fn=_deaf,
         )
-    elif world > 1 and type(data).__iter__ is not DataLoader.__iter__:
+    elif world > 1 and type(data).__iter__ not in (DataLoader.__iter__, DataLoaderShard.__iter__):
         raise UserError(
             f"the batches of a {type(data).__name__}, which changes what a DataLoader yields, "
             "cannot be shared out over several processes: do that in its Dataset or collate_fn"

@@ -20,7 +20,7 @@ from surestep import UserError, models
 from surestep.cli._options import hand_over
 from surestep.training.run_folder import RunFolder
 
-ATTACKS = "write one of fgsm, r-fgsm, i-fgsm-STEPS"
+ATTACKS = "write one of fgsm[-LOSS], r-fgsm[-LOSS], i-fgsm-STEPS[-LOSS]"
 
 
 class TestCommands:
@@ -279,8 +279,8 @@ class TestEvaluation:
             (["--n", "0"], ["--n", "0 is not in the range x>=1"]),
             (["--n", "x"], ["--n", "'x'"]),
             (["--batch-size", "0"], ["--batch-size", "x>=1"]),
-            (["--attacks", ""], ["no attack given", "fgsm, r-fgsm"]),
-            (["--attacks", " , "], ["no attack given", "fgsm, r-fgsm"]),
+            (["--attacks", ""], ["no attack given", "fgsm[-LOSS], r-fgsm"]),
+            (["--attacks", " , "], ["no attack given", "fgsm[-LOSS], r-fgsm"]),
             (["--attacks", "fgms"], ["'fgms'", ATTACKS]),
             (["--attacks", "fgsm,pgd"], ["'pgd'", ATTACKS]),
             (["--attacks", "pgd-0"], ["'pgd-0'", ATTACKS]),

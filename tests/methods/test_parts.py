@@ -83,15 +83,7 @@ def test_dropout_wants_activations_that_are_modules():
         methods.get("sads")(Linf(0.1))(Functional(), torch.rand(2, 4), torch.tensor([0, 1]))
 
 
-def test_sources_take_turns_by_the_step(make_task):
-    task, method = make_task("conv"), methods.get("eat")(Linf(0.1))
-    method.sources = [copy.deepcopy(task.net)]
-    method(task.net, task.x, task.y)
-    with pytest.warns(UserWarning, match="eat follows the course of training"):
-        method(task.net, task.x, task.y)
-
-
-FOLLOW = ("gat", "nuat", "liet", "fgsm-mep", "tdat", "converge-smooth", "sads")
+FOLLOW = ("eat", "gat", "nuat", "liet", "fgsm-mep", "tdat", "converge-smooth", "sads")
 
 
 def test_a_course_that_nobody_tells(slug, make_task):

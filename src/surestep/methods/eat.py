@@ -25,6 +25,7 @@ class EAT(OnSingleStep):
     that ``--sources`` names). With none, the model itself is attacked at every step.
     """
 
+    follows = True
     summary = "single steps on fixed models in turn with the model itself, and clean images"
     paper = "Tramèr et al. 2018, arXiv 1705.07204"
     presets = {
@@ -40,11 +41,6 @@ class EAT(OnSingleStep):
         super().validate()
         self.require(0 <= self.clean < 1, "clean", "in [0, 1)")
         self.sources: Sequence[nn.Module] = ()
-
-    @property
-    def follows(self) -> bool:  # type: ignore[override]
-        """Whose turn it is comes with the step."""
-        return bool(self.sources)
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Perturb on the model whose turn it is."""

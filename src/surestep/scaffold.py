@@ -42,10 +42,6 @@ class {name}(Method):
 
     lam: float = 0.001
 
-    def validate(self) -> None:
-        """Check the hyperparameters."""
-        self.require(self.lam >= 0, "lam", ">= 0")
-
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Attack, and say what is minimised at which images."""
         with attacking(model) as inner:

@@ -124,7 +124,8 @@ def attacking(model: nn.Module, *, train_mode: bool = False) -> Iterator[nn.Modu
     inner = unwrapped(model)
     # Of a model that is trained, layers kept in eval mode are no others in the attack.
     as_found = train_mode and inner.training
-    changed = [] if as_found else [m for m in inner.modules() if m.training != train_mode]
+    modules = list(inner.modules())
+    changed = [] if as_found else [m for m in modules if m.training != train_mode]
     # In eval mode a forward writes no buffer; in train mode batch norm would count the attack in.
     buffers = [(b, b.clone()) for b in inner.buffers()] if train_mode else []
     for module in changed:
@@ -132,7 +133,7 @@ def attacking(model: nn.Module, *, train_mode: bool = False) -> Iterator[nn.Modu
     try:
         # A compiled backward pass computes the gradients of all that wants any, asked for or not.
         # Else the weights are left alone: autocast keeps its casts of what wants a gradient only.
-        with frozen(inner) if compiled(inner) else nullcontext():
+        with frozen(inner) if any(map(compiled_whole, modules)) else nullcontext():
             yield inner
     finally:
         for module in changed:

@@ -18,7 +18,7 @@ from surestep import L2, Linf, UserError, devices, methods, posthoc
 from surestep.attacks.core import forked_rng
 from surestep.auditing import _subject, escalation
 from surestep.data import as_images
-from surestep.training import checkpoint
+from surestep.training import randomness
 
 
 class NoFloat64(TorchDispatchMode):
@@ -130,13 +130,13 @@ def test_the_random_state_of_mps_is_left_as_it_was(apple):
 
 
 def test_a_checkpoint_holds_the_random_state_of_mps(apple):
-    state = checkpoint.rng_state(torch.device("cpu"))
+    state = randomness.rng_state(torch.device("cpu"))
     torch.mps.set_rng_state(torch.ones(2, dtype=torch.uint8))
-    checkpoint.set_rng_state(state, torch.device("cpu"))
+    randomness.set_rng_state(state, torch.device("cpu"))
     assert apple[0].tolist() == [0, 0]
     # A run that began before checkpoints held it.
     del state["mps"]
-    checkpoint.set_rng_state(state, torch.device("cpu"))
+    randomness.set_rng_state(state, torch.device("cpu"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="CUDA on Linux")

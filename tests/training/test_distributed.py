@@ -33,7 +33,7 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader, TensorDataset
 
 from surestep import UserError
-from surestep.training import Pick, TrainStep, loop, pick_engine, stopping
+from surestep.training import Pick, TrainStep, pick_engine, preparing, stopping, validating
 from surestep.training.memory import Frugal
 
 spec = importlib.util.spec_from_file_location("helpers", sys.argv[1])
@@ -79,9 +79,9 @@ with tiny.nothing_random():
         keep(method, train(tiny.make_method(method), model=net, augment="crop-flip", epochs=3))
 keep("average", train("fgsm", model=tiny.make_net(seed=rank, norm=False), ema=0.9))
 keep("augmented", train("fgsm", model=tiny.make_net(norm=False), augment="crop-flip"))
-loop.fit_into, fit_into = lambda model, *_: Frugal(model, 2), loop.fit_into
+preparing.fit_into, fit_into = lambda model, *_: Frugal(model, 2), preparing.fit_into
 keep("frugal", train("fgsm", model=tiny.make_net(norm=False), max_memory=1.0))
-loop.fit_into = fit_into
+preparing.fit_into = fit_into
 
 
 def pick(*_):
@@ -90,14 +90,14 @@ def pick(*_):
     return Pick("reference", "fp32", {("reference", "fp32"): 1.0}, 10)
 
 
-loop.MIN_STEPS, loop.pick_engine, least = 1, pick, loop.MIN_STEPS
+preparing.MIN_STEPS, preparing.pick_engine, least = 1, pick, preparing.MIN_STEPS
 keep("picked", train("fgsm", model=tiny.make_net(norm=False), engine="auto"))
-loop.MIN_STEPS = least
+preparing.MIN_STEPS = least
 # The real trial, by the first process alone, of a method whose processes share what they find.
-loop.MIN_STEPS, loop.pick_engine = 1, pick_engine
+preparing.MIN_STEPS, preparing.pick_engine = 1, pick_engine
 for method in ("fgsm-uap", "fgsm-mep"):
     keep(f"tried-{method}", train(method, model=tiny.make_net(norm=False), engine="auto"))
-loop.MIN_STEPS, loop.pick_engine = least, pick
+preparing.MIN_STEPS, preparing.pick_engine = least, pick
 keep("norm", train("sat-r2", ema=0.9, select="best", epochs=3))
 keep("norm-out", train("sat-r2", out=place / "norm-out"))
 
@@ -143,9 +143,9 @@ def asked(name, run, *, resume):
         run(out=place / name, resume=True)
 
 
-def validating(**where):
+def asked_validating(**where):
     # The second process alone is asked, while the images of the first epoch are validated.
-    evaluate, calls = loop.evaluate, []
+    evaluate, calls = validating.evaluate, []
 
     def interrupted(*args, **kwargs):
         if not calls and rank == 1:
@@ -153,15 +153,15 @@ def validating(**where):
         calls.append(1)
         return evaluate(*args, **kwargs)
 
-    loop.evaluate = interrupted
+    validating.evaluate = interrupted
     try:
         train("sat-r2", checkpoint_every=2, **where)
     finally:
-        loop.evaluate = evaluate
+        validating.evaluate = evaluate
 
 
 try:
-    validating(out=place / "asked-validating")
+    asked_validating(out=place / "asked-validating")
 except SystemExit as e:
     (place / f"asked-validating-{rank}").write_text(str(e.code))
 before = sorted(path.name for path in (place / "asked-validating" / "checkpoints").iterdir())
@@ -237,7 +237,7 @@ def test_there_are_two_without_naming_the_device(tmp_path):
     script.write_text(
         "import os, pathlib, sys\n"
         "from surestep.devices import pick_device\n"
-        "from surestep.training.loop import _accelerator\n"
+        "from surestep.training._fit import _accelerator\n"
         "accelerator = _accelerator(pick_device(), None, tensorboard=False)\n"
         "world = accelerator.num_processes\n"
         "pathlib.Path(sys.argv[1], os.environ['RANK']).write_text(str(world))\n"

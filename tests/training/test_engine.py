@@ -390,7 +390,7 @@ def test_a_model_that_views_is_trained_contiguous(engine, kind, monkeypatch):
         "dataset": torch.utils.data.TensorDataset(x, y),
         "loader": torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 8),
     }[kind]
-    monkeypatch.setattr("surestep.training.loop.MIN_STEPS", 1)  # the engines are timed, too
+    monkeypatch.setattr("surestep.training.preparing.MIN_STEPS", 1)  # the engines are timed, too
     model = Viewing()
     fitted = surestep.fit(
         model, data, surestep.methods.SATR2(surestep.Linf(0.1)), epochs=2, batch_size=8,

@@ -32,7 +32,17 @@ from surestep import data, files, methods
 from surestep.config import FitSettings
 from surestep.errors import UserError
 from surestep.evaluation import Evaluation
-from surestep.training import TrainingDiverged, TrainStep, checkpoint, loop, picking, progress
+from surestep.training import (
+    TrainingDiverged,
+    TrainStep,
+    _fit,
+    checkpoint,
+    loop,
+    picking,
+    preparing,
+    progress,
+    validating,
+)
 from surestep.training.schedules import learning_rate, momentum
 from surestep.training.source import make_source
 
@@ -141,9 +151,9 @@ class TestARun:
 
     def test_the_average_is_what_is_judged_and_kept(self, tiny, monkeypatch):
         judged = []
-        evaluate = loop.evaluate
+        evaluate = validating.evaluate
         monkeypatch.setattr(
-            loop,
+            validating,
             "evaluate",
             lambda model, *args, **kwargs: (
                 judged.append(copy.deepcopy(model)) or evaluate(model, *args, **kwargs)
@@ -239,7 +249,7 @@ class TestARun:
     def test_eps_and_step_sizes_warm_up_but_validation_does_not(self, tiny, monkeypatch):
         method = methods.build("sat-r3", tiny.threat, {"alpha": 0.02, "eps_low": 0.04})
         seen, judged = [], []
-        step, evaluate = methods.SATR3.craft, loop.evaluate
+        step, evaluate = methods.SATR3.craft, validating.evaluate
 
         def watched(self, *args):
             seen.append((self.threat.eps, self.alpha, self.eps_low))
@@ -250,7 +260,7 @@ class TestARun:
             return evaluate(model, data, threat, *args, **kwargs)
 
         monkeypatch.setattr(methods.SATR3, "craft", watched)
-        monkeypatch.setattr(loop, "evaluate", judge)
+        monkeypatch.setattr(validating, "evaluate", judge)
         tiny.train(method, epochs=2, eps_warmup=0.8)  # 4 of 5 steps an epoch
         shares = [0.25, 0.5, 0.75] + [1.0] * 7
         for (eps, alpha, low), share in zip(seen, shares, strict=True):
@@ -311,13 +321,13 @@ class TestARun:
         assert seen == [0.3, 0.3]
 
     def test_validation_attacks_no_more_images_than_a_step_has(self, tiny, monkeypatch):
-        sizes, evaluate = [], loop.evaluate
+        sizes, evaluate = [], validating.evaluate
 
         def judge(*args, batch_size, **kwargs):
             sizes.append(batch_size)
             return evaluate(*args, batch_size=batch_size, **kwargs)
 
-        monkeypatch.setattr(loop, "evaluate", judge)
+        monkeypatch.setattr(validating, "evaluate", judge)
         tiny.train(epochs=1)
         tiny.train(epochs=1, batch_size=4)
         tiny.train(epochs=1, batch_size=1000)
@@ -494,7 +504,7 @@ class TestResume:
         def train(**place: Any) -> Any:
             return tiny.train("fgsm", epochs=epochs, checkpoint_every=1, **place)
 
-        out, whole, evaluate = tmp_path / "run", tmp_path / "whole", loop.evaluate
+        out, whole, evaluate = tmp_path / "run", tmp_path / "whole", validating.evaluate
         train(out=whole)
         steps = round(5 * epochs)
 
@@ -503,10 +513,10 @@ class TestResume:
                 raise tiny.Stopped
             return evaluate(model, *args, **kwargs)
 
-        monkeypatch.setattr(loop, "evaluate", killed)
+        monkeypatch.setattr(validating, "evaluate", killed)
         with pytest.raises(tiny.Stopped):
             train(out=out)
-        monkeypatch.setattr(loop, "evaluate", evaluate)
+        monkeypatch.setattr(validating, "evaluate", evaluate)
         train(out=out, resume=True)
         assert tiny.rows(out) == tiny.rows(whole)
         assert tiny.weights(out) == tiny.weights(whole)
@@ -515,7 +525,7 @@ class TestResume:
         out = tmp_path / "run"
         done = tiny.train(out=out)
         before = snapshot(out)
-        monkeypatch.setattr(loop._Trainer, "_epoch", lambda *_: pytest.fail("trained"))
+        monkeypatch.setattr(loop.Trainer, "_epoch", lambda *_: pytest.fail("trained"))
         again = tiny.train(out=out, model=tiny.net(seed=9), resume=True)
         assert tiny.same_weights(done.model, again.model)
         assert again.history == done.history
@@ -755,7 +765,7 @@ class TestData:
     def test_held_out_images_are_never_trained_on(self, tiny, monkeypatch, kind, seed):
         x, y = tiny.data()
         trained, judged = set(), set()
-        evaluate = loop.evaluate
+        evaluate = validating.evaluate
 
         def spy(model: nn.Module, held: Any, *args: Any, **kwargs: Any) -> Evaluation:
             images = held.x if kind == "pair" else [image for image, _ in held]
@@ -767,7 +777,7 @@ class TestData:
                 trained.update(image.numpy().tobytes() for image in x)
                 return super().craft(model, x, *rest)
 
-        monkeypatch.setattr(loop, "evaluate", spy)
+        monkeypatch.setattr(validating, "evaluate", spy)
         source = (x, y) if kind == "pair" else TensorDataset(x, y)
         tiny.train(Noting(tiny.threat), data=source, seed=seed, epochs=8)
         assert len(judged) == 6
@@ -921,7 +931,7 @@ def scripted(
         robust = {"fgsm": (fgsm or worst)[k], "pgd-2": worst[k]}
         return Evaluation(0.9, robust, worst[k], 6, 0, {}, 0.0, {}, {}, [], [], [], {})
 
-    monkeypatch.setattr(loop, "evaluate", evaluate)
+    monkeypatch.setattr(validating, "evaluate", evaluate)
     return shown
 
 
@@ -1015,7 +1025,7 @@ class TestValidation:
         assert row["collapse"] is True
 
     def test_no_validation(self, tiny, monkeypatch):
-        monkeypatch.setattr(loop, "evaluate", lambda *_, **__: pytest.fail("validated"))
+        monkeypatch.setattr(validating, "evaluate", lambda *_, **__: pytest.fail("validated"))
         result = tiny.train(val_images=0, select="best")
         assert result.best_epoch == 2
         assert not [name for name in result.history[-1] if name.startswith("val")]
@@ -1045,9 +1055,9 @@ class TestSettings:
         assert "\n" not in str(caught.value)
 
     def test_tensorboard_that_is_not_installed(self, tiny, tmp_path, monkeypatch):
-        find = loop.importlib.util.find_spec
+        find = _fit.importlib.util.find_spec
         monkeypatch.setattr(
-            loop.importlib.util,
+            _fit.importlib.util,
             "find_spec",
             lambda name, *rest: None if name == "tensorboard" else find(name, *rest),
         )
@@ -1095,15 +1105,15 @@ class TestSettings:
 class TestTwoAtOnce:
     def test_the_second_run_does_not_delete_the_first(self, tiny, tmp_path, monkeypatch):
         """Both look at an empty place; while one gets ready, the other begins."""
-        out, plan = tmp_path / "run", loop.RunFolder.plan
+        out, plan = tmp_path / "run", _fit.RunFolder.plan
 
         def planned(*args: Any, **kwargs: Any) -> Any:
             place = plan(*args, **kwargs)
-            monkeypatch.setattr(loop.RunFolder, "plan", plan)
+            monkeypatch.setattr(_fit.RunFolder, "plan", plan)
             tiny.train(out=out, seed=1)
             return place
 
-        monkeypatch.setattr(loop.RunFolder, "plan", planned)
+        monkeypatch.setattr(_fit.RunFolder, "plan", planned)
         with pytest.raises(UserError, match="taken by another run just now: choose another --out"):
             tiny.train(out=out)
         assert yaml.safe_load((out / "config.yaml").read_text())["seed"] == 1
@@ -1124,7 +1134,7 @@ class TestTwoAtOnce:
 
         def claim(seed: int) -> str:
             try:
-                loop.RunFolder(tmp_path / "run").make({"method": "fgsm", "seed": seed})
+                _fit.RunFolder(tmp_path / "run").make({"method": "fgsm", "seed": seed})
             except UserError as e:
                 return str(e)
             return ""
@@ -1163,21 +1173,21 @@ def test_a_launchers_precision_is_not_followed(tiny, monkeypatch):
     """`accelerate launch` exports its configuration, which would change the model itself."""
     asked = []
 
-    class Noting(loop.Accelerator):
+    class Noting(_fit.Accelerator):
         def __init__(self, **options: Any) -> None:
             asked.append(options)
             super().__init__(**options)
 
-    monkeypatch.setattr(loop, "Accelerator", Noting)
-    monkeypatch.setattr(loop.AcceleratorState, "_shared_state", {})
+    monkeypatch.setattr(_fit, "Accelerator", Noting)
+    monkeypatch.setattr(_fit.AcceleratorState, "_shared_state", {})
     tiny.train(epochs=0.4)
     tiny.train(epochs=0.4)  # now there is one, which may be the user's
     assert asked == [{"mixed_precision": "no", "dynamo_backend": "no", "cpu": True}, {"cpu": True}]
 
 
 def test_an_accelerator_of_the_users_changes_nothing(tiny, monkeypatch):
-    monkeypatch.setattr(loop.AcceleratorState, "_shared_state", {})
-    loop.Accelerator(cpu=True, mixed_precision="bf16")
+    monkeypatch.setattr(_fit.AcceleratorState, "_shared_state", {})
+    _fit.Accelerator(cpu=True, mixed_precision="bf16")
     net, dtypes = tiny.net(), set()
     net[0].register_forward_hook(lambda _m, _a, out: dtypes.add(out.dtype))
     tiny.train(model=net, epochs=0.4)
@@ -1188,7 +1198,7 @@ def test_another_device_in_the_same_process(tiny, monkeypatch):
     def refuse(**_: Any) -> Any:
         raise ValueError("AcceleratorState has already been initialized")
 
-    monkeypatch.setattr(loop, "Accelerator", refuse)
+    monkeypatch.setattr(_fit, "Accelerator", refuse)
     with pytest.raises(
         UserError, match=r"has an Accelerator for something else .*: train in a new"
     ):
@@ -1343,13 +1353,13 @@ class TestLoaders:
             tiny.train(workers=-1)
 
     def test_validation_attacks_as_many_as_the_loader_has_at_a_time(self, tiny, monkeypatch):
-        sizes, evaluate = [], loop.evaluate
+        sizes, evaluate = [], validating.evaluate
 
         def judge(*args, batch_size, **kwargs):
             sizes.append(batch_size)
             return evaluate(*args, batch_size=batch_size, **kwargs)
 
-        monkeypatch.setattr(loop, "evaluate", judge)
+        monkeypatch.setattr(validating, "evaluate", judge)
         pairs = DataLoader(TensorDataset(*tiny.data()), 4)
         tiny.train(data=pairs, validation=tiny.data(8), epochs=1, batch_size=100)
         assert sizes == [4]
@@ -1362,7 +1372,7 @@ class TestLoaders:
             given.append(prepare)
             return make_source(*args, prepare=prepare, **options)
 
-        monkeypatch.setattr(loop, "make_source", noted)
+        monkeypatch.setattr(preparing, "make_source", noted)
         tiny.train(data=TensorDataset(*tiny.data()), validation=tiny.data(8), epochs=1)
         (prepare,) = given
         assert prepare.func.__name__ == "prepare_data_loader"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from surestep import UserError, methods, models
 from surestep.threat import Linf
-from surestep.training import Engine, loop
+from surestep.training import Engine, preparing
 from surestep.training.memory import Frugal, fit_into, kept_bytes, repeated_blocks
 
 PLAIN = Engine()
@@ -158,7 +158,7 @@ class TestTraining:
 
         # In eval mode the net's batch norm lets the attack go in chunks.
         free = tiny.train("pgd", out=tmp_path / "free", ema=0.9)
-        monkeypatch.setattr(loop, "fit_into", frugal)
+        monkeypatch.setattr(preparing, "fit_into", frugal)
         tight = tiny.train("pgd", out=tmp_path / "tight", ema=0.9, max_memory=1.0)
         for ours, theirs in zip(free.model.parameters(), tight.model.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -190,17 +190,17 @@ class TestTraining:
         def full(*_, **__):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-        monkeypatch.setattr(loop, "MIN_STEPS", 1)
+        monkeypatch.setattr(preparing, "MIN_STEPS", 1)
         if where == "an attack":
             monkeypatch.setattr("surestep.evaluation.suite.search", full)
         else:
-            monkeypatch.setattr(loop, "pick_engine", full)
+            monkeypatch.setattr(preparing, "pick_engine", full)
         with pytest.raises(UserError, match=rf"out of memory in {where}.*lower batch_size \(10\)"):
             tiny.train("fgsm", engine="auto")
 
     def test_no_engine_is_tried_where_memory_is_short(self, tiny, monkeypatch):
-        monkeypatch.setattr(loop, "MIN_STEPS", 1)
-        monkeypatch.setattr(loop, "pick_engine", lambda *_: pytest.fail("tried"))
+        monkeypatch.setattr(preparing, "MIN_STEPS", 1)
+        monkeypatch.setattr(preparing, "pick_engine", lambda *_: pytest.fail("tried"))
         tiny.train("fgsm", engine="auto", max_memory=4.0, epochs=0.4)
 
     def test_other_errors_are_not_taken_for_it(self, tiny, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from surestep import UserError, methods
-from surestep.training import loop, picking
+from surestep.training import picking, preparing
 from surestep.training.picking import Pick, pick_engine
 
 SHAPE = torch.Size([1, 8, 8])
@@ -133,8 +133,8 @@ class TestTraining:
             self.picks.append((tuple(shape), batch_size, precision))
             return Pick("reference", "bf16", {("reference", "bf16"): 0.01}, batch_size)
 
-        monkeypatch.setattr(loop, "MIN_STEPS", 1)
-        monkeypatch.setattr(loop, "pick_engine", choose)
+        monkeypatch.setattr(preparing, "MIN_STEPS", 1)
+        monkeypatch.setattr(preparing, "pick_engine", choose)
 
     def test_the_pick_is_used_said_and_written_down(self, tiny, tmp_path, capsys):
         tiny.train("sat-r2", engine="auto", out=tmp_path / "run", quiet=False)
@@ -162,7 +162,7 @@ class TestTraining:
 
     def test_short_training_and_named_engines_do_not_pick(self, tiny, monkeypatch):
         tiny.train("fgsm", engine="fast")
-        monkeypatch.setattr(loop, "MIN_STEPS", 11)
+        monkeypatch.setattr(preparing, "MIN_STEPS", 11)
         tiny.train("fgsm", engine="auto")
         assert self.picks == []
 

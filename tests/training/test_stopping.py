@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from surestep import UserError, files
-from surestep.training import TrainStep, checkpoint, loop, stopping
+from surestep.training import TrainStep, checkpoint, loop, stopping, validating
 
 ENDS = {signal.SIGTERM: (SystemExit, "143"), signal.SIGINT: (KeyboardInterrupt, None)}
 
@@ -130,7 +130,7 @@ def test_during_validation(tiny, tmp_path, monkeypatch, number, epoch):
         return tiny.train("sat-r2", epochs=1.4, select="best", **place)
 
     train(out=tmp_path / "whole")
-    evaluate, calls = loop.evaluate, 0
+    evaluate, calls = validating.evaluate, 0
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -142,7 +142,7 @@ def test_during_validation(tiny, tmp_path, monkeypatch, number, epoch):
 
     error, said = ENDS[number]
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "evaluate", interrupted)
+        patch.setattr(validating, "evaluate", interrupted)
         with pytest.raises(error, match=said):
             train(out=tmp_path / "run")
     assert calls == epoch
@@ -161,7 +161,7 @@ def test_a_validation_that_fails_loses_no_epoch(tiny, tmp_path, monkeypatch):
         raise UserError("out of memory in an attack: lower batch_size (10)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "evaluate", full)
+        patch.setattr(validating, "evaluate", full)
         with pytest.raises(UserError, match="out of memory"):
             tiny.train(out=tmp_path / "run")
     assert checkpoint.found(tmp_path / "run" / "checkpoints")[-1].stem == f"step-{5:08d}"
@@ -243,14 +243,14 @@ class TestCtrlC:
 
     def test_heard_at_the_very_end_it_still_counts(self, tiny, tmp_path, monkeypatch):
         """The run is done and whole; what follows it in a script must not begin."""
-        record = loop._Trainer._record
+        record = loop.Trainer._record
 
         def late(self, row):
             record(self, row)
             if row["epoch"] == 2:
                 os.kill(os.getpid(), signal.SIGINT)
 
-        monkeypatch.setattr(loop._Trainer, "_record", late)
+        monkeypatch.setattr(loop.Trainer, "_record", late)
         with pytest.raises(KeyboardInterrupt):
             tiny.train(out=tmp_path / "run")
         assert len(tiny.rows(tmp_path / "run")) == 2

@@ -1,8 +1,9 @@
 """Training: the loop, the step, schedules, checkpoints."""
 
+from surestep.training._fit import FitResult, fit
 from surestep.training.averaging import WeightAverage
 from surestep.training.engine import Engine, TrainStep, make_optimizer, make_step
-from surestep.training.loop import FitResult, TrainingDiverged, fit
+from surestep.training.loop import TrainingDiverged
 from surestep.training.picking import Pick, pick_engine
 
 __all__ = [

@@ -21,7 +21,7 @@ from torch.utils.data import (
 
 from surestep.data import Batches, Images, as_images, as_pair, as_pixels, augment
 from surestep.errors import UserError
-from surestep.training.checkpoint import OwnRandom
+from surestep.training.randomness import OwnRandom
 
 _NO_LENGTH = (
     "has no length, which schedules need: give steps_per_epoch with a DataLoader, or a Dataset "
@@ -174,21 +174,10 @@ def _without(batches: Iterator[Batch], skip: int) -> Iterator[Batch]:
     return batches
 
 
-def image_shape(data: Any) -> torch.Size | None:
-    """Return the shape of one image of Images, a Dataset or a DataLoader.
-
-    None if it cannot be told without making a batch: the items of a Dataset may be anything that
-    a collate_fn makes tensors of, and an IterableDataset has none to ask for.
-    """
-    if isinstance(data, Images):
-        return torch.Size(data.image_shape)
-    data = data.dataset if isinstance(data, DataLoader) else data
-    # What an augmentation draws here, training must not miss.
-    with OwnRandom(0).used():
-        try:
-            return torch.as_tensor(data[0][0]).shape
-        except Exception:
-            return None
+def generators_of(source: Source) -> list[torch.Generator]:
+    """Return the random generators of the loader behind a source, if there is one."""
+    inner = source.source if isinstance(source, Replayed) else source
+    return inner.generators() if isinstance(inner, LoaderSource) else []
 
 
 def first_of(data: Any) -> tuple[Tensor, Tensor] | None:

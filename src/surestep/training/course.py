@@ -1,0 +1,24 @@
+"""What changes from step to step: rates, the share of eps, when averaging and AWP begin."""
+
+from __future__ import annotations
+
+from surestep.methods import Progress
+from surestep.training.preparing import Job
+from surestep.training.schedules import learning_rate, momentum, warm_up
+
+
+def follow(job: Job, step: int) -> None:
+    """Set everything for the step to come, and tell the method where training is."""
+    config, steps = job.config, job.source.steps_per_epoch
+    done = step / job.total
+    lr = learning_rate(config.schedule, config.lr, done) * warm_up(step, config.warmup * steps)
+    for group in job.optimizer.param_groups:
+        group["lr"] = lr
+        if "momentum" in group:
+            group["momentum"] = momentum(config.schedule, config.momentum, done)
+    at = Progress(step, steps, job.total / steps, job.images, lr, job.labelled)
+    job.method.progress = at
+    if config.eps_warmup:
+        job.method.set_strength(warm_up(step, config.eps_warmup * steps))
+    job.take_step.averaging = at.done >= (config.swa or 0)
+    job.take_step.perturbing = step >= config.awp_from * steps

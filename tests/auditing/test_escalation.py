@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -92,3 +93,17 @@ def test_binarization(net, images):
     pgd, noise, posed = binarization_rates(blind, x[:20], surestep.Linf(0.05)) or (0, 0, 0)
     assert pgd < 0.5
     assert binarization_rates(Layer(lambda z: z.flatten(1)[:, :3] * 0), x[:3], THREAT) is None
+
+
+def test_an_attack_that_fails_leaves_no_hook(run, net, monkeypatch):
+    """The traceback keeps the generator alive; what it hung on the model must go all the same."""
+    model = nn.Sequential(Layer(lambda x: (x * 7).round() / 7), net)
+
+    def fail(*_, **__):
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(escalation, "in_turn", fail)
+    with pytest.raises(RuntimeError, match="no more") as caught:
+        run(model, 0.05)
+    assert caught.tb  # it holds all frames
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

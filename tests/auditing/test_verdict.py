@@ -12,7 +12,7 @@ from torch import nn
 
 import surestep
 from surestep.auditing import CHECKS, Check, _subject, audit
-from surestep.auditing._audit import judge
+from surestep.auditing.verdict import Findings, judge
 from surestep.errors import UserError
 from surestep.evaluation import wilson_interval
 from surestep.evaluation._evaluate import _Judge as Judge
@@ -233,7 +233,7 @@ def said_of(
     """Return verdict and sentence where ``found`` of n images withstand everything."""
     interval = wilson_interval(round(found * n), n)
     named = dict(zip(("fgsm", "pgd-10"), claims, strict=True))
-    return judge(clean, named, found, interval, 0.1, list(checks), blind, budget, n)
+    return judge(Findings(clean, named, found, interval, 0.1, blind, n), list(checks), budget)
 
 
 @pytest.mark.parametrize(

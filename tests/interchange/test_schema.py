@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import surestep
-from surestep import UserError, interchange
+from surestep import UserError, interchange, verdicts
 
 EXTRAS = {"run": "runs/one", "command": "surestep audit runs/one", "versions": {"torch": "2.13"}}
 
@@ -276,3 +276,9 @@ def test_a_true_audit_passes(linear: tuple[nn.Module, torch.Tensor], right: int)
     found = surestep.audit(model, (x, y), surestep.Linf(8 / 255), budget="quick")
     interchange.validate(found.to_dict())
     interchange.validate(json.loads(json.dumps(found.to_dict())))
+
+
+def test_the_schema_knows_every_verdict() -> None:
+    schema = Path(interchange.__file__).with_name("schemas") / "audit-1.json"
+    known = json.loads(schema.read_text("utf-8"))["properties"]["verdict"]["enum"]
+    assert sorted(known) == sorted(verdicts.SEVERITY)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from surestep import verdicts
+
 if TYPE_CHECKING:
     from surestep.auditing import Audit
     from surestep.evaluation import Evaluation
@@ -129,7 +131,7 @@ def audit_tables(name: str, found: Audit) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(console.width, 120))
-    colour = {"robust": "green", "inconclusive": "yellow"}.get(found.verdict, "red")
+    colour = verdicts.colour(found.verdict)
     console.print(f"[bold {colour}]{found.verdict}[/]  {escape(name)}", highlight=False)
     console.print(found.sentence, highlight=False)
     table = Table(title=f"{found.n:,} images, {found.threat['norm']} eps {found.threat['eps']:.4g}")

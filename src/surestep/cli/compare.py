@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from surestep import verdicts
 from surestep.cli._options import (
     check_writable,
     config_options,
@@ -189,11 +190,10 @@ def _table(found: Comparison) -> None:
     for title in titles:
         left = title in ("method", "verdict")
         table.add_column(title, justify="left" if left else "right", overflow="fold")
-    colours = {"robust": "green", "inconclusive": "yellow"}
     for row, texts in zip(found.rows, body, strict=True):
         cells = [Text(text or "–") for text in texts]
         if row.verdict is not None:
-            cells[titles.index("verdict")].stylize(colours.get(row.verdict, "red"))
+            cells[titles.index("verdict")].stylize(verdicts.colour(row.verdict))
         table.add_row(*cells)
     console = Console()
     if not console.is_terminal:

@@ -5,7 +5,7 @@ if runs do not share the machine, and peak memory can only be told of a whole pr
 known of a run is kept as soon as it is known, so that a comparison that was stopped goes on.
 """
 
-from surestep.comparing._compare import ATTACKS, SEVERITY, compare, compare_runs
+from surestep.comparing._compare import ATTACKS, compare, compare_runs
 from surestep.comparing._table import (
     COLUMNS,
     Comparison,
@@ -19,7 +19,6 @@ from surestep.comparing._table import (
 __all__ = [
     "ATTACKS",
     "COLUMNS",
-    "SEVERITY",
     "Comparison",
     "Failure",
     "Number",

@@ -29,13 +29,10 @@ from surestep.data import Images
 from surestep.devices import pick_device
 from surestep.errors import UserError
 from surestep.evaluation import suite
+from surestep.verdicts import SEVERITY
 
 ATTACKS = ("fgsm", "pgd-100", "pgd-100-margin")
 """The attacks of a comparison, unless others are asked for."""
-
-SEVERITY = ("pseudo-robust", "not robust", "inconclusive", "robust")
-"""Verdicts, the most severe first: what looks robust and is not comes before what is plainly
-not."""
 
 _ALIKE = ("dataset", "norm", "eps")
 # What may differ between two runs of one row: none of it changes what is learnt, but for rounding.

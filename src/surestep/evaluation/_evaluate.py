@@ -196,7 +196,7 @@ def evaluate(
 
     whole = at(threat, state)
     if n is not None:
-        warn_of_one_class(whole.per_class, stacklevel=2)
+        warn_of_one_class({row["label"]: row["n"] for row in whole.per_class}, stacklevel=2)
     curve = []
     for radius in radii:
         place = None if state is None else f"{state}.eps-{radius.eps:g}"
@@ -439,12 +439,12 @@ def _in_range(data: Any, bounds: tuple[float, float]) -> Images:
     )
 
 
-def warn_of_one_class(per_class: Sequence[Mapping[str, Any]], stacklevel: int) -> None:
-    """Say that a part of data sorted by class was judged, where all of it is of one class."""
-    first = per_class[0]
-    if len(per_class) == 1 and first["n"] >= _FEW:
+def warn_of_one_class(counts: Mapping[int, int], stacklevel: int) -> None:
+    """Say that a part of data sorted by class was judged, where all are images of one label."""
+    ((label, n), *others) = counts.items()
+    if not others and n >= _FEW:
         warnings.warn(
-            f"the first {first['n']:,} images are all of class {first['label']}: if the data are "
+            f"the first {n:,} images are all of class {label}: if the data are "
             "sorted by class, shuffle them, or judge all (n=None)",
             stacklevel=stacklevel + 1,
         )

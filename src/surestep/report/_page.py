@@ -13,16 +13,12 @@ from surestep.report._needs import need
 from surestep.report._plots import Plot, plots
 from surestep.report._read import get, number, plain, stated
 from surestep.report._save import VEGA_LITE
+from surestep.verdicts import INCONCLUSIVE, NOT_ROBUST, PSEUDO, ROBUST
 
 if TYPE_CHECKING:
     from surestep.report._report import Report
 
-_VERDICTS = {
-    "robust": "good",
-    "pseudo-robust": "bad",
-    "not robust": "bad",
-    "inconclusive": "unsure",
-}
+_VERDICTS = {ROBUST: "good", PSEUDO: "bad", NOT_ROBUST: "bad", INCONCLUSIVE: "unsure"}
 _STATUSES = ("flagged", "passed", "skipped")
 _CLASSES = 30  # rows of the table by class
 _COLUMNS = {

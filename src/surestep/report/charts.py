@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from surestep.errors import UserError
 from surestep.report._needs import need
 from surestep.report._read import Row, get, number, pairs, some, stated
+from surestep.verdicts import INCONCLUSIVE, NOT_ROBUST, PSEUDO, ROBUST
 
 if TYPE_CHECKING:
     import altair as alt
 
 WIDTH, HEIGHT = 440, 260
 WORST = "worst case"
-VERDICTS = ["inconclusive", "pseudo-robust", "robust", "not robust", "not audited"]
+VERDICTS = [INCONCLUSIVE, PSEUDO, ROBUST, NOT_ROBUST, "not audited"]
 _METRIC_NAMES = {"adv_accuracy": "training batches", "val_worst_case": WORST}
 
 

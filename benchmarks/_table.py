@@ -53,7 +53,7 @@ def train_and_judge(
     config = runs.resolve({"method": row.method, "seed": row.seed, **row.changes}, row.recipe)
     config = config.model_copy(update={"data": data})
     fitted = runs.train(config, None)
-    engine = Engine.choose()
+    engine = Engine.choose(device=next(fitted.model.parameters()).device)
     pgd = f"pgd-{steps}"
     # The points are made in the engine's precision and judged in float32; see
     # benchmarks/precision.py for what that changes.
@@ -144,8 +144,8 @@ def run_alone(row: Row, *words: str, threads: int, **options: Any) -> dict[str, 
         print(f"FAILED {row}: {ran.stderr[-2000:]}", flush=True)
         return None
     return {
-        **json.loads(ran.stdout.splitlines()[-1]),
         **origin(),
+        **json.loads(ran.stdout.splitlines()[-1]),
         "command": "python " + " ".join(sys.argv),
     }
 

@@ -2,19 +2,21 @@
 
     python benchmarks/leaderboard.py mnist                     # LeNet+, eps 0.3, all methods
     python benchmarks/leaderboard.py cifar10 --data DIR        # slim PreActResNet, 8/255 and 16/255
+    python benchmarks/leaderboard.py fastat --data DIR --jobs 1  # ResNet-18, 100 epochs: for a GPU
     python benchmarks/leaderboard.py mnist --only fgsm sat-r2 --seeds 0
     python benchmarks/leaderboard.py --table docs/leaderboard.md
 
 A row is a method, a radius and a seed: trained as the board's protocol says with the method's own
 parameters (and label smoothing, growth of eps, clipping) for that data, judged on test images by
 FGSM and PGD on cross entropy and margin, and audited, so that a masked row is marked as one. Every
-row has one thread, and seconds are its CPU's. Rows that the CSV holds are skipped, unless the
-parameters have changed since; then the later row counts. A stopped board goes on where it was, seed
-after seed, so that all methods have one seed before any has two. Nothing is selected: the last
-weights are judged.
+row has one thread, and seconds are its CPU's (on a GPU those that training takes). Rows that the
+CSV holds are skipped, unless their settings have changed since; then the later row counts. A
+stopped board goes on where it was, seed after seed, so that all methods have one seed before any
+has two. Nothing is selected: the last weights are judged.
 
-The protocol is the FastAT benchmark's (arXiv 2604.22853) made small enough for two cores: fewer
-epochs, smaller networks, and multi-step attacks in training of 7 steps at most.
+The protocol of the first two is the FastAT benchmark's (arXiv 2604.22853) made small enough for two
+cores: fewer epochs, smaller networks, and multi-step attacks in training of 7 steps at most. The
+third is the benchmark's own; it takes the best weights by 1,000 held-out images, and AutoAttack.
 """
 
 from __future__ import annotations
@@ -28,9 +30,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from _table import QUICK, Row, append, read, run_alone
+
+if TYPE_CHECKING:
+    from surestep.config import RunConfig
 
 FIELDS = [
     *(
@@ -40,7 +45,7 @@ FIELDS = [
         "eps",
         "seed",
         "passes",
-        "train_cpu_seconds",
+        "train_seconds",
         "clean",
         "fgsm",
         "pgd",
@@ -67,6 +72,10 @@ class Board:
         audit_n: test images audited.
         params: per method, what the protocol changes.
         only: the methods; all if empty.
+        combined: names of ``COMBINED`` that are run, too; all if None.
+        own: per method, settings in place of the board's.
+        preset: of the methods; by default that of the board's name.
+        autoattack: whether it judges, too.
     """
 
     settings: dict[str, Any]
@@ -77,6 +86,16 @@ class Board:
     audit_n: int
     params: dict[str, dict[str, Any]] = field(default_factory=dict)
     only: tuple[str, ...] = ()
+    combined: tuple[str, ...] | None = None
+    own: dict[str, dict[str, Any]] = field(default_factory=dict)
+    preset: str | None = None
+    autoattack: bool = False
+
+    @property
+    def attacks(self) -> tuple[str, ...]:
+        """What judges, PGD second and third."""
+        pgd = f"pgd-{self.steps}"
+        return ("fgsm", pgd, f"{pgd}-margin", *(("autoattack",) if self.autoattack else ()))
 
 
 BOARDS = {
@@ -116,6 +135,24 @@ BOARDS = {
             *("aaer", "nuat", "fgsm-cuap", "fgsm-mep", "trades"),
         ),
     ),
+    "fastat": Board(
+        {
+            **{"model": "resnet18", "normalize": True, "epochs": 100, "batch_size": 128},
+            **{"lr": 0.1, "optimizer": "sgd", "weight_decay": 5e-4, "schedule": "onecycle"},
+            **{"warmup": 0.0, "augment": "crop-flip", "label_smoothing": 0.4, "ema": 0.9995},
+            **{"val_images": 1000, "val_attacks": ["fgsm", "pgd-10"], "select": "best"},
+        },
+        (8 / 255,),
+        seeds=3,
+        steps=50,
+        n=10_000,
+        audit_n=1000,
+        params={"pgd": {"steps": 10, "alpha": 2 / 255}},
+        combined=("sat-r2 + hypersphere", "sat-r2 + awp", "sat-r2 on n-fgsm"),
+        own={"pgd": {"ema": None}},
+        preset="cifar10",
+        autoattack=True,
+    ),
 }
 COMBINED: dict[str, dict[str, Any]] = {
     "sat-r2 + hypersphere": {"method": "sat-r2", "head": "hypersphere"},
@@ -140,7 +177,8 @@ def entries(board: Board) -> dict[str, dict[str, Any]]:
     from surestep import methods
 
     names = board.only or tuple(methods.names())
-    return {**{name: {"method": name} for name in names}, **COMBINED}
+    combined = {k: v for k, v in COMBINED.items() if board.combined is None or k in board.combined}
+    return {**{name: {"method": name, **board.own.get(name, {})} for name in names}, **combined}
 
 
 def rows(name: str, only: list[str], seeds: list[int] | None) -> Iterator[tuple[str, Row]]:
@@ -153,42 +191,60 @@ def rows(name: str, only: list[str], seeds: list[int] | None) -> Iterator[tuple[
                 params = {**board.params.get(own["method"], {}), **own.get("params", {})}
                 changes = {**QUICK, **board.settings, **own, "params": params, "eps": eps}
                 del changes["method"]
-                yield entry, Row(own["method"], name, seed, changes)
+                yield entry, Row(own["method"], board.preset or name, seed, changes)
 
 
-def missing(pairs: Iterator[tuple[str, Row]], found: list[dict[str, str]]) -> list[tuple[str, Row]]:
-    """Return the rows that were not measured yet with the parameters they have now."""
+def resolve(row: Row, data: str | None = None) -> RunConfig:
+    """Return the settings of a row, the method's preset among them."""
     from surestep import runs
 
-    done = {(r["board"], r["entry"], r["eps"], r["seed"]): json.loads(r["params"]) for r in found}
+    settings = {"method": row.method, "seed": row.seed, "data": data, **row.changes}
+    return runs.resolve(settings, row.recipe)
+
+
+def missing(
+    name: str, pairs: Iterator[tuple[str, Row]], found: list[dict[str, str]]
+) -> list[tuple[str, Row]]:
+    """Return the rows of a board that were not measured yet with the settings they have now."""
+    done = {(r["board"], r["entry"], r["eps"], r["seed"]): r for r in found}
     todo = []
     for entry, row in pairs:
-        config = runs.resolve({"method": row.method, "seed": row.seed, **row.changes}, row.recipe)
-        key = (row.recipe, entry, str(round(config.eps, 4)), str(row.seed))
-        if done.get(key) != config.params:
+        config = resolve(row)
+        key = (name, entry, str(round(config.eps, 4)), str(row.seed))
+        if key not in done or differs(config, done[key]):
             todo.append((entry, row))
     return todo
 
 
-def train_judge_audit(row: Row, data: str | None) -> dict[str, Any]:
-    """Train a row, judge it and audit it."""
+def trained_with(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that decide what a row learns, the preset's among them."""
+    about = {"method", "params", "seed", "dataset", "data", "tensorboard", "checkpoint_every"}
+    return config.model_dump(mode="json", exclude=about)
+
+
+def differs(config: RunConfig, row: dict[str, str]) -> bool:
+    """Tell whether a row was measured with other settings; older rows name the board's alone."""
+    now, then = trained_with(config), json.loads(row["settings"])
+    return json.loads(row["params"]) != config.params or any(now[k] != then[k] for k in then)
+
+
+def train_judge_audit(name: str, row: Row, data: str | None) -> dict[str, Any]:
+    """Train a row of a board, judge it and audit it."""
     import torch
 
     from surestep import audit, evaluate, runs
     from surestep.training import Engine, TrainingDiverged
 
-    board = BOARDS[row.recipe]
-    config = runs.resolve({"method": row.method, "seed": row.seed, **row.changes}, row.recipe)
-    config = config.model_copy(update={"data": data, "val_images": 0})
+    board, config = BOARDS[name], resolve(row, data)
     # Of one thread: what else the machine does at the time does not count.
     begin = time.process_time()
     about = {
-        "board": row.recipe,
+        "board": name,
         "method": row.method,
         "eps": round(config.eps, 4),
         "seed": row.seed,
         "passes": round(runs.build_method(config).cost(config.batch_size).total, 2),
-        "settings": json.dumps({k: v for k, v in row.changes.items() if k != "params"}),
+        "settings": json.dumps(trained_with(config)),
         "params": json.dumps(config.params),
         "torch": torch.__version__,
     }
@@ -196,19 +252,24 @@ def train_judge_audit(row: Row, data: str | None) -> dict[str, Any]:
         fitted = runs.train(config, None, quiet=True)
     except TrainingDiverged as e:
         return {**about, "verdict": DIVERGED, "found_by": str(e).partition(";")[0]}
-    seconds = time.process_time() - begin
-    engine, threat, pgd = Engine.choose(), runs.build_threat(config), f"pgd-{board.steps}"
-    model, test = engine.place(fitted.model), runs.load_data(config, "test")
-    attacks = ("fgsm", pgd, f"{pgd}-margin")
-    judged = evaluate(model, test, threat, attacks, n=board.n, precision=engine.precision)
+    seconds, model = time.process_time() - begin, fitted.model
+    device = next(model.parameters()).device
+    if device.type == "cuda":  # its work is not the CPU's
+        seconds, about["machine"] = fitted.train_seconds, torch.cuda.get_device_name(device)
+    engine, threat = Engine.choose(device=device), runs.build_threat(config)
+    test = runs.load_data(config, "test")
+    judged = evaluate(
+        engine.place(model), test, threat, board.attacks, n=board.n, precision=engine.precision
+    )
     audited = audit(model, test, threat, budget="quick", n=board.audit_n)
+    _, pgd, margin, *_ = board.attacks
     return {
         **about,
-        "train_cpu_seconds": round(seconds, 1),
+        "train_seconds": round(seconds, 1),
         "clean": judged.clean_accuracy,
         "fgsm": judged.robust_accuracy["fgsm"],
         "pgd": judged.robust_accuracy[pgd],
-        "pgd_margin": judged.robust_accuracy[f"{pgd}-margin"],
+        "pgd_margin": judged.robust_accuracy[margin],
         "worst_case": judged.worst_case_accuracy,
         "n": judged.n,
         "verdict": audited.verdict,
@@ -251,7 +312,7 @@ def means(found: list[dict[str, str]]) -> list[Means]:
         groups.setdefault(one["entry"], []).append(one)
     plain: dict[str, list[float]] = {}
     for one in groups.get("standard", ()):
-        plain.setdefault(one["machine"], []).append(float(one["train_cpu_seconds"]))
+        plain.setdefault(one["machine"], []).append(float(one["train_seconds"]))
     lines = []
     for entry, measured in groups.items():
         latest = list({(r["eps"], r["seed"]): r for r in measured}.values())
@@ -261,7 +322,7 @@ def means(found: list[dict[str, str]]) -> list[Means]:
         worst = [100 * float(r["worst_case"]) for r in mine]
         verdicts = [r["verdict"] for r in latest]
         ratios = [
-            float(r["train_cpu_seconds"]) / statistics.mean(plain[r["machine"]])
+            float(r["train_seconds"]) / statistics.mean(plain[r["machine"]])
             for r in mine
             if r["machine"] in plain
         ]
@@ -396,14 +457,14 @@ def main() -> None:
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.row:
-        print(json.dumps(train_judge_audit(Row(**json.loads(args.row)), args.data)))
+        print(json.dumps(train_judge_audit(args.board, Row(**json.loads(args.row)), args.data)))
         return
     found = read(args.out)
     if args.table:
         return write(found, args.table)
     if args.board is None:
-        parser.error("name a board to run: mnist or cifar10; or --table PAGE")
-    todo = missing(rows(args.board, args.only, args.seeds), found)
+        parser.error(f"name a board to run, one of {', '.join(BOARDS)}; or --table PAGE")
+    todo = missing(args.board, rows(args.board, args.only, args.seeds), found)
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda pair: run(pair[0], pair[1], args), todo))
 

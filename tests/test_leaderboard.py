@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 
 import leaderboard as board
 import pytest
@@ -10,15 +12,15 @@ import pytest
 from surestep import methods, runs
 
 
-@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+@pytest.mark.parametrize("name", list(board.BOARDS))
 def test_every_row_is_a_run_that_can_be_made(name):
     found = list(board.rows(name, [], None))
     settings = board.BOARDS[name]
     assert len(found) == settings.seeds * len(settings.eps) * len(board.entries(settings))
-    if name == "mnist":
+    if not settings.only:
         assert set(methods.names()) <= {entry for entry, _ in found}
     for _, row in found:
-        config = runs.resolve({"method": row.method, "seed": row.seed, **row.changes}, row.recipe)
+        config = board.resolve(row)
         assert runs.build_method(config).slug == row.method
         assert config.epochs == settings.settings["epochs"]
     # All methods have one seed before any has two.
@@ -37,7 +39,7 @@ def line(entry, seed, worst, verdict, seconds, machine="one"):
             "fgsm": "0.8",
         },
         **{"found": "0.5", "worst_case": str(worst), "verdict": verdict},
-        **{"train_cpu_seconds": str(seconds), "machine": machine},
+        **{"train_seconds": str(seconds), "machine": machine},
     }
 
 
@@ -75,17 +77,57 @@ def test_seconds_are_held_against_standard_training_on_the_same_machine():
     assert math.isnan(alone["ratio"])
 
 
-def test_a_row_is_run_again_when_its_parameters_change():
-    pairs = list(board.rows("mnist", ["sat-r2"], [0, 1, 2]))
+def test_a_row_is_run_again_when_its_settings_change():
+    pairs = list(board.rows("mnist", ["sat-r2"], [0, 1, 2, 3]))
+    now = board.trained_with(board.resolve(pairs[0][1]))
     found = [
-        {"board": "mnist", "entry": "sat-r2", "eps": "0.3", "seed": seed, "params": params}
-        for seed, params in (
-            ("0", '{"lam": 5.0, "alpha": 0.01}'),
-            ("1", '{"lam": 4.0, "alpha": 0.01}'),
+        {
+            **{"board": "mnist", "entry": "sat-r2", "eps": "0.3", "seed": str(seed)},
+            **{"params": f'{{"lam": {lam}, "alpha": 0.01}}', "settings": json.dumps(settings)},
+        }
+        for seed, (lam, settings) in enumerate(
+            [
+                (5.0, {"epochs": 2}),  # as older rows have it
+                (4.0, now),
+                (5.0, {**now, "clip_grad": 1.0}),  # of a preset that clipped
+            ]
         )
     ]
-    left = board.missing(iter(pairs), found)
-    assert [row.seed for _, row in left] == [1, 2]
+    left = board.missing("mnist", iter(pairs), found)
+    assert [row.seed for _, row in left] == [1, 2, 3]
+
+
+def test_the_benchmarks_own_protocol():
+    """As its paper has it; PGD-AT without an average is there, too."""
+    pairs = dict(board.rows("fastat", [], [0]))
+    assert {"sat-r1", "pgd-wa", "sat-r2 + hypersphere"} <= set(pairs)
+    found = board.resolve(pairs["rs-fgsm"])
+    assert (found.model, found.epochs, found.schedule, found.lr) == (
+        "resnet18",
+        100,
+        "onecycle",
+        0.1,
+    )
+    assert (found.label_smoothing, found.ema, found.val_images) == (0.4, 0.9995, 1000)
+    plain, averaged = board.resolve(pairs["pgd"]), board.resolve(pairs["pgd-wa"])
+    assert plain.params == averaged.params == {"steps": 10, "alpha": 2 / 255}
+    assert (plain.ema, averaged.ema) == (None, 0.9995)
+    assert board.BOARDS["fastat"].attacks == ("fgsm", "pgd-50", "pgd-50-margin", "autoattack")
+
+
+def test_a_row_is_trained_judged_and_audited(monkeypatch):
+    small = {"model": "lenet+", "epochs": 0.01, "val_images": 50, "val_attacks": ["fgsm"]}
+    tiny = replace(
+        board.BOARDS["fastat"], settings=small, preset="mnist", steps=2, n=20, audit_n=20
+    )
+    monkeypatch.setitem(board.BOARDS, "fastat", tiny)
+    ((_, row),) = board.rows("fastat", ["fgsm"], [0])
+    found = board.train_judge_audit("fastat", row, None)
+    by_others = {"entry", "commit", "machine", "date", "command"}
+    assert set(found) == set(board.FIELDS) - by_others
+    assert (found["board"], found["n"], found["audit_n"]) == ("fastat", 20, 20)
+    assert found["worst_case"] <= min(found["pgd"], found["pgd_margin"])
+    assert not board.differs(board.resolve(row), {k: str(v) for k, v in found.items()})
 
 
 def test_of_a_seed_that_ran_twice_the_later_row_counts():

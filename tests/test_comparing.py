@@ -231,6 +231,16 @@ class TestTraining:
         alike = compare(["fgsm", "pgd"], 1, out=tmp_path / "b", preset="mnist-fast")
         assert not any("different settings" in n for n in alike.notes)
 
+    def test_how_well_so_few_images_tell(self, world, tmp_path):
+        note = compare(["sat-r2"], 2, out=tmp_path, **SHORT).notes[0]
+        # By the quadratic that defines Wilson's interval: (p - t)^2 = z^2 t (1 - t) / n.
+        p, n, z = 0.5, 40, 1.959964
+        a, b, c = 1 + z * z / n, -(2 * p + z * z / n), p * p
+        root = math.sqrt(b * b - 4 * a * c)
+        low, high = (-b - root) / (2 * a), (-b + root) / (2 * a)
+        assert note.startswith(f"40 images tell the best worst case to {low:.1%}"[:-1])
+        assert f" to {high:.1%} (95%)" in note
+
 
 class TestVerdicts:
     def test_the_most_severe_counts(self, world, tmp_path):

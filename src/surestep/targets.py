@@ -97,37 +97,9 @@ def open_target(
     normalises = folder.is_dir() or name.startswith("hf:") or (_of_timm(name) and not weights)
     if preprocess is not None and normalises:
         raise UserError(f"{name} normalises its images itself: leave mean and std out")
-    target = pick_device(device)
-    given = {"dataset": dataset, "data": place, "image_size": image_size, "eps": eps}
-    of_run = folder.is_dir()
-    if of_run:
-        if weights is not None:
-            raise UserError(f"{name} is a run folder and has its own weights: leave --weights out")
-        config = runs.read_config(folder)
-        if norm not in (None, config.norm) and eps is None:
-            raise UserError(
-                f"{name} has a radius of {config.eps:g} in {config.norm}, which says nothing in "
-                f"{norm}: give --eps with --norm {norm}"
-            )
-        changes: dict[str, Any] = {
-            k: v for k, v in {**given, "norm": norm}.items() if v is not None
-        }
-        if dataset not in (None, config.dataset):  # where the run's own lay says nothing about it
-            sized = {} if data.resizes(dataset) else {"image_size": None}
-            changes = {"data": None, **sized, **changes}
-        config = parse(RunConfig, {**config.model_dump(), **changes})
-    else:
-        _check_kind(name)
-        if weights is not None and not Path(weights).is_file():
-            raise UserError(f"{weights} is not there")
-        if dataset is None or eps is None:
-            missing = " and ".join(
-                flag for flag, value in (("--dataset", dataset), ("--eps", eps)) if value is None
-            )
-            raise UserError(
-                f"{name} is no run folder, so its data and radius are needed: {missing}"
-            )
-        config = parse(RunConfig, {**given, "norm": norm or "linf"})
+    target, of_run = pick_device(device), folder.is_dir()
+    asked = {"dataset": dataset, "data": place, "image_size": image_size, "norm": norm, "eps": eps}
+    config = _as_run(name, weights, asked) if of_run else _as_asked(name, weights, asked)
     images, limits = runs.load_data(config, split), runs.build_threat(config)
     file = RunFolder(folder).weights if of_run else Path(weights or "")
     classes = files.read_signature(file).classes if _has_header(file) else ()
@@ -150,6 +122,35 @@ def open_target(
         "; ".join(filter(None, notes)),
         {"dataset": config.dataset, "split": split},
     )
+
+
+def _as_run(name: str, weights: str | None, asked: dict[str, Any]) -> RunConfig:
+    """Return a run's settings with what was asked for in place of its own."""
+    if weights is not None:
+        raise UserError(f"{name} is a run folder and has its own weights: leave --weights out")
+    config = runs.read_config(Path(name))
+    norm, dataset = asked["norm"], asked["dataset"]
+    if norm not in (None, config.norm) and asked["eps"] is None:
+        raise UserError(
+            f"{name} has a radius of {config.eps:g} in {config.norm}, which says nothing in "
+            f"{norm}: give --eps with --norm {norm}"
+        )
+    changes = {k: v for k, v in asked.items() if v is not None}
+    if dataset not in (None, config.dataset):  # where the run's own lay says nothing about it
+        sized = {} if data.resizes(dataset) else {"image_size": None}
+        changes = {"data": None, **sized, **changes}
+    return parse(RunConfig, {**config.model_dump(), **changes})
+
+
+def _as_asked(name: str, weights: str | None, asked: dict[str, Any]) -> RunConfig:
+    """Return the settings of a model that has none of its own."""
+    _check_kind(name)
+    if weights is not None and not Path(weights).is_file():
+        raise UserError(f"{weights} is not there")
+    missing = " and ".join(f"--{key}" for key in ("dataset", "eps") if asked[key] is None)
+    if missing:
+        raise UserError(f"{name} is no run folder, so its data and radius are needed: {missing}")
+    return parse(RunConfig, {**asked, "norm": asked["norm"] or "linf"})
 
 
 def open_source(name: str, target: Target) -> nn.Module:

@@ -28,7 +28,7 @@ from surestep.config import RunConfig
 from surestep.data import Images
 from surestep.devices import pick_device
 from surestep.errors import UserError
-from surestep.evaluation import suite
+from surestep.evaluation import suite, wilson_interval
 from surestep.verdicts import SEVERITY
 
 ATTACKS = ("fgsm", "pgd-100", "pgd-100-margin")
@@ -373,7 +373,7 @@ def _notes(
     asked: Judging,
 ) -> list[str]:
     """Say what a reader must know to read the table right."""
-    notes = []
+    notes = [_precision(rows, next(iter(outcomes.values()))["evaluation"]["n"])]
     pgd = [name for name in asked.attacks if name.startswith("pgd-")]
     if len(pgd) > 1:
         notes.append(f"PGD is the lower of the accuracies under {' and '.join(pgd)}, run by run.")
@@ -413,6 +413,16 @@ def _notes(
         named = ", ".join(failure.run for failure in failures)
         notes.append(f"Without {named}, of which there is no result.")
     return notes
+
+
+def _precision(rows: list[Row], n: int) -> str:
+    """Say how well so many images tell the best accuracy."""
+    best = max(row.numbers["worst_case_accuracy"].mean for row in rows)
+    low, high = wilson_interval(round(best * n), n)
+    return (
+        f"{n:,} images tell the best worst case to {100 * low:.1f} to {100 * high:.1f}% (95%), "
+        "however many seeds are judged on them."
+    )
 
 
 def _different(groups: Mapping[str, list[Job]]) -> list[str]:

@@ -7,39 +7,51 @@ and an attack that does not find one is too weak for this model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import forward_logits, share_of
+from surestep.attacks.core import Ascent, Best, forward_logits, share_of
 from surestep.devices import finest
+from surestep.errors import UserError
 from surestep.threat import ThreatModel
 
 INNER, RANDOM, STEPS = 999, 200, 30
 
 
-def feature_reader(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return a function from images to what the model's last linear layer sees (N, D).
+class Features(nn.Module):
+    """What a model's last linear layer sees, as if it were logits (N, D); without one, the logits.
 
-    Without such a layer: to the logits.
+    Args:
+        model: in eval mode.
     """
-    seen: list[Tensor] = []
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
 
-    def features(z: Tensor) -> Tensor:
-        if not linear:
-            return forward_logits(model, z)
-        handle = linear[-1].register_forward_hook(lambda _m, args, _out: seen.append(args[0]))
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+        self._linear = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the features, as exact as the device allows."""
+        seen: list[Tensor] = []
+        hooks = [
+            layer.register_forward_hook(lambda _m, args, _out: seen.append(args[0]))
+            for layer in self._linear
+        ]
         try:
-            logits = forward_logits(model, z)
+            logits = forward_logits(self.model, x)
         finally:
-            handle.remove()
-        found = seen[-1].flatten(1).float() if seen else logits
-        seen.clear()
-        return found if len(found) == len(z) else logits
+            for hook in hooks:
+                hook.remove()
+        found = seen[-1].flatten(1) if seen else logits
+        return (found if len(found) == len(x) else logits).to(finest(x.device))
 
-    return features
+
+class _Solved(Best):
+    """Notes which points are on the planted point's side: where the objective is positive."""
+
+    def offer(self, rows: Tensor, x_adv: Tensor, logits: Tensor) -> None:
+        self.wrong[rows] |= self.objective(logits, self.y[rows]) > 0
 
 
 def binarization_rates(
@@ -56,7 +68,7 @@ def binarization_rates(
     Returns:
         None if no problem could be posed: the features of the planted point are no different.
     """
-    features, fine = feature_reader(model), finest(x.device)
+    features = Features(model)
     readouts, biases, kept = [], [], []
     for row in range(len(x)):
         image = x[row : row + 1]
@@ -67,8 +79,8 @@ def binarization_rates(
             drawn = (
                 threat.random_start(image.repeat_interleave(k, 0), 0.95 * threat.eps) for k in sizes
             )
-            inner = torch.cat([features(z).to(fine) for z in (image, *drawn)])
-            readout = _separate(inner, features(planted).to(fine)[0])
+            inner = torch.cat([features(z) for z in (image, *drawn)])
+            readout = _separate(inner, features(planted)[0])
         if readout is not None:
             readouts.append(readout[0])
             biases.append(readout[1])
@@ -77,33 +89,23 @@ def binarization_rates(
         return None
     weight, bias, x = torch.stack(readouts), torch.stack(biases), x[kept]
 
-    def score(z: Tensor, rows: Tensor) -> Tensor:
-        return (features(z).to(fine) * weight[rows]).sum(1) + bias[rows]
+    # In place of its label each image has its number.
+    def score(found: Tensor, rows: Tensor) -> Tensor:
+        return (found * weight[rows]).sum(1) + bias[rows]
 
-    def gradient(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        with torch.enable_grad():
-            z = z.detach().requires_grad_()
-            value = score(z, rows)
-            if not value.requires_grad:
-                return value, None
-            return value.detach(), torch.autograd.grad(value.sum(), z, allow_unused=True)[0]
-
-    parts = torch.arange(len(x), device=x.device).split(batch_size)
-    solved = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    lucky, point = solved.clone(), threat.random_start(x)
-    for _ in range(STEPS):
-        values, grads = zip(*(gradient(point[rows], rows) for rows in parts), strict=True)
-        solved |= torch.cat(values) > 0
-        if any(grad is None for grad in grads):
-            break
-        step = threat.steepest_step(torch.cat(grads).nan_to_num(0), threat.eps * 2.5 / STEPS)
-        point = threat.project(point + step, x)
-    with torch.no_grad():
-        solved |= torch.cat([score(point[rows], rows) for rows in parts]) > 0
+    climb = Ascent(threat, STEPS, threat.eps * 2.5 / STEPS, score)
+    solved, lucky = [], []
+    for rows in torch.arange(len(x), device=x.device).split(batch_size):
+        by_gradient, by_chance = (_Solved(x[rows], rows, score) for _ in range(2))
+        try:
+            climb.search(features, by_gradient)
+        except UserError:  # no gradient: the start alone counts
+            by_gradient.try_points(features, by_gradient.rows(), threat.random_start(x[rows]))
         for _ in range(RANDOM):
-            tried = threat.random_start(x)
-            lucky |= torch.cat([score(tried[rows], rows) for rows in parts]) > 0
-    return share_of(solved), share_of(lucky), len(x)
+            by_chance.try_points(features, by_chance.rows(), threat.random_start(x[rows]))
+        solved.append(by_gradient.wrong)
+        lucky.append(by_chance.wrong)
+    return share_of(torch.cat(solved)), share_of(torch.cat(lucky)), len(x)
 
 
 def _separate(inner: Tensor, planted: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -139,7 +139,9 @@ class RunConfig(FitSettings):
     data: str | None = Field(None, description="Where the data set lies (folder or file)")
     image_size: Positive | None = Field(None, description="Resize the images of a folder to this")
     model: str = Field(
-        "lenet+", description="Architecture, timm:NAME or FILE.py:FACTORY (weights: see --weights)"
+        "lenet+",
+        description="lenet+, resnet18, wrn-28-10, ... (docs/data-and-models.md), timm:NAME or "
+        "FILE.py:FACTORY",
     )
     weights: str | None = Field(
         None, description="Weights to begin with: a file, or pretrained (timm's own)"

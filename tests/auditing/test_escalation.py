@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import surestep
+from surestep import UserError
 from surestep.auditing import escalation
 from surestep.auditing.binarization import binarization_rates
 
@@ -93,6 +94,19 @@ def test_binarization(net, images):
     pgd, noise, posed = binarization_rates(blind, x[:20], surestep.Linf(0.05)) or (0, 0, 0)
     assert pgd < 0.5
     assert binarization_rates(Layer(lambda z: z.flatten(1)[:, :3] * 0), x[:3], THREAT) is None
+
+
+def test_binarization_on_one_feature(images):
+    """A last layer that sees one number is no model without logits."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 1), nn.Linear(1, 3))
+    pgd, _, posed = binarization_rates(net, images[0][:10], surestep.Linf(0.05))
+    assert posed > 0
+    assert pgd > 0.9
+    failing = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    failing.register_forward_hook(lambda *_: torch.zeros(1))
+    with pytest.raises(UserError, match="expected logits"):
+        binarization_rates(failing, images[0][:3], THREAT)
 
 
 def test_an_attack_that_fails_leaves_no_hook(run, net, monkeypatch):

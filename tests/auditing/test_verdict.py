@@ -134,7 +134,7 @@ def test_a_given_source_counts(run, net):
     hidden = Layer(lambda x: net(x.detach()).detach())
     with pytest.MonkeyPatch.context() as patch:
         useless = nn.Sequential(nn.Flatten(), Layer(lambda x: 0 * x[:, :3]))
-        patch.setattr("surestep.auditing.escalation.substitute", lambda *_: useless)
+        patch.setattr("surestep.auditing._audit.substitute", lambda *_: useless)
         without = run(hidden)
         found = run(hidden, sources=[net])
     assert found.attacks["transfer"] < 0.1 < without.attacks["transfer"]
@@ -288,6 +288,13 @@ def test_a_claim_that_fails_where_no_check_flags_is_not_called_masked():
     """Attacked far beyond the radius that it was trained for, say."""
     assert said_of(0.02, claims=(0.6, 0.5))[0] == "not robust"
     assert said_of(0.02, claims=(0.6, 0.5), checks=COLLAPSE)[0] == "pseudo-robust"
+
+
+def test_the_claim_that_is_quoted_is_the_one_that_counts():
+    """44% under FGSM is less than half of 90% and no defence, so that PGD-10's 30% is at stake."""
+    verdict, sentence = said_of(0.05, claims=(0.44, 0.30), clean=0.9, checks=COLLAPSE)
+    assert verdict == "pseudo-robust"
+    assert "30.0% under PGD-10" in sentence
 
 
 def missed(count):

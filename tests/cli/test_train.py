@@ -214,7 +214,7 @@ class TestWhatItSays:
         text = done("train", *small, "--epochs", "1", "--out", out)
         assert text.startswith(f"{out}: epoch 1 selected, worst case ")
         assert "% of 100 held-out images" in text
-        assert text.endswith(f"surestep evaluate {out}\n")
+        assert text.endswith(f"surestep evaluate {out} --budget quick\n")
 
     def test_progress_is_on_stderr(self, cli, small, tmp_path):
         result = cli("train", *small, "--epochs", "1", "--out", tmp_path / "run", "--json", "-")

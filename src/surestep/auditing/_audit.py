@@ -32,13 +32,14 @@ from surestep.auditing._subject import Subject
 from surestep.auditing._subject import budget as budget_of
 from surestep.auditing.answers import escalate
 from surestep.auditing.checks import CHECKS, Check, zero_share
-from surestep.auditing.escalation import substitute_attack
 from surestep.auditing.verdict import Findings, judge
 from surestep.data import Images
 from surestep.devices import autocast, has_bf16, memory_for
 from surestep.errors import UserError
 from surestep.evaluation import Adapted, wilson_interval
 from surestep.evaluation._evaluate import batches_of, warn_of_one_class
+from surestep.evaluation._substitute import substitute
+from surestep.evaluation.suite import Attack, transfer
 from surestep.threat import ThreatModel
 from surestep.threat import check as check_threat
 
@@ -185,8 +186,18 @@ def _suite(s: Subject) -> None:
         ]
     )
     if s.right["clean"].any():
-        attack = substitute_attack(s)
+        attack = _from_a_substitute(s)
         s.attack({"transfer": attack}, s.right["clean"])
+
+
+def _from_a_substitute(s: Subject) -> Attack:
+    """Return the transfer attack from a substitute of the subject, and from its sources."""
+    s.tell("training a substitute for the transfer attack")
+    stand_in = substitute(s.model, s.x, s.threat, s.seed)
+    with torch.no_grad():
+        alike = s.logits(s.x).argmax(1) == s.map(stand_in, s.x).argmax(1)
+    s.agreement = share_of(alike)
+    return transfer([stand_in, *s.sources], s.threat)
 
 
 def _conclude(

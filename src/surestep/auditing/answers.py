@@ -79,6 +79,7 @@ def _own_way(s: Subject, signs: Signs) -> Planning:
 
 
 def _undo_softmax(s: Subject, signs: Signs) -> Planning:
+    """Attack the logarithm of what a model returns as probabilities."""
     if "logits-not-probabilities" in signs.flagged:
         inverse = escalation.LogProbabilities(s.model)
         yield Planned(
@@ -89,6 +90,7 @@ def _undo_softmax(s: Subject, signs: Signs) -> Planning:
 
 
 def _expect(s: Subject, signs: Signs) -> Planning:
+    """Attack a random model's mean over passes."""
     if "deterministic-forward" in signs.flagged:
         expected = escalation.Expected(s.model)
         yield Planned(
@@ -99,6 +101,7 @@ def _expect(s: Subject, signs: Signs) -> Planning:
 
 
 def _bpda(s: Subject, signs: Signs) -> Planning:
+    """Go straight through layers that no gradient flows through."""
     if signs.blind == 0 and not signs.flagged & BLINDING:
         return
     some = s.probe[0][: min(64, s.batch_size)]
@@ -125,6 +128,7 @@ def _longer(s: Subject, signs: Signs) -> Planning:
 
 
 def _autoattack(s: Subject, signs: Signs) -> Planning:
+    """End with AutoAttack, where the budget has it."""
     if s.budget.autoattack:
         yield Planned("autoattack", "part of this budget")
 

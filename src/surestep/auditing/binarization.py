@@ -8,6 +8,7 @@ and an attack that does not find one is too weak for this model.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.attacks.core import Ascent, Best, forward_logits, share_of
@@ -44,7 +45,9 @@ class Features(nn.Module):
             for hook in hooks:
                 hook.remove()
         found = seen[-1].flatten(1) if seen else logits
-        return (found if len(found) == len(x) else logits).to(finest(x.device))
+        found = (found if len(found) == len(x) else logits).to(finest(x.device))
+        # Logits have two columns at least; a readout gives one of zeros no weight.
+        return F.pad(found, (0, 1)) if found.shape[1] < 2 else found
 
 
 class _Solved(Best):
@@ -99,7 +102,10 @@ def binarization_rates(
         by_gradient, by_chance = (_Solved(x[rows], rows, score) for _ in range(2))
         try:
             climb.search(features, by_gradient)
-        except UserError:  # no gradient: the start alone counts
+        except UserError as e:
+            if "no gradient" not in str(e):
+                raise
+            # The start alone counts.
             by_gradient.try_points(features, by_gradient.rows(), threat.random_start(x[rows]))
         for _ in range(RANDOM):
             by_chance.try_points(features, by_chance.rows(), threat.random_start(x[rows]))

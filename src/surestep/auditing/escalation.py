@@ -1,7 +1,6 @@
-"""What an audit does when a check flags: attacks made for the way this model may hide.
+"""Stand-ins for a model whose gradients hide something, and attacks on them: what answers.py uses.
 
-All run on the images that nothing has broken so far, and count like any other attack: what they
-find is misclassified by the model itself.
+What they find is misclassified by the model itself.
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ from torch import Tensor, nn
 
 from surestep.attacks.core import forward_logits, in_turn, share_of
 from surestep.attacks.gradient import pgd
-from surestep.auditing._subject import Subject
 from surestep.devices import finest
-from surestep.evaluation._substitute import substitute
-from surestep.evaluation.suite import Attack, Found, pgd_step_size, transfer
+from surestep.evaluation.suite import Attack, Found, pgd_step_size
 from surestep.threat import ThreatModel
 
 EOT_SAMPLES = 10
@@ -200,13 +197,3 @@ def _surrogate(given: Tensor, out: Tensor) -> Callable[[Tensor], Tensor] | None:
     for parameter in net.parameters():
         parameter.requires_grad_(False)
     return lambda z: net(z.float()).view(len(z), *out.shape[1:])
-
-
-def substitute_attack(s: Subject) -> Attack:
-    """Return the transfer attack from a substitute of the subject, and from its sources."""
-    s.tell("training a substitute for the transfer attack")
-    stand_in = substitute(s.model, s.x, s.threat, s.seed)
-    with torch.no_grad():
-        alike = s.logits(s.x).argmax(1) == s.map(stand_in, s.x).argmax(1)
-    s.agreement = share_of(alike)
-    return transfer([stand_in, *s.sources], s.threat)

@@ -48,15 +48,16 @@ class Findings:
         return self.chance + 0.15 * (1 - self.chance)
 
     @property
-    def claimed(self) -> float:
-        """What the model claims to withstand; 0 where that does not look like a defence.
+    def looks(self) -> tuple[float, str]:
+        """The larger claim that looks like a defence, and its attack; 0 if none does.
 
         FGSM alone is weak: an undefended model may keep some accuracy under it. Only where it
         leaves half does it look like one.
         """
+        fgsm, pgd = self.claims["fgsm"], self.claims["pgd-10"]
         return max(
-            self.claims["fgsm"] if self.claims["fgsm"] >= 0.5 * self.clean else 0.0,
-            self.claims["pgd-10"] if self.claims["pgd-10"] > self.floor else 0.0,
+            (fgsm if fgsm >= 0.5 * self.clean else 0.0, "FGSM"),
+            (pgd if pgd > self.floor else 0.0, "PGD-10"),
         )
 
     @property
@@ -92,14 +93,14 @@ def judge(f: Findings, checks: Sequence[Check], budget: str) -> Verdict:
 def _of_claims(f: Findings, seen: str) -> Verdict | None:
     """Judge whether half of what the model claims is left."""
     _, high = f.interval
-    name = max(f.claims, key=lambda k: f.claims[k])
-    claim = f"{f.claims[name]:.1%} under {name.upper()}"
-    if high < 0.5 * f.claimed:
+    looks, name = f.looks
+    claim = f"{looks:.1%} under {name}"
+    if high < 0.5 * looks:
         return PSEUDO, (
             f"The model only looks robust: {claim}, but {f.found:.1%} withstand all attacks; "
             f"{seen}."
         )
-    if f.found < 0.5 * f.claimed:
+    if f.found < 0.5 * looks:
         return INCONCLUSIVE, (
             f"{claim}, but {f.found:.1%} withstand all attacks ({f.between}): about half of what "
             "the model claims, too close to tell on so few images: give more with --n."

@@ -75,8 +75,8 @@ class _Lazy(click.Group):
 def surestep(context: click.Context) -> None:
     """Train image classifiers that withstand adversarial perturbations, in one attack step.
 
-    New here? `surestep demo` takes some minutes and needs no download. Then
-    `surestep train --method sat-r2 --dataset mnist` and `surestep evaluate RUN`.
+    New here? `surestep demo` takes some minutes and needs no download. Then `surestep train
+    --method sat-r2 --preset mnist-fast` and `surestep evaluate RUN --budget quick`.
     """
     command, processes = context.invoked_subcommand, os.environ.get("WORLD_SIZE", "1")
     if processes != "1" and command in _ALONE:

@@ -50,7 +50,7 @@ _TRAINING = [
 @click.option(
     "--preset",
     metavar="NAME",
-    help="Recipe of all: each method's for the data set by default; none.",
+    help="A preset that all have, or none. [default: each method's, named as the data set]",
 )
 @click.option(
     "--attacks",

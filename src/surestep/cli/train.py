@@ -33,7 +33,10 @@ _FIRST = ("method", "dataset", "model", "eps", "epochs", "batch_size", "lr", "se
 @click.command(short_help="Train a robust classifier with a method.")
 @config_options(_FIRST)
 @click.option(
-    "--preset", metavar="NAME", help="Recipe of the method: its data set's by default; none."
+    "--preset",
+    metavar="NAME",
+    help="A preset of the method (`surestep methods NAME` lists them), or none. "
+    "[default: the one named as the data set]",
 )
 @click.option(
     "--param",
@@ -131,7 +134,7 @@ def train(
             judged = f", worst case {last['val_worst_case']:.1%} of {last['val_n']} held-out images"
         seconds = f"{result.train_seconds:.0f} s of training"
         click.echo(f"{out}: epoch {result.best_epoch} selected{judged}, {seconds}")
-        click.echo(f"judge it on test data: surestep evaluate {out}")
+        click.echo(f"judge it on test data: surestep evaluate {out} --budget quick")
 
     told = {
         "run": str(out),

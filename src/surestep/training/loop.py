@@ -57,8 +57,16 @@ class Trainer:
         self.on_epoch = on_epoch if first else None
         self.at = RunState()
         self.stop = StopRequest()
-        self.checkpoints: Checkpoints | None = None
-        self.random = RandomStates(job.device, job.config.seed, lambda: generators_of(job.source))
+        self.display = Display(job.total, quiet=self.quiet)
+        self.random = RandomStates(
+            job.device,
+            job.accelerator.process_index,
+            job.config.seed,
+            lambda: generators_of(job.source),
+        )
+        self.checkpoints = Checkpoints(job, run, self.random, self.display.say) if run else None
+        self._epoch_rng: list[dict[str, Any]] = []
+        self._began = 0.0
         self._best: dict[str, Tensor] = {}
 
     def train(self, *, resume: bool, differences: list[str]) -> RunState:
@@ -71,15 +79,14 @@ class Trainer:
         job = self.job
         if job.config.tensorboard:
             job.accelerator.init_trackers("tensorboard")
-        with Display(job.total, quiet=self.quiet) as self.display:
+        with self.display:
             if job.pick:
                 self.display.say(str(job.pick))
             for difference in differences:
                 self.display.say(f"results may differ in the last digits: {difference}")
-            if self.run:
-                self.checkpoints = Checkpoints(job, self.run, self.random, self.display.say)
             restored = None
-            if resume and self.checkpoints:
+            if resume:
+                assert self.checkpoints is not None
                 self.at, restored = self.checkpoints.restore()
             # Without a folder there is nothing to go on from: signals do what they always do.
             with self.stop.heard() if self.run else nullcontext():
@@ -169,9 +176,9 @@ class Trainer:
         """Return so many batches of the epoch; from a checkpoint within it, those after it."""
         states = restored["rng"] if restored else self.random.of_all()
         # A loader draws its order when an epoch begins, so its beginning is restored first.
-        self.epoch_rng = restored.get("epoch_rng", states) if restored and skip else states
+        self._epoch_rng = restored.get("epoch_rng", states) if restored and skip else states
         if restored:
-            self.random.restore(self.epoch_rng, self.at.step)
+            self.random.restore(self._epoch_rng, self.at.step)
         batches = self.job.source.epoch(self.at.epoch, skip) if left else iter(())
         if restored and skip:
             self.random.restore(states, self.at.step)
@@ -257,7 +264,7 @@ class Trainer:
 
     def _save(self, sums: Sums) -> None:
         if self.checkpoints:
-            self.checkpoints.save(self.at, sums, self.epoch_rng)
+            self.checkpoints.save(self.at, sums, self._epoch_rng)
 
     def _share_buffers(self) -> None:
         """Give every process the batch statistics of the first, whose weights are kept."""

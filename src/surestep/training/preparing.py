@@ -143,8 +143,19 @@ def prepare(
 ) -> Job:
     """Build everything that a run needs, and look at what it is given.
 
-    The arguments are those of ``fit``. Seeds the random state; moves the model and brings it into
-    the engine's layout.
+    Seeds the random state; moves the model and brings it into the engine's layout.
+
+    Args:
+        model: see ``fit``.
+        data: see ``fit``.
+        method: the run's own, which its course changes, with what the settings say of it
+            (``methods.settle``).
+        config: the settings, checked one by one.
+        accelerator: the processes of the run.
+        device: of this process.
+        validation: see ``fit``.
+        workers: see ``fit``.
+        steps_per_epoch: see ``fit``.
 
     Raises:
         UserError: settings that exclude each other, data or a model that cannot be trained on.
@@ -168,7 +179,8 @@ def prepare(
     shape = _look_at(train, bare, method, device, unlabelled=method.without_labels)
     if held_out is not None:
         # A Dataset's as validation takes them.
-        _look_at(held_out, Adapted(bare), method, device, unlabelled=False)
+        judged = bare if isinstance(held_out, Images) else Adapted(bare)
+        _look_at(held_out, judged, method, device, unlabelled=False)
     guard = Guard(bare, size, config.max_memory)
     pick = None
     # Where memory is short there is none for trials, and little to choose.

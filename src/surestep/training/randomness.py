@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from surestep import processes
 from surestep.data import seed_of
 
 
@@ -90,14 +89,19 @@ class RandomStates:
 
     Args:
         device: of this process.
+        rank: its number.
         seed: of the run.
         generators: of a DataLoader and its samplers, those that there are when it is asked.
     """
 
     def __init__(
-        self, device: torch.device, seed: int, generators: Callable[[], list[torch.Generator]]
+        self,
+        device: torch.device,
+        rank: int,
+        seed: int,
+        generators: Callable[[], list[torch.Generator]],
     ) -> None:
-        self.device, self.seed, self.generators = device, seed, generators
+        self.device, self.rank, self.seed, self.generators = device, rank, seed, generators
 
     def read(self) -> dict[str, Any]:
         """Return this process's."""
@@ -116,8 +120,7 @@ class RandomStates:
 
     def restore(self, states: list[dict[str, Any]], step: int) -> None:
         """Take this process's out of those of all; one that the run did not have draws its own."""
-        rank = processes.rank()
-        if rank < len(states):
-            self.write(states[rank])
+        if self.rank < len(states):
+            self.write(states[self.rank])
         else:
-            seed_everything(seed_of("process", self.seed, rank, step))
+            seed_everything(seed_of("process", self.seed, self.rank, step))

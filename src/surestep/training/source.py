@@ -181,7 +181,7 @@ def generators_of(source: Source) -> list[torch.Generator]:
 
 
 def first_of(data: Any) -> tuple[Tensor, Tensor] | None:
-    """Return a batch of the first item alone, as a Dataset or a DataLoader makes its batches.
+    """Return a batch of the first item, as a Dataset or a DataLoader makes its batches.
 
     None where there is no item to ask for: of a DataLoader that is streamed, or that makes its
     batches in another way.
@@ -198,10 +198,14 @@ def first_of(data: Any) -> tuple[Tensor, Tensor] | None:
             item = (data.dataset if loader else data)[0]
         except (NotImplementedError, TypeError, IndexError, KeyError):
             return None  # it streams, is empty, or has other keys than numbers
+        collate = data.collate_fn if loader else default_collate
         try:
-            batch = (data.collate_fn if loader else default_collate)([item])
+            batch = collate([item])
         except Exception:
-            return None  # it may want more than one
+            try:  # one that mixes images may want two
+                batch = collate([item, item])
+            except Exception:
+                return None
     return as_pair(batch)
 
 

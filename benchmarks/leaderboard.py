@@ -25,8 +25,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from _board_page import DIVERGED, write
 from _table import QUICK, Row, append, read, run_alone
 
 if TYPE_CHECKING:
@@ -55,8 +54,6 @@ FIELDS = [
     *("pgd_margin", "worst_case", "n", "verdict", "found", "found_by", "flags", "audit_n"),
     *("audit_seconds", "settings", "params", "commit", "torch", "machine", "date", "command"),
 ]
-DIVERGED = "diverged"
-"""In place of a verdict, where the loss became NaN: such a row counts in no mean."""
 MULTI_STEP = {"steps": 7, "alpha": 0.1}
 """Of attacks in training that take 40 steps of 0.01 on MNIST otherwise."""
 
@@ -170,8 +167,6 @@ COMBINED: dict[str, dict[str, Any]] = {
     },
 }
 """SAT with the parts that combine with any method."""
-NAMED = ("sat-r1", "sat-r2", "sat-r3", "fgsm", "rs-fgsm", "n-fgsm", "pgd", "trades", "free")
-"""What the plot names whether or not it is on the front."""
 
 
 def entries(board: Board) -> dict[str, dict[str, Any]]:
@@ -307,151 +302,6 @@ def run(entry: str, row: Row, args: argparse.Namespace) -> None:
         )
 
 
-Means = dict[str, Any]
-
-
-def means(found: list[dict[str, str]]) -> list[Means]:
-    """Return a line an entry, the best worst case first; seconds as a ratio to standard training.
-
-    The ratio is to the standard rows of the same board, radius and kind of machine; rows on a
-    machine without one count for their accuracy alone.
-    """
-    groups: dict[str, list[dict[str, str]]] = {}
-    for one in found:
-        groups.setdefault(one["entry"], []).append(one)
-    plain: dict[str, list[float]] = {}
-    for one in groups.get("standard", ()):
-        plain.setdefault(one["machine"], []).append(float(one["train_seconds"]))
-    lines = []
-    for entry, measured in groups.items():
-        latest = list({(r["eps"], r["seed"]): r for r in measured}.values())
-        mine = [r for r in latest if r["verdict"] != DIVERGED]
-        if not mine:
-            continue
-        worst = [100 * float(r["worst_case"]) for r in mine]
-        verdicts = [r["verdict"] for r in latest]
-        ratios = [
-            float(r["train_seconds"]) / statistics.mean(plain[r["machine"]])
-            for r in mine
-            if r["machine"] in plain
-        ]
-        lines.append(
-            {
-                "entry": entry,
-                "seeds": len(mine),
-                "passes": float(mine[0]["passes"]),
-                "ratio": statistics.mean(ratios) if ratios else math.nan,
-                **{
-                    key: statistics.mean(100 * float(r[key]) for r in mine)
-                    for key in ("clean", "fgsm", "found")
-                },
-                "worst": statistics.mean(worst),
-                "spread": statistics.stdev(worst) if len(worst) > 1 else None,
-                "verdict": ", ".join(
-                    f"{v} ({verdicts.count(v)})" if len(set(verdicts)) > 1 else v
-                    for v in dict.fromkeys(verdicts)
-                ),
-                "masked": "pseudo-robust" in verdicts,
-            }
-        )
-    return sorted(lines, key=lambda line: -line["worst"])
-
-
-def table(lines: list[Means]) -> str:
-    """Return the lines as Markdown; a masked entry is marked."""
-    text = (
-        "| method | seeds | passes | time / standard | clean | FGSM | worst case | audit found | "
-        "verdict |\n|---|---|---|---|---|---|---|---|---|\n"
-    )
-    for line in lines:
-        spread = "" if line["spread"] is None else f" ± {line['spread']:.1f}"
-        ratio = "" if math.isnan(line["ratio"]) else f"{line['ratio']:.2f}"
-        name = f"~~{line['entry']}~~ masked" if line["masked"] else line["entry"]
-        text += (
-            f"| {name} | {line['seeds']} | {line['passes']:.3g} | {ratio} | "
-            f"{line['clean']:.1f} | {line['fgsm']:.1f} | {line['worst']:.1f}{spread} | "
-            f"{line['found']:.0f} | {line['verdict']} |\n"
-        )
-    return text
-
-
-def against(lines: list[Means]) -> str:
-    """Say which SAT is the best, alone and with parts, and how far the best of the rest is."""
-    sound = [line for line in lines if not line["masked"]]
-    sat = [line for line in sound if line["entry"].startswith("sat-")]
-    groups = {
-        "The best SAT alone": [line for line in sat if " " not in line["entry"]],
-        "with a part or on another step": [line for line in sat if " " in line["entry"]],
-        "the best of the rest": [line for line in sound if line not in sat],
-    }
-    best = {name: group[0] for name, group in groups.items() if group}
-    if "the best of the rest" not in best or len(best) == 1:
-        return ""
-    text = "; ".join(
-        f"{name}: **{line['entry']}**, {line['worst']:.1f} at {line['ratio']:.2f} times the time"
-        for name, line in best.items()
-    )
-    lead = sat[0]["worst"] - best["the best of the rest"]["worst"]
-    return f"{text}. SAT's distance to it: {lead:+.1f} points.\n\n"
-
-
-def plot(lines: list[Means], path: Path) -> None:
-    """Draw worst case against time, with the front that nothing dominates.
-
-    Of so many methods the front's and ``NAMED`` are named; the table has all.
-    """
-    import altair as alt
-
-    kinds = ("not masked", "masked in a seed")
-    shown = [
-        line for line in lines if not math.isnan(line["ratio"]) and line["entry"] != "standard"
-    ]
-    front: list[Means] = []
-    for line in sorted(shown, key=lambda line: (line["ratio"], -line["worst"])):
-        if not line["masked"] and line["worst"] > (front[-1]["worst"] if front else -1):
-            front.append(line)
-    data = [
-        {
-            **{"time": line["ratio"], "worst": line["worst"], "kind": kinds[line["masked"]]},
-            "front": line in front,
-            "name": line["entry"] if line in front or line["entry"] in NAMED else "",
-        }
-        for line in shown
-    ]
-    x = alt.X("time:Q", scale=alt.Scale(type="log"), title="training time / standard training")
-    stretched = alt.Scale(domain=(0, 100), type="pow", exponent=2)
-    y = alt.Y("worst:Q", scale=stretched, title="worst case, %")
-    colors = alt.Scale(domain=kinds, range=["#4c78a8", "#e45756"])
-    base = alt.Chart(alt.Data(values=data)).encode(x, y)
-    points = base.mark_point(filled=True, size=50, opacity=0.9).encode(
-        alt.Color("kind:N", title=None, scale=colors)
-    )
-    names = base.mark_text(align="left", dx=6, dy=-5, fontSize=9).encode(text="name:N")
-    steps = (
-        base.transform_filter("datum.front")
-        .mark_line(strokeDash=[4, 3], color="gray", interpolate="step-after")
-        .encode(order="time:Q")
-    )
-    (steps + points + names).properties(width=760, height=560).save(str(path))
-
-
-def write(found: list[dict[str, str]], page: Path) -> None:
-    """Write the tables, and a plot beside the page for each."""
-    parts = [(Path(__file__).parent / "leaderboard.head.md").read_text("utf-8")]
-    for name, board in BOARDS.items():
-        for eps in board.eps:
-            mine = [r for r in found if r["board"] == name and abs(float(r["eps"]) - eps) < 1e-3]
-            if not mine:
-                continue
-            lines = means(mine)
-            radius = f"{eps:g}" if eps > 0.1 else f"{round(255 * eps)}/255"
-            figure = page.with_name(f"leaderboard-{name}-{round(255 * eps)}.svg")
-            plot(lines, figure)
-            parts.append(f"## {name}, eps {radius}\n\n{against(lines)}{table(lines)}")
-            parts.append(f"![{name}]({figure.name})\n")
-    page.write_text("\n".join(parts), "utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("board", nargs="?", choices=list(BOARDS))
@@ -470,7 +320,7 @@ def main() -> None:
         return
     found = read(args.out)
     if args.table:
-        return write(found, args.table)
+        return write(found, args.table, {name: board.eps for name, board in BOARDS.items()})
     if args.board is None:
         parser.error(f"name a board to run, one of {', '.join(BOARDS)}; or --table PAGE")
     todo = missing(args.board, rows(args.board, args.only, args.seeds), found)

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 
+import _board_page as page
 import leaderboard as board
 import pytest
 
@@ -51,14 +52,14 @@ def test_lines_are_means_and_a_masked_seed_marks_the_method():
         line("one", 1, 0.6, "pseudo-robust", 80),
         line("two", 0, 0.75, "robust", 120),
     ]
-    two, one, standard = board.means(rows)
+    two, one, standard = page.means(rows)
     assert [two["entry"], one["entry"], standard["entry"]] == ["two", "one", "standard"]
     assert one["worst"] == pytest.approx(70)
     assert one["spread"] == pytest.approx(14.142, abs=1e-3)
     assert two["spread"] is None
     assert (one["ratio"], two["ratio"]) == (2.0, 3.0)
     assert (one["masked"], two["masked"]) == (True, False)
-    text = board.table([two, one, standard])
+    text = page.table([two, one, standard])
     assert "| two | 1 | 5 | 3.00 | 90.0 | 80.0 | 75.0 | 50 | robust |" in text
     assert "~~one~~ masked" in text
     assert "robust (1), pseudo-robust (1)" in text
@@ -72,7 +73,7 @@ def test_seconds_are_held_against_standard_training_on_the_same_machine():
         line("one", 1, 0.6, "robust", 1200, "slow"),
         line("one", 2, 0.4, "robust", 1, "without a standard row"),
     ]
-    (one, _), (alone,) = board.means(rows), board.means(rows[4:])
+    (one, _), (alone,) = page.means(rows), page.means(rows[4:])
     assert (one["ratio"], one["seeds"]) == (2.5, 3)
     assert math.isnan(alone["ratio"])
 
@@ -137,7 +138,7 @@ def test_of_a_seed_that_ran_twice_the_later_row_counts():
         line("one", 0, 0.1, "pseudo-robust", 80),
         line("one", 0, 0.7, "robust", 80),
     ]
-    one = board.means(rows)[0]
+    one = page.means(rows)[0]
     assert (one["seeds"], one["masked"]) == (1, False)
     assert one["worst"] == pytest.approx(70)
 
@@ -150,19 +151,19 @@ def test_the_best_sat_is_held_against_the_best_of_the_rest():
         line("sat-r2 + ema", 0, 0.75, "robust", 100),
         line("pgd", 0, 0.78, "robust", 400),
     ]
-    text = board.against(board.means(rows))
+    text = page.against(page.means(rows))
     assert "The best SAT alone: **sat-r2**, 70.0 at 2.00 times the time" in text
     assert "**sat-r2 + ema**, 75.0 at 2.50" in text
     assert "**pgd**, 78.0 at 10.00" in text
     assert "-3.0 points" in text
     # Nothing to compare with.
-    assert board.against(board.means(rows[1:2])) == ""
+    assert page.against(page.means(rows[1:2])) == ""
 
 
 def test_a_seed_that_diverged_is_named_and_counts_in_no_mean():
-    gone = {**line("one", 1, "", board.DIVERGED, ""), "clean": "", "fgsm": "", "found": ""}
+    gone = {**line("one", 1, "", page.DIVERGED, ""), "clean": "", "fgsm": "", "found": ""}
     rows = [line("standard", 0, 0.0, "not robust", 40), line("one", 0, 0.8, "robust", 80), gone]
-    one, _ = board.means(rows)
+    one, _ = page.means(rows)
     assert (one["worst"], one["spread"], one["seeds"]) == (pytest.approx(80), None, 1)
     assert one["verdict"] == "robust (1), diverged (1)"
-    assert [found["entry"] for found in board.means([gone])] == []
+    assert [found["entry"] for found in page.means([gone])] == []

@@ -11,13 +11,23 @@ from surestep import data, models
 from surestep.evaluation import suite
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files(page):
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8"))
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_every_benchmark_is_listed():
+    folder = ROOT / "benchmarks"
+    told = set(re.findall(r"`(\w+\.py)`", (folder / "README.md").read_text("utf-8")))
+    assert told == {path.name for path in folder.glob("[!_]*.py")}
 
 
 def test_every_data_set_and_model_is_described():

@@ -71,7 +71,7 @@ def test_what_gradient_attacks_cannot_see_is_pseudo_robust(run, net, mask):
 def test_bpda_is_run_where_a_layer_is_flat(run, net, mask, monkeypatch):
     """Nothing that needs no gradient may break the model first."""
     monkeypatch.setattr(
-        "surestep.auditing.escalation.transfer", lambda *_: Attack(lambda model, x, y: Found(x))
+        "surestep.auditing._audit.transfer", lambda *_: Attack(lambda model, x, y: Found(x))
     )
     monkeypatch.setattr("surestep.attacks.autoattack.square", lambda model, x, *_: x)
     found = run(MASKS[mask](net))
@@ -483,7 +483,7 @@ def test_layers_with_a_way_through_are_attacked_through_it(run, net, monkeypatch
     Nothing that needs no gradient may break the model first.
     """
     monkeypatch.setattr(
-        "surestep.auditing.escalation.transfer", lambda *_: Attack(lambda model, x, y: Found(x))
+        "surestep.auditing._audit.transfer", lambda *_: Attack(lambda model, x, y: Found(x))
     )
     monkeypatch.setattr("surestep.attacks.autoattack.square", lambda model, x, *_: x)
 

@@ -79,7 +79,7 @@ RECIPES = {name: changes for race in RACES.values() for name, changes in race.re
 
 def table(rows: list[dict[str, str]], race: Race) -> None:
     """Print a line a recipe: accuracy over all seeds, seconds for each kind of machine."""
-    head = ("recipe", "epochs", "seeds", "clean", "FGSM", "worst case", "passes")
+    head = ("recipe", "epochs", "seeds", "clean", "FGSM", "worst case", "above, %")
     over = ", ".join(f"over {name}'s" for name in race.dear)
     print(f"| {' | '.join(head)} | seconds, {over} |\n|{'---|' * (len(head) + 1)}")
     recipes: dict[str, list[dict[str, str]]] = {}

@@ -14,7 +14,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surestep.config import RunConfig
 
 FIELDS = [
     *("method", "recipe", "seed", "epochs", "batch_size", "lr", "params", "train_seconds"),
@@ -40,6 +43,13 @@ class Row:
     def key(self) -> tuple[str, str, int]:
         return (self.method, self.recipe, self.seed)
 
+    def resolve(self, data: str | None = None) -> RunConfig:
+        """Return all settings, the preset's among them; ``data`` is where the data set lies."""
+        from surestep import runs
+
+        settings = {"method": self.method, "seed": self.seed, "data": data, **self.changes}
+        return runs.resolve(settings, self.recipe)
+
 
 def train_and_judge(
     row: Row, steps: int, n: int, data: str | None, split: str = "test"
@@ -50,8 +60,7 @@ def train_and_judge(
     from surestep import evaluate, runs
     from surestep.training import Engine
 
-    config = runs.resolve({"method": row.method, "seed": row.seed, **row.changes}, row.recipe)
-    config = config.model_copy(update={"data": data})
+    config = row.resolve(data)
     fitted = runs.train(config, None)
     engine = Engine.choose(device=next(fitted.model.parameters()).device)
     pgd = f"pgd-{steps}"

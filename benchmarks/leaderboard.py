@@ -191,14 +191,6 @@ def rows(name: str, only: list[str], seeds: list[int] | None) -> Iterator[tuple[
                 yield entry, Row(own["method"], board.preset or name, seed, changes)
 
 
-def resolve(row: Row, data: str | None = None) -> RunConfig:
-    """Return the settings of a row, the method's preset among them."""
-    from surestep import runs
-
-    settings = {"method": row.method, "seed": row.seed, "data": data, **row.changes}
-    return runs.resolve(settings, row.recipe)
-
-
 def missing(
     name: str, pairs: Iterator[tuple[str, Row]], found: list[dict[str, str]]
 ) -> list[tuple[str, Row]]:
@@ -206,7 +198,7 @@ def missing(
     done = {(r["board"], r["entry"], r["eps"], r["seed"]): r for r in found}
     todo = []
     for entry, row in pairs:
-        config = resolve(row)
+        config = row.resolve()
         key = (name, entry, str(round(config.eps, 4)), str(row.seed))
         if key not in done or differs(config, done[key]):
             todo.append((entry, row))
@@ -235,7 +227,7 @@ def train_judge_audit(name: str, row: Row, data: str | None) -> dict[str, Any]:
     from surestep.devices import pick_device
     from surestep.training import Engine, TrainingDiverged
 
-    board, config = BOARDS[name], resolve(row, data)
+    board, config = BOARDS[name], row.resolve(data)
     device = pick_device(config.device)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     # Of one thread: what else the machine does at the time does not count.

@@ -43,7 +43,7 @@ def cost(row: Row) -> float:
     """Return what the training costs, in epochs of standard training."""
     from surestep import runs
 
-    config = runs.resolve({"method": row.method, **row.changes}, row.recipe)
+    config = row.resolve()
     return config.epochs * runs.build_method(config).cost(config.batch_size).total / 3
 
 

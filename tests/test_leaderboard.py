@@ -21,7 +21,7 @@ def test_every_row_is_a_run_that_can_be_made(name):
     if not settings.only:
         assert set(methods.names()) <= {entry for entry, _ in found}
     for _, row in found:
-        config = board.resolve(row)
+        config = row.resolve()
         assert runs.build_method(config).slug == row.method
         assert config.epochs == settings.settings["epochs"]
     # All methods have one seed before any has two.
@@ -80,7 +80,7 @@ def test_seconds_are_held_against_standard_training_on_the_same_machine():
 
 def test_a_row_is_run_again_when_its_settings_change():
     pairs = list(board.rows("mnist", ["sat-r2"], [0, 1, 2, 3, 4]))
-    now = board.trained_with(board.resolve(pairs[0][1]))
+    now = board.trained_with(pairs[0][1].resolve())
     found = [
         {
             **{"board": "mnist", "entry": "sat-r2", "eps": "0.3", "seed": str(seed)},
@@ -103,7 +103,7 @@ def test_the_benchmarks_own_protocol():
     """As its paper has it; PGD-AT without an average is there, too."""
     pairs = dict(board.rows("fastat", [], [0]))
     assert {"sat-r1", "pgd-wa", "sat-r2 + hypersphere"} <= set(pairs)
-    found = board.resolve(pairs["rs-fgsm"])
+    found = pairs["rs-fgsm"].resolve()
     assert (found.model, found.epochs, found.schedule, found.lr) == (
         "resnet18",
         100,
@@ -111,7 +111,7 @@ def test_the_benchmarks_own_protocol():
         0.1,
     )
     assert (found.label_smoothing, found.ema, found.val_images) == (0.4, 0.9995, 1000)
-    plain, averaged = board.resolve(pairs["pgd"]), board.resolve(pairs["pgd-wa"])
+    plain, averaged = pairs["pgd"].resolve(), pairs["pgd-wa"].resolve()
     assert plain.params == averaged.params == {"steps": 10, "alpha": 2 / 255}
     assert (plain.ema, averaged.ema) == (None, 0.9995)
     assert board.BOARDS["fastat"].attacks == ("fgsm", "pgd-50", "pgd-50-margin", "autoattack")
@@ -129,7 +129,7 @@ def test_a_row_is_trained_judged_and_audited(monkeypatch):
     assert set(found) - {"machine"} == set(board.FIELDS) - by_others
     assert (found["board"], found["n"], found["audit_n"]) == ("fastat", 20, 20)
     assert found["worst_case"] <= min(found["pgd"], found["pgd_margin"])
-    assert not board.differs(board.resolve(row), {k: str(v) for k, v in found.items()})
+    assert not board.differs(row.resolve(), {k: str(v) for k, v in found.items()})
 
 
 def test_of_a_seed_that_ran_twice_the_later_row_counts():

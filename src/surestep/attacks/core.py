@@ -250,6 +250,10 @@ def count_classes(model: nn.Module, x: Tensor) -> int:
             ) from e
 
 
+class NoGradient(UserError):
+    """The logits do not depend on the images through autograd."""
+
+
 def input_gradient(
     model: nn.Module, x: Tensor, y: Tensor, objective: Objective = log_odds
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -265,7 +269,7 @@ def input_gradient(
         The gradient (as x), the objective's values (N,) and the logits (N, K), all detached.
 
     Raises:
-        UserError: the logits do not depend on x through autograd.
+        NoGradient: the logits do not depend on x through autograd.
     """
     with torch.inference_mode(False), torch.enable_grad():
         # y is cloned too: a tensor made in inference mode cannot be saved for backward.
@@ -276,7 +280,7 @@ def input_gradient(
         if values.requires_grad:
             (grad,) = torch.autograd.grad(values.sum(), x, allow_unused=True)
         if grad is None:
-            raise UserError(
+            raise NoGradient(
                 "the model's output has no gradient with respect to its input (a detach() or "
                 "no_grad() in its forward?): gradient attacks and adversarial training need one"
             )

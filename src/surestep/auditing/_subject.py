@@ -16,6 +16,7 @@ from surestep.attacks import gradient
 from surestep.attacks.core import (
     Ascent,
     Best,
+    NoGradient,
     forward_logits,
     input_gradient,
     misclassified,
@@ -24,7 +25,7 @@ from surestep.attacks.core import (
 from surestep.attacks.losses import Objective, log_odds
 from surestep.clock import SECONDS_BETWEEN_LINES, Every
 from surestep.devices import autocast, has_bf16
-from surestep.errors import UserError, look_up
+from surestep.errors import look_up
 from surestep.evaluation import Adapted, evaluate
 from surestep.evaluation.suite import Attack, pgd_step_size
 from surestep.threat import ThreatModel
@@ -163,9 +164,7 @@ class Subject:
     def __post_init__(self) -> None:
         try:
             input_gradient(self.model, self.x[:1], self.y[:1])
-        except UserError as e:
-            if "no gradient" not in str(e):
-                raise
+        except NoGradient:
             self.detached = True
             self.model = Graphed(self.model)
         if self.budget.fast and has_bf16(self.x.device) and self._agrees_in_bf16():

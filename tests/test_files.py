@@ -6,6 +6,8 @@ import math
 import os
 import pickle
 import stat
+from collections import OrderedDict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -351,6 +353,25 @@ class TestWeights:
         with pytest.raises(UserError, match=rf"w\.safetensors does not fit the model: .*{said}"):
             files.load_weights(path, other)
         assert identical(before, dict(other.state_dict()))
+
+
+def test_weights_that_are_named_as_the_body_names_them(tmp_path):
+    """As timm's own, of a model whose normalisation stands before timm's network."""
+    net = nn.Sequential(OrderedDict(mean=nn.BatchNorm1d(2, affine=False), body=nn.Linear(2, 3)))
+    other = nn.Linear(2, 3)
+    for prefix, save in product(("", "module."), (safetensors.torch.save_file, torch.save)):
+        path = tmp_path / ("w.safetensors" if save is not torch.save else "w.pt")
+        save({f"{prefix}{k}": v for k, v in other.state_dict().items()}, path)
+        net.body.reset_parameters()
+        files.load_any_weights(path, net)
+        assert torch.equal(net.body.weight, other.weight)
+    files.save_weights(tmp_path / "whole.safetensors", net)
+    net.body.reset_parameters()
+    files.load_any_weights(tmp_path / "whole.safetensors", net)
+    assert torch.equal(net.body.weight, other.weight)
+    headed = nn.Sequential(OrderedDict(body=nn.Linear(2, 3), head=nn.Linear(3, 3)))
+    with pytest.raises(UserError, match=r"does not fit the model: missing body\.bias"):
+        files.load_any_weights(tmp_path / "w.safetensors", headed)
 
 
 def test_safetensors_of_a_wrapped_model(tmp_path):

@@ -167,13 +167,14 @@ def load_any_weights(path: Path, model: nn.Module) -> None:
     """Load safetensors weights or a saved ``state_dict`` into a model.
 
     Of a checkpoint the entry "state_dict" or "model" is taken, and the prefixes "module." and
-    "model." of its names are dropped where the model has none.
+    "model." of its names are dropped where the model has none. A model whose parameters are all in
+    its ``body`` (timm's) takes weights that are named as the body names them.
 
     Raises:
         UserError: the file is missing, damaged, holds more than tensors, or does not fit.
     """
     if path.suffix == ".safetensors":
-        return _fit(path, _without_prefix(_read(path)[0], model), model)
+        return _fit(path, *_matched(_read(path)[0], model))
     try:
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as e:
@@ -195,12 +196,23 @@ def load_any_weights(path: Path, model: nn.Module) -> None:
     named = isinstance(found, Mapping) and all(isinstance(k, str) for k in found)
     if not named or not any(isinstance(v, Tensor) for v in found.values()):
         raise UserError(f"{path} holds no state_dict: save model.state_dict()")
-    state = _without_prefix(found, model)
+    state, part = _matched(found, model)
     try:
-        model.load_state_dict(state)
+        part.load_state_dict(state)
     except RuntimeError as e:
         reason = " ".join(str(e).split())
         raise UserError(f"{path} does not fit the model: {reason[:300]}") from e
+
+
+def _matched(found: Mapping[str, Any], model: nn.Module) -> tuple[dict[str, Any], nn.Module]:
+    """Return the weights with the names of the model, or of its body if that is all of it."""
+    body = getattr(model, "body", None)
+    if isinstance(body, nn.Module) and not found.keys() & model.state_dict().keys():
+        state = _without_prefix(found, body)
+        everything = len(list(body.parameters())) == len(list(model.parameters()))
+        if everything and state.keys() & body.state_dict().keys():
+            return state, body
+    return _without_prefix(found, model), model
 
 
 def _without_prefix(found: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:

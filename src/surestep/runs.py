@@ -327,7 +327,8 @@ def read_config(folder: str | Path) -> RunConfig:
         raise UserError(
             f"{folder} was trained from Python with a model and data of your own: resume it with "
             "surestep.fit(..., resume=True); judge it with surestep.evaluate, or here as "
-            f"FILE.py:FACTORY --weights {folder}/model.safetensors --dataset NAME --eps NUMBER"
+            f"FILE.py:FACTORY, or an architecture's name such as lenet+, with --weights "
+            f"{folder}/model.safetensors --dataset NAME --eps NUMBER"
         )
     return parse(RunConfig, values, where=f"{run.config}: ")
 

@@ -26,9 +26,11 @@ from surestep.threat import ThreatModel
 from surestep.training.run_folder import RunFolder
 
 KINDS = (
-    "a run folder, FILE.py:FACTORY, a TorchScript (.pt) or torch.export (.pt2) program, timm:NAME "
-    "or hf:NAME"
+    "a run folder, FILE.py:FACTORY, an architecture such as lenet+ or timm:NAME with --weights, a "
+    "TorchScript (.pt) or torch.export (.pt2) program, or hf:NAME"
 )
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation, per channel."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,10 @@ def open_target(
     """Load a model by its name, its images and its threat model.
 
     Args:
-        name: a run folder, ``FILE.py:FACTORY``, a TorchScript or torch.export program,
-            ``timm:NAME`` or ``hf:NAME`` (with pretrained weights).
-        weights: a .safetensors file or a saved state_dict, for FILE.py:FACTORY and timm.
+        name: a run folder, ``FILE.py:FACTORY``, an architecture (one of ``models.names()`` or
+            ``timm:NAME``), a TorchScript or torch.export program, or ``hf:NAME``.
+        weights: a .safetensors file or a saved state_dict, for FILE.py:FACTORY and an architecture;
+            of ``timm:NAME`` the pretrained ones by default.
         dataset: as for training; by default the run's own.
         place: where the data set lies.
         image_size: side to cut and resize images of a folder or of the Hub to.
@@ -92,12 +95,15 @@ def open_target(
     """
     if (mean is None) != (std is None):
         raise UserError("mean and std go together: give both or neither")
-    preprocess = None if mean is None or std is None else models.Normalize(mean, std)
+    statistics = None if mean is None or std is None else (mean, std)
     folder = Path(name)
     normalises = folder.is_dir() or name.startswith("hf:") or (_of_timm(name) and not weights)
-    if preprocess is not None and normalises:
+    if statistics and normalises:
         raise UserError(f"{name} normalises its images itself: leave mean and std out")
+    # An architecture is made with the normalisation that it is to have.
+    outside = statistics and not _is_architecture(name)
     target, of_run = pick_device(device), folder.is_dir()
+    preprocess = models.Normalize(*statistics).to(target) if outside and statistics else None
     asked = {"dataset": dataset, "data": place, "image_size": image_size, "norm": norm, "eps": eps}
     config = _as_run(name, weights, asked) if of_run else _as_asked(name, weights, asked)
     images, limits = runs.load_data(config, split), runs.build_threat(config)
@@ -107,7 +113,7 @@ def open_target(
         numbered = _as_numbered(name, classes, images)
         model = _of_run(folder, device, numbered)
     else:
-        model = _load(name, weights, images)
+        model = _load(name, weights, images, classes, statistics)
         numbered = _as_numbered(name, classes or _names_of(model), images)
     notes = [_outputs(name, model, numbered)]
     if numbered is not images:
@@ -117,7 +123,7 @@ def open_target(
         _eval(model.to(target)),
         numbered,
         limits,
-        None if preprocess is None else preprocess.to(target),
+        preprocess,
         folder if of_run else None,
         "; ".join(filter(None, notes)),
         {"dataset": config.dataset, "split": split},
@@ -144,7 +150,7 @@ def _as_run(name: str, weights: str | None, asked: dict[str, Any]) -> RunConfig:
 
 def _as_asked(name: str, weights: str | None, asked: dict[str, Any]) -> RunConfig:
     """Return the settings of a model that has none of its own."""
-    _check_kind(name)
+    _check_kind(name, weights)
     if weights is not None and not Path(weights).is_file():
         raise UserError(f"{weights} is not there")
     missing = " and ".join(f"--{key}" for key in ("dataset", "eps") if asked[key] is None)
@@ -157,7 +163,7 @@ def open_source(name: str, target: Target) -> nn.Module:
     """Load another model for a target's images, to make points on, onto the target's device.
 
     Args:
-        name: as of ``open_target``; other weights than its own are loaded by its factory.
+        name: as of ``open_target``, of what has weights of its own.
         target: whose images and device.
 
     Raises:
@@ -168,7 +174,7 @@ def open_source(name: str, target: Target) -> nn.Module:
         run = runs.load(name, str(device))
         model, classes = run.model, run.classes
     else:
-        _check_kind(name)
+        _check_kind(name, None)
         model = _eval(_load(name, None, target.images).to(device))
         classes = _names_of(model)
     if _as_numbered(name, classes, target.images) is not target.images:
@@ -242,12 +248,15 @@ def _of_run(folder: Path, device: str | None, images: Images) -> nn.Module:
             raise e from None
 
 
-def _check_kind(name: str) -> None:
+def _check_kind(name: str, weights: str | None) -> None:
     """Refuse what is no model, before asking what else is missing."""
     program = Path(name).suffix in (".pt", ".pth", ".ts", ".pt2")
     if name.endswith(".py"):
         raise UserError(f"{name} names no factory: write {name}:make_model")
-    if not (name.startswith(("timm:", "hf:")) or models.in_file(name) or program):
+    if name in models.names() and weights is None:
+        raise UserError(f"{name} is an architecture, which has no weights: give --weights FILE")
+    known = name.startswith("hf:") or _is_architecture(name) or models.in_file(name)
+    if not (known or program):
         raise UserError(
             f"{name} is no run folder: it has no config.yaml, and no model: give {KINDS}"
         )
@@ -257,6 +266,10 @@ def _check_kind(name: str) -> None:
 
 def _of_timm(name: str) -> bool:
     return name.startswith("timm:")
+
+
+def _is_architecture(name: str) -> bool:
+    return _of_timm(name) or name in models.names()
 
 
 def _eval(model: nn.Module) -> nn.Module:
@@ -270,21 +283,47 @@ def _eval(model: nn.Module) -> nn.Module:
     return model
 
 
-def _load(name: str, weights: str | None, images: Images) -> nn.Module:
-    if _of_timm(name):
-        return _timm(name, weights, images)
-    if not models.in_file(name):
+def _load(
+    name: str,
+    weights: str | None,
+    images: Images,
+    classes: Sequence[str] = (),
+    statistics: Statistics | None = None,
+) -> nn.Module:
+    """Load what is no run folder; an architecture for ``classes``, or else the data's."""
+    if _is_architecture(name) and weights is not None:
+        return _architecture(name, Path(weights), images, len(classes), statistics)
+    if models.in_file(name):
+        model = models.from_file(name)
         if weights is not None:
-            raise UserError(
-                f"{name} has its own weights: leave --weights out; it is for FILE.py:FACTORY and "
-                "timm:NAME"
-            )
-        if name.startswith("hf:"):
-            return _hugging_face(name.removeprefix("hf:"))
-        return _program(Path(name))
-    model = models.from_file(name)
+            files.load_any_weights(Path(weights), model)
+        return model
     if weights is not None:
-        files.load_any_weights(Path(weights), model)
+        raise UserError(
+            f"{name} has its own weights: leave --weights out; it is for FILE.py:FACTORY and "
+            "architectures such as lenet+ or timm:NAME"
+        )
+    if _of_timm(name):
+        return _pretrained_timm(name)
+    if name.startswith("hf:"):
+        return _hugging_face(name.removeprefix("hf:"))
+    return _program(Path(name))
+
+
+def _architecture(
+    name: str, weights: Path, images: Images, outputs: int, statistics: Statistics | None
+) -> nn.Module:
+    shape = images.image_shape
+    mean, std = statistics or (None, None)
+    model = models.create(
+        name,
+        outputs or images.num_classes,
+        in_channels=shape[0],
+        image_size=shape[-1],
+        mean=mean,
+        std=std,
+    )
+    files.load_any_weights(weights, model)
     return model
 
 
@@ -304,19 +343,14 @@ def _program(path: Path) -> nn.Module:
         ) from e
 
 
-def _timm(name: str, weights: str | None, images: Images) -> nn.Module:
-    shape = images.image_shape
-    if weights is None:
-        timm = _optional("timm", name)
-        try:
-            made = timm.create_model(name.removeprefix("timm:"), pretrained=True)
-        except Exception as e:
-            raise UserError(f"timm cannot load {name!r} with weights: {e}") from e
-        config = made.pretrained_cfg
-        return nn.Sequential(models.Normalize(config["mean"], config["std"]), made)
-    model = models.create(name, images.num_classes, in_channels=shape[0], image_size=shape[-1])
-    files.load_any_weights(Path(weights), getattr(model, "body", model))
-    return model
+def _pretrained_timm(name: str) -> nn.Module:
+    timm = _optional("timm", name)
+    try:
+        made = timm.create_model(name.removeprefix("timm:"), pretrained=True)
+    except Exception as e:
+        raise UserError(f"timm cannot load {name!r} with weights: {e}") from e
+    config = made.pretrained_cfg
+    return nn.Sequential(models.Normalize(config["mean"], config["std"]), made)
 
 
 def _hugging_face(name: str) -> nn.Module:

@@ -124,6 +124,7 @@ def test_every_kind_of_model_gives_the_same(done, finished, weights, on):
         (f"{weights}/net.py:make", "--weights", weights / "w.safetensors"),
         (f"{weights}/net.py:make", "--weights", weights / "plain.pt"),
         (f"{weights}/net.py:make", "--weights", weights / "wrapped.pth"),
+        ("cnn-small", "--weights", weights / "wrapped.pth"),
         (weights / "script.ts",),
         (weights / "exported.pt2",),
     ):
@@ -192,6 +193,8 @@ def test_a_file_with_dataclasses(done, weights, on):
         ("{0}/missing.pt", (), "is not there"),
         ("{0}/plain.pt", (), "is no TorchScript program: of weights alone"),
         ("{0}/nothing", (), "and no model: give a run folder"),
+        ("lenet+", (), "lenet+ is an architecture, which has no weights: give --weights FILE"),
+        ("lenet+", ("--weights", "{0}/plain.pt"), "plain.pt does not fit the model"),
         ("{0}/net.py:make", ("--weights", "{0}/missing.pt"), "is not there"),
         ("{0}/net.py:make", ("--weights", "{0}/pickled.pt"), "could run code"),
         ("{0}/net.py:make", ("--weights", "{0}/torn.pt"), "cannot be read as weights"),

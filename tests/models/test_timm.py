@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from surestep import targets
+from surestep.data import Images
 from surestep.errors import UserError
 from surestep.models import create
 
@@ -90,3 +92,26 @@ def test_pretrained_weights():
         create("timm:vit", pretrained=True)
     with pytest.raises(UserError, match=r"timm's, of timm:NAME: for lenet\+ name a file"):
         create("lenet+", pretrained=True)
+
+
+def test_weights_of_ones_own_are_judged_with_one_normalisation(tmp_path, monkeypatch):
+    torch.save(nn.Linear(3, 5).state_dict(), tmp_path / "other.pt")
+    net = create("timm:net", num_classes=5)
+    torch.save(net.body.state_dict(), tmp_path / "w.pt")
+    images = Images(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 4]))
+    monkeypatch.setattr(targets.runs, "load_data", lambda config, split: images)
+    asked = {"dataset": "npz:any", "eps": 0.1, "device": "cpu"}
+
+    def judged(**more):
+        target = targets.open_target("timm:net", weights=str(tmp_path / "w.pt"), **asked, **more)
+        assert target.preprocess is None
+        return target.model
+
+    torch.testing.assert_close(judged()(images.x), net(images.x))
+    other = judged(mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 2.0))(images.x)
+    by_hand = (images.x - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor(
+        [1.0, 1.0, 2.0]
+    ).view(3, 1, 1)
+    torch.testing.assert_close(other, net.body(by_hand))
+    with pytest.raises(UserError, match="does not fit the model"):
+        targets.open_target("timm:net", weights=str(tmp_path / "other.pt"), **asked)

@@ -18,7 +18,7 @@ POSITIVE = click.IntRange(min=1)
 
 _OPTIONS = (
     click.argument("model", metavar="MODEL"),
-    click.option("--weights", metavar="FILE", help="Of FILE.py:FACTORY or timm:NAME."),
+    click.option("--weights", metavar="FILE", help="Of FILE.py:FACTORY or an architecture."),
     click.option(
         "--dataset",
         metavar="TEXT",

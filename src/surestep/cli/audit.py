@@ -46,8 +46,9 @@ def audit(
 ) -> None:
     """Tell whether the robustness of MODEL is real, or its gradients are masked.
 
-    MODEL is a run folder, FILE.py:FACTORY, a TorchScript (.pt) or torch.export (.pt2) program,
-    timm:NAME or hf:NAME. The verdict is robust, pseudo-robust, not robust or inconclusive.
+    MODEL is a run folder, FILE.py:FACTORY, an architecture such as lenet+ with --weights, a
+    TorchScript (.pt) or torch.export (.pt2) program, timm:NAME or hf:NAME. The verdict is robust,
+    pseudo-robust, not robust or inconclusive.
 
     \b
     Examples:

@@ -55,9 +55,9 @@ def evaluate(
 ) -> None:
     """Measure the accuracy of MODEL on test images, clean and under attack.
 
-    MODEL is a run folder, FILE.py:FACTORY, a TorchScript (.pt) or torch.export (.pt2) program,
-    timm:NAME or hf:NAME. The worst case counts, per image, the strongest of all attacks; it is the
-    number to quote.
+    MODEL is a run folder, FILE.py:FACTORY, an architecture such as lenet+ with --weights, a
+    TorchScript (.pt) or torch.export (.pt2) program, timm:NAME or hf:NAME. The worst case counts,
+    per image, the strongest of all attacks; it is the number to quote.
 
     \b
     Examples:

@@ -19,7 +19,7 @@ from surestep.config import FitSettings, RunConfig, parse, read_yaml
 from surestep.data import Images
 from surestep.devices import pick_device
 from surestep.errors import UserError
-from surestep.evaluation import suite
+from surestep.evaluation import evaluate, suite
 from surestep.methods import Method
 from surestep.posthoc import insert
 from surestep.threat import ThreatModel
@@ -242,11 +242,12 @@ def harden(
     )
     test = load_data(run.config, "test")
     before, after = (
-        posthoc.judge(
+        evaluate(
             model, test, run.threat, attacks or posthoc.JUDGES, n=n, sources=[run.model], **options
         )
         for model in (run.model, found.model)
     )
+    withstood_before, withstood_after = (one.right["worst case"] for one in (before, after))
     config = run.config.model_copy(update={"mean_sparse": found.threshold})
     place.make(config.model_dump(mode="json"), overwrite=overwrite)
     files.save_weights(place.weights, found.model, files.read_signature(run.weights))
@@ -255,8 +256,8 @@ def harden(
         "search": found.search,
         "before": before.to_dict(),
         "after": after.to_dict(),
-        "saved": int((after.right & ~before.right).sum()),
-        "lost": int((before.right & ~after.right).sum()),
+        "saved": int((withstood_after & ~withstood_before).sum()),
+        "lost": int((withstood_before & ~withstood_after).sum()),
     }
 
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import surestep
 from surestep.errors import UserError
-from surestep.evaluation import suite
+from surestep.evaluation import evaluate, suite
 
 THREAT = surestep.Linf(0.3)
 
@@ -200,7 +201,34 @@ def test_every_kind_is_told_to_people_as_it_can_be_written():
             suite.parse(name.replace("RESTARTS", "2").replace("LOSS", "dlr"), THREAT)
 
 
-def test_which_follow_the_gradient():
-    names = ("fgsm", "noise-3", "pgd-5-margin", "square-30", "transfer", "apgd-ce", "autoattack")
-    followed = ["fgsm", "pgd-5-margin", "apgd-ce", "autoattack"]
-    assert suite.with_gradients(names) == followed
+def test_attacks_that_follow_the_gradient_go_straight_through_too():
+    names = ["fgsm", "noise-3", "pgd-5-margin", "square-30", "transfer", "apgd-ce", "apgd-ce-bpda"]
+    assert suite.and_through(names) == [
+        "fgsm", "fgsm-bpda", "noise-3", "pgd-5-margin", "pgd-5-margin-bpda", "square-30",
+        "transfer", "apgd-ce", "apgd-ce-bpda",
+    ]  # fmt: skip
+    for name in ("noise-3-bpda", "square-bpda", "transfer-bpda", "pgd-5-bpda-bpda"):
+        with pytest.raises(UserError, match=f"unknown attack '{name}'"):
+            suite.parse(name, THREAT)
+
+
+class Dead(nn.Module):
+    """A layer that is flat nearly everywhere, and knows a way through itself."""
+
+    straight_through = False
+
+    def forward(self, x):
+        flat = (x * 7).round() / 7
+        return flat + (x - x.detach()) if self.straight_through else flat
+
+
+def test_dead_layers_do_not_count_as_robustness(net, images):
+    x, y = images
+    model = nn.Sequential(Dead(), net)
+    masked = evaluate(model, (x, y), THREAT, {"pgd-10": suite.parse("pgd-10", THREAT)})
+    found = evaluate(model, (x, y), THREAT, ["pgd-10"])
+    assert found.robust_accuracy["pgd-10"] == masked.worst_case_accuracy
+    assert found.robust_accuracy["pgd-10-bpda"] == found.worst_case_accuracy
+    assert found.worst_case_accuracy < masked.worst_case_accuracy - 0.2
+    assert model[0].straight_through is False
+    assert list(evaluate(net, (x, y), THREAT, ["pgd-10"]).robust_accuracy) == ["pgd-10"]

@@ -26,7 +26,7 @@ from surestep.attacks.losses import Objective, log_odds
 from surestep.clock import SECONDS_BETWEEN_LINES, Every
 from surestep.devices import autocast, has_bf16
 from surestep.errors import look_up
-from surestep.evaluation import Adapted, evaluate
+from surestep.evaluation import Adapted, evaluate, suite
 from surestep.evaluation.suite import Attack, pgd_step_size
 from surestep.threat import ThreatModel
 
@@ -213,6 +213,9 @@ class Subject:
                 self.right[name] = torch.zeros(len(self.x), dtype=torch.bool)
                 self.broke[name] = 0
             return
+        if not isinstance(attacks, dict):
+            # By names, a gradient attack would go straight through dead layers, too: see answers.
+            attacks = suite.parse_all(attacks, self.threat, self.sources)
         self.tell(f"{', '.join(attacks)} on {len(rows):,} images")
         at, minute = rows.to(self.x.device), Every(SECONDS_BETWEEN_LINES)
         found = evaluate(
@@ -223,7 +226,6 @@ class Subject:
             batch_size=self.batch_size,
             seed=self.seed,
             precision=self.precision,
-            sources=self.sources,
             state=None if self.state is None else f"{self.state}.{next(iter(attacks))}",
             tell=lambda text: self.tell(f"  {text}") if minute.due() else None,
         )

@@ -10,12 +10,12 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
-from surestep.activations import straight_through, with_a_way_through
+from surestep.activations import with_a_way_through
 from surestep.attacks.core import share_of
 from surestep.auditing import escalation
 from surestep.auditing._subject import Subject
 from surestep.auditing.checks import Check
-from surestep.evaluation.suite import Attack, parse
+from surestep.evaluation.suite import Attack
 
 BLINDING = {
     "broken-gradients",
@@ -73,9 +73,8 @@ def _own_way(s: Subject, signs: Signs) -> Planning:
     if not layers:
         return
     why = f"{len(layers)} layers pass no gradient in places: straight through them"
-    with straight_through(s.model):
-        for name in (f"pgd-{steps}-margin", f"pgd-{steps}"):
-            yield Planned(f"{name}-bpda", why, parse(name, s.threat))
+    for name in (f"pgd-{steps}-margin-bpda", f"pgd-{steps}-bpda"):
+        yield Planned(name, why)
 
 
 def _undo_softmax(s: Subject, signs: Signs) -> Planning:

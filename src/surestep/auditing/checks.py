@@ -22,7 +22,7 @@ from surestep.attacks.core import forward_logits, share_of
 from surestep.auditing._subject import Subject
 from surestep.auditing.binarization import binarization_rates
 from surestep.devices import autocast, finest
-from surestep.evaluation import evaluate
+from surestep.evaluation import evaluate, suite
 from surestep.evaluation.suite import pgd_step_size
 from surestep.threat import Linf, per_sample
 
@@ -318,11 +318,12 @@ def eps_sweep(s: Subject) -> Finding:
     radii = sorted(multiples | {top})
     accuracy = []
     for eps in radii:
+        radius = s.threat.with_eps(eps)
         found = evaluate(
             s.model,
             (x, y),
-            s.threat.with_eps(eps),
-            ["pgd-50"],
+            radius,
+            suite.parse_all(["pgd-50"], radius),
             batch_size=s.batch_size,
             seed=s.seed,
             precision=s.precision,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from surestep.activations import with_a_way_through
 from surestep.attacks.core import (
     alone,
     attacking,
@@ -128,7 +129,8 @@ def evaluate(
         data: a pair of tensors (x, y), a Dataset or a DataLoader of such pairs.
         threat: norm, radius and data range.
         attacks: names, see ``surestep.evaluation.suite``, or ``suite.Attack`` by name; by default
-            those of the budget.
+            those of the budget. Where layers know a way straight through them (MeanSparse), each
+            name that follows the gradient runs a second time as "NAME-bpda".
         budget: "quick", "standard" or "thorough"; without ``attacks``.
         batch_size: of the attacks.
         n: only n images: the first ones; of tensors that are sorted by class, and of a Dataset,
@@ -156,6 +158,8 @@ def evaluate(
     if isinstance(attacks, Mapping) and eps:
         raise UserError("eps takes attacks by name: an Attack is made for one radius")
     names = suite.budget(budget) if attacks is None else attacks
+    if not isinstance(names, Mapping) and with_a_way_through(model):
+        names = suite.and_through(names)
     radii = [threat.with_eps(e) for e in eps]
     device, start = device_of(model), time.perf_counter()
     # One process judges: the others must not be waited for.

@@ -10,6 +10,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from surestep import attacks
+from surestep.activations import straight_through
 from surestep.attacks import autoattack, nearest
 from surestep.attacks.core import count_classes, in_turn
 from surestep.attacks.gradient import search
@@ -93,7 +94,8 @@ def parse(name: str, threat: ThreatModel, sources: Sequence[nn.Module] = ()) -> 
 
     Args:
         name: such as "fgsm", "pgd-100", "pgd-20x2" (two restarts), "pgd-100-margin", "noise-10",
-            "square-1000", "autoattack".
+            "square-1000", "autoattack". At the end of one that follows the gradient "-bpda" sends
+            this straight through layers that know such a way, see ``and_through``.
         threat: norm, radius and data range.
         sources: models for "transfer".
 
@@ -110,16 +112,36 @@ def parse(name: str, threat: ThreatModel, sources: Sequence[nn.Module] = ()) -> 
         or (match["count"] is not None and not kind.counts)
         or (match["restarts"] is not None and not kind.restarts)
         or (match["loss"] is not None and not kind.loss)
+        or (match["bpda"] is not None and not kind.gradients)
     ):
         raise UserError(f"unknown attack {name!r}: write one of {NAMES}, LOSS ce, margin or dlr")
     count, restarts = int(match["count"] or kind.usual or 0), int(match["restarts"] or 1)
-    return kind.make(Spec(match["kind"], count, restarts, match["loss"] or "ce", threat, sources))
+    made = kind.make(Spec(match["kind"], count, restarts, match["loss"] or "ce", threat, sources))
+    return _through(made) if match["bpda"] else made
 
 
-def with_gradients(names: Iterable[str]) -> list[str]:
-    """Return those of the attacks that follow the model's gradient."""
-    kinds = ((name, _NAME.fullmatch(name)) for name in names)
-    return [name for name, match in kinds if match and KINDS[match["kind"]].gradients]
+def and_through(names: Iterable[str]) -> list[str]:
+    """Return attacks and, after each that follows the gradient, the same with "-bpda".
+
+    Layers such as MeanSparse's pass no gradient in places, which stops the former and not the
+    latter (backward pass differentiable approximation, Athalye et al. 2018).
+    """
+    every: list[str] = []
+    for name in names:
+        match = _NAME.fullmatch(name)
+        follows = match and KINDS[match["kind"]].gradients and not match["bpda"]
+        every += [name, f"{name}-bpda"] if follows else [name]
+    return list(dict.fromkeys(every))
+
+
+def _through(attack: Attack) -> Attack:
+    """Return an attack whose gradients pass layers that know a way straight through them."""
+
+    def run(model: nn.Module, x: Tensor, y: Tensor) -> Found | Tensor:
+        with straight_through(model):
+            return attack.run(model, x, y)
+
+    return replace(attack, run=run)
 
 
 def _one(run: Callable[[nn.Module, Tensor, Tensor], Tensor], passes: float) -> Attack:
@@ -288,4 +310,5 @@ NAMES = ", ".join(kind.written(name) for name, kind in KINDS.items())
 _NAME = re.compile(
     rf"(?P<kind>{'|'.join(KINDS)})"
     r"(?:-(?P<count>[1-9]\d*))?(?:x(?P<restarts>[1-9]\d*))?(?:-(?P<loss>ce|margin|dlr))?"
+    r"(?P<bpda>-bpda)?"
 )

@@ -1,6 +1,6 @@
 """What is done to a trained model: sparsification around the mean."""
 
-from surestep.posthoc.hardening import ATTACKS, JUDGES, THRESHOLDS, Hardened, Judged, harden, judge
+from surestep.posthoc.hardening import ATTACKS, JUDGES, THRESHOLDS, Hardened, harden
 from surestep.posthoc.mean_sparse import MeanSparse, insert, measure
 
 __all__ = [
@@ -8,10 +8,8 @@ __all__ = [
     "JUDGES",
     "THRESHOLDS",
     "Hardened",
-    "Judged",
     "MeanSparse",
     "harden",
     "insert",
-    "judge",
     "measure",
 ]

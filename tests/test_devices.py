@@ -17,8 +17,10 @@ import surestep
 from surestep import L2, Linf, UserError, devices, methods, posthoc
 from surestep.attacks.core import forked_rng
 from surestep.auditing import _subject, escalation
-from surestep.data import as_images
+from surestep.data import as_images, augment
+from surestep.data._splits import divide, mixed
 from surestep.training import randomness
+from surestep.training.source import hold_out
 
 
 class NoFloat64(TorchDispatchMode):
@@ -247,6 +249,32 @@ class TestExact:
         assert (on, off) in (("tf32", "ieee"), (True, False))
         assert switches() == {on}
 
+    def test_the_older_switches_can_be_read_meanwhile(self):
+        """A model may set cudnn.flags in its forward, which reads them."""
+        before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("high")
+            with devices.exact(torch.device("cuda")):
+                assert torch.backends.cudnn.allow_tf32 is False
+                assert torch.get_float32_matmul_precision() == "highest"
+                with torch.backends.cudnn.flags(enabled=True):
+                    pass
+            assert torch.get_float32_matmul_precision() == "high"
+        finally:
+            torch.backends.cudnn.allow_tf32 = before[0]
+            torch.set_float32_matmul_precision(before[1])
+
+    def test_where_products_are_rounded_an_image_must_be_clearly_wrong(self, switches, monkeypatch):
+        gpu = torch.device("cuda")
+        for capability, off in (((8, 0), 0.01), ((7, 5), 0.0)):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+            assert devices.rounding(gpu) == off
+            with devices.exact(gpu):
+                assert devices.rounding(gpu) == 0
+        assert devices.rounding(torch.device("cpu")) == 0
+        with torch.autocast("cpu", torch.bfloat16):
+            assert devices.rounding(torch.device("cpu")) == 0.05
+
     def test_elsewhere_they_are_left_alone(self, switches):
         on = switches()
         with torch.autocast("cpu", torch.bfloat16), devices.exact(torch.device("cpu")):
@@ -268,3 +296,18 @@ def test_a_gpu_that_all_processes_would_share(monkeypatch):
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")  # which is left alone
     with pytest.raises(UserError, match="'cuda:1' is one for all the processes of this machine"):
         devices.pick_device("cuda:1")
+
+
+def test_a_default_device_of_the_users_is_not_for_random_orders():
+    """Torch refuses a generator of one device for values of another."""
+    torch.set_default_device("meta")
+    try:
+        drawn = [
+            *hold_out(20, 2, seed=0),
+            mixed(5),
+            *divide(20, "train", what="data", test=True)[None],
+            augment.CropFlip().draw(5, torch.Generator("cpu").manual_seed(0)).dy,
+        ]
+    finally:
+        torch.set_default_device(None)
+    assert {value.device.type for value in drawn} == {"cpu"}

@@ -156,20 +156,50 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 
+def rounding(device: torch.device) -> float:
+    """Return how far apart, over the largest logit, two logits must be to be so in float32 too."""
+    if autocasts(device):
+        return 0.05
+    return 0.01 if _multiplies_in_tf32(device) else 0.0
+
+
+def _multiplies_in_tf32(device: torch.device) -> bool:
+    """Tell whether a GPU rounds factors to ten bits: cuDNN's convolutions do so by default."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    return any(getattr(place, name) != off for place, name, off in _tf32_places())
+
+
 @contextmanager
 def exact(device: torch.device) -> Iterator[None]:
-    """Compute in all of float32's digits, for what decides: no autocast, and on a GPU no TF32.
+    """Compute in all of float32's digits, for what decides: no autocast, and on a GPU no TF32."""
+    tf32 = _without_tf32() if device.type == "cuda" else nullcontext()
+    with tf32, without_autocast(device):
+        yield
 
-    By default cuDNN multiplies float32 with ten bits of mantissa.
-    """
-    places = _tf32_places() if device.type == "cuda" else []
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    cudnn: Any = torch.backends.cudnn
+    try:
+        older = cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError:  # the user has set the newer switches apart from these
+        older = None
+    places = _tf32_places()
     before = [getattr(place, name) for place, name, _ in places]
+    # The older switches too, and first, since they set the newer: torch refuses to read one that
+    # says something else, in torch.backends.cudnn.flags and in what compiles.
+    if older:
+        cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
     for place, name, off in places:
         setattr(place, name, off)
     try:
-        with without_autocast(device):
-            yield
+        yield
     finally:
+        if older:
+            cudnn.allow_tf32 = older[0]
+            torch.set_float32_matmul_precision(older[1])
         for (place, name, _), value in zip(places, before, strict=True):
             setattr(place, name, value)
 
@@ -178,7 +208,7 @@ def _tf32_places() -> list[tuple[Any, str, object]]:
     """Return where TF32 is switched: an object, an attribute, and what switches it off."""
     cudnn: Any = torch.backends.cudnn
     matmul: Any = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # once it is used, the older switches cannot be read
+    if hasattr(matmul, "fp32_precision"):
         return [(place, "fp32_precision", "ieee") for place in (cudnn.conv, cudnn.rnn, matmul)]
     return [(place, "allow_tf32", False) for place in (cudnn, matmul)]
 

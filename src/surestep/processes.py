@@ -38,19 +38,38 @@ def mean(value: Tensor) -> Tensor:
     """Return the mean of a tensor over the processes."""
     if count() == 1:
         return value
-    value = value.clone()
-    dist.all_reduce(value)
-    return value / count()
+    total = _sendable(value).clone()
+    dist.all_reduce(total)
+    return (total / count()).to(value.device)
+
+
+def largest(value: int, device: torch.device) -> int:
+    """Return the largest of a number in all processes."""
+    if count() == 1:
+        return value
+    told = torch.tensor(value, device=device)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return int(told)
 
 
 def gather(rows: Tensor) -> Tensor:
     """Return the rows (N, ...) of all processes, in their order; N is the same in each."""
     if count() == 1:
         return rows
-    plain = torch.contiguous_format
-    parts = [torch.empty_like(rows, memory_format=plain) for _ in range(count())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
+    mine = _sendable(rows).contiguous()
+    parts = [torch.empty_like(mine) for _ in range(count())]
+    dist.all_gather(parts, mine)
+    return torch.cat(parts).to(rows.device)
+
+
+def _sendable(tensor: Tensor) -> Tensor:
+    """Return a tensor where the processes can exchange it: NCCL sends what is on the GPU only.
+
+    What a method remembers is on the CPU between a checkpoint and the first step after it.
+    """
+    if dist.get_backend() == "nccl" and tensor.device.type == "cpu":
+        return tensor.to(torch.device("cuda", torch.cuda.current_device()))
+    return tensor
 
 
 def own(rows: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from families import merged
 from torch.utils.data import DataLoader, TensorDataset
 
-from surestep import files, methods
+from surestep import files, methods, processes
 from surestep.errors import UserError
 from surestep.training import checkpoint
 
@@ -191,6 +191,25 @@ try:
     train("fgsm", model=idle)
 except UserError as e:
     (place / f"idle-{rank}").write_text(str(e))
+# Of the first process alone: its folder cannot be made. Of the second alone: a loss that is NaN.
+(place / "no-folder").write_text("")
+try:
+    train("fgsm", out=place / "no-folder" / "run")
+except UserError as e:
+    (place / f"trouble-{rank}").write_text(str(e))
+
+
+def nan_in_one(self, *batch):
+    result = take(self, *batch)
+    return result._replace(loss=result.loss * (torch.nan if rank else 1))
+
+
+TrainStep.__call__ = nan_in_one
+try:
+    train("fgsm", epochs=1)
+except UserError as e:
+    (place / f"diverged-{rank}").write_text(str(e))
+TrainStep.__call__ = take
 (place / f"world-{rank}").write_text(str(PartialState().num_processes))
 # Left to the interpreter's end, the group's threads may abort a process that is done.
 PartialState().destroy_process_group()
@@ -350,6 +369,24 @@ def test_a_parameter_without_a_part_in_it_is_named(place):
     for rank in (0, 1):
         said = (place / f"idle-{rank}").read_text()
         assert "take no part in the logits: aside; freeze them with requires_grad_(False)" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("trouble", "cannot make the run folder"), ("diverged", "became NaN or infinite at step 1 ")],
+)
+def test_where_one_fails_both_do(place, name, said):
+    """A process that leaves alone keeps the others waiting until a time-out."""
+    assert [said in (place / f"{name}-{rank}").read_text() for rank in (0, 1)] == [True, True]
+
+
+def test_nccl_is_given_what_is_on_the_gpu(monkeypatch):
+    monkeypatch.setattr(processes.dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "meta")
+    monkeypatch.setattr(torch, "device", lambda kind, number: number)  # cuda is not here
+    assert processes._sendable(torch.ones(2)).device.type == "meta"
+    monkeypatch.setattr(processes.dist, "get_backend", lambda: "gloo")
+    assert processes._sendable(torch.ones(2)).device.type == "cpu"
 
 
 @pytest.mark.parametrize("name", ["asked", "asked-loader", "left", "left-loader"])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from surestep.attacks.losses import Objective, log_odds, margin
-from surestep.devices import autocasts, exact
+from surestep.devices import exact, rounding
 from surestep.errors import UserError
 from surestep.threat import ThreatModel, per_sample
 
@@ -170,7 +170,10 @@ def forward_logits(model: nn.Module, x: Tensor) -> Tensor:
             f"the model returned shape {tuple(logits.shape)} for {len(x)} images, "
             "expected logits of shape (N, K) with K >= 2 classes"
         )
-    return logits if logits.dtype == torch.float64 else logits.float()
+    if logits.dtype not in (torch.float32, torch.float64):
+        return logits.float()
+    # What CUDA graphs return (torch.compile's reduce-overhead) the next pass writes over.
+    return logits.clone() if compiled_whole(model) else logits
 
 
 def check_inputs(
@@ -346,8 +349,8 @@ class Best:
         y: labels (N,).
         objective: per-sample, to be maximised.
         stop_when_wrong: no longer attack a sample once it is misclassified. The accuracy under
-            attack is the same, and the cost falls with it. Under autocast the sample must be
-            misclassified clearly: by a hair in bf16 is often right in float32.
+            attack is the same, and the cost falls with it. Under autocast, or in TF32, the sample
+            must be misclassified clearly: by a hair in bf16 is often right in float32.
     """
 
     def __init__(
@@ -361,7 +364,7 @@ class Best:
         self.done = self.wrong.clone()
         self.first_wrong = torch.full((len(x),), -1, device=x.device)
         self.offers = 0
-        self.slack = 0.05 if autocasts(x.device) else 0.0
+        self.slack = rounding(x.device)
 
     def rows(self) -> Tensor:
         """Return the indices of the samples still to be attacked."""

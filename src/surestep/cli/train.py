@@ -91,7 +91,6 @@ def train(
         )
 
     from accelerate import PartialState
-    from torch import distributed
 
     from surestep import runs
 
@@ -118,10 +117,12 @@ def train(
         result = runs.train(
             config, out, resume=resume is not None, overwrite=overwrite, quiet=quiet, tell=tell
         )
-    finally:
-        # Threads of a process group that is left to the interpreter's end may abort it.
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+    except BaseException as e:
+        # Where one process fails the others wait for it, and NCCL's group would wait for them; of
+        # SIGTERM all have agreed.
+        _leave_group(together=isinstance(e, SystemExit))
+        raise
+    _leave_group(together=True)
     state = PartialState()
     if not state.is_main_process:
         return
@@ -173,3 +174,11 @@ def _report(config: RunConfig, out: str, model: nn.Module) -> None:
         write_report(str(run.report), None, out, **parts)
     except Exception as e:  # the run itself is done and safe
         click.echo(f"no report.html: {e}", err=True)
+
+
+def _leave_group(*, together: bool) -> None:
+    """End the process group: left to the interpreter's end, its threads may abort the process."""
+    from torch import distributed
+
+    if distributed.is_initialized() and (together or distributed.get_backend() == "gloo"):
+        distributed.destroy_process_group()

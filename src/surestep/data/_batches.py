@@ -173,7 +173,7 @@ class Batches:
         n = len(self.images)
         if not self.shuffle:
             return torch.arange(n)
-        return torch.randperm(n, generator=generator("order", self.seed, epoch))
+        return torch.randperm(n, generator=generator("order", self.seed, epoch), device="cpu")
 
     def _even(self, size: int) -> int:
         """Return how many images of a batch are shared; in training the shares must be equal."""

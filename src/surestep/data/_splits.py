@@ -33,7 +33,7 @@ def mixed(n: int) -> torch.Tensor:
 
     Whoever looks at a part takes the first ones, which are to stand for all.
     """
-    return torch.randperm(n, generator=generator("order", n))
+    return torch.randperm(n, generator=generator("order", n), device="cpu")
 
 
 def some(n: int, count: int) -> torch.Tensor:
@@ -72,7 +72,7 @@ def divide(
             f"give at least {parts}, or give each split its own data"
         )
     if keys is None:
-        order = torch.randperm(n, generator=generator("divide", n))
+        order = torch.randperm(n, generator=generator("divide", n), device="cpu")
     else:
         hashes = [hashlib.blake2b(key.encode()).digest() for key in keys]
         order = torch.tensor(sorted(range(n), key=hashes.__getitem__))

@@ -101,8 +101,8 @@ class CropFlip:
 
     def draw(self, n: int, generator: torch.Generator) -> Draw:
         """Draw for ``n`` images from a CPU ``generator``."""
-        dy, dx = torch.randint(-self.pad, self.pad + 1, (2, n), generator=generator)
-        flip = torch.randint(2, (n,), generator=generator, dtype=torch.bool)
+        dy, dx = torch.randint(-self.pad, self.pad + 1, (2, n), generator=generator, device="cpu")
+        flip = torch.randint(2, (n,), generator=generator, dtype=torch.bool, device="cpu")
         # The flips are drawn even when unused, so that the crops do not depend on the option.
         return Draw(dy, dx, flip if self.flip else torch.zeros_like(flip), self.pad)
 

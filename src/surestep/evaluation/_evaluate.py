@@ -464,5 +464,7 @@ def _first(
         x, y = as_pair(batch)
         take = int(min(left, len(x)))
         left -= take
-        x = as_pixels(x[:take].to(device), bounds)
-        yield x.float() if x.dtype == torch.float64 else x, y[:take].to(device)
+        x = x[:take]
+        # Before it is moved: Apple's GPUs have no float64.
+        x = x.float() if x.dtype == torch.float64 else x
+        yield as_pixels(x.to(device), bounds), y[:take].to(device)

@@ -52,15 +52,18 @@ def _network(x: Tensor, classes: int) -> nn.Module:
         return Substitute(
             nn.Flatten(), nn.Linear(x[0].numel(), 256), nn.ReLU(), nn.Linear(256, classes)
         )
-    channels, side = x.shape[1], min(7, x.shape[2] // 4)
+    channels, (high, wide) = x.shape[1], ((size + 3) // 4 for size in x.shape[2:])
+    # Windows of one size: the gradient of adaptive ones is not deterministic on a GPU.
+    window = max(1, high // 7), max(1, wide // 7)
+    parts = (high // window[0]) * (wide // window[1])
     return Substitute(
         nn.Conv2d(channels, WIDTH, 3, 2, 1),
         nn.ReLU(),
         nn.Conv2d(WIDTH, 2 * WIDTH, 3, 2, 1),
         nn.ReLU(),
-        nn.AdaptiveAvgPool2d(side),
+        nn.AvgPool2d(window),
         nn.Flatten(),
-        nn.Linear(2 * WIDTH * side**2, 128),
+        nn.Linear(2 * WIDTH * parts, 128),
         nn.ReLU(),
         nn.Linear(128, classes),
     )

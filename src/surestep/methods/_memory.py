@@ -56,14 +56,13 @@ class Memory:
         self.values.index_copy_(0, index, values)
 
     def _grow(self, index: Tensor, like: Tensor, images: int) -> None:
+        if self.values is not None and self.values.device != like.device:
+            self.values = self.values.to(like.device)  # it came from a checkpoint
         held = 0 if self.values is None else len(self.values)
         needed = images or int(index.max()) + 1
         if needed > held:
             more = torch.zeros(needed - held, *like.shape[1:], dtype=like.dtype, device=like.device)
             self.values = more if self.values is None else torch.cat([self.values, more])
-        assert self.values is not None
-        if self.values.device != like.device:  # it came from a checkpoint
-            self.values = self.values.to(like.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the tensor."""

@@ -71,7 +71,9 @@ class ConvergeSmooth(Method):
         self._turn(model)
         n = len(inner.points)
         sign = once(self._sign)
-        centre = [(p, self._centre[k].to(p)) for k, p in _weights(model) if k in self._centre]
+        # From a checkpoint they come on the CPU, once.
+        self._centre = {k: self._centre[k].to(p) for k, p in _weights(model) if k in self._centre}
+        centre = [(p, self._centre[k]) for k, p in _weights(model) if k in self._centre]
 
         def loss(logits: Tensor) -> Terms:
             own, terms = inner.loss(logits[:n])

@@ -55,8 +55,8 @@ class FGSMFUAP(FGSMUAP):
             features = F.normalize(seen[-1].flatten(1).to(x.dtype), dim=1)
             if self._layer.shape != (self.count, features.shape[1]):
                 # Of a seed of its own: the same in every process.
-                own = torch.Generator().manual_seed(0)
-                self._layer = torch.randn(self.count, features.shape[1], generator=own)
+                own, shape = torch.Generator().manual_seed(0), (self.count, features.shape[1])
+                self._layer = torch.randn(shape, generator=own, device="cpu")
             scores = features @ self._layer.to(features).T
             group = scores.argmax(1)
             u = self._of(self._u, self.count, x)

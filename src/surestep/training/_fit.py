@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from surestep.attacks.core import compiled_whole
@@ -147,11 +148,23 @@ def fit(
     # Only now is everything checked: a mistake must not cost an old run.
     accelerator.wait_for_everyone()
     own = run if accelerator.is_main_process else None
-    if own and not resume:
-        own.make({**describe, **job.config.model_dump(mode="json")}, overwrite=overwrite)
-    with own.held() if own else nullcontext():
-        differences = own.note_environment() if own else []
-        accelerator.wait_for_everyone()
+    with ExitStack() as folder:
+        differences: list[str] = []
+        trouble: UserError | None = None
+        if own:
+            try:
+                if not resume:
+                    own.make(
+                        {**describe, **job.config.model_dump(mode="json")}, overwrite=overwrite
+                    )
+                folder.enter_context(own.held())
+                differences = own.note_environment()
+            except UserError as e:
+                trouble = e
+        # The others would wait for a process that has left.
+        (trouble,) = broadcast_object_list([trouble])
+        if trouble:
+            raise trouble
         trainer = Trainer(job, run, quiet=quiet, on_epoch=on_epoch)
         at = trainer.train(resume=resume, differences=differences)
     return FitResult(

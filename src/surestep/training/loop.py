@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from surestep import files
+from surestep import files, processes
 from surestep.attacks.core import attacking, forked_rng
 from surestep.errors import UserError
 from surestep.methods import StepResult
@@ -208,11 +208,17 @@ class Trainer:
         self.display.step(self.at.step, epoch, f"{parts}{robust}  {speed:,.0f} img/s")
 
     def _check_finite(self, sums: Sums, *, weights: bool = False) -> None:
-        """Stop if a loss was not finite, or the weights no longer are."""
+        """Stop if a loss was not finite, or the weights no longer are.
+
+        With ``weights`` every process must ask, and all stop together; without, one alone does not.
+        """
+        if processes.count() > 1 and not weights:
+            return
         bad = int(sums.bad_step)
         if bad < 0 and weights:
             finite = [p.detach().isfinite().all() for p in self.job.model.parameters()]
             bad = -1 if bool(torch.stack(finite).all()) else self.at.step
+        bad = processes.largest(bad, self.job.device)
         if bad < 0:
             return
         kept = checkpoint.found(self.run.checkpoints) if self.run else []

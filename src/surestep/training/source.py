@@ -211,7 +211,7 @@ def first_of(data: Any) -> tuple[Tensor, Tensor] | None:
 
 def hold_out(n: int, wanted: int, seed: int) -> tuple[Tensor, Tensor]:
     """Split n indices into training and held-out ones: at most ``wanted``, at most a tenth."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu")
     held = min(wanted, n // 10)
     return order[held:], order[:held]
 

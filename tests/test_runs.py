@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import surestep
-from surestep import data, files, methods, runs
+from surestep import data, files, methods, posthoc, runs
 from surestep.config import RunConfig
 from surestep.devices import has_bf16
 from surestep.errors import UserError
@@ -63,6 +63,23 @@ class TestResolve:
     def test_the_preset_called_as_the_data_set(self, slug, dataset):
         found = runs.resolve({"method": slug, "dataset": dataset})
         assert found == runs.resolve({"method": slug}, dataset)
+
+    @pytest.mark.parametrize(
+        ("method", "eps", "preset", "lam"),
+        [
+            ("gradalign", "8/255", "cifar10", 0.2),
+            ("gradalign", "16/255", "cifar10-16", 2.0),
+            ("gradalign", "14/255", "cifar10-16", 2.0),
+            ("gradalign", "2/255", "cifar10", 0.2),
+            ("elle", "16/255", "cifar10-16", 5000.0),
+            ("nuat", "16/255", "cifar10", None),  # cifar10-wa is for no radius
+        ],
+    )
+    @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+    def test_of_presets_for_several_radii_the_nearest(self, method, eps, preset, lam, dataset):
+        assert runs.usual_preset(method, dataset, eps) == preset
+        found = runs.resolve({"method": method, "dataset": dataset, "eps": eps})
+        assert lam in (None, found.params["lam"])
 
     @pytest.mark.parametrize("dataset", ["npz", "folder:x", "unknown"])
     def test_no_preset_for_other_data(self, dataset):
@@ -344,3 +361,33 @@ class TestWeightsToBeginWith:
             with pytest.raises(UserError, match=said):
                 runs.train(config, tmp_path / "second", quiet=True)
         assert not (tmp_path / "second").exists()
+
+
+def test_weights_are_chosen_on_validation_images_alone(monkeypatch, tmp_path):
+    """Neither training nor the search for a threshold may see a test image."""
+    asked, judged = [], []
+    digits = {
+        split: data.load("mnist", split).first(60) for split in ("train", "validation", "test")
+    }
+
+    def load(config, split):
+        asked.append(split)
+        return digits[split]
+
+    monkeypatch.setattr(runs, "load_data", load)
+    settings = {"method": "fgsm", "model": "cnn-small", "epochs": 1, "val_attacks": ("fgsm",)}
+    config = runs.resolve(settings, "none")
+    runs.train(config, tmp_path / "run", quiet=True)
+    assert asked == ["train", "validation"]
+
+    def harden(model, train, validation, *args, **kwargs):
+        judged.append((train, validation))
+        return posthoc.Hardened(model, 0.1, [])
+
+    monkeypatch.setattr(runs.posthoc, "harden", harden)
+    asked.clear()
+    runs.harden(tmp_path / "run", tmp_path / "hard", attacks=["fgsm"], n=20)
+    ((train, validation),) = judged
+    assert train is digits["train"]
+    assert validation is digits["validation"]
+    assert asked == ["train", "validation", "test"]

@@ -112,7 +112,8 @@ class FitSettings(BaseModel):
         1000, ge=0, description="Held-out images attacked after each epoch (0: no validation)"
     )
     val_attacks: tuple[str, ...] = Field(
-        ("fgsm", "pgd-20x2"), description="Attacks of the validation; the worst case selects"
+        ("fgsm", "pgd-20x2"),
+        description="Attacks of the validation, with fgsm; the worst case selects",
     )
     select: Literal["best", "last"] = Field(
         "best", description="Weights to keep: best worst case in validation, or last epoch's"

@@ -5,6 +5,7 @@ What the command line does, callable from Python.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,8 @@ def resolve(values: Mapping[str, Any], preset: str | None = None) -> RunConfig:
     A preset brings data set, model, eps, the method's parameters and the training settings;
     what the user gives explicitly wins. At another eps than the preset's, its step sizes and other
     lengths change in proportion. Without a preset's name, the one called as the data set is taken
-    if the method has it (for cifar100 else that of cifar10).
+    if the method has it (for cifar100 else that of cifar10), or, where another is for a radius
+    nearer to the user's (cifar10-16), that one.
 
     Args:
         values: by the names of ``RunConfig``'s fields.
@@ -80,7 +82,7 @@ def resolve(values: Mapping[str, Any], preset: str | None = None) -> RunConfig:
     dataset, norm = (str(values.get(k, RunConfig.model_fields[k].default)) for k in _MEANT)
     name = dataset.partition(":")[0]
     if preset is None:
-        preset = usual_preset(method, dataset) or "none"
+        preset = usual_preset(method, dataset, values.get("eps")) or "none"
     # The default radius is one of digits, in l-inf; other mistakes are told where they are found.
     elsewhere = preset == "none" and name != "mnist" and name in data.names()
     if "eps" not in values and (elsewhere or norm == "l2"):
@@ -106,11 +108,22 @@ def resolve(values: Mapping[str, Any], preset: str | None = None) -> RunConfig:
     return config.model_copy(update={"params": {**chosen.params, **lengths, **config.params}})
 
 
-def usual_preset(method: str, dataset: str) -> str | None:
-    """Return the preset that a data set is trained with where none is named, if there is one."""
-    name = dataset.partition(":")[0]
+def usual_preset(method: str, dataset: str, eps: Any = None) -> str | None:
+    """Return the preset that a data set is trained with where none is named, if there is one.
+
+    Args:
+        method: its slug.
+        dataset: as for training.
+        eps: the radius, if one is given: weights of regularizers are for one.
+    """
+    kind = dataset.partition(":")[0]
     known = methods.get(method).presets
-    return next((n for n in (name, _ALIKE.get(name)) if n in known), None)
+    name = next((n for n in (kind, _ALIKE.get(kind)) if n in known), None)
+    if name is None or eps is None:
+        return name
+    radius = parse(RunConfig, {"eps": eps}).eps
+    alike = [name, *(n for n in known if re.fullmatch(rf"{name}-\d+", n))]
+    return min(alike, key=lambda n: abs(known[n].eps - radius))
 
 
 def from_anywhere(config: RunConfig) -> RunConfig:

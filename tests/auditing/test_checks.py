@@ -135,26 +135,113 @@ def test_nothing_to_compare_is_skipped(ask, net):
     assert (found.status, found.value) == ("skipped", None)
 
 
-def test_alignment_against_plain_loops(ask, net, images):
-    """A linear model's gradient is the same everywhere: cosine 1."""
-    linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
-    with torch.no_grad():
-        linear[1].weight[1] = -linear[1].weight[0]
-    assert ask("gradient-alignment", linear).value == pytest.approx(1, abs=1e-5)
-    assert ask("local-linearity", nn.Sequential(linear, Layer(lambda z: 0 * z))).value == 0
-
-
-def test_sat_properties_of_a_linear_margin(ask, net, images):
-    """The course of the loss along the FGSM direction is that of a plain loop."""
+@pytest.fixture
+def task(net, images):
+    """Return what the checks work on: a smooth net, the first thirty images that it has right."""
+    smooth = nn.Sequential(*net[:2], nn.Tanh(), net[3])
     x, y = images
-    found = ask("sat-properties", net)
-    right = net(x).argmax(1) == y
-    x, y = x[right][:30], y[right][:30]
-    x.requires_grad_()
-    (grad,) = torch.autograd.grad(F.cross_entropy(net(x), y), x)
-    for share, value in zip(found.evidence["step"], found.evidence["loss"], strict=True):
-        point = (x + share * 0.05 * grad.sign()).clamp(0, 1)
-        assert value == pytest.approx(F.cross_entropy(net(point), y).item(), rel=1e-4)
+    right = smooth(x).argmax(1) == y
+    return SimpleNamespace(net=smooth, x=x[right][:30], y=y[right][:30], threat=surestep.Linf(0.3))
+
+
+def loss_of(net, point, label):
+    return float(F.cross_entropy(net.double()(point[None].double()), label[None]).detach())
+
+
+def gradient_of(net, point, label):
+    point = point.double()[None].requires_grad_()
+    (grad,) = torch.autograd.grad(F.cross_entropy(net.double()(point), label[None]), point)
+    return grad[0]
+
+
+def cosine_of(a, b):
+    a, b = a.flatten(), b.flatten()
+    return float(a @ b / (a.norm() * b.norm()))
+
+
+def test_alignment_against_plain_loops(ask, task):
+    found = ask("gradient-alignment", task.net, eps=0.3)
+    torch.manual_seed(14)
+    near = task.threat.random_start(task.x)
+    cosines = []
+    for x, n, y in zip(task.x, near, task.y, strict=True):
+        here = gradient_of(task.net, x, y)
+        cosines.append(cosine_of(here, gradient_of(task.net, n, y)))
+    task.net.float()
+    assert found.value == pytest.approx(sum(cosines) / len(cosines), abs=1e-4)
+    assert found.value < 0.999
+
+
+def test_linearity_against_plain_loops(ask, task):
+    found = ask("local-linearity", task.net, eps=0.3)
+    torch.manual_seed(15)
+    ends = task.threat.random_start(task.x), task.threat.random_start(task.x)
+    errors, sizes = [], []
+    for a, b, t, y in zip(*ends, torch.rand(len(task.x)).tolist(), task.y, strict=True):
+        at = [loss_of(task.net, p, y) for p in (a, b, (1 - t) * a + t * b)]
+        errors.append((at[2] - (1 - t) * at[0] - t * at[1]) ** 2)
+        sizes += [value**2 for value in at]
+    task.net.float()
+    assert found.evidence["error"] == pytest.approx(sum(errors) / len(errors), rel=1e-2)
+    ratio = (sum(errors) / len(errors) / (sum(sizes) / len(sizes))) ** 0.5
+    assert found.value == pytest.approx(ratio, rel=1e-2)
+
+
+def test_sat_properties_against_plain_loops(ask, task):
+    """The course along FGSM, its ratio, and the logits' distances of SAT-R1 and SAT-R2."""
+    eps, (low, high) = 0.1, (0, 1)
+    found = ask("sat-properties", task.net, eps=eps)
+    torch.manual_seed(18)
+    noise = torch.randn_like(task.x).sign()
+    course, ratio, apart = [[] for _ in range(11)], [[], []], {"I": [], "R": []}
+    sizes = []
+    for x, n, y in zip(task.x.double(), noise.double(), task.y, strict=True):
+        sign = gradient_of(task.net, x, y).sign()
+        for k in range(11):
+            course[k].append(loss_of(task.net, (x + k / 10 * eps * sign).clamp(low, high), y))
+        x_i = x
+        for _ in range(10):
+            x_i = x_i + eps / 10 * gradient_of(task.net, x_i, y).sign()
+            x_i = torch.minimum(torch.maximum(x_i, x - eps), x + eps).clamp(low, high)
+        x_r = (x + eps / 30 * n).clamp(low, high)
+        x_r = x_r + eps * gradient_of(task.net, x_r, y).sign()
+        x_r = torch.minimum(torch.maximum(x_r, x - eps), x + eps).clamp(low, high)
+        points = torch.stack([(x + eps * sign).clamp(low, high), x_i, x_r])
+        at_f, at_i, at_r = task.net.double()(points).detach()
+        sizes.append(float((at_f**2).sum()))
+        apart["I"].append(float(((at_f - at_i) ** 2).sum()))
+        apart["R"].append(float(((at_f - at_r) ** 2).sum()))
+        if int(at_f.argmax()) == int(y):
+            ratio[0].append(loss_of(task.net, (x + eps / 3 * sign).clamp(low, high), y))
+            ratio[1].append(course[10][-1])
+    task.net.float()
+    assert found.evidence["loss"] == pytest.approx([sum(c) / len(c) for c in course], rel=1e-3)
+    assert found.value == pytest.approx(sum(ratio[0]) / sum(ratio[1]), rel=1e-3)
+    for name, which in (("FGSM to I-FGSM", "I"), ("FGSM to R-FGSM", "R")):
+        wanted = sum(apart[which]) / sum(sizes)
+        assert found.evidence[name] == pytest.approx(wanted, rel=1e-2, abs=1e-6)
+        assert wanted > 0
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "flagged"),
+    [
+        # At a quarter, half, 3/4, 1 and 3/2 of eps 0.05, at 0.5 and without bounds; chance is 1/3.
+        ([0.9, 0.8, 0.7, 0.6, 0.4, 0.38, 0.0], False),
+        ([0.9, 0.8, 0.83, 0.6, 0.4, 0.38, 0.0], True),  # it rises
+        ([0.9, 0.8, 0.81, 0.6, 0.4, 0.38, 0.0], False),  # by less than noise
+        ([0.9, 0.8, 0.7, 0.6, 0.4, 0.39, 0.0], True),  # above chance at eps 0.5
+        ([0.9, 0.8, 0.7, 0.6, 0.4, 0.38, 0.01], True),  # something withstands everything
+    ],
+)
+def test_what_flags_a_sweep(ask, net, monkeypatch, accuracy, flagged):
+    left = iter(accuracy)
+    monkeypatch.setattr(
+        checks, "evaluate", lambda *_, **__: SimpleNamespace(worst_case_accuracy=next(left))
+    )
+    found = ask("eps-sweep", net)
+    assert found.evidence["accuracy"] == accuracy
+    assert (found.status == "flagged") is flagged
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from surestep import devices, methods
 from surestep.data import Batches, as_images
 from surestep.devices import has_bf16
 from surestep.errors import UserError
-from surestep.training import Engine, WeightAverage, make_optimizer, make_step
+from surestep.training import Engine, WeightAverage, loop, make_optimizer, make_step
 from surestep.training.schedules import learning_rate
 
 WEIGHTS = [nn.Parameter(torch.ones(2))]
@@ -275,6 +275,42 @@ def test_a_step_waits_for_the_device_nowhere(tiny, monkeypatch, method, optimize
         with NoReading():
             result = step(*batch)
     assert torch.isfinite(result.loss)
+
+
+@pytest.mark.parametrize("method", ["sat-r2", "fgsm-mep"])
+def test_nor_does_the_loop_around_it(tiny, monkeypatch, method):
+    """What is summed up and what is looked for after each step; but for the lines that it shows."""
+    steps, inside = [], False
+    read = {name: getattr(Tensor, name) for name in ("item", "tolist", "numpy", "__bool__")}
+    read |= {name: getattr(Tensor, name) for name in ("__float__", "__int__", "__index__")}
+
+    def begin(job, step):
+        nonlocal inside
+        steps.append(step)
+        inside = step > 0  # the first batch is checked
+        return follow(job, step)
+
+    def end(self, *args, **kwargs):
+        nonlocal inside
+        inside = False
+        return check(self, *args, **kwargs)
+
+    def guarded(name):
+        def call(self, *args):
+            if inside:
+                pytest.fail(f"the loop reads a tensor on the host ({name})")
+            return read[name](self, *args)
+
+        return call
+
+    follow, check = loop.follow, loop.Trainer._check_finite
+    monkeypatch.setattr(loop, "follow", begin)
+    monkeypatch.setattr(loop.Trainer, "_check_finite", end)
+    monkeypatch.setattr(loop.Display, "due", lambda _: False)
+    for name in read:
+        monkeypatch.setattr(Tensor, name, guarded(name))
+    tiny.train(method, epochs=1, val_images=0, clip_grad=1.0, ema=0.9)
+    assert len(steps) > 5
 
 
 def test_the_guard_of_that_test_works(tiny, monkeypatch):

@@ -996,6 +996,24 @@ class TestValidation:
         assert said.count("warning: gradient masking") == len(warned)
         assert all(f"after epoch {epoch}" in said for epoch in warned)
 
+    def test_collapse_is_seen_whatever_attacks_are_asked_for(self, tiny, monkeypatch, capsys):
+        """Zero from the first epoch on: only FGSM tells it from what never was robust."""
+        asked = []
+
+        def evaluate(
+            model: nn.Module, data: Any, threat: Any, attacks: Any, **_: Any
+        ) -> Evaluation:
+            asked.append(tuple(attacks))
+            robust = {name: 0.95 if name == "fgsm" else 0.0 for name in attacks}
+            return Evaluation(0.98, robust, 0.0, 6, 0, {}, 0.0, {}, {}, [], [], [], {})
+
+        monkeypatch.setattr(validating, "evaluate", evaluate)
+        result = tiny.train("rs-fgsm", epochs=1, quiet=False, val_attacks=("pgd-2",))
+        assert result.history[0]["collapse"] is True
+        assert "accuracy under FGSM is 95.0%" in " ".join(capsys.readouterr().err.split())
+        tiny.train("rs-fgsm", epochs=1, val_attacks=("pgd-2", "fgsm"))
+        assert asked == [("fgsm", "pgd-2")] * 2
+
     def test_collapse_is_seen_across_a_resume(self, tiny, stopping, monkeypatch, tmp_path):
         scripted(monkeypatch, [0.8, 0.1])
         stopping(7, lambda: tiny.train(out=tmp_path / "run"))

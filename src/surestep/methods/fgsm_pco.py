@@ -1,7 +1,7 @@
 """FGSM-PCO: perturbations that collapsed are mixed with those that did not.
 
-"Preventing Catastrophic Overfitting in Fast Adversarial Training: A Bi-level Optimization
-Perspective", ECCV 2024, arXiv 2407.12443.
+Wang, Wang, Tian & Jin 2024, "Preventing Catastrophic Overfitting in Fast Adversarial Training: A
+Bi-level Optimization Perspective", ECCV, arXiv 2407.12443.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class FGSMPCO(Method):
     """
 
     summary = "FGSM mixed with each image's last perturbation by how well that one fools"
-    paper = "2024, arXiv 2407.12443"
+    paper = "Wang et al. 2024, arXiv 2407.12443"
     remembers = True
     kept = ("_delta",)
     presets = {

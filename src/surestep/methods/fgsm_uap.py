@@ -1,7 +1,8 @@
 """FGSM-UAP: universal perturbations as the start of the step; one, or one a class, or many.
 
-"Improving Fast Adversarial Training via Universal Perturbations", AAAI 2024 (FGSM-UAP, C-UAP and
-F-UAP of the FastAT benchmark, arXiv 2604.22853).
+Pan, Li & Yao 2024, "Adversarial Initialization with Universal Adversarial Perturbation: A New
+Approach to Fast Adversarial Training", AAAI; C-UAP and F-UAP as in the FastAT benchmark, arXiv
+2604.22853.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class FGSMUAP(Method):
 
     summary = "FGSM from one universal perturbation that follows the gradients' momentum"
     kept: ClassVar[tuple[str, ...]] = ("_u", "_m")
-    paper = "AAAI 2024; as in the FastAT benchmark, arXiv 2604.22853"
+    paper = "Pan, Li & Yao 2024 (AAAI); as in the FastAT benchmark, arXiv 2604.22853"
     presets = {
         "mnist": recipe(MNIST_ZOO, lam=10.0),
         "cifar10": recipe(CIFAR_RESNET, lam=10.0),

@@ -1,6 +1,7 @@
 """LIET: the step starts at the label's own direction, found on a grey image.
 
-LIET, ICCV 2025; as in the FastAT benchmark, arXiv 2604.22853.
+Pan et al. 2025, "Mitigating Catastrophic Overfitting in Fast Adversarial Training via Label
+Information Elimination", ICCV; as in the FastAT benchmark, arXiv 2604.22853.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class LIET(Method):
     follows = True
     summary = "FGSM from the label's own direction on a grey image"
     kept = ("_templates", "_made")
-    paper = "ICCV 2025; as in the FastAT benchmark, arXiv 2604.22853"
+    paper = "Pan et al. 2025 (ICCV); as in the FastAT benchmark, arXiv 2604.22853"
     presets = {
         # At eps 0.3 the published spread ends masked (leaderboard.csv at 3f86206, search.csv).
         "mnist": recipe(MNIST_ZOO, lam=100.0, spread=0.0, far=False),

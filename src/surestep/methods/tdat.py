@@ -1,6 +1,6 @@
 """TDAT: the step starts at the last batch's perturbation, on labels that relax with time.
 
-"Taxonomy Driven Fast Adversarial Training", AAAI 2024.
+Tong, Jiang, Gui & Cao 2024, "Taxonomy Driven Fast Adversarial Training", AAAI, arXiv 2408.03944.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TDAT(Method):
     follows = True
     summary = "FGSM from the previous batch's perturbation, on relaxed labels"
     kept_rows = ("_delta",)
-    paper = "AAAI 2024"
+    paper = "Tong et al. 2024, arXiv 2408.03944"
     presets = {
         # Two epochs end at 46% so, at 32% with the published 0.15 (search.csv, and
         # leaderboard.csv at 3f86206).

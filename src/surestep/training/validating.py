@@ -20,17 +20,20 @@ COLLAPSE = 0.20
 def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
     """Attack the held-out images of a job, and return what a row of the history says of it.
 
+    FGSM is always among the attacks: what falls to the others and not to it is masked.
+
     Raises:
         Asked: the run is to stop meanwhile.
         UserError: the images cannot be judged.
     """
+    attacks = dict.fromkeys(("fgsm", *job.config.val_attacks))
     with stop.at_once():
         found = evaluate(
             job.judged,
             job.held_out,
             # With all of eps from the first epoch on.
             job.threat,
-            job.config.val_attacks,
+            list(attacks),
             n=job.config.val_images,
             # What fits in training fits here.
             batch_size=min(MOST, job.share),
@@ -57,7 +60,7 @@ def find_masking(row: dict[str, Any], before: float) -> str | None:
         before: worst case of the epoch before; below 0 if there was none.
     """
     worst = row["val_worst_case"]
-    one_step = row.get("val_fgsm", worst)
+    one_step = row["val_fgsm"]
     fell = before - worst > COLLAPSE
     if not fell and one_step - worst <= max(COLLAPSE, one_step / 2):
         return None

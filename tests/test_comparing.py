@@ -22,7 +22,9 @@ import yaml
 
 from surestep import UserError, auditing, comparing, evaluation, methods, runs
 from surestep.comparing import Comparison, Failure, Number, Row, _run, compare, compare_runs, save
+from surestep.comparing._compare import _precision
 from surestep.data import Images
+from surestep.evaluation import wilson_interval
 
 HOSTILE = "a|b_[red]&%\\<script>$\n#{x}"
 SHORT = {"dataset": "mnist", "preset": "none", "epochs": 2}
@@ -238,8 +240,10 @@ class TestTraining:
         a, b, c = 1 + z * z / n, -(2 * p + z * z / n), p * p
         root = math.sqrt(b * b - 4 * a * c)
         low, high = (-b - root) / (2 * a), (-b + root) / (2 * a)
-        assert note.startswith(f"40 images tell the best worst case to {low:.1%}"[:-1])
-        assert f" to {high:.1%} (95%)" in note
+        assert note.startswith(
+            f"With 40 test images the best worst case has a 95% interval of {100 * low:.1f} to"
+        )
+        assert f" to {high:.1%}; more seeds" in note
 
 
 class TestVerdicts:
@@ -249,6 +253,10 @@ class TestVerdicts:
         assert row.verdict == "pseudo-robust"
         assert row.verdict_text == "pseudo-robust (1 of 3; inconclusive 1, robust 1)"
         assert row.to_dict()["verdicts"] == {"pseudo-robust": 1, "inconclusive": 1, "robust": 1}
+
+    def test_what_looks_robust_and_is_not_comes_first(self, world, tmp_path):
+        world.verdicts = {"sat-r2-seed0": "not robust", "sat-r2-seed1": "pseudo-robust"}
+        assert compare(["sat-r2"], 2, out=tmp_path, **SHORT).rows[0].verdict == "pseudo-robust"
 
     def test_when_all_agree(self, world, tmp_path):
         row = compare(["sat-r2"], 2, out=tmp_path, **SHORT).rows[0]
@@ -346,7 +354,11 @@ class TestAgain:
 
     @pytest.mark.parametrize(
         ("text", "said"),
-        [("{", "cannot be read"), ("[]", "is no outcome"), ('{"format": "x"}', "is no outcome")],
+        [
+            ("{", "cannot be read"),
+            ("[]", "is not an outcome"),
+            ('{"format": "x"}', "is not an outcome"),
+        ],
     )
     def test_a_damaged_outcome(self, world, tmp_path, text, said):
         compare(["sat-r2"], 1, out=tmp_path, **SHORT)
@@ -367,7 +379,7 @@ class TestFailures:
         assert found.rows[0].numbers["fgsm"].n == 1
         titles, body = found.table()
         assert [line[titles.index("seeds")] for line in body] == ["1", "2"]
-        assert "Without fgsm-seed0, of which there is no result." in found.notes
+        assert "Failed, and not included: fgsm-seed0." in found.notes
 
     def test_a_method_without_any_result_has_no_row(self, world, tmp_path):
         world.ends = {"fgsm-seed0": (2, 0, "no")}
@@ -423,8 +435,8 @@ class TestRefused:
             ({"audit": "qick"}, "did you mean 'quick'"),
             ({"n": 0}, "n 0: give 1"),
             ({"epoch": 3}, "unknown setting 'epoch': did you mean 'epochs'"),
-            ({"seed": 3}, "seed is no setting of a comparison: give seeds"),
-            ({"method": "pgd"}, "method is no setting of a comparison: give methods"),
+            ({"seed": 3}, "seed is not a setting of a comparison: give seeds"),
+            ({"method": "pgd"}, "method is not a setting of a comparison: give methods"),
         ],
     )
     def test_before_any_work(self, world, tmp_path, args, said):
@@ -498,13 +510,14 @@ class TestRunFolders:
         assert world.done == []
 
     def test_engines_share_a_row_and_a_note(self, world, run_of):
-        """What "auto" settled on is no setting: seeds of one row may differ in it."""
+        """What "auto" settled on is not a setting: seeds of one row may differ in it."""
         folders = [run_of("a", engine="fast", precision="bf16")]
         folders += [run_of("b", seed=1, engine="reference", precision="fp32")]
         found = compare_runs(folders)
         assert [row.seeds for row in found.rows] == [[0, 1]]
         told = "(fast bf16: a; reference fp32: b)"
-        assert f"Not all were computed alike, and seconds do not compare {told}." in found.notes
+        said = "Runs used different engines or precisions: their seconds do not compare"
+        assert f"{said} {told}." in found.notes
         # Of one seed twice, it is what is compared.
         ways = compare_runs([folders[0], run_of("d", engine="reference", precision="fp32")])
         assert [row.method for row in ways.rows] == [
@@ -526,7 +539,7 @@ class TestRunFolders:
             compare_runs([run_of("a"), run_of("a")])
 
     def test_no_run(self, tmp_path, run_of):
-        with pytest.raises(UserError, match="is no run folder: it has no config"):
+        with pytest.raises(UserError, match="is not a run folder: it has no config"):
             compare_runs([run_of("a"), tmp_path])
         with pytest.raises(UserError, match="give at least one run folder"):
             compare_runs([])
@@ -676,3 +689,10 @@ class TestMeasuring:
             timeout=60,
         )
         assert ended.stdout.split()[0] == str(-signal.SIGTERM)
+
+
+def test_the_note_on_precision_is_of_the_best_row():
+    means = [{"worst_case_accuracy": SimpleNamespace(mean=mean)} for mean in (0.2, 0.8, 0.4)]
+    rows = [SimpleNamespace(numbers=numbers) for numbers in means]
+    low, high = wilson_interval(80, 100)
+    assert f"{100 * low:.1f} to {100 * high:.1f}%" in _precision(rows, 100)

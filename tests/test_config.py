@@ -206,10 +206,10 @@ def test_a_file_written_by_hand(tmp_path):
         (b"", "holds no settings"),
         (b"- method\n", "holds no settings"),
         (b"sat-r2", "holds no settings"),
-        (b"method: [1", "is no valid YAML"),
-        (b"a: b: c", "is no valid YAML"),
-        (b"\xff\xfe\x00", "is no valid YAML"),
-        (b"x: !!python/object/apply:os.system ['exit 1']", "is no valid YAML"),
+        (b"method: [1", "is not valid YAML"),
+        (b"a: b: c", "is not valid YAML"),
+        (b"\xff\xfe\x00", "is not valid YAML"),
+        (b"x: !!python/object/apply:os.system ['exit 1']", "is not valid YAML"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, content, said):

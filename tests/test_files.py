@@ -158,7 +158,7 @@ class TestDamage:
     def test_a_foreign_safetensors_file(self, tmp_path):
         path = tmp_path / "foreign.safetensors"
         safetensors.torch.save_file({"weight": torch.ones(2)}, path)
-        with pytest.raises(UserError, match=r"foreign\.safetensors is no surestep checkpoint"):
+        with pytest.raises(UserError, match=r"foreign\.safetensors is not a surestep checkpoint"):
             files.load_tree(path)
 
     @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,7 @@ from surestep.config import RunConfig
 from surestep.devices import has_bf16
 from surestep.errors import UserError
 from surestep.models.hypersphere import HypersphereHead
+from surestep.posthoc.mean_sparse import layers
 
 DEFAULT = {name: field.default for name, field in RunConfig.model_fields.items()}
 
@@ -307,7 +311,7 @@ class TestFolders:
         assert one.read_bytes() == other.read_bytes()
 
     def test_no_run_folder(self, tmp_path):
-        with pytest.raises(UserError, match=r"is no run folder: it has no config\.yaml"):
+        with pytest.raises(UserError, match=r"is not a run folder: it has no config\.yaml"):
             runs.load(tmp_path)
 
 
@@ -382,12 +386,23 @@ def test_weights_are_chosen_on_validation_images_alone(monkeypatch, tmp_path):
 
     def harden(model, train, validation, *args, **kwargs):
         judged.append((train, validation))
-        return posthoc.Hardened(model, 0.1, [])
+        sparse = posthoc.insert(copy.deepcopy(model), train.pixels(slice(0, 1)), 0.1)
+        return posthoc.Hardened(sparse, 0.1, [])
+
+    def evaluate(model, images, threat, attacks, *, n, sources, **_):
+        sparse = bool(layers(model))
+        assert [bool(layers(source)) for source in sources] == [False]  # the run as it was
+        assert (images is digits["test"], n) == (True, 4)
+        right = torch.tensor([True, True, True, False] if sparse else [False, True, False, True])
+        return SimpleNamespace(right={"worst case": right}, to_dict=lambda: {"sparse": sparse})
 
     monkeypatch.setattr(runs.posthoc, "harden", harden)
+    monkeypatch.setattr(runs, "evaluate", evaluate)
     asked.clear()
-    runs.harden(tmp_path / "run", tmp_path / "hard", attacks=["fgsm"], n=20)
+    found = runs.harden(tmp_path / "run", tmp_path / "hard", attacks=["fgsm"], n=4)
     ((train, validation),) = judged
     assert train is digits["train"]
     assert validation is digits["validation"]
     assert asked == ["train", "validation", "test"]
+    assert (found["before"], found["after"]) == ({"sparse": False}, {"sparse": True})
+    assert (found["saved"], found["lost"]) == (2, 1)

@@ -89,7 +89,7 @@ def test_as_a_plug_in(tmp_path):
 
 @pytest.mark.parametrize("slug", ["", "Upper", "two words", "-x", "x--y", "../up", "1x"])
 def test_a_name_must_be_one(tmp_path, slug):
-    with pytest.raises(UserError, match="no name for a method"):
+    with pytest.raises(UserError, match="not a name for a method"):
         scaffold.method(slug, tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -47,7 +47,7 @@ class FitSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     epochs: int | float = Field(
-        8, gt=0, description="Passes over the training images; 1.5 ends amid the second"
+        8, gt=0, description="Passes over the training images; may be fractional (1.5)"
     )
     batch_size: Positive = Field(128, description="Images of one step, over all processes")
     optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="The optimizer")
@@ -103,7 +103,9 @@ class FitSettings(BaseModel):
         "auto", description="Precision of the forward pass (losses are always fp32)"
     )
     max_memory: float | None = Field(
-        None, gt=0, description="GiB that a step may take: above it, passes are computed twice"
+        None,
+        gt=0,
+        description="Memory limit of a step in GiB; activations are recomputed to stay below",
     )
     compile: bool = Field(
         False, description="Compile the network (torch.compile): for long runs on GPUs"
@@ -121,7 +123,7 @@ class FitSettings(BaseModel):
     checkpoint_every: int | None = Field(
         None,
         ge=1,
-        description="Steps between checkpoints within an epoch (its end anyway)",
+        description="Steps between checkpoints within an epoch (one is always saved at its end)",
     )
     tensorboard: bool = Field(False, description="Also log to TensorBoard, in the run folder")
 
@@ -147,7 +149,9 @@ class RunConfig(FitSettings):
     weights: str | None = Field(
         None, description="Weights to begin with: a file, or pretrained (timm's own)"
     )
-    normalize: bool = Field(True, description="Normalise inside the model, where it does so")
+    normalize: bool = Field(
+        True, description="Use the model's built-in input normalisation, if it has one"
+    )
     head: Literal["linear", "hypersphere"] = Field(
         "linear", description="Last layer; hypersphere: logits are scaled cosines"
     )
@@ -213,7 +217,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from e
     except (yaml.YAMLError, ValueError) as e:
-        raise UserError(f"{path} is no valid YAML: {' '.join(str(e).split())}") from e
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no settings: expected lines such as 'method: sat-r2'")
     return values

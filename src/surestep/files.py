@@ -81,7 +81,7 @@ def load_tree(path: Path) -> Any:
     """
     tensors, metadata = _read(path)
     if "structure" not in metadata:
-        raise UserError(f"{path} is no surestep checkpoint: its header has no structure")
+        raise UserError(f"{path} is not a surestep checkpoint: its header has no structure")
     try:
         return _unpack(json.loads(metadata["structure"]), tensors)
     except (ValueError, TypeError, KeyError, AttributeError) as e:
@@ -182,7 +182,7 @@ def load_any_weights(path: Path, model: nn.Module) -> None:
     except pickle.UnpicklingError as e:
         if not _saved_by_torch(path):
             raise UserError(
-                f"{path} is no file of weights: expected what torch.save or safetensors wrote"
+                f"{path} is not a file of weights: expected what torch.save or safetensors wrote"
             ) from e
         raise UserError(
             f"{path} holds more than tensors, and loading it could run code: save "

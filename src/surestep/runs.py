@@ -330,12 +330,12 @@ def read_config(folder: str | Path) -> RunConfig:
     """Read the configuration of a run folder.
 
     Raises:
-        UserError: the folder is no run folder, or was written by ``surestep.fit`` with a model or
-            data of the user's own.
+        UserError: the folder is not a run folder, or was written by ``surestep.fit`` with a model
+            or data of the user's own.
     """
     run = RunFolder(Path(folder))
     if not run.config.is_file():
-        raise UserError(f"{folder} is no run folder: it has no config.yaml")
+        raise UserError(f"{folder} is not a run folder: it has no config.yaml")
     values = read_yaml(run.config)
     if "dataset" not in values or "model" not in values:
         raise UserError(
@@ -357,7 +357,7 @@ def load(folder: str | Path, device: str | None = None, images: Images | None = 
             versions; by default its test images, from where they lay.
 
     Raises:
-        UserError: it is no run folder, or its weights are missing or damaged.
+        UserError: it is not a run folder, or its weights are missing or damaged.
     """
     folder = Path(folder)
     config = read_config(folder)

@@ -46,7 +46,7 @@ class {name}(Method):
         """Attack, and say what is minimised at which images."""
         with attacking(model) as inner:
             grad, _, _ = input_gradient(inner, x, y)
-            x_adv = self.threat.project(x + self.threat.steepest_step(grad, self.threat.eps), x)
+            x_adv = self.threat.ascend(x, grad, self.threat.eps, x)
 
         def loss(logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             ce = self.criterion(logits, y)
@@ -178,7 +178,7 @@ def method(slug: str, where: str | Path = ".") -> list[Path]:
     from surestep import methods
 
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", slug):
-        raise UserError(f"{slug!r} is no name for a method: write it like sat-r1 or my-method")
+        raise UserError(f"{slug!r} is not a name for a method: write it like sat-r1 or my-method")
     if slug in methods.names():
         raise UserError(f"there is a method {slug!r} already: choose another name")
     module = slug.replace("-", "_")

@@ -155,7 +155,7 @@ def _as_asked(name: str, weights: str | None, asked: dict[str, Any]) -> RunConfi
         raise UserError(f"{weights} is not there")
     missing = " and ".join(f"--{key}" for key in ("dataset", "eps") if asked[key] is None)
     if missing:
-        raise UserError(f"{name} is no run folder, so its data and radius are needed: {missing}")
+        raise UserError(f"{name} is not a run folder, so its data and radius are needed: {missing}")
     return parse(RunConfig, {**asked, "norm": asked["norm"] or "linf"})
 
 
@@ -167,7 +167,7 @@ def open_source(name: str, target: Target) -> nn.Module:
         target: whose images and device.
 
     Raises:
-        UserError: it is no model, or numbers the classes otherwise than the target.
+        UserError: it is not a model, or numbers the classes otherwise than the target.
     """
     device = device_of(target.model)
     if Path(name).is_dir():
@@ -178,7 +178,9 @@ def open_source(name: str, target: Target) -> nn.Module:
         model = _eval(_load(name, None, target.images).to(device))
         classes = _names_of(model)
     if _as_numbered(name, classes, target.images) is not target.images:
-        raise UserError(f"the source {name} numbers the classes otherwise: give one of the same")
+        raise UserError(
+            f"the source {name} has another order of classes: use one with the target's"
+        )
     return model
 
 
@@ -249,7 +251,7 @@ def _of_run(folder: Path, device: str | None, images: Images) -> nn.Module:
 
 
 def _check_kind(name: str, weights: str | None) -> None:
-    """Refuse what is no model, before asking what else is missing."""
+    """Refuse what is not a model, before asking what else is missing."""
     program = Path(name).suffix in (".pt", ".pth", ".ts", ".pt2")
     if name.endswith(".py"):
         raise UserError(f"{name} names no factory: write {name}:make_model")
@@ -258,7 +260,7 @@ def _check_kind(name: str, weights: str | None) -> None:
     known = name.startswith("hf:") or _is_architecture(name) or models.in_file(name)
     if not (known or program):
         raise UserError(
-            f"{name} is no run folder: it has no config.yaml, and no model: give {KINDS}"
+            f"{name} is not a run folder: it has no config.yaml, and no model: give {KINDS}"
         )
     if program and not Path(name).is_file():
         raise UserError(f"{name} is not there")
@@ -290,7 +292,7 @@ def _load(
     classes: Sequence[str] = (),
     statistics: Statistics | None = None,
 ) -> nn.Module:
-    """Load what is no run folder; an architecture for ``classes``, or else the data's."""
+    """Load what is not a run folder; an architecture for ``classes``, or else the data's."""
     if _is_architecture(name) and weights is not None:
         return _architecture(name, Path(weights), images, len(classes), statistics)
     if models.in_file(name):
@@ -338,8 +340,8 @@ def _program(path: Path) -> nn.Module:
     except Exception as e:
         kind = "torch.export" if path.suffix == ".pt2" else "TorchScript"
         raise UserError(
-            f"{path} is no {kind} program: of weights alone, name the code that makes the model as "
-            f"FILE.py:FACTORY with --weights {path}"
+            f"{path} is not a {kind} program: of weights alone, name the code that makes the model "
+            f"as FILE.py:FACTORY with --weights {path}"
         ) from e
 
 

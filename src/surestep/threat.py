@@ -38,9 +38,9 @@ class ThreatModel(ABC):
     def __post_init__(self) -> None:
         object.__setattr__(self, "bounds", tuple(self.bounds))
         if not (len(self.bounds) == 2 and all(map(_finite, self.bounds)) and self.span > 0):
-            raise UserError(f"bounds {self.bounds} are no range: give (low, high), low < high")
+            raise UserError(f"bounds {self.bounds} are not a range: give (low, high), low < high")
         if not (_finite(self.eps) and self.eps >= 0):
-            raise UserError(f"eps {self.eps!r} is no radius: give a number >= 0, such as 8/255")
+            raise UserError(f"eps {self.eps!r} is not a radius: give a number >= 0, such as 8/255")
 
     @property
     def span(self) -> float:
@@ -82,6 +82,17 @@ class ThreatModel(ABC):
     def random_step(self, x: Tensor, size: float) -> Tensor:
         """Return perturbations shaped as ``x`` along Gaussian noise, of norm ``size``."""
         return self.steepest_step(torch.randn_like(x), size)
+
+    def ascend(self, point: Tensor, grad: Tensor, size: float, x: Tensor) -> Tensor:
+        """Take one step of steepest ascent: from ``point``, of length ``size``, within the ball.
+
+        Args:
+            point: where the gradient was taken (N, ...).
+            grad: the gradient, shaped as ``point``.
+            size: length of the step, in the data's units.
+            x: the images whose ball and data range the result is projected to.
+        """
+        return self.project(point + self.steepest_step(grad, size), x)
 
     @abstractmethod
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
@@ -186,14 +197,14 @@ def make(norm: str, eps: float, bounds: tuple[float, float] = (0.0, 1.0)) -> Thr
 
 
 def check(given: object) -> None:
-    """Refuse what is no threat model.
+    """Refuse what is not a threat model.
 
     Raises:
         UserError: it is none, such as a bare number.
     """
     if not isinstance(given, ThreatModel):
         raise UserError(
-            f"{given!r} is no threat model: give surestep.Linf(8 / 255), say, or surestep.L2(0.5)"
+            f"{given!r} is not a threat model: give surestep.Linf(8 / 255) or surestep.L2(0.5)"
         )
 
 

@@ -287,7 +287,5 @@ def test_no_weight_gradient_of_a_model_compiled_in_place(mlp, digits, part):
 def test_values_that_rounding_took_out_of_the_range(mlp, digits, threat):
     x, y = digits()
     x[0, 0, 0, 0] = 1 + 1e-7
-    with pytest.raises(
-        ValueError, match=r"1\.0000001\], expected \[0, 1\]: x\.clamp\(0, 1\) takes b"
-    ):
+    with pytest.raises(ValueError, match=r"1\.0000001\], expected \[0, 1\]: if this is rounding"):
         check_inputs(mlp, x, y, threat)

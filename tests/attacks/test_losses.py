@@ -89,13 +89,13 @@ def test_an_unknown_loss_names_the_nearest(wrong, nearest):
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])
-def test_weighed_log_odds_point_where_the_batchs_cross_entropy_does(scale):
+def test_weighted_log_odds_point_where_the_batchs_cross_entropy_does(scale):
     """Also through batch norm in train mode, where the samples' weights matter."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)).double()
     x, y = torch.rand(5, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0])
     grads = []
-    for objective in (losses.weighed_log_odds, losses.cross_entropy):
+    for objective in (losses.weighted_log_odds, losses.cross_entropy):
         leaf = x.clone().requires_grad_()
         objective(scale * net(leaf), y).sum().backward()
         grads.append(leaf.grad)
@@ -105,9 +105,9 @@ def test_weighed_log_odds_point_where_the_batchs_cross_entropy_does(scale):
     torch.testing.assert_close(ours, factor * true, rtol=1e-9, atol=1e-12)
 
 
-def test_weighed_log_odds_of_a_sample_far_surer_than_the_others_keep_a_gradient():
+def test_weighted_log_odds_of_a_sample_far_surer_than_the_others_keep_a_gradient():
     logits = torch.tensor([[400.0, 0, 0], [0.5, 0, 0]], requires_grad=True)
-    losses.weighed_log_odds(logits, torch.tensor([0, 0])).sum().backward()
+    losses.weighted_log_odds(logits, torch.tensor([0, 0])).sum().backward()
     assert logits.grad is not None
     assert 0 < float(logits.grad[0].abs().max()) < 1e-20
     assert float(logits.grad[1].abs().max()) == pytest.approx(1)

@@ -123,6 +123,22 @@ def test_models(ask, net, name):
         ("gap-profile", {"pgd_10": 0.9, "pgd_20": 0.8}, True),
         ("gap-profile", {"pgd_10": 0.82, "pgd_20": 0.8}, False),
         ("gap-profile", {"pgd_10": 0.8, "pgd_20": 0.8, "autoattack": 0.6}, True),
+        # On either side of each limit, of sixty images.
+        ("one-step-beats-many", {"fgsm": 0.7, "pgd_20": 0.72}, True),
+        ("one-step-beats-many", {"fgsm": 0.7, "pgd_20": 0.7}, False),
+        ("collapse", {"fgsm": 0.9, "pgd_20": 0.67}, True),
+        ("collapse", {"fgsm": 0.9, "pgd_20": 0.72}, False),
+        ("collapse", {"fgsm": 0.6, "pgd_20": 0.3}, True),
+        ("collapse", {"fgsm": 0.45, "pgd_20": 0.1}, False),
+        ("black-box-beats-white-box", {"fgsm": 0.9, "pgd_20": 0.8, "square_60": 0.78}, True),
+        ("black-box-beats-white-box", {"fgsm": 0.9, "pgd_20": 0.8, "square_60": 0.8}, False),
+        # Of what white-box attacks leave FGSM counts, too.
+        ("black-box-beats-white-box", {"fgsm": 0.5, "pgd_20": 0.9, "square_60": 0.7}, False),
+        ("losses-agree", {"pgd_20": 0.9, "pgd_20_margin": 0.83}, True),
+        ("losses-agree", {"pgd_20": 0.9, "pgd_20_margin": 0.87}, False),
+        ("gap-profile", {"pgd_10": 0.85, "pgd_20": 0.8}, True),
+        ("gap-profile", {"pgd_10": 0.8, "pgd_20": 0.8, "autoattack": 0.7}, True),
+        ("gap-profile", {"pgd_10": 0.8, "pgd_20": 0.8, "autoattack": 0.75}, False),
     ],
 )
 def test_accuracies(ask, net, name, right, flagged):
@@ -369,3 +385,103 @@ def test_a_narrow_band_on_the_line_is_seen(monkeypatch, band, flagged):
     monkeypatch.setattr(Subject, "fgsm", lambda self, x, y: x + 0.05)
     found = BY_NAME["distorted-boundary"](s)
     assert (found.status, found.value) == ("flagged" if flagged else "passed", float(flagged))
+
+
+def test_a_few_images_that_only_a_black_box_breaks(ask, net):
+    """Three of sixty, where both leave as many."""
+    found = ask("black-box-beats-white-box", net, fgsm=0.95, pgd_20=0.95, square_60=-0.95)
+    assert found.status == "flagged"
+    assert found.evidence["broken only by it"] == {"square-60": 3}
+    found = ask("black-box-beats-white-box", net, fgsm=1.0, pgd_20=1.0, square_60=-1.0)
+    assert found.status == "passed"
+
+
+def test_little_noise_is_noise(ask, net):
+    found = ask("deterministic-forward", Layer(lambda x: net(x) + 1e-2 * torch.randn(len(x), 3)))
+    assert found.status == "flagged"
+    assert 1e-4 < found.value < 0.1
+
+
+def test_outputs_between_0_and_1_that_do_not_sum_to_1_are_logits(ask, net):
+    found = ask("logits-not-probabilities", Layer(lambda x: net(x).sigmoid()))
+    assert (found.evidence["min"] >= 0, found.evidence["max"] <= 1) == (True, True)
+    assert found.status == "passed"
+
+
+def test_one_image_without_a_gradient_is_enough(ask, net, images):
+    first = images[0][:1]
+
+    def forward(x):
+        known = (x.detach() - first).abs().flatten(1).amax(1) < 1e-6
+        return net(torch.where(known[:, None, None, None], x.detach(), x))
+
+    found = ask("vanishing-gradients", Layer(forward))
+    assert found.status == "flagged"
+    assert 0 < found.value < 0.1
+
+
+def test_a_model_that_is_flat_beside_the_images(ask, net, images):
+    x, _ = images
+
+    def forward(z):
+        known = (z.detach()[:, None] - x[None]).abs().flatten(2).amax(2).amin(1) < 1e-6
+        return net(torch.where(known[:, None, None, None], z, z.detach()))
+
+    found = ask("vanishing-gradients", Layer(forward))
+    assert found.evidence["shares"]["ce at x"] == 0
+    assert found.status == "flagged"
+
+
+@pytest.mark.parametrize(("cosine", "flagged"), [(0.1, True), (0.4, False)])
+def test_how_far_gradients_may_turn(ask, net, monkeypatch, cosine, flagged):
+    """Two directions of unit length, so far apart, by turns."""
+    calls = []
+
+    def gradient(self, x, y, *_):
+        calls.append(1)
+        flat = torch.zeros(len(x), 64)
+        flat[:, 0] = 1.0 if len(calls) == 1 else cosine
+        flat[:, 1] = 0.0 if len(calls) == 1 else (1 - cosine**2) ** 0.5
+        return flat.view_as(x)
+
+    monkeypatch.setattr(Subject, "gradient", gradient)
+    found = ask("gradient-alignment", net)
+    assert found.value == pytest.approx(cosine, abs=1e-5)
+    assert (found.status == "flagged") is flagged
+
+
+@pytest.mark.parametrize(("rates", "flagged"), [((0.9, 0.9, 20), True), ((0.9, 0.5, 20), False)])
+def test_binarization_that_random_points_solve_as_well(ask, net, monkeypatch, rates, flagged):
+    monkeypatch.setattr(checks, "binarization_rates", lambda *_: rates)
+    assert (ask("binarization", net).status == "flagged") is flagged
+
+
+@pytest.mark.parametrize(("lowered", "flagged"), [(3, True), (1, False)])
+def test_how_many_abnormal_examples(ask, net, monkeypatch, lowered, flagged):
+    seen = []
+
+    def loss(self, x, y):
+        seen.append(1)
+        at_image = torch.ones(len(x))
+        at_fgsm = torch.where(torch.arange(len(x)) < lowered, 0.5, 2.0)
+        return at_fgsm if len(seen) == 1 else at_image
+
+    monkeypatch.setattr(Subject, "loss", loss)
+    found = ask("abnormal-examples", net)
+    assert found.value == pytest.approx(lowered / 30)
+    assert (found.status == "flagged") is flagged
+
+
+def test_a_check_finds_the_same_whichever_ran_before(net, images):
+    """Each has a seed of its own."""
+    budget = _subject.Budget(20, 20, 60, 30, 1, 200, autoattack=False)
+
+    def found(*names):
+        torch.manual_seed(3)
+        s = Subject(
+            Adapted(net).eval(), *images, surestep.Linf(0.05), budget, 0, 25, lambda _: None
+        )
+        s.right["clean"] = s.logits(images[0]).argmax(1) == images[1]
+        return [BY_NAME[name](s) for name in names][-1]
+
+    assert found("local-linearity") == found("gradient-alignment", "local-linearity")

@@ -97,7 +97,7 @@ def test_binarization(net, images):
 
 
 def test_binarization_on_one_feature(images):
-    """A last layer that sees one number is no model without logits."""
+    """A last layer that sees one number is not a model without logits."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 1), nn.Linear(1, 3))
     pgd, _, posed = binarization_rates(net, images[0][:10], surestep.Linf(0.05))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -145,7 +146,9 @@ def test_a_given_source_counts(run, net):
 
 
 def test_near_chance_is_inconclusive(run, net):
-    found = run(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)))
+    blind = nn.Linear(64, 3)
+    nn.init.zeros_(blind.weight)  # one class for all
+    found = run(nn.Sequential(nn.Flatten(), blind))
     assert found.verdict == "inconclusive"
     assert "near chance" in found.sentence
 
@@ -247,6 +250,8 @@ def said_of(
         (0.10, 0.60, 0.05, "pseudo-robust"),
         (0.50, 0.40, 0.31, "robust"),
         (0.30, 0.25, 0.245, "inconclusive"),
+        # 20% under PGD-10 is near chance, which is no claim.
+        (0.30, 0.20, 0.02, "not robust"),
     ],
 )
 def test_the_rule(fgsm, pgd, found, verdict):
@@ -311,6 +316,8 @@ def missed(count):
         ([flagged("broken-gradients")], 0.0, "inconclusive"),
         ([flagged("random-beats-gradient")], 0.0, "inconclusive"),
         ([flagged("random-beats-gradient", 0.002)], 0.0, "robust"),
+        ([flagged("random-beats-gradient", 0.003)], 0.0, "inconclusive"),
+        ([replace(missed(40), status="passed")], 0.0, "robust"),
         ([flagged("one-step-beats-many", 0.006)], 0.0, "inconclusive"),
         ([flagged("vanishing-gradients"), flagged("convergence")], 0.0, "robust"),
         # Of a thousand images: surely more than 20, and perhaps.
@@ -502,3 +509,9 @@ def test_layers_with_a_way_through_are_attacked_through_it(run, net, monkeypatch
     assert steps["pgd-40-margin-bpda"]["accuracy"] < 0.1
     assert hidden.straight_through is False
     assert not any("bpda" in step["name"] for step in run(net).escalation)
+
+
+def test_a_model_hardly_better_than_guessing_is_not_judged():
+    """Right on 20% of clean images where chance is 10%."""
+    assert said_of(0.1, claims=(0.1, 0.1), clean=0.2)[0] == "inconclusive"
+    assert said_of(0.1, claims=(0.1, 0.1), clean=0.3)[0] == "not robust"

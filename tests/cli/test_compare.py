@@ -126,7 +126,7 @@ class TestOptions:
             (["--methods", "sat-r9", "--out", "x"], "unknown method 'sat-r9': did you mean"),
             (["--methods", "fgsm", "--out", "x", "--eps", "9"], "eps 9 is larger than the data"),
             (["run", "--attacks", "fgsm", "--budget", "quick"], "--attacks and --budget exclude"),
-            (["nowhere"], "nowhere is no run folder"),
+            (["nowhere"], "nowhere is not a run folder"),
             (["run", "--n", "0"], "--n"),
             (["run", "--format", "pdf"], "--format"),
             (["run", "--json", "."], "cannot write .: it is a folder"),

@@ -79,7 +79,7 @@ class TestTraining:
             (["--param", "lam="], ["sat-r3", "lam None"]),
             (["--param", "lam=1/0"], ["lam '1/0'"]),
             (["--param", "lam=[1"], ["'lam=[1'"]),
-            (["--param", "lam=2024-13-01"], ["'2024-13-01' is no number"]),
+            (["--param", "lam=2024-13-01"], ["'2024-13-01' is not a number"]),
             (["--data", "~nosuchuser/x.npz"], ["~nosuchuser/x.npz", "not there"]),
             (["--param", "lam=abc"], ["lam 'abc'", "number"]),
             (["--eps", "-1"], ["eps '-1'", "greater than or equal to 0"]),
@@ -91,7 +91,7 @@ class TestTraining:
             (["--eps", "nan"], ["eps 'nan'", "finite"]),
             (["--epochs", "0"], ["epochs '0'", "greater than 0"]),
             (["--epochs", "x"], ["epochs 'x'", "integer"]),
-            (["--epochs", "0.01"], ["0.01 epochs of", "less than one"]),
+            (["--epochs", "0.01"], ["0.01 epochs of", "less than one step"]),
             (["--lr", "0"], ["lr '0'", "greater than 0"]),
             (["--lr", "1e999"], ["lr '1e999'", "finite"]),
             (["--batch-size", "0"], ["batch_size '0'", "greater than or equal to 1"]),
@@ -142,7 +142,7 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("text", "said"),
         [
-            ("a: [1\nb", ["no valid YAML", "line 2"]),
+            ("a: [1\nb", ["not valid YAML", "line 2"]),
             ("epoch: 3\n", ["unknown setting 'epoch'", "did you mean 'epochs'?"]),
             ("3: 4\n", ["unknown setting '3'"]),
             ("- 1\n", ["holds no settings", "method: sat-r2"]),
@@ -174,7 +174,7 @@ class TestConfig:
 
     def test_bytes(self, refused, tmp_path):
         (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\0")
-        assert "no valid YAML" in refused("train", "--config", tmp_path / "c.yaml")
+        assert "not valid YAML" in refused("train", "--config", tmp_path / "c.yaml")
 
     def test_no_file(self, refused, tmp_path):
         line = refused("train", "--config", tmp_path / "c.yaml")
@@ -201,7 +201,7 @@ class TestRunFolders:
         place = tmp_path / kind
         (tmp_path / "empty").mkdir()
         (tmp_path / "file").touch()
-        assert f"{place} is no run folder: it has no config.yaml" in refused(*command, place)
+        assert f"{place} is not a run folder: it has no config.yaml" in refused(*command, place)
         assert sorted(tmp_path.rglob("*")) == [tmp_path / "empty", tmp_path / "file"]
 
     def test_an_existing_run(self, refused, run, small, tools):
@@ -374,7 +374,7 @@ class TestData:
             (X * np.nan, Y, ["NaN", "[0, 1]"]),
             (X, Y - 2, ["label -2", "start at 0"]),
             (X, Y - 1, ["labels from -1", "only training with uat takes -1"]),
-            (X, Y + 2_000_000_000, ["label 2000000002", "no class number"]),
+            (X, Y + 2_000_000_000, ["label 2000000002", "not a class number"]),
             (X, Y.astype(np.float32), ["y has dtype float32", "integers"]),
             (X, Y[:9], ["40 images", "9 labels"]),
             (X[:0], Y[:0], ["empty"]),
@@ -506,7 +506,7 @@ class TestOurs:
         monkeypatch.setattr(surestep, "evaluate", stop)
         code, _, err = cli("evaluate", finished)
         assert code == 130
-        assert err.strip().startswith("stopped; with --state FILE")
+        assert err.strip().startswith("stopped; an evaluation with --state FILE")
 
     def test_control_c_says_how_to_go_on(self, cli, small, tmp_path, monkeypatch):
         assert "--resume" in self.interrupt(cli, small, tmp_path, monkeypatch).err

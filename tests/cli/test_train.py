@@ -128,7 +128,7 @@ class TestAgain:
             _, said = process.communicate(timeout=60)
         assert process.returncode == 143
         assert f"{out} is saved" in said
-        assert said.strip().splitlines()[-1].startswith("stopped; a run goes on with")
+        assert said.strip().splitlines()[-1].startswith("stopped; continue a run with")
         newest = max((out / "checkpoints").iterdir()).stem
         assert 9 <= int(newest.removeprefix("step-")) < 360
         assert len(tools.rows(out)) < 40
@@ -273,7 +273,7 @@ def test_data_without_a_recipe_are_told(cli, digits, tmp_path, model):
     place = ("--out", tmp_path / "run", "--json", tmp_path / "r.json", "--val-images", "20")
     found = cli("train", "--method", "sat-r3", *args, *place, *model)
     assert found.code == 0
-    told = "sat-r3 has no recipe of its own for npz: the defaults are taken, model lenet+, lr 0.1"
+    told = "sat-r3 has no preset for npz, using defaults: model lenet+, lr 0.1"
     assert (told in found.err) == (not model)
     assert json.loads((tmp_path / "r.json").read_text())["masked_epochs"] in ([], [1])
 

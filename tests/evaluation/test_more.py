@@ -509,7 +509,7 @@ def test_what_is_given_in_another_form(net, images):
     )
     for call in (evaluate, surestep.audit):
         with pytest.raises(
-            UserError, match=r"0\.03 is no threat model: give surestep\.Linf\(8 / 255"
+            UserError, match=r"0\.03 is not a threat model: give surestep\.Linf\(8 / 255"
         ):
             call(net, images, 0.03)
 
@@ -544,3 +544,62 @@ def test_a_substitute_moves_no_random_state(net, images, kind):
     before = torch.get_rng_state()
     evaluate(net, data, THREAT, ["transfer"])
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_each_batch_has_random_points_of_its_own(net):
+    """The same images twice: what is drawn for the second batch is not the first's again."""
+    seen = []
+
+    def attack(model, x, y):
+        seen.append(torch.rand(3))
+        return x
+
+    x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
+    with torch.no_grad():
+        y = net.eval()(x).argmax(1)
+    surestep.evaluate(net, (x, y), surestep.Linf(0.1), {"mine": Attack(attack)}, batch_size=4)
+    assert len(seen) == 2
+    assert not torch.equal(*seen)
+
+
+def test_what_decides_is_float32_whatever_the_caller_computes_in():
+    class Near(nn.Module):
+        """Right by a thousandth, which bf16 does not see."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([[1.0], [1.0]]))
+
+        def forward(self, x):
+            z = nn.functional.linear(x, self.weight * torch.tensor([[1.0], [1.001]]))
+            return z
+
+    x, y = torch.full((8, 1), 0.5), torch.ones(8, dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = surestep.evaluate(Near(), (x, y), surestep.Linf(0.0001), {"none": Attack(keep)})
+    assert found.clean_accuracy == found.worst_case_accuracy == 1
+
+
+def keep(model, x, y):
+    return x
+
+
+def test_a_point_that_only_float32_sees_as_wrong_was_found_by_the_last_step(told):
+    model = told(a={1})
+    x = torch.stack([torch.zeros(3), torch.arange(3) / 1000], 1)
+    hit = torch.tensor([[0.0, 0.0], [0.1, 0.0], [0.0, 0.0]])
+    attack = Attack(lambda m, x, y: Found(x + hit, torch.full((3,), -1)), looks=4)
+    y = torch.zeros(3, dtype=torch.int64)
+    found = surestep.evaluate(model, (x, y), surestep.Linf(0.2), {"late": attack})
+    (row,) = found.attacks
+    assert row["by_step"] == pytest.approx([1, 1, 1, 2 / 3])
+
+
+def test_transfer_climbs_the_margin_with_momentum_too(net, monkeypatch):
+    calls = []
+    monkeypatch.setattr(suite.attacks, "mi_fgsm", lambda *a, **k: calls.append(k["loss"]) or a[1])
+    x = torch.rand(4, 1, 8, 8)
+    with torch.no_grad():
+        y = net.eval()(x).argmax(1)
+    surestep.evaluate(net, (x, y), surestep.Linf(1e-6), ["transfer"], sources=[net, net])
+    assert calls == ["margin", "margin"]

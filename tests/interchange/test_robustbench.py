@@ -76,13 +76,13 @@ def test_every_radius_comes_back(eps: float) -> None:
 
 @pytest.mark.parametrize("eps", [-1, math.nan, math.inf, "8/255", True, None])
 def test_format_eps_refuses(eps: Any) -> None:
-    assert "is no radius" in refused(format_eps, eps)
+    assert "is not a radius" in refused(format_eps, eps)
 
 
 def test_parse_eps() -> None:
     assert parse_eps(" 8 / 255 ") == 8 / 255
     for text in ("", "8/0", "8/255/2", "-1", "nan", "inf", "1e999", "x", "8/", "0/-1x"):
-        assert "is no radius" in refused(parse_eps, text)
+        assert "is not a radius" in refused(parse_eps, text)
 
 
 # Entries
@@ -178,10 +178,10 @@ def test_model_info_path(parts: Any, path: str) -> None:
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        (("../x", "l2", "Rice", 2020, "A"), "dataset '../x' is no name of a folder"),
+        (("../x", "l2", "Rice", 2020, "A"), "dataset '../x' is not a name of a folder"),
         (("", "l2", "Rice", 2020, "A"), "dataset ''"),
         (("cifar10", "l1", "Rice", 2020, "A"), "unknown norm 'l1': did you mean 'l2'?"),
-        (("cifar10", "l2", "Rice", 20, "A"), "year 20 is no year"),
+        (("cifar10", "l2", "Rice", 20, "A"), "year 20 is not a year"),
         (("cifar10", "l2", "../", 2020, "A"), "name '../' has no letter"),
         (("cifar10", "l2", "Rice", 2020, ""), "first_word '' has no letter"),
     ],
@@ -365,6 +365,6 @@ def test_what_is_no_entry(tmp_path: Path) -> None:
     path = tmp_path / "entry.json"
     assert "does not exist" in refused(interchange.read_model_info, path)
     path.write_text("[1]")
-    assert "is no RobustBench entry" in refused(interchange.read_model_info, path)
+    assert "is not a RobustBench entry" in refused(interchange.read_model_info, path)
     path.write_text("{")
-    assert "is no JSON" in refused(interchange.read_model_info, path)
+    assert "is not JSON" in refused(interchange.read_model_info, path)

@@ -204,11 +204,11 @@ def test_load(evaluation: dict[str, Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no JSON: "),
-        ("", "is no JSON: "),
-        ("[" * 100_000, "is no JSON: "),
-        (b"\xff\xfe\x00", "is no JSON: "),
-        ('{"format": NaN}', "is no JSON: NaN is no JSON number"),
+        ("{", "is not JSON: "),
+        ("", "is not JSON: "),
+        ("[" * 100_000, "is not JSON: "),
+        (b"\xff\xfe\x00", "is not JSON: "),
+        ('{"format": NaN}', "is not JSON: NaN is not a JSON number"),
         ("[]", ": the document is [], expected an object"),
         ('{"link": ""}', ": the document lacks 'format'"),
         ('{"format": "x", "version": 1}', ": unknown format 'x': known are"),

@@ -15,7 +15,7 @@ EPS = 0.1
 def test_the_flags_of_the_method_inside(inside):
     ours = methods.get("converge-smooth")(Linf(EPS), perturbation=inside)
     alone = methods.get(inside)(Linf(EPS))
-    for name in ("remembers", "second_order", "replays", "dropout"):
+    for name in ("needs_index", "second_order", "replays", "dropout"):
         assert getattr(ours, name) == getattr(alone, name)
 
 

@@ -143,7 +143,7 @@ def test_a_hyperparameter_of_another_kind_is_refused_when_it_is_registered(kind)
 
 
 def test_what_is_no_threat_model_is_refused():
-    with pytest.raises(UserError, match=r"0\.03 is no threat model: give surestep.Linf"):
+    with pytest.raises(UserError, match=r"0\.03 is not a threat model: give surestep.Linf"):
         methods.SATR2(0.03)
 
 

@@ -416,7 +416,7 @@ def test_weight_centralization_pulls_to_the_mean_of_earlier_epochs(make_task):
 def test_converge_smooth_wraps_a_method_with_memory(make_task):
     task = make_task("mlp")
     method = methods.get("converge-smooth")(Linf(EPS), perturbation="fgsm-mep")
-    assert method.remembers
+    assert method.needs_index
     method.progress = at(0)
     step(method, task)
     method.progress = at(0, 1)
@@ -499,7 +499,7 @@ def test_nuclear_norm_of_no_difference_is_finite(make_task):
 def test_without_index_a_method_with_memory_says_so(make_task):
     task = make_task("mlp")
     for slug in methods.names():
-        if methods.get(slug).remembers:
+        if methods.get(slug).needs_index:
             with pytest.raises(UserError, match=f"{slug} keeps .* pass index"):
                 methods.get(slug)(Linf(EPS))(task.net, task.x, task.y)
 
@@ -565,3 +565,69 @@ def test_free_forgets_a_gradient_that_overflowed(make_task):
         method._pending[1].grad[0] = bad
     result = method(copy.deepcopy(task.net), task.x, task.y)
     assert bool(result.x_adv.isfinite().all())
+
+
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_meps_momentum_weighs_each_epochs_gradient_alike(make_task, epochs):
+    """However long the gradients are: each image's is taken over its own sum."""
+    task = make_task("mlp")
+    method = methods.get("fgsm-mep")(Linf(EPS), decay=0.3)
+    expected = before = torch.zeros_like(task.x)
+    torch.manual_seed(1)
+    for epoch in range(epochs):
+        method.progress = at(0, epoch)
+        with torch.no_grad():
+            task.net[-1].weight.mul_(10.0 if epoch % 2 else 0.1)
+        if epoch:
+            start = ball(task.x + method._delta.values[task.index], task.x)
+            expected = unit(gradients(task.net, start, task.y)) + 0.3 * before
+        step(method, task)
+        before = method._momentum.values[task.index]
+        if epoch:
+            torch.testing.assert_close(before, expected, **EXACT)
+
+
+def test_meps_reset_forgets_the_momentum(make_task):
+    task = make_task("mlp")
+    method = methods.get("fgsm-mep")(Linf(EPS), reset=2, decay=0.9)
+    for epoch in range(3):
+        method.progress = at(0, epoch)
+        step(method, task)
+    # One gradient's alone, whose absolute values sum to 1.
+    total = method._momentum.values[task.index].abs().flatten(1).sum(1)
+    torch.testing.assert_close(total, torch.ones_like(total))
+
+
+def test_uap_in_another_data_range(make_task):
+    """Of bytes it is 255 times what it is of pixels in [0, 1]."""
+    task = make_task("mlp")
+
+    class Scaled(torch.nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return self.net(x / 255)
+
+    one = methods.get("fgsm-uap")(Linf(EPS))
+    other = methods.get("fgsm-uap")(Linf(255 * EPS, bounds=(0, 255)))
+    for _ in range(2):
+        small = one(copy.deepcopy(task.net), task.x, task.y).x_adv
+        large = other(Scaled(copy.deepcopy(task.net)), 255 * task.x, task.y).x_adv
+        torch.testing.assert_close(large, 255 * small)
+    torch.testing.assert_close(other._u, 255 * one._u)
+
+
+def test_loading_a_memory_leaves_the_callers_tensors_alone(make_task):
+    task = make_task("mlp")
+    method = methods.get("fgsm-mep")(Linf(EPS))
+    method.progress = at(0)
+    step(method, task)
+    state = copy.deepcopy(method.state_dict())
+    kept = copy.deepcopy(state)
+    method.load_state_dict(state)
+    method.progress = at(0, 1)
+    step(method, task)
+    for name in ("delta", "momentum"):
+        assert torch.equal(state[name]["values"], kept[name]["values"])

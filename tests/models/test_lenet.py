@@ -51,5 +51,5 @@ def test_other_sizes(cls):
 
 @pytest.mark.parametrize("cls", [LeNetPlus, CNNSmall])
 def test_size_must_be_a_multiple_of_four(cls):
-    with pytest.raises(UserError, match="image_size 30 is no multiple of 4"):
+    with pytest.raises(UserError, match="image_size 30 is not a multiple of 4"):
         cls(image_size=30)

@@ -114,7 +114,7 @@ def test_wrn_init_is_he_over_the_fan_out():
 
 @pytest.mark.parametrize("depth", [4, 20, 27])
 def test_wrn_depth(depth):
-    with pytest.raises(UserError, match=f"depth {depth} is no WRN"):
+    with pytest.raises(UserError, match=f"depth {depth} is not a WRN"):
         WideResNet(depth)
 
 

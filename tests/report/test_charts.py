@@ -159,7 +159,10 @@ def test_long_histories_are_not_refused():
         (lambda: charts.accuracy_by_eps({"eps": 1, "accuracy": []}), "'eps' is a int"),
         (lambda: charts.accuracy_by_step([{"name": "fgsm", "by_step": None}]), "is empty"),
         (lambda: charts.accuracy_by_restart([1]), "is a list, expected a dict"),
-        (lambda: charts.loss_surface({"shares": [0, 1], "n": 1, "mean": [[1]]}), "no grid of 2 x"),
+        (
+            lambda: charts.loss_surface({"shares": [0, 1], "n": 1, "mean": [[1]]}),
+            "not a grid of",
+        ),
         (lambda: charts.training_curves([]), "the history is empty"),
         (lambda: charts.training_curves([{"epoch": 1}]), "accuracies of the history is empty"),
         (lambda: charts.pareto([{"method": "a"}]), "worst case and seconds"),

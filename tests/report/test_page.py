@@ -289,9 +289,9 @@ def test_write_html_is_whole(full, tmp_path):
         ({"evaluation": {}}, "the evaluation has format None, expected 'surestep-evaluation'"),
         ({"audit": {"format": "other"}}, r"`surestep audit --json` wrote"),
         ({"evaluation": 3}, "expected 'surestep-evaluation'"),
-        ({"history": [1]}, "the history is no list of dicts"),
-        ({"comparison": {"a": 1}}, "the comparison is no list of dicts"),
-        ({"surfaces": [1]}, "the surfaces are no dict"),
+        ({"history": [1]}, "the history is not a list of dicts"),
+        ({"comparison": {"a": 1}}, "the comparison is not a list of dicts"),
+        ({"surfaces": [1]}, "the surfaces are not a dict"),
         ({"surfaces": {"a": {}}}, "the surface lacks 'shares'"),
         ({"examples": [{"label": 1}]}, "an example lacks 'clean'"),
         ({"comparison": [{"passes": 1}]}, "a row of the comparison lacks 'method'"),
@@ -307,5 +307,5 @@ def test_bad_contents(parts, message):
 
 def test_an_example_that_is_no_picture(gathered):
     gathered["examples"][0]["clean"] = "https://example.org/x.png"
-    with pytest.raises(UserError, match="no PNG data URI"):
+    with pytest.raises(UserError, match="not a PNG data URI"):
         Report("one", **gathered).to_html()

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from surestep import UserError
-from surestep.training import WeightAverage
+from surestep.training import WeightAverage, validating
 
 
 def wander(model: nn.Module) -> None:
@@ -123,3 +123,23 @@ def test_swa_averages_from_its_share_on(tiny, monkeypatch):
 def test_two_averages_are_one_too_many(tiny):
     with pytest.raises(UserError, match=r"ema \(0.9\) and swa \(0.5\)"):
         tiny.train("fgsm", ema=0.9, swa=0.5)
+
+
+def test_until_the_average_begins_the_weights_themselves_are_judged(tiny, monkeypatch):
+    """Not the weights that the average was made of, which are those of the beginning."""
+    judged, trained = [], []
+    evaluate = validating.evaluate
+
+    def judge(model, *args, **kwargs):
+        judged.append({k: v.clone() for k, v in model.state_dict().items()})
+        return evaluate(model, *args, **kwargs)
+
+    def keep(row, model):
+        trained.append({k: v.clone() for k, v in model.state_dict().items()})
+
+    monkeypatch.setattr(validating, "evaluate", judge)
+    net = tiny.net()
+    first = {k: v.clone() for k, v in net.state_dict().items()}
+    tiny.train("fgsm", model=net, swa=0.75, epochs=4, on_epoch=keep)
+    assert all(torch.equal(judged[0][k], trained[0][k]) for k in first)
+    assert not all(torch.equal(judged[0][k], first[k]) for k in first)

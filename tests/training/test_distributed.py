@@ -368,7 +368,10 @@ def test_only_the_first_writes(place, tiny):
 def test_a_parameter_without_a_part_in_it_is_named(place):
     for rank in (0, 1):
         said = (place / f"idle-{rank}").read_text()
-        assert "take no part in the logits: aside; freeze them with requires_grad_(False)" in said
+        assert (
+            "to affect the logits, unused here: aside; freeze them with requires_grad_(False)"
+            in said
+        )
 
 
 @pytest.mark.parametrize(
@@ -427,7 +430,7 @@ def test_one_process_goes_on_with_what_two_began(place, tiny, tmp_path, capsys):
     shutil.copytree(place / "left", tmp_path / "run")
     gone_on = train(out=tmp_path / "run", resume=True)
     said = " ".join(capsys.readouterr().err.split())
-    assert "it was begun with 2 processes and goes on with 1, which draw other" in said
+    assert "it was started on 2 processes and resumes on 1, which draw other" in said
     # FGSM draws nothing: each step is that of the same global batch.
     for name, value in train().model.state_dict().items():
         torch.testing.assert_close(gone_on.model.state_dict()[name], value, rtol=0, atol=1e-4)

@@ -386,7 +386,7 @@ def test_casts_that_lost_their_gradients_are_made_again(tiny, monkeypatch):
 
 @pytest.mark.parametrize("method", methods.names())
 def test_colour_images_in_the_fast_engine(tiny, method):
-    """Of several channels channels_last is no mere name; two steps, for methods with memory."""
+    """Of several channels channels_last is not a mere name; two steps, for methods with memory."""
     generator = torch.Generator().manual_seed(5)
     x = torch.rand(16, 3, 8, 8, generator=generator, dtype=torch.float64)
     y, found = torch.arange(16) % 3, []

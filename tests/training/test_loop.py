@@ -220,7 +220,7 @@ class TestARun:
         looked = []
 
         class Noting(methods.Standard):
-            remembers = True
+            needs_index = True
 
             def craft(self, model: nn.Module, seen: Tensor, y: Tensor, index: Tensor | None) -> Any:
                 assert index is not None
@@ -261,8 +261,8 @@ class TestARun:
 
         monkeypatch.setattr(methods.SATR3, "craft", watched)
         monkeypatch.setattr(validating, "evaluate", judge)
-        tiny.train(method, epochs=2, eps_warmup=0.8)  # 4 of 5 steps an epoch
-        shares = [0.25, 0.5, 0.75] + [1.0] * 7
+        tiny.train(method, epochs=2, eps_warmup=1.6)  # 8 of 10 steps
+        shares = [k / 8 for k in range(1, 8)] + [1.0] * 3
         for (eps, alpha, low), share in zip(seen, shares, strict=True):
             assert (eps, alpha, low) == pytest.approx((0.1 * share, 0.02 * share, 0.04 * share))
         assert seen[-1] == (0.1, 0.02, 0.04)
@@ -635,7 +635,7 @@ class TestRunFolders:
         if kind in ("folder", "run with a thesis"):
             (out / "thesis.tex").write_text("ten years of work")
         before = snapshot(tmp_path)
-        with pytest.raises(UserError, match=r"no run folder|holds no settings"):
+        with pytest.raises(UserError, match=r"not a run folder|holds no settings"):
             tiny.train(out=out, overwrite=True)
         assert snapshot(tmp_path) == before
 
@@ -910,6 +910,12 @@ class TestDivergence:
             tiny.train(model=model, out=out, checkpoint_every=EVERY)
         self.is_good(files.load_tree(checkpoint.found(out / "checkpoints")[-1]))
 
+    @pytest.mark.parametrize("step", [3, 7])
+    def test_the_first_bad_step_is_named(self, tiny, step):
+        """The loss stays NaN to the end of the epoch, where it is looked for."""
+        with pytest.raises(TrainingDiverged, match=rf"at step {step} \("):
+            tiny.train(model=NotANumber(tiny.net(), step, backward=False), quiet=True)
+
     def test_without_a_folder(self, tiny):
         with pytest.raises(UserError, match=r"at step 7 \(epoch 2\); no checkpoint"):
             tiny.train(model=NotANumber(tiny.net(), 7, backward=False))
@@ -986,6 +992,7 @@ class TestValidation:
             ([0.8, 0.3, 0.3], None, [2]),
             ([0.0, 0.0, 0.0], [0.95, 0.97, 0.98], [1, 2, 3]),
             ([0.3, 0.3, 0.3], [0.45, 0.45, 0.45], []),
+            ([0.55, 0.55, 0.55], [0.9, 0.9, 0.9], []),  # apart by more than 20 points, not by half
         ],
     )
     def test_collapse(self, tiny, monkeypatch, capsys, worst, fgsm, warned):
@@ -1473,7 +1480,7 @@ class TestStreams:
             tiny.train(data=stream(), validation=tiny.data(8))
         with pytest.raises(UserError, match="steps_per_epoch 0: give 1 or more"):
             tiny.train(steps_per_epoch=0)
-        with pytest.raises(UserError, match=r"steps_per_epoch \(5\) is of a DataLoader: other"):
+        with pytest.raises(UserError, match=r"steps_per_epoch \(5\) applies to a DataLoader only"):
             tiny.train(steps_per_epoch=5)
         short = DataLoader(TensorDataset(*tiny.data()), 10)
         with pytest.raises(UserError, match="steps_per_epoch 9: the DataLoader has 7 batches"):
@@ -1530,7 +1537,7 @@ def test_resume_restores_every_library_that_draws(tiny, stopping, tmp_path):
 
 
 def test_what_is_no_method(tiny):
-    with pytest.raises(UserError, match=r"'sat-r2' is no method: give surestep.methods.get"):
+    with pytest.raises(UserError, match=r"'sat-r2' is not a method: give one such as"):
         surestep.fit(tiny.net(), tiny.data(), "sat-r2")  # type: ignore[arg-type]
 
 

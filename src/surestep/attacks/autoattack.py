@@ -113,7 +113,7 @@ def square(
     """
     if isinstance(threat, L2) and (x.dim() != 4 or min(x.shape[2:]) < _SMALLEST):
         raise UserError(
-            f"Square, a part of AutoAttack and of every audit, wants images of {_SMALLEST} x "
+            f"Square (part of AutoAttack and of every audit) needs images of {_SMALLEST} x "
             f"{_SMALLEST} pixels or more in the l2 norm, not samples of shape "
             f"{tuple(x.shape[1:])}: name other attacks"
         )

@@ -79,7 +79,7 @@ def compiled(model: nn.Module) -> bool:
 
 @contextmanager
 def interpreted(model: nn.Module) -> Iterator[None]:
-    """Run what is compiled of a model as plain code: that looks for no hooks of later."""
+    """Run compiled parts of a model eagerly: compiled code ignores hooks that are added later."""
     if compiled(model) and hasattr(torch.compiler, "set_stance"):  # torch 2.6
         with torch.compiler.set_stance("force_eager"):
             yield
@@ -100,7 +100,7 @@ def alone(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Let no weight want a gradient, for what would compute or collect one unasked."""
+    """Temporarily set ``requires_grad`` to False on all parameters."""
     wanted = [p for p in model.parameters() if p.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)
@@ -200,7 +200,7 @@ def check_inputs(
     if not (lowest >= low and highest <= high):
         near = max(low - lowest, highest - high) < 1e-3 * threat.span
         advice = (
-            f"x.clamp({low:g}, {high:g}) takes back what rounding did"
+            f"if this is rounding, use x.clamp({low:g}, {high:g})"
             if near
             else "scale to the data range and put any normalisation inside the model"
         )
@@ -417,7 +417,7 @@ class Ascent:
         for _ in range(self.steps):
             grad, _, _ = input_gradient(model, x_adv, y, self.objective)
             momentum = self._direction(grad, momentum)
-            x_adv = self._advance(x_adv, x, momentum)
+            x_adv = self.threat.ascend(x_adv, momentum, self.step_size, x)
         return x_adv
 
     def search(self, model: nn.Module, best: Best, radius: float | None = None) -> None:
@@ -443,7 +443,7 @@ class Ascent:
                     rows, x_adv, grad = rows[order], x_adv[order], grad[order]
                     momentum = None if momentum is None else momentum[order]
             momentum = self._direction(grad, momentum)
-            x_adv = self._advance(x_adv, best.x[rows], momentum)
+            x_adv = self.threat.ascend(x_adv, momentum, self.step_size, best.x[rows])
         best.try_points(model, rows, x_adv)
 
     def _direction(self, grad: Tensor, momentum: Tensor | None) -> Tensor:
@@ -451,7 +451,3 @@ class Ascent:
             return grad
         unit = l1_unit(grad)
         return unit if momentum is None else self.decay * momentum + unit
-
-    def _advance(self, x_adv: Tensor, x: Tensor, direction: Tensor) -> Tensor:
-        step = self.threat.steepest_step(direction, self.step_size)
-        return self.threat.project(x_adv + step, x)

@@ -24,7 +24,7 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, loss: str 
     x = x.detach()
     with attacking(model) as inner:
         grad, _, _ = input_gradient(inner, x, y, losses.get(loss))
-    return threat.project(x + threat.steepest_step(grad.nan_to_num(0.0), threat.eps), x)
+    return threat.ascend(x, grad.nan_to_num(0.0), threat.eps, x)
 
 
 def r_fgsm(

@@ -42,11 +42,11 @@ def log_odds(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Return -log p_y per sample; where its gradient is followed see ``weighed_log_odds``."""
+    """Return -log p_y per sample; where its gradient is followed see ``weighted_log_odds``."""
     return F.cross_entropy(logits, y, reduction="none")
 
 
-def weighed_log_odds(logits: Tensor, y: Tensor) -> Tensor:
+def weighted_log_odds(logits: Tensor, y: Tensor) -> Tensor:
     """Return log-odds, each times its constant weight in the gradient of the batch's cross entropy.
 
     For attacks in train mode. There batch norm couples the samples, so that the weights 1 - p_y

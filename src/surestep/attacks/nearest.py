@@ -82,11 +82,11 @@ def check(name: str, threat: ThreatModel) -> None:
     norms = (L2,) if name == "cw-l2" else (L2, Linf)
     if not isinstance(threat, norms):
         raise UserError(
-            f"{name} looks in the norm l2{'' if name == 'cw-l2' else ' or linf'}, the threat model "
-            f"is {threat.to_dict()['norm']}: name another attack"
+            f"{name} supports l2{'' if name == 'cw-l2' else ' and linf'} only, the threat model is "
+            f"{threat.to_dict()['norm']}: name another attack"
         )
     if find_spec("foolbox") is None:
-        raise UserError(f"{name} is foolbox's, which is missing: pip install 'surestep[foolbox]'")
+        raise UserError(f"{name} needs foolbox: pip install 'surestep[foolbox]'")
 
 
 class _Logits(nn.Module):

@@ -130,8 +130,8 @@ def audit(
         batch_size: of the attacks.
         preprocess: what the model needs done to the pixels first, such as ``models.Normalize``.
         sources: further models for the transfer attack.
-        state: begins the names of files, one of each round of attacks, in which what they found is
-            kept; given again after a stop, the audit goes on from there and finds the same.
+        state: path prefix of the progress files, one per round of attacks; given again after a
+            stop, the audit continues from there and finds the same.
         tell: called with a sentence on what is being done.
 
     Raises:

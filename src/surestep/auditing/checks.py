@@ -67,7 +67,7 @@ class Check:
         return self.status == "flagged"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values; None for what is no finite number, which JSON has not."""
+        """Return plain values; None for what is not a finite number, which JSON has not."""
         found: dict[str, Any] = _finite(asdict(self))
         return found
 

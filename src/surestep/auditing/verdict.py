@@ -114,7 +114,7 @@ def _of_doubts(f: Findings, checks: Sequence[Check], budget: str) -> Verdict | N
     if f.blind > _BLIND:
         doubts.append(f"no gradient on {f.blind:.0%} of the images")
     if (missed := _missed(checks, f.n)) > _MISSED:
-        doubts.append(f"{missed:.0%} of the images or more fall to attacks without gradients alone")
+        doubts.append(f"at least {missed:.0%} of the images fall only to gradient-free attacks")
     if f.found <= f.floor or not doubts:
         return None
     more = {"quick": "standard", "standard": "thorough"}.get(budget)
@@ -131,7 +131,7 @@ def _of_the_floor(f: Findings, seen: str) -> Verdict:
     if low > f.floor:
         return ROBUST, (
             f"The model is robust: {f.found:.1%} of the images withstand all attacks, "
-            f"{f.clean:.1%} are right clean; {seen}."
+            f"clean accuracy is {f.clean:.1%}; {seen}."
         )
     if high > f.floor:
         return INCONCLUSIVE, (
@@ -139,8 +139,8 @@ def _of_the_floor(f: Findings, seen: str) -> Verdict:
             f"({f.chance:.1%}) to tell on so few images: give more with --n."
         )
     return NOT_ROBUST, (
-        f"The model is not robust: {f.found:.1%} withstand all attacks, of {f.clean:.1%} that "
-        f"are right clean; {seen}."
+        f"The model is not robust: {f.found:.1%} of the images withstand all attacks, clean "
+        f"accuracy is {f.clean:.1%}; {seen}."
     )
 
 

@@ -28,11 +28,11 @@ _COMMANDS = {
 
 
 _ALONE = ("evaluate", "audit", "compare", "harden", "demo")
-_HOW_TO_GO_ON = {
-    "train": "; a run goes on with `surestep train --resume RUN`",
-    "compare": "; the same command with the same --out goes on from there",
-    "evaluate": "; with --state FILE an evaluation goes on from where it was stopped",
-    "audit": "; with --state FILE an audit goes on from where it was stopped",
+_HOW_TO_CONTINUE = {
+    "train": "; continue a run with `surestep train --resume RUN`",
+    "compare": "; rerun with the same --out to continue",
+    "evaluate": "; an evaluation with --state FILE can be continued",
+    "audit": "; an audit with --state FILE can be continued",
 }
 
 _TERMINATED = 128 + signal.SIGTERM
@@ -116,7 +116,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _stopped(given: Sequence[str], code: int) -> None:
     if os.environ.get("RANK", "0") == "0":  # of several processes
-        print(f"stopped{_HOW_TO_GO_ON.get(given[0] if given else '', '')}", file=sys.stderr)
+        print(f"stopped{_HOW_TO_CONTINUE.get(given[0] if given else '', '')}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -99,7 +99,7 @@ def parse_params(pairs: Iterable[str]) -> dict[str, Any]:
             params[name.replace("-", "_")] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError):  # of dates that there are none of
             raise UserError(
-                f"--param {pair!r}: {value!r} is no number: write --param lam=5"
+                f"--param {pair!r}: {value!r} is not a number: write --param lam=5"
             ) from None
     return params
 

@@ -18,7 +18,9 @@ POSITIVE = click.IntRange(min=1)
 
 _OPTIONS = (
     click.argument("model", metavar="MODEL"),
-    click.option("--weights", metavar="FILE", help="Of FILE.py:FACTORY or an architecture."),
+    click.option(
+        "--weights", metavar="FILE", help="Weights for FILE.py:FACTORY or an architecture."
+    ),
     click.option(
         "--dataset",
         metavar="TEXT",
@@ -29,7 +31,7 @@ _OPTIONS = (
         type=click.Choice(["test", "validation"]),
         default="test",
         show_default=True,
-        help="The images to judge on; what a training run selected by is no test.",
+        help="Split to judge on; a run has selected its weights on validation images.",
     ),
     click.option("--data", "place", metavar="TEXT", help="Where the data set lies."),
     click.option(
@@ -46,7 +48,7 @@ _OPTIONS = (
         type=click.IntRange(0, 2**32 - 1),
         default=0,
         show_default=True,
-        help="Of all that is random.",
+        help="Random seed.",
     ),
 )
 
@@ -69,8 +71,7 @@ def source_option(otherwise: str) -> Callable[..., Any]:
         "sources",
         multiple=True,
         metavar="MODEL",
-        help="A model (named as MODEL is) whose points the transfer attack tries; may be repeated. "
-        + otherwise,
+        help="Model to craft transfer attacks on, named like MODEL; repeatable. " + otherwise,
     )
 
 
@@ -90,7 +91,7 @@ def open_target(
         It, and the models of ``source_option``, on the same device.
 
     Raises:
-        UserError: see ``surestep.targets.open_target``; or a source is no model.
+        UserError: see ``surestep.targets.open_target``; or a source is not a model.
     """
     from surestep import targets
     from surestep.training.engine import keep_freed_memory

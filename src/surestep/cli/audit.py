@@ -24,13 +24,15 @@ from surestep.cli._target import (
 @target_options
 @click.option("--eps", metavar="NUMBER", help="Radius, 0.3 or 8/255. [default: the run's]")
 @budget_option("How much is spent")
-@source_option("As well as the substitute that is trained on the model's answers.")
+@source_option("Used in addition to a substitute trained on the model's answers.")
 @click.option("--n", type=POSITIVE, default=1000, show_default=True, help="Test images.")
-@click.option("--batch-size", type=POSITIVE, default=250, show_default=True, help="Of the attacks.")
+@click.option(
+    "--batch-size", type=POSITIVE, default=250, show_default=True, help="Images per attack."
+)
 @click.option(
     "--state",
     metavar="FILE",
-    help="Keep what is done here, in FILE.ATTACK; given again, go on from it.",
+    help="Save progress in FILE.ATTACK; rerun with the same FILE to continue.",
 )
 @json_option
 @report_options

@@ -39,23 +39,24 @@ _TRAINING = [
 @click.option(
     "--seeds",
     metavar="N",
-    help="How many runs a method; with a comma (0,5) the seeds themselves. [default: 3]",
+    help="Number of seeds per method, or a list of seeds (0,5). [default: 3]",
 )
 @click.option(
     "--out",
     metavar="DIR",
-    help="Where runs, tables and report go; given again, go on from it. "
+    help="Folder for runs, tables and report; rerun with the same one to continue. "
     "[default: runs/<date>-compare; of run folders nothing is kept]",
 )
 @click.option(
     "--preset",
     metavar="NAME",
-    help="A preset that all have, or none. [default: each method's, named as the data set]",
+    help="Preset that every method has, or none. [default: each method's own for the data set]",
 )
 @click.option(
     "--attacks",
     metavar="A,B,...",
-    help="Of the evaluation, as for `surestep evaluate`. [default: fgsm,pgd-100,pgd-100-margin]",
+    help="Attacks of the evaluation, as for `surestep evaluate`. "
+    "[default: fgsm,pgd-100,pgd-100-margin]",
 )
 @click.option(
     "--budget",
@@ -67,7 +68,7 @@ _TRAINING = [
 )
 @click.option("--n", type=POSITIVE, default=1000, show_default=True, help="Test images.")
 @click.option(
-    "--eval-batch-size", type=POSITIVE, help="Of the attacks. [default: 500, of the audit 250]"
+    "--eval-batch-size", type=POSITIVE, help="Images per attack. [default: 500; in the audit 250]"
 )
 @click.option(
     "--format",
@@ -75,7 +76,7 @@ _TRAINING = [
     type=click.Choice(["terminal", "md", "csv", "latex"]),
     default="terminal",
     show_default=True,
-    help="Of the table on stdout.",
+    help="Format of the table on stdout.",
 )
 @json_option
 @config_options(_TRAINING)

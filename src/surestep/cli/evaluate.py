@@ -25,8 +25,8 @@ from surestep.errors import UserError
 @click.option(
     "--eps",
     metavar="A,B,...",
-    help="Radius, 0.3 or 8/255; several give a curve, the "
-    "last of them the accuracies. [default: the run's]",
+    help="Radius, 0.3 or 8/255. Several give a curve; "
+    "the last is the one reported. [default: the run's]",
 )
 @budget_option("Which attacks")
 @click.option(
@@ -36,10 +36,12 @@ from surestep.errors import UserError
     "pgd-K[xRESTARTS][-ce|-margin|-dlr], apgd-ce, apgd-t, fab-t, square[-K], autoattack, transfer; "
     "with foolbox cw-l2[-K], deepfool[-K].",
 )
-@source_option("Without any, transfer trains a substitute on the model's answers.")
+@source_option("Without one, transfer trains a substitute on the model's answers.")
 @click.option("--n", type=POSITIVE, help="Only N test images, the first. [default: all]")
-@click.option("--batch-size", type=POSITIVE, default=500, show_default=True, help="Of the attacks.")
-@click.option("--state", metavar="FILE", help="Keep what is done here; given again, go on from it.")
+@click.option(
+    "--batch-size", type=POSITIVE, default=500, show_default=True, help="Images per attack."
+)
+@click.option("--state", metavar="FILE", help="Save progress here; rerun with it to continue.")
 @json_option
 @report_options
 def evaluate(

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 @click.option(
     "--attacks",
     metavar="A,B,...",
-    help="Of the search and of the judgement. [default: apgd-ce,pgd-50-margin,square-1000; of the "
-    "judgement also transfer, from RUN]",
+    help="Attacks of the search and of the judgement. [default: apgd-ce,pgd-50-margin,square-1000; "
+    "of the judgement also transfer, from RUN]",
 )
 @click.option(
     "--n-search",
@@ -45,9 +45,11 @@ if TYPE_CHECKING:
     type=click.IntRange(0, 2**32 - 1),
     default=0,
     show_default=True,
-    help="Of the attacks.",
+    help="Random seed of the attacks.",
 )
-@click.option("--batch-size", type=POSITIVE, default=500, show_default=True, help="Of the attacks.")
+@click.option(
+    "--batch-size", type=POSITIVE, default=500, show_default=True, help="Images per attack."
+)
 @click.option("--device", metavar="TEXT", help="cpu, cuda, cuda:1, mps; by default the best.")
 @json_option
 def harden(

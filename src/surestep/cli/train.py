@@ -154,8 +154,8 @@ def _tell_defaults(config: RunConfig, settings: dict[str, Any]) -> None:
     if left:
         taken = ", ".join(f"{name} {getattr(config, name)}" for name in left)
         click.echo(
-            f"{config.method} has no recipe of its own for {config.dataset}: the defaults are "
-            f"taken, {taken}; --preset NAME takes another data set's",
+            f"{config.method} has no preset for {config.dataset}, using defaults: {taken}; "
+            "--preset NAME takes another data set's",
             err=True,
         )
 

@@ -85,7 +85,7 @@ def compare(
     asked = _asked(attacks, budget, audit, n, eval_batch_size)
     for name, instead in (("method", "methods"), ("seed", "seeds")):
         if name in settings:
-            raise UserError(f"{name} is no setting of a comparison: give {instead}")
+            raise UserError(f"{name} is not a setting of a comparison: give {instead}")
     names = _distinct("method", list(methods))
     numbers = _distinct("seed", list(range(seeds)) if isinstance(seeds, int) else list(seeds))
     for name in names:
@@ -130,7 +130,7 @@ def compare_runs(
         tell: called with a line on what is being done.
 
     Raises:
-        UserError: a folder is no finished run, two are the same run, or their test images or
+        UserError: a folder is not a finished run, two are the same run, or their test images or
             threat models differ; or no run could be judged.
     """
     asked = _asked(attacks, budget, audit, n, eval_batch_size)
@@ -404,14 +404,16 @@ def _notes(
                 ways.setdefault(way, []).append(job.label)
     if len(ways) > 1:
         told = "; ".join(f"{way}: {', '.join(labels)}" for way, labels in ways.items())
-        notes.append(f"Not all were computed alike, and seconds do not compare ({told}).")
+        notes.append(
+            f"Runs used different engines or precisions: their seconds do not compare ({told})."
+        )
     if any("peak_memory_mb" in row.numbers for row in rows):
         memory = "Peak memory is the training process's resident memory"
         devices = {pick_device(job.device or job.config.device).type for job in jobs}
         notes.append(f"{memory}, on the host only." if devices != {"cpu"} else f"{memory}.")
     if failures:
         named = ", ".join(failure.run for failure in failures)
-        notes.append(f"Without {named}, of which there is no result.")
+        notes.append(f"Failed, and not included: {named}.")
     return notes
 
 
@@ -420,8 +422,8 @@ def _precision(rows: list[Row], n: int) -> str:
     best = max(row.numbers["worst_case_accuracy"].mean for row in rows)
     low, high = wilson_interval(round(best * n), n)
     return (
-        f"{n:,} images tell the best worst case to {100 * low:.1f} to {100 * high:.1f}% (95%), "
-        "however many seeds are judged on them."
+        f"With {n:,} test images the best worst case has a 95% interval of {100 * low:.1f} to "
+        f"{100 * high:.1f}%; more seeds do not narrow it."
     )
 
 

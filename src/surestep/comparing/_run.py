@@ -207,7 +207,7 @@ def _kept(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read ({e}): delete it to judge the run again") from e
     if not isinstance(found, dict) or found.get("format") != OUTCOME_FORMAT:
-        raise UserError(f"{path} is no outcome of a run: delete it, or give another --out")
+        raise UserError(f"{path} is not an outcome of a run: delete it, or give another --out")
     return found
 
 
@@ -245,7 +245,8 @@ def bring_to_end(
             _write(job, kept)
             if state:
                 state.unlink(missing_ok=True)
-        if asked.audit is not None:
+        if "audit" in missing:
+            assert asked.audit is not None
             tell(f"auditing {told}")
             judged = auditing.audit(
                 run.model,

@@ -19,7 +19,7 @@ def as_pair(batch: Any) -> tuple[Tensor, Tensor]:
     """Return a DataLoader's batch as ``(x, y)``.
 
     Raises:
-        UserError: it is no pair of tensors.
+        UserError: it is not a pair of tensors.
     """
     if (
         not isinstance(batch, tuple | list)

@@ -239,7 +239,7 @@ def _check_labels(y: Tensor, num_classes: int | None, name: str) -> Tensor:
         raise UserError(f"{name}: y holds no class number: label some of the images")
     if high >= _MOST_CLASSES:
         raise UserError(
-            f"{name}: y holds the label {high}, which is no class number: number the classes 0, "
+            f"{name}: y holds the label {high}, which is not a class number: number the classes 0, "
             "1, ..."
         )
     if num_classes is not None and high >= num_classes:

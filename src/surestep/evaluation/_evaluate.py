@@ -134,8 +134,8 @@ def evaluate(
         budget: "quick", "standard" or "thorough"; without ``attacks``.
         batch_size: of the attacks.
         n: only n images: the first ones; of tensors that are sorted by class, and of a Dataset,
-            n drawn from all, always the same. All by default. Of a DataLoader that begins with one
-            class alone a warning tells.
+            n drawn from all, always the same. All by default. Warns where a DataLoader's first n
+            images share one class.
         seed: of the random starts.
         eps: further radii, for the curve of accuracy against eps.
         precision: bfloat16 or float16 crafts the perturbations under autocast. Whether a point is
@@ -143,8 +143,8 @@ def evaluate(
         preprocess: what the model needs done to the pixels first, such as ``models.Normalize``.
         sources: models whose points the "transfer" attack tries; without any, a small one is
             trained on the model's own answers.
-        state: a file to keep what is done in; given again after a stop, the evaluation goes on
-            and ends with the same numbers.
+        state: progress file; given again after a stop, the evaluation continues from there and
+            ends with the same numbers.
         progress: called after each batch with images done, images in all (0 if unknown) and the
             worst-case accuracy so far.
         tell: called with a few words when an attack begins on a batch.

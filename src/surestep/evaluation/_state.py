@@ -33,7 +33,7 @@ def digest(*tensors: Tensor) -> str:
 def model_digest(model: nn.Module) -> str:
     """Return a short hash of a model's weights and buffers, by name, and of what layers tell."""
     state = sorted((k, v) for k, v in model.state_dict().items() if isinstance(v, Tensor))
-    # A threshold or a rate is no tensor; an address in memory says nothing.
+    # A threshold or a rate is not a tensor; an address in memory says nothing.
     told = [re.sub(r"0x[0-9a-f]+", "", module.extra_repr()) for module in model.modules()]
     names = hashlib.sha256(" ".join([*(k for k, _ in state), *told]).encode()).hexdigest()[:16]
     return f"{names}-{digest(*(v for _, v in state))}"
@@ -80,7 +80,7 @@ class State:
             found = {(row["batch"], row["attack"]): row for row in rows}
         except (ValueError, TypeError, KeyError) as e:
             raise UserError(
-                f"{path} is no state of an evaluation: delete it or name another"
+                f"{path} is not a state of an evaluation: delete it or name another"
             ) from e
         wanted = json.loads(header)
         if first != wanted:

@@ -16,7 +16,7 @@ def read_json(path: Path) -> Any:
         path: the file, UTF-8.
 
     Raises:
-        UserError: it is missing or cannot be read, or is no JSON; NaN and infinity are none.
+        UserError: it is missing or cannot be read, or is not JSON; NaN and infinity are none.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist")
@@ -25,11 +25,11 @@ def read_json(path: Path) -> Any:
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from e
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} is no JSON: {e}") from e
+        raise UserError(f"{path} is not JSON: {e}") from e
 
 
 def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON number")
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def shorten(value: Any, length: int = 60) -> str:

@@ -80,10 +80,10 @@ def format_eps(eps: float) -> str:
         eps: the radius, pixels in [0, 1]; one that went through float32 is recognised.
 
     Raises:
-        UserError: it is no finite number >= 0.
+        UserError: it is not a finite number >= 0.
     """
     if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
-        raise UserError(f"eps {shorten(eps)} is no radius: give a number >= 0, such as 8/255")
+        raise UserError(f"eps {shorten(eps)} is not a radius: give a number >= 0, such as 8/255")
     decimal = repr(float(f"{eps:.7g}"))
     k = round(min(eps, 1e6) * 255)  # which would be infinite for the largest floats
     fraction = f"{k}/255"
@@ -104,7 +104,7 @@ def parse_eps(text: str) -> float:
     except (ValueError, ZeroDivisionError):
         eps = math.nan
     if len(below) > 1 or not 0 <= eps < math.inf:
-        raise UserError(f"eps {shorten(text)} is no radius: expected such as 8/255 or 0.5")
+        raise UserError(f"eps {shorten(text)} is not a radius: expected such as 8/255 or 0.5")
     return eps
 
 
@@ -201,7 +201,7 @@ def _check_size(n: int, dataset: str, size: int | None, allow_subset: bool) -> N
             raise UserError(f"the size of {dataset}'s test set is unknown: give test_set_size")
     elif n > size:
         raise UserError(
-            f"the evaluation has {n} images, {dataset}'s test set {size}: which images?"
+            f"the evaluation has {n} images, {dataset}'s test set {size}: evaluate on the test set"
         )
     elif n < size and not allow_subset:
         raise UserError(
@@ -216,7 +216,7 @@ def _percent(share: float) -> str:
 
 def _folder(dataset: str) -> str:
     if not re.fullmatch(r"\w[\w.-]*", dataset, re.ASCII):
-        raise UserError(f"dataset {shorten(dataset)} is no name of a folder: such as 'cifar10'")
+        raise UserError(f"dataset {shorten(dataset)} is not a name of a folder: such as 'cifar10'")
     return dataset
 
 
@@ -237,7 +237,7 @@ def model_info_path(dataset: str, norm: str, name: str, year: int, first_word: s
     if folder is None:
         raise unknown_name("norm", norm, _NORMS)
     if not 1900 <= year <= 9999:
-        raise UserError(f"year {year} is no year: give four digits")
+        raise UserError(f"year {year} is not a year: give four digits")
     stem = f"{_word('name', name)}{year}{_word('first_word', first_word)}"
     return Path("model_info", _folder(dataset), folder, f"{stem}.json")
 
@@ -316,12 +316,12 @@ def read_model_info(path: str | Path) -> ModelInfo:
         path: the file.
 
     Raises:
-        UserError: it is missing, is no JSON object, or a value cannot be understood.
+        UserError: it is missing, is not a JSON object, or a value cannot be understood.
     """
     path = Path(path)
     info = read_json(path)
     if not isinstance(info, dict):
-        raise UserError(f"{path} is no RobustBench entry: {shorten(info)} is no object")
+        raise UserError(f"{path} is not a RobustBench entry: {shorten(info)} is not an object")
     norm = next((n for n, folder in _NORMS.items() if path.absolute().parent.name == folder), None)
     return _parse(info, str(path), norm)
 

@@ -89,7 +89,7 @@ def load(path: str | Path) -> dict[str, Any]:
         path: a file as written by ``--json``.
 
     Raises:
-        UserError: the file is missing, is no JSON, or no valid document; see ``validate``.
+        UserError: the file is missing, is not JSON, or no valid document; see ``validate``.
     """
     document = read_json(Path(path))
     _jsonschema()  # its absence is no fault of the file

@@ -171,6 +171,11 @@ class Preset:
     normalize: bool = True
 
 
+def of_eps(share: float) -> Any:
+    """Return the field of a hyperparameter that is by default a share of eps, as ``alpha`` is."""
+    return field(default=None, metadata={"of_eps": share})
+
+
 @dataclass
 class Method(ABC):
     """One step of a training method, called as ``method(model, x, y)``.
@@ -196,9 +201,9 @@ class Method(ABC):
     presets: ClassVar[Mapping[str, Preset]] = {}
     lengths: ClassVar[tuple[str, ...]] = ("alpha",)
     """The hyperparameters in pixel units, which must grow and shrink with eps."""
-    remembers = False
-    """Whether it keeps something for each image, so that every step needs their ``index``."""
-    without_labels = False
+    needs_index = False
+    """Whether it remembers something for each image, so that every step needs their ``index``."""
+    takes_unlabelled = False
     """Whether it learns from images that have no label (y of -1), too."""
     kept: ClassVar[tuple[str, ...]] = ()
     """Attributes that are state: tensors, numbers, and what has a ``state_dict`` of its own."""
@@ -208,8 +213,8 @@ class Method(ABC):
     """Whether its loss holds a gradient, which is differentiated again."""
     replays = 1
     """How many steps in a row are taken on each batch."""
-    follows = False
-    """Whether it follows a course: a loop of one's own must set ``progress`` before each step."""
+    needs_progress = False
+    """Whether it follows the course of training: ``progress`` must be set before each step."""
 
     threat: ThreatModel
     label_smoothing: float = field(default=0.0, kw_only=True)
@@ -221,6 +226,9 @@ class Method(ABC):
         self._inputs_checked = False
         self.progress = _NOT_TOLD
         self.draw: Draw | None = None
+        for one in fields(self):
+            if getattr(self, one.name) is None and "of_eps" in one.metadata:
+                setattr(self, one.name, one.metadata["of_eps"] * self.threat.eps)
         for name, kinds in kinds_of(type(self)).items():
             expected = " or ".join(_WORDS[kind] for kind in kinds)
             self.require(_fits(getattr(self, name), kinds), name, expected)
@@ -248,7 +256,7 @@ class Method(ABC):
                 flags, gradients and buffers are left as found, but for the buffers that the one
                 update forward writes in train mode.
             x: images (N, ...) in the threat model's data range.
-            y: int64 labels (N,); -1 for none, where the method is ``without_labels``.
+            y: int64 labels (N,); -1 for none, where the method is ``takes_unlabelled``.
             index: position of each image in its data set (N,), for methods that remember.
             draw: the crops and flips that x was given, for the same methods.
 
@@ -270,7 +278,11 @@ class Method(ABC):
         draw: Draw | None = None,
     ) -> Update:
         """Attack the model and return the update to take; see ``__call__``."""
-        if self._inputs_checked and self.progress is _NOT_TOLD and (self.follows or self.dropout):
+        if (
+            self._inputs_checked
+            and self.progress is _NOT_TOLD
+            and (self.needs_progress or self.dropout)
+        ):
             self.progress = Progress()  # told once is enough
             warnings.warn(
                 f"{self.slug} follows the course of training, and nobody tells it: set "
@@ -279,8 +291,8 @@ class Method(ABC):
                 stacklevel=3,
             )
         if not self._inputs_checked:
-            check_inputs(model, x, y, self.threat, unlabelled=self.without_labels)
-            if self.remembers and index is None:
+            check_inputs(model, x, y, self.threat, unlabelled=self.takes_unlabelled)
+            if self.needs_index and index is None:
                 raise UserError(
                     f"{self.slug} keeps a perturbation for each image: pass index, the positions "
                     "(N,) of the batch's images in the data set (surestep.fit does, for images "

@@ -19,9 +19,9 @@ class Guided(Method):
     """Clean cross entropy plus lam times a distance of clean from adversarial outputs."""
 
     lam: float
-    alpha: float | None
+    alpha: float
     lengths = ("alpha",)
-    follows = True
+    needs_progress = True
 
     def distance(self, clean: Tensor, adversarial: Tensor) -> Tensor:
         """Return the distance of two sets of logits (N, K), summed over the batch."""
@@ -31,13 +31,8 @@ class Guided(Method):
         """Return lam at this point of the training."""
         raise NotImplementedError
 
-    def validate(self) -> None:
-        """Start at half of eps by default."""
-        self.alpha = self.threat.eps / 2 if self.alpha is None else self.alpha
-
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Step eps along cross entropy, on odd steps with the distance."""
-        assert self.alpha is not None
         lam, n = self.weight(), len(x)
         with attacking(model) as inner:
             start = self.threat.clip(x + self.threat.random_step(x, self.alpha))
@@ -52,7 +47,7 @@ class Guided(Method):
 
                 objective = guide
             grad, _, _ = input_gradient(inner, start, y, objective)
-        x_adv = self.threat.project(start + self.threat.steepest_step(grad, self.threat.eps), x)
+        x_adv = self.threat.ascend(start, grad, self.threat.eps, x)
 
         def loss(logits: Tensor) -> Terms:
             clean, adversarial = logits.split(n)

@@ -33,7 +33,7 @@ class ConvergeSmooth(Method):
     """
 
     kept = ("_sums", "_epoch", "_lr", "_steady", "_calm", "_centre", "base")
-    follows = True
+    needs_progress = True
     summary = "another method whose loss must not jump between epochs or batches"
     paper = "Zhao et al. 2023, arXiv 2308.12857"
     presets = {
@@ -54,7 +54,7 @@ class ConvergeSmooth(Method):
         self.not_negative("gamma", "weight", "pull")
         parts = {"label_smoothing": self.label_smoothing, "margin": self.margin}
         self.base = build(self.perturbation, self.threat, {}, **parts)
-        self.remembers, self.replays = self.base.remembers, self.base.replays
+        self.needs_index, self.replays = self.base.needs_index, self.base.replays
         self.second_order = self.base.second_order
         self.dropout = max(self.dropout, self.base.dropout)
         # Of the clean loss: sum and number in this epoch, the means before; the mean weights.

@@ -25,7 +25,7 @@ class EAT(OnSingleStep):
     that ``--sources`` names). With none, the model itself is attacked at every step.
     """
 
-    follows = True
+    needs_progress = True
     summary = "single steps on fixed models in turn with the model itself, and clean images"
     paper = "Tramèr et al. 2018, arXiv 1705.07204"
     presets = {

@@ -43,7 +43,6 @@ class FAT(PGD):
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return each image's point when its attack ended."""
-        assert self.alpha is not None
         x_adv = self.start(x)
         left = torch.full_like(y, self.tau)
         with attacking(model) as inner:
@@ -51,6 +50,6 @@ class FAT(PGD):
                 grad, _, logits = input_gradient(inner, x_adv, y)
                 left = left - misclassified(logits, y).long()
                 going = per_sample(left >= 0, x)
-                step = self.threat.steepest_step(grad, self.alpha)
-                x_adv = torch.where(going, self.threat.project(x_adv + step, x), x_adv)
+                further = self.threat.ascend(x_adv, grad, self.alpha, x)
+                x_adv = torch.where(going, further, x_adv)
         return x_adv

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from surestep.attacks.core import attacking, input_gradient, l1_unit
-from surestep.methods._base import Cost, Method, Terms, Update, register
+from surestep.methods._base import Cost, Method, Terms, Update, of_eps, register
 from surestep.methods._memory import Memory
 from surestep.methods._presets import CIFAR100_RESNET, CIFAR_RESNET, MNIST_ZOO, recipe, smoothed
 
@@ -33,8 +33,8 @@ class FGSMMEP(Method):
 
     summary = "FGSM from a start that follows each image's gradient momentum over epochs"
     paper = "Jia et al. 2022, arXiv 2207.08859"
-    remembers = True
-    follows = True
+    needs_index = True
+    needs_progress = True
     kept = ("_delta", "_momentum", "_round")
     presets = {
         # At eps 0.3 the published smoothing ends masked (leaderboard.csv at 3f86206, search.csv).
@@ -46,18 +46,16 @@ class FGSMMEP(Method):
     lam: float = 10.0
     decay: float = 0.3
     reset: int = 40
-    alpha: float | None = None
+    alpha: float = of_eps(1)
 
     def validate(self) -> None:
-        """Check the hyperparameters; the step is eps by default."""
-        self.alpha = self.threat.eps if self.alpha is None else self.alpha
+        """Check the hyperparameters, and begin with an empty store."""
         self.not_negative("decay")
         self.require(self.reset >= 1, "reset", ">= 1")
         self._delta, self._momentum, self._round = Memory(), Memory(), 0
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Step from the stored start, then move the store along the momentum."""
-        assert self.alpha is not None
         assert index is not None
         images, draw, threat = self.progress.images, self.draw, self.threat
         if (now := self.progress.epoch // self.reset) != self._round:
@@ -69,12 +67,12 @@ class FGSMMEP(Method):
         start = threat.project(x + delta, x)
         with attacking(model) as inner:
             grad, _, _ = input_gradient(inner, start, y)
-        x_adv = threat.project(start + threat.steepest_step(grad, self.alpha), x)
+        x_adv = threat.ascend(start, grad, self.alpha, x)
         before = self._momentum.read(index, x, images, draw)
         # The authors divide the gradient of the batch's mean loss by the whole batch's sum, in
         # which images that are right with certainty hardly count.
         momentum = l1_unit(grad) + self.decay * before
-        moved = threat.project(start + threat.steepest_step(momentum, self.alpha), x) - x
+        moved = threat.ascend(start, momentum, self.alpha, x) - x
         self._momentum.write(index, momentum, images, draw)
         self._delta.write(index, moved, images, draw)
 

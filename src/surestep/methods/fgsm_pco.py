@@ -30,7 +30,7 @@ class FGSMPCO(Method):
 
     summary = "FGSM mixed with each image's last perturbation by how well that one fools"
     paper = "Wang et al. 2024, arXiv 2407.12443"
-    remembers = True
+    needs_index = True
     kept = ("_delta",)
     presets = {
         # Without, one seed of two diverges at eps 0.3 (step 359 of `leaderboard.py mnist`).
@@ -60,7 +60,7 @@ class FGSMPCO(Method):
 
         with attacking(model) as inner:
             grad, _, logits = input_gradient(inner, old, y, smoothed)
-        new = threat.project(old + threat.steepest_step(grad, threat.eps), x)
+        new = threat.ascend(old, grad, threat.eps, x)
         p_y = per_sample(logits.softmax(1).gather(1, y[:, None]), x).to(x.dtype)
         mixed = threat.clip((1 - p_y) * old + p_y * (x + self.stretch * (new - x)))
         self._delta.write(index, new - x, images, self.draw)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from surestep import processes
 from surestep.attacks.core import attacking, input_gradient, l1_unit
-from surestep.methods._base import Cost, Method, Terms, Update, one_hot, register
+from surestep.methods._base import Cost, Method, Terms, Update, of_eps, one_hot, register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.methods.fgsm_mep import pairing
 from surestep.threat import per_sample
@@ -39,11 +39,10 @@ class FGSMUAP(Method):
 
     lam: float = 10.0
     decay: float = 0.3
-    alpha: float | None = None
+    alpha: float = of_eps(1.25)
 
     def validate(self) -> None:
         """Check the hyperparameters."""
-        self.alpha = 1.25 * self.threat.eps if self.alpha is None else self.alpha
         self.not_negative("decay")
         self._u = self._m = torch.zeros(0)
 
@@ -53,13 +52,12 @@ class FGSMUAP(Method):
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Step from the images' perturbations, then move these along their momenta."""
-        assert self.alpha is not None
         threat, (group, groups) = self.threat, self.choose(model, x, y)
         u, m = (self._of(v, groups, x) for v in (self._u, self._m))
         start = threat.project(x + u[group], x)
         with attacking(model) as inner:
             grad, _, _ = input_gradient(inner, start, y)
-        x_adv = threat.project(start + threat.steepest_step(grad, threat.eps), x)
+        x_adv = threat.ascend(start, grad, threat.eps, x)
         # The mean gradient of each group, over all processes; a group without images keeps still.
         member = one_hot(group, groups).to(x.dtype)
         total = processes.mean(torch.einsum("ng,n...->g...", member, l1_unit(grad)))

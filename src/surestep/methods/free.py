@@ -60,8 +60,7 @@ class Free(Method):
         if points.grad is not None:
             # fp16's scaled gradients may overflow, which must not stay in the perturbation.
             grad = points.grad.nan_to_num(0.0, 0.0, 0.0)
-            step = self.threat.steepest_step(grad, self.threat.eps)
-            moved = self.threat.project(moved + step, x)
+            moved = self.threat.ascend(moved, grad, self.threat.eps, x)
         self._delta = moved - x
 
     def cost(self, batch_size: int) -> Cost:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from surestep.methods._base import register
+from surestep.methods._base import of_eps, register
 from surestep.methods._guided import Guided
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 
@@ -29,7 +29,7 @@ class GAT(Guided):
     lam: float = 10.0
     late: float = 4.0
     late_from: float = 0.86
-    alpha: float | None = None
+    alpha: float = of_eps(0.5)
 
     def weight(self) -> float:
         """Return lam, late in training more."""

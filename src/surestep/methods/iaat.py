@@ -27,7 +27,7 @@ class IAAT(PGD):
     summary = "PGD; each image's radius grows while it withstands it"
     paper = "Balaji et al. 2019, arXiv 1910.08051"
     lengths = ("alpha",)
-    remembers = True
+    needs_index = True
     kept = ("_missing",)
     presets = {
         "mnist": recipe(MNIST_ZOO, steps=40, alpha=0.01),

@@ -30,7 +30,7 @@ class LIET(Method):
     ``spread`` is the mass of the label that goes to random wrong classes.
     """
 
-    follows = True
+    needs_progress = True
     summary = "FGSM from the label's own direction on a grey image"
     kept = ("_templates", "_made")
     paper = "Pan et al. 2025 (ICCV); as in the FastAT benchmark, arXiv 2604.22853"

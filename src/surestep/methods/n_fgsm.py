@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from surestep.attacks.losses import weighed_log_odds
-from surestep.methods._base import register
+from surestep.attacks.losses import weighted_log_odds
+from surestep.methods._base import of_eps, register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
 from surestep.methods._single_step import SingleStep
 
@@ -34,15 +34,14 @@ class NFGSM(SingleStep):
         ),
     }
     train_mode = True
-    objective = staticmethod(weighed_log_odds)
+    objective = staticmethod(weighted_log_odds)
     ball = False
 
     noise: float = 2.0
-    alpha: float | None = None
+    alpha: float = of_eps(1)
 
     def validate(self) -> None:
-        """Check the noise and alpha, or take its default."""
-        self.alpha = self.threat.eps if self.alpha is None else self.alpha
+        """Check the noise."""
         self.not_negative("noise")
 
     def start(self, x: Tensor) -> Tensor:
@@ -52,5 +51,4 @@ class NFGSM(SingleStep):
     @property
     def size(self) -> float:
         """Alpha."""
-        assert self.alpha is not None
         return self.alpha

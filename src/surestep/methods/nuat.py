@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from surestep.methods._base import register
+from surestep.methods._base import of_eps, register
 from surestep.methods._guided import Guided
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 
@@ -26,7 +26,7 @@ class NuAT(Guided):
     }
 
     lam: float = 4.5
-    alpha: float | None = None
+    alpha: float = of_eps(0.5)
 
     def weight(self) -> float:
         """Return the part of lam that training has reached."""

@@ -66,7 +66,7 @@ class PAP(Method):
             labels = torch.cat([y, leaving_y, held["y"]])
             grad, _, _ = input_gradient(inner, starts, labels)
         clean = torch.cat([x, leaving])
-        fgsm = threat.project(clean + threat.steepest_step(grad[: len(clean)], threat.eps), clean)
+        fgsm = threat.ascend(clean, grad[: len(clean)], threat.eps, clean)
         points = held["points"] + threat.steepest_step(grad[len(clean) :], size)
         points = threat.project(points, held["x"])
         done, weight = points[:n], self.lam if self._age >= self.steps - 1 else 0.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from surestep.attacks.core import Ascent, attacking
-from surestep.methods._base import Cost, Method, Update, register
+from surestep.methods._base import Cost, Method, Update, of_eps, register
 from surestep.methods._presets import CIFAR_RESNET, CIFAR_SPEED, MNIST_FAST, MNIST_SPEED, recipe
 
 
@@ -30,11 +30,7 @@ class PGD(Method):
     }
 
     steps: int = 10
-    alpha: float | None = None
-
-    def validate(self) -> None:
-        """Take the default of alpha."""
-        self.alpha = self.threat.eps / 4 if self.alpha is None else self.alpha
+    alpha: float = of_eps(0.25)
 
     def start(self, x: Tensor) -> Tensor:
         """Return where the attack begins."""
@@ -42,7 +38,6 @@ class PGD(Method):
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return the last iterate from a random start (N, ...)."""
-        assert self.alpha is not None
         with attacking(model) as inner:
             ascent = Ascent(self.threat, self.steps, self.alpha)
             return ascent.climb(inner, x, y, self.start(x))

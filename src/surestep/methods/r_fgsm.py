@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from surestep.methods._base import register
+from surestep.methods._base import of_eps, register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
 from surestep.methods._single_step import SingleStep
 
@@ -23,21 +23,18 @@ class RFGSM(SingleStep):
     paper = "Tramèr et al. 2018, arXiv 1705.07204"
     presets = {"mnist": recipe(MNIST_FAST), "cifar10": recipe(CIFAR_RESNET)}
 
-    alpha: float | None = None
+    alpha: float = of_eps(0.5)
 
     def validate(self) -> None:
-        """Check alpha, or take its default."""
-        self.alpha = self.threat.eps / 2 if self.alpha is None else self.alpha
+        """Check that the random step is no longer than eps."""
         eps = self.threat.eps
         self.require(0 <= self.alpha <= eps, "alpha", f"in [0, eps = {eps:g}]")
 
     def start(self, x: Tensor) -> Tensor:
         """Step at random."""
-        assert self.alpha is not None
         return self.threat.clip(x + self.threat.random_step(x, self.alpha))
 
     @property
     def size(self) -> float:
         """The rest of eps."""
-        assert self.alpha is not None
         return self.threat.eps - self.alpha

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from surestep.attacks.core import attacking
-from surestep.methods._base import Cost, Method, Terms, Update, register
+from surestep.methods._base import Cost, Method, Terms, Update, of_eps, register
 from surestep.methods._presets import CIFAR_SAT, MNIST_SAT, recipe
 from surestep.methods.fgsm import FGSM
 from surestep.methods.r_fgsm import RFGSM
@@ -31,11 +31,11 @@ class RMGM(Method):
     }
 
     lam: float = 5.0
-    alpha: float | None = None
+    alpha: float = of_eps(0.5)
 
     def validate(self) -> None:
-        """Take the default of alpha: half of eps, as Tramèr's."""
-        self.alpha = RFGSM(self.threat, alpha=self.alpha).alpha
+        """Check alpha as R-FGSM does."""
+        RFGSM(self.threat, alpha=self.alpha)
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Attack from both starts in one pass, by the two methods' own parts."""

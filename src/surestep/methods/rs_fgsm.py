@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from surestep.attacks.losses import weighed_log_odds
-from surestep.methods._base import register
+from surestep.attacks.losses import weighted_log_odds
+from surestep.methods._base import of_eps, register
 from surestep.methods._presets import CIFAR_RESNET, CIFAR_SPEED, MNIST_RS, recipe
 from surestep.methods._single_step import SingleStep
 
@@ -34,13 +34,9 @@ class RSFGSM(SingleStep):
         "cifar10-speed": recipe(CIFAR_SPEED, alpha=10 / 255),
     }
     train_mode = True
-    objective = staticmethod(weighed_log_odds)
+    objective = staticmethod(weighted_log_odds)
 
-    alpha: float | None = None
-
-    def validate(self) -> None:
-        """Take the default of alpha."""
-        self.alpha = 1.25 * self.threat.eps if self.alpha is None else self.alpha
+    alpha: float = of_eps(1.25)
 
     def start(self, x: Tensor) -> Tensor:
         """Start at random in the ball."""
@@ -49,5 +45,4 @@ class RSFGSM(SingleStep):
     @property
     def size(self) -> float:
         """Alpha."""
-        assert self.alpha is not None
         return self.alpha

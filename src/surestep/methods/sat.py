@@ -7,16 +7,16 @@ measurable difference between such a model and a robust one. There is no clean t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.attacks.core import attacking, input_gradient
-from surestep.methods._base import Cost, Criterion, Terms, Update, register, stepping
+from surestep.methods._base import Cost, Criterion, Terms, Update, of_eps, register, stepping
 from surestep.methods._presets import (
     CIFAR_SAT,
     CIFAR_SPEED,
@@ -222,7 +222,7 @@ sat_r3_loss = stepping(sat_r3_update)
 
 
 class SAT(OnSingleStep):
-    """What the three have in common: a function, called with the hyperparameters.
+    """What the three have in common: when they regularise, and how many images.
 
     With ``every`` above 1 only each k-th step regularises, with k times the images (as far as the
     batch goes) and k times the weight: in the mean the regularizer weighs as much. For SAT-R1 it
@@ -230,7 +230,6 @@ class SAT(OnSingleStep):
     as over eight. SAT-R2 and R3, which take the whole batch, save what the other steps cost more.
     """
 
-    update: ClassVar[Callable[..., Update]]
     kept = ("_count",)
 
     lam: float
@@ -245,16 +244,17 @@ class SAT(OnSingleStep):
         self._count = 0
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
-        """See the function of the method's name; between every k-th step, ``between``."""
+        """Regularise in every k-th step; train on ``between`` in the others."""
         self._count += 1
         if self._count % self.every:
             return Update(self.between(model, x, y), self.plain_loss(y))
-        params = {**self.params(), "lam": self.every * self.lam}
-        params["fraction"] = self._fraction(len(x))
-        del params["perturbation"], params["every"]
-        return type(self).update(
-            model, x, y, self.threat, base=self.base, criterion=self.criterion, **params
-        )
+        return self.regularised(model, x, y, self.every * self.lam, self._fraction(len(x)))
+
+    @abstractmethod
+    def regularised(
+        self, model: nn.Module, x: Tensor, y: Tensor, lam: float, fraction: float
+    ) -> Update:
+        """Return the update of a step that regularises, with the weight and the share of images."""
 
     def between(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return what a step without the regularizer trains on (N, ...)."""
@@ -294,7 +294,6 @@ class SATR1(SAT):
 
     perturbation: str = "fgsm"
 
-    update = staticmethod(sat_r1_update)
     presets = {
         "mnist": recipe(MNIST_SAT, lam=0.2, steps=10),
         "mnist-fast": recipe(MNIST_FAST, lam=0.2, steps=10, fraction=1 / 32),
@@ -313,6 +312,22 @@ class SATR1(SAT):
         "cifar10": recipe(CIFAR_SAT, lam=0.2, steps=3),
         "cifar10-speed": recipe(CIFAR_SPEED, lam=0.2, steps=3),
     }
+
+    def regularised(
+        self, model: nn.Module, x: Tensor, y: Tensor, lam: float, fraction: float
+    ) -> Update:
+        """See ``sat_r1_update``."""
+        return sat_r1_update(
+            model,
+            x,
+            y,
+            self.threat,
+            lam=lam,
+            steps=self.steps,
+            fraction=fraction,
+            base=self.base,
+            criterion=self.criterion,
+        )
 
     def cost(self, batch_size: int) -> Cost:
         """FGSM on all, K - 1 further steps and one more image in the update for the share."""
@@ -336,7 +351,6 @@ class SATR2(SAT):
 
     perturbation: str = "fgsm"
 
-    update = staticmethod(sat_r2_update)
     presets = {
         "mnist": recipe(MNIST_SAT, lam=5.0, alpha=0.01),
         "mnist-fast": recipe(MNIST_FAST, lam=5.0, alpha=0.01),
@@ -345,6 +359,23 @@ class SATR2(SAT):
         "cifar10": recipe(CIFAR_SAT, lam=25.0, alpha=2 / 255),
         "cifar10-speed": recipe(CIFAR_SPEED, lam=25.0, alpha=2 / 255),
     }
+
+    def regularised(
+        self, model: nn.Module, x: Tensor, y: Tensor, lam: float, fraction: float
+    ) -> Update:
+        """See ``sat_r2_update``."""
+        return sat_r2_update(
+            model,
+            x,
+            y,
+            self.threat,
+            lam=lam,
+            alpha=self.alpha,
+            project=self.project,
+            fraction=fraction,
+            base=self.base,
+            criterion=self.criterion,
+        )
 
     def cost(self, batch_size: int) -> Cost:
         """Take both views of the regularised share through the attack and through the update."""
@@ -367,7 +398,7 @@ class SATR3(SAT):
     lam: float = 1.0
     tau: float = 0.4
     alpha: float = 0.01
-    eps_low: float | None = None
+    eps_low: float = of_eps(1 / 3)
     project: bool = False
     per_sample: bool = False
     fraction: float = 1.0
@@ -375,7 +406,6 @@ class SATR3(SAT):
 
     perturbation: str = "fgsm"
 
-    update = staticmethod(sat_r3_update)
     presets = {
         "mnist": recipe(
             MNIST_SAT, lam=1.0, tau=0.4, alpha=0.01, eps_low=0.1, settings={"lr": 0.05}
@@ -396,12 +426,31 @@ class SATR3(SAT):
     }
 
     def validate(self) -> None:
-        """Check the hyperparameters and fill in the one that follows eps."""
+        """Check the hyperparameters."""
         super().validate()
-        self.eps_low = self.threat.eps / 3 if self.eps_low is None else self.eps_low
         self.require(self.tau > 0, "tau", "> 0")
         self.require(
             0 <= self.eps_low <= self.threat.eps, "eps_low", f"in [0, eps = {self.threat.eps:g}]"
+        )
+
+    def regularised(
+        self, model: nn.Module, x: Tensor, y: Tensor, lam: float, fraction: float
+    ) -> Update:
+        """See ``sat_r3_update``."""
+        return sat_r3_update(
+            model,
+            x,
+            y,
+            self.threat,
+            lam=lam,
+            tau=self.tau,
+            alpha=self.alpha,
+            eps_low=self.eps_low,
+            project=self.project,
+            per_sample=self.per_sample,
+            fraction=fraction,
+            base=self.base,
+            criterion=self.criterion,
         )
 
     def between(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class TDAT(Method):
     time. The perturbation goes on from batch to batch, by the position in the batch.
     """
 
-    follows = True
+    needs_progress = True
     summary = "FGSM from the previous batch's perturbation, on relaxed labels"
     kept_rows = ("_delta",)
     paper = "Tong et al. 2024, arXiv 2408.03944"
@@ -66,7 +66,7 @@ class TDAT(Method):
             start = threat.random_start(x)
         with attacking(model) as inner:
             grad, _, _ = input_gradient(inner, start, y, self.relaxed)
-        x_adv = threat.project(start + threat.steepest_step(grad, threat.eps), x)
+        x_adv = threat.ascend(start, grad, threat.eps, x)
         self._delta = x_adv - x
 
         def loss(logits: Tensor) -> Terms:

@@ -9,7 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.attacks.core import Ascent, attacking, forward_logits
-from surestep.methods._base import Cost, Criterion, Method, Terms, Update, register, stepping
+from surestep.methods._base import (
+    Cost,
+    Criterion,
+    Method,
+    Terms,
+    Update,
+    of_eps,
+    register,
+    stepping,
+)
 from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
 from surestep.threat import ThreatModel
 
@@ -82,12 +91,11 @@ class TRADES(Method):
 
     beta: float = 6.0
     steps: int = 10
-    alpha: float | None = None
+    alpha: float = of_eps(0.007 * 255 / 8)
     sigma: float = 0.001
 
     def validate(self) -> None:
         """Check the hyperparameters."""
-        self.alpha = self.threat.eps * 0.007 * 255 / 8 if self.alpha is None else self.alpha
         self.not_negative("beta", "sigma")
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:

@@ -29,8 +29,8 @@ class UAT(PGD):
 
     summary = "labels of some images; on all, the output must not move under attack"
     paper = "Alayrac et al. 2019, arXiv 1905.13725"
-    remembers = True
-    without_labels = True
+    needs_index = True
+    takes_unlabelled = True
     presets = {
         # With the default lam, and eps at its full size at once, the output stays constant.
         "mnist": recipe(
@@ -54,7 +54,6 @@ class UAT(PGD):
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Attack the clean output rather than the label."""
-        assert self.alpha is not None
         assert index is not None
         start = self.start(x)
         with attacking(model) as inner:

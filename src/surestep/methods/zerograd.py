@@ -7,18 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from surestep.methods._base import register
+from surestep.methods._base import of_eps, register
 from surestep.methods._presets import CIFAR100_ZOO, CIFAR_ZOO, MNIST_ZOO, recipe
 from surestep.methods.rs_fgsm import RSFGSM
 
 
+@dataclass
 class Doubled(RSFGSM):
     """RS-FGSM with a step of 2 eps: what reaches the ball's surface from anywhere in it."""
 
-    def validate(self) -> None:
-        """Take the step's default."""
-        self.alpha = 2 * self.threat.eps if self.alpha is None else self.alpha
-        super().validate()
+    alpha: float = of_eps(2)
 
 
 @register("zerograd")

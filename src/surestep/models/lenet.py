@@ -106,5 +106,7 @@ class CNNSmall(Classifier):
 
 def _quarter(name: str, image_size: int) -> int:
     if image_size % 4:
-        raise UserError(f"{name} halves images twice, image_size {image_size} is no multiple of 4")
+        raise UserError(
+            f"{name} halves images twice, image_size {image_size} is not a multiple of 4"
+        )
     return image_size // 4

@@ -40,7 +40,7 @@ class WideResNet(PreActResNet):
     ) -> None:
         blocks, rest = divmod(depth - 4, 6)
         if rest or blocks < 1:
-            raise UserError(f"depth {depth} is no WRN: give 6 n + 4, such as 16, 28 or 34")
+            raise UserError(f"depth {depth} is not a WRN: give 6 n + 4, such as 16, 28 or 34")
         super().__init__(
             (blocks, blocks, blocks),
             (16 * width, 32 * width, 64 * width),

@@ -225,7 +225,7 @@ def _example(example: Mapping[str, Any], classes: Sequence[str]) -> dict[str, An
 
     for key in ("clean", "perturbation", "adversarial"):
         if not str(get(example, key, "an example")).startswith("data:image/png;base64,"):
-            raise UserError(f"an example's {key!r} is no PNG data URI: give those of gather")
+            raise UserError(f"an example's {key!r} is not a PNG data URI: give those of gather")
     return {
         **example,
         "label": name("label"),

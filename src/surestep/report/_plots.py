@@ -66,7 +66,7 @@ def _curves(report: Report, evidence: Mapping[Any, Any]) -> Iterator[Plot]:
     evaluation = report.evaluation or {}
     curve = evaluation.get("curve") or _holding(evidence.get(10), "eps", "accuracy")
     # The checks look at some images that are right clean, so their curves begin at 100%.
-    some = " Of some images that are right clean."
+    some = " Measured on correctly classified images."
     if curve:
         yield Plot(
             "accuracy-by-eps",

@@ -16,7 +16,7 @@ def get(source: Any, key: str, what: str) -> Any:
     """Return ``source[key]``.
 
     Raises:
-        UserError: source is no dict, or lacks the key.
+        UserError: source is not a dict, or lacks the key.
     """
     if not isinstance(source, Mapping):
         raise UserError(f"{what} is a {type(source).__name__}, expected a dict with {key!r}")

@@ -61,9 +61,9 @@ class Report:
         for name in ("history", "comparison", "examples"):
             rows = getattr(self, name) or ()
             if isinstance(rows, Mapping | str) or any(not isinstance(r, Mapping) for r in rows):
-                raise UserError(f"the {name} is no list of dicts, one a row")
+                raise UserError(f"the {name} is not a list of dicts, one a row")
         if not isinstance(self.surfaces, Mapping):
-            raise UserError("the surfaces are no dict by model's name: give those of gather")
+            raise UserError("the surfaces are not a dict by model's name: give those of gather")
 
     @property
     def checks(self) -> Sequence[Mapping[str, Any]]:

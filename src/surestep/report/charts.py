@@ -115,7 +115,7 @@ def along_fgsm(surface: Mapping[str, Any]) -> dict[str, list[float]]:
     """Cut a loss surface through the images: the evidence that ``loss_along_fgsm`` takes.
 
     Raises:
-        UserError: it is no loss surface.
+        UserError: it is not a loss surface.
     """
     shares, mean = get(surface, "shares", "the surface"), get(surface, "mean", "the surface")
     middle = mean[len(shares) // 2]
@@ -134,7 +134,7 @@ def loss_surface(surface: Mapping[str, Any], title: str = "") -> alt.VConcatChar
         title: above the map.
 
     Raises:
-        UserError: it is no loss surface.
+        UserError: it is not a loss surface.
     """
     alt = need("altair")
     shares = [float(s) for s in get(surface, "shares", "the surface")]
@@ -145,7 +145,7 @@ def loss_surface(surface: Mapping[str, Any], title: str = "") -> alt.VConcatChar
         grids[f"image {i} (label {one['label']})"] = one["loss"]
     for name, grid in grids.items():
         if count < 2 or len(grid) != count or any(len(line) != count for line in grid):
-            raise UserError(f"the surface of {name} is no grid of {count} x {count} losses")
+            raise UserError(f"the surface of {name} is not a grid of {count} x {count} losses")
     half = round((shares[1] - shares[0]) / 2, 4)
     rows = [
         {"of": of, "f": f, "r": r, "loss": number(loss)}

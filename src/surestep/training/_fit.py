@@ -78,8 +78,8 @@ def fit(
         method: what a step minimises.
         out: run folder for ``config.yaml``, ``environment.json``, ``metrics.jsonl``,
             ``model.safetensors`` and ``checkpoints/``; None writes nothing.
-        validation: held-out data; by default a tenth of ``data``, at most ``val_images``. Those of
-            a Dataset come through its own transforms: give them here where these are random.
+        validation: held-out data; by default a tenth of ``data``, at most ``val_images``. Taken
+            from a Dataset they go through its transforms: give them here if those are random.
         resume: go on from the newest checkpoint in ``out``; the result is bit-identical to that
             of a run that was never stopped, unless it goes on with another number of processes.
             (On a GPU as far as its kernels are: see ``torch.use_deterministic_algorithms``.)
@@ -105,7 +105,8 @@ def fit(
     """
     if not isinstance(method, Method):
         raise UserError(
-            f"{method!r} is no method: give surestep.methods.get('sat-r2')(surestep.Linf(0.3)), say"
+            f"{method!r} is not a method: give one such as "
+            "surestep.methods.get('sat-r2')(surestep.Linf(0.3))"
         )
     config = parse(FitSettings, settings)
     if compiled_whole(model):

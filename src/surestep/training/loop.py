@@ -194,7 +194,7 @@ class Trainer:
 
     def _step(self, x: Tensor, y: Tensor, index: Tensor | None) -> StepResult:
         job, step, draw = self.job, self.at.step, None
-        if job.method.remembers:
+        if job.method.needs_index:
             draw = job.source.draw(self.at.epoch, step % job.source.steps_per_epoch)
         with job.guard(f"step {step + 1}", len(x)):
             return job.take_step(x, y, index, draw)

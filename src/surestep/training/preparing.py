@@ -71,8 +71,8 @@ class Guard:
                 names = [n for n, p in self.model.named_parameters() if p.requires_grad]
                 which = ", ".join(names[int(k)] for k in unused[1].split()[:5])
                 raise UserError(
-                    f"several processes cannot train a model of which parameters take no part in "
-                    f"the logits: {which}; freeze them with requires_grad_(False)"
+                    "several processes need every trainable parameter to affect the logits, "
+                    f"unused here: {which}; freeze them with requires_grad_(False)"
                 ) from e
             raise
 
@@ -176,7 +176,7 @@ def prepare(
     # What cannot be trained must not be found out when an old run has made room for it.
     with dropping(bare, method.dropout):
         pass
-    shape = _look_at(train, bare, method, device, unlabelled=method.without_labels)
+    shape = _look_at(train, bare, method, device, unlabelled=method.takes_unlabelled)
     if held_out is not None:
         # A Dataset's as validation takes them.
         judged = bare if isinstance(held_out, Images) else Adapted(bare)
@@ -282,7 +282,7 @@ def _check_data(method: Method, inside: Images | None, train: Any, held_out: Any
             f"images in memory are pixels in [0, 1], the threat model's data range is "
             f"{bounds}: leave bounds out, or give data and validation as loaders"
         )
-    if method.remembers and inside is None:
+    if method.needs_index and inside is None:
         raise UserError(
             f"{method.slug} keeps a perturbation for each image: give images in memory, a "
             "pair of tensors (x, y), instead of a Dataset or DataLoader"
@@ -323,11 +323,11 @@ def _count_steps(source: Source, method: Method, config: FitSettings) -> int:
     """
     steps = source.steps_per_epoch
     if not steps:
-        raise UserError("there is no batch to train on: the data hold fewer images than one")
+        raise UserError("there is no batch to train on: the data hold fewer images than one batch")
     total = round(method.replays * steps * config.epochs)
     if not total:
         raise UserError(
-            f"{config.epochs:g} epochs of {steps} steps are less than one: give more epochs"
+            f"{config.epochs:g} epochs of {steps} steps are less than one step: give more epochs"
         )
     return total
 

@@ -129,6 +129,6 @@ class Checkpoints:
                 "Dataset or DataLoader out otherwise: resume with the same number"
             )
         self.say(
-            f"results differ from an uninterrupted run's: it was begun with {begun} processes and "
-            f"goes on with {now}, which draw other random numbers"
+            f"results will differ from an uninterrupted run's: it was started on {begun} processes "
+            f"and resumes on {now}, which draw other random numbers"
         )

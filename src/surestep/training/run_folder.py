@@ -92,7 +92,7 @@ class RunFolder:
 
         Raises:
             UserError: it exists and is neither to be resumed nor replaced; it is to be replaced
-                but is no run folder; it is to be resumed but there is none.
+                but is not a run folder; it is to be resumed but there is none.
         """
         if out is None:
             if resume:
@@ -101,7 +101,7 @@ class RunFolder:
         run = cls(Path(out))
         if resume:
             if not run.config.is_file():
-                raise UserError(f"cannot resume {out}: it is no run folder (no config.yaml)")
+                raise UserError(f"cannot resume {out}: it is not a run folder (no config.yaml)")
             return run
         if not run.folder.exists() or (run.folder.is_dir() and not any(run.folder.iterdir())):
             return run
@@ -112,11 +112,11 @@ class RunFolder:
             )
         foreign = run._foreign()
         if foreign:
-            raise UserError(f"{out} is no run folder ({foreign}), so it is not deleted")
+            raise UserError(f"{out} is not a run folder ({foreign}), so it is not deleted")
         return run
 
     def _foreign(self) -> str:
-        """Say what shows that this is no run folder; nothing if it is one."""
+        """Say what shows that this is not a run folder; nothing if it is one."""
         if not self.config.is_file():
             return "it has no config.yaml"
         entries = sorted(

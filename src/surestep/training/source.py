@@ -88,7 +88,7 @@ class LoaderSource:
         """Return (x, y, None) of the batches; those before ``skip`` are loaded, and left out.
 
         Raises:
-            UserError: a batch is no pair.
+            UserError: a batch is not a pair.
         """
         shared = isinstance(self.loader, DataLoaderShard)
         for part in [self.loader] if shared else [*self._parts(), self.loader.dataset]:
@@ -187,7 +187,7 @@ def first_of(data: Any) -> tuple[Tensor, Tensor] | None:
     batches in another way.
 
     Raises:
-        UserError: it is no pair of tensors.
+        UserError: it is not a pair of tensors.
     """
     loader = isinstance(data, DataLoader)
     if loader and data.batch_sampler is None:
@@ -305,7 +305,7 @@ def make_source(
     """
     if steps is not None and not isinstance(data, DataLoader):
         raise UserError(
-            f"steps_per_epoch ({steps}) is of a DataLoader: other data have as many as they have"
+            f"steps_per_epoch ({steps}) applies to a DataLoader only: leave it out for other data"
         )
     if not isinstance(data, DataLoader | Dataset):
         return Batches(

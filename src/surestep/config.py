@@ -83,7 +83,10 @@ class FitSettings(BaseModel):
         None, gt=0, lt=1, description="Share of training after which weights are averaged (0.75)"
     )
     awp: float | None = Field(
-        None, gt=0, description="Adversarial weight perturbation: relative size, 0.001 to 0.01"
+        None,
+        gt=0,
+        description="Adversarial weight perturbation: relative size (published: 0.01 with pgd, "
+        "0.005 from epoch 10 on with trades)",
     )
     awp_from: float = Field(
         0.0, ge=0, description="Epochs of training before the weights are perturbed (awp)"

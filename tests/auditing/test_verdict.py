@@ -448,7 +448,8 @@ def test_the_documents_table_of_budgets():
     for name, budget in _subject.BUDGETS.items():
         row = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
         numbers = [int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\d|\d", row)]
-        assert numbers == [budget.steps, budget.queries, budget.late_queries, budget.probe]
+        queries = [budget.queries, budget.late_queries]
+        assert numbers == [budget.steps, budget.noise, *queries, budget.probe, budget.restarts]
         assert ("AutoAttack" in row) is budget.autoattack
 
 

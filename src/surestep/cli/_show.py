@@ -159,7 +159,7 @@ def audit_tables(name: str, found: Audit) -> None:
         for column in ("attack", "left", "why"):
             steps.add_column(column)
         for step in found.escalation:
-            steps.add_row(step["name"], f"{step['accuracy']:.1%}", step["why"])
+            steps.add_row(step["name"], share_of_images(step["accuracy"], found.n), step["why"])
         console.print(steps)
 
 

@@ -9,7 +9,7 @@ import click
 
 from surestep.cli._options import check_writable, hand_over, json_option, names
 from surestep.cli._report import check_report, report_options, report_target
-from surestep.cli._show import evaluation_table, progress_bar, provenance
+from surestep.cli._show import evaluation_table, progress_bar, provenance, share_of_images
 from surestep.cli._target import (
     POSITIVE,
     budget_option,
@@ -98,7 +98,9 @@ def evaluate(
         )
     told = {**result.to_dict(), "run": target.name, **target.judged_on, **provenance()}
     curve = {
-        f"worst case at eps {at['eps']:.4g}": {target.name: f"{at['worst_case_accuracy']:.1%}"}
+        f"worst case at eps {at['eps']:.4g}": {
+            target.name: share_of_images(at["worst_case_accuracy"], at["n"])
+        }
         for at in result.curve
         if at["eps"] != result.threat["eps"]
     }

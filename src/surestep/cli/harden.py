@@ -96,8 +96,9 @@ def harden(
 
     def show(row: dict[str, Any]) -> None:
         console.print(
-            f"threshold {row['threshold']:g}: validation clean {row['clean_accuracy']:.1%}, "
-            f"worst case {row['worst_case_accuracy']:.1%}",
+            f"threshold {row['threshold']:g}, of {row['n']} validation images: "
+            f"clean {share_of_images(row['clean_accuracy'], row['n'])}, "
+            f"worst case {share_of_images(row['worst_case_accuracy'], row['n'])}",
             highlight=False,
         )
 

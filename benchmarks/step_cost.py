@@ -69,11 +69,19 @@ def spec(name: str) -> tuple[str, dict[str, Any]]:
     return METHODS.get(name, (name, {}))
 
 
-def build_model(name: str) -> tuple[nn.Module, int, int]:
+def build_model(name: str, device: torch.device) -> tuple[nn.Module, int, int]:
     """Return a network with random weights, and the channels and size of its images."""
     channels, size = (1, 28) if name == "lenet+" else (3, 32)
     torch.manual_seed(0)
-    return models.create(name, in_channels=channels, image_size=size).train(), channels, size
+    model = models.create(name, in_channels=channels, image_size=size).train()
+    return model.to(device), channels, size
+
+
+def now(device: torch.device) -> float:
+    """Return the time when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def our_step(
@@ -81,16 +89,17 @@ def our_step(
     name: str,
     engine: str,
     batch: int,
+    device: torch.device,
     max_memory: float | None = None,
     *,
     compiled: bool = False,
 ) -> tuple[TrainStep, methods.Method]:
-    model, channels, size = build_model(model_name)
+    model, channels, size = build_model(model_name, device)
     slug, params = spec(name)
     method = methods.build(slug, Linf(EPS), params)
     method.progress = methods.Progress(images=batch)
     optimizer = make_optimizer("sgd", model.parameters(), lr=0.01)
-    chosen = Engine.choose(engine)
+    chosen = Engine.choose(engine, device=device)
     if max_memory:
         shape = torch.Size([channels, size, size])
         model = fit_into(chosen.place(model), method, chosen, shape, batch, max_memory)
@@ -99,11 +108,13 @@ def our_step(
     return make_step(model, method, optimizer, chosen), method
 
 
-def peer_steps(model_name: str, name: str, batch: int) -> dict[str, _peers.Step]:
+def peer_steps(
+    model_name: str, name: str, batch: int, device: torch.device
+) -> dict[str, _peers.Step]:
     """Return the peers' ways of one method's step, by peer."""
 
     def made() -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = _peers.plain(build_model(model_name)[0])
+        model = _peers.plain(build_model(model_name, device)[0])
         return model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
 
     makers: dict[str, Callable[..., _peers.Step]] = {
@@ -122,67 +133,71 @@ def peer_steps(model_name: str, name: str, batch: int) -> dict[str, _peers.Step]
         more: tuple[Any, ...] = () if name == "fgsm" else (7, 0.06)
         steps["torchattacks"] = make(*made(), EPS, *more)
     if importlib.util.find_spec("art") and name in ("fgsm", "pgd-7"):
-        _, channels, size = build_model(model_name)
+        _, channels, size = build_model(model_name, device)
         more = () if name == "fgsm" else (7, 0.06)
         steps["art"] = _peers.art_step(*made(), EPS, (channels, size, size), *more)
     return steps
 
 
-def images(model_name: str, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+def images(model_name: str, batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a batch: MNIST for LeNet+, random pixels (the cost is the same) for the others."""
     if model_name == "lenet+":
-        x, y, _ = next(iter(data.Batches(data.load("mnist"), batch).epoch(0)))
+        x, y, _ = next(iter(data.Batches(data.load("mnist"), batch, device=device).epoch(0)))
         return x, y
     generator = torch.Generator().manual_seed(0)
     y = torch.randint(10, (batch,), generator=generator)
-    return torch.rand(batch, 3, 32, 32, generator=generator), y
+    return torch.rand(batch, 3, 32, 32, generator=generator).to(device), y.to(device)
 
 
-def peak_rate(precision: torch.dtype) -> float:
+def peak_rate(precision: torch.dtype, device: torch.device) -> float:
     """Return the FLOP/s of large matrix products in a precision, the best of many."""
-    a = torch.randn(2048, 2048).to(precision)
+    side = 2048 if device.type == "cpu" else 8192
+    a = torch.randn(side, side, device=device).to(precision)
     best = 0.0
     for _ in range(20):
-        start = time.perf_counter()
+        start = now(device)
         a @ a
-        best = max(best, 2 * 2048**3 / (time.perf_counter() - start))
+        best = max(best, 2 * side**3 / (now(device) - start))
     return best
 
 
 def flops(model_name: str, x: torch.Tensor) -> float:
     """Return the FLOPs of one image's forward pass."""
-    model, _, _ = build_model(model_name)
+    model, _, _ = build_model(model_name, x.device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(x[:2])
     return counter.get_total_flops() / 2
 
 
 def measure(args: argparse.Namespace, batch: int) -> list[dict[str, Any]]:
-    x, y = images(args.model, batch)
+    x, y = images(args.model, batch, args.device)
+    index = torch.arange(batch, device=args.device)
     steps: dict[tuple[str, str], Callable[..., Any]] = {}
     costs: dict[str, float] = {}
     names = ["standard", *(m for m in args.methods if m != "standard")]
     for name in names:
-        step, method = our_step(args.model, name, args.engine, batch)
-        steps[name, "surestep"] = partial(step, index=torch.arange(batch))
+        step, method = our_step(args.model, name, args.engine, batch, args.device)
+        steps[name, "surestep"] = partial(step, index=index)
         costs[name] = method.cost(batch).total
         if args.compile:
-            step, _ = our_step(args.model, name, args.engine, batch, compiled=True)
-            steps[name, "compiled"] = partial(step, index=torch.arange(batch))
+            step, _ = our_step(args.model, name, args.engine, batch, args.device, compiled=True)
+            steps[name, "compiled"] = partial(step, index=index)
         if args.peers:
-            steps |= {(name, k): v for k, v in peer_steps(args.model, name, batch).items()}
+            steps |= {
+                (name, k): v for k, v in peer_steps(args.model, name, batch, args.device).items()
+            }
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     for round_number in range(args.rounds + 3):
         for key, take in steps.items():
             # Where steps differ in turn, the mean over a turn counts.
             turn = spec(key[0])[1].get("every", 1)
-            start = time.perf_counter()
+            start = now(args.device)
             for _ in range(turn):
                 take(x, y)
             if round_number >= 3:  # the first ones warm up
-                seconds[key].append((time.perf_counter() - start) / turn)
-    precision = Engine.choose(args.engine).precision
-    image_flops, peak = flops(args.model, x), peak_rate(precision)
+                seconds[key].append((now(args.device) - start) / turn)
+    precision = Engine.choose(args.engine, device=args.device).precision
+    image_flops, peak = flops(args.model, x), peak_rate(precision, args.device)
     median = {key: statistics.median(values) for key, values in seconds.items()}
     dearest = max(median[name, "surestep"] for name in names)
     rows = []
@@ -263,11 +278,14 @@ def table(rows: list[dict[str, str]]) -> None:
 
 
 def peak_memory(args: argparse.Namespace) -> None:
-    """Print the resident memory of a process that takes a few steps of each method."""
+    """Print the memory of a process that takes a few steps of each method.
+
+    Of a process on the CPU what is resident; on a GPU what its tensors take there.
+    """
     for batch in args.batch_size:
         for name in args.methods:
             options = ["--model", args.model, "--engine", args.engine, "--batch-size", str(batch)]
-            options += ["--rounds", str(args.rounds)]
+            options += ["--rounds", str(args.rounds), "--device", str(args.device)]
             options += ["--max-memory", str(args.max_memory)] if args.max_memory else []
             command = [sys.executable, __file__, *options, "--one", name]
             done = subprocess.run(command, check=False, capture_output=True, text=True)
@@ -289,23 +307,33 @@ def peak_memory(args: argparse.Namespace) -> None:
 
 
 def one(args: argparse.Namespace) -> None:
-    x, y = images(args.model, args.batch_size[0])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step, _ = our_step(args.model, args.one, args.engine, len(x), args.max_memory)
+    x, y = images(args.model, args.batch_size[0], args.device)
+    before = memory_so_far(args.device)
+    step, _ = our_step(args.model, args.one, args.engine, len(x), args.device, args.max_memory)
     seconds = []
     for _ in range(args.rounds):
-        start = time.perf_counter()
-        step(x, y, torch.arange(len(x)))
-        seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = {"peak_mb": round(peak / 2**10), "before_mb": round(before / 2**10)}
+        start = now(args.device)
+        step(x, y, torch.arange(len(x), device=args.device))
+        seconds.append(now(args.device) - start)
+    peak = memory_so_far(args.device)
+    found = {"peak_mb": round(peak / 2**20), "before_mb": round(before / 2**20)}
     print(json.dumps({**found, "ms": round(1e3 * min(seconds), 1)}))
+
+
+def memory_so_far(device: torch.device) -> int:
+    """Return the largest number of bytes that the process has held, on the device."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def circumstances(args: argparse.Namespace) -> dict[str, Any]:
     """Return what every row says of how and where it was measured."""
     made = {"engine": args.engine, "threads": torch.get_num_threads(), "rounds": args.rounds}
-    return {**made, "torch": torch.__version__, **origin()}
+    told = {**made, "torch": torch.__version__, **origin()}
+    if args.device.type == "cuda":
+        told["machine"] = torch.cuda.get_device_name(args.device)
+    return told
 
 
 def main() -> None:
@@ -324,6 +352,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--engine", default="auto", choices=("auto", "fast", "reference"))
+    parser.add_argument("--device", default="cpu", help="where the steps run: cpu, cuda, cuda:1")
     parser.add_argument("--peers", action="store_true", help="also the peers' ways")
     parser.add_argument("--compile", action="store_true", help="also with torch.compile")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of seconds")
@@ -334,6 +363,7 @@ def main() -> None:
     )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.device = torch.device(args.device)
     if "all" in args.methods:
         args.methods = methods.names()
     if args.one:
@@ -345,7 +375,8 @@ def main() -> None:
     for batch in args.batch_size:
         rows = measure(args, batch)
         threads = torch.get_num_threads()
-        print(f"\n{args.model}, batch {batch}, engine {args.engine}, {threads} threads")
+        where = f"{threads} threads" if args.device.type == "cpu" else str(args.device)
+        print(f"\n{args.model}, batch {batch}, engine {args.engine}, {where}")
         show(rows)
         if args.out:
             made = circumstances(args)

@@ -27,7 +27,7 @@ from surestep.cli._target import (
 @source_option("Used in addition to a substitute trained on the model's answers.")
 @click.option("--n", type=POSITIVE, default=1000, show_default=True, help="Test images.")
 @click.option(
-    "--batch-size", type=POSITIVE, default=250, show_default=True, help="Images per attack."
+    "--batch-size", type=POSITIVE, default=250, show_default=True, help="Images attacked at a time."
 )
 @click.option(
     "--state",

@@ -68,7 +68,9 @@ _TRAINING = [
 )
 @click.option("--n", type=POSITIVE, default=1000, show_default=True, help="Test images.")
 @click.option(
-    "--eval-batch-size", type=POSITIVE, help="Images per attack. [default: 500; in the audit 250]"
+    "--eval-batch-size",
+    type=POSITIVE,
+    help="Images attacked at a time. [default: 500; in the audit 250]",
 )
 @click.option(
     "--format",

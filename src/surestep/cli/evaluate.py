@@ -39,7 +39,7 @@ from surestep.errors import UserError
 @source_option("Without one, transfer trains a substitute on the model's answers.")
 @click.option("--n", type=POSITIVE, help="Only N test images, the first. [default: all]")
 @click.option(
-    "--batch-size", type=POSITIVE, default=500, show_default=True, help="Images per attack."
+    "--batch-size", type=POSITIVE, default=500, show_default=True, help="Images attacked at a time."
 )
 @click.option("--state", metavar="FILE", help="Save progress here; rerun with it to continue.")
 @json_option

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     help="Random seed of the attacks.",
 )
 @click.option(
-    "--batch-size", type=POSITIVE, default=500, show_default=True, help="Images per attack."
+    "--batch-size", type=POSITIVE, default=500, show_default=True, help="Images attacked at a time."
 )
 @click.option("--device", metavar="TEXT", help="cpu, cuda, cuda:1, mps; by default the best.")
 @json_option

@@ -100,10 +100,10 @@ def open_target(
     normalises = folder.is_dir() or name.startswith("hf:") or (_of_timm(name) and not weights)
     if statistics and normalises:
         raise UserError(f"{name} normalises its images itself: leave mean and std out")
-    # An architecture is made with the normalisation that it is to have.
-    outside = statistics and not _is_architecture(name)
     target, of_run = pick_device(device), folder.is_dir()
-    preprocess = models.Normalize(*statistics).to(target) if outside and statistics else None
+    preprocess = None
+    if statistics and not _is_architecture(name):  # which is made with the one it is to have
+        preprocess = models.Normalize(*statistics).to(target)
     asked = {"dataset": dataset, "data": place, "image_size": image_size, "norm": norm, "eps": eps}
     config = _as_run(name, weights, asked) if of_run else _as_asked(name, weights, asked)
     images, limits = runs.load_data(config, split), runs.build_threat(config)

@@ -71,9 +71,10 @@ class ConvergeSmooth(Method):
         self._turn(model)
         n = len(inner.points)
         sign = once(self._sign)
+        weights = dict(_weights(model)) if self._centre else {}
         # From a checkpoint they come on the CPU, once.
-        self._centre = {k: self._centre[k].to(p) for k, p in _weights(model) if k in self._centre}
-        centre = [(p, self._centre[k]) for k, p in _weights(model) if k in self._centre]
+        self._centre = {k: c.to(weights[k]) for k, c in self._centre.items() if k in weights}
+        centre = [(weights[k], c) for k, c in self._centre.items()]
 
         def loss(logits: Tensor) -> Terms:
             own, terms = inner.loss(logits[:n])

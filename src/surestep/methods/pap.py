@@ -67,8 +67,7 @@ class PAP(Method):
             grad, _, _ = input_gradient(inner, starts, labels)
         clean = torch.cat([x, leaving])
         fgsm = threat.ascend(clean, grad[: len(clean)], threat.eps, clean)
-        points = held["points"] + threat.steepest_step(grad[len(clean) :], size)
-        points = threat.project(points, held["x"])
+        points = threat.ascend(held["points"], grad[len(clean) :], size, held["x"])
         done, weight = points[:n], self.lam if self._age >= self.steps - 1 else 0.0
         entering = torch.arange(-n, 0, device=x.device) % len(x)
         self._held = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -50,6 +50,15 @@ def largest(value: int, device: torch.device) -> int:
     told = torch.tensor(value, device=device)
     dist.all_reduce(told, dist.ReduceOp.MAX)
     return int(told)
+
+
+def sums(values: Sequence[int], device: torch.device) -> list[int]:
+    """Return the sum of each number over the processes."""
+    if count() == 1:
+        return list(values)
+    told = torch.tensor(values, device=device)
+    dist.all_reduce(told)
+    return told.tolist()
 
 
 def gather(rows: Tensor) -> Tensor:

@@ -185,6 +185,15 @@ for method in ("tdat", "free", "pap", "fgsm-mep"):
         return train(method, model=tiny.make_net(norm=False), checkpoint_every=2, **where)
 
     stopped(f"resumed-{method}", with_state, [4])
+# 21 images in batches of 5: three batches of the first process, two of the second.
+held, evaluate, found = tiny.make_data(21), validating.evaluate, []
+kinds = {"images": held, "dataset": TensorDataset(*held)}
+kinds["loader"] = DataLoader(TensorDataset(*held), 5)
+validating.evaluate = lambda *a, **k: found.append(evaluate(*a, **k)) or found[-1]
+for kind, validation in kinds.items():
+    drawing_nothing(out=place / f"held-{kind}", validation=validation, val_attacks=("fgsm",))
+validating.evaluate = evaluate
+torch.save([one.n for one in found], place / f"held-{rank}")
 idle = torch.nn.Sequential(tiny.make_net(norm=False))
 idle.register_parameter("aside", torch.nn.Parameter(torch.zeros(3)))
 try:
@@ -420,6 +429,22 @@ def test_the_rows_are_of_all_images(place, tiny):
     for row, whole in zip(rows, one.history, strict=True):
         assert row["loss"] == pytest.approx(whole["loss"], abs=1e-5)
         assert row["adv_accuracy"] == pytest.approx(whole["adv_accuracy"], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["images", "dataset", "loader"])
+def test_validation_is_shared_and_its_rows_are_of_all_images(place, tiny, kind):
+    held = {"validation": tiny.data(21), "val_attacks": ("fgsm",)}
+    one = tiny.train("fgsm", model=tiny.net(norm=False), epochs=3, **held)
+    for row, whole in zip(tiny.rows(place / f"held-{kind}"), one.history, strict=True):
+        assert row["val_n"] == 21
+        for name in ("val_clean", "val_fgsm", "val_worst_case"):
+            assert row[name] == pytest.approx(whole[name])
+
+
+def test_each_process_judges_its_part_of_the_held_out_images(place):
+    """For each of three epochs: of images, of a Dataset, of a loader, which cannot be divided."""
+    counts = [torch.load(place / f"held-{rank}") for rank in (0, 1)]
+    assert counts == [[11] * 6 + [21] * 3, [10] * 6 + [21] * 3]
 
 
 def test_one_process_goes_on_with_what_two_began(place, tiny, tmp_path, capsys):

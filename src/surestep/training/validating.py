@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from surestep import processes
+from surestep.data import Images, some
 from surestep.evaluation import evaluate
 from surestep.training.preparing import Job
 from surestep.training.stopping import StopRequest
@@ -20,36 +23,69 @@ COLLAPSE = 0.20
 def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
     """Attack the held-out images of a job, and return what a row of the history says of it.
 
-    FGSM is always among the attacks: what falls to the others and not to it is masked.
+    FGSM is always among the attacks: what falls to the others and not to it is masked. Several
+    processes divide the images among them, but for those of a DataLoader, which each judges.
 
     Raises:
         Asked: the run is to stop meanwhile.
         UserError: the images cannot be judged.
     """
     attacks = dict.fromkeys(("fgsm", *job.config.val_attacks))
+    # What fits in training fits here.
+    batch_size, asked = min(MOST, job.share), 0
+    held_out, largest = _part_of(job.held_out, job.config.val_images)
+
+    def ask(*_: object) -> None:
+        nonlocal asked
+        asked += 1
+        stop.together(job.device)
+
     with stop.at_once():
         found = evaluate(
             job.judged,
-            job.held_out,
+            held_out,
             # With all of eps from the first epoch on.
             job.threat,
             list(attacks),
             n=job.config.val_images,
-            # What fits in training fits here.
-            batch_size=min(MOST, job.share),
+            batch_size=batch_size,
             seed=job.config.seed,
             precision=job.engine.precision,
-            progress=lambda *_: stop.together(job.device),
+            progress=ask,
         )
-    # Kernels may round apart: all processes must select the weights of the same epoch.
-    (worst,) = broadcast_object_list([found.worst_case_accuracy])
+        # Those of a smaller part ask as often as those of the largest.
+        while asked < math.ceil(largest / batch_size):
+            ask()
+    # Sums of all, so that all select the weights of the same epoch: kernels may round apart.
+    counts = [found.n, *(int(right.sum()) for right in found.right.values())]
+    n, *right = processes.sums(counts, job.device)
+    share = dict(zip(found.right, (one / n for one in right), strict=True))
     return {
-        "val_n": found.n,
-        "val_clean": found.clean_accuracy,
-        **{f"val_{name}": value for name, value in found.robust_accuracy.items()},
-        "val_worst_case": worst,
+        "val_n": n if largest else found.n,
+        "val_clean": share.pop("clean"),
+        "val_worst_case": share.pop("worst case"),
+        **{f"val_{name}": value for name, value in share.items()},
         "val_seconds": found.seconds,
     }
+
+
+def _part_of(data: Any, n: int) -> tuple[Any, int]:
+    """Return what of ``n`` images this process judges, and how many the largest part has.
+
+    0 is of data that are not divided: each process judges them all.
+    """
+    count, rank = processes.count(), processes.rank()
+    if count == 1 or isinstance(data, DataLoader | IterableDataset):
+        return data, 0
+    whole = len(data)
+    n = min(n, whole)
+    if n < count:
+        return data, 0
+    if isinstance(data, Images):
+        part: Any = data.first(n).subset(slice(rank, None, count))
+    else:
+        part = Subset(data, some(whole, n)[rank::count].tolist())
+    return part, math.ceil(n / count)
 
 
 def find_masking(row: dict[str, Any], before: float) -> str | None:

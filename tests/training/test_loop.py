@@ -925,6 +925,13 @@ class TestDivergence:
             tiny.train(lr=1e30, epochs=5, schedule="constant")
 
 
+def evaluation(clean: float, robust: dict[str, float], worst: float) -> Evaluation:
+    """Make what an evaluation of 100 images returns that found these accuracies."""
+    shares = {"clean": clean, **robust, "worst case": worst}
+    right = {name: torch.arange(100) < round(100 * share) for name, share in shares.items()}
+    return Evaluation(clean, robust, worst, 100, 0, {}, 0.0, {}, {}, [], [], [], right)
+
+
 def scripted(
     monkeypatch: pytest.MonkeyPatch, worst: list[float], fgsm: list[float] | None = None
 ) -> list[nn.Module]:
@@ -935,7 +942,7 @@ def scripted(
         k = len(shown)
         shown.append(copy.deepcopy(model))
         robust = {"fgsm": (fgsm or worst)[k], "pgd-2": worst[k]}
-        return Evaluation(0.9, robust, worst[k], 6, 0, {}, 0.0, {}, {}, [], [], [], {})
+        return evaluation(0.9, robust, worst[k])
 
     monkeypatch.setattr(validating, "evaluate", evaluate)
     return shown
@@ -1012,7 +1019,7 @@ class TestValidation:
         ) -> Evaluation:
             asked.append(tuple(attacks))
             robust = {name: 0.95 if name == "fgsm" else 0.0 for name in attacks}
-            return Evaluation(0.98, robust, 0.0, 6, 0, {}, 0.0, {}, {}, [], [], [], {})
+            return evaluation(0.98, robust, 0.0)
 
         monkeypatch.setattr(validating, "evaluate", evaluate)
         result = tiny.train("rs-fgsm", epochs=1, quiet=False, val_attacks=("pgd-2",))

@@ -377,7 +377,7 @@ def test_autoattack_comes_last_and_on_what_is_left(net, images, monkeypatch):
 
     budget = _subject.Budget(5, 5, 20, 30, 1, 30, autoattack=True)
     monkeypatch.setitem(_subject.BUDGETS, "standard", budget)
-    monkeypatch.setattr("surestep.attacks.autoattack.autoattack", spy)
+    monkeypatch.setattr("surestep.attacks.autoattack.PARTS", {"all": spy})
     found = audit(net, images, surestep.Linf(0.12), budget="standard")
     assert found.escalation[-1]["name"] == "autoattack"
     left = round(60 * found.found_accuracy)

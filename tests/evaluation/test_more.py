@@ -370,13 +370,54 @@ def test_autoattack_is_its_four_parts_on_what_is_left(monkeypatch):
         def forward(self, x):
             return torch.cat([0.5 - x, x - 0.5], 1)
 
-    parts = ("apgd_ce", "apgd_t", "fab_t", "square")
+    parts = ("apgd-ce", "apgd-t", "fab-t", "square")
     for name in parts:
-        monkeypatch.setattr(autoattack, name, spy(name))
+        monkeypatch.setitem(autoattack.PARTS, name, spy(name))
     x, y = torch.full((5, 1), 0.2), torch.zeros(5, dtype=torch.int64)
     x_adv = autoattack.autoattack(Half(), x, y, surestep.Linf(0.7))
     assert seen == list(zip(parts, (5, 4, 3, 2), strict=True))
     assert Half()(x_adv).argmax(1).tolist() == [1, 1, 1, 1, 0]
+
+
+def test_an_evaluation_tells_autoattacks_parts_apart_and_resumes_within_a_batch(
+    monkeypatch, tmp_path
+):
+    """The first and the third break an image each; the fourth is killed at first."""
+    ran: list[tuple[str, int]] = []
+
+    def part(name, breaks):
+        def run(model, x, y, threat):
+            ran.append((name, len(x)))
+            if name == "square" and len(ran) == 4:
+                raise KeyboardInterrupt
+            found = x.clone()
+            found[:breaks] = 0.8
+            return found
+
+        return run
+
+    class Half(nn.Module):
+        def forward(self, x):
+            return torch.cat([0.5 - x, x - 0.5], 1)
+
+    for name, breaks in (("apgd-ce", 1), ("apgd-t", 0), ("fab-t", 1), ("square", 0)):
+        monkeypatch.setitem(autoattack.PARTS, name, part(name, breaks))
+    monkeypatch.setattr("surestep.evaluation._evaluate.round_up", lambda count, _: count)
+    data = torch.full((4, 1), 0.2), torch.zeros(4, dtype=torch.int64)
+    said: list[str] = []
+    options = {"state": tmp_path / "state", "tell": said.append}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Half(), data, surestep.Linf(0.7), ["autoattack"], **options)
+    found = evaluate(Half(), data, surestep.Linf(0.7), ["autoattack"], **options)
+    assert ran == [("apgd-ce", 4), ("apgd-t", 3), ("fab-t", 3), ("square", 2), ("square", 2)]
+    assert said[0] == "autoattack: apgd-ce on images 1 to 4"
+    assert found.worst_case_accuracy == found.robust_accuracy["autoattack"] == 0.5
+    (row,) = found.attacks
+    assert row["by_part"] == {"apgd-ce": 0.75, "apgd-t": 0.75, "fab-t": 0.5, "square": 0.5}
+    again = evaluate(Half(), data, surestep.Linf(0.7), ["autoattack"], **options)
+    assert len(ran) == 5
+    assert again.attacks == found.attacks
+    assert found.right["autoattack"].tolist() == [False, False, True, True]
 
 
 def test_autoattack_is_as_strong_as_the_standard_version(net, images, monkeypatch):

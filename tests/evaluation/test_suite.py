@@ -39,7 +39,6 @@ FROM_X = {"start_radius": 0.0, "decay": None}
         ("apgd-ce", "autoattack.apgd_ce", ()),
         ("apgd-t", "autoattack.apgd_t", ()),
         ("fab-t", "autoattack.fab_t", ()),
-        ("autoattack", "autoattack.autoattack", ()),
         ("deepfool", "nearest.deepfool", (50,)),
         ("deepfool-7", "nearest.deepfool", (7,)),
     ],

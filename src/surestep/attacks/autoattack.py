@@ -144,8 +144,16 @@ def autoattack(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> T
         UserError: on invalid images or labels, another norm, a model whose output has no input
             gradient, or pyautoattack not installed.
     """
-    parts = (apgd_ce, apgd_t, fab_t, square)
-    return in_turn(model, x, y, [partial(part, model, threat=threat) for part in parts])
+    return in_turn(model, x, y, [partial(part, model, threat=threat) for part in PARTS.values()])
+
+
+PARTS: dict[str, Callable[..., Tensor]] = {
+    "apgd-ce": apgd_ce,
+    "apgd-t": apgd_t,
+    "fab-t": fab_t,
+    "square": square,
+}
+"""What AutoAttack's standard version is made of, in its order."""
 
 
 _SILENT = logging.getLogger("surestep.autoattack")

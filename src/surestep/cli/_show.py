@@ -116,8 +116,13 @@ def _more_of(found: Evaluation) -> str:
     seconds = ", ".join(f"{name} {took:.1f}" for name, took in found.attack_seconds.items())
     weakest = min(found.per_class, key=lambda row: row["worst_case_accuracy"])
     share = share_of_images(weakest["worst_case_accuracy"], weakest["n"])
+    after = "".join(
+        f"; after {part} of {attack['name']} {share:.1%}"
+        for attack in found.attacks
+        for part, share in (attack["by_part"] or {}).items()
+    )
     return (
-        f"seconds: {seconds}; weakest class: {weakest['label']}, worst case {share} of "
+        f"seconds: {seconds}{after}; weakest class: {weakest['label']}, worst case {share} of "
         f"{weakest['n']:,} images"
     )
 

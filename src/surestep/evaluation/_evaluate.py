@@ -60,7 +60,8 @@ class Evaluation:
         threat: norm, eps and data range in words.
         attacks: by attack, its ``scope`` ("all" that are right clean, or the "survivors" of the
             other attacks: its accuracy is then theirs together), accuracy, seconds, and
-            ``by_step``: for an iterative attack the share still right after each point tried.
+            ``by_step``: for an iterative attack the share still right after each point tried,
+            ``by_part``: for AutoAttack the share still right after each of its parts.
         per_class: per label, its number of images, clean and worst-case accuracy.
         curve: accuracies at other radii, if these were asked for.
         right: (n,) each, which images were right "clean", by attack and in the "worst case"; not
@@ -257,6 +258,11 @@ class _Judge:
         self.first_wrong: dict[str, list[Tensor]] = {
             name: [] for name, attack in attacks.items() if attack.looks
         }
+        self.parts = {
+            name: dict.fromkeys(attack.run, 0)
+            for name, attack in attacks.items()
+            if isinstance(attack.run, Mapping)
+        }
         self.seconds = dict.fromkeys(attacks, 0.0)
         self.labels: list[Tensor] = []
         self.worst: list[Tensor] = []
@@ -270,8 +276,6 @@ class _Judge:
         for name in self.order:
             known = self.state.get(self.number, name)
             if known is None:
-                if self.tell:
-                    self.tell(f"{name} on images {self.done + 1:,} to {self.done + len(x):,}")
                 targets = worst if self.attacks[name].survivors else clean
                 known = self._attack(name, x, y, targets)
                 self.state.put(self.number, name, **known)
@@ -283,6 +287,8 @@ class _Judge:
                 steps = torch.full((len(x),), -1)
                 steps[broken] = torch.tensor(known["steps"], dtype=torch.int64)
                 self.first_wrong[name].append(steps)
+            for part, count in known.get("parts", {}).items():
+                self.parts[name][part] += count
             worst &= ok
             self.seconds[name] += known["seconds"]
         self.right["clean"].append(clean)
@@ -311,7 +317,41 @@ class _Judge:
         return clean
 
     def _attack(self, name: str, x: Tensor, y: Tensor, targets: Tensor) -> dict[str, Any]:
-        """Run one attack on the images ``targets`` (N,) of a batch."""
+        """Run one attack, part by part if it has some, on the images ``targets`` (N,) of a batch.
+
+        Returns:
+            The images that it ``broke``, after how many ``steps`` each (of an iterative attack),
+            how many each of its ``parts`` broke, and the ``seconds`` that all took.
+        """
+        attack = self.attacks[name]
+        if not isinstance(attack.run, Mapping):
+            return self._run(name, attack.run, attack.looks, x, y, targets)
+        broken: list[int] = []
+        parts, seconds, left = {}, 0.0, targets.clone()
+        for part, run in attack.run.items():
+            label = f"{name}: {part}"
+            known = self.state.get(self.number, label)
+            if known is None:
+                known = self._run(label, run, None, x, y, left)
+                self.state.put(self.number, label, **known)
+            left[known["broken"]] = False
+            broken += known["broken"]
+            parts[part] = len(known["broken"])
+            seconds += known["seconds"]
+        return {"broken": sorted(broken), "steps": [], "parts": parts, "seconds": seconds}
+
+    def _run(
+        self,
+        name: str,
+        run: suite.Run,
+        looks: int | None,
+        x: Tensor,
+        y: Tensor,
+        targets: Tensor,
+    ) -> dict[str, Any]:
+        """Run an attack, or a part of one, on the images ``targets`` (N,) of a batch."""
+        if self.tell:
+            self.tell(f"{name} on images {self.done + 1:,} to {self.done + len(x):,}")
         begin = time.perf_counter()
         self._seed(name)
         broken: list[int] = []
@@ -322,7 +362,7 @@ class _Judge:
         if len(rows):
             at = rows.to(x.device)
             with autocast(x.device, self.precision):
-                found = self.attacks[name].run(self.model, x[at], y[at])
+                found = run(self.model, x[at], y[at])
             found = Found(found) if isinstance(found, Tensor) else found
             # Whatever an attack returns, only a point of the threat model counts.
             x_adv = torch.where(found.x_adv.isfinite(), found.x_adv, x[at])
@@ -330,7 +370,7 @@ class _Judge:
             broken = rows[wrong].tolist()
             if found.first_wrong is not None:
                 # Crafted in low precision, broken in full: by the last point then.
-                last = (self.attacks[name].looks or 1) - 1
+                last = (looks or 1) - 1
                 first = found.first_wrong.cpu()[wrong]
                 steps = torch.where(first < 0, last, first).tolist()
         return {"broken": broken, "steps": steps, "seconds": time.perf_counter() - begin}
@@ -386,6 +426,7 @@ class _Judge:
                     "accuracy": counts[name] / n,
                     "seconds": self.seconds[name],
                     "by_step": self._by_step(name, counts["clean"]),
+                    "by_part": self._by_part(name, counts[name]),
                 }
                 for name, attack in self.attacks.items()
             ],
@@ -401,6 +442,15 @@ class _Judge:
         steps = torch.cat(self.first_wrong[name])
         broken = torch.bincount(steps[steps >= 0], minlength=looks).cumsum(0)
         return [(clean - b) / self.done for b in broken.tolist()]
+
+    def _by_part(self, name: str, right: int) -> dict[str, float] | None:
+        if name not in self.parts:
+            return None
+        left, after = right + sum(self.parts[name].values()), {}
+        for part, broken in self.parts[name].items():
+            left -= broken
+            after[part] = left / self.done
+        return after
 
 
 def batches_of(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -42,19 +42,23 @@ class Found:
     first_wrong: Tensor | None = None
 
 
+Run = Callable[[nn.Module, Tensor, Tensor], Found | Tensor]
+
+
 @dataclass(frozen=True)
 class Attack:
     """An attack of an evaluation.
 
     Attributes:
-        run: maps (model, x, y) to what it found, or to the points alone.
+        run: maps (model, x, y) to what it found, or to the points alone; or, of an attack of
+            several parts, these by name: each runs on what the earlier ones left.
         passes: about how many forward passes an image costs that withstands it (a gradient
             counts as two); the order of an evaluation goes by it.
         survivors: run it only on what the other attacks left; its accuracy is then theirs together.
         looks: how many points an iterative attack tries, the start included.
     """
 
-    run: Callable[[nn.Module, Tensor, Tensor], Found | Tensor]
+    run: Run | Mapping[str, Run]
     passes: float = 1
     survivors: bool = False
     looks: int | None = None
@@ -137,11 +141,16 @@ def and_through(names: Iterable[str]) -> list[str]:
 def _through(attack: Attack) -> Attack:
     """Return an attack whose gradients pass layers that know a way straight through them."""
 
-    def run(model: nn.Module, x: Tensor, y: Tensor) -> Found | Tensor:
-        with straight_through(model):
-            return attack.run(model, x, y)
+    def through(run: Run) -> Run:
+        def straight(model: nn.Module, x: Tensor, y: Tensor) -> Found | Tensor:
+            with straight_through(model):
+                return run(model, x, y)
 
-    return replace(attack, run=run)
+        return straight
+
+    if isinstance(attack.run, Mapping):
+        return replace(attack, run={name: through(run) for name, run in attack.run.items()})
+    return replace(attack, run=through(attack.run))
 
 
 def _one(run: Callable[[nn.Module, Tensor, Tensor], Tensor], passes: float) -> Attack:
@@ -174,8 +183,8 @@ def _iterative(spec: Spec) -> Attack:
 
 
 def _autoattack(spec: Spec) -> Attack:
-    attack = _one(lambda m, x, y: autoattack.autoattack(m, x, y, spec.threat), 9700)
-    return replace(attack, survivors=True)
+    parts = {name: partial(part, threat=spec.threat) for name, part in autoattack.PARTS.items()}
+    return Attack(parts, 9700, survivors=True)
 
 
 def _transfer(spec: Spec) -> Attack:

@@ -179,19 +179,32 @@ def art_step(
     from art.estimators.classification import PyTorchClassifier
 
     classifier = PyTorchClassifier(
-        model, nn.CrossEntropyLoss(), shape, 10, optimizer=optimizer, clip_values=(0.0, 1.0)
+        model,
+        nn.CrossEntropyLoss(),
+        shape,
+        10,
+        optimizer=optimizer,
+        clip_values=(0.0, 1.0),
+        device_type="gpu" if next(model.parameters()).is_cuda else "cpu",
     )
     attack = (
         ProjectedGradientDescentPyTorch(
-            classifier, eps=eps, eps_step=size, max_iter=steps, num_random_init=1, verbose=False
+            classifier,
+            eps=eps,
+            eps_step=size,
+            max_iter=steps,
+            num_random_init=1,
+            # Else 32 images at a time.
+            batch_size=4096,
+            verbose=False,
         )
         if steps
         else FastGradientMethod(classifier, eps=eps, batch_size=4096)
     )
 
     def step(x: Tensor, y: Tensor) -> None:
-        labels = F.one_hot(y, 10).numpy()
-        x_adv = attack.generate(x.numpy(), labels)
+        labels = F.one_hot(y, 10).cpu().numpy()
+        x_adv = attack.generate(x.cpu().numpy(), labels)
         classifier.fit(x_adv, labels, batch_size=len(x), nb_epochs=1)
 
     return step

@@ -37,7 +37,6 @@ def python(*args: object, cwd: Path, path: tuple[Path, ...]) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("slug", ["for", "class"])
 def test_words_of_python(tmp_path, slug):
     with pytest.raises(UserError, match="is a word of Python's: choose another name"):
@@ -45,6 +44,7 @@ def test_words_of_python(tmp_path, slug):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_in_a_checkout(tmp_path):
     """The generic tests find the new method by themselves, and it passes them."""
     shutil.copytree(ROOT / "src", tmp_path / "src")

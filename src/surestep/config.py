@@ -26,7 +26,7 @@ def _ratio(value: Any) -> Any:
     return value
 
 
-def _param(value: Any) -> Any:
+def read_param(value: Any) -> Any:
     """Read a hyperparameter as written: a number, a ratio, true, false, none, or else a name."""
     if not isinstance(value, str) or value[:1].isalpha():
         return value
@@ -37,7 +37,7 @@ def _param(value: Any) -> Any:
 
 
 Ratio = Annotated[float, BeforeValidator(_ratio)]
-Param = Annotated[bool | int | float | str | None, BeforeValidator(_param)]
+Param = Annotated[bool | int | float | str | None, BeforeValidator(read_param)]
 Positive = Annotated[int, Field(ge=1)]
 
 

@@ -19,6 +19,11 @@ def test_the_flags_of_the_method_inside(inside):
         assert getattr(ours, name) == getattr(alone, name)
 
 
+def test_the_method_inside_takes_settings():
+    ours = methods.get("converge-smooth")(Linf(EPS), perturbation="fgsm-mep alpha=0.15")
+    assert ours.base.alpha == 0.15
+
+
 def test_memory_inside_follows_the_flip(make_task):
     task = make_task("mlp")
     flip = SimpleNamespace(apply=lambda v: v.flip(-1), undo=lambda v: v.flip(-1))

@@ -70,6 +70,28 @@ def test_parts_have_a_range(part, value):
         methods.FGSM(Linf(0.1), **{part: value})
 
 
+def test_a_perturbation_takes_whole_numbers():
+    method = methods.get("sat-r2")(Linf(0.1), perturbation="multigrad starts=2")
+    assert method.base.starts == 2
+    with pytest.raises(UserError, match="starts 0 is not"):
+        methods.get("sat-r2")(Linf(0.1), perturbation="multigrad starts=0")
+
+
+def test_the_dropout_of_a_perturbation_is_that_of_what_builds_on_it(make_task):
+    task = make_task("conv")
+    of_sads, own = (
+        methods.get("sat-r3")(Linf(0.1), perturbation=perturbation, **parts)
+        for perturbation, parts in (("sads", {}), ("fgsm", {"dropout": 0.4}))
+    )
+    losses = []
+    for method in (of_sads, own):
+        method.progress = methods.Progress(3, 10, 1, images=64)
+        torch.manual_seed(0)
+        losses.append(method(copy.deepcopy(task.net), task.x, task.y).loss)
+    assert torch.equal(*losses)
+    assert of_sads.dropout == 0.4
+
+
 def test_dropout_wants_activations_that_are_modules():
     class Functional(nn.Module):
         def __init__(self):

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from surestep import processes
 from surestep.attacks.core import check_inputs, forward_logits
+from surestep.config import read_param
 from surestep.devices import drop_casts_without_gradients
 from surestep.errors import UserError, look_up, unknown_name
 from surestep.methods._dropout import dropping
@@ -584,6 +585,25 @@ def build(slug: str, threat: ThreatModel, params: Mapping[str, Any], **parts: fl
         if name not in known:
             raise unknown_name(f"parameter of {slug}", name, known)
     return cls(threat, **params, **parts)
+
+
+def build_written(text: str, threat: ThreatModel, **parts: float) -> Method:
+    """Build a method from one line: its slug, and settings if need be, as in "n-fgsm noise=1".
+
+    Raises:
+        UserError: it is no such line; as ``build``.
+    """
+    slug, *rest = text.split() or [""]
+    pairs = [setting.partition("=") for setting in rest]
+    try:
+        if not all(equals for _, equals, _ in pairs):
+            raise ValueError
+        params = {name: read_param(value) for name, _, value in pairs}
+    except ValueError:
+        raise UserError(
+            f"{text!r} is not a method with settings: write it as in 'n-fgsm noise=1'"
+        ) from None
+    return build(slug, threat, params, **parts)
 
 
 def settle(method: Method, settings: object) -> dict[str, float]:

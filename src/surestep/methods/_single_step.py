@@ -6,15 +6,13 @@ in the gradient, in the step's length, and in whether the result returns to the 
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from surestep.attacks.core import attacking, input_gradient
 from surestep.attacks.losses import log_odds
-from surestep.errors import UserError
-from surestep.methods._base import METHODS, Cost, Method, Update, build
+from surestep.methods._base import METHODS, Cost, Method, Update, build_written
 
 
 class SingleStep(Method):
@@ -71,36 +69,20 @@ class OnSingleStep(Method):
     """A method that adds something to single-step training: to FGSM's or to another's.
 
     Subclasses have a field ``perturbation``: a slug of this file's kind, with settings after it
-    if need be, as in ``"n-fgsm noise=1"``.
+    if need be, as in ``"n-fgsm noise=1"``. Its dropout, if it has one (SADS), is theirs.
     """
 
     perturbation: str
 
     def validate(self) -> None:
         """Build the perturbation."""
-        self.base = self.single_step(self.perturbation)
-
-    def single_step(self, written: str) -> SingleStep:
-        """Return the perturbation of a name, with its settings.
-
-        Raises:
-            UserError: the method is unknown or no single-step one, or a setting is wrong.
-        """
-        slug, *rest = written.split() or [""]
-        pairs = [setting.partition("=") for setting in rest]
-        try:
-            params = {name: float(Fraction(value)) for name, _, value in pairs}
-        except (ValueError, ZeroDivisionError):
-            raise UserError(
-                f"{self.slug}: perturbation {written!r} is not a method with settings, "
-                "such as 'n-fgsm noise=1'"
-            ) from None
-        found = build(slug, self.threat, params)
+        found = build_written(self.perturbation, self.threat)
         if not _of_parts(type(found)):
             known = [name for name, cls in METHODS.items() if _of_parts(cls)]
             self.require(False, "perturbation", f"a single-step method: {', '.join(known)}")
         assert isinstance(found, SingleStep)
-        return found
+        self.base = found
+        self.dropout = max(self.dropout, found.dropout)
 
     @property
     def gradients(self) -> float:

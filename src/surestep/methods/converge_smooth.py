@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from surestep import processes
 from surestep.attacks.core import unwrapped
 from surestep.devices import finest
-from surestep.methods._base import Cost, Method, Terms, Update, build, once, register
+from surestep.methods._base import Cost, Method, Terms, Update, build_written, once, register
 from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe, smoothed
 
 
 @register("converge-smooth")
 @dataclass
 class ConvergeSmooth(Method):
-    """E-CS (``compare="epoch"``) or B-CS (``"batch"``) around any method, named by its slug.
+    """E-CS (``compare="epoch"``) or B-CS (``"batch"``) around any method.
 
+    ``perturbation`` is its slug, with settings after it if need be, as in
+    ``"fgsm-mep alpha=0.15"``.
     Where the clean loss of a batch is further than T from the mean of the epoch (the batch)
     before, it is added to the loss, or taken off. T is the last rise of that mean, but no more
     than gamma, and no less than gamma times the share of its first value that the learning rate
@@ -53,7 +55,7 @@ class ConvergeSmooth(Method):
         self.require(self.compare in ("epoch", "batch"), "compare", "'epoch' or 'batch'")
         self.not_negative("gamma", "weight", "pull")
         parts = {"label_smoothing": self.label_smoothing, "margin": self.margin}
-        self.base = build(self.perturbation, self.threat, {}, **parts)
+        self.base = build_written(self.perturbation, self.threat, **parts)
         self.needs_index, self.replays = self.base.needs_index, self.base.replays
         self.second_order = self.base.second_order
         self.dropout = max(self.dropout, self.base.dropout)

@@ -300,7 +300,7 @@ REFUSED = [
         ("sat-r2", "perturbation", "'pgd'", "single-step", "n-fgsm"),
     ),
     ("sat-r2", {"perturbation": "m-fgsm"}, ("method", "'m-fgsm'", "n-fgsm")),
-    ("sat-r2", {"perturbation": "n-fgsm noise"}, ("sat-r2", "'n-fgsm noise'", "noise=1")),
+    ("sat-r2", {"perturbation": "n-fgsm noise"}, ("'n-fgsm noise'", "noise=1")),
     ("sat-r2", {"perturbation": "n-fgsm noise=-1"}, ("n-fgsm", "noise", "-1")),
     ("sat-r2", {"perturbation": ""}, ("method", "''")),
     ("sat-r3", {"taw": 0.5}, ("parameter of sat-r3", "'taw'", "did you mean 'tau'")),

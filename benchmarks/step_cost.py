@@ -108,6 +108,13 @@ def our_step(
     return make_step(model, method, optimizer, chosen), method
 
 
+def say_what_is_missing() -> None:
+    """Say which of the libraries that --peers measures are not here."""
+    for module, name in (("art", "adversarial-robustness-toolbox"), ("torchattacks",) * 2):
+        if not importlib.util.find_spec(module):
+            print(f"{name} is not installed: left out", file=sys.stderr)
+
+
 def peer_steps(
     model_name: str, name: str, batch: int, device: torch.device
 ) -> dict[str, _peers.Step]:
@@ -372,6 +379,8 @@ def main() -> None:
         return table(read(args.table))
     if args.memory:
         return peak_memory(args)
+    if args.peers:
+        say_what_is_missing()
     for batch in args.batch_size:
         rows = measure(args, batch)
         threads = torch.get_num_threads()

@@ -11,7 +11,8 @@ entropy and on the margin, from a full-radius start, on test images. The seconds
 training steps, all cores, in the same engine for all; no validation runs, and nothing is selected.
 Each run has a process of its own. Run it on an idle machine: seeds come in turns, recipe after
 recipe, so that slow minutes fall on all of them. What is robust on one kind of machine is on
-another, so all rows count for accuracy; seconds are told apart by machine.
+another, so all rows count for accuracy; seconds are told apart by machine, and count only of
+rows that had all cores (--threads 1 trains two seeds side by side, for their accuracy).
 """
 
 from __future__ import annotations
@@ -95,14 +96,21 @@ def table(rows: list[dict[str, str]], race: Race) -> None:
         cells.append(", ".join(str(t) for t in race.thresholds if worst >= t) or "none")
         places = []
         for where in sorted({row["machine"] for row in mine}):
-            here = [row for row in mine if row["machine"] == where]
+            here = timed(mine, where)
+            if not here:
+                continue
             said = [spread(here, "train_seconds", 1)]
             for dear_one in race.dear:
-                dear = [row for row in recipes.get(dear_one, []) if row["machine"] == where]
+                dear = timed(recipes.get(dear_one, []), where)
                 ratio = mean(here, "train_seconds") / mean(dear, "train_seconds") if dear else None
                 said.append("–" if ratio is None else f"{ratio:.3f}")
             places.append(f"{', '.join(said)} (n = {len(here)}, {where})")
-        print(f"| {' | '.join([*cells, '; '.join(places)])} |")
+        print(f"| {' | '.join([*cells, '; '.join(places) or '–'])} |")
+
+
+def timed(rows: list[dict[str, str]], where: str) -> list[dict[str, str]]:
+    """Return the rows of a kind of machine whose seconds count: those that had all its cores."""
+    return [r for r in rows if r["machine"] == where and where.endswith(f", {r['threads']} cores")]
 
 
 def name_of(row: dict[str, str]) -> str:

@@ -15,6 +15,7 @@ from surestep.data import Batches, as_images
 from surestep.devices import has_bf16
 from surestep.errors import UserError
 from surestep.training import Engine, WeightAverage, loop, make_optimizer, make_step
+from surestep.training.memory import Frugal
 from surestep.training.schedules import learning_rate
 
 WEIGHTS = [nn.Parameter(torch.ones(2))]
@@ -249,17 +250,27 @@ def test_the_optimizer_steps_once_and_gradients_do_not_add_up(tiny):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("method", methods.names())
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_step_waits_for_the_device_nowhere(tiny, monkeypatch, method, optimizer):
+PARTS = ("awp", "fp16", "in parts")
+"""What a step may have beside the clipping and the average, which all of these have."""
+
+
+@pytest.mark.parametrize(
+    ("method", "optimizer", "part"),
+    [
+        *((method, name, "") for method in methods.names() for name in ("sgd", "adamw")),
+        *((method, "sgd", part) for method in ("sat-r1", "free", "pgd") for part in PARTS),
+    ],
+)
+def test_a_step_waits_for_the_device_nowhere(tiny, monkeypatch, method, optimizer, part):
     model = tiny.net().train()
     step = make_step(
-        model,
+        Frugal(model, 2) if part == "in parts" else model,
         tiny.method(method),
         make_optimizer(optimizer, model.parameters(), lr=0.1),
-        FAST16,
+        Engine(torch.float16) if part == "fp16" else FAST16,
         clip_grad=1.0,
         average=WeightAverage(model, 0.9),
+        awp=0.01 if part == "awp" else None,
     )
     batch = (*tiny.data(), torch.arange(64))
     step(*batch)  # the first batch is checked

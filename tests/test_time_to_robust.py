@@ -20,7 +20,9 @@ def test_every_recipe_is_a_run_that_can_be_made(name):
     assert set(race.RACES[name].dear) <= set(race.RACES[name].recipes)
 
 
-def line(method, seed, worst, seconds, machine="one", recipe="mnist-speed", epochs="2", threads="2"):
+def line(
+    method, seed, worst, seconds, machine="one", recipe="mnist-speed", epochs="2", threads="2"
+):
     return {
         **{"method": method, "recipe": recipe, "epochs": epochs, "seed": str(seed)},
         **{"clean": "0.9", "fgsm": "0.8", "worst_case": str(worst)},
@@ -45,7 +47,9 @@ def test_accuracy_is_of_all_machines_and_seconds_are_of_each(capsys):
     assert said[0].startswith(
         "| sat-r2/mnist-speed | 2 | 3 | 90.0 ± 0.0 | 80.0 ± 0.0 | 87.0 ± 2.6 | 80, 85 | "
     )
-    assert said[0].endswith("20.0 ± 14.1, 0.200, 0.100 (n = 2, one, 2 cores); 70.0, –, – (n = 1, two, 2 cores) |")
+    assert said[0].endswith(
+        "20.0 ± 14.1, 0.200, 0.100 (n = 2, one, 2 cores); 70.0, –, – (n = 1, two, 2 cores) |"
+    )
     assert said[1].endswith("| 80, 85, 90 | 200.0, 2.000, 1.000 (n = 1, one, 2 cores) |")
     assert said[2].startswith("| pgd/mnist-speed/1.25 | 1.25 | 1 |")
     assert len(said) == 3

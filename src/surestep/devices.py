@@ -151,6 +151,11 @@ def autocasts(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
+def in_fp16(device: torch.device) -> bool:
+    """Tell whether passes run in float16, which has no number between 0 and 6e-8."""
+    return autocasts(device) and torch.get_autocast_dtype(device.type) == torch.float16
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Return the context in which a device computes in the types of the tensors."""
     return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()

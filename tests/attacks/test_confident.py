@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from surestep import L2, Linf, attacks
-from surestep.attacks.core import attacking, input_gradient
+from surestep.attacks.core import NoGradient, attacking, input_gradient
+from surestep.attacks.losses import cross_entropy
 
 
 @pytest.fixture(params=[1e3, 1e4])
@@ -61,3 +62,64 @@ def test_pgd_is_as_strong_as_on_the_unscaled_network(confident):
 
     assert accuracy(net, "ce") == pytest.approx(accuracy(net.inner, "margin"), abs=0.02)
     assert accuracy(net, "ce") < 0.9
+
+
+@pytest.fixture
+def sure():
+    """Return a network so sure that only float32 has its losses' gradients, images, labels."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    x = torch.rand(24, 1, 4, 4)
+    y = net(x).argmax(1)
+    shift = 20 * torch.eye(4)
+
+    class Sure(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.labels = net, y
+
+        def forward(self, x):
+            return self.inner(x) + shift[self.labels]
+
+    return Sure(), x, y
+
+
+def divergence(logits, y):
+    """Return KL from the outputs that were there before, as TRADES climbs it."""
+    before = (logits.detach() + 1e-3 * torch.arange(4)).log_softmax(1)
+    return (before.exp() * (before - logits.log_softmax(1))).sum(1)
+
+
+@pytest.mark.parametrize("objective", [cross_entropy, divergence])
+@pytest.mark.parametrize("train_mode", [False, True])
+def test_fp16_has_the_gradient_of_a_sure_image(sure, objective, train_mode):
+    net, x, y = sure
+    net.train(train_mode)
+    exact, _, _ = input_gradient(net, x, y, objective)
+    with torch.autocast("cpu", torch.float16):
+        ours, _, _ = input_gradient(net, x, y, objective)
+        leaf = x.clone().requires_grad_()
+        (naive,) = torch.autograd.grad(objective(net(leaf).float(), y).sum(), leaf)
+    assert float((naive == 0).double().mean()) > 0.5, "what this is about"
+    assert ours.dtype == torch.float32
+    # In train mode one factor serves all images: those that pull far less than others get less.
+    rows = exact.flatten(1).abs().amax(1)
+    told = rows > (1e-2 * rows.max() if train_mode else 0)
+    assert int(told.sum()) > 3
+    error = (ours - exact)[told].flatten(1).norm(dim=1) / exact[told].flatten(1).norm(dim=1)
+    assert float(error.max()) < 0.02
+
+
+def test_fp16_still_says_that_there_is_no_gradient(sure):
+    net, x, y = sure
+
+    class Detached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(4))
+
+        def forward(self, x):
+            return net(x.detach()) + self.bias
+
+    with torch.autocast("cpu", torch.float16), pytest.raises(NoGradient):
+        input_gradient(Detached(), x, y)

@@ -621,6 +621,12 @@ def test_what_decides_is_float32_whatever_the_caller_computes_in():
     assert found.clean_accuracy == found.worst_case_accuracy == 1
 
 
+@pytest.mark.parametrize("name", ["clean", "worst case"])
+def test_an_attack_may_not_be_called_what_it_is_held_against(net, images, name):
+    with pytest.raises(UserError, match=f"'{name}' is what is found without attacks"):
+        evaluate(net, images, THREAT, {name: Attack(keep)})
+
+
 def keep(model, x, y):
     return x
 

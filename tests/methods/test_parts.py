@@ -105,6 +105,13 @@ def test_dropout_wants_activations_that_are_modules():
         methods.get("sads")(Linf(0.1))(Functional(), torch.rand(2, 4), torch.tensor([0, 1]))
 
 
+def test_dropout_is_refused_where_a_part_is_compiled(make_task):
+    task = make_task("conv")
+    next(m for m in task.net.modules() if isinstance(m, nn.Conv2d)).compile(backend="eager")
+    with pytest.raises(UserError, match=r"dropout 0\.4 changes at each step.*torch\.compile"):
+        methods.get("sads")(Linf(0.1))(task.net, task.x, task.y)
+
+
 FOLLOW = ("eat", "gat", "nuat", "liet", "fgsm-mep", "tdat", "converge-smooth", "sads")
 
 

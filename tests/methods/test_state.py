@@ -562,7 +562,7 @@ def test_free_forgets_a_gradient_that_overflowed(make_task):
     for bad in (float("nan"), float("inf")):
         result = method(copy.deepcopy(task.net), task.x, task.y)
         result.loss.backward()
-        method._pending[1].grad[0] = bad
+        method._pending[2].grad[0] = bad
     result = method(copy.deepcopy(task.net), task.x, task.y)
     assert bool(result.x_adv.isfinite().all())
 

@@ -15,6 +15,7 @@ from surestep.data import Batches, as_images
 from surestep.devices import has_bf16
 from surestep.errors import UserError
 from surestep.training import Engine, WeightAverage, loop, make_optimizer, make_step
+from surestep.training import engine as engine_room
 from surestep.training.memory import Frugal
 from surestep.training.schedules import learning_rate
 
@@ -448,3 +449,28 @@ def test_a_model_that_views_is_trained_contiguous(engine, kind, monkeypatch):
     other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
     placed = Engine.choose("fast")
     assert placed.suited(placed.place(other), torch.Size([3, 8, 8])) == placed
+
+
+@pytest.mark.parametrize(
+    ("takes", "asked"),
+    [
+        (lambda size: True, [(-3, 1 << 30), (-1, (1 << 31) - 1)]),
+        (lambda size: size <= 32 << 20, [(-3, 1 << 30), (-3, 32 << 20), (-1, (1 << 31) - 1)]),
+        (lambda size: False, [(-3, 1 << 30), (-3, 32 << 20)]),
+    ],
+)
+def test_freed_memory_is_kept_as_far_as_the_c_library_lets_it(monkeypatch, takes, asked):
+    """An older glibc refuses more than 32 MiB."""
+    calls = []
+
+    class Libc:
+        gnu_get_libc_version = None
+
+        def mallopt(self, option, value):
+            calls.append((option, value))
+            return int(option == -1 or takes(value))
+
+    monkeypatch.setattr(engine_room.sys, "platform", "linux")
+    monkeypatch.setattr(engine_room.ctypes, "CDLL", lambda _: Libc())
+    engine_room.keep_freed_memory.__wrapped__()
+    assert calls == asked

@@ -679,7 +679,11 @@ class TestRunFolders:
         with pytest.raises(UserError, match="cannot make the run folder"):
             tiny.train(out=tmp_path / "file" / "run")
 
-    def test_a_full_disk(self, tiny, stopping, tmp_path, monkeypatch):
+    @pytest.mark.parametrize(
+        ("last", "said"),
+        [(7, r"no space left.*step-00000010.*--resume"), (8, r"no space left.*model.safetensors")],
+    )
+    def test_a_full_disk(self, tiny, tmp_path, monkeypatch, last, said):
         whole, out = tmp_path / "whole", tmp_path / "run"
         tiny.train(out=whole)
         replace, writes = os.replace, 0
@@ -687,13 +691,13 @@ class TestRunFolders:
         def full(*args: Any) -> None:
             nonlocal writes
             writes += 1
-            if writes == 8:  # config, environment; metrics, weights, checkpoint of each epoch
+            if writes == last:  # config, environment; metrics, checkpoint, weights of each epoch
                 raise OSError(28, "No space left on device")
             replace(*args)
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", full)
-            with pytest.raises(UserError, match=r"no space left.*step-00000010.*--resume"):
+            with pytest.raises(UserError, match=said):
                 tiny.train(out=out)
         assert not list(out.rglob(".*"))
         tiny.train(out=out, resume=True)
@@ -1214,7 +1218,8 @@ def test_a_launchers_precision_is_not_followed(tiny, monkeypatch):
     monkeypatch.setattr(_fit.AcceleratorState, "_shared_state", {})
     tiny.train(epochs=0.4)
     tiny.train(epochs=0.4)  # now there is one, which may be the user's
-    assert asked == [{"mixed_precision": "no", "dynamo_backend": "no", "cpu": True}, {"cpu": True}]
+    alone = {"cpu": False}
+    assert asked == [{"mixed_precision": "no", "dynamo_backend": "no", **alone}, alone]
 
 
 def test_an_accelerator_of_the_users_changes_nothing(tiny, monkeypatch):
@@ -1588,3 +1593,43 @@ def test_a_model_that_cannot_be_copied(tiny):
     tiny.train("fgsm", model=net, engine="auto", epochs=20)
     with pytest.raises(UserError, match=r"it cannot be copied .*: leave ema and swa out"):
         tiny.train("fgsm", model=net, ema=0.9)
+
+
+def test_layers_that_the_user_put_in_eval_mode_stay_there(tiny):
+    """As in fine-tuning; of a model in eval mode as a whole, which was loaded, nothing does."""
+    frozen, whole = tiny.net().train(), tiny.net().eval()
+    frozen[1].eval()
+    before = frozen[1].running_mean.clone()
+    tiny.train("sat-r2", model=frozen, epochs=0.4, val_images=0)
+    tiny.train("sat-r2", model=whole, epochs=0.4, val_images=0)
+    assert torch.equal(frozen[1].running_mean, before)
+    assert not torch.equal(whole[1].running_mean, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_a_loaders_labels_are_whole_numbers_of_any_kind(tiny, dtype):
+    x, y = tiny.data()
+    results = []
+    for labels in (y, y.to(dtype)):
+        pairs = DataLoader(TensorDataset(x, labels), 10)
+        results.append(tiny.train(data=pairs, validation=pairs, epochs=1))
+    assert tiny.same_weights(*(result.model for result in results))
+
+
+def test_a_wrapped_model_is_refused(tiny):
+    class Wrapped(nn.parallel.DistributedDataParallel):
+        def __init__(self, module: nn.Module) -> None:
+            nn.Module.__init__(self)
+            self.module = module
+
+    for model in (Wrapped(tiny.net()), torch.compile(Wrapped(tiny.net()), backend="eager")):
+        with pytest.raises(UserError, match=r"DistributedDataParallel: give the module inside"):
+            tiny.train(model=model)
+
+
+def test_frees_step_is_of_the_radius_that_its_batch_had(tiny, tmp_path):
+    """A checkpoint takes it before the radius grows, a run without one after that."""
+    settings = {"eps_warmup": 1.5, "val_images": 0}
+    plain = tiny.train("free", **settings)
+    kept = tiny.train("free", out=tmp_path / "run", checkpoint_every=1, **settings)
+    assert tiny.same_weights(plain.model, kept.model)

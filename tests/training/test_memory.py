@@ -12,8 +12,14 @@ from torch import Tensor, nn
 
 from surestep import UserError, methods, models
 from surestep.threat import Linf
-from surestep.training import Engine, preparing
-from surestep.training.memory import Frugal, fit_into, kept_bytes, repeated_blocks
+from surestep.training import Engine, preparing, validating
+from surestep.training.memory import (
+    Frugal,
+    fit_into,
+    kept_bytes,
+    repeated_blocks,
+    uses_batch_statistics,
+)
 
 PLAIN = Engine()
 SHAPE = torch.Size([3, 16, 16])
@@ -151,6 +157,22 @@ def test_repeated_blocks_of_the_registered_models():
         assert len(repeated_blocks(model)) == count, name
 
 
+def test_batch_norm_without_running_statistics_uses_the_batchs_in_eval_mode_too():
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False)).eval()
+    assert uses_batch_statistics(net)
+    assert not uses_batch_statistics(nn.Sequential(nn.BatchNorm1d(4)).eval())
+
+
+def test_a_forward_that_was_set_on_a_block_is_there_afterwards():
+    net = resnet()
+    block = repeated_blocks(net)[0]
+    own = type(block).forward.__get__(block)
+    block.forward = own
+    Frugal(net, 2)(batch()[0])
+    assert block.__dict__["forward"] is own
+    assert all("forward" not in b.__dict__ for b in repeated_blocks(net)[1:])
+
+
 class TestTraining:
     def test_weights_are_those_of_the_unlimited_run(self, tiny, tmp_path, monkeypatch):
         def frugal(model, *_):
@@ -163,6 +185,31 @@ class TestTraining:
         for ours, theirs in zip(free.model.parameters(), tight.model.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
         assert tiny.rows(tmp_path / "tight")[-1].keys() == tiny.rows(tmp_path / "free")[-1].keys()
+
+    @pytest.mark.parametrize(("parts", "expected"), [(True, 3), (False, 20)])
+    def test_validation_attacks_no_more_images_than_fit(self, tiny, monkeypatch, parts, expected):
+        """In parts of three; unlimited as many as SAT-R2's update, twice the batch of ten."""
+        sizes, evaluate = [], validating.evaluate
+
+        def noting(*args, batch_size, **options):
+            sizes.append(batch_size)
+            return evaluate(*args, batch_size=batch_size, **options)
+
+        monkeypatch.setattr(validating, "evaluate", noting)
+        monkeypatch.setattr(
+            preparing, "fit_into", lambda model, *_: Frugal(model, 3) if parts else model
+        )
+        tiny.train("sat-r2", epochs=1, max_memory=1.0)
+        assert sizes == [expected]
+
+    def test_what_a_method_remembers_is_said_where_memory_is_short(self, tiny, monkeypatch):
+        def full(*_):
+            raise MemoryError
+
+        monkeypatch.setattr(methods.get("fgsm-mep"), "craft", full)
+        said = r"keeps a perturbation for each of 58 images, .* GiB or more"
+        with pytest.raises(UserError, match=said):
+            tiny.train("fgsm-mep")
 
     @pytest.mark.parametrize(
         "error",

@@ -7,8 +7,10 @@ import copy
 import pytest
 import torch
 import yaml
+from torch import nn
 
 from surestep import UserError, methods
+from surestep.config import FitSettings
 from surestep.training import picking, preparing
 from surestep.training.picking import Pick, pick_engine
 
@@ -135,6 +137,14 @@ class TestTraining:
 
         monkeypatch.setattr(preparing, "MIN_STEPS", 1)
         monkeypatch.setattr(preparing, "pick_engine", choose)
+
+    def test_batch_norm_over_all_processes_is_not_tried(self, tiny):
+        """Its passes would wait for processes that are waiting for the pick."""
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(tiny.net())
+        assert isinstance(net[1], nn.SyncBatchNorm)
+        config = FitSettings(engine="auto")
+        assert preparing._pick(net, tiny.method("sat-r2"), SHAPE, 10, config, None) is None
+        assert not self.picks
 
     def test_the_pick_is_used_said_and_written_down(self, tiny, tmp_path, capsys):
         tiny.train("sat-r2", engine="auto", out=tmp_path / "run", quiet=False)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from surestep.attacks.losses import Objective, log_odds, margin
-from surestep.devices import exact, rounding
+from surestep.devices import exact, in_fp16, rounding
 from surestep.errors import UserError
 from surestep.threat import ThreatModel, per_sample
 
@@ -88,12 +88,10 @@ def interpreted(model: nn.Module) -> Iterator[None]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside a DistributedDataParallel one."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """Return the module inside a DistributedDataParallel one, which may be compiled.
 
-
-def alone(model: nn.Module) -> nn.Module:
-    """Return a model whose passes wait for no other process, though DDP be around or inside it."""
+    Its passes wait for no other process.
+    """
     inner = uncompiled(model)
     return inner.module if isinstance(inner, DistributedDataParallel) else model
 
@@ -281,13 +279,32 @@ def input_gradient(
         values = objective(logits, y)
         grad = None
         if values.requires_grad:
-            (grad,) = torch.autograd.grad(values.sum(), x, allow_unused=True)
+            differentiate = _gradient_by_fp16 if in_fp16(x.device) else _gradient
+            grad = differentiate(model, x, logits, values)
         if grad is None:
             raise NoGradient(
                 "the model's output has no gradient with respect to its input (a detach() or "
                 "no_grad() in its forward?): gradient attacks and adversarial training need one"
             )
     return grad, values.detach(), logits.detach()
+
+
+def _gradient(model: nn.Module, x: Tensor, logits: Tensor, values: Tensor) -> Tensor | None:
+    return torch.autograd.grad(values.sum(), x, allow_unused=True)[0]
+
+
+def _gradient_by_fp16(model: nn.Module, x: Tensor, logits: Tensor, values: Tensor) -> Tensor | None:
+    """Return the gradient by way of the logits', which is brought to a size that fp16 has.
+
+    That of a sure image's divergence, or of its cross entropy, is 0 there otherwise, and the image
+    would not be attacked. In train mode images depend on each other: one factor for all of them.
+    """
+    (pull,) = torch.autograd.grad(values.sum(), logits, retain_graph=True)
+    size = pull.abs().amax(1, keepdim=True)
+    size = size.amax(0, keepdim=True).expand_as(size) if model.training else size
+    size = torch.where(size > 0, size, 1)
+    (grad,) = torch.autograd.grad(logits, x, pull / size, allow_unused=True)
+    return None if grad is None else grad * per_sample(size.squeeze(1), grad)
 
 
 def l1_unit(grad: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from surestep.attacks.core import (
-    alone,
     attacking,
     check_inputs,
     check_labels,
@@ -26,6 +25,7 @@ from surestep.attacks.core import (
     interpreted,
     share_of,
     uncompiled,
+    unwrapped,
 )
 from surestep.attacks.losses import log_odds
 from surestep.auditing._subject import Subject
@@ -144,7 +144,7 @@ def audit(
     if threat.eps == 0:
         raise UserError("eps 0: no image may change, so there is nothing to audit; give a radius")
     # One process judges: the others must not be waited for.
-    adapted = Adapted(uncompiled(alone(model)), preprocess)
+    adapted = Adapted(uncompiled(unwrapped(model)), preprocess)
     device = device_of(model)
     advice = f"lower batch_size ({batch_size})"
     with (

@@ -16,7 +16,7 @@ from surestep.errors import UserError
 
 
 def as_pair(batch: Any) -> tuple[Tensor, Tensor]:
-    """Return a DataLoader's batch as ``(x, y)``.
+    """Return a DataLoader's batch as ``(x, y)``, with labels of any whole numbers as int64.
 
     Raises:
         UserError: it is not a pair of tensors.
@@ -33,7 +33,8 @@ def as_pair(batch: Any) -> tuple[Tensor, Tensor]:
             "collate_fn that returns one"
         )
     x, y = batch
-    return x, y
+    whole = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+    return x, y.long() if whole else y
 
 
 def as_pixels(x: Tensor, bounds: tuple[float, float]) -> Tensor:

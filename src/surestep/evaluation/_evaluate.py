@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from surestep.activations import with_a_way_through
 from surestep.attacks.core import (
-    alone,
     attacking,
     check_inputs,
     device_of,
@@ -27,6 +26,7 @@ from surestep.attacks.core import (
     misclassified,
     round_up,
     share_of,
+    unwrapped,
 )
 from surestep.data import Batches, Images, as_images, as_pair, as_pixels, some
 from surestep.devices import autocast, exact, memory_for
@@ -156,6 +156,8 @@ def evaluate(
     """
     check_threat(threat)
     attacks = [attacks] if isinstance(attacks, str) else attacks
+    if isinstance(attacks, Mapping) and (taken := {"clean", "worst case"} & set(attacks)):
+        raise UserError(f"{min(taken)!r} is what is found without attacks, and of all: rename it")
     if isinstance(attacks, Mapping) and eps:
         raise UserError("eps takes attacks by name: an Attack is made for one radius")
     names = suite.budget(budget) if attacks is None else attacks
@@ -164,7 +166,7 @@ def evaluate(
     radii = [threat.with_eps(e) for e in eps]
     device, start = device_of(model), time.perf_counter()
     # One process judges: the others must not be waited for.
-    judged = Adapted(alone(model), preprocess)
+    judged = Adapted(unwrapped(model), preprocess)
     advice = f"lower batch_size ({batch_size})"
     if "transfer" in names and not isinstance(names, Mapping) and not sources:
         with forked_rng(device), memory_for("the substitute", advice):

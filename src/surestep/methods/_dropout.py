@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.activations import activations
+from surestep.attacks.core import compiled
 from surestep.errors import UserError
 
 
@@ -19,7 +20,7 @@ def dropping(model: nn.Module, p: float) -> Iterator[None]:
     SADS (Vivek & Babu 2020, arXiv 2004.08628) puts such a layer after each non-linearity.
 
     Raises:
-        UserError: the model has no activations that are modules.
+        UserError: the model has no activations that are modules, or is compiled.
     """
     if not p:
         yield
@@ -28,6 +29,11 @@ def dropping(model: nn.Module, p: float) -> Iterator[None]:
     def drop(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return F.dropout(output, p, module.training)
 
+    if compiled(model):
+        raise UserError(
+            f"dropout {p:g} changes at each step, which what torch.compile has made of the model, "
+            "or of a part of it, does not follow: leave one of them out"
+        )
     layers = activations(model).values()
     if not layers:
         raise UserError(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from surestep import processes
 from surestep.attacks.core import attacking, input_gradient, l1_unit
+from surestep.devices import without_autocast
 from surestep.methods._base import Cost, Method, Terms, Update, of_eps, one_hot, register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.methods.fgsm_mep import pairing
@@ -60,7 +61,8 @@ class FGSMUAP(Method):
         x_adv = threat.ascend(start, grad, threat.eps, x)
         # The mean gradient of each group, over all processes; a group without images keeps still.
         member = one_hot(group, groups).to(x.dtype)
-        total = processes.mean(torch.einsum("ng,n...->g...", member, l1_unit(grad)))
+        with without_autocast(x.device):  # a pixel's part of a unit is nothing in fp16
+            total = processes.mean(torch.einsum("ng,n...->g...", member, l1_unit(grad)))
         count = per_sample(processes.mean(member.sum(0)), x)
         present = count > 0
         m = torch.where(present, total / torch.where(present, count, 1) + self.decay * m, m)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from surestep import processes
 from surestep.methods._base import Cost, Method, Update, register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
+from surestep.threat import ThreatModel
 
 
 @register("free")
@@ -38,7 +39,7 @@ class Free(Method):
         """Check the replays."""
         self.require(self.replays >= 1, "replays", ">= 1")
         self._delta: Tensor | None = None
-        self._pending: tuple[Tensor, Tensor] | None = None
+        self._pending: tuple[ThreatModel, Tensor, Tensor] | None = None
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Add the perturbation as it is; its step is taken when the loop's backward has run."""
@@ -48,19 +49,19 @@ class Free(Method):
             rows = torch.arange(len(x), device=x.device) % len(delta)
             delta = delta[rows] if delta.shape[1:] == x.shape[1:] else torch.zeros_like(x)
         points = self.threat.project(x + delta, x).requires_grad_()
-        self._pending = x, points
+        self._pending = self.threat, x, points
         return Update(points, self.plain_loss(y))
 
     def _advance(self) -> None:
         """Step along the gradient that the last backward left on the points."""
         if self._pending is None:
             return
-        (x, points), self._pending = self._pending, None
+        (threat, x, points), self._pending = self._pending, None
         moved = points.detach()
         if points.grad is not None:
             # fp16's scaled gradients may overflow, which must not stay in the perturbation.
             grad = points.grad.nan_to_num(0.0, 0.0, 0.0)
-            moved = self.threat.ascend(moved, grad, self.threat.eps, x)
+            moved = threat.ascend(moved, grad, threat.eps, x)
         self._delta = moved - x
 
     def cost(self, batch_size: int) -> Cost:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from surestep.attacks.core import compiled_whole
+from surestep.attacks.core import compiled_whole, unwrapped
 from surestep.config import FitSettings, parse
 from surestep.devices import pick_device
 from surestep.errors import UserError
@@ -108,6 +109,8 @@ def fit(
             f"{method!r} is not a method: give one such as "
             "surestep.methods.get('sat-r2')(surestep.Linf(0.3))"
         )
+    if unwrapped(model) is not model:
+        raise UserError("the model is wrapped in DistributedDataParallel: give the module inside")
     config = parse(FitSettings, settings)
     if compiled_whole(model):
         config = config.model_copy(update={"compile": True})
@@ -174,8 +177,10 @@ def fit(
 
 
 def _accelerator(device: torch.device, run: RunFolder | None, *, tensorboard: bool) -> Accelerator:
-    # On a machine without accelerators, several processes find each other only when told cpu.
-    options: dict[str, Any] = {"cpu": device.type == "cpu"}
+    # On a machine without accelerators, several processes find each other only when told cpu. One
+    # process alone is told where to run with each run, and may train on a GPU and then on the CPU.
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    options: dict[str, Any] = {"cpu": several and device.type == "cpu"}
     if not AcceleratorState._shared_state:
         # What a launcher's configuration says of precision and compilation is not to be followed.
         # Where the process has an Accelerator already, there is no other to be had.

@@ -155,8 +155,11 @@ def keep_freed_memory() -> None:
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(m_mmap_threshold, 1 << 30)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return
+    # Up to 2.34 glibc takes no more than 32 MiB; what it refuses changes nothing, and to set the
+    # other alone would keep the threshold from growing by itself.
+    if any(libc.mallopt(m_mmap_threshold, size) for size in (1 << 30, 32 << 20)):
         libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
 

@@ -58,7 +58,9 @@ class Frugal(nn.Module):
 
 def uses_batch_statistics(model: nn.Module) -> bool:
     """Tell whether the images of a pass, in the model's present mode, depend on each other."""
-    return any(m.training for m in model.modules() if isinstance(m, _BatchNorm))
+    norms = (m for m in model.modules() if isinstance(m, _BatchNorm))
+    # Without running statistics it takes the batch's in eval mode, too.
+    return any(m.training or m.running_mean is None for m in norms)
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -80,6 +82,7 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 @contextmanager
 def _recomputed(blocks: list[nn.Module]) -> Iterator[None]:
     """Let each block keep its input only."""
+    own = [block.__dict__.get("forward") for block in blocks]
     for block in blocks:
         block.forward = functools.partial(
             checkpoint,
@@ -90,8 +93,10 @@ def _recomputed(blocks: list[nn.Module]) -> Iterator[None]:
     try:
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, own, strict=True):
             del block.forward
+            if forward is not None:  # somebody had set it on the instance
+                block.forward = forward
 
 
 def _second_time(

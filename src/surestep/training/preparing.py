@@ -35,10 +35,13 @@ from surestep.methods._dropout import dropping
 from surestep.threat import ThreatModel
 from surestep.training.averaging import WeightAverage
 from surestep.training.engine import Engine, TrainStep, make_optimizer, make_step
-from surestep.training.memory import fit_into
+from surestep.training.memory import Frugal, fit_into
 from surestep.training.picking import MIN_STEPS, Pick, pick_engine
 from surestep.training.randomness import seed_everything
 from surestep.training.source import Replayed, Source, first_of, make_source, split
+
+MOST = 500
+"""Most images that validation attacks at a time."""
 
 
 @dataclass(frozen=True)
@@ -49,18 +52,22 @@ class Guard:
         model: the network, whose parameters a line may name.
         size: how the user gave the number of images of a step.
         limit: of memory in GiB, if one was given.
+        more: what else takes memory, in words.
     """
 
     model: nn.Module
     size: str
     limit: float | None
+    more: str = ""
 
     @contextmanager
     def __call__(self, where: str, images: int) -> Iterator[None]:
         """Explain what fails meanwhile, in ``where`` of so many images."""
         less = f"max_memory ({self.limit:g})" if self.limit else "set max_memory, in GiB"
         try:
-            with memory_for(f"{where}, of {images} images", f"lower {self.size}, or {less}"):
+            with memory_for(
+                f"{where}, of {images} images", f"lower {self.size}, or {less}{self.more}"
+            ):
                 yield
         except RuntimeError as e:
             # Known by its module: importing the compiler takes seconds.
@@ -95,6 +102,7 @@ class Job:
         signature: what the weights are to say of the data, where that is known.
         total: steps of the whole run.
         share: images of a step, of this process.
+        judged_at_once: images that validation attacks at a time: what fits in training fits there.
         guard: explains what fails in a step.
         pick: what the trial of engines found, if there was one.
         engine: how a step is computed.
@@ -116,6 +124,7 @@ class Job:
     signature: files.Signature | None
     total: int
     share: int
+    judged_at_once: int
     guard: Guard
     pick: Pick | None
     engine: Engine
@@ -172,7 +181,9 @@ def prepare(
     total = _count_steps(source, method, config)
     share, size = _batch_of(train, config, accelerator)
     bare = uncompiled(model)
-    bare.to(device).train()
+    bare.to(device)
+    if not bare.training:  # one that is keeps the layers that the user has put in eval mode
+        bare.train()
     # What cannot be trained must not be found out when an old run has made room for it.
     with dropping(bare, method.dropout):
         pass
@@ -181,7 +192,7 @@ def prepare(
         # A Dataset's as validation takes them.
         judged = bare if isinstance(held_out, Images) else Adapted(bare)
         _look_at(held_out, judged, method, device, unlabelled=False)
-    guard = Guard(bare, size, config.max_memory)
+    guard = Guard(bare, size, config.max_memory, _remembered(method, inside))
     pick = None
     # Where memory is short there is none for trials, and little to choose.
     if (
@@ -209,12 +220,14 @@ def prepare(
         momentum=config.momentum,
         weight_decay=config.weight_decay,
     )
-    stepped = bare
+    stepped, judged_at_once = bare, min(MOST, method.peak_images(share))
     if config.compile:
         # The step's network alone: batches of validation shrink, and each size is compiled.
         stepped = model if compiled_whole(model) else cast(nn.Module, torch.compile(bare))
     if config.max_memory:
         stepped = _in_parts(bare, method, engine, shape, share, config.max_memory)
+        if isinstance(stepped, Frugal):
+            judged_at_once = min(judged_at_once, stepped.images)
     if accelerator.num_processes > 1:
         # Alone it would only add autocast that it was told of.
         stepped = accelerator.prepare_model(stepped, device_placement=False)
@@ -232,6 +245,7 @@ def prepare(
         signature=None if inside is None else files.Signature(inside.classes, inside.image_shape),
         total=total,
         share=share,
+        judged_at_once=judged_at_once,
         guard=guard,
         pick=pick,
         engine=engine,
@@ -340,6 +354,17 @@ def _batch_of(train: Any, config: FitSettings, accelerator: Accelerator) -> tupl
     return share, f"batch_size ({config.batch_size})"
 
 
+def _remembered(method: Method, images: Images | None) -> str:
+    """Say what a method keeps of each image, which no smaller batch makes less."""
+    if images is None or not method.needs_index:
+        return ""
+    gibibytes = 4 * len(images) * math.prod(images.image_shape) / 2**30
+    return (
+        f"; {method.slug} keeps a perturbation for each of {len(images):,} images, "
+        f"{gibibytes:.2g} GiB or more"
+    )
+
+
 def _look_at(
     data: Any, model: nn.Module, method: Method, device: torch.device, *, unlabelled: bool
 ) -> torch.Size | None:
@@ -373,6 +398,8 @@ def _pick(
     accelerator: Accelerator,
 ) -> Pick | None:
     """Return the fastest engine, measured in the first process, for all."""
+    if any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
+        return None  # its passes wait for the other processes, which do not try
     picks: list[Pick | None] = [None]
     if accelerator.is_main_process:
         picks = [pick_engine(model, method, shape, share, config.precision)]

@@ -13,9 +13,6 @@ from surestep.evaluation import evaluate
 from surestep.training.preparing import Job
 from surestep.training.stopping import StopRequest
 
-MOST = 500
-"""Most images that validation attacks at a time."""
-
 COLLAPSE = 0.20
 """Fall of robust accuracy between two epochs that counts as collapse (Kim et al. 2021)."""
 
@@ -31,8 +28,7 @@ def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
         UserError: the images cannot be judged.
     """
     attacks = dict.fromkeys(("fgsm", *job.config.val_attacks))
-    # What fits in training fits here.
-    batch_size, asked = min(MOST, job.share), 0
+    batch_size, asked = job.judged_at_once, 0
     held_out, largest = _part_of(job.held_out, job.config.val_images)
 
     def ask(*_: object) -> None:

@@ -1435,6 +1435,27 @@ class TestLoaders:
             make_source(loader, world=2, **options)
         assert make_source(loader, world=1, **options).steps_per_epoch == 8
 
+    @pytest.mark.parametrize("kind", ["own", "own with a generator", "shuffle", "in order"])
+    def test_an_order_that_each_process_would_draw_for_itself_is_said(self, tiny, recwarn, kind):
+        class Own(torch.utils.data.Sampler):
+            def __iter__(self) -> Any:
+                return iter(torch.randperm(64).tolist())
+
+            def __len__(self) -> int:
+                return 64
+
+        pairs, sampler = TensorDataset(*tiny.data()), Own() if "own" in kind else None
+        if "generator" in kind:
+            sampler.generator = None
+        loader = DataLoader(pairs, 4, sampler=sampler, shuffle=kind == "shuffle" or None)
+        options = {"batch_size": 4, "seed": 0, "augmentation": "none", "rank": 0}
+        options |= {"device": torch.device("cpu"), "prepare": lambda loader: loader}
+        make_source(loader, world=1, **options)
+        make_source(loader, world=2, **options)
+        said = [str(w.message) for w in recwarn if "has no generator" in str(w.message)]
+        assert len(said) == (kind == "own")
+        assert all("DataLoader's Own has no generator" in one for one in said)
+
     def test_an_iterable_that_knows_its_length(self, tiny):
         x, y = tiny.data(40)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from torch.utils.data import (
     Dataset,
     DistributedSampler,
     IterableDataset,
+    SequentialSampler,
     Subset,
     default_collate,
 )
@@ -354,4 +356,19 @@ def make_source(
             "the DataLoader has a DistributedSampler, and its batches are shared out over the "
             "processes here: give one without"
         )
+    if world > 1:
+        _warn_of_an_order_of_its_own(data)
     return LoaderSource(prepare(data) if world > 1 else data, device, bounds, steps)
+
+
+def _warn_of_an_order_of_its_own(loader: DataLoader) -> None:
+    """Say where the processes, which take batches in turn, may not see the same order of them."""
+    sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
+    in_step = ("generator", "set_epoch")  # which Accelerate, and each epoch, set alike in all
+    if not isinstance(sampler, SequentialSampler) and not any(hasattr(sampler, n) for n in in_step):
+        warnings.warn(
+            f"the DataLoader's {type(sampler).__name__} has no generator: if it draws its order at "
+            "random, each process draws another, and images repeat or never come; give it an "
+            "attribute generator, a torch.Generator, and draw from that",
+            stacklevel=2,
+        )

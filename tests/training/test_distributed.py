@@ -20,7 +20,16 @@ from surestep.training import checkpoint
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = """
+REMEMBER = [
+    *("tdat", "free", "pap", "fgsm-mep", "fgsm-cuap", "fgsm-fuap", "fgsm-pco"),
+    *("elle-a", "converge-smooth", "liet", "iaat"),
+]
+"""What has a state of its own, of each kind."""
+SCRIPT = (
+    f"""
+REMEMBER = {REMEMBER}
+"""
+    + """
 import functools
 import importlib.util
 import os
@@ -76,7 +85,8 @@ with tiny.nothing_random():
     for method in tiny.methods.names():
         # Each rank begins with weights of its own: those of rank 0 must win.
         net = tiny.make_net(seed=rank, norm=False)
-        keep(method, train(tiny.make_method(method), model=net, augment="crop-flip", epochs=3))
+        made = tiny.make_method(method, **tiny.merged("APART").get(method, {}))
+        keep(method, train(made, model=net, augment="crop-flip", epochs=3))
 keep("average", train("fgsm", model=tiny.make_net(seed=rank, norm=False), ema=0.9))
 keep("augmented", train("fgsm", model=tiny.make_net(norm=False), augment="crop-flip"))
 preparing.fit_into, fit_into = lambda model, *_: Frugal(model, 2), preparing.fit_into
@@ -179,7 +189,7 @@ asked("asked-loader", loader, resume=True)
 drawing_nothing(out=place / "left-alone")
 asked("left", drawing_nothing, resume=False)
 asked("left-loader", loader, resume=False)
-for method in ("tdat", "free", "pap", "fgsm-mep"):
+for method in REMEMBER:
 
     def with_state(method=method, **where):
         return train(method, model=tiny.make_net(norm=False), checkpoint_every=2, **where)
@@ -223,6 +233,7 @@ TrainStep.__call__ = take
 # Left to the interpreter's end, the group's threads may abort a process that is done.
 PartialState().destroy_process_group()
 """
+)
 
 
 def torchrun(script: Path, *args: object) -> None:
@@ -326,9 +337,8 @@ def test_every_method_on_two_processes(tiny, place, slug):
     if reason := merged("COUPLED").get(slug):
         pytest.skip(f"one loss of the whole batch: {reason}")
     with tiny.nothing_random():
-        one = tiny.train(
-            tiny.method(slug), model=tiny.net(norm=False), augment="crop-flip", epochs=3
-        )
+        method = tiny.method(slug, **merged("APART").get(slug, {}))
+        one = tiny.train(method, model=tiny.net(norm=False), augment="crop-flip", epochs=3)
     initial = tiny.net(norm=False).state_dict()
     for key, value in one.model.state_dict().items():
         torch.testing.assert_close(both[0]["state"][key], value, rtol=0, atol=1e-4)
@@ -353,7 +363,7 @@ def test_resume_with_a_loader(place, tiny):
     assert tiny.weights(place / "resumed-loader-7") == tiny.weights(place / "resumed-loader")
 
 
-@pytest.mark.parametrize("slug", ["tdat", "free", "pap", "fgsm-mep"])
+@pytest.mark.parametrize("slug", REMEMBER)
 def test_resume_of_what_each_process_keeps_of_its_own(place, tiny, slug):
     name = f"resumed-{slug}"
     assert tiny.weights(place / f"{name}-4") == tiny.weights(place / name)

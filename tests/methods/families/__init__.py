@@ -12,6 +12,8 @@ A module may define
     PUBLISHED: (slug, preset, eps, model or None, the preset's parameters, some of its settings).
     REACH: slug -> how far beyond eps = 0.1 the method's x_adv may lie, with SMALL.
     TRAIN_PASSES: slug -> passes in train mode, where there are more than the update.
+    APART: slug -> parameters with which the loss of a batch is the mean of that of its halves,
+        where by default it is not.
     COUPLED: slug -> why the loss of a batch is not the mean of that of its halves.
     IN_PART: slugs that may leave a pixel as it is, by design.
     MAY_STAY: slugs that may leave an image as it is.

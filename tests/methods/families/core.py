@@ -350,7 +350,5 @@ REFUSED = [
 REACH = {"sat-r3": 0.03, "n-fgsm": 0.2}
 TRAIN_PASSES = {"rs-fgsm": 2, "n-fgsm": 2}
 DETERMINISTIC = ("standard", "fgsm", "sat-r1")
-COUPLED = {
-    "sat-r1": "the last image of each process's share is regularised",
-    "sat-r3": "the hinge is of the mean losses",
-}
+# By default R1's are the last images of each process's share, and R3's hinge is of mean losses.
+APART = {"sat-r1": {"fraction": 1.0}, "sat-r3": {"per_sample": True}}

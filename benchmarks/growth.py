@@ -153,33 +153,37 @@ def table(rows: list[dict[str, str]]) -> None:
 
 
 def plot(rows: list[dict[str, str]], path: Path) -> None:
-    """Draw time per image against each axis, logarithmic."""
+    """Draw time and memory against each axis, logarithmic."""
     import altair as alt
 
-    charts = []
     names = {"batch": "batch", "image": "size", "classes": "classes", "images": "images"}
-    for axis, column in names.items():
-        data = [
-            {
-                "x": float(r[column]),
-                "microseconds per image": float(r["us_per_image"]),
-                "network": f"{r['model']}, {r['size']} px",
-            }
-            for r in rows
-            if r["axis"] == axis
-        ]
-        if axis == "image":
-            data = [{**d, "network": "preactresnet10-slim"} for d in data]
-        charts.append(
-            alt.Chart(alt.Data(values=data), width=210, height=180)
-            .mark_line(point=True)
-            .encode(
-                x=alt.X("x:Q", scale=alt.Scale(type="log"), title=axis),
-                y=alt.Y("microseconds per image:Q", scale=alt.Scale(type="log")),
-                color=alt.Color("network:N", legend=alt.Legend(orient="bottom", columns=2)),
+    measured = {"us_per_image": "microseconds per image", "peak_mb": "MB of the process"}
+    lines = []
+    for column, title in measured.items():
+        charts = []
+        for axis, along in names.items():
+            data = [
+                {
+                    "x": float(r[along]),
+                    title: float(r[column]),
+                    "network": "preactresnet10-slim"
+                    if axis == "image"
+                    else f"{r['model']}, {r['size']} px",
+                }
+                for r in rows
+                if r["axis"] == axis
+            ]
+            charts.append(
+                alt.Chart(alt.Data(values=data), width=170, height=150)
+                .mark_line(point=True)
+                .encode(
+                    x=alt.X("x:Q", scale=alt.Scale(type="log"), title=axis),
+                    y=alt.Y(f"{title}:Q", scale=alt.Scale(type="log")),
+                    color=alt.Color("network:N", legend=alt.Legend(orient="bottom", columns=3)),
+                )
             )
-        )
-    alt.concat(*charts, columns=2).save(path)
+        lines.append(alt.hconcat(*charts))
+    alt.vconcat(*lines).save(path)
 
 
 def main() -> None:

@@ -18,17 +18,10 @@ from surestep.methods._base import (
     Progress,
     StepResult,
     Update,
-    build,
-    card,
-    get,
-    names,
     of_eps,
-    overview,
-    preset,
-    recipe_of,
     register,
-    settle,
 )
+from surestep.methods._registry import build, card, get, names, overview, preset, recipe_of, settle
 from surestep.methods.fgsm import FGSM
 from surestep.methods.n_fgsm import NFGSM
 from surestep.methods.pgd import PGD

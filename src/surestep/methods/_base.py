@@ -1,4 +1,4 @@
-"""What a method is, what it costs, and the registry.
+"""What a method is, what it costs, and how it gets its name.
 
 A method says, for a model and a batch, which images go through the one update pass and what is
 minimised there. It holds no training loop and does no I/O. Adding one means adding a file with a
@@ -10,12 +10,10 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
-from importlib import resources
+from dataclasses import MISSING, dataclass, field, fields
 from types import UnionType
 from typing import (
     Any,
@@ -36,12 +34,11 @@ from torch import Tensor, nn
 
 from surestep import processes
 from surestep.attacks.core import check_inputs, forward_logits
-from surestep.config import read_param
 from surestep.devices import drop_casts_without_gradients
-from surestep.errors import UserError, look_up, unknown_name
+from surestep.errors import UserError
 from surestep.methods._dropout import dropping
 from surestep.methods._memory import Draw
-from surestep.threat import Linf, ThreatModel
+from surestep.threat import ThreatModel
 from surestep.threat import check as check_threat
 
 P = ParamSpec("P")
@@ -403,6 +400,8 @@ class Method(ABC):
                 setattr(self, name, copy.deepcopy(value))
 
 
+PARTS = ("label_smoothing", "margin", "dropout")
+"""What every method has, whatever its mathematics."""
 _LEAST = {"lam": 0, "alpha": 0, "steps": 1}
 """Of hyperparameters whose names mean the same in every method: weight, length, number."""
 _WORDS = {
@@ -492,11 +491,13 @@ def _fits(value: Any, kinds: tuple[type, ...]) -> bool:
     return type(value) in kinds or (type(value) is int and float in kinds)
 
 
+def parameter_names(cls: type[Method]) -> list[str]:
+    """Return the names of a method's own hyperparameters: its fields but those of ``Method``."""
+    shared = {f.name for f in fields(Method)}
+    return [f.name for f in fields(cls) if f.name not in shared]
+
+
 METHODS: dict[str, type[Method]] = {}
-PARTS = ("label_smoothing", "margin", "dropout")
-"""What every method has, whatever its mathematics."""
-_SETTABLE = ("label_smoothing", "dropout")
-"""The parts that a run's settings may name; the margin is its head's."""
 
 
 def register(slug: str) -> Callable[[type[Method]], type[Method]]:
@@ -527,121 +528,3 @@ def register(slug: str) -> Callable[[type[Method]], type[Method]]:
         return cls
 
     return add
-
-
-def get(slug: str) -> type[Method]:
-    """Return the method class of a slug.
-
-    Example:
-        >>> method = get("sat-r3")(surestep.Linf(8 / 255), tau=0.6)
-
-    Raises:
-        UserError: there is no such method; names the nearest.
-    """
-    return look_up("method", slug, METHODS)
-
-
-def names() -> list[str]:
-    """Return the slugs of all methods."""
-    return sorted(METHODS)
-
-
-def overview(batch_size: int = 128) -> list[dict[str, Any]]:
-    """Return a row a method, the cheapest step first: name, summary, paper, passes, presets."""
-    rows = [
-        {
-            "name": slug,
-            "summary": cls.summary,
-            "paper": cls.paper,
-            "passes": cls(Linf(0.3)).cost(batch_size).total,
-            "presets": list(cls.presets),
-        }
-        for slug, cls in METHODS.items()
-    ]
-    return sorted(rows, key=lambda row: (row["passes"], row["name"]))
-
-
-def parameter_names(cls: type[Method]) -> list[str]:
-    """Return the names of a method's own hyperparameters: its fields but those of ``Method``."""
-    shared = {f.name for f in fields(Method)}
-    return [f.name for f in fields(cls) if f.name not in shared]
-
-
-def build(slug: str, threat: ThreatModel, params: Mapping[str, Any], **parts: float) -> Method:
-    """Build a method from its slug and parameters, as the command line does.
-
-    Args:
-        slug: of the method.
-        threat: norm, radius and data range.
-        params: the method's own, by name.
-        parts: what every method has: label_smoothing, margin, dropout.
-
-    Raises:
-        UserError: unknown method or parameter, or a value of the wrong type or range.
-    """
-    cls = get(slug)
-    known = parameter_names(cls)
-    for name in params:
-        if name not in known:
-            raise unknown_name(f"parameter of {slug}", name, known)
-    return cls(threat, **params, **parts)
-
-
-def build_written(text: str, threat: ThreatModel, **parts: float) -> Method:
-    """Build a method from one line: its slug, and settings if need be, as in "n-fgsm noise=1".
-
-    Raises:
-        UserError: it is no such line; as ``build``.
-    """
-    slug, *rest = text.split() or [""]
-    pairs = [setting.partition("=") for setting in rest]
-    try:
-        if not all(equals for _, equals, _ in pairs):
-            raise ValueError
-        params = {name: read_param(value) for name, _, value in pairs}
-    except ValueError:
-        raise UserError(
-            f"{text!r} is not a method with settings: write it as in 'n-fgsm noise=1'"
-        ) from None
-    return build(slug, threat, params, **parts)
-
-
-def settle(method: Method, settings: object) -> dict[str, float]:
-    """Give a method the parts that settings of a run name; return all that a run may name.
-
-    Args:
-        method: is changed.
-        settings: with attributes label_smoothing and dropout; None leaves the method's own.
-    """
-    for name in _SETTABLE:
-        if (value := getattr(settings, name)) is not None:
-            setattr(method, name, value)
-    return {name: getattr(method, name) for name in _SETTABLE}
-
-
-def preset(slug: str, name: str) -> Preset:
-    """Return a method's preset.
-
-    Raises:
-        UserError: the method has no preset of that name.
-    """
-    return look_up(f"preset of {slug}", name, get(slug).presets)
-
-
-def card(slug: str) -> str:
-    """Return the method's card as Markdown: ``cards/SLUG.md`` in the package of its file.
-
-    Raises:
-        UserError: there is no such method, or its package has no card of it.
-    """
-    module = sys.modules[get(slug).__module__]
-    package = module.__name__ if hasattr(module, "__path__") else module.__package__
-    try:
-        return (resources.files(package or "") / "cards" / f"{slug}.md").read_text("utf-8")
-    except FileNotFoundError as e:
-        raise UserError(f"the method {slug!r} has no card: {package}/cards/{slug}.md") from e
-
-
-def recipe_of(slug: str, name: str, **params: Any) -> Preset:
-    """Return another method's preset with a method's own parameters."""
-    return replace(preset(slug, name), params=params, source=f"as {name} of {slug}")

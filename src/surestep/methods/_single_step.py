@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from surestep.attacks.core import attacking, input_gradient
 from surestep.attacks.losses import log_odds
-from surestep.methods._base import METHODS, Cost, Method, Update, build_written
+from surestep.methods._base import METHODS, Cost, Method, Update
+from surestep.methods._registry import build_written
 
 
 class SingleStep(Method):

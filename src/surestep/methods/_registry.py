@@ -1,0 +1,129 @@
+"""The methods by their names: found, built, described."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import resources
+from typing import Any
+
+from surestep.config import read_param
+from surestep.errors import UserError, look_up, unknown_name
+from surestep.methods._base import METHODS, Method, Preset, parameter_names
+from surestep.threat import Linf, ThreatModel
+
+_SETTABLE = ("label_smoothing", "dropout")
+"""The parts that a run's settings may name; the margin is its head's."""
+
+
+def get(slug: str) -> type[Method]:
+    """Return the method class of a slug.
+
+    Example:
+        >>> method = get("sat-r3")(surestep.Linf(8 / 255), tau=0.6)
+
+    Raises:
+        UserError: there is no such method; names the nearest.
+    """
+    return look_up("method", slug, METHODS)
+
+
+def names() -> list[str]:
+    """Return the slugs of all methods."""
+    return sorted(METHODS)
+
+
+def overview(batch_size: int = 128) -> list[dict[str, Any]]:
+    """Return a row a method, the cheapest step first: name, summary, paper, passes, presets."""
+    rows = [
+        {
+            "name": slug,
+            "summary": cls.summary,
+            "paper": cls.paper,
+            "passes": cls(Linf(0.3)).cost(batch_size).total,
+            "presets": list(cls.presets),
+        }
+        for slug, cls in METHODS.items()
+    ]
+    return sorted(rows, key=lambda row: (row["passes"], row["name"]))
+
+
+def build(slug: str, threat: ThreatModel, params: Mapping[str, Any], **parts: float) -> Method:
+    """Build a method from its slug and parameters, as the command line does.
+
+    Args:
+        slug: of the method.
+        threat: norm, radius and data range.
+        params: the method's own, by name.
+        parts: what every method has: label_smoothing, margin, dropout.
+
+    Raises:
+        UserError: unknown method or parameter, or a value of the wrong type or range.
+    """
+    cls = get(slug)
+    known = parameter_names(cls)
+    for name in params:
+        if name not in known:
+            raise unknown_name(f"parameter of {slug}", name, known)
+    return cls(threat, **params, **parts)
+
+
+def build_written(text: str, threat: ThreatModel, **parts: float) -> Method:
+    """Build a method from one line: its slug, and settings if need be, as in "n-fgsm noise=1".
+
+    Raises:
+        UserError: it is no such line; as ``build``.
+    """
+    slug, *rest = text.split() or [""]
+    pairs = [setting.partition("=") for setting in rest]
+    try:
+        if not all(equals for _, equals, _ in pairs):
+            raise ValueError
+        params = {name: read_param(value) for name, _, value in pairs}
+    except ValueError:
+        raise UserError(
+            f"{text!r} is not a method with settings: write it as in 'n-fgsm noise=1'"
+        ) from None
+    return build(slug, threat, params, **parts)
+
+
+def settle(method: Method, settings: object) -> dict[str, float]:
+    """Give a method the parts that settings of a run name; return all that a run may name.
+
+    Args:
+        method: is changed.
+        settings: with attributes label_smoothing and dropout; None leaves the method's own.
+    """
+    for name in _SETTABLE:
+        if (value := getattr(settings, name)) is not None:
+            setattr(method, name, value)
+    return {name: getattr(method, name) for name in _SETTABLE}
+
+
+def preset(slug: str, name: str) -> Preset:
+    """Return a method's preset.
+
+    Raises:
+        UserError: the method has no preset of that name.
+    """
+    return look_up(f"preset of {slug}", name, get(slug).presets)
+
+
+def card(slug: str) -> str:
+    """Return the method's card as Markdown: ``cards/SLUG.md`` in the package of its file.
+
+    Raises:
+        UserError: there is no such method, or its package has no card of it.
+    """
+    module = sys.modules[get(slug).__module__]
+    package = module.__name__ if hasattr(module, "__path__") else module.__package__
+    try:
+        return (resources.files(package or "") / "cards" / f"{slug}.md").read_text("utf-8")
+    except FileNotFoundError as e:
+        raise UserError(f"the method {slug!r} has no card: {package}/cards/{slug}.md") from e
+
+
+def recipe_of(slug: str, name: str, **params: Any) -> Preset:
+    """Return another method's preset with a method's own parameters."""
+    return replace(preset(slug, name), params=params, source=f"as {name} of {slug}")

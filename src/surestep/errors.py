@@ -1,10 +1,11 @@
-"""The one exception for a user's mistake, and the sentence for a misspelt name."""
+"""The one exception for a user's mistake; its sentences for a misspelt name, a missing package."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 V = TypeVar("V")
 
@@ -44,3 +45,21 @@ def look_up(kind: str, name: str, table: Mapping[str, V]) -> V:
     if name not in table:
         raise unknown_name(kind, name, table)
     return table[name]
+
+
+def need(module: str, what: str, install: str, *, called: str = "") -> Any:
+    """Import a module of a package that only some uses need, and return it.
+
+    Args:
+        module: to import.
+        what: what needs it, as the sentence begins.
+        install: what pip is to install, such as "surestep[timm]".
+        called: the package's name, or several names, where the module's says too little.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise UserError(f"{what} needs {called or module}: pip install '{install}'") from e

@@ -6,7 +6,6 @@ Nothing is ever unpickled: weights are safetensors, or a ``state_dict`` read by 
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,7 @@ from surestep.attacks.core import device_of
 from surestep.config import RunConfig, parse
 from surestep.data import Images, number_names
 from surestep.devices import pick_device
-from surestep.errors import UserError
+from surestep.errors import UserError, need
 from surestep.threat import ThreatModel
 from surestep.training.run_folder import RunFolder
 
@@ -346,7 +345,7 @@ def _program(path: Path) -> nn.Module:
 
 
 def _pretrained_timm(name: str) -> nn.Module:
-    timm = _optional("timm", name)
+    timm = need("timm", name, "surestep[timm]")
     try:
         made = timm.create_model(name.removeprefix("timm:"), pretrained=True)
     except Exception as e:
@@ -356,7 +355,7 @@ def _pretrained_timm(name: str) -> nn.Module:
 
 
 def _hugging_face(name: str) -> nn.Module:
-    transformers = _optional("transformers", f"hf:{name}")
+    transformers = need("transformers", f"hf:{name}", "transformers")
     try:
         model = transformers.AutoModelForImageClassification.from_pretrained(name)
         processor = transformers.AutoImageProcessor.from_pretrained(name)
@@ -373,10 +372,3 @@ def _hugging_face(name: str) -> nn.Module:
         return nn.Sequential(models.Normalize(processor.image_mean, processor.image_std), model)
     found: nn.Module = model
     return found
-
-
-def _optional(module: str, what: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as e:
-        raise UserError(f"{what} needs {module}: pip install {module}") from e

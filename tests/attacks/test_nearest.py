@@ -105,6 +105,5 @@ def test_a_norm_in_which_it_does_not_look():
 
 def test_without_foolbox(monkeypatch):
     monkeypatch.setitem(sys.modules, "foolbox", None)
-    monkeypatch.setattr(nearest, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs foolbox: pip install 'surestep\[foolbox\]'"):
         suite.parse("deepfool", surestep.Linf(0.3))

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -125,10 +126,7 @@ class TestTraining:
         assert "timm:resnet18 needs timm: pip install 'surestep[timm]'" in line
 
     def test_tensorboard_is_not_installed(self, refuse, monkeypatch):
-        find = importlib.util.find_spec
-        monkeypatch.setattr(
-            importlib.util, "find_spec", lambda n, *a: None if n == "tensorboard" else find(n, *a)
-        )
+        monkeypatch.setitem(sys.modules, "tensorboard", None)
         assert "pip install 'surestep[tensorboard]'" in refuse("--tensorboard")
 
     def test_json_to_a_folder(self, refuse, tmp_path):

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -1091,12 +1092,7 @@ class TestSettings:
         assert "\n" not in str(caught.value)
 
     def test_tensorboard_that_is_not_installed(self, tiny, tmp_path, monkeypatch):
-        find = _fit.importlib.util.find_spec
-        monkeypatch.setattr(
-            _fit.importlib.util,
-            "find_spec",
-            lambda name, *rest: None if name == "tensorboard" else find(name, *rest),
-        )
+        monkeypatch.setitem(sys.modules, "tensorboard", None)
         with pytest.raises(UserError, match=r"pip install 'surestep\[tensorboard\]'"):
             tiny.train(out=tmp_path / "run", tensorboard=True)
         assert not list(tmp_path.iterdir())

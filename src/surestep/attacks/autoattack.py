@@ -26,7 +26,7 @@ from surestep.attacks.core import (
 )
 from surestep.attacks.gradient import pgd
 from surestep.devices import exact
-from surestep.errors import UserError
+from surestep.errors import UserError, need
 from surestep.threat import L2, Linf, ThreatModel
 
 _SMALLEST = 5  # pixels, of images that Square divides in the l2 norm
@@ -172,12 +172,7 @@ def _run(
     gradients: bool = True,
 ) -> Tensor:
     """Call a part on images scaled to [0, 1] and shaped (N, C, H, W), as the package wants."""
-    try:
-        import pyautoattack  # noqa: F401
-    except ImportError as e:
-        raise UserError(
-            f"AutoAttack and Square need the package pyautoattack: pip install pyautoattack ({e})"
-        ) from e
+    need("pyautoattack", "an attack of AutoAttack's", "pyautoattack")
     norm = {Linf: "Linf", L2: "L2"}.get(type(threat))
     if norm is None:
         raise UserError(f"AutoAttack knows the norms linf and l2, not {type(threat).__name__}")

@@ -6,14 +6,13 @@ extra, adapted, not changed: it leaves no gradients in the weights, and no point
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from surestep.attacks.core import attacking, check_inputs, forward_logits, frozen
-from surestep.errors import UserError
+from surestep.errors import UserError, need
 from surestep.threat import L2, Linf, ThreatModel
 
 CW_STEPS, DEEPFOOL_STEPS = 1000, 50
@@ -85,8 +84,7 @@ def check(name: str, threat: ThreatModel) -> None:
             f"{name} supports l2{'' if name == 'cw-l2' else ' and linf'} only, the threat model is "
             f"{threat.to_dict()['norm']}: name another attack"
         )
-    if find_spec("foolbox") is None:
-        raise UserError(f"{name} needs foolbox: pip install 'surestep[foolbox]'")
+    need("foolbox", name, "surestep[foolbox]")
 
 
 class _Logits(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import io
 import json
 import platform
@@ -17,7 +16,7 @@ import torch
 
 import surestep
 from surestep import files, report
-from surestep.errors import UserError
+from surestep.errors import UserError, need
 
 FORMAT, VERSION = "surestep-comparison", 1
 
@@ -242,12 +241,7 @@ def need_tabulate() -> Any:
     Raises:
         UserError: it is not installed.
     """
-    try:
-        return importlib.import_module("tabulate")
-    except ImportError as e:
-        raise UserError(
-            "Markdown and LaTeX tables need tabulate: pip install 'surestep[report]'"
-        ) from e
+    return need("tabulate", "a Markdown or LaTeX table", "surestep[report]")
 
 
 def _align(titles: Sequence[str]) -> list[str]:

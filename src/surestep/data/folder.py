@@ -19,7 +19,7 @@ import torch
 from surestep.data._images import Images
 from surestep.data._pillow import has_colour, stack, unreadable
 from surestep.data._splits import SPLITS, Split, divide, instead, mixed
-from surestep.errors import UserError
+from surestep.errors import UserError, need
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -53,12 +53,7 @@ def load(split: Split, root: str | Path, *, image_size: int | None = None) -> Im
         UserError: Pillow is not installed; a folder is missing or empty; an image cannot be read or
             has another size; the classes of two splits disagree.
     """
-    try:
-        import PIL.Image  # noqa: F401
-    except ImportError:
-        raise UserError(
-            "reading image folders needs Pillow: install it with pip install 'surestep[folder]'"
-        ) from None
+    need("PIL.Image", "reading image folders", "surestep[folder]", called="Pillow")
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: give one with a sub-folder for each class")

@@ -11,7 +11,7 @@ import torch
 from surestep.data._images import Images, number_names
 from surestep.data._pillow import Opener, stack
 from surestep.data._splits import Split, divide, instead, mixed
-from surestep.errors import UserError
+from surestep.errors import UserError, need
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -47,14 +47,10 @@ def load(split: Split, name: str, *, image_size: int | None = None) -> Images:
             is missing; no column, or several, can be the images or the labels; unlabelled rows;
             images of different sizes.
     """
-    try:
-        import datasets  # pyright: ignore[reportMissingImports]
-        import PIL.Image  # noqa: F401
-    except ImportError:
-        raise UserError(
-            "reading the Hugging Face Hub needs datasets and Pillow: install them with "
-            "pip install 'surestep[hf]'"
-        ) from None
+    datasets, _ = (
+        need(m, "reading the Hugging Face Hub", "surestep[hf]", called="datasets and Pillow")
+        for m in ("datasets", "PIL.Image")
+    )
     name = str(name)
     try:
         available = list(datasets.get_dataset_split_names(name))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from functools import cache
-from importlib import import_module, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from surestep.errors import UserError, unknown_name
+from surestep.errors import UserError, need, unknown_name
 from surestep.interchange._json import read_json, shorten
 
 _FILES = {
@@ -101,12 +101,7 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def _jsonschema() -> Any:
-    try:
-        return import_module("jsonschema")
-    except ImportError as e:
-        raise UserError(
-            "checking documents needs jsonschema: pip install 'surestep[interchange]'"
-        ) from e
+    return need("jsonschema", "checking documents", "surestep[interchange]")
 
 
 @cache

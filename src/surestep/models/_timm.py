@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from surestep.errors import UserError
+from surestep.errors import UserError, need
 from surestep.models._base import Classifier, choose_normalize
 
 PREFIX = "timm:"
@@ -31,11 +30,7 @@ def create_timm(
         UserError: timm is not installed, cannot create the model, or mean and std do not match
             in_channels.
     """
-    try:
-        # By name, because timm is an optional dependency that type checkers need not find.
-        timm: Any = importlib.import_module("timm")
-    except ModuleNotFoundError as error:
-        raise UserError(f"{name} needs timm: pip install 'surestep[timm]'") from error
+    timm = need("timm", name, "surestep[timm]")
 
     def build(**options: int) -> Any:
         options |= {"num_classes": num_classes, "in_chans": in_channels}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
-from surestep.errors import UserError
+from surestep import errors
 
 
 def need(name: str) -> Any:
@@ -14,12 +13,8 @@ def need(name: str) -> Any:
     Raises:
         UserError: it is not installed.
     """
-    try:
-        return importlib.import_module(name)
-    except ImportError as e:
-        raise UserError(
-            "the report needs altair, vl-convert-python and jinja2: pip install 'surestep[report]'"
-        ) from e
+    every = "altair, vl-convert-python and jinja2"
+    return errors.need(name, "the report", "surestep[report]", called=every)
 
 
 def require() -> None:

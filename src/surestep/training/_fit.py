@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ from torch import nn
 from surestep.attacks.core import compiled_whole, unwrapped
 from surestep.config import FitSettings, parse
 from surestep.devices import pick_device
-from surestep.errors import UserError
+from surestep.errors import UserError, need
 from surestep.evaluation import suite
 from surestep.methods import Method, settle
 from surestep.training.loop import Trainer
@@ -189,8 +188,7 @@ def _accelerator(device: torch.device, run: RunFolder | None, *, tensorboard: bo
         return _one_device(options)
     if run is None:
         raise UserError("tensorboard=True needs a run folder to write to: give out=...")
-    if importlib.util.find_spec("tensorboard") is None:
-        raise UserError("TensorBoard is not installed: pip install 'surestep[tensorboard]'")
+    need("tensorboard", "tensorboard=True", "surestep[tensorboard]")
     return _one_device({**options, "log_with": "tensorboard", "project_dir": run.folder})
 
 

@@ -28,8 +28,7 @@ from surestep.attacks.core import (
     unwrapped,
 )
 from surestep.attacks.losses import log_odds
-from surestep.auditing._subject import Subject
-from surestep.auditing._subject import budget as budget_of
+from surestep.auditing._subject import Subject, budget_of
 from surestep.auditing.answers import escalate
 from surestep.auditing.checks import CHECKS, Check, zero_share
 from surestep.auditing.verdict import Findings, judge

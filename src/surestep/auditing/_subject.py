@@ -66,7 +66,7 @@ BUDGETS = {
 }
 
 
-def budget(name: str) -> Budget:
+def budget_of(name: str) -> Budget:
     """Return a budget by its name.
 
     Raises:

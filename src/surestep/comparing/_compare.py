@@ -11,6 +11,7 @@ import torch
 
 from surestep import methods as zoo
 from surestep import runs
+from surestep.auditing._subject import budget_of
 from surestep.comparing._run import (
     KEPT,
     Failed,
@@ -162,7 +163,7 @@ def _asked(
     if attacks is not None and budget is not None:
         raise UserError("attacks and budget exclude each other: give one of them")
     if audit is not None:
-        suite.budget(audit)
+        budget_of(audit)
     if n < 1:
         raise UserError(f"n {n}: give 1 test image or more")
     if batch_size is not None and batch_size < 1:

@@ -195,23 +195,10 @@ def prepare(
     guard = Guard(bare, size, config.max_memory, _remembered(method, inside))
     pick = None
     # Where memory is short there is none for trials, and little to choose.
-    if (
-        inside is not None
-        and config.engine == "auto"
-        and total >= MIN_STEPS
-        and not config.max_memory
-    ):
+    if inside is not None and total >= MIN_STEPS and not config.max_memory:
         with guard("the trial of engines", share):
             pick = _pick(bare, method, torch.Size(inside.image_shape), share, config, accelerator)
-    if pick:
-        picked = {"engine": pick.engine, "precision": pick.precision}
-        config = config.model_copy(update=picked)
-    engine = Engine.choose(config.engine, config.precision, device)
-    engine.place(bare)
-    if shape:
-        engine = engine.suited(bare, shape)
-    # What a run goes on with, where another machine's choice may be another.
-    config = config.model_copy(update={"precision": engine.precision_name})
+    engine, config = _place(bare, shape, pick, config, device)
     average = WeightAverage(bare, config.ema) if config.ema or config.swa else None
     optimizer = make_optimizer(
         config.optimizer,
@@ -397,13 +384,38 @@ def _pick(
     config: FitSettings,
     accelerator: Accelerator,
 ) -> Pick | None:
-    """Return the fastest engine, measured in the first process, for all."""
-    if any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
-        return None  # its passes wait for the other processes, which do not try
+    """Return the fastest engine, measured in the first process, for all; None where one is named.
+
+    Nor is one looked for where batch norm waits for the other processes, which do not try.
+    """
+    waits = any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+    if config.engine != "auto" or waits:
+        return None
     picks: list[Pick | None] = [None]
     if accelerator.is_main_process:
         picks = [pick_engine(model, method, shape, share, config.precision)]
     return broadcast_object_list(picks)[0]
+
+
+def _place(
+    model: nn.Module,
+    shape: torch.Size | None,
+    pick: Pick | None,
+    config: FitSettings,
+    device: torch.device,
+) -> tuple[Engine, FitSettings]:
+    """Bring the network into its engine's layout; return the engine and settings that name it.
+
+    They are what a run goes on with, where another machine's choice may be another.
+    """
+    if pick:
+        picked = {"engine": pick.engine, "precision": pick.precision}
+        config = config.model_copy(update=picked)
+    engine = Engine.choose(config.engine, config.precision, device)
+    engine.place(model)
+    if shape:
+        engine = engine.suited(model, shape)
+    return engine, config.model_copy(update={"precision": engine.precision_name})
 
 
 def _in_parts(

@@ -201,7 +201,7 @@ def test_the_layer_of_fuap_learns_which_picks_were_good(make_task):
     step(method, task)
     before = method.state_dict()
     torch.manual_seed(2)
-    step(method, task)
+    found = step(method, task)
     torch.manual_seed(2)
     point = ball(task.x + torch.empty_like(task.x).uniform_(-EPS, EPS), task.x)
     frozen = copy.deepcopy(task.net).eval()
@@ -214,7 +214,22 @@ def test_the_layer_of_fuap_learns_which_picks_were_good(make_task):
     losses = torch.stack([cross_entropy(r, k) for r, k in zip(z, task.y, strict=True)]).detach()
     goal = ((losses - losses.mean()) * log_p.gather(1, picks[:, None]).squeeze(1)).mean()
     (pull,) = torch.autograd.grad(goal, w)
-    torch.testing.assert_close(method.state_dict()["layer"], w.detach() + 0.5 * pull, **EXACT)
+    after = method.state_dict()
+    torch.testing.assert_close(after["layer"], w.detach() + 0.5 * pull, **EXACT)
+    # The step starts at what was picked, and moves that.
+    assert bool(before["u"].abs().amax() > 0)
+    start = ball(task.x + before["u"][picks], task.x)
+    grad = gradients(task.net, start, task.y)
+    torch.testing.assert_close(found.x_adv, ball(start + EPS * grad.sign(), task.x), **EXACT)
+    here, there = copy.deepcopy(task.net).train()(torch.cat([start, found.x_adv])).chunk(2)
+    ce = sum(cross_entropy(z, k, 0.0) for z, k in zip(there, task.y, strict=True)) / 6
+    torch.testing.assert_close(found.loss, ce + 10 * ((there - here) ** 2).mean(), **EXACT)
+    for k in range(3):
+        mine, u = picks == k, before["u"][k]
+        if bool(mine.any()):
+            m = unit(grad)[mine].mean(0) + 0.3 * before["m"][k]
+            u = (u + 1.25 * EPS * m.sign()).clamp(-1.25 * EPS, 1.25 * EPS)
+        torch.testing.assert_close(after["u"][k], u, **EXACT)
 
 
 def test_tdat_goes_on_from_the_batch_before(make_task):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from surestep.errors import UserError
 
@@ -46,15 +46,19 @@ class WeightAverage:
         share = 1 / self.updates
         if self.decay is not None:
             share = (1 - self.decay) / (1 - self.decay**self.updates)
-        for mean, weight in zip(self.model.parameters(), model.parameters(), strict=True):
-            mean.lerp_(weight, share)
+        averaged: list[tuple[Tensor, Tensor]] = [
+            *zip(self.model.parameters(), model.parameters(), strict=True)
+        ]
         # Batch norm's statistics are moving averages already, of about the last ten steps: a
         # plain mean reaches further back, and needs theirs.
         for own, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             if self.decay is None and buffer.is_floating_point():
-                own.lerp_(buffer, share)
+                averaged.append((own, buffer))
             else:
                 own.copy_(buffer)
+        # Of hundreds of small tensors one operation, where the device has one.
+        means, now = (list(side) for side in zip(*averaged, strict=True))
+        torch._foreach_lerp_(means, now, share)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average and the number of updates."""

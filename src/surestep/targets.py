@@ -1,7 +1,8 @@
 """Anyone's model, by what it is called on the command line.
 
-Nothing is ever unpickled: weights are safetensors, or a ``state_dict`` read by torch's
-``weights_only``. A Python file that makes a model is run, since the user names it as code.
+Weights are safetensors, or a ``state_dict`` read by torch's ``weights_only``. A Python file that
+makes a model, a TorchScript or an exported program, and what timm and the Hub load by name are
+code, and may do whatever code may: the user names them as such.
 """
 
 from __future__ import annotations

@@ -103,6 +103,24 @@ def test_a_norm_in_which_it_does_not_look():
         suite.parse("cw-l2", surestep.Linf(0.3))
 
 
+def test_it_decides_in_float32(digits, mlp, monkeypatch):
+    """foolbox keeps the nearest point that is wrong, be it by a hair of bf16's."""
+    seen = []
+    forward = nearest.forward_logits
+
+    def noting(model, x):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return forward(model, x)
+
+    monkeypatch.setattr(nearest, "forward_logits", noting)
+    x = digits(4)[0].float()
+    net = mlp.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        nearest.deepfool(net, x, net(x).argmax(1), surestep.L2(0.5), 3)
+    assert seen
+    assert not any(seen)
+
+
 def test_without_foolbox(monkeypatch):
     monkeypatch.setitem(sys.modules, "foolbox", None)
     with pytest.raises(UserError, match=r"needs foolbox: pip install 'surestep\[foolbox\]'"):

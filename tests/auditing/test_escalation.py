@@ -23,6 +23,12 @@ class Layer(nn.Module):
         return self.function(x)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_torchscript_program_has_no_layers_to_look_into(net, images):
+    program = torch.jit.trace(net.eval(), images[0][:2])
+    assert escalation.flat_layers(program, images[0]) == []
+
+
 def test_flat_layers_are_the_innermost(net, images):
     model = nn.Sequential(
         nn.Sequential(nn.Identity(), Layer(torch.round), nn.Identity()),

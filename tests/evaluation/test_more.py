@@ -319,6 +319,21 @@ def test_a_threat_model_in_another_range(net, images):
         evaluate(net, (4 * x - 2, y), wide, ["fgsm"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_loader_of_halves_leaves_room_in_the_ball(net, images, dtype):
+    """In half an image's digits nearly all of a ball in l2 is lost to rounding."""
+    x, y = images
+    seen = []
+
+    def noting(model, x, y):
+        seen.append(x.dtype)
+        return x
+
+    loader = DataLoader(TensorDataset(x.to(dtype), y), 20)
+    evaluate(net, loader, surestep.L2(0.5), {"mine": Attack(noting)}, n=20)
+    assert seen == [torch.float32]
+
+
 def test_a_loader_of_float64(net, images):
     x, y = images
     loader = DataLoader(TensorDataset(x.double(), y), 20)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from surestep.attacks.core import attacking, check_inputs, forward_logits, frozen
+from surestep.devices import exact
 from surestep.errors import UserError, need
 from surestep.threat import L2, Linf, ThreatModel
 
@@ -105,8 +106,9 @@ def _run(attack: Any, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatMode
     check_inputs(model, x, y, threat)
     if threat.eps == 0:
         return x.detach().clone()
-    # It calls backward, which would add to the user's gradients.
-    with attacking(model) as inner, frozen(inner), torch.enable_grad():
+    # It calls backward, which would add to the user's gradients. And it keeps the nearest point
+    # that is wrong, be it by a hair that is there in low precision only.
+    with attacking(model) as inner, frozen(inner), torch.enable_grad(), exact(x.device):
         called = foolbox.PyTorchModel(_Logits(inner), bounds=threat.bounds, device=x.device)
         found = attack(called, x.detach(), y, epsilons=None)[0].detach()
     # DeepFool divides by gradients, which may be zero.

@@ -82,7 +82,8 @@ def flat_layers(model: nn.Module, x: Tensor) -> list[str]:
     seen: dict[str, tuple[Tensor, nn.Module]] = {}
     handles = []
     for name, module in model.named_modules():
-        if name:
+        # TorchScript's modules take no hooks.
+        if name and not isinstance(module, torch.jit.ScriptModule):
 
             def note(m: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
                 if args and isinstance(args[0], Tensor) and args[0].is_floating_point():

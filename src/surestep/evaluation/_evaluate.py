@@ -517,6 +517,7 @@ def _first(
         take = int(min(left, len(x)))
         left -= take
         x = x[:take]
-        # Before it is moved: Apple's GPUs have no float64.
-        x = x.float() if x.dtype == torch.float64 else x
+        # Before it is moved: Apple's GPUs have no float64. Of half an image's digits a ball in l2
+        # has next to no room: all its points are rounded.
+        x = x.float() if x.is_floating_point() else x
         yield as_pixels(x.to(device), bounds), y[:take].to(device)

@@ -62,4 +62,7 @@ def need(module: str, what: str, install: str, *, called: str = "") -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as e:
+        root = module.partition(".")[0]
+        if (e.name or root).partition(".")[0] != root:
+            raise UserError(f"{what} needs {module}, which cannot be imported here: {e}") from e
         raise UserError(f"{what} needs {called or module}: pip install '{install}'") from e

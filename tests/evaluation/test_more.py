@@ -268,7 +268,7 @@ class TestAutoAttack:
 
     def test_missing_package(self, net, images, monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, "pyautoattack", None)
-        with pytest.raises(UserError, match="pip install pyautoattack"):
+        with pytest.raises(UserError, match="pip install 'pyautoattack'"):
             attacks.autoattack.square(net, *images, THREAT, 5)
 
     def test_eps_zero(self, net, images):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from surestep.attacks.losses import Objective, log_odds, margin
@@ -75,6 +76,13 @@ def compiled_whole(model: nn.Module) -> bool:
 def compiled(model: nn.Module) -> bool:
     """Tell whether a model, or a part of it, is compiled."""
     return any(map(compiled_whole, model.modules()))
+
+
+def uses_batch_statistics(model: nn.Module) -> bool:
+    """Tell whether the images of a pass, in the model's present mode, depend on each other."""
+    norms = (m for m in model.modules() if isinstance(m, _BatchNorm))
+    # Without running statistics it takes the batch's in eval mode, too.
+    return any(m.training or m.running_mean is None for m in norms)
 
 
 @contextmanager
@@ -301,7 +309,8 @@ def _gradient_by_fp16(model: nn.Module, x: Tensor, logits: Tensor, values: Tenso
     """
     (pull,) = torch.autograd.grad(values.sum(), logits, retain_graph=True)
     size = pull.abs().amax(1, keepdim=True)
-    size = size.amax(0, keepdim=True).expand_as(size) if model.training else size
+    together = model.training or uses_batch_statistics(model)
+    size = size.amax(0, keepdim=True).expand_as(size) if together else size
     size = torch.where(size > 0, size, 1)
     (grad,) = torch.autograd.grad(logits, x, pull / size, allow_unused=True)
     return None if grad is None else grad * per_sample(size.squeeze(1), grad)

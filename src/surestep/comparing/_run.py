@@ -103,7 +103,7 @@ def epochs_done(folder: Path) -> int:
 def finished(folder: Path, config: RunConfig) -> bool:
     """Tell whether a run is trained to the end and its weights are written.
 
-    Of an epoch the rows are written first, then the weights, then the checkpoint; a kill may come
+    Of an epoch the checkpoint is written first, then the weights, then the row; a kill may come
     between.
     """
     run = RunFolder(folder)

@@ -201,6 +201,8 @@ class Method(ABC):
     """The hyperparameters in pixel units, which must grow and shrink with eps."""
     needs_index = False
     """Whether it remembers something for each image, so that every step needs their ``index``."""
+    remembers_images = False
+    """Whether what it remembers is as large as the images, or more."""
     takes_unlabelled = False
     """Whether it learns from images that have no label (y of -1), too."""
     kept: ClassVar[tuple[str, ...]] = ()

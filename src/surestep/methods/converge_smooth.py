@@ -59,6 +59,7 @@ class ConvergeSmooth(Method):
         self.base = build_written(self.perturbation, self.threat, **parts)
         self.needs_index, self.replays = self.base.needs_index, self.base.replays
         self.second_order = self.base.second_order
+        self.remembers_images = self.base.remembers_images
         self.dropout = max(self.dropout, self.base.dropout)
         # Of the clean loss: sum and number in this epoch, the means before; the mean weights.
         self._sums = torch.zeros(4, dtype=torch.float64)

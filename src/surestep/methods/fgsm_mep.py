@@ -33,7 +33,7 @@ class FGSMMEP(Method):
 
     summary = "FGSM from a start that follows each image's gradient momentum over epochs"
     paper = "Jia et al. 2022, arXiv 2207.08859"
-    needs_index = True
+    needs_index = remembers_images = True
     needs_progress = True
     kept = ("_delta", "_momentum", "_round")
     presets = {

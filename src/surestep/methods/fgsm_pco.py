@@ -30,7 +30,7 @@ class FGSMPCO(Method):
 
     summary = "FGSM mixed with each image's last perturbation by how well that one fools"
     paper = "Wang et al. 2024, arXiv 2407.12443"
-    needs_index = True
+    needs_index = remembers_images = True
     kept = ("_delta",)
     presets = {
         # Without, one seed of two diverges at eps 0.3 (step 359 of `leaderboard.py mnist`).

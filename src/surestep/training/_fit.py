@@ -71,7 +71,8 @@ def fit(
 
     Args:
         model: returns logits (N, K) for images in the method's data range; is changed in place,
-            and put into train mode. One that ``torch.compile`` returned is trained as it is, and
+            and put into train mode, but for layers in eval mode of one that is in train mode
+            already. One that ``torch.compile`` returned is trained as it is, and
             the module inside it kept.
         data: Images, a pair of tensors (x, y), a Dataset or a DataLoader. Of several processes
             each takes batches of a DataLoader's own size; ``batch_size`` is of all together.
@@ -178,7 +179,8 @@ def fit(
 def _accelerator(device: torch.device, run: RunFolder | None, *, tensorboard: bool) -> Accelerator:
     # On a machine without accelerators, several processes find each other only when told cpu. One
     # process alone is told where to run with each run, and may train on a GPU and then on the CPU.
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    names = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    several = any(int(os.environ.get(name, "1")) > 1 for name in names)  # as Accelerate asks
     options: dict[str, Any] = {"cpu": several and device.type == "cpu"}
     if not AcceleratorState._shared_state:
         # What a launcher's configuration says of precision and compilation is not to be followed.

@@ -91,7 +91,7 @@ class Trainer:
                 if restored and self.at.step == min(
                     job.total, self.at.epoch * job.source.steps_per_epoch
                 ):
-                    self._keep_best()  # where the run ended between this checkpoint and that
+                    self._keep()  # where the run ended between this checkpoint and that
             # Without a folder there is nothing to go on from: signals do what they always do.
             with self.stop.heard() if self.run else nullcontext():
                 while self.at.epoch < math.ceil(job.total / job.source.steps_per_epoch):
@@ -248,7 +248,7 @@ class Trainer:
             at.best_epoch, at.best_score = at.epoch, at.last_robust
 
     def _record(self, row: dict[str, Any]) -> None:
-        """Write the epoch's row, then the checkpoint, then the weights if they are the best."""
+        """Write the checkpoint, then the weights if they are the best, then the epoch's row."""
         job, at = self.job, self.at
         at.history.append(row)
         job.accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=at.step)
@@ -259,26 +259,26 @@ class Trainer:
             f"epoch {at.epoch}/{epochs}  loss {row['loss']:.4f}{clean}{robust}"
             f"  {row['images_per_second']:,.0f} img/s"
         )
-        if self.run and job.accelerator.is_main_process:
-            rows = "".join(json.dumps(r) + "\n" for r in at.history)
-            files.write_atomically(self.run.metrics, rows)
         # The checkpoint first: of an epoch that is done a second time the weights may not be kept.
+        # The row last: where it is, the rest is.
         self._save(Sums(job.device))
-        self._keep_best()
+        self._keep()
         if self.on_epoch:
             # What a logger draws, or sets, training must not miss.
             with attacking(job.judged) as model, forked_rng(job.device):
                 self.on_epoch(dict(row), model)
 
-    def _keep_best(self) -> None:
-        """Keep the weights, if the epoch that has just ended is the best so far."""
-        job = self.job
-        if self.at.best_epoch != self.at.epoch:
-            return
+    def _keep(self) -> None:
+        """Keep the weights, if the epoch that has just ended is the best so far, and its row."""
+        job, at = self.job, self.at
+        best = at.best_epoch == at.epoch
         if self.run is None:
-            self._best = _copy(job.judged.state_dict())
+            self._best = _copy(job.judged.state_dict()) if best else self._best
         elif job.accelerator.is_main_process:
-            files.save_weights(self.run.weights, job.judged, job.signature)
+            if best:
+                files.save_weights(self.run.weights, job.judged, job.signature)
+            rows = "".join(json.dumps(r) + "\n" for r in at.history)
+            files.write_atomically(self.run.metrics, rows)
 
     def _save(self, sums: Sums) -> None:
         if self.checkpoints:

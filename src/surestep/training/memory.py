@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from surestep.attacks.core import attacking, device_of, forked_rng, forward_logits
+from surestep.attacks.core import (
+    attacking,
+    device_of,
+    forked_rng,
+    forward_logits,
+    uses_batch_statistics,
+)
 from surestep.errors import UserError
 from surestep.methods import Method
 from surestep.training.engine import Engine
@@ -54,13 +60,6 @@ class Frugal(nn.Module):
         return torch.cat(
             [checkpoint(run, part, use_reentrant=False) for part in x.split(self.images)]
         )
-
-
-def uses_batch_statistics(model: nn.Module) -> bool:
-    """Tell whether the images of a pass, in the model's present mode, depend on each other."""
-    norms = (m for m in model.modules() if isinstance(m, _BatchNorm))
-    # Without running statistics it takes the batch's in eval mode, too.
-    return any(m.training or m.running_mean is None for m in norms)
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:

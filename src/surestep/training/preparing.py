@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader
 
-from surestep import files
+from surestep import files, processes
 from surestep.attacks.core import (
     check_inputs,
     check_labels,
@@ -215,6 +215,8 @@ def prepare(
         stepped = _in_parts(bare, method, engine, shape, share, config.max_memory)
         if isinstance(stepped, Frugal):
             judged_at_once = min(judged_at_once, stepped.images)
+    # As many in each process, which ask each other after each batch.
+    judged_at_once = -processes.largest(-judged_at_once, device)
     if accelerator.num_processes > 1:
         # Alone it would only add autocast that it was told of.
         stepped = accelerator.prepare_model(stepped, device_placement=False)
@@ -343,7 +345,7 @@ def _batch_of(train: Any, config: FitSettings, accelerator: Accelerator) -> tupl
 
 def _remembered(method: Method, images: Images | None) -> str:
     """Say what a method keeps of each image, which no smaller batch makes less."""
-    if images is None or not method.needs_index:
+    if images is None or not method.remembers_images:
         return ""
     gibibytes = 4 * len(images) * math.prod(images.image_shape) / 2**30
     return (

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from surestep import processes
 from surestep.data import Images, some
+from surestep.errors import UserError
 from surestep.evaluation import evaluate
 from surestep.training.preparing import Job
 from surestep.training.stopping import StopRequest
@@ -36,32 +37,41 @@ def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
         asked += 1
         stop.together(job.device)
 
+    trouble: UserError | None = None
+    counts = [0] * (2 + len(attacks))
     with stop.at_once():
-        found = evaluate(
-            job.judged,
-            held_out,
-            # With all of eps from the first epoch on.
-            job.threat,
-            list(attacks),
-            n=job.config.val_images,
-            batch_size=batch_size,
-            seed=job.config.seed,
-            precision=job.engine.precision,
-            progress=ask,
-        )
+        try:
+            found = evaluate(
+                job.judged,
+                held_out,
+                # With all of eps from the first epoch on.
+                job.threat,
+                list(attacks),
+                n=job.config.val_images,
+                batch_size=batch_size,
+                seed=job.config.seed,
+                precision=job.engine.precision,
+                progress=ask,
+            )
+            n, seconds = found.n, found.seconds
+            counts = [int(found.right[name].sum()) for name in ("clean", *attacks, "worst case")]
+        except UserError as e:
+            # Alone it would leave the others waiting for its next question.
+            trouble, n, seconds = e, 0, 0.0
         # Those of a smaller part ask as often as those of the largest.
         while asked < math.ceil(largest / batch_size):
             ask()
     # Sums of all, so that all select the weights of the same epoch: kernels may round apart.
-    counts = [found.n, *(int(right.sum()) for right in found.right.values())]
-    n, *right = processes.sums(counts, job.device)
-    share = dict(zip(found.right, (one / n for one in right), strict=True))
+    failed, judged, *right = processes.sums([int(trouble is not None), n, *counts], job.device)
+    if failed:
+        raise trouble or UserError("another process could not judge its held-out images")
+    clean, *under, worst = (one / judged for one in right)
     return {
-        "val_n": n if largest else found.n,
-        "val_clean": share.pop("clean"),
-        "val_worst_case": share.pop("worst case"),
-        **{f"val_{name}": value for name, value in share.items()},
-        "val_seconds": found.seconds,
+        "val_n": judged if largest else n,
+        "val_clean": clean,
+        "val_worst_case": worst,
+        **{f"val_{name}": share for name, share in zip(attacks, under, strict=True)},
+        "val_seconds": seconds,
     }
 
 

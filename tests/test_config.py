@@ -127,6 +127,9 @@ class TestParams:
             ("8/255", 8 / 255),
             ("1e-3", 1e-3),
             (True, True),
+            ("true", True),
+            ("false", False),
+            ("none", None),
             ("n-fgsm noise=1/2", "n-fgsm noise=1/2"),
         ],
     )

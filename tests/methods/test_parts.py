@@ -77,6 +77,12 @@ def test_a_perturbation_takes_whole_numbers():
         methods.get("sat-r2")(Linf(0.1), perturbation="multigrad starts=0")
 
 
+def test_the_method_inside_takes_words():
+    method = methods.get("converge-smooth")(Linf(0.1), perturbation="sat-r2 project=true lam=3")
+    assert method.base.project is True
+    assert method.base.lam == 3
+
+
 def test_the_dropout_of_a_perturbation_is_that_of_what_builds_on_it(make_task):
     task = make_task("conv")
     of_sads, own = (

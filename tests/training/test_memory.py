@@ -207,6 +207,10 @@ class TestTraining:
             raise MemoryError
 
         monkeypatch.setattr(methods.get("fgsm-mep"), "craft", full)
+        monkeypatch.setattr(methods.get("iaat"), "craft", full)
+        with pytest.raises(UserError) as plain:  # one number an image is nothing
+            tiny.train("iaat")
+        assert "keeps a perturbation" not in str(plain.value)
         said = r"keeps a perturbation for each of 58 images, .* GiB or more"
         with pytest.raises(UserError, match=said):
             tiny.train("fgsm-mep")

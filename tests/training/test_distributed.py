@@ -223,6 +223,18 @@ def nan_in_one(self, *batch):
     return result._replace(loss=result.loss * (torch.nan if rank else 1))
 
 
+def judged_by_one(*args, **kwargs):
+    if rank:
+        raise UserError("one of my images cannot be judged")
+    return evaluate(*args, **kwargs)
+
+
+validating.evaluate = judged_by_one
+try:
+    train("fgsm", epochs=1)
+except UserError as e:
+    (place / f"judged-{rank}").write_text(str(e))
+validating.evaluate = evaluate
 TrainStep.__call__ = nan_in_one
 try:
     train("fgsm", epochs=1)
@@ -395,7 +407,11 @@ def test_a_parameter_without_a_part_in_it_is_named(place):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("trouble", "cannot make the run folder"), ("diverged", "became NaN or infinite at step 1 ")],
+    [
+        ("trouble", "cannot make the run folder"),
+        ("diverged", "became NaN or infinite at step 1 "),
+        ("judged", "cannot be judged"),
+    ],
 )
 def test_where_one_fails_both_do(place, name, said):
     """A process that leaves alone keeps the others waiting until a time-out."""

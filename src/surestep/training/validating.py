@@ -64,7 +64,7 @@ def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
     # Sums of all, so that all select the weights of the same epoch: kernels may round apart.
     failed, judged, *right = processes.sums([int(trouble is not None), n, *counts], job.device)
     if failed:
-        raise trouble or UserError("another process could not judge its held-out images")
+        raise trouble or UserError("held-out images of another process cannot be judged")
     clean, *under, worst = (one / judged for one in right)
     return {
         "val_n": judged if largest else n,

@@ -117,9 +117,10 @@ def _more_of(found: Evaluation) -> str:
     weakest = min(found.per_class, key=lambda row: row["worst_case_accuracy"])
     share = share_of_images(weakest["worst_case_accuracy"], weakest["n"])
     after = "".join(
-        f"; after {part} of {attack['name']} {share:.1%}"
+        f"; left in turn by {attack['name']}: "
+        + ", ".join(f"{part} {share:.1%}" for part, share in attack["by_part"].items())
         for attack in found.attacks
-        for part, share in (attack["by_part"] or {}).items()
+        if attack["by_part"]
     )
     return (
         f"seconds: {seconds}{after}; weakest class: {weakest['label']}, worst case {share} of "

@@ -31,8 +31,10 @@ _WORDS = {"true": True, "false": False, "none": None}
 
 def read_param(value: Any) -> Any:
     """Read a hyperparameter as written: a number, a ratio, true, false, none, or else a name."""
-    if not isinstance(value, str) or value[:1].isalpha():
-        return _WORDS.get(value, value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    if value[:1].isalpha():
+        return _WORDS.get(value, value)
     try:
         return int(value)
     except ValueError:

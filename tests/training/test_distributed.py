@@ -206,16 +206,19 @@ validating.evaluate = evaluate
 torch.save([one.n for one in found], place / f"held-{rank}")
 idle = torch.nn.Sequential(tiny.make_net(norm=False))
 idle.register_parameter("aside", torch.nn.Parameter(torch.zeros(3)))
-try:
-    train("fgsm", model=idle)
-except UserError as e:
-    (place / f"idle-{rank}").write_text(str(e))
+
+
+def refused(name, **settings):
+    try:
+        train("fgsm", **settings)
+    except UserError as e:
+        (place / f"{name}-{rank}").write_text(str(e))
+
+
+refused("idle", model=idle)
 # Of the first process alone: its folder cannot be made. Of the second alone: a loss that is NaN.
 (place / "no-folder").write_text("")
-try:
-    train("fgsm", out=place / "no-folder" / "run")
-except UserError as e:
-    (place / f"trouble-{rank}").write_text(str(e))
+refused("trouble", out=place / "no-folder" / "run")
 
 
 def nan_in_one(self, *batch):
@@ -230,16 +233,10 @@ def judged_by_one(*args, **kwargs):
 
 
 validating.evaluate = judged_by_one
-try:
-    train("fgsm", epochs=1)
-except UserError as e:
-    (place / f"judged-{rank}").write_text(str(e))
+refused("judged", epochs=1)
 validating.evaluate = evaluate
 TrainStep.__call__ = nan_in_one
-try:
-    train("fgsm", epochs=1)
-except UserError as e:
-    (place / f"diverged-{rank}").write_text(str(e))
+refused("diverged", epochs=1)
 TrainStep.__call__ = take
 (place / f"world-{rank}").write_text(str(PartialState().num_processes))
 # Left to the interpreter's end, the group's threads may abort a process that is done.

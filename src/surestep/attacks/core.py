@@ -287,18 +287,16 @@ def input_gradient(
         values = objective(logits, y)
         grad = None
         if values.requires_grad:
-            differentiate = _gradient_by_fp16 if in_fp16(x.device) else _gradient
-            grad = differentiate(model, x, logits, values)
+            if in_fp16(x.device):
+                grad = _gradient_by_fp16(model, x, logits, values)
+            else:
+                (grad,) = torch.autograd.grad(values.sum(), x, allow_unused=True)
         if grad is None:
             raise NoGradient(
                 "the model's output has no gradient with respect to its input (a detach() or "
                 "no_grad() in its forward?): gradient attacks and adversarial training need one"
             )
     return grad, values.detach(), logits.detach()
-
-
-def _gradient(model: nn.Module, x: Tensor, logits: Tensor, values: Tensor) -> Tensor | None:
-    return torch.autograd.grad(values.sum(), x, allow_unused=True)[0]
 
 
 def _gradient_by_fp16(model: nn.Module, x: Tensor, logits: Tensor, values: Tensor) -> Tensor | None:

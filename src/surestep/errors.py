@@ -1,9 +1,10 @@
-"""The one exception for a user's mistake; its sentences for a misspelt name, a missing package."""
+"""The one exception for a user's mistake, and the one warning; sentences for common mistakes."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -15,6 +16,10 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class SurestepWarning(UserWarning):
+    """What a user should know of a result or a run. The command line prints it as one line."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
@@ -60,7 +65,10 @@ def need(module: str, what: str, install: str, *, called: str = "") -> Any:
         UserError: it cannot be imported.
     """
     try:
-        return importlib.import_module(module)
+        with warnings.catch_warnings():
+            # Of what it imports itself, which nobody here can change.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return importlib.import_module(module)
     except ImportError as e:
         root = module.partition(".")[0]
         if (e.name or root).partition(".")[0] != root:

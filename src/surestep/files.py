@@ -19,6 +19,9 @@ from torch import Tensor, nn
 
 from surestep.errors import UserError
 
+_COMPILED = "_orig_mod."
+"""Where torch.compile keeps the module that it wraps, in the names of weights."""
+
 
 def make_folder(folder: Path) -> None:
     """Make a folder, and those above it, unless it is there.
@@ -167,8 +170,9 @@ def load_any_weights(path: Path, model: nn.Module) -> None:
     """Load safetensors weights or a saved ``state_dict`` into a model.
 
     Of a checkpoint the entry "state_dict" or "model" is taken, and the prefixes "module." and
-    "model." of its names are dropped where the model has none. A model whose parameters are all in
-    its ``body`` (timm's) takes weights that are named as the body names them.
+    "model." of its names, and torch.compile's, are dropped where the model has none. A
+    model whose parameters are all in its ``body`` (timm's) takes weights that are named as the
+    body names them.
 
     Raises:
         UserError: the file is missing, damaged, holds more than tensors, or does not fit.
@@ -217,7 +221,10 @@ def _matched(found: Mapping[str, Any], model: nn.Module) -> tuple[dict[str, Any]
 
 def _without_prefix(found: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """Drop what wrappers put before the names, where the model has none of them."""
-    expected, state = model.state_dict(), dict(found)
+    expected = model.state_dict()
+    if not any(_COMPILED in name for name in expected):  # of the whole or of parts
+        found = {name.replace(_COMPILED, ""): v for name, v in found.items()}
+    state = dict(found)
     for prefix in ("module.", "model.", "module.model."):
         if not expected.keys() & state.keys():
             state = {k.removeprefix(prefix): v for k, v in found.items()}

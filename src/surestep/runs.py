@@ -154,9 +154,9 @@ def build_method(config: RunConfig) -> Method:
     return method
 
 
-def load_data(config: RunConfig, split: str) -> Images:
-    """Load a split ("train", "validation", "test") of a run's data set."""
-    return data.load(config.dataset, split, root=config.data, image_size=config.image_size)
+def load_data(config: RunConfig, split: str, n: int | None = None) -> Images:
+    """Load a split ("train", "validation", "test") of a run's data set, or n images of it."""
+    return data.load(config.dataset, split, root=config.data, image_size=config.image_size, n=n)
 
 
 def build_model(config: RunConfig, images: Images, *, begin: bool = False) -> nn.Module:

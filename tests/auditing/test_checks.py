@@ -118,6 +118,8 @@ def test_models(ask, net, name):
         ("black-box-beats-white-box", {"fgsm": 0.9, "pgd_20": 0.5, "square_60": -0.6}, True),
         ("random-beats-gradient", {"fgsm": 0.9, "pgd_20": 0.9, "noise_20": 0.8}, True),
         ("random-beats-gradient", {"fgsm": 0.9, "pgd_20": 0.7, "noise_20": 0.8}, False),
+        # Fewer images, but others.
+        ("random-beats-gradient", {"fgsm": 0.9, "pgd_20": 0.5, "noise_20": -0.95}, True),
         ("losses-agree", {"pgd_20": 0.9, "pgd_20_margin": 0.8}, True),
         ("losses-agree", {"pgd_20": 0.8, "pgd_20_margin": 0.9}, False),
         ("gap-profile", {"pgd_10": 0.9, "pgd_20": 0.8}, True),

@@ -218,6 +218,22 @@ def test_nan_for_some_inputs_is_flagged(run, net, images):
     assert found.clean_accuracy <= 59 / 60
 
 
+def test_one_image_with_a_broken_gradient_decides_nothing(run, net, images):
+    x, _ = images
+
+    def spoil(z):
+        known = (z.detach() - x[3]).abs().amax((1, 2, 3)) < 1e-6
+        out, some = net(z).clone(), z[known]
+        out[known] = net(some + 0 * (some - some).sqrt())
+        return out
+
+    found = run(Layer(spoil), 0.05)
+    (check,) = [c for c in found.checks if c.name == "broken-gradients"]
+    assert check.status == "flagged"
+    assert 0 < check.value < 0.1
+    assert found.verdict == "robust"
+
+
 def test_one_class_too_many(run, net):
     wide = nn.Sequential(net, Layer(lambda z: nn.functional.pad(z, (0, 1), value=-5.0)))
     assert run(wide, 0.05).verdict == "robust"
@@ -313,7 +329,10 @@ def missed(count):
         ([], 0.0, "robust"),
         ([], 0.1, "robust"),
         ([], 0.2, "inconclusive"),
-        ([flagged("broken-gradients")], 0.0, "inconclusive"),
+        ([flagged("broken-gradients", detached=True)], 0.0, "inconclusive"),
+        # NaN on some images: how many counts, as where the gradient is zero.
+        ([flagged("broken-gradients", 0.01, detached=False)], 0.01, "robust"),
+        ([flagged("broken-gradients", 0.2, detached=False)], 0.2, "inconclusive"),
         ([flagged("random-beats-gradient")], 0.0, "inconclusive"),
         ([flagged("random-beats-gradient", 0.002)], 0.0, "robust"),
         ([flagged("random-beats-gradient", 0.003)], 0.0, "inconclusive"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import textwrap
 
 import numpy as np
 import pytest
@@ -119,6 +120,7 @@ def test_sources_are_where_the_model_is(cli, finished, monkeypatch):
     assert len(given) == 1
 
 
+@pytest.mark.filterwarnings("ignore:the worst case .* source 1 of the transfer attack")
 def test_sources_of_any_kind(done, refused, finished, tmp_path):
     """The points of the model itself break it as its own gradients do; those of another do not."""
     (tmp_path / "net.py").write_text(
@@ -191,3 +193,31 @@ def test_a_folder_without_test_images_is_judged_on_its_validation(cli, finished,
     assert code == 0, err
     assert "judged on the validation split, not on test images" in err
     assert "20 images" in " ".join(out.split())
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_doubtful_number_is_said_to_be_one(cli, finished, tmp_path):
+    """In one line, in the JSON and in the report, of a model that quantises its input."""
+    code = f"""
+        from surestep import runs
+        from torch import nn
+        class Quantised(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = runs.load({str(finished)!r}, "cpu").model
+            def forward(self, x):
+                return self.net((x * 9).round() / 9)
+        make = Quantised
+    """
+    (tmp_path / "net.py").write_text(textwrap.dedent(code), "utf-8")
+    page = tmp_path / "page.html"
+    found = cli(
+        *("evaluate", f"{tmp_path / 'net.py'}:make", "--dataset", "mnist", "--eps", "0.3"),
+        *("--n", "100", "--attacks", "fgsm,pgd-3", "--html", page, "--json", "-"),
+    )
+    assert found.code == 0, found.err
+    (line,) = [line for line in found.err.splitlines() if "warning" in line]
+    assert line.startswith("surestep: warning: the worst case of ")
+    assert "no gradient reaches 100% of" in line
+    assert json.loads(found.out)["doubts"] == [line.split("too high: ")[1].split(". An")[0]]
+    assert "It may be too high: no gradient reaches" in page.read_text("utf-8")

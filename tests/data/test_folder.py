@@ -250,3 +250,27 @@ def test_splits_without_classes_are_no_classes(tmp_path):
         paint(tmp_path / name / "one.png", 5)
     with pytest.raises(UserError, match="holds test, train, which hold no folders of classes"):
         data.load("folder:" + str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_only_the_first_n_are_decoded(flat, split, monkeypatch):
+    whole, opened = data.load(f"folder:{flat}", split), []
+    decode = _pillow._decode
+    monkeypatch.setattr(_pillow, "_decode", lambda *a: opened.append(a[0]) or decode(*a))
+    some = data.load(f"folder:{flat}", split, n=3)
+    assert len(opened) == 3
+    assert (some.x.tolist(), some.y.tolist()) == (whole.x[:3].tolist(), whole.y[:3].tolist())
+    assert (some.classes, some.note) == (whole.classes, whole.note)
+    assert len(data.load(f"folder:{flat}", split, n=99)) == len(whole)
+
+
+def test_the_channels_are_those_of_all_however_few_are_read(tmp_path):
+    for k in range(20):
+        paint(tmp_path / "train" / "a" / f"{k}.png", k, mode="RGB" if k == 7 else "L")
+    whole = data.load(f"folder:{tmp_path}", "train")
+    assert {data.load(f"folder:{tmp_path}", "train", n=n).x.shape[1] for n in (1, 2, 5)} == {3}
+    assert whole.x.shape[1] == 3
+
+
+def test_no_images_at_all(flat, refused):
+    refused(lambda: data.load(f"folder:{flat}", "test", n=0), "cannot load 0 images", "1 or more")

@@ -144,3 +144,12 @@ def test_more_mistakes(refused, hub, monkeypatch):
     refused(lambda: data.load("hf:me/other"), "me/other", "doesn't exist", "check the name")
     monkeypatch.setitem(sys.modules, "datasets", None)
     refused(lambda: data.load("hf:me/set"), "pip install 'surestep[hf]'")
+
+
+@pytest.mark.parametrize("features", [TYPED, {"img": Image(), "label": Value()}])
+def test_only_n(hub, features):
+    hub.splits |= {"train": rows(2, features), "test": rows(30, features)}
+    whole, some = data.load("hf:me/set", "test"), data.load("hf:me/set", "test", n=4)
+    assert some.x.tolist() == whole.x[:4].tolist()
+    assert some.y.tolist() == whole.y[:4].tolist()
+    assert some.classes == whole.classes

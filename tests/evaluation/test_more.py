@@ -120,7 +120,8 @@ def test_transfer_without_sources_trains_one(net, images):
 
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
-    found = [evaluate(Hidden(), images, surestep.Linf(0.3), ["transfer"]) for _ in range(2)]
+    wide = surestep.Linf(0.3)
+    found = [evaluate(Hidden(), images, wide, ["transfer"], doubt=False) for _ in range(2)]
     assert torch.random.get_rng_state().equal(state)
     assert found[0].robust_accuracy == found[1].robust_accuracy
     assert found[0].clean_accuracy > 0.5
@@ -632,7 +633,9 @@ def test_what_decides_is_float32_whatever_the_caller_computes_in():
 
     x, y = torch.full((8, 1), 0.5), torch.ones(8, dtype=torch.int64)
     with torch.autocast("cpu", torch.bfloat16):
-        found = surestep.evaluate(Near(), (x, y), surestep.Linf(0.0001), {"none": Attack(keep)})
+        found = surestep.evaluate(
+            Near(), (x, y), surestep.Linf(0.0001), {"none": Attack(keep)}, doubt=False
+        )
     assert found.clean_accuracy == found.worst_case_accuracy == 1
 
 

@@ -15,6 +15,7 @@ import surestep
 from surestep.errors import UserError
 from surestep.evaluation import _evaluate as room
 from surestep.evaluation import evaluate
+from surestep.evaluation._state import model_digest
 from surestep.models import Normalize
 from surestep.posthoc import insert
 from surestep.posthoc.mean_sparse import layers
@@ -51,11 +52,12 @@ def test_cut_at_any_byte(net, images, tmp_path):
 
 def test_what_is_done_is_not_done_again(net, images, tmp_path):
     path = tmp_path / "new" / "state.jsonl"
-    whole = run(net, images, path)
+    whole = run(net, images, path, doubt=False)
     net.register_forward_hook(lambda _m, args, _o: calls.append(len(args[0])))
     calls: list[int] = []
-    assert run(net, images, path) == whole
-    assert set(calls) == {1}  # the look at one image of each batch, no attack
+    assert run(net, images, path, doubt=False) == whole
+    # A look at one image of each batch, and of both radii at the first batch; no attack.
+    assert sorted(calls) == [1] * 10 + [20] * 2
 
 
 @pytest.mark.parametrize(
@@ -90,6 +92,37 @@ def test_another_model_or_other_data_are_refused(net, images, tmp_path):
     with pytest.raises(UserError, match="other model"):
         run(net, images, path)
     assert path.read_bytes() == written
+
+
+def test_code_that_answers_otherwise_is_refused(net, images, tmp_path):
+    """The weights are the same, and so is what the layers tell."""
+
+    class Scaled(nn.Module):
+        factor = 1.0
+
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return self.factor * self.net(x)
+
+    path = tmp_path / "state.jsonl"
+    whole = run(Scaled(), images, path)
+    written = path.read_bytes()
+    Scaled.factor = -1.0
+    with pytest.raises(UserError, match=r"answers otherwise on \d+ of 20 images"):
+        run(Scaled(), images, path)
+    Scaled.factor = 2.0  # which changes no answer
+    assert run(Scaled(), images, path) == whole
+    with pytest.raises(UserError, match="other model"):
+        run(net, images, path)
+    assert path.read_bytes() == written
+
+
+def test_other_layers_are_another_model(net):
+    assert model_digest(nn.Sequential(nn.ReLU())) != model_digest(nn.Sequential(nn.Sigmoid()))
+    assert model_digest(net) == model_digest(copy.deepcopy(net))
 
 
 def test_other_sources_and_thresholds_are_refused(net, images, tmp_path):
@@ -132,12 +165,12 @@ def test_a_random_model_is_resumed_to_the_same_numbers(net, images, tmp_path):
             return self.net(x + 0.2 * torch.randn_like(x))
 
     path = tmp_path / "state.jsonl"
-    whole = run(Noisy(), images)
-    assert run(Noisy(), images, path) == whole
+    whole = run(Noisy(), images, doubt=False)
+    assert run(Noisy(), images, path, doubt=False) == whole
     written = path.read_bytes()
     for size in (300, len(written) // 2):
         path.write_bytes(written[:size])
-        assert run(Noisy(), images, path) == whole
+        assert run(Noisy(), images, path, doubt=False) == whole
 
 
 @pytest.mark.parametrize(

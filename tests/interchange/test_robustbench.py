@@ -114,6 +114,12 @@ def test_what_was_selected_by_is_no_test(evaluation: dict[str, Any]) -> None:
     assert "is of validation images, which a training run may have selected by" in said
 
 
+def test_the_data_set_is_the_one_that_was_judged_on(evaluation: dict[str, Any]) -> None:
+    said = refused(entry, {**evaluation, "dataset": "cifar100:data"})
+    assert "is of cifar100, the entry of cifar10" in said
+    assert entry({**evaluation, "dataset": "folder:cifar10"})["dataset"] == "cifar10"
+
+
 def test_only_autoattack_counts(evaluation: dict[str, Any]) -> None:
     del evaluation["robust_accuracy"]["autoattack"]
     message = refused(entry, evaluation)

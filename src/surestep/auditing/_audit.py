@@ -35,7 +35,7 @@ from surestep.auditing.verdict import Findings, judge
 from surestep.data import Images
 from surestep.devices import autocast, has_bf16, memory_for
 from surestep.errors import UserError
-from surestep.evaluation import Adapted, wilson_interval
+from surestep.evaluation import Adapted, _doubts, wilson_interval
 from surestep.evaluation._evaluate import batches_of, warn_of_one_class
 from surestep.evaluation._substitute import substitute
 from surestep.evaluation.suite import Attack, transfer
@@ -128,7 +128,7 @@ def audit(
         seed: of all that is random.
         batch_size: of the attacks.
         preprocess: what the model needs done to the pixels first, such as ``models.Normalize``.
-        sources: further models for the transfer attack.
+        sources: further models for the transfer attack, which take the same pixels.
         state: path prefix of the progress files, one per round of attacks; given again after a
             stop, the audit continues from there and finds the same.
         tell: called with a sentence on what is being done.
@@ -196,6 +196,8 @@ def _from_a_substitute(s: Subject) -> Attack:
     with torch.no_grad():
         alike = s.logits(s.x).argmax(1) == s.map(stand_in, s.x).argmax(1)
     s.agreement = share_of(alike)
+    for doubt in _doubts.of_sources(s.sources, *s.probe):
+        s.tell(doubt)
     return transfer([stand_in, *s.sources], s.threat)
 
 

@@ -27,6 +27,7 @@ from surestep.clock import SECONDS_BETWEEN_LINES, Every
 from surestep.devices import autocast, has_bf16
 from surestep.errors import look_up
 from surestep.evaluation import Adapted, evaluate, suite
+from surestep.evaluation._doubts import apart
 from surestep.evaluation.suite import Attack, pgd_step_size
 from surestep.threat import ThreatModel
 
@@ -179,8 +180,7 @@ class Subject:
         full = self.logits(self.x[:64])
         with autocast(self.x.device, torch.bfloat16):
             half = self.logits(self.x[:64])
-        apart = (F.normalize(full, dim=1) - F.normalize(half, dim=1)).norm(dim=1).max()
-        return bool(apart < 0.05) and full.argmax(1).equal(half.argmax(1))
+        return apart(full, half) < 0.05 and full.argmax(1).equal(half.argmax(1))
 
     @property
     def inner(self) -> nn.Module:
@@ -228,6 +228,8 @@ class Subject:
             precision=self.precision,
             state=None if self.state is None else f"{self.state}.{next(iter(attacks))}",
             tell=lambda text: self.tell(f"  {text}") if minute.due() else None,
+            sources=self.sources,
+            doubt=False,
         )
         if on is None:
             self.right["clean"] = found.right["clean"]

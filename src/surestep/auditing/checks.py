@@ -22,7 +22,7 @@ from surestep.attacks.core import Ascent, forward_logits, share_of
 from surestep.auditing._subject import Subject
 from surestep.auditing.binarization import binarization_rates
 from surestep.devices import autocast, finest
-from surestep.evaluation import evaluate, suite
+from surestep.evaluation import _doubts, evaluate, suite
 from surestep.evaluation.suite import pgd_step_size
 from surestep.threat import Linf, per_sample
 
@@ -155,10 +155,9 @@ def deterministic_forward(s: Subject) -> Finding:
     """Five passes over the same images must agree."""
     x, y = s.probe
     runs = [s.logits(x) for _ in range(5)]
-    unit = [F.normalize(r.to(finest(x.device)), dim=1) for r in runs]
-    apart = max((u - unit[0]).norm(dim=1).max().item() for u in unit)
+    apart = max(_doubts.apart(run, runs[0]) for run in runs[1:])
     right = [int((r.argmax(1) == y).sum()) for r in runs]
-    flag = not apart <= 1e-4 or len(set(right)) > 1
+    flag = not apart <= _doubts.SAME or len(set(right)) > 1
     said = "answers change from pass to pass: the model is random" if flag else "passes agree"
     return Finding(flag, apart, said, {"right": right})
 
@@ -168,15 +167,14 @@ def logits_not_probabilities(s: Subject) -> Finding:
     """Probabilities saturate and their gradients with them."""
     out = s.logits(s.probe[0])
     off = (out.sum(1) - 1).abs().max().item()
-    flag = bool(out.min() >= 0 and out.max() <= 1 and off <= 1e-5)
+    flag = _doubts.are_probabilities(out)
     said = "the model returns probabilities" if flag else "the model returns logits"
     return Finding(flag, off, said, {"min": out.min().item(), "max": out.max().item()})
 
 
 def zero_share(s: Subject, x: Tensor, y: Tensor, objective: losses.Objective) -> float:
-    """Return the share of images whose gradient is zero everywhere."""
-    sizes = s.gradient(x, y, objective).flatten(1).abs().sum(1)
-    return share_of(sizes == 0)
+    """Return the share of images whose gradient is zero, or NaN, everywhere."""
+    return share_of(_doubts.is_flat(s.gradient(x, y, objective)))
 
 
 @_check(3, "Vanishing gradients", "any image whose input gradient is zero", f"{AA}; {IOAF}")
@@ -245,7 +243,7 @@ def one_step_beats_many(s: Subject) -> Finding:
     """More steps must find at least as much; when one finds more, the gradients mislead."""
     fgsm, pgd = s.accuracy("fgsm"), s.accuracy(f"pgd-{s.budget.steps}")
     # The two are measured on the same images: half a point is five of a thousand.
-    flag = fgsm < pgd - 0.005
+    flag = fgsm < pgd - _doubts.BEATEN
     return Finding(flag, pgd - fgsm, f"FGSM leaves {fgsm:.1%}, PGD {pgd:.1%}")
 
 
@@ -283,7 +281,7 @@ def black_box_beats_white_box(s: Subject) -> Finding:
         said += f"; the substitute answers as the model on {s.agreement:.0%} of the images"
         evidence["substitute agrees"] = s.agreement
     return Finding(
-        black[name] < best - 0.002 or max(only.values()) > 0.02 * len(white),
+        black[name] < best - 0.002 or max(only.values()) > _doubts.MISSED * len(white),
         best - black[name],
         said,
         evidence,
@@ -291,13 +289,19 @@ def black_box_beats_white_box(s: Subject) -> Finding:
 
 
 @_check(
-    9, "Random beats gradient", "random points break more images than gradients", f"{C19}; {A18}"
+    9,
+    "Random beats gradient",
+    "random points break an image that gradients do not",
+    f"{C19}; {A18}",
 )
 def random_beats_gradient(s: Subject) -> Finding:
     """Random search in a ball finds next to nothing where gradients work."""
-    noise = s.accuracy(f"noise-{s.budget.noise}")
-    value = share_of(s.white_box) - noise
-    said = f"{s.budget.noise:,} random points leave {noise:.1%}, gradients {noise + value:.1%}"
+    left = s.right[f"noise-{s.budget.noise}"]
+    value = share_of(s.white_box & ~left)
+    said = (
+        f"{s.budget.noise:,} random points leave {share_of(left):.1%}, gradients "
+        f"{share_of(s.white_box):.1%}, {value:.1%} fall to random points alone"
+    )
     return Finding(value > 0, value, said)
 
 
@@ -327,6 +331,7 @@ def eps_sweep(s: Subject) -> Finding:
             batch_size=s.batch_size,
             seed=s.seed,
             precision=s.precision,
+            doubt=False,
         )
         accuracy.append(found.worst_case_accuracy)
     rise = max(max(b - a for a, b in pairwise(accuracy)), 0.0)

@@ -7,13 +7,10 @@ from dataclasses import dataclass
 
 from surestep.auditing.checks import Check
 from surestep.evaluation import wilson_interval
+from surestep.evaluation._doubts import BY_CHANCE, MISSED
 from surestep.verdicts import INCONCLUSIVE, NOT_ROBUST, PSEUDO, ROBUST
 
 _BY_COUNT = ("random-beats-gradient", "one-step-beats-many")
-_FEW = 3
-"""Images by which two attacks may differ by chance."""
-_MISSED = 0.02
-"""Share of images that only an attack without gradients breaks, above which gradients mislead."""
 _BLIND = 0.1
 """Share of images without a gradient, above which what withstood gradients says little."""
 
@@ -113,7 +110,7 @@ def _of_doubts(f: Findings, checks: Sequence[Check], budget: str) -> Verdict | N
     doubts = [check.title.lower() for check in checks if check.flagged and _decisive(check, f.n)]
     if f.blind > _BLIND:
         doubts.append(f"no gradient on {f.blind:.0%} of the images")
-    if (missed := _missed(checks, f.n)) > _MISSED:
+    if (missed := _missed(checks, f.n)) > MISSED:
         doubts.append(f"at least {missed:.0%} of the images fall only to gradient-free attacks")
     if f.found <= f.floor or not doubts:
         return None
@@ -147,9 +144,10 @@ def _of_the_floor(f: Findings, seen: str) -> Verdict:
 def _decisive(check: Check, n: int) -> bool:
     """Tell whether a check that flags says that gradient attacks mean nothing here."""
     if check.name in _BY_COUNT:
-        return check.value is not None and round(check.value * n) >= _FEW
-    # Without gradients, what attacks by gradients leave says nothing.
-    return check.name == "broken-gradients"
+        return check.value is not None and round(check.value * n) >= BY_CHANCE
+    # Without gradients, what attacks by gradients leave says nothing. Where some are NaN, the
+    # images that these blind are counted.
+    return check.name == "broken-gradients" and bool(check.evidence["detached"])
 
 
 def _missed(checks: Sequence[Check], n: int) -> float:

@@ -8,12 +8,14 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
 from surestep import __version__
-from surestep.errors import UserError
+from surestep.errors import SurestepWarning, UserError
 
 _COMMANDS = {
     "train": "Train a robust classifier with a method.",
@@ -91,6 +93,15 @@ def main(args: Sequence[str] | None = None) -> None:
         args: without the program's name; those of the process by default.
     """
     given = list(sys.argv[1:] if args is None else args)
+    others = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, SurestepWarning):
+            print(f"surestep: warning: {message}", file=sys.stderr)
+        else:
+            others(message, category, *where, **more)
+
+    warnings.showwarning = show
     try:
         surestep(args=given or ["--help"], prog_name="surestep", standalone_mode=False)
     except UserError as e:
@@ -112,6 +123,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except Exception:
         traceback.print_exc()
         _fail("this is a fault in surestep: please report it with the output of `surestep env`", 1)
+    finally:
+        warnings.showwarning = others
 
 
 def _stopped(given: Sequence[str], code: int) -> None:

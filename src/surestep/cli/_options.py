@@ -126,8 +126,14 @@ def write_json(value: Any, target: str | None) -> None:
     if target == "-":
         click.echo(text, nl=False)
         return
+    from surestep import files
+
+    place = Path(target)
+    if _is_file(place):
+        files.write_atomically(place, text)
+        return
     try:
-        Path(target).write_text(text, "utf-8")
+        place.write_text(text, "utf-8")
     except OSError as e:
         raise UserError(f"cannot write {target}: {e.strerror or e}") from e
 
@@ -172,8 +178,14 @@ def check_writable(target: str | None) -> None:
     place = Path(target)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        allowed = os.access(place if place.exists() else place.parent, os.W_OK)
+        touched = [place, place.parent] if _is_file(place) else [place]
+        allowed = all(os.access(one, os.W_OK) for one in touched if one.exists())
     except OSError as e:
         raise UserError(f"cannot write {target}: {e.strerror or e}") from e
     if not allowed:
         raise UserError(f"cannot write {target}: permission denied; choose another place")
+
+
+def _is_file(place: Path) -> bool:
+    """Tell a file, which is replaced as a whole, from a pipe or a terminal."""
+    return place.is_file() or not place.exists()

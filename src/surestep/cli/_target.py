@@ -100,6 +100,7 @@ def open_target(
     names = ("weights", "dataset", "place", "image_size", "norm", "device", "split")
     options = {name: values.pop(name) for name in names}
     mean, std = (_numbers(name, values.pop(name)) for name in ("mean", "std"))
+    options["n"] = values["n"]
     target = targets.open_target(values.pop("model"), eps=eps, mean=mean, std=std, **options)
     if options["split"] != "test":
         click.echo(f"judged on the {options['split']} split, not on test images", err=True)

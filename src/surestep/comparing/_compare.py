@@ -30,6 +30,7 @@ from surestep.data import Images
 from surestep.devices import pick_device
 from surestep.errors import UserError
 from surestep.evaluation import suite, wilson_interval
+from surestep.training.run_folder import RunFolder
 from surestep.verdicts import SEVERITY
 
 ATTACKS = ("fgsm", "pgd-100", "pgd-100-margin")
@@ -186,6 +187,8 @@ def _distinct(what: str, values: list[Any]) -> list[Any]:
 def _folder(out: str | Path) -> Path:
     if Path(out).exists() and not Path(out).is_dir():
         raise UserError(f"{out} is a file: give a folder for the results")
+    if RunFolder(Path(out)).config.is_file():
+        raise UserError(f"{out} is a run folder, whose report is kept: give another one")
     return Path(out)
 
 
@@ -199,7 +202,7 @@ def _numbered(base: str) -> Iterable[str]:
 
 def _compare(jobs: list[Job], asked: Judging, tell: Tell) -> Comparison:
     """Check everything, then train and judge one run after another."""
-    images = _check_alike(jobs)
+    images = _check_alike(jobs, asked.n)
     rows = _group(jobs)
     # In the place of the source that a transfer attack trains later.
     suite.parse_all(asked.attacks, runs.build_threat(jobs[0].config), [torch.nn.Identity()])
@@ -223,10 +226,10 @@ def _compare(jobs: list[Job], asked: Judging, tell: Tell) -> Comparison:
     return _conclude(jobs, rows, outcomes, failures, asked)
 
 
-def _check_alike(jobs: list[Job]) -> Images:
-    """Refuse runs that were not made for the same images and threat model; return the images."""
+def _check_alike(jobs: list[Job], n: int) -> Images:
+    """Refuse runs not made for the same images and threat model; return n of the images."""
     first = jobs[0]
-    images = runs.load_data(first.config, "test")
+    images = runs.load_data(first.config, "test", n)
     known = {(first.config.data, first.config.image_size): images}
     for job in jobs[1:]:
         for name in _ALIKE:
@@ -238,7 +241,7 @@ def _check_alike(jobs: list[Job]) -> Images:
         place = (job.config.data, job.config.image_size)
         if place not in known:
             # Two places may hold the same data; two archives of one kind need not.
-            known[place] = runs.load_data(job.config, "test")
+            known[place] = runs.load_data(job.config, "test", n)
         if not _same(images, known[place]):
             raise UserError(
                 f"{first.name} and {job.name} cannot be compared: their test images differ "

@@ -64,7 +64,7 @@ _SOURCES = {
         "folder:PATH, image files in [SPLIT/]CLASS/ folders",
         "folder",
         needs_place="the folder",
-        takes=("image_size",),
+        takes=("image_size", "n"),
     ),
     "npz": _Source(
         "npz:FILE, NumPy arrays x_train, y_train, x_test, y_test or x, y",
@@ -75,7 +75,7 @@ _SOURCES = {
         "hf:NAME, an image data set of the Hugging Face Hub",
         "hf",
         needs_place="the name of the data set",
-        takes=("image_size",),
+        takes=("image_size", "n"),
     ),
 }
 
@@ -110,6 +110,7 @@ def load(
     root: str | Path | None = None,
     download: bool = True,
     image_size: int | None = None,
+    n: int | None = None,
 ) -> Images:
     """Load one split of a data set into memory.
 
@@ -123,6 +124,7 @@ def load(
             the package, and CIFAR from ``$SURESTEP_DATA`` or ``~/.cache/surestep``.
         download: download CIFAR if its files are not there.
         image_size: side in pixels to which images of a folder or of the Hub are cut and resized.
+        n: only n images, see ``Images.first``; of a folder or of the Hub no others are decoded.
 
     Returns:
         Images on the CPU, x uint8 (N, C, H, W) (an .npz file may hold float32 or features).
@@ -151,10 +153,13 @@ def load(
             raise UserError(f"image_size {image_size}: {kind} has one fixed size; leave it out")
         if image_size < 1:
             raise UserError(f"image_size {image_size}: give 1 or more pixels")
-    options = {"download": download, "image_size": image_size}
-    return _loader(source)(
+    if n is not None and n < 1:
+        raise UserError(f"cannot load {n} images of {name}: give 1 or more")
+    options = {"download": download, "image_size": image_size, "n": n}
+    images = _loader(source)(
         *source.fixed, part, where, **{option: options[option] for option in source.takes}
     )
+    return images if n is None else images.first(n)
 
 
 def _source(name: str) -> _Source:

@@ -32,7 +32,9 @@ _FOLDERS: dict[Split, tuple[str, ...]] = {
 }
 
 
-def load(split: Split, root: str | Path, *, image_size: int | None = None) -> Images:
+def load(
+    split: Split, root: str | Path, *, image_size: int | None = None, n: int | None = None
+) -> Images:
     """Load a split of a folder of images.
 
     Classes are numbered in the alphabetical order of the class folders (of the training split,
@@ -44,6 +46,7 @@ def load(split: Split, root: str | Path, *, image_size: int | None = None) -> Im
         root: the folder.
         image_size: side in pixels of the centred square to cut and resize to; None if all images
             have one size.
+        n: read only the first n of the mixed order; all by default.
 
     Returns:
         Images with x uint8 (N, C, H, W) in a mixed order, always the same; C = 1 if every image of
@@ -59,18 +62,24 @@ def load(split: Split, root: str | Path, *, image_size: int | None = None) -> Im
         raise UserError(f"{root} is not a folder: give one with a sub-folder for each class")
     classes, files = _find(root, split)
     labelled = [(k, path) for k, name in enumerate(classes) for path in files.get(name, ())]
-    order = mixed(len(labelled)).tolist()
+    order = mixed(len(labelled))[:n].tolist()
     y = torch.tensor([labelled[i][0] for i in order])
     paths = [labelled[i][1] for i in order]
     # All splits have the channels of what models are trained on, which is looked at if need be.
     known = _trained_on(root) if split == "test" else set()
     grey = bool(known) and not _any_colour(known)
     x = stack(((str(path), partial(_open, path)) for path in paths), image_size, grey=grey)
-    if x.shape[1] == 1 and not grey and _any_colour(_trained_on(root) - set(paths)):
+    if (
+        x.shape[1] == 1
+        and not grey
+        and _any_colour((_trained_on(root) | {path for _, path in labelled}) - set(paths))
+    ):
         x = x.expand(-1, 3, -1, -1).contiguous()
     divided = not any(_split_folder(root, part) for part in SPLITS)
     note = (
-        f"{len(y):,} images: {root} names no splits, so it is divided 80/10/10" if divided else ""
+        f"{len(labelled):,} images: {root} names no splits, so it is divided 80/10/10"
+        if divided
+        else ""
     )
     return Images(x, y, classes, root.name or "folder", note)
 

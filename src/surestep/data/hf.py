@@ -25,7 +25,7 @@ _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
 
 
-def load(split: Split, name: str, *, image_size: int | None = None) -> Images:
+def load(split: Split, name: str, *, image_size: int | None = None, n: int | None = None) -> Images:
     """Load a split of the Hub's data set ``name`` ("owner/name").
 
     The image and label columns are those whose type says so (``Image``, ``ClassLabel``), or, for
@@ -37,6 +37,7 @@ def load(split: Split, name: str, *, image_size: int | None = None) -> Images:
         name: name of the data set.
         image_size: side in pixels of the centred square to cut and resize to; None if all images
             have one size.
+        n: only the first n of the mixed order; others are not decoded where the classes have names.
 
     Returns:
         Images with x uint8 (N, C, H, W) in a mixed order, always the same; C = 1 if every image of
@@ -69,11 +70,13 @@ def load(split: Split, name: str, *, image_size: int | None = None) -> Images:
     if len(rows) == 0:
         raise UserError(f"the {split} split of {name!r} is empty: choose another data set")
     image, label = _columns(name, rows.features)
+    classes, order = getattr(rows.features[label], "names", None), mixed(len(rows))[:n]
+    if classes and n is not None:
+        rows, order = rows.select(order.tolist()), torch.arange(len(order))
     labels: list[int] = []
     x = stack(_pictures(name, rows, image, label, labels), image_size)
     y = torch.tensor(labels)
-    classes = getattr(rows.features[label], "names", None) or number_names(int(y.max()) + 1)
-    order = mixed(len(y))
+    classes = classes or number_names(int(y.max()) + 1)
     return Images(x[order], y[order], tuple(classes), name)
 
 

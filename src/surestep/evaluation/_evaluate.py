@@ -30,8 +30,8 @@ from surestep.attacks.core import (
 )
 from surestep.data import Batches, Images, as_images, as_pair, as_pixels, some
 from surestep.devices import autocast, exact, memory_for
-from surestep.errors import UserError
-from surestep.evaluation import suite
+from surestep.errors import SurestepWarning, UserError
+from surestep.evaluation import _doubts, suite
 from surestep.evaluation._state import State, digest, model_digest
 from surestep.evaluation._substitute import Substitute, substitute
 from surestep.evaluation.adapt import Adapted
@@ -42,6 +42,7 @@ from surestep.threat import check as check_threat
 FORMAT, VERSION = "surestep-evaluation", 1
 _ASKED_ABOUT = 1000  # images that a substitute is trained on
 _FEW = 20  # images that may be of one class by chance
+_ROUNDED = 0.01  # share of images on which machines may differ
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Evaluation:
             ``by_part``: for AutoAttack the share still right after each of its parts.
         per_class: per label, its number of images, clean and worst-case accuracy.
         curve: accuracies at other radii, if these were asked for.
+        precision: in which the perturbations were made.
+        doubts: signs that the worst case is too high, in words; none where none was looked for.
         right: (n,) each, which images were right "clean", by attack and in the "worst case"; not
             part of ``to_dict``.
     """
@@ -80,6 +83,8 @@ class Evaluation:
     attacks: list[dict[str, Any]]
     per_class: list[dict[str, Any]]
     curve: list[dict[str, Any]]
+    precision: str
+    doubts: list[str]
     right: dict[str, Tensor] = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,6 +121,7 @@ def evaluate(
     state: str | Path | None = None,
     progress: Callable[[int, int, float], None] | None = None,
     tell: Callable[[str], None] | None = None,
+    doubt: bool = True,
 ) -> Evaluation:
     """Measure clean accuracy and accuracy under each attack.
 
@@ -142,13 +148,15 @@ def evaluate(
         precision: bfloat16 or float16 crafts the perturbations under autocast. Whether a point is
             misclassified is decided in float32 in any case.
         preprocess: what the model needs done to the pixels first, such as ``models.Normalize``.
-        sources: models whose points the "transfer" attack tries; without any, a small one is
-            trained on the model's own answers.
+        sources: models whose points the "transfer" attack tries, which take the same pixels (what
+            normalises is inside); without any, a small one is trained on the model's own answers.
         state: progress file; given again after a stop, the evaluation continues from there and
             ends with the same numbers.
         progress: called after each batch with images done, images in all (0 if unknown) and the
             worst-case accuracy so far.
         tell: called with a few words when an attack begins on a batch.
+        doubt: look for signs that gradients say little of this model, at the price of a few passes
+            over a hundred images, and warn of them.
 
     Raises:
         UserError: unknown attack or budget, no data, a state of another evaluation, or images,
@@ -165,6 +173,7 @@ def evaluate(
         names = suite.and_through(names)
     radii = [threat.with_eps(e) for e in eps]
     device, start = device_of(model), time.perf_counter()
+    given = list(sources)
     # One process judges: the others must not be waited for.
     judged = Adapted(unwrapped(model), preprocess)
     advice = f"lower batch_size ({batch_size})"
@@ -197,11 +206,20 @@ def evaluate(
             batches, total = batches_of(data, batch_size, n, device, radius.bounds)
             for x, y in batches:
                 judge.batch(x, y)
+                if doubt and judge.number == 1 and radius is threat:
+                    judge.look(x, y, given)
                 if progress:
                     progress(judge.done, total, judge.survivors / judge.done)
         return judge.result()
 
     whole = at(threat, state)
+    if whole.doubts:
+        warnings.warn(
+            f"the worst case of {whole.worst_case_accuracy:.1%} may be too high: "
+            f"{'; '.join(whole.doubts)}. An audit looks closer",
+            SurestepWarning,
+            stacklevel=2,
+        )
     if n is not None:
         warn_of_one_class({row["label"]: row["n"] for row in whole.per_class}, stacklevel=2)
     curve = []
@@ -269,6 +287,7 @@ class _Judge:
         self.labels: list[Tensor] = []
         self.worst: list[Tensor] = []
         self.done = self.survivors = self.number = 0
+        self.doubts: list[str] | None = None
 
     def batch(self, x: Tensor, y: Tensor) -> None:
         """Run every attack on a batch, but those that the state already knows."""
@@ -300,6 +319,16 @@ class _Judge:
         self.survivors += int(worst.sum())
         self.number += 1
 
+    def look(self, x: Tensor, y: Tensor, sources: Sequence[nn.Module]) -> None:
+        """Look for what may blind attacks, on those of the last batch that are right."""
+        self.doubts = []
+        rows = self.right["clean"][-1].nonzero().squeeze(1)[: _doubts.LOOKED_AT].to(x.device)
+        if len(rows):
+            x, y = x[rows], y[rows]
+            through = any(name.endswith("-bpda") for name in self.attacks)
+            self.doubts += _doubts.of_model(self.model, x, y, self.threat, through=through)
+            self.doubts += _doubts.of_sources(sources, x, y)
+
     def _clean(self, x: Tensor, y: Tensor) -> Tensor:
         fingerprint = digest(x, y) if self.state.kept else ""
         known = self.state.get(self.number, "clean")
@@ -316,6 +345,16 @@ class _Judge:
             )
         clean = torch.ones(len(x), dtype=torch.bool)
         clean[torch.tensor(known["wrong"], dtype=torch.int64)] = False
+        if self.number == 0:
+            self._seed("clean")
+            # Another machine may round an image or two to the other side.
+            other = int((self._right(x, y) != clean).sum())
+            if other > max(2, _ROUNDED * len(x)):
+                raise UserError(
+                    f"the model answers otherwise on {other} of {len(x)} images than when the "
+                    "state file was written, though its weights are the same: give the code that "
+                    "it was then, or another state file"
+                )
         return clean
 
     def _attack(self, name: str, x: Tensor, y: Tensor, targets: Tensor) -> dict[str, Any]:
@@ -434,8 +473,18 @@ class _Judge:
             ],
             per_class=per_class,
             curve=[],
+            precision=str(self.precision).removeprefix("torch."),
+            doubts=self._doubts(right),
             right={**right, "worst case": worst},
         )
+
+    def _doubts(self, right: Mapping[str, Tensor]) -> list[str]:
+        if self.doubts is None:
+            return []
+        alone = {name for name, attack in self.attacks.items() if not attack.survivors}
+        follows = {name: many for name in alone if (many := suite.gradients(name))}
+        square = [parts["square"] for parts in self.parts.values() if "square" in parts]
+        return self.doubts + _doubts.of_results(right, follows, min(square, default=None))
 
     def _by_step(self, name: str, clean: int) -> list[float] | None:
         looks = self.attacks[name].looks
@@ -502,6 +551,7 @@ def warn_of_one_class(counts: Mapping[int, int], stacklevel: int) -> None:
         warnings.warn(
             f"the first {n:,} images are all of class {label}: if the data are "
             "sorted by class, shuffle them, or judge all (n=None)",
+            SurestepWarning,
             stacklevel=stacklevel + 1,
         )
 

@@ -31,10 +31,13 @@ def digest(*tensors: Tensor) -> str:
 
 
 def model_digest(model: nn.Module) -> str:
-    """Return a short hash of a model's weights and buffers, by name, and of what layers tell."""
+    """Return a short hash of a model's weights, buffers, and what its layers are and tell."""
     state = sorted((k, v) for k, v in model.state_dict().items() if isinstance(v, Tensor))
     # A threshold or a rate is not a tensor; an address in memory says nothing.
-    told = [re.sub(r"0x[0-9a-f]+", "", module.extra_repr()) for module in model.modules()]
+    told = [
+        f"{type(module).__qualname__} {re.sub(r'0x[0-9a-f]+', '', module.extra_repr())}"
+        for module in model.modules()
+    ]
     names = hashlib.sha256(" ".join([*(k for k, _ in state), *told]).encode()).hexdigest()[:16]
     return f"{names}-{digest(*(v for _, v in state))}"
 

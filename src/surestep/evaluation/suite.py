@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from surestep.attacks import autoattack, nearest
 from surestep.attacks.core import count_classes, in_turn
 from surestep.attacks.gradient import search
 from surestep.errors import UserError, look_up
+from surestep.evaluation.adapt import Adapted
 from surestep.threat import ThreatModel
 
 BUDGETS: dict[str, tuple[str, ...]] = {
@@ -43,6 +45,7 @@ class Found:
 
 
 Run = Callable[[nn.Module, Tensor, Tensor], Found | Tensor]
+Gradients = Literal["none", "one", "many"]
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def parse(name: str, threat: ThreatModel, sources: Sequence[nn.Module] = ()) -> 
         or (match["count"] is not None and not kind.counts)
         or (match["restarts"] is not None and not kind.restarts)
         or (match["loss"] is not None and not kind.loss)
-        or (match["bpda"] is not None and not kind.gradients)
+        or (match["bpda"] is not None and not kind.follows)
     ):
         raise UserError(f"unknown attack {name!r}: write one of {NAMES}, LOSS ce, margin or dlr")
     count, restarts = int(match["count"] or kind.usual or 0), int(match["restarts"] or 1)
@@ -133,9 +136,15 @@ def and_through(names: Iterable[str]) -> list[str]:
     every: list[str] = []
     for name in names:
         match = _NAME.fullmatch(name)
-        follows = match and KINDS[match["kind"]].gradients and not match["bpda"]
+        follows = match and KINDS[match["kind"]].follows and not match["bpda"]
         every += [name, f"{name}-bpda"] if follows else [name]
     return list(dict.fromkeys(every))
+
+
+def gradients(name: str) -> Gradients | None:
+    """Return how many gradients an attack follows, by its name; None if it is no name."""
+    match = _NAME.fullmatch(name)
+    return KINDS[match["kind"]].gradients if match else None
 
 
 def _through(attack: Attack) -> Attack:
@@ -215,7 +224,7 @@ def transfer(sources: Sequence[nn.Module], threat: ThreatModel) -> Attack:
     A model with masked gradients falls to points that were made elsewhere (Athalye et al. 2018).
 
     Args:
-        sources: models for the same data.
+        sources: models for the same pixels.
         threat: norm, radius and data range.
     """
 
@@ -225,7 +234,7 @@ def transfer(sources: Sequence[nn.Module], threat: ThreatModel) -> Attack:
     size = pgd_step_size(threat.eps, 50)
     makers = [
         make
-        for s in sources
+        for s in map(Adapted, sources)
         for make in (
             partial(attacks.pgd, s, threat=threat, steps=50, step_size=size),
             partial(attacks.mi_fgsm, s, threat=threat, steps=20, loss="margin"),
@@ -267,7 +276,7 @@ class Kind:
         usual: that number where it is not written; None if it must be.
         restarts: takes xRESTARTS.
         loss: takes -LOSS.
-        gradients: follows the model's gradient.
+        gradients: how many of the model's it follows.
     """
 
     make: Callable[[Spec], Attack]
@@ -275,7 +284,12 @@ class Kind:
     usual: int | None = None
     restarts: bool = False
     loss: bool = False
-    gradients: bool = True
+    gradients: Gradients = "many"
+
+    @property
+    def follows(self) -> bool:
+        """Whether it follows the model's gradient."""
+        return self.gradients != "none"
 
     def written(self, name: str) -> str:
         """Return how it is written, for people."""
@@ -286,18 +300,21 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     "fgsm": Kind(
-        lambda s: _one(lambda m, x, y: attacks.fgsm(m, x, y, s.threat, s.loss), 2), loss=True
+        lambda s: _one(lambda m, x, y: attacks.fgsm(m, x, y, s.threat, s.loss), 2),
+        loss=True,
+        gradients="one",
     ),
     "r-fgsm": Kind(
         lambda s: _one(lambda m, x, y: attacks.r_fgsm(m, x, y, s.threat, loss=s.loss), 2),
         loss=True,
+        gradients="one",
     ),
     "i-fgsm": Kind(_iterative, "STEPS", loss=True),
     "mi-fgsm": Kind(_iterative, "STEPS", loss=True),
     "noise": Kind(
         lambda s: _one(lambda m, x, y: attacks.random_noise(m, x, y, s.threat, s.count), s.count),
         "SAMPLES",
-        gradients=False,
+        gradients="none",
     ),
     "pgd": Kind(_iterative, "STEPS", restarts=True, loss=True),
     "apgd-ce": Kind(lambda s: _one(lambda m, x, y: autoattack.apgd_ce(m, x, y, s.threat), 200)),
@@ -307,10 +324,10 @@ KINDS: dict[str, Kind] = {
         lambda s: _one(lambda m, x, y: autoattack.square(m, x, y, s.threat, s.count), s.count),
         "QUERIES",
         autoattack.QUERIES,
-        gradients=False,
+        gradients="none",
     ),
     "autoattack": Kind(_autoattack),
-    "transfer": Kind(_transfer, gradients=False),
+    "transfer": Kind(_transfer, gradients="none"),
     "cw-l2": Kind(_cw_l2, "STEPS", nearest.CW_STEPS),
     "deepfool": Kind(_deepfool, "STEPS", nearest.DEEPFOOL_STEPS),
 }

@@ -177,6 +177,9 @@ def to_model_info(
     ):
         raise UserError(f"reported is {shorten(reported)}, expected a share in [0, 1], such as 0.5")
     dataset = _folder(dataset)
+    judged_on = evaluation.get("dataset", dataset).partition(":")[0]
+    if judged_on in TEST_SETS and judged_on != dataset:
+        raise UserError(f"the evaluation is of {judged_on}, the entry of {dataset}: give that")
     _check_size(evaluation["n"], dataset, test_set_size, allow_subset)
     return {
         "link": link,

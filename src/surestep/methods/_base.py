@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from surestep import processes
 from surestep.attacks.core import check_inputs, forward_logits
 from surestep.devices import drop_casts_without_gradients
-from surestep.errors import UserError
+from surestep.errors import SurestepWarning, UserError
 from surestep.methods._dropout import dropping
 from surestep.methods._memory import Draw
 from surestep.threat import ThreatModel
@@ -288,6 +288,7 @@ class Method(ABC):
                 f"{self.slug} follows the course of training, and nobody tells it: set "
                 "method.progress = surestep.methods.Progress(step, steps_per_epoch, epochs, "
                 "images) before each step (surestep.fit does)",
+                SurestepWarning,
                 stacklevel=3,
             )
         if not self._inputs_checked:

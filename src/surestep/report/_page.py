@@ -107,8 +107,10 @@ def _verdict(report: Report) -> dict[str, str] | None:
         count = len(get(report.evaluation, "robust_accuracy", "the evaluation"))
         n = get(report.evaluation, "n", "the evaluation")
         attacks = "one attack" if count == 1 else f"each of {count} attacks"
+        doubts = report.evaluation.get("doubts")
+        high = f"It may be too high: {'; '.join(doubts)}. " if doubts else ""
         sentence = (
-            f"{worst} of {n:,} images stay right under {attacks}. "
+            f"{worst} of {n:,} images stay right under {attacks}. {high}"
             "No audit was run: whether gradients are masked is not known."
         )
         return {"name": "not audited", "kind": "unsure", "sentence": sentence}

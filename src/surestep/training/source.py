@@ -22,7 +22,7 @@ from torch.utils.data import (
 )
 
 from surestep.data import Batches, Images, as_images, as_pair, as_pixels, augment
-from surestep.errors import UserError
+from surestep.errors import SurestepWarning, UserError
 from surestep.training.randomness import OwnRandom
 
 _NO_LENGTH = (
@@ -370,5 +370,6 @@ def _warn_of_an_order_of_its_own(loader: DataLoader) -> None:
             f"the DataLoader's {type(sampler).__name__} has no generator: if it draws its order at "
             "random, each process draws another, and images repeat or never come; give it an "
             "attribute generator, a torch.Generator, and draw from that",
+            SurestepWarning,
             stacklevel=2,
         )

@@ -52,6 +52,7 @@ def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
                 seed=job.config.seed,
                 precision=job.engine.precision,
                 progress=ask,
+                doubt=False,
             )
             n, seconds = found.n, found.seconds
             counts = [int(found.right[name].sum()) for name in ("clean", *attacks, "worst case")]

@@ -137,6 +137,12 @@ class TestOptions:
         assert said in refused("compare", *args)
         assert list(tmp_path.iterdir()) == []
 
+    def test_a_run_keeps_its_report(self, refused, finished):
+        before = sorted(p.name for p in finished.iterdir())
+        said = refused("compare", finished, "--out", finished)
+        assert f"{finished} is a run folder, whose report is kept: give another one" in said
+        assert sorted(p.name for p in finished.iterdir()) == before
+
     def test_help_imports_no_torch(self, done):
         code = (
             "import sys; from surestep.cli import main; main(['compare', '--help']);"

@@ -480,9 +480,18 @@ class TestOurs:
         def full(*_, **__):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(Path, "write_text", full)
-        line = refused("evaluate", finished, "--attacks", "fgsm", "--json", tmp_path / "r.json")
-        assert f"cannot write {tmp_path / 'r.json'}: No space left on device" in line
+        monkeypatch.setattr("os.fsync", full)
+        place = tmp_path / "r.json"
+        place.write_text("the last result")
+        line = refused("evaluate", finished, "--attacks", "fgsm", "--json", place)
+        assert f"no space left to write {place}" in line
+        assert place.read_text() == "the last result"
+        assert list(tmp_path.iterdir()) == [place]
+
+    def test_json_to_what_is_no_file(self, done, finished):
+        """Which cannot be replaced, only written to."""
+        done("evaluate", finished, "--attacks", "fgsm", "--n", "5", "--json", "/dev/null")
+        assert Path("/dev/null").is_char_device()
 
     def interrupt(self, cli, small, tmp_path, monkeypatch):
         def stop(*_, **__):

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_iter
 
 import surestep
 from surestep import L2, Linf, UserError, devices, methods, posthoc
-from surestep.attacks.core import forked_rng
+from surestep.attacks.lending import forked_rng
 from surestep.auditing import _subject, escalation
 from surestep.data import as_images, augment
 from surestep.data._splits import divide, mixed

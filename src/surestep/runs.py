@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from surestep import data, files, methods, models, posthoc, threat
-from surestep.attacks.core import count_classes, device_of
+from surestep.attacks.inputs import count_classes
+from surestep.attacks.lending import device_of
 from surestep.config import FitSettings, RunConfig, parse, read_yaml
 from surestep.data import Images
 from surestep.devices import pick_device

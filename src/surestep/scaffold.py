@@ -24,7 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import attacking, input_gradient
+from surestep.attacks.core import input_gradient
+from surestep.attacks.lending import attacking
 from surestep.methods import Cost, Method, Update, recipe_of, register
 
 

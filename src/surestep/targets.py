@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from surestep import data, files, models, runs
-from surestep.attacks.core import device_of
+from surestep.attacks.lending import device_of
 from surestep.config import RunConfig, parse
 from surestep.data import Images, number_names
 from surestep.devices import pick_device

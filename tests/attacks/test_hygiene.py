@@ -9,13 +9,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from surestep import attacks
 from surestep.attacks import autoattack
-from surestep.attacks.core import (
-    attacking,
-    check_inputs,
-    forward_logits,
-    input_gradient,
-    interpreted,
-)
+from surestep.attacks.core import input_gradient
+from surestep.attacks.inputs import check_inputs, forward_logits
+from surestep.attacks.lending import attacking, interpreted
 
 
 def snapshot(net):

@@ -15,16 +15,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import (
-    attacking,
-    check_inputs,
-    forked_rng,
-    forward_logits,
-    frozen,
-    in_turn,
-    input_gradient,
-)
+from surestep.attacks.core import in_turn, input_gradient
 from surestep.attacks.gradient import pgd
+from surestep.attacks.inputs import check_inputs, forward_logits
+from surestep.attacks.lending import attacking, forked_rng, frozen
 from surestep.devices import exact
 from surestep.errors import UserError, need
 from surestep.threat import L2, Linf, ThreatModel

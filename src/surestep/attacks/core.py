@@ -1,31 +1,25 @@
-"""What every gradient attack and every training method is made of.
+"""What every gradient attack and every training method is made of: gradients and ascent.
 
-Input gradients only (no weight gradient is ever computed), and a model that is left as it was
-found: modes, ``requires_grad`` flags, ``.grad`` and buffers.
+Input gradients only: no weight gradient is ever computed.
 """
 
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
+from surestep.attacks.inputs import forward_logits
+from surestep.attacks.lending import attacking, uses_batch_statistics
 from surestep.attacks.losses import Objective, log_odds, margin
 from surestep.devices import exact, in_fp16, rounding
 from surestep.errors import UserError
 from surestep.threat import ThreatModel, per_sample
 
 _BUCKET = 32
-_INSIDE = "_orig_mod"
-"""Where torch.compile keeps the module that it wraps."""
 
 
 def round_up(count: int, most: int) -> int:
@@ -35,228 +29,6 @@ def round_up(count: int, most: int) -> int:
     image at a time would fill memory with them and spend their time making them.
     """
     return min(most, -(-count // _BUCKET) * _BUCKET)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return the device of a model's parameters; the CPU if it has none."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-@contextmanager
-def forked_rng(device: torch.device) -> Iterator[None]:
-    """Leave the random states as they were: python's, numpy's, torch's, also that of the device.
-
-    Seeding inside, ``torch.manual_seed``, reaches every device.
-    """
-    # A model may draw from any of them.
-    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
-    # torch's own fork_rng asks for the state of a device by its number, which mps has not.
-    state = torch.mps.get_rng_state() if device.type == "mps" else None
-    used = torch.cuda.is_initialized() or device.type == "cuda"
-    try:
-        with torch.random.fork_rng(range(torch.cuda.device_count()) if used else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)  # noqa: NPY002
-        if state is not None:
-            torch.mps.set_rng_state(state)
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """Return the module inside a compiled one, for passes of odd sizes or with hooks."""
-    return getattr(model, _INSIDE, model)
-
-
-def compiled_whole(model: nn.Module) -> bool:
-    """Tell whether a model is compiled as one: by ``torch.compile``, or in place."""
-    return _INSIDE in model._modules or model._compiled_call_impl is not None
-
-
-def compiled(model: nn.Module) -> bool:
-    """Tell whether a model, or a part of it, is compiled."""
-    return any(map(compiled_whole, model.modules()))
-
-
-def uses_batch_statistics(model: nn.Module) -> bool:
-    """Tell whether the images of a pass, in the model's present mode, depend on each other."""
-    norms = (m for m in model.modules() if isinstance(m, _BatchNorm))
-    # Without running statistics it takes the batch's in eval mode, too.
-    return any(m.training or m.running_mean is None for m in norms)
-
-
-@contextmanager
-def interpreted(model: nn.Module) -> Iterator[None]:
-    """Run compiled parts of a model eagerly: compiled code ignores hooks that are added later."""
-    if compiled(model) and hasattr(torch.compiler, "set_stance"):  # torch 2.6
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    else:
-        yield
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside a DistributedDataParallel one, which may be compiled.
-
-    Its passes wait for no other process.
-    """
-    inner = uncompiled(model)
-    return inner.module if isinstance(inner, DistributedDataParallel) else model
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Temporarily set ``requires_grad`` to False on all parameters."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_()
-
-
-@contextmanager
-def attacking(model: nn.Module, *, train_mode: bool = False) -> Iterator[nn.Module]:
-    """Lend the unwrapped ``model`` to an attack and give it back as it was.
-
-    Args:
-        model: any module; of a DistributedDataParallel one, the module inside is lent, since
-            an attack must not take part in gradient synchronisation.
-        train_mode: in train mode (batch statistics, dropout) rather than eval mode. One that is
-            in train mode as a whole keeps the modes of its layers.
-    """
-    inner = unwrapped(model)
-    # Of a model that is trained, layers kept in eval mode are no others in the attack.
-    as_found = train_mode and inner.training
-    modules = list(inner.modules())
-    changed = [] if as_found else [m for m in modules if m.training != train_mode]
-    # In eval mode a forward writes no buffer; in train mode batch norm would count the attack in.
-    buffers = [(b, b.clone()) for b in inner.buffers()] if train_mode else []
-    for module in changed:
-        module.training = train_mode
-    try:
-        # A compiled backward pass computes the gradients of all that wants any, asked for or not.
-        # Else the weights are left alone: autocast keeps its casts of what wants a gradient only.
-        with frozen(inner) if any(map(compiled_whole, modules)) else nullcontext():
-            yield inner
-    finally:
-        for module in changed:
-            module.training = not train_mode
-        for buffer, saved in buffers:
-            # .data: a graph recorded before the attack may hold this buffer.
-            buffer.data.copy_(saved)
-
-
-def forward_logits(model: nn.Module, x: Tensor) -> Tensor:
-    """Run the model and return its logits (N, K) in float32 (float64 stays).
-
-    Of a tuple or list the first entry is taken, of a dict or a Hugging Face output ``logits``.
-
-    Raises:
-        UserError: what the model returns holds no tensor of shape (N, K), K >= 2.
-    """
-    returned = model(x)
-    logits = returned
-    if isinstance(returned, Mapping):
-        logits = returned.get("logits")
-    elif hasattr(returned, "logits"):
-        logits = returned.logits
-    elif isinstance(returned, tuple | list) and returned:
-        logits = returned[0]
-    if not isinstance(logits, Tensor):
-        raise UserError(
-            f"the model returned a {type(returned).__name__}, expected a tensor of logits (N, K), "
-            "a tuple that begins with it or a dict with 'logits': "
-            "wrap it in a module that returns the logits"
-        )
-    if logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
-        raise UserError(
-            f"the model returned shape {tuple(logits.shape)} for {len(x)} images, "
-            "expected logits of shape (N, K) with K >= 2 classes"
-        )
-    if logits.dtype not in (torch.float32, torch.float64):
-        return logits.float()
-    # What CUDA graphs return (torch.compile's reduce-overhead) the next pass writes over.
-    return logits.clone() if compiled_whole(model) else logits
-
-
-def check_inputs(
-    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, unlabelled: bool = False
-) -> None:
-    """Refuse what would silently give wrong numbers, or fail later in a puzzling way.
-
-    Looks at the values, so it waits for the device: call it at the door, not in a step. With
-    ``unlabelled`` a label may be -1, for none.
-
-    Raises:
-        UserError: x is empty, not floating, not finite or outside the data range; y is not an
-            int64 tensor (N,) of labels from 0 to K - 1; the model fails on one such image or
-            returns no logits.
-    """
-    low, high = threat.bounds
-    if not x.is_floating_point() or x.dim() < 2 or len(x) == 0:
-        raise UserError(
-            f"x is {x.dtype} of shape {tuple(x.shape)}, expected floating point images (N, ...) "
-            f"in [{low:g}, {high:g}]: of uint8 images take x.float() / 255"
-        )
-    lowest, highest = (float(v) for v in torch.aminmax(x.detach()))
-    # Written so that NaN fails it too.
-    if not (lowest >= low and highest <= high):
-        near = max(low - lowest, highest - high) < 1e-3 * threat.span
-        advice = (
-            f"if this is rounding, use x.clamp({low:g}, {high:g})"
-            if near
-            else "scale to the data range and put any normalisation inside the model"
-        )
-        raise UserError(
-            f"x has values in [{lowest:.9g}, {highest:.9g}], expected [{low:g}, {high:g}]: {advice}"
-        )
-    if y.dtype != torch.int64 or y.shape != x.shape[:1]:
-        raise UserError(
-            f"y is {y.dtype} of shape {tuple(y.shape)}, expected torch.int64 labels of shape "
-            f"({len(x)},)"
-        )
-    check_labels(y, count_classes(model, x), unlabelled=unlabelled)
-
-
-def check_labels(y: Tensor, classes: int, *, unlabelled: bool = False) -> None:
-    """Refuse labels that are no class of the model, nor -1 where ``unlabelled`` allows that.
-
-    Raises:
-        UserError: a label is outside 0 .. classes - 1.
-    """
-    lowest, highest = (int(v) for v in torch.aminmax(y))
-    if lowest < (-1 if unlabelled else 0) or highest >= classes:
-        hint = (
-            "; only training with uat takes -1, no label" if lowest == -1 and not unlabelled else ""
-        )
-        raise UserError(
-            f"y has labels from {lowest} to {highest}, but the model has {classes} classes: "
-            f"labels must run from 0 to {classes - 1}{hint}"
-        )
-
-
-@torch.no_grad()
-def count_classes(model: nn.Module, x: Tensor) -> int:
-    """Run the model on the first of the images x (N, ...) and return its number of classes.
-
-    Raises:
-        UserError: the model fails on it or returns no logits.
-    """
-    # A look at the model must not change what it draws at random afterwards.
-    with attacking(uncompiled(unwrapped(model))) as inner, forked_rng(x.device):
-        try:
-            return forward_logits(inner, x[:1]).shape[1]
-        except UserError:
-            raise
-        except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as e:
-            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-            raise UserError(
-                f"the model fails on one image of shape {tuple(x.shape[1:])} and type {x.dtype}: "
-                f"{reason}"
-            ) from e
 
 
 class NoGradient(UserError):

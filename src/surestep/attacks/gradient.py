@@ -9,7 +9,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from surestep.attacks import losses
-from surestep.attacks.core import Ascent, Best, attacking, check_inputs, input_gradient
+from surestep.attacks.core import Ascent, Best, input_gradient
+from surestep.attacks.inputs import check_inputs
+from surestep.attacks.lending import attacking
 from surestep.errors import UserError
 from surestep.threat import ThreatModel
 

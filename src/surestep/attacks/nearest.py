@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import attacking, check_inputs, forward_logits, frozen
+from surestep.attacks.inputs import check_inputs, forward_logits
+from surestep.attacks.lending import attacking, frozen
 from surestep.devices import exact
 from surestep.errors import UserError, need
 from surestep.threat import L2, Linf, ThreatModel

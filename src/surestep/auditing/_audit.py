@@ -13,17 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from surestep.attacks.core import (
+from surestep.attacks.core import input_gradient, share_of
+from surestep.attacks.inputs import check_inputs, check_labels, count_classes, forward_logits
+from surestep.attacks.lending import (
     attacking,
-    check_inputs,
-    check_labels,
-    count_classes,
     device_of,
     forked_rng,
-    forward_logits,
-    input_gradient,
     interpreted,
-    share_of,
     uncompiled,
     unwrapped,
 )

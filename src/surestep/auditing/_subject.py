@@ -13,15 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.attacks import gradient
-from surestep.attacks.core import (
-    Ascent,
-    Best,
-    NoGradient,
-    forward_logits,
-    input_gradient,
-    misclassified,
-    share_of,
-)
+from surestep.attacks.core import Ascent, Best, NoGradient, input_gradient, misclassified, share_of
+from surestep.attacks.inputs import forward_logits
 from surestep.attacks.losses import Objective, log_odds
 from surestep.clock import SECONDS_BETWEEN_LINES, Every
 from surestep.devices import autocast, has_bf16

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surestep.attacks.core import Ascent, Best, NoGradient, forward_logits, share_of
+from surestep.attacks.core import Ascent, Best, NoGradient, share_of
+from surestep.attacks.inputs import forward_logits
 from surestep.devices import finest
 from surestep.threat import ThreatModel
 

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from surestep.attacks import losses
-from surestep.attacks.core import Ascent, forward_logits, share_of
+from surestep.attacks.core import Ascent, share_of
+from surestep.attacks.inputs import forward_logits
 from surestep.auditing._subject import Subject
 from surestep.auditing.binarization import binarization_rates
 from surestep.devices import autocast, finest

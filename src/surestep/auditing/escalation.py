@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surestep.attacks.core import forward_logits, in_turn, share_of
+from surestep.attacks.core import in_turn, share_of
 from surestep.attacks.gradient import pgd
+from surestep.attacks.inputs import forward_logits
 from surestep.devices import finest
 from surestep.evaluation.suite import Attack, Found, pgd_step_size
 from surestep.threat import ThreatModel

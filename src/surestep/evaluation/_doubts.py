@@ -14,15 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.activations import straight_through
-from surestep.attacks.core import (
-    NoGradient,
-    attacking,
-    forked_rng,
-    forward_logits,
-    input_gradient,
-    misclassified,
-    share_of,
-)
+from surestep.attacks.core import NoGradient, input_gradient, misclassified, share_of
+from surestep.attacks.inputs import forward_logits
+from surestep.attacks.lending import attacking, forked_rng
 from surestep.devices import finest
 from surestep.evaluation.adapt import Adapted
 from surestep.evaluation.suite import Gradients

@@ -17,17 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from surestep.activations import with_a_way_through
-from surestep.attacks.core import (
-    attacking,
-    check_inputs,
-    device_of,
-    forked_rng,
-    forward_logits,
-    misclassified,
-    round_up,
-    share_of,
-    unwrapped,
-)
+from surestep.attacks.core import misclassified, round_up, share_of
+from surestep.attacks.inputs import check_inputs, forward_logits
+from surestep.attacks.lending import attacking, device_of, forked_rng, unwrapped
 from surestep.data import Batches, Images, as_images, as_pair, as_pixels, some
 from surestep.devices import autocast, exact, memory_for
 from surestep.errors import SurestepWarning, UserError

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surestep.attacks.core import attacking, forked_rng, forward_logits
+from surestep.attacks.inputs import forward_logits
+from surestep.attacks.lending import attacking, forked_rng
 from surestep.threat import ThreatModel
 
 STEPS, BATCH, WIDTH = 250, 64, 16

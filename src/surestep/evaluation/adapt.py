@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from surestep.attacks.core import forward_logits
+from surestep.attacks.inputs import forward_logits
 from surestep.devices import out_of_memory
 from surestep.errors import UserError
 

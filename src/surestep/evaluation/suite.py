@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from surestep import attacks
 from surestep.activations import straight_through
 from surestep.attacks import autoattack, nearest
-from surestep.attacks.core import count_classes, in_turn
+from surestep.attacks.core import in_turn
 from surestep.attacks.gradient import search
+from surestep.attacks.inputs import count_classes
 from surestep.errors import UserError, look_up
 from surestep.evaluation.adapt import Adapted
 from surestep.threat import ThreatModel

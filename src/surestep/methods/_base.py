@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep import processes
-from surestep.attacks.core import check_inputs, forward_logits
+from surestep.attacks.inputs import check_inputs, forward_logits
 from surestep.devices import drop_casts_without_gradients
 from surestep.errors import SurestepWarning, UserError
 from surestep.methods._dropout import dropping

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.activations import activations
-from surestep.attacks.core import compiled
+from surestep.attacks.lending import compiled
 from surestep.errors import UserError
 
 

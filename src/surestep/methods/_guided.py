@@ -10,7 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import attacking, forward_logits, input_gradient
+from surestep.attacks.core import input_gradient
+from surestep.attacks.inputs import forward_logits
+from surestep.attacks.lending import attacking
 from surestep.attacks.losses import Objective, cross_entropy, log_odds
 from surestep.methods._base import Cost, Method, Terms, Update
 

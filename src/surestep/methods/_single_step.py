@@ -10,7 +10,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from surestep.attacks.core import attacking, input_gradient
+from surestep.attacks.core import input_gradient
+from surestep.attacks.lending import attacking
 from surestep.attacks.losses import log_odds
 from surestep.methods._base import METHODS, Cost, Method, Update
 from surestep.methods._registry import build_written

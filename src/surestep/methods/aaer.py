@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surestep.attacks.core import attacking, input_gradient
+from surestep.attacks.core import input_gradient
+from surestep.attacks.lending import attacking
 from surestep.attacks.losses import cross_entropy
 from surestep.methods._base import Cost, Terms, Update, register
 from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from surestep import processes
-from surestep.attacks.core import unwrapped
+from surestep.attacks.lending import unwrapped
 from surestep.devices import finest
 from surestep.methods._base import Cost, Method, Terms, Update, once, register
 from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe, smoothed

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import attacking, input_gradient, misclassified
+from surestep.attacks.core import input_gradient, misclassified
+from surestep.attacks.lending import attacking
 from surestep.methods._base import register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.methods.pgd import PGD

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep import processes
-from surestep.attacks.core import attacking, forward_logits, uncompiled
+from surestep.attacks.inputs import forward_logits
+from surestep.attacks.lending import attacking, uncompiled
 from surestep.attacks.losses import cross_entropy
 from surestep.methods._base import Cost, one_hot, register
 from surestep.methods.fgsm_uap import FGSMUAP

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import attacking, input_gradient, l1_unit
+from surestep.attacks.core import input_gradient, l1_unit
+from surestep.attacks.lending import attacking
 from surestep.methods._base import Cost, Method, Terms, Update, of_eps, register
 from surestep.methods._memory import Memory
 from surestep.methods._presets import CIFAR100_RESNET, CIFAR_RESNET, MNIST_ZOO, recipe, smoothed

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from surestep import processes
-from surestep.attacks.core import attacking, input_gradient, l1_unit
+from surestep.attacks.core import input_gradient, l1_unit
+from surestep.attacks.lending import attacking
 from surestep.devices import without_autocast
 from surestep.methods._base import Cost, Method, Terms, Update, of_eps, one_hot, register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import attacking, forward_logits, misclassified
+from surestep.attacks.core import misclassified
+from surestep.attacks.inputs import forward_logits
+from surestep.attacks.lending import attacking
 from surestep.methods._base import Cost, Update, register
 from surestep.methods._memory import Memory
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep import processes
-from surestep.attacks.core import attacking, count_classes, input_gradient
+from surestep.attacks.core import input_gradient
+from surestep.attacks.inputs import count_classes
+from surestep.attacks.lending import attacking
 from surestep.methods._base import Cost, Method, Terms, Update, one_hot, register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.methods.trades import kl

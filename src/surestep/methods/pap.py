@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from surestep import processes
-from surestep.attacks.core import attacking, input_gradient
+from surestep.attacks.core import input_gradient
+from surestep.attacks.lending import attacking
 from surestep.methods._base import Cost, Method, Terms, Update, register
 from surestep.methods._presets import CIFAR_SAT, MNIST_FAST, MNIST_SAT, recipe
 from surestep.methods.sat import agreement, regularised_images

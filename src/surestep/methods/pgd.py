@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from surestep.attacks.core import Ascent, attacking
+from surestep.attacks.core import Ascent
+from surestep.attacks.lending import attacking
 from surestep.methods._base import Cost, Method, Update, of_eps, register
 from surestep.methods._presets import CIFAR_RESNET, CIFAR_SPEED, MNIST_FAST, MNIST_SPEED, recipe
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import attacking
+from surestep.attacks.lending import attacking
 from surestep.methods._base import Cost, Method, Terms, Update, of_eps, register
 from surestep.methods._presets import CIFAR_SAT, MNIST_SAT, recipe
 from surestep.methods.fgsm import FGSM

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surestep.attacks.core import attacking, input_gradient
+from surestep.attacks.core import input_gradient
+from surestep.attacks.lending import attacking
 from surestep.methods._base import Cost, Criterion, Terms, Update, of_eps, register, stepping
 from surestep.methods._presets import (
     CIFAR_SAT,

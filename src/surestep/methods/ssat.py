@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import attacking, forward_logits, input_gradient, misclassified
+from surestep.attacks.core import input_gradient, misclassified
+from surestep.attacks.inputs import forward_logits
+from surestep.attacks.lending import attacking
 from surestep.methods._base import Cost, register
 from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
 from surestep.methods.rs_fgsm import RSFGSM

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surestep.attacks.core import attacking, input_gradient
+from surestep.attacks.core import input_gradient
+from surestep.attacks.lending import attacking
 from surestep.methods._base import Cost, Method, Terms, Update, register, relaxed_cross_entropy
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 

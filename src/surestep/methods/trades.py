@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surestep.attacks.core import Ascent, attacking, forward_logits
+from surestep.attacks.core import Ascent
+from surestep.attacks.inputs import forward_logits
+from surestep.attacks.lending import attacking
 from surestep.methods._base import (
     Cost,
     Criterion,

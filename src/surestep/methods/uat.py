@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surestep.attacks.core import Ascent, attacking, forward_logits
+from surestep.attacks.core import Ascent
+from surestep.attacks.inputs import forward_logits
+from surestep.attacks.lending import attacking
 from surestep.methods._base import Cost, Terms, Update, register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.methods.pgd import PGD

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from surestep.attacks.core import device_of, uncompiled
+from surestep.attacks.lending import device_of, uncompiled
 from surestep.data import Images
 from surestep.errors import UserError
 from surestep.evaluation import evaluate

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from surestep.activations import activations
-from surestep.attacks.core import attacking, device_of, uncompiled
+from surestep.attacks.lending import attacking, device_of, uncompiled
 from surestep.data import Images
 from surestep.devices import finest
 from surestep.errors import UserError

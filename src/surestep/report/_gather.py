@@ -9,13 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.attacks import pgd
-from surestep.attacks.core import (
-    attacking,
-    check_inputs,
-    forked_rng,
-    forward_logits,
-    input_gradient,
-)
+from surestep.attacks.core import input_gradient
+from surestep.attacks.inputs import check_inputs, forward_logits
+from surestep.attacks.lending import attacking, forked_rng
 from surestep.attacks.losses import cross_entropy
 from surestep.devices import exact, memory_for
 from surestep.errors import UserError

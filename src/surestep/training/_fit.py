@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from surestep.attacks.core import compiled_whole, unwrapped
+from surestep.attacks.lending import compiled_whole, unwrapped
 from surestep.config import FitSettings, parse
 from surestep.devices import pick_device
 from surestep.errors import UserError, need

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import attacking, device_of, forked_rng, uncompiled, unwrapped
+from surestep.attacks.lending import attacking, device_of, forked_rng, uncompiled, unwrapped
 from surestep.data import augment
 from surestep.devices import autocast, drop_casts_without_gradients, has_bf16
 from surestep.errors import UserError, look_up, unknown_name

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from surestep import files, processes
-from surestep.attacks.core import attacking, forked_rng
+from surestep.attacks.lending import attacking, forked_rng
 from surestep.errors import UserError
 from surestep.methods import StepResult
 from surestep.training import checkpoint

@@ -19,13 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from surestep.attacks.core import (
-    attacking,
-    device_of,
-    forked_rng,
-    forward_logits,
-    uses_batch_statistics,
-)
+from surestep.attacks.inputs import forward_logits
+from surestep.attacks.lending import attacking, device_of, forked_rng, uses_batch_statistics
 from surestep.errors import UserError
 from surestep.methods import Method
 from surestep.training.engine import Engine

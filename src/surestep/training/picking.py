@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from surestep import processes
-from surestep.attacks.core import count_classes, device_of, forked_rng
+from surestep.attacks.inputs import count_classes
+from surestep.attacks.lending import device_of, forked_rng
 from surestep.devices import out_of_memory
 from surestep.methods import Method
 from surestep.training.engine import Engine, make_optimizer, make_step

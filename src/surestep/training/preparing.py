@@ -17,14 +17,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from surestep import files, processes
-from surestep.attacks.core import (
-    check_inputs,
-    check_labels,
-    compiled_whole,
-    count_classes,
-    share_of,
-    uncompiled,
-)
+from surestep.attacks.core import share_of
+from surestep.attacks.inputs import check_inputs, check_labels, count_classes
+from surestep.attacks.lending import compiled_whole, uncompiled
 from surestep.config import FitSettings
 from surestep.data import Images, as_pixels, seed_of
 from surestep.devices import memory_for

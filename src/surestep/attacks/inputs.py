@@ -1,0 +1,128 @@
+"""What goes into a model and what comes out: images and labels that can be judged, logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from surestep.attacks.lending import (
+    attacking,
+    compiled_whole,
+    forked_rng,
+    uncompiled,
+    unwrapped,
+)
+from surestep.errors import UserError
+from surestep.threat import ThreatModel
+
+
+def forward_logits(model: nn.Module, x: Tensor) -> Tensor:
+    """Run the model and return its logits (N, K) in float32 (float64 stays).
+
+    Of a tuple or list the first entry is taken, of a dict or a Hugging Face output ``logits``.
+
+    Raises:
+        UserError: what the model returns holds no tensor of shape (N, K), K >= 2.
+    """
+    returned = model(x)
+    logits = returned
+    if isinstance(returned, Mapping):
+        logits = returned.get("logits")
+    elif hasattr(returned, "logits"):
+        logits = returned.logits
+    elif isinstance(returned, tuple | list) and returned:
+        logits = returned[0]
+    if not isinstance(logits, Tensor):
+        raise UserError(
+            f"the model returned a {type(returned).__name__}, expected a tensor of logits (N, K), "
+            "a tuple that begins with it or a dict with 'logits': "
+            "wrap it in a module that returns the logits"
+        )
+    if logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
+        raise UserError(
+            f"the model returned shape {tuple(logits.shape)} for {len(x)} images, "
+            "expected logits of shape (N, K) with K >= 2 classes"
+        )
+    if logits.dtype not in (torch.float32, torch.float64):
+        return logits.float()
+    # What CUDA graphs return (torch.compile's reduce-overhead) the next pass writes over.
+    return logits.clone() if compiled_whole(model) else logits
+
+
+def check_inputs(
+    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, unlabelled: bool = False
+) -> None:
+    """Refuse what would silently give wrong numbers, or fail later in a puzzling way.
+
+    Looks at the values, so it waits for the device: call it at the door, not in a step. With
+    ``unlabelled`` a label may be -1, for none.
+
+    Raises:
+        UserError: x is empty, not floating, not finite or outside the data range; y is not an
+            int64 tensor (N,) of labels from 0 to K - 1; the model fails on one such image or
+            returns no logits.
+    """
+    low, high = threat.bounds
+    if not x.is_floating_point() or x.dim() < 2 or len(x) == 0:
+        raise UserError(
+            f"x is {x.dtype} of shape {tuple(x.shape)}, expected floating point images (N, ...) "
+            f"in [{low:g}, {high:g}]: of uint8 images take x.float() / 255"
+        )
+    lowest, highest = (float(v) for v in torch.aminmax(x.detach()))
+    # Written so that NaN fails it too.
+    if not (lowest >= low and highest <= high):
+        near = max(low - lowest, highest - high) < 1e-3 * threat.span
+        advice = (
+            f"if this is rounding, use x.clamp({low:g}, {high:g})"
+            if near
+            else "scale to the data range and put any normalisation inside the model"
+        )
+        raise UserError(
+            f"x has values in [{lowest:.9g}, {highest:.9g}], expected [{low:g}, {high:g}]: {advice}"
+        )
+    if y.dtype != torch.int64 or y.shape != x.shape[:1]:
+        raise UserError(
+            f"y is {y.dtype} of shape {tuple(y.shape)}, expected torch.int64 labels of shape "
+            f"({len(x)},)"
+        )
+    check_labels(y, count_classes(model, x), unlabelled=unlabelled)
+
+
+def check_labels(y: Tensor, classes: int, *, unlabelled: bool = False) -> None:
+    """Refuse labels that are no class of the model, nor -1 where ``unlabelled`` allows that.
+
+    Raises:
+        UserError: a label is outside 0 .. classes - 1.
+    """
+    lowest, highest = (int(v) for v in torch.aminmax(y))
+    if lowest < (-1 if unlabelled else 0) or highest >= classes:
+        hint = (
+            "; only training with uat takes -1, no label" if lowest == -1 and not unlabelled else ""
+        )
+        raise UserError(
+            f"y has labels from {lowest} to {highest}, but the model has {classes} classes: "
+            f"labels must run from 0 to {classes - 1}{hint}"
+        )
+
+
+@torch.no_grad()
+def count_classes(model: nn.Module, x: Tensor) -> int:
+    """Run the model on the first of the images x (N, ...) and return its number of classes.
+
+    Raises:
+        UserError: the model fails on it or returns no logits.
+    """
+    # A look at the model must not change what it draws at random afterwards.
+    with attacking(uncompiled(unwrapped(model))) as inner, forked_rng(x.device):
+        try:
+            return forward_logits(inner, x[:1]).shape[1]
+        except UserError:
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as e:
+            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+            raise UserError(
+                f"the model fails on one image of shape {tuple(x.shape[1:])} and type {x.dtype}: "
+                f"{reason}"
+            ) from e

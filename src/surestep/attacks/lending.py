@@ -1,0 +1,131 @@
+"""A model as others use it: unwrapped, interpreted, lent to an attack and given back as it was.
+
+Modes, ``requires_grad`` flags, ``.grad`` and buffers are left as they were found.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+_INSIDE = "_orig_mod"
+"""Where torch.compile keeps the module that it wraps."""
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's parameters; the CPU if it has none."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+@contextmanager
+def forked_rng(device: torch.device) -> Iterator[None]:
+    """Leave the random states as they were: python's, numpy's, torch's, also that of the device.
+
+    Seeding inside, ``torch.manual_seed``, reaches every device.
+    """
+    # A model may draw from any of them.
+    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
+    # torch's own fork_rng asks for the state of a device by its number, which mps has not.
+    state = torch.mps.get_rng_state() if device.type == "mps" else None
+    used = torch.cuda.is_initialized() or device.type == "cuda"
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if used else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)  # noqa: NPY002
+        if state is not None:
+            torch.mps.set_rng_state(state)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the module inside a compiled one, for passes of odd sizes or with hooks."""
+    return getattr(model, _INSIDE, model)
+
+
+def compiled_whole(model: nn.Module) -> bool:
+    """Tell whether a model is compiled as one: by ``torch.compile``, or in place."""
+    return _INSIDE in model._modules or model._compiled_call_impl is not None
+
+
+def compiled(model: nn.Module) -> bool:
+    """Tell whether a model, or a part of it, is compiled."""
+    return any(map(compiled_whole, model.modules()))
+
+
+def uses_batch_statistics(model: nn.Module) -> bool:
+    """Tell whether the images of a pass, in the model's present mode, depend on each other."""
+    norms = (m for m in model.modules() if isinstance(m, _BatchNorm))
+    # Without running statistics it takes the batch's in eval mode, too.
+    return any(m.training or m.running_mean is None for m in norms)
+
+
+@contextmanager
+def interpreted(model: nn.Module) -> Iterator[None]:
+    """Run compiled parts of a model eagerly: compiled code ignores hooks that are added later."""
+    if compiled(model) and hasattr(torch.compiler, "set_stance"):  # torch 2.6
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside a DistributedDataParallel one, which may be compiled.
+
+    Its passes wait for no other process.
+    """
+    inner = uncompiled(model)
+    return inner.module if isinstance(inner, DistributedDataParallel) else model
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Temporarily set ``requires_grad`` to False on all parameters."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_()
+
+
+@contextmanager
+def attacking(model: nn.Module, *, train_mode: bool = False) -> Iterator[nn.Module]:
+    """Lend the unwrapped ``model`` to an attack and give it back as it was.
+
+    Args:
+        model: any module; of a DistributedDataParallel one, the module inside is lent, since
+            an attack must not take part in gradient synchronisation.
+        train_mode: in train mode (batch statistics, dropout) rather than eval mode. One that is
+            in train mode as a whole keeps the modes of its layers.
+    """
+    inner = unwrapped(model)
+    # Of a model that is trained, layers kept in eval mode are no others in the attack.
+    as_found = train_mode and inner.training
+    modules = list(inner.modules())
+    changed = [] if as_found else [m for m in modules if m.training != train_mode]
+    # In eval mode a forward writes no buffer; in train mode batch norm would count the attack in.
+    buffers = [(b, b.clone()) for b in inner.buffers()] if train_mode else []
+    for module in changed:
+        module.training = train_mode
+    try:
+        # A compiled backward pass computes the gradients of all that wants any, asked for or not.
+        # Else the weights are left alone: autocast keeps its casts of what wants a gradient only.
+        with frozen(inner) if any(map(compiled_whole, modules)) else nullcontext():
+            yield inner
+    finally:
+        for module in changed:
+            module.training = not train_mode
+        for buffer, saved in buffers:
+            # .data: a graph recorded before the attack may hold this buffer.
+            buffer.data.copy_(saved)

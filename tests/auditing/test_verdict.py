@@ -247,12 +247,20 @@ COLLAPSE = [flagged("collapse")]
 
 
 def said_of(
-    found, n=1000, *, claims=(0.94, 0.91), clean=0.98, checks=(), blind=0.0, budget="quick"
+    found,
+    n=1000,
+    *,
+    claims=(0.94, 0.91),
+    clean=0.98,
+    chance=0.1,
+    checks=(),
+    blind=0.0,
+    budget="quick",
 ):
     """Return verdict and sentence where ``found`` of n images withstand everything."""
     interval = wilson_interval(round(found * n), n)
     named = dict(zip(("fgsm", "pgd-10"), claims, strict=True))
-    return judge(Findings(clean, named, found, interval, 0.1, blind, n), list(checks), budget)
+    return judge(Findings(clean, named, found, interval, chance, blind, n), list(checks), budget)
 
 
 @pytest.mark.parametrize(
@@ -294,8 +302,33 @@ def test_half_of_the_claim_on_few_images(found, n, verdict, words):
 
 
 @pytest.mark.parametrize(
+    ("clean", "chance", "found", "verdict"),
+    [
+        # Floors of 0.151, 0.076, 0.02, 0.56: what is left counts by what the model knows.
+        (0.44, 0.1, 0.24, "robust"),
+        (0.44, 0.1, 0.15, "inconclusive"),
+        (0.44, 0.1, 0.11, "not robust"),
+        (0.48, 0.005, 0.16, "robust"),
+        (0.10, 0.005, 0.06, "robust"),
+        (0.48, 0.005, 0.05, "not robust"),
+        (0.90, 0.5, 0.70, "robust"),
+        (0.90, 0.5, 0.50, "not robust"),
+        # Itself near chance: twice, or 0.575.
+        (0.20, 0.1, 0.20, "inconclusive"),
+        (0.01, 0.005, 0.01, "inconclusive"),
+        (0.57, 0.5, 0.57, "inconclusive"),
+        (0.58, 0.5, 0.57, "robust"),
+    ],
+)
+def test_the_floor_follows_what_the_model_knows(clean, chance, found, verdict):
+    said, sentence = said_of(found, clean=clean, chance=chance, claims=(found, found))
+    assert said == verdict
+    assert ("near chance" in sentence) is (clean <= 2 * chance and clean < 0.575)
+
+
+@pytest.mark.parametrize(
     ("found", "n", "verdict"),
-    # The floor is 0.235.
+    # The floor is 0.232.
     [(0.225, 40, "inconclusive"), (0.225, 40_000, "not robust"), (0.0, 25, "not robust"),
      (0.30, 40, "inconclusive"), (0.30, 40_000, "robust")],
 )  # fmt: skip

@@ -11,6 +11,8 @@ from surestep.evaluation._doubts import BY_CHANCE, MISSED
 from surestep.verdicts import INCONCLUSIVE, NOT_ROBUST, PSEUDO, ROBUST
 
 _BY_COUNT = ("random-beats-gradient", "one-step-beats-many")
+_HARDLY = 0.15
+"""Share of what a model knows above chance that is hardly more than guessing."""
 _BLIND = 0.1
 """Share of images without a gradient, above which what withstood gradients says little."""
 
@@ -41,8 +43,13 @@ class Findings:
 
     @property
     def floor(self) -> float:
-        """What is hardly more than guessing."""
-        return self.chance + 0.15 * (1 - self.chance)
+        """What is hardly more than guessing, for a model that knows as much as this one."""
+        return self.chance + _HARDLY * max(self.clean - self.chance, 0)
+
+    @property
+    def guesses(self) -> bool:
+        """Whether the model itself hardly does more: twice as well, or less for a few classes."""
+        return self.clean <= min(2 * self.chance, self.chance + _HARDLY * (1 - self.chance))
 
     @property
     def looks(self) -> tuple[float, str]:
@@ -72,7 +79,7 @@ def judge(f: Findings, checks: Sequence[Check], budget: str) -> Verdict:
         checks: the twenty.
         budget: the name of the one spent.
     """
-    if f.clean <= f.floor:
+    if f.guesses:
         return INCONCLUSIVE, (
             f"The model is right on {f.clean:.1%} of clean images, near chance ({f.chance:.1%}): "
             "there is no robustness to judge; check data, labels and preprocessing."

@@ -184,3 +184,28 @@ def test_what_cannot_be_hardened(trained, images):
         posthoc.harden(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), images, images, Linf(0.1))
     with pytest.raises(UserError, match=r"thresholds \[-1.0\]"):
         posthoc.harden(trained, images, images, Linf(0.1), thresholds=[-1.0])
+
+
+class Tokens(nn.Module):
+    """Eight rows of eight pixels as tokens, their features last, as in a vision transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(8, 5), nn.GELU(), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.down(self.act(self.up(x.squeeze(1)))).mean(1)
+
+
+def test_channels_of_tokens_are_last(images):
+    model = Tokens().eval()
+    (mean, std) = posthoc.measure(model, images, 11)["act"]
+    features = model.up(images.x.squeeze(1)).detach().double().reshape(-1, 5)
+    assert torch.allclose(mean, features.mean(0), atol=1e-7)
+    assert torch.allclose(std, features.std(0, correction=0), atol=1e-7)
+    sparse = posthoc.insert(copy.deepcopy(model), images.x[:1], 0.5)
+    set_statistics(sparse, {"act": (mean, std)})
+    near = (features - mean).abs() < 0.5 * std
+    expected = torch.where(near, mean.expand_as(features), features).reshape(70, 8, 5).float()
+    assert 0.2 < near.float().mean() < 0.6
+    assert torch.allclose(sparse(images.x), model.down(model.act(expected)).mean(1), atol=1e-6)

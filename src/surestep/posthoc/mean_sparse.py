@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,30 +26,32 @@ class MeanSparse(nn.Module):
     """Put each value within ``threshold`` deviations of its channel's mean on the mean.
 
     Args:
-        channels: size of dimension 1 of the inputs.
+        channels: how many there are.
         threshold: t of the paper, in standard deviations; 0 changes nothing.
+        dim: which dimension they are: 1, or -1 of what a linear layer makes of tokens.
 
     Shape:
-        (N, channels, ...) to the same.
+        (N, channels, ...), or (N, ..., channels), to the same.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, channels: int, threshold: float) -> None:
+    def __init__(self, channels: int, threshold: float, dim: int = 1) -> None:
         super().__init__()
-        self.threshold = threshold
+        self.threshold, self.dim = threshold, dim
         self.straight_through = False
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.zeros(channels))
 
     def extra_repr(self) -> str:
         """Tell the threshold, which no buffer holds."""
-        return f"{len(self.mean)}, threshold={self.threshold:g}"
+        return f"{len(self.mean)}, threshold={self.threshold:g}, dim={self.dim}"
 
     def forward(self, x: Tensor) -> Tensor:
         """Sparsify; with ``straight_through`` the same value, the gradient of the identity."""
-        shape = (1, -1, *[1] * (x.dim() - 2))
+        shape = [1] * x.dim()
+        shape[self.dim] = -1
         mean, std = self.mean.view(shape).to(x.dtype), self.std.view(shape).to(x.dtype)
         near = (x - mean).abs() < self.threshold * std
         if self.straight_through:
@@ -56,13 +59,25 @@ class MeanSparse(nn.Module):
         return torch.where(near, mean, x)
 
 
+class _Seen(NamedTuple):
+    """What went into an activation, and which of its dimensions are channels."""
+
+    values: Tensor
+    dim: int
+
+
 @contextmanager
-def _watching(model: nn.Module, seen: dict[str, Tensor]) -> Iterator[nn.Module]:
+def _watching(model: nn.Module, seen: dict[str, _Seen]) -> Iterator[nn.Module]:
     """Keep in ``seen`` what goes into each activation, by its name.
 
     Raises:
         UserError: an activation is used twice in a pass; ``seen`` is to be emptied between passes.
     """
+    linear: Tensor | None = None
+
+    def made(_module: nn.Module, _args: object, out: Tensor) -> None:
+        nonlocal linear
+        linear = out
 
     def note(name: str, args: tuple[Tensor, ...]) -> None:
         if name in seen:
@@ -70,12 +85,15 @@ def _watching(model: nn.Module, seen: dict[str, Tensor]) -> Iterator[nn.Module]:
                 f"the activation {name} is used twice in a pass, with other statistics each time: "
                 "give the model one module for each use"
             )
-        seen[name] = args[0].detach().clone()  # some work in place
+        # Tokens, and images whose channels are last, come to a linear layer and leave it so.
+        dim = -1 if args[0] is linear else 1
+        seen[name] = _Seen(args[0].detach().clone(), dim)  # some work in place
 
     handles = [
         module.register_forward_pre_hook(lambda m, args, name=name: note(name, args))
         for name, module in activations(model).items()
     ]
+    handles += [m.register_forward_hook(made) for m in model.modules() if isinstance(m, nn.Linear)]
     try:
         with attacking(model) as inner, torch.no_grad():
             yield inner
@@ -99,15 +117,15 @@ def measure(
     """
     model = uncompiled(model)  # compiled code does not look for hooks again
     device = device_of(model)
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, _Seen] = {}
     counts: dict[str, int] = {}
     found: dict[str, tuple[Tensor, Tensor]] = {}
     with _watching(model, seen) as inner:
         for begin in range(0, len(images), batch_size):
             seen.clear()
             inner(images.pixels(slice(begin, begin + batch_size)).to(device))
-            for name, values in seen.items():
-                rows = values.to(finest(device)).transpose(0, 1).flatten(1)
+            for name, (values, dim) in seen.items():
+                rows = values.to(finest(device)).transpose(0, dim).flatten(1)
                 n, mean = rows.shape[1], rows.mean(1)
                 squares = (rows - mean[:, None]).square().sum(1)
                 # Chan et al. 1979: sums of squares of two parts, without cancellation.
@@ -135,7 +153,7 @@ def insert(model: nn.Module, image: Tensor, threshold: float) -> nn.Module:
     Raises:
         UserError: the model has no activation module, or one has no channels or is used twice.
     """
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, _Seen] = {}
     model = uncompiled(model)  # what is compiled does not know the new modules
     with _watching(model, seen) as inner:
         inner(image)
@@ -144,12 +162,12 @@ def insert(model: nn.Module, image: Tensor, threshold: float) -> nn.Module:
             "the model has no activation modules (nn.ReLU and the like) to sparsify before: "
             "activations called as functions cannot be found"
         )
-    for name, values in seen.items():
+    for name, (values, dim) in seen.items():
         if values.dim() < 2:
             raise UserError(f"the input of {name} has shape {tuple(values.shape)}: no channels")
         parent, _, own = name.rpartition(".")
         holder = model.get_submodule(parent)
-        sparse = MeanSparse(values.shape[1], threshold).to(values.device)
+        sparse = MeanSparse(values.shape[dim], threshold, dim).to(values.device)
         setattr(holder, own, nn.Sequential(sparse, getattr(holder, own)))
     return model
 

@@ -61,7 +61,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         if e.errno == errno.ENOSPC:
             raise UserError(
                 f"no space left to write {path} ({len(content) / 1e6:.0f} MB): free some, then "
-                "go on (a run with --resume)"
+                "try again (a run with --resume)"
             ) from e
         raise UserError(f"cannot write {path}: {e.strerror or e}") from e
 

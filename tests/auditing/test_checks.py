@@ -398,6 +398,11 @@ def test_a_few_images_that_only_a_black_box_breaks(ask, net):
     assert found.status == "passed"
 
 
+def test_a_class_that_is_left_out_is_no_noise(ask, net):
+    left_out = torch.tensor([0.0, 0.0, -math.inf])
+    assert ask("deterministic-forward", Layer(lambda x: net(x) + left_out)).status == "passed"
+
+
 def test_little_noise_is_noise(ask, net):
     found = ask("deterministic-forward", Layer(lambda x: net(x) + 1e-2 * torch.randn(len(x), 3)))
     assert found.status == "flagged"

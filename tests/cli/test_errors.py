@@ -488,6 +488,15 @@ class TestOurs:
         assert place.read_text() == "the last result"
         assert list(tmp_path.iterdir()) == [place]
 
+    def test_json_through_a_link(self, done, finished, tmp_path):
+        """As /dev/stdout is one, to whatever the shell put there."""
+        place, link = tmp_path / "r.json", tmp_path / "latest.json"
+        place.write_text("the last result")
+        link.symlink_to(place)
+        done("evaluate", finished, "--attacks", "fgsm", "--n", "5", "--json", link)
+        assert link.is_symlink()
+        assert json.loads(place.read_text())["n"] == 5
+
     def test_json_to_what_is_no_file(self, done, finished):
         """Which cannot be replaced, only written to."""
         done("evaluate", finished, "--attacks", "fgsm", "--n", "5", "--json", "/dev/null")

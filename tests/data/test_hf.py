@@ -146,6 +146,20 @@ def test_more_mistakes(refused, hub, monkeypatch):
     refused(lambda: data.load("hf:me/set"), "pip install 'surestep[hf]'")
 
 
+@pytest.mark.parametrize("colour", [False, True])
+def test_the_channels_are_those_of_all_however_few_are_read(hub, colour):
+    some = rows(30)
+    if colour:
+        for row in some.rows[:3]:
+            row["picture"] = row["picture"].convert("RGB")
+    hub.splits |= {"train": rows(2), "test": some}
+    whole = data.load("hf:me/set", "test")
+    for n in (1, 5, 29):
+        few = data.load("hf:me/set", "test", n=n)
+        assert few.x.tolist() == whole.x[:n].tolist()
+    assert whole.x.shape[1] == (3 if colour else 1)
+
+
 @pytest.mark.parametrize("features", [TYPED, {"img": Image(), "label": Value()}])
 def test_only_n(hub, features):
     hub.splits |= {"train": rows(2, features), "test": rows(30, features)}

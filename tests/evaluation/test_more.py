@@ -549,6 +549,7 @@ def test_one_process_judges_a_distributed_model_by_itself(net, images):
         wrapped = DistributedDataParallel(net)
         wrapped.register_forward_pre_hook(lambda *_: pytest.fail("the wrapper was called"))
         found = evaluate(wrapped, images, THREAT, ["fgsm", "transfer"])
+        evaluate(net, images, THREAT, ["transfer"], sources=[wrapped])
         audited = surestep.audit(wrapped, images, THREAT, budget="quick", n=40)
     finally:
         distributed.destroy_process_group()

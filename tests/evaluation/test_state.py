@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -118,6 +120,32 @@ def test_code_that_answers_otherwise_is_refused(net, images, tmp_path):
     with pytest.raises(UserError, match="other model"):
         run(net, images, path)
     assert path.read_bytes() == written
+
+
+@pytest.mark.parametrize("draws", ["numpy", "python", "its own"])
+def test_a_random_model_is_no_other_code(net, images, tmp_path, draws):
+    """Whatever it draws from: what can be seeded is, and the rest is not held against it."""
+    own = torch.Generator()
+
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net.eval()
+
+        def forward(self, x):
+            noise = {
+                "numpy": lambda: torch.from_numpy(np.random.randn(*x.shape)),  # noqa: NPY002
+                "python": lambda: torch.tensor([random.gauss(0, 1) for _ in range(x.numel())]),
+                "its own": lambda: torch.randn(x.shape, generator=own),
+            }[draws]()
+            return self.net(x + noise.view_as(x).to(x.dtype))
+
+    path = tmp_path / "state.jsonl"
+    whole = run(Noisy(), images, path, doubt=False)
+    assert run(Noisy(), images, path, doubt=False) == whole
+    path.write_bytes(path.read_bytes()[:700])
+    again = run(Noisy(), images, path, doubt=False)
+    assert (again == whole) is (draws != "its own")
 
 
 def test_other_layers_are_another_model(net):

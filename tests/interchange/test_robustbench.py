@@ -116,7 +116,7 @@ def test_what_was_selected_by_is_no_test(evaluation: dict[str, Any]) -> None:
 
 def test_the_data_set_is_the_one_that_was_judged_on(evaluation: dict[str, Any]) -> None:
     said = refused(entry, {**evaluation, "dataset": "cifar100:data"})
-    assert "is of cifar100, the entry of cifar10" in said
+    assert "is of cifar100: give dataset='cifar100', not 'cifar10'" in said
     assert entry({**evaluation, "dataset": "folder:cifar10"})["dataset"] == "cifar10"
 
 

@@ -23,10 +23,9 @@ from surestep.attacks.lending import (
     uncompiled,
     unwrapped,
 )
-from surestep.attacks.losses import log_odds
 from surestep.auditing._subject import Subject, budget_of
 from surestep.auditing.answers import escalate
-from surestep.auditing.checks import CHECKS, Check, zero_share
+from surestep.auditing.checks import CHECKS, Check, blind_share
 from surestep.auditing.verdict import Findings, judge
 from surestep.data import Images
 from surestep.devices import autocast, has_bf16, memory_for
@@ -138,7 +137,6 @@ def audit(
     check_threat(threat)
     if threat.eps == 0:
         raise UserError("eps 0: no image may change, so there is nothing to audit; give a radius")
-    # One process judges: the others must not be waited for.
     adapted = Adapted(uncompiled(unwrapped(model)), preprocess)
     device = device_of(model)
     advice = f"lower batch_size ({batch_size})"
@@ -163,7 +161,7 @@ def audit(
         _suite(subject)
         tell("masking checks")
         checks = [check(subject) for check in CHECKS]
-        blind = zero_share(subject, *subject.probe, log_odds)
+        blind = blind_share(subject)
         claims = {name: subject.accuracy(name) for name in ("fgsm", "pgd-10")}
         steps = escalate(subject, checks, blind)
         # The profile of gaps can only now tell what the strongest attacks took.
@@ -192,7 +190,7 @@ def _from_a_substitute(s: Subject) -> Attack:
     with torch.no_grad():
         alike = s.logits(s.x).argmax(1) == s.map(stand_in, s.x).argmax(1)
     s.agreement = share_of(alike)
-    for doubt in _doubts.of_sources(s.sources, *s.probe):
+    for doubt in _doubts.of_sources(s.sources, *s.probe, s.batch_size):
         s.tell(doubt)
     return transfer([stand_in, *s.sources], s.threat)
 

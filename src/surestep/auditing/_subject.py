@@ -195,7 +195,7 @@ class Subject:
     @property
     def white_box(self) -> Tensor:
         """Which images (N,) the gradient attacks left right."""
-        found = [self.right[name] for name in self.right if name.startswith(("fgsm", "pgd"))]
+        found = [left for name, left in self.right.items() if suite.ascent(name)]
         return torch.stack(found).all(0)
 
     def attack(self, attacks: list[str] | dict[str, Attack], on: Tensor | None = None) -> None:

@@ -156,7 +156,7 @@ def deterministic_forward(s: Subject) -> Finding:
     """Five passes over the same images must agree."""
     x, y = s.probe
     runs = [s.logits(x) for _ in range(5)]
-    apart = max(_doubts.apart(run, runs[0]) for run in runs[1:])
+    apart = torch.tensor([_doubts.apart(run, runs[0]) for run in runs[1:]]).max().item()
     right = [int((r.argmax(1) == y).sum()) for r in runs]
     flag = not apart <= _doubts.SAME or len(set(right)) > 1
     said = "answers change from pass to pass: the model is random" if flag else "passes agree"
@@ -173,25 +173,35 @@ def logits_not_probabilities(s: Subject) -> Finding:
     return Finding(flag, off, said, {"min": out.min().item(), "max": out.max().item()})
 
 
-def zero_share(s: Subject, x: Tensor, y: Tensor, objective: losses.Objective) -> float:
-    """Return the share of images whose gradient is zero, or NaN, everywhere."""
+def _flat_share(s: Subject, x: Tensor, y: Tensor, objective: losses.Objective) -> float:
     return share_of(_doubts.is_flat(s.gradient(x, y, objective)))
 
 
-@_check(3, "Vanishing gradients", "any image whose input gradient is zero", f"{AA}; {IOAF}")
+def blind_share(s: Subject) -> float:
+    """Return on what share of the images, or beside them, even a safe loss has no gradient."""
+    x, y = s.probe
+    return max(_flat_share(s, z, y, losses.log_odds) for z in (x, s.threat.random_start(x)))
+
+
+@_check(
+    3,
+    "Vanishing gradients",
+    "any image whose input gradient is zero, or has a NaN",
+    f"{AA}; {IOAF}",
+)
 def vanishing_gradients(s: Subject) -> Finding:
     """Gradients of zero tell an attack nothing."""
     x, y = s.probe
     near = s.threat.random_start(x)
     kinds = {"ce": losses.cross_entropy, "log-odds": losses.log_odds, "margin": losses.margin}
     shares = {
-        f"{name} at {where}": zero_share(s, z, y, objective)
+        f"{name} at {where}": _flat_share(s, z, y, objective)
         for name, objective in kinds.items()
         for where, z in (("x", x), ("a random start", near))
     }
     worst = max(shares.values())
     flag = worst > 0
-    said = f"the gradient is zero on up to {worst:.0%} of the images" if flag else "none is zero"
+    said = f"no gradient on up to {worst:.0%} of the images" if flag else "all images have one"
     return Finding(flag, worst, said, {"shares": shares})
 
 

@@ -129,7 +129,7 @@ def write_json(value: Any, target: str | None) -> None:
     from surestep import files
 
     place = Path(target)
-    if _is_file(place):
+    if _replaceable(place):
         files.write_atomically(place, text)
         return
     try:
@@ -178,14 +178,14 @@ def check_writable(target: str | None) -> None:
     place = Path(target)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        touched = [place, place.parent] if _is_file(place) else [place]
-        allowed = all(os.access(one, os.W_OK) for one in touched if one.exists())
+        allowed = os.access(place if place.exists() else place.parent, os.W_OK)
     except OSError as e:
         raise UserError(f"cannot write {target}: {e.strerror or e}") from e
     if not allowed:
         raise UserError(f"cannot write {target}: permission denied; choose another place")
 
 
-def _is_file(place: Path) -> bool:
-    """Tell a file, which is replaced as a whole, from a pipe or a terminal."""
-    return place.is_file() or not place.exists()
+def _replaceable(place: Path) -> bool:
+    """Tell a file, to be replaced as a whole, from what is written to: a pipe, a link to a file."""
+    plain = not place.is_symlink() and (place.is_file() or not place.exists())
+    return plain and os.access(place.parent, os.W_OK)

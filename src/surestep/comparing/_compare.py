@@ -187,7 +187,8 @@ def _distinct(what: str, values: list[Any]) -> list[Any]:
 def _folder(out: str | Path) -> Path:
     if Path(out).exists() and not Path(out).is_dir():
         raise UserError(f"{out} is a file: give a folder for the results")
-    if RunFolder(Path(out)).config.is_file():
+    run = RunFolder(Path(out))
+    if run.config.is_file() and (run.weights.is_file() or run.metrics.is_file()):
         raise UserError(f"{out} is a run folder, whose report is kept: give another one")
     return Path(out)
 
@@ -227,9 +228,9 @@ def _compare(jobs: list[Job], asked: Judging, tell: Tell) -> Comparison:
 
 
 def _check_alike(jobs: list[Job], n: int) -> Images:
-    """Refuse runs not made for the same images and threat model; return n of the images."""
+    """Refuse runs not made for the same images and threat model; return the images."""
     first = jobs[0]
-    images = runs.load_data(first.config, "test", n)
+    images = runs.load_to_judge(first.config, "test", n)
     known = {(first.config.data, first.config.image_size): images}
     for job in jobs[1:]:
         for name in _ALIKE:
@@ -241,7 +242,7 @@ def _check_alike(jobs: list[Job], n: int) -> Images:
         place = (job.config.data, job.config.image_size)
         if place not in known:
             # Two places may hold the same data; two archives of one kind need not.
-            known[place] = runs.load_data(job.config, "test", n)
+            known[place] = runs.load_to_judge(job.config, "test", n)
         if not _same(images, known[place]):
             raise UserError(
                 f"{first.name} and {job.name} cannot be compared: their test images differ "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surestep.data._images import Images, number_names
-from surestep.data._pillow import Opener, stack
+from surestep.data._pillow import Opener, has_colour, stack
 from surestep.data._splits import Split, divide, instead, mixed
 from surestep.errors import UserError, need
 
@@ -70,14 +70,20 @@ def load(split: Split, name: str, *, image_size: int | None = None, n: int | Non
     if len(rows) == 0:
         raise UserError(f"the {split} split of {name!r} is empty: choose another data set")
     image, label = _columns(name, rows.features)
-    classes, order = getattr(rows.features[label], "names", None), mixed(len(rows))[:n]
-    if classes and n is not None:
-        rows, order = rows.select(order.tolist()), torch.arange(len(order))
+    classes, order = getattr(rows.features[label], "names", None), mixed(len(rows))
+    # Without their names, classes are counted in the labels of all rows.
+    few = n is not None and bool(classes)
+    chosen = order[:n] if few else torch.arange(len(rows))  # all are read as they lie
     labels: list[int] = []
-    x = stack(_pictures(name, rows, image, label, labels), image_size)
+    x = stack(_pictures(name, rows, chosen.tolist(), image, label, labels), image_size)
     y = torch.tensor(labels)
-    classes = classes or number_names(int(y.max()) + 1)
-    return Images(x[order], y[order], tuple(classes), name)
+    if few:
+        others = (rows[i][image] for i in order[n:].tolist())
+        if x.shape[1] == 1 and any(map(has_colour, others)):
+            x = x.expand(-1, 3, -1, -1).contiguous()
+    else:
+        x, y = x[order], y[order]
+    return Images(x, y, tuple(classes or number_names(int(y.max()) + 1)), name)
 
 
 def _stored_split(name: str, split: Split, available: list[str]) -> str | None:
@@ -119,10 +125,10 @@ def _column(
 
 
 def _pictures(
-    name: str, rows: Any, image: str, label: str, labels: list[int]
+    name: str, rows: Any, chosen: list[int], image: str, label: str, labels: list[int]
 ) -> Iterator[tuple[str, Opener]]:
-    """Yield the pictures and put their labels into ``labels``: one pass decodes each row once."""
-    for i in range(len(rows)):
+    """Yield pictures and put their labels into ``labels``: one pass decodes each row once."""
+    for i in chosen:
         row = rows[i]
         where = f"row {i} of {name!r}"
         if not isinstance(row[label], int) or row[label] < 0:

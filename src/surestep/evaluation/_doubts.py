@@ -6,7 +6,7 @@ passes; an audit looks closer, and attacks what it finds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -14,26 +14,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.activations import straight_through
-from surestep.attacks.core import NoGradient, input_gradient, misclassified, share_of
+from surestep.attacks.core import input_gradient, misclassified, share_of
 from surestep.attacks.inputs import forward_logits
-from surestep.attacks.lending import attacking, forked_rng
-from surestep.devices import finest
+from surestep.attacks.lending import attacking
+from surestep.devices import exact, finest
+from surestep.evaluation import suite
 from surestep.evaluation.adapt import Adapted
-from surestep.evaluation.suite import Gradients
 from surestep.threat import ThreatModel
 
-LOOKED_AT = 100
-"""Images of the first batch, right as they are, that are looked at."""
+LOOKED_AT = 96
+"""Images, right as they are, that are looked at."""
 BY_CHANCE = 3
 """Images by which two attacks may differ by chance: fewer say nothing."""
 BEATEN = 0.005
 """Share of images by which one step may do better than many."""
 MISSED = 0.02
 """Share of images that may be without a gradient, or fall to an attack without gradients alone."""
+SAME = 1e-4
+"""How far apart, in length one, the logits of two passes may be."""
+_MANY = 10  # steps, which one step is not to beat
 
 
 def of_model(
-    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, through: bool = False
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    attacks: Sequence[str],
+    batch_size: int,
 ) -> list[str]:
     """Say in words what may blind gradient attacks on a model.
 
@@ -42,29 +50,42 @@ def of_model(
         x: images (N, ...) that are right as they are.
         y: labels (N,).
         threat: norm, radius and data range.
-        through: attacks went straight through layers that know such a way.
+        attacks: by name. Where none follows the gradient, that is not looked at; where some went
+            straight through layers that know such a way, it is, too.
+        batch_size: of the passes.
     """
     found = []
-    with forked_rng(x.device), straight_through(model) if through else nullcontext():
-        with torch.no_grad():
-            first, second = (forward_logits(model, x) for _ in range(2))
-        if not apart(first, second) <= SAME:
-            found.append("the model is random, and each point was judged by a single draw")
-        if are_probabilities(first):
-            found.append("it returns probabilities, whose gradients vanish where it is sure")
-        blind = max(_blind_share(model, z, y) for z in (x, threat.random_start(x)))
-    if blind > MISSED:
-        found.append(f"no gradient reaches {blind:.0%} of {len(x)} images looked at")
+    with torch.no_grad(), exact(x.device):
+        first, second = (
+            _in_parts(batch_size, lambda z: forward_logits(model, z), x) for _ in range(2)
+        )
+    if not apart(first, second) <= SAME:
+        found.append("the model is random, and each point was judged by a single draw")
+    if are_probabilities(first):
+        found.append("it returns probabilities, whose gradients vanish where it is sure")
+    if any(map(suite.follows, attacks)):
+        bpda = any(name.endswith("-bpda") for name in attacks)
+
+        def flat(z: Tensor, labels: Tensor) -> Tensor:
+            return is_flat(input_gradient(model, z, labels)[0])
+
+        with straight_through(model) if bpda else nullcontext():
+            places = (x, threat.random_start(x))
+            blind = [_in_parts(batch_size, flat, place, y) for place in places]
+        count = max(int(some.sum()) for some in blind)
+        if count >= BY_CHANCE and count > MISSED * len(x):
+            found.append(f"no gradient reaches {count} of {len(x)} images looked at")
     return found
 
 
-def of_sources(sources: Sequence[nn.Module], x: Tensor, y: Tensor) -> list[str]:
+def of_sources(sources: Sequence[nn.Module], x: Tensor, y: Tensor, batch_size: int) -> list[str]:
     """Say in words which models for the transfer attack are wrong on most images themselves.
 
     Args:
         sources: pixels in, logits out; maybe not in eval mode.
         x: images (N, ...) that are right as they are.
         y: labels (N,).
+        batch_size: of the passes.
 
     Raises:
         UserError: one fails on such images, or returns no logits.
@@ -72,7 +93,8 @@ def of_sources(sources: Sequence[nn.Module], x: Tensor, y: Tensor) -> list[str]:
     found = []
     for number, source in enumerate(sources, 1):
         with attacking(Adapted(source)) as inner, torch.no_grad():
-            right = share_of(~misclassified(forward_logits(inner, x), y))
+            out = _in_parts(batch_size, lambda z, inner=inner: forward_logits(inner, z), x)
+        right = share_of(~misclassified(out, y))
         if right < 0.5:
             found.append(
                 f"source {number} of the transfer attack is right on {right:.0%} of the images (it "
@@ -81,29 +103,27 @@ def of_sources(sources: Sequence[nn.Module], x: Tensor, y: Tensor) -> list[str]:
     return found
 
 
-def of_results(
-    right: Mapping[str, Tensor], gradients: Mapping[str, Gradients], square: int | None = None
-) -> list[str]:
+def of_results(right: Mapping[str, Tensor], square: int | None = None) -> list[str]:
     """Say in words where what attacks left shows that gradients mislead.
 
     Args:
         right: which images (N,) were right "clean", and by attack.
-        gradients: how many an attack follows, by its name; of others nothing is said.
         square: how many images AutoAttack's Square broke of those that gradients had left.
     """
-    one, many, none = (
-        {name: right[name] for name in gradients if gradients[name] == kind}
-        for kind in ("one", "many", "none")
-    )
+    steps = {name: taken for name in right if (taken := suite.ascent(name)) is not None}
+    one = [right[name] for name, taken in steps.items() if taken == 1]
+    many = [right[name] for name, taken in steps.items() if taken >= _MANY]
     found: list[str] = []
     n = len(right["clean"])
     alone = {} if square is None else {"autoattack's square": square}
     if many:
-        fewest = [min(int(left.sum()) for left in some.values()) for some in (many, one or many)]
-        if fewest[0] - fewest[1] >= max(BY_CHANCE, BEATEN * n):
+        more = _fewest(many) - _fewest(one or many)
+        if more >= BY_CHANCE and more > BEATEN * n:
             found.append("one step breaks more images than many")
-        seeing = torch.stack([*one.values(), *many.values()]).all(0)
-        alone |= {name: int((seeing & ~left).sum()) for name, left in none.items()}
+        seeing = torch.stack([right[name] for name, taken in steps.items() if taken]).all(0)
+        for name, taken in steps.items():
+            if not taken:
+                alone[name] = int((seeing & ~right[name]).sum())
     for name, count in alone.items():
         # Random points find next to nothing; a search by answers alone finds a few.
         if count >= BY_CHANCE and (name.startswith("noise") or count > MISSED * n):
@@ -111,13 +131,15 @@ def of_results(
     return found
 
 
-SAME = 1e-4
-"""How far apart, in length one, the logits of two passes may be."""
-
-
 def apart(first: Tensor, second: Tensor) -> float:
-    """Return how far apart two passes' logits (N, K) are at most, brought to length one."""
-    one, two = (F.normalize(z.to(finest(z.device)), dim=1) for z in (first, second))
+    """Return how far apart two passes' logits (N, K) are at most, brought to length one.
+
+    What is not finite must not be so in the same places.
+    """
+    whole = first.isfinite()
+    if not whole.equal(second.isfinite()):
+        return float("inf")
+    one, two = (F.normalize(z.where(whole, 0).to(finest(z.device)), dim=1) for z in (first, second))
     return (one - two).norm(dim=1).max().item()
 
 
@@ -128,12 +150,18 @@ def are_probabilities(out: Tensor) -> bool:
 
 
 def is_flat(grad: Tensor) -> Tensor:
-    """Tell which images (N,) have a gradient (N, ...) that says nothing: zero, or NaN, all over."""
-    return grad.nan_to_num(0).flatten(1).eq(0).all(1)
+    """Tell which images (N,) have a gradient (N, ...) that is zero all over, or NaN somewhere.
+
+    An attack can go nowhere by it, or not there.
+    """
+    flat = grad.flatten(1)
+    return flat.eq(0).all(1) | flat.isnan().any(1)
 
 
-def _blind_share(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    try:
-        return share_of(is_flat(input_gradient(model, x, y)[0]))
-    except NoGradient:
-        return 1.0
+def _fewest(left: Sequence[Tensor]) -> int:
+    return min(int(one.sum()) for one in left)
+
+
+def _in_parts(size: int, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    parts = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    return torch.cat([function(*part) for part in parts])

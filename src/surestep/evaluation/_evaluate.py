@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 import time
 import warnings
 import zlib
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
@@ -19,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from surestep.activations import with_a_way_through
 from surestep.attacks.core import misclassified, round_up, share_of
 from surestep.attacks.inputs import check_inputs, forward_logits
-from surestep.attacks.lending import attacking, device_of, forked_rng, unwrapped
+from surestep.attacks.lending import attacking, device_of, forked_rng
 from surestep.data import Batches, Images, as_images, as_pair, as_pixels, some
 from surestep.devices import autocast, exact, memory_for
 from surestep.errors import SurestepWarning, UserError
@@ -32,7 +34,8 @@ from surestep.threat import ThreatModel
 from surestep.threat import check as check_threat
 
 FORMAT, VERSION = "surestep-evaluation", 1
-_ASKED_ABOUT = 1000  # images that a substitute is trained on
+ASKED_ABOUT = 1000
+"""Images that a substitute is trained on."""
 _FEW = 20  # images that may be of one class by chance
 _ROUNDED = 0.01  # share of images on which machines may differ
 
@@ -148,7 +151,7 @@ def evaluate(
             worst-case accuracy so far.
         tell: called with a few words when an attack begins on a batch.
         doubt: look for signs that gradients say little of this model, at the price of a few passes
-            over a hundred images, and warn of them.
+            over 96 images, and warn of them unless nothing is left.
 
     Raises:
         UserError: unknown attack or budget, no data, a state of another evaluation, or images,
@@ -166,8 +169,7 @@ def evaluate(
     radii = [threat.with_eps(e) for e in eps]
     device, start = device_of(model), time.perf_counter()
     given = list(sources)
-    # One process judges: the others must not be waited for.
-    judged = Adapted(unwrapped(model), preprocess)
+    judged = Adapted(model, preprocess)
     advice = f"lower batch_size ({batch_size})"
     if "transfer" in names and not isinstance(names, Mapping) and not sources:
         with forked_rng(device), memory_for("the substitute", advice):
@@ -178,6 +180,7 @@ def evaluate(
             dict(names) if isinstance(names, Mapping) else suite.parse_all(names, radius, sources)
         )
         settings = {
+            "version": 2,
             "attacks": list(by_name),
             "threat": radius.to_dict(),
             "batch_size": batch_size,
@@ -198,14 +201,14 @@ def evaluate(
             batches, total = batches_of(data, batch_size, n, device, radius.bounds)
             for x, y in batches:
                 judge.batch(x, y)
-                if doubt and judge.number == 1 and radius is threat:
-                    judge.look(x, y, given)
                 if progress:
                     progress(judge.done, total, judge.survivors / judge.done)
+            if doubt and radius is threat:
+                judge.look(given if "transfer" in names else [], batch_size)
         return judge.result()
 
     whole = at(threat, state)
-    if whole.doubts:
+    if whole.doubts and whole.worst_case_accuracy > 0:
         warnings.warn(
             f"the worst case of {whole.worst_case_accuracy:.1%} may be too high: "
             f"{'; '.join(whole.doubts)}. An audit looks closer",
@@ -226,7 +229,7 @@ def _stand_in(
 ) -> list[nn.Module]:
     """Train a substitute on what the model answers to the first images; none without any."""
     torch.manual_seed(seed)
-    batches, _ = batches_of(data, batch_size, _ASKED_ABOUT, device_of(model), threat.bounds)
+    batches, _ = batches_of(data, batch_size, ASKED_ABOUT, device_of(model), threat.bounds)
     shown = [x for x, _ in batches]
     return [substitute(model, torch.cat(shown), threat, seed)] if shown else []
 
@@ -279,6 +282,7 @@ class _Judge:
         self.labels: list[Tensor] = []
         self.worst: list[Tensor] = []
         self.done = self.survivors = self.number = 0
+        self.some: list[tuple[Tensor, Tensor]] = []
         self.doubts: list[str] | None = None
 
     def batch(self, x: Tensor, y: Tensor) -> None:
@@ -304,6 +308,7 @@ class _Judge:
                 self.parts[name][part] += count
             worst &= ok
             self.seconds[name] += known["seconds"]
+        self._keep_some(x, y, clean)
         self.right["clean"].append(clean)
         self.worst.append(worst)
         self.labels.append(y.cpu())
@@ -311,15 +316,23 @@ class _Judge:
         self.survivors += int(worst.sum())
         self.number += 1
 
-    def look(self, x: Tensor, y: Tensor, sources: Sequence[nn.Module]) -> None:
-        """Look for what may blind attacks, on those of the last batch that are right."""
+    def _keep_some(self, x: Tensor, y: Tensor, clean: Tensor) -> None:
+        """Keep the first images that are right, for ``look``."""
+        wanted = _doubts.LOOKED_AT - sum(len(labels) for _, labels in self.some)
+        if wanted > 0 and clean.any():
+            rows = clean.nonzero().squeeze(1)[:wanted].to(x.device)
+            self.some.append((x[rows], y[rows]))
+
+    def look(self, sources: Sequence[nn.Module], batch_size: int) -> None:
+        """Look for what may blind attacks, on some of the images that are right."""
         self.doubts = []
-        rows = self.right["clean"][-1].nonzero().squeeze(1)[: _doubts.LOOKED_AT].to(x.device)
-        if len(rows):
-            x, y = x[rows], y[rows]
-            through = any(name.endswith("-bpda") for name in self.attacks)
-            self.doubts += _doubts.of_model(self.model, x, y, self.threat, through=through)
-            self.doubts += _doubts.of_sources(sources, x, y)
+        if self.some:
+            x, y = (torch.cat(parts) for parts in zip(*self.some, strict=True))
+            self._seed("doubts")
+            self.doubts += _doubts.of_model(
+                self.model, x, y, self.threat, list(self.attacks), batch_size
+            )
+            self.doubts += _doubts.of_sources(sources, x, y, batch_size)
 
     def _clean(self, x: Tensor, y: Tensor) -> Tensor:
         fingerprint = digest(x, y) if self.state.kept else ""
@@ -339,9 +352,11 @@ class _Judge:
         clean[torch.tensor(known["wrong"], dtype=torch.int64)] = False
         if self.number == 0:
             self._seed("clean")
-            # Another machine may round an image or two to the other side.
-            other = int((self._right(x, y) != clean).sum())
-            if other > max(2, _ROUNDED * len(x)):
+            again = self._right(x, y)
+            # Another machine may round an image or two to the other side; a random model that has
+            # its own generator draws anew.
+            other = int((again != clean).sum())
+            if other > max(2, _ROUNDED * len(x)) and again.equal(self._right(x, y)):
                 raise UserError(
                     f"the model answers otherwise on {other} of {len(x)} images than when the "
                     "state file was written, though its weights are the same: give the code that "
@@ -410,7 +425,10 @@ class _Judge:
 
     def _seed(self, name: str) -> None:
         """Seed what is random, so that the same is found whatever ran before, or was resumed."""
-        torch.manual_seed(zlib.crc32(f"{self.seed}/{self.number}/{name}".encode()))
+        number = zlib.crc32(f"{self.seed}/{self.number}/{name}".encode())
+        torch.manual_seed(number)
+        random.seed(number)
+        np.random.seed(number)  # noqa: NPY002
 
     @torch.no_grad()
     def _right(self, x: Tensor, y: Tensor) -> Tensor:
@@ -473,10 +491,10 @@ class _Judge:
     def _doubts(self, right: Mapping[str, Tensor]) -> list[str]:
         if self.doubts is None:
             return []
-        alone = {name for name, attack in self.attacks.items() if not attack.survivors}
-        follows = {name: many for name in alone if (many := suite.gradients(name))}
+        # What saw only what others left says nothing of them.
+        left = {k: v for k, v in right.items() if k == "clean" or not self.attacks[k].survivors}
         square = [parts["square"] for parts in self.parts.values() if "square" in parts]
-        return self.doubts + _doubts.of_results(right, follows, min(square, default=None))
+        return self.doubts + _doubts.of_results(left, sum(square) if square else None)
 
     def _by_step(self, name: str, clean: int) -> list[float] | None:
         looks = self.attacks[name].looks

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from surestep.attacks.inputs import forward_logits
+from surestep.attacks.lending import unwrapped
 from surestep.devices import out_of_memory
 from surestep.errors import UserError
 
@@ -16,14 +17,15 @@ class Adapted(nn.Module):
     taken from a tuple or a dict; what the model raises becomes one line.
 
     Args:
-        model: any classifier.
+        model: any classifier; of a DistributedDataParallel one the module inside is taken, since
+            a process that judges must not wait for the others.
         preprocess: applied to the pixels first, such as ``models.Normalize(mean, std)`` for a
             model that wants normalised images.
     """
 
     def __init__(self, model: nn.Module, preprocess: nn.Module | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model = unwrapped(model)
         self.preprocess = preprocess
         # The same mode as the model: whoever restores modes must not find one it did not set.
         self.training = model.training

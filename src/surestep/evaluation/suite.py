@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
 
 from torch import Tensor, nn
 
@@ -46,7 +45,6 @@ class Found:
 
 
 Run = Callable[[nn.Module, Tensor, Tensor], Found | Tensor]
-Gradients = Literal["none", "one", "many"]
 
 
 @dataclass(frozen=True)
@@ -136,16 +134,26 @@ def and_through(names: Iterable[str]) -> list[str]:
     """
     every: list[str] = []
     for name in names:
-        match = _NAME.fullmatch(name)
-        follows = match and KINDS[match["kind"]].follows and not match["bpda"]
-        every += [name, f"{name}-bpda"] if follows else [name]
+        every += [name, f"{name}-bpda"] if follows(name) and not name.endswith("-bpda") else [name]
     return list(dict.fromkeys(every))
 
 
-def gradients(name: str) -> Gradients | None:
-    """Return how many gradients an attack follows, by its name; None if it is no name."""
+def ascent(name: str) -> int | None:
+    """Return how many steps up the gradient an attack takes, by its name; 0 if it follows none.
+
+    None of what looks for points in another way, and of what is no name.
+    """
     match = _NAME.fullmatch(name)
-    return KINDS[match["kind"]].gradients if match else None
+    kind = KINDS[match["kind"]] if match else None
+    if match and kind and kind.make is _iterative:
+        return int(match["count"])
+    return kind.ascent if kind else None
+
+
+def follows(name: str) -> bool:
+    """Tell whether an attack follows the model's gradient, by its name."""
+    match = _NAME.fullmatch(name)
+    return match is not None and KINDS[match["kind"]].follows
 
 
 def _through(attack: Attack) -> Attack:
@@ -277,7 +285,8 @@ class Kind:
         usual: that number where it is not written; None if it must be.
         restarts: takes xRESTARTS.
         loss: takes -LOSS.
-        gradients: how many of the model's it follows.
+        ascent: how many steps up the model's gradient it takes, 0 if it follows none; None where
+            the name says it, or where it looks for points in another way.
     """
 
     make: Callable[[Spec], Attack]
@@ -285,12 +294,12 @@ class Kind:
     usual: int | None = None
     restarts: bool = False
     loss: bool = False
-    gradients: Gradients = "many"
+    ascent: int | None = None
 
     @property
     def follows(self) -> bool:
         """Whether it follows the model's gradient."""
-        return self.gradients != "none"
+        return self.ascent != 0
 
     def written(self, name: str) -> str:
         """Return how it is written, for people."""
@@ -303,32 +312,36 @@ KINDS: dict[str, Kind] = {
     "fgsm": Kind(
         lambda s: _one(lambda m, x, y: attacks.fgsm(m, x, y, s.threat, s.loss), 2),
         loss=True,
-        gradients="one",
+        ascent=1,
     ),
     "r-fgsm": Kind(
         lambda s: _one(lambda m, x, y: attacks.r_fgsm(m, x, y, s.threat, loss=s.loss), 2),
         loss=True,
-        gradients="one",
+        ascent=1,
     ),
     "i-fgsm": Kind(_iterative, "STEPS", loss=True),
     "mi-fgsm": Kind(_iterative, "STEPS", loss=True),
     "noise": Kind(
         lambda s: _one(lambda m, x, y: attacks.random_noise(m, x, y, s.threat, s.count), s.count),
         "SAMPLES",
-        gradients="none",
+        ascent=0,
     ),
     "pgd": Kind(_iterative, "STEPS", restarts=True, loss=True),
-    "apgd-ce": Kind(lambda s: _one(lambda m, x, y: autoattack.apgd_ce(m, x, y, s.threat), 200)),
-    "apgd-t": Kind(lambda s: _one(lambda m, x, y: autoattack.apgd_t(m, x, y, s.threat), 1800)),
+    "apgd-ce": Kind(
+        lambda s: _one(lambda m, x, y: autoattack.apgd_ce(m, x, y, s.threat), 200), ascent=100
+    ),
+    "apgd-t": Kind(
+        lambda s: _one(lambda m, x, y: autoattack.apgd_t(m, x, y, s.threat), 1800), ascent=100
+    ),
     "fab-t": Kind(lambda s: _one(lambda m, x, y: autoattack.fab_t(m, x, y, s.threat), 2700)),
     "square": Kind(
         lambda s: _one(lambda m, x, y: autoattack.square(m, x, y, s.threat, s.count), s.count),
         "QUERIES",
         autoattack.QUERIES,
-        gradients="none",
+        ascent=0,
     ),
     "autoattack": Kind(_autoattack),
-    "transfer": Kind(_transfer, gradients="none"),
+    "transfer": Kind(_transfer, ascent=0),
     "cw-l2": Kind(_cw_l2, "STEPS", nearest.CW_STEPS),
     "deepfool": Kind(_deepfool, "STEPS", nearest.DEEPFOOL_STEPS),
 }

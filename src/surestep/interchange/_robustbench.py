@@ -179,7 +179,9 @@ def to_model_info(
     dataset = _folder(dataset)
     judged_on = evaluation.get("dataset", dataset).partition(":")[0]
     if judged_on in TEST_SETS and judged_on != dataset:
-        raise UserError(f"the evaluation is of {judged_on}, the entry of {dataset}: give that")
+        raise UserError(
+            f"the evaluation is of {judged_on}: give dataset={judged_on!r}, not {dataset!r}"
+        )
     _check_size(evaluation["n"], dataset, test_set_size, allow_subset)
     return {
         "link": link,

@@ -81,7 +81,9 @@ def harden(
     for threshold in sorted({0.0, *thresholds}):
         for layer in layers(model):
             layer.threshold = threshold
-        found = evaluate(model, validation, threat, attacks, n=n, sources=[dense], **options)
+        found = evaluate(
+            model, validation, threat, attacks, n=n, sources=[dense], doubt=False, **options
+        )
         rows.append({"threshold": threshold, **{name: getattr(found, name) for name in _TOLD}})
         if progress:
             progress(rows[-1])

@@ -21,7 +21,7 @@ from surestep.config import FitSettings, RunConfig, parse, read_yaml
 from surestep.data import Images
 from surestep.devices import pick_device
 from surestep.errors import UserError
-from surestep.evaluation import ASKED_ABOUT, evaluate, suite
+from surestep.evaluation import evaluate, suite
 from surestep.methods import Method
 from surestep.posthoc import insert
 from surestep.threat import ThreatModel
@@ -158,11 +158,6 @@ def build_method(config: RunConfig) -> Method:
 def load_data(config: RunConfig, split: str, n: int | None = None) -> Images:
     """Load a split ("train", "validation", "test") of a run's data set, or n images of it."""
     return data.load(config.dataset, split, root=config.data, image_size=config.image_size, n=n)
-
-
-def load_to_judge(config: RunConfig, split: str, n: int | None = None) -> Images:
-    """Load what judging n images takes: a substitute asks about more."""
-    return load_data(config, split, None if n is None else max(n, ASKED_ABOUT))
 
 
 def build_model(config: RunConfig, images: Images, *, begin: bool = False) -> nn.Module:

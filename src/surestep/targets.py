@@ -89,7 +89,7 @@ def open_target(
         std: per channel.
         device: by default the best there is.
         split: "test" or "validation".
-        n: load only what judging n images takes.
+        n: load only n images, those that ``surestep.evaluate`` would judge.
 
     Raises:
         UserError: it is none of these, files are missing or do not fit, or the data set or the
@@ -108,7 +108,7 @@ def open_target(
         preprocess = models.Normalize(*statistics).to(target)
     asked = {"dataset": dataset, "data": place, "image_size": image_size, "norm": norm, "eps": eps}
     config = _as_run(name, weights, asked) if of_run else _as_asked(name, weights, asked)
-    images, limits = runs.load_to_judge(config, split, n), runs.build_threat(config)
+    images, limits = runs.load_data(config, split, n), runs.build_threat(config)
     file = RunFolder(folder).weights if of_run else Path(weights or "")
     classes = files.read_signature(file).classes if _has_header(file) else ()
     if of_run:

@@ -167,3 +167,16 @@ def test_only_n(hub, features):
     assert some.x.tolist() == whole.x[:4].tolist()
     assert some.y.tolist() == whole.y[:4].tolist()
     assert some.classes == whole.classes
+
+
+def test_of_colour_images_no_others_are_decoded(hub, monkeypatch):
+    some = rows(30)
+    for row in some.rows:
+        row["picture"] = row["picture"].convert("RGB")
+    hub.splits |= {"train": rows(2), "test": some}
+    whole, read = data.load("hf:me/set", "test"), []
+    monkeypatch.setattr(Rows, "__getitem__", lambda self, i: read.append(i) or self.rows[i])
+    few = data.load("hf:me/set", "test", n=4)
+    assert len(read) == 4
+    assert few.x.tolist() == whole.x[:4].tolist()
+    assert few.y.tolist() == whole.y[:4].tolist()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import surestep
 from surestep.errors import SurestepWarning, UserError
@@ -36,7 +37,7 @@ def flat_where_dark(x: Tensor, limit: float = 0.1) -> Tensor:
 
 def nan_where_dark(x: Tensor) -> Tensor:
     """The root of a dark pixel has no gradient: there, and nowhere else, it is NaN."""
-    return torch.where(x > 0.02, x.clamp_min(0).sub(0.02).sqrt().square() + 0.02, x)
+    return torch.where(x > 0.3, x.sub(0.3).sqrt().square() + 0.3, x)
 
 
 BLIND = "no gradient reaches 80 of 80 images looked at"
@@ -110,12 +111,38 @@ def test_classes_that_are_left_out_are_no_chance():
 
 
 def test_a_stop_changes_no_doubt(net, images, tmp_path):
-    """What begins at random begins where it did."""
-    model = Changed(net, lambda x: flat_where_dark(x, 0.3))
-    state = tmp_path / "state"
+    """What begins at random begins where it did: the model is flat there, on some images."""
+
+    def flat_off_the_grid(x):
+        return torch.where((10 * x[:, :, :1, :1]).frac().sub(0.4).abs() < 0.2, x.detach(), x)
+
+    model, state = Changed(net, flat_off_the_grid), tmp_path / "state"
+    x = (images[0] * 10).round() / 10
+    data = x, net.eval()(x).argmax(1)
     with pytest.warns(SurestepWarning):
-        found = [evaluate(model, images, THREAT, ["pgd-3"], state=state) for _ in range(2)]
+        found = [evaluate(model, data, THREAT, ["pgd-3"], state=state) for _ in range(2)]
+    with pytest.warns(SurestepWarning):
+        other = [evaluate(model, data, THREAT, ["pgd-3"], seed=k) for k in range(1, 6)]
     assert found[0].doubts == found[1].doubts != []
+    assert len({doubt for one in other for doubt in one.doubts}) > 1
+
+
+def test_images_of_different_sizes(images):
+    """As a loader may give them, one batch each."""
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(9, 3)).eval()
+    x, _ = images
+    batches = [x[:40], x[40:, :, :6, :6]]
+    data = [(z, net(z).argmax(1)) for z in batches]
+    loader = DataLoader(data, batch_size=None)
+    assert evaluate(net, loader, THREAT, ["fgsm"]).doubts == []
+
+
+def test_an_own_attack_may_be_called_as_it_likes(net, images):
+    own = {name: Attack(lambda model, x, y: x) for name in ("pgd", "i-fgsm-margin", "square")}
+    assert evaluate(net, images, THREAT, own).doubts == []
+    hidden = Changed(net, lambda x: x.detach())
+    with pytest.warns(SurestepWarning, match="no gradient reaches"):
+        evaluate(hidden, images, THREAT, {"fgsm": Attack(lambda model, x, y: x)})
 
 
 def test_none_of_a_sound_one(net, images):
@@ -190,6 +217,14 @@ FEWER = ["one step breaks more images than many"]
             None,
             ["transfer breaks 100 images that gradients do not"],
         ),
+        # Of few steps that is said, too, and of others that follow gradients.
+        (
+            {"fgsm": left(range(9)), "pgd-7": left(range(99)), "noise-3": left(range(102))},
+            None,
+            ["noise-3 breaks 3 images that gradients do not"],
+        ),
+        ({"fab-t": left(range(100)), "square-20": left(range(50, 120))}, None, []),
+        ({"fab-t": left(range(100)), "pgd-9": left(range(9)), "square": left(range(90))}, None, []),
         ({"pgd-99": left(range(100))}, 20, []),
         ({}, 21, ["autoattack's square breaks 21 images that gradients do not"]),
     ],

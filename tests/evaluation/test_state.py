@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import surestep
 from surestep.errors import UserError
@@ -58,8 +58,8 @@ def test_what_is_done_is_not_done_again(net, images, tmp_path):
     net.register_forward_hook(lambda _m, args, _o: calls.append(len(args[0])))
     calls: list[int] = []
     assert run(net, images, path, doubt=False) == whole
-    # A look at one image of each batch, and of both radii at the first batch; no attack.
-    assert sorted(calls) == [1] * 10 + [20] * 2
+    # Of both radii a look at one image of each batch, and two passes over the first; no attack.
+    assert sorted(calls) == [1] * 10 + [20] * 4
 
 
 @pytest.mark.parametrize(
@@ -80,6 +80,41 @@ def test_other_settings_are_refused_and_nothing_is_lost(net, images, tmp_path, c
     with pytest.raises(UserError, match=said):
         run(net, images, path, **changes)
     assert path.read_bytes() == written
+
+
+def test_data_that_are_drawn_at_random_are_drawn_alike(net, images, tmp_path):
+    """Between the attacks, whether these run or are known: they have numbers of their own."""
+    x, y = images
+
+    class Noisy(Dataset):
+        def __len__(self):
+            return 60
+
+        def __getitem__(self, i):
+            noise = random.random() + np.random.rand() + float(torch.rand(()))  # noqa: NPY002
+            return (x[i] + 0.01 * noise).clamp(0, 1), y[i]
+
+    def judged(state):
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        return run(net, DataLoader(Noisy(), 20), state, eps=[], doubt=False)
+
+    path = tmp_path / "state.jsonl"
+    whole = judged(path)
+    written = path.read_bytes()
+    for size in (len(written) // 3, len(written)):
+        path.write_bytes(written[:size])
+        assert judged(path) == whole
+
+
+def test_a_state_of_an_older_version_says_so(net, images, tmp_path):
+    path = tmp_path / "state.jsonl"
+    run(net, images, path)
+    head, *rest = path.read_text().splitlines(keepends=True)
+    old = {k: v for k, v in json.loads(head).items() if k != "version"}
+    path.write_text("".join([json.dumps(old, sort_keys=True) + "\n", *rest]))
+    with pytest.raises(UserError, match="another version of surestep: delete it"):
+        run(net, images, path)
 
 
 def test_another_model_or_other_data_are_refused(net, images, tmp_path):

@@ -45,6 +45,13 @@ def forked_rng(device: torch.device) -> Iterator[None]:
             torch.mps.set_rng_state(state)
 
 
+def seed_all(seed: int) -> None:
+    """Seed whatever a model may draw from: python's, numpy's and torch's generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
 def uncompiled(model: nn.Module) -> nn.Module:
     """Return the module inside a compiled one, for passes of odd sizes or with hooks."""
     return getattr(model, _INSIDE, model)

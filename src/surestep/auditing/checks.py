@@ -20,6 +20,7 @@ from torch import Tensor
 from surestep.attacks import losses
 from surestep.attacks.core import Ascent, share_of
 from surestep.attacks.inputs import forward_logits
+from surestep.attacks.lending import seed_all
 from surestep.auditing._subject import Subject
 from surestep.auditing.binarization import binarization_rates
 from surestep.devices import autocast, finest
@@ -121,7 +122,7 @@ class Checker:
 
     def __call__(self, subject: Subject) -> Check:
         """Look at a model."""
-        torch.manual_seed(subject.seed * 100 + self.number)
+        seed_all(subject.seed * 100 + self.number)
         found = self.function(subject)
         return Check(
             self.number,
@@ -186,7 +187,7 @@ def blind_share(s: Subject) -> float:
 @_check(
     3,
     "Vanishing gradients",
-    "any image whose input gradient is zero, or has a NaN",
+    "any image whose input gradient is zero, or NaN in a tenth",
     f"{AA}; {IOAF}",
 )
 def vanishing_gradients(s: Subject) -> Finding:

@@ -83,9 +83,11 @@ def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def open_target(
-    values: dict[str, Any], eps: str | None, sources: tuple[str, ...]
+    values: dict[str, Any], eps: str | None, sources: tuple[str, ...], n: int | None
 ) -> tuple[Target, list[nn.Module]]:
     """Take the options of ``target_options`` out of a command's values and load the model.
+
+    Of the images only ``n`` are loaded, unless that is None.
 
     Returns:
         It, and the models of ``source_option``, on the same device.
@@ -100,8 +102,7 @@ def open_target(
     names = ("weights", "dataset", "place", "image_size", "norm", "device", "split")
     options = {name: values.pop(name) for name in names}
     mean, std = (_numbers(name, values.pop(name)) for name in ("mean", "std"))
-    options["n"] = values["n"]
-    target = targets.open_target(values.pop("model"), eps=eps, mean=mean, std=std, **options)
+    target = targets.open_target(values.pop("model"), eps=eps, mean=mean, std=std, n=n, **options)
     if options["split"] != "test":
         click.echo(f"judged on the {options['split']} split, not on test images", err=True)
     for note in filter(None, (target.images.note, target.note)):

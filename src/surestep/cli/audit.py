@@ -64,7 +64,7 @@ def audit(
     from surestep.auditing import estimate
     from surestep.devices import memory_for
 
-    target, others = open_target(values, eps, sources)
+    target, others = open_target(values, eps, sources, values["n"])
     n = min(values["n"], len(target.images))
     size = values["batch_size"]
     with memory_for("the estimate of its cost", f"lower --batch-size ({size})"):

@@ -78,7 +78,10 @@ def evaluate(
     chosen = names(attacks) if attacks is not None else None
     if sources and chosen is not None and "transfer" not in chosen:
         raise UserError("--source is for the transfer attack: add transfer to --attacks")
-    target, others = open_target(values, radii[-1], sources)
+    # A substitute for the transfer attack asks about more images than are judged.
+    learns = "transfer" in (chosen or ()) and not sources
+    n = None if learns else values["n"]
+    target, others = open_target(values, radii[-1], sources, n)
     more = [target.threat.with_eps(e).eps for e in _ratios(radii)] if len(radii) > 1 else []
     if chosen is None and others:
         chosen = [*surestep.evaluation.suite.budget(budget), "transfer"]

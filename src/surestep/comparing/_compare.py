@@ -188,7 +188,7 @@ def _folder(out: str | Path) -> Path:
     if Path(out).exists() and not Path(out).is_dir():
         raise UserError(f"{out} is a file: give a folder for the results")
     run = RunFolder(Path(out))
-    if run.config.is_file() and (run.weights.is_file() or run.metrics.is_file()):
+    if run.config.is_file() and any(p.exists() for p in (run.environment, run.metrics)):
         raise UserError(f"{out} is a run folder, whose report is kept: give another one")
     return Path(out)
 
@@ -203,7 +203,7 @@ def _numbered(base: str) -> Iterable[str]:
 
 def _compare(jobs: list[Job], asked: Judging, tell: Tell) -> Comparison:
     """Check everything, then train and judge one run after another."""
-    images = _check_alike(jobs, asked.n)
+    images = _check_alike(jobs, None if "transfer" in asked.attacks else asked.n)
     rows = _group(jobs)
     # In the place of the source that a transfer attack trains later.
     suite.parse_all(asked.attacks, runs.build_threat(jobs[0].config), [torch.nn.Identity()])
@@ -227,10 +227,10 @@ def _compare(jobs: list[Job], asked: Judging, tell: Tell) -> Comparison:
     return _conclude(jobs, rows, outcomes, failures, asked)
 
 
-def _check_alike(jobs: list[Job], n: int) -> Images:
+def _check_alike(jobs: list[Job], n: int | None) -> Images:
     """Refuse runs not made for the same images and threat model; return the images."""
     first = jobs[0]
-    images = runs.load_to_judge(first.config, "test", n)
+    images = runs.load_data(first.config, "test", n)
     known = {(first.config.data, first.config.image_size): images}
     for job in jobs[1:]:
         for name in _ALIKE:
@@ -242,7 +242,7 @@ def _check_alike(jobs: list[Job], n: int) -> Images:
         place = (job.config.data, job.config.image_size)
         if place not in known:
             # Two places may hold the same data; two archives of one kind need not.
-            known[place] = runs.load_to_judge(job.config, "test", n)
+            known[place] = runs.load_data(job.config, "test", n)
         if not _same(images, known[place]):
             raise UserError(
                 f"{first.name} and {job.name} cannot be compared: their test images differ "

@@ -124,7 +124,8 @@ def load(
             the package, and CIFAR from ``$SURESTEP_DATA`` or ``~/.cache/surestep``.
         download: download CIFAR if its files are not there.
         image_size: side in pixels to which images of a folder or of the Hub are cut and resized.
-        n: only n images, see ``Images.first``; of a folder or of the Hub no others are decoded.
+        n: only n images, see ``Images.first``; of a folder, and of colour images of the Hub, no
+            others are decoded.
 
     Returns:
         Images on the CPU, x uint8 (N, C, H, W) (an .npz file may hold float32 or features).

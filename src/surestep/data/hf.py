@@ -7,9 +7,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from surestep.data._images import Images, number_names
-from surestep.data._pillow import Opener, has_colour, stack
+from surestep.data._pillow import Opener, stack
 from surestep.data._splits import Split, divide, instead, mixed
 from surestep.errors import UserError, need
 
@@ -37,7 +38,8 @@ def load(split: Split, name: str, *, image_size: int | None = None, n: int | Non
         name: name of the data set.
         image_size: side in pixels of the centred square to cut and resize to; None if all images
             have one size.
-        n: only the first n of the mixed order; others are not decoded where the classes have names.
+        n: decode only the first n of the mixed order, where the classes have names and these
+            images colours; else there may be more than n in what is returned.
 
     Returns:
         Images with x uint8 (N, C, H, W) in a mixed order, always the same; C = 1 if every image of
@@ -71,19 +73,20 @@ def load(split: Split, name: str, *, image_size: int | None = None, n: int | Non
         raise UserError(f"the {split} split of {name!r} is empty: choose another data set")
     image, label = _columns(name, rows.features)
     classes, order = getattr(rows.features[label], "names", None), mixed(len(rows))
-    # Without their names, classes are counted in the labels of all rows.
-    few = n is not None and bool(classes)
-    chosen = order[:n] if few else torch.arange(len(rows))  # all are read as they lie
     labels: list[int] = []
-    x = stack(_pictures(name, rows, chosen.tolist(), image, label, labels), image_size)
+
+    def read(chosen: Tensor) -> Tensor:
+        labels.clear()
+        return stack(_pictures(name, rows, chosen.tolist(), image, label, labels), image_size)
+
+    # Without their names, classes are counted in the labels of all rows; where the first are grey,
+    # others may have colours.
+    if classes and n is not None and (x := read(order[:n])).shape[1] == 3:
+        return Images(x, torch.tensor(labels), tuple(classes), name)
+    x = read(torch.arange(len(rows)))
     y = torch.tensor(labels)
-    if few:
-        others = (rows[i][image] for i in order[n:].tolist())
-        if x.shape[1] == 1 and any(map(has_colour, others)):
-            x = x.expand(-1, 3, -1, -1).contiguous()
-    else:
-        x, y = x[order], y[order]
-    return Images(x, y, tuple(classes or number_names(int(y.max()) + 1)), name)
+    classes = classes or number_names(int(y.max()) + 1)
+    return Images(x[order], y[order], tuple(classes), name)
 
 
 def _stored_split(name: str, split: Split, available: list[str]) -> str | None:

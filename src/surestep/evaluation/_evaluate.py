@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
 import time
 import warnings
 import zlib
@@ -13,7 +12,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
@@ -21,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from surestep.activations import with_a_way_through
 from surestep.attacks.core import misclassified, round_up, share_of
 from surestep.attacks.inputs import check_inputs, forward_logits
-from surestep.attacks.lending import attacking, device_of, forked_rng
+from surestep.attacks.lending import attacking, device_of, forked_rng, seed_all
 from surestep.data import Batches, Images, as_images, as_pair, as_pixels, some
 from surestep.devices import autocast, exact, memory_for
 from surestep.errors import SurestepWarning, UserError
@@ -34,8 +32,7 @@ from surestep.threat import ThreatModel
 from surestep.threat import check as check_threat
 
 FORMAT, VERSION = "surestep-evaluation", 1
-ASKED_ABOUT = 1000
-"""Images that a substitute is trained on."""
+_ASKED_ABOUT = 1000  # images that a substitute is trained on
 _FEW = 20  # images that may be of one class by chance
 _ROUNDED = 0.01  # share of images on which machines may differ
 
@@ -197,7 +194,7 @@ def evaluate(
             forked_rng(device),
             memory_for("an attack", advice),
         ):
-            torch.manual_seed(seed)
+            seed_all(seed)
             batches, total = batches_of(data, batch_size, n, device, radius.bounds)
             for x, y in batches:
                 judge.batch(x, y)
@@ -228,8 +225,8 @@ def _stand_in(
     model: nn.Module, data: Any, batch_size: int, threat: ThreatModel, seed: int
 ) -> list[nn.Module]:
     """Train a substitute on what the model answers to the first images; none without any."""
-    torch.manual_seed(seed)
-    batches, _ = batches_of(data, batch_size, ASKED_ABOUT, device_of(model), threat.bounds)
+    seed_all(seed)
+    batches, _ = batches_of(data, batch_size, _ASKED_ABOUT, device_of(model), threat.bounds)
     shown = [x for x, _ in batches]
     return [substitute(model, torch.cat(shown), threat, seed)] if shown else []
 
@@ -319,7 +316,8 @@ class _Judge:
     def _keep_some(self, x: Tensor, y: Tensor, clean: Tensor) -> None:
         """Keep the first images that are right, for ``look``."""
         wanted = _doubts.LOOKED_AT - sum(len(labels) for _, labels in self.some)
-        if wanted > 0 and clean.any():
+        same = not self.some or self.some[0][0].shape[1:] == x.shape[1:]
+        if wanted > 0 and same and clean.any():
             rows = clean.nonzero().squeeze(1)[:wanted].to(x.device)
             self.some.append((x[rows], y[rows]))
 
@@ -328,18 +326,18 @@ class _Judge:
         self.doubts = []
         if self.some:
             x, y = (torch.cat(parts) for parts in zip(*self.some, strict=True))
-            self._seed("doubts")
-            self.doubts += _doubts.of_model(
-                self.model, x, y, self.threat, list(self.attacks), batch_size
-            )
-            self.doubts += _doubts.of_sources(sources, x, y, batch_size)
+            with self._seeded("doubts", x.device):
+                self.doubts += _doubts.of_model(
+                    self.model, x, y, self.threat, list(self.attacks), batch_size
+                )
+                self.doubts += _doubts.of_sources(sources, x, y, batch_size)
 
     def _clean(self, x: Tensor, y: Tensor) -> Tensor:
         fingerprint = digest(x, y) if self.state.kept else ""
         known = self.state.get(self.number, "clean")
         if known is None:
-            self._seed("clean")
-            clean = self._right(x, y)
+            with self._seeded("clean", x.device):
+                clean = self._right(x, y)
             wrong = (~clean).nonzero().squeeze(1).tolist()
             self.state.put(self.number, "clean", wrong=wrong, data=fingerprint)
             return clean
@@ -351,12 +349,12 @@ class _Judge:
         clean = torch.ones(len(x), dtype=torch.bool)
         clean[torch.tensor(known["wrong"], dtype=torch.int64)] = False
         if self.number == 0:
-            self._seed("clean")
-            again = self._right(x, y)
+            with self._seeded("clean", x.device):
+                again, once_more = self._right(x, y), self._right(x, y)
             # Another machine may round an image or two to the other side; a random model that has
             # its own generator draws anew.
             other = int((again != clean).sum())
-            if other > max(2, _ROUNDED * len(x)) and again.equal(self._right(x, y)):
+            if other > max(2, _ROUNDED * len(x)) and again.equal(once_more):
                 raise UserError(
                     f"the model answers otherwise on {other} of {len(x)} images than when the "
                     "state file was written, though its weights are the same: give the code that "
@@ -401,7 +399,6 @@ class _Judge:
         if self.tell:
             self.tell(f"{name} on images {self.done + 1:,} to {self.done + len(x):,}")
         begin = time.perf_counter()
-        self._seed(name)
         broken: list[int] = []
         steps: list[int] = []
         # The targets; others only to fill up to a batch size met before.
@@ -409,12 +406,13 @@ class _Judge:
         rows = targets.int().argsort(descending=True, stable=True)[:attacked]
         if len(rows):
             at = rows.to(x.device)
-            with autocast(x.device, self.precision):
-                found = run(self.model, x[at], y[at])
-            found = Found(found) if isinstance(found, Tensor) else found
-            # Whatever an attack returns, only a point of the threat model counts.
-            x_adv = torch.where(found.x_adv.isfinite(), found.x_adv, x[at])
-            wrong = targets[rows] & ~self._right(self.threat.project(x_adv, x[at]), y[at])
+            with self._seeded(name, x.device):
+                with autocast(x.device, self.precision):
+                    found = run(self.model, x[at], y[at])
+                found = Found(found) if isinstance(found, Tensor) else found
+                # Whatever an attack returns, only a point of the threat model counts.
+                x_adv = torch.where(found.x_adv.isfinite(), found.x_adv, x[at])
+                wrong = targets[rows] & ~self._right(self.threat.project(x_adv, x[at]), y[at])
             broken = rows[wrong].tolist()
             if found.first_wrong is not None:
                 # Crafted in low precision, broken in full: by the last point then.
@@ -423,12 +421,15 @@ class _Judge:
                 steps = torch.where(first < 0, last, first).tolist()
         return {"broken": broken, "steps": steps, "seconds": time.perf_counter() - begin}
 
-    def _seed(self, name: str) -> None:
-        """Seed what is random, so that the same is found whatever ran before, or was resumed."""
-        number = zlib.crc32(f"{self.seed}/{self.number}/{name}".encode())
-        torch.manual_seed(number)
-        random.seed(number)
-        np.random.seed(number)  # noqa: NPY002
+    @contextlib.contextmanager
+    def _seeded(self, name: str, device: torch.device) -> Iterator[None]:
+        """Seed what is random, so that the same is found whatever ran before, or was resumed.
+
+        The state is as before afterwards: data may be drawn at random between the attacks.
+        """
+        with forked_rng(device):
+            seed_all(zlib.crc32(f"{self.seed}/{self.number}/{name}".encode()))
+            yield
 
     @torch.no_grad()
     def _right(self, x: Tensor, y: Tensor) -> Tensor:
@@ -493,8 +494,12 @@ class _Judge:
             return []
         # What saw only what others left says nothing of them.
         left = {k: v for k, v in right.items() if k == "clean" or not self.attacks[k].survivors}
-        square = [parts["square"] for parts in self.parts.values() if "square" in parts]
-        return self.doubts + _doubts.of_results(left, sum(square) if square else None)
+        square = [count for name in self.order if (count := self._square(name)) is not None]
+        return self.doubts + _doubts.of_results(left, square[-1] if square else None)
+
+    def _square(self, name: str) -> int | None:
+        """Return how many images an attack's part "square" broke of what its others left."""
+        return self.parts.get(name, {}).get("square")
 
     def _by_step(self, name: str, clean: int) -> list[float] | None:
         looks = self.attacks[name].looks

@@ -86,6 +86,11 @@ class State:
                 f"{path} is not a state of an evaluation: delete it or name another"
             ) from e
         wanted = json.loads(header)
+        ours = isinstance(first, dict) and first.keys() >= wanted.keys() - {"version"}
+        if ours and first.get("version") != wanted["version"]:
+            raise UserError(
+                f"{path} was written by another version of surestep: delete it, or name another"
+            )
         if first != wanted:
             names = [k for k in wanted if not isinstance(first, dict) or first.get(k) != wanted[k]]
             raise UserError(

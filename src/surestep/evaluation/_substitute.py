@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.attacks.inputs import forward_logits
-from surestep.attacks.lending import attacking, forked_rng
+from surestep.attacks.lending import attacking, forked_rng, seed_all
 from surestep.threat import ThreatModel
 
 STEPS, BATCH, WIDTH = 250, 64, 16
@@ -30,7 +30,7 @@ def substitute(model: nn.Module, x: Tensor, threat: ThreatModel, seed: int) -> n
         seed: of the network, the questions and the noise.
     """
     with attacking(model) as inner, forked_rng(x.device):
-        torch.manual_seed(seed)
+        seed_all(seed)
         with torch.no_grad():
             classes = forward_logits(inner, x[:1]).shape[1]
         net = _network(x, classes).to(x.device)

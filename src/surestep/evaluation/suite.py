@@ -144,10 +144,11 @@ def ascent(name: str) -> int | None:
     None of what looks for points in another way, and of what is no name.
     """
     match = _NAME.fullmatch(name)
-    kind = KINDS[match["kind"]] if match else None
-    if match and kind and kind.make is _iterative:
-        return int(match["count"])
-    return kind.ascent if kind else None
+    if match is None:
+        return None
+    kind = KINDS[match["kind"]]
+    counts = kind.make is _iterative and match["count"]
+    return int(match["count"]) if counts else kind.ascent
 
 
 def follows(name: str) -> bool:

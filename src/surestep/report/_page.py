@@ -107,7 +107,8 @@ def _verdict(report: Report) -> dict[str, str] | None:
         count = len(get(report.evaluation, "robust_accuracy", "the evaluation"))
         n = get(report.evaluation, "n", "the evaluation")
         attacks = "one attack" if count == 1 else f"each of {count} attacks"
-        doubts = report.evaluation.get("doubts")
+        left = number(report.evaluation.get("worst_case_accuracy"))
+        doubts = report.evaluation.get("doubts") if left else ()
         high = f"It may be too high: {'; '.join(doubts)}. " if doubts else ""
         sentence = (
             f"{worst} of {n:,} images stay right under {attacks}. {high}"

@@ -61,6 +61,7 @@ class World:
         self.breaks: dict[str, Exception] = {}
         self.images = Images(torch.zeros(40, 1, 4, 4), torch.zeros(40, dtype=torch.int64))
         self.other_images: dict[str | None, Images] = {}
+        self.loaded: list[int | None] = []
 
     def train(self, arguments: list[str], tell: Any) -> tuple[int, int, str]:
         assert arguments.pop(0) == "train"
@@ -89,8 +90,9 @@ class World:
         assert isinstance(images, Images)  # not read once more for each run
         return SimpleNamespace(model=folder.name, threat="threat")
 
-    def load_data(self, config: Any, split: str) -> Images:
+    def load_data(self, config: Any, split: str, n: int | None = None) -> Images:
         assert split == "test"
+        self.loaded.append(n)
         return self.other_images.get(config.data, self.images)
 
     def evaluate(self, model: str, images: Images, threat: Any, attacks: Any, **options: Any):
@@ -217,6 +219,9 @@ class TestTraining:
         for attacks in (["fgsm", "transfer"], ["transfer"]):
             compare(["sat-r2"], 1, out=tmp_path / attacks[0], attacks=attacks, audit=None, **SHORT)
         assert world.done.count("evaluate sat-r2-seed0") == 2
+        assert world.loaded == [None, None]  # a substitute asks about more than are judged
+        compare(["sat-r2"], 1, out=tmp_path / "c", attacks=["fgsm"], audit=None, n=7, **SHORT)
+        assert world.loaded.pop() == 7
         with pytest.raises(UserError, match="'pdg'"):
             compare(["sat-r2"], 1, out=tmp_path / "b", attacks=["transfer", "pdg"], **SHORT)
 

@@ -99,7 +99,7 @@ def test_weights_of_ones_own_are_judged_with_one_normalisation(tmp_path, monkeyp
     net = create("timm:net", num_classes=5)
     torch.save(net.body.state_dict(), tmp_path / "w.pt")
     images = Images(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 4]))
-    monkeypatch.setattr(targets.runs, "load_data", lambda config, split: images)
+    monkeypatch.setattr(targets.runs, "load_data", lambda config, split, n: images)
     asked = {"dataset": "npz:any", "eps": 0.1, "device": "cpu"}
 
     def judged(**more):

@@ -57,10 +57,10 @@ class Evaluation:
             ``by_part``: for AutoAttack the share still right after each of its parts.
         per_class: per label, its number of images, clean and worst-case accuracy.
         curve: accuracies at other radii, if these were asked for.
-        precision: in which the perturbations were made.
-        doubts: signs that the worst case is too high, in words; none where none was looked for.
         right: (n,) each, which images were right "clean", by attack and in the "worst case"; not
             part of ``to_dict``.
+        precision: in which the perturbations were made.
+        doubts: signs that the worst case is too high, in words; none where none was looked for.
     """
 
     clean_accuracy: float
@@ -75,9 +75,9 @@ class Evaluation:
     attacks: list[dict[str, Any]]
     per_class: list[dict[str, Any]]
     curve: list[dict[str, Any]]
-    precision: str
-    doubts: list[str]
     right: dict[str, Tensor] = field(repr=False, compare=False)
+    precision: str = "float32"
+    doubts: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings, lists and dicts, as written by ``--json``."""

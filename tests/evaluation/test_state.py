@@ -176,10 +176,11 @@ def test_a_random_model_is_no_other_code(net, images, tmp_path, draws):
             return self.net(x + noise.view_as(x).to(x.dtype))
 
     path = tmp_path / "state.jsonl"
-    whole = run(Noisy(), images, path, doubt=False)
-    assert run(Noisy(), images, path, doubt=False) == whole
+    given = {"attacks": ["noise-3", "fgsm"], "eps": [], "doubt": False}
+    whole = run(Noisy(), images, path, **given)
+    assert run(Noisy(), images, path, **given) == whole
     path.write_bytes(path.read_bytes()[:700])
-    again = run(Noisy(), images, path, doubt=False)
+    again = run(Noisy(), images, path, **given)
     assert (again == whole) is (draws != "its own")
 
 

@@ -134,6 +134,12 @@ def in_turn(
     return x_adv
 
 
+def in_parts(size: int, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Apply a function to tensors, ``size`` samples at a time, and concatenate what it returns."""
+    parts = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    return torch.cat([function(*part) for part in parts])
+
+
 class Best:
     """Each sample's strongest point so far: misclassified first, then the highest objective.
 

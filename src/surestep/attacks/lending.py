@@ -45,8 +45,8 @@ def forked_rng(device: torch.device) -> Iterator[None]:
             torch.mps.set_rng_state(state)
 
 
-def seed_all(seed: int) -> None:
-    """Seed whatever a model may draw from: python's, numpy's and torch's generators."""
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch: a model may draw from any of them."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.manual_seed(seed)

@@ -20,7 +20,7 @@ from surestep.attacks.lending import (
     device_of,
     forked_rng,
     interpreted,
-    seed_all,
+    seed_everything,
     uncompiled,
     unwrapped,
 )
@@ -147,7 +147,7 @@ def audit(
         memory_for("the audit", advice),
         interpreted(adapted),  # the checks hang hooks on modules
     ):
-        seed_all(seed)
+        seed_everything(seed)
         batches = list(batches_of(data, batch_size, n, device, threat.bounds)[0])
         if not batches:
             raise UserError("there is no image to audit on")

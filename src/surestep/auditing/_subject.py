@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.attacks import gradient
-from surestep.attacks.core import Ascent, Best, NoGradient, input_gradient, misclassified, share_of
+from surestep.attacks.core import (
+    Ascent,
+    Best,
+    NoGradient,
+    in_parts,
+    input_gradient,
+    misclassified,
+    share_of,
+)
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.losses import Objective, log_odds
 from surestep.clock import SECONDS_BETWEEN_LINES, Every
@@ -255,11 +263,7 @@ class Subject:
 
     def map(self, function: Callable[..., Any], *tensors: Tensor) -> Any:
         """Apply a function to batches of tensors and concatenate what it returns."""
-        parts = [
-            function(*batch)
-            for batch in zip(*(t.split(self.batch_size) for t in tensors), strict=True)
-        ]
-        return torch.cat(parts)
+        return in_parts(self.batch_size, function, *tensors)
 
     def search(self, x: Tensor, y: Tensor, *options: Any, **named: Any) -> Searched:
         """Run PGD on images, a batch at a time; see ``surestep.attacks.gradient.search``."""

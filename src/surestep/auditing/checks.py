@@ -20,7 +20,7 @@ from torch import Tensor
 from surestep.attacks import losses
 from surestep.attacks.core import Ascent, share_of
 from surestep.attacks.inputs import forward_logits
-from surestep.attacks.lending import seed_all
+from surestep.attacks.lending import seed_everything
 from surestep.auditing._subject import Subject
 from surestep.auditing.binarization import binarization_rates
 from surestep.devices import autocast, finest
@@ -122,7 +122,7 @@ class Checker:
 
     def __call__(self, subject: Subject) -> Check:
         """Look at a model."""
-        seed_all(subject.seed * 100 + self.number)
+        seed_everything(subject.seed * 100 + self.number)
         found = self.function(subject)
         return Check(
             self.number,

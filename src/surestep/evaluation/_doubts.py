@@ -6,7 +6,7 @@ passes; an audit looks closer, and attacks what it finds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.activations import straight_through
-from surestep.attacks.core import NoGradient, input_gradient, misclassified, share_of
+from surestep.attacks.core import NoGradient, in_parts, input_gradient, misclassified, share_of
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.lending import attacking
 from surestep.devices import exact, finest
@@ -57,7 +57,7 @@ def of_model(
     found = []
     with torch.no_grad(), exact(x.device):
         first, second = (
-            _in_parts(batch_size, lambda z: forward_logits(model, z), x) for _ in range(2)
+            in_parts(batch_size, lambda z: forward_logits(model, z), x) for _ in range(2)
         )
     if not apart(first, second) <= SAME:
         found.append("the model is random, and each point was judged by a single draw")
@@ -74,7 +74,7 @@ def of_model(
 
         with straight_through(model) if bpda else nullcontext():
             places = (x, threat.random_start(x))
-            blind = [_in_parts(batch_size, flat, place, y) for place in places]
+            blind = [in_parts(batch_size, flat, place, y) for place in places]
         count = max(int(some.sum()) for some in blind)
         if count >= BY_CHANCE and count > MISSED * len(x):
             found.append(f"no gradient reaches {count} of {len(x)} images looked at")
@@ -96,7 +96,7 @@ def of_sources(sources: Sequence[nn.Module], x: Tensor, y: Tensor, batch_size: i
     found = []
     for number, source in enumerate(sources, 1):
         with attacking(Adapted(source)) as inner, torch.no_grad():
-            out = _in_parts(batch_size, lambda z, inner=inner: forward_logits(inner, z), x)
+            out = in_parts(batch_size, lambda z, inner=inner: forward_logits(inner, z), x)
         right = share_of(~misclassified(out, y))
         if right < 0.5:
             found.append(
@@ -164,8 +164,3 @@ def is_flat(grad: Tensor) -> Tensor:
 
 def _fewest(left: Sequence[Tensor]) -> int:
     return min(int(one.sum()) for one in left)
-
-
-def _in_parts(size: int, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    parts = zip(*(tensor.split(size) for tensor in tensors), strict=True)
-    return torch.cat([function(*part) for part in parts])

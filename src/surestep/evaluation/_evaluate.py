@@ -19,13 +19,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from surestep.activations import with_a_way_through
 from surestep.attacks.core import misclassified, round_up, share_of
 from surestep.attacks.inputs import check_inputs, forward_logits
-from surestep.attacks.lending import attacking, device_of, forked_rng, seed_all
+from surestep.attacks.lending import attacking, device_of, forked_rng, seed_everything
 from surestep.data import Batches, Images, as_images, as_pair, as_pixels, some
 from surestep.devices import autocast, exact, memory_for
 from surestep.errors import SurestepWarning, UserError
 from surestep.evaluation import _doubts, suite
 from surestep.evaluation._state import State, digest, model_digest
-from surestep.evaluation._substitute import Substitute, substitute
+from surestep.evaluation._substitute import substitute
 from surestep.evaluation.adapt import Adapted
 from surestep.evaluation.suite import Found
 from surestep.threat import ThreatModel
@@ -165,7 +165,7 @@ def evaluate(
         names = suite.and_through(names)
     radii = [threat.with_eps(e) for e in eps]
     device, start = device_of(model), time.perf_counter()
-    given = list(sources)
+    given = list(sources)  # a substitute follows from the rest, but for the last digits
     judged = Adapted(model, preprocess)
     advice = f"lower batch_size ({batch_size})"
     if "transfer" in names and not isinstance(names, Mapping) and not sources:
@@ -186,7 +186,7 @@ def evaluate(
             "precision": str(precision),
         }
         if place is not None:
-            settings |= _digests(model, preprocess, sources)
+            settings |= _digests(model, preprocess, given)
         judge = _Judge(judged, radius, by_name, seed, precision, State(place, settings), tell)
         with (
             contextlib.closing(judge.state),
@@ -194,7 +194,7 @@ def evaluate(
             forked_rng(device),
             memory_for("an attack", advice),
         ):
-            seed_all(seed)
+            seed_everything(seed)
             batches, total = batches_of(data, batch_size, n, device, radius.bounds)
             for x, y in batches:
                 judge.batch(x, y)
@@ -225,7 +225,7 @@ def _stand_in(
     model: nn.Module, data: Any, batch_size: int, threat: ThreatModel, seed: int
 ) -> list[nn.Module]:
     """Train a substitute on what the model answers to the first images; none without any."""
-    seed_all(seed)
+    seed_everything(seed)
     batches, _ = batches_of(data, batch_size, _ASKED_ABOUT, device_of(model), threat.bounds)
     shown = [x for x, _ in batches]
     return [substitute(model, torch.cat(shown), threat, seed)] if shown else []
@@ -235,12 +235,10 @@ def _digests(
     model: nn.Module, preprocess: nn.Module | None, sources: Sequence[nn.Module]
 ) -> dict[str, Any]:
     """Tell the models of an evaluation from others, for its state."""
-    # A substitute follows from the rest, but for the last digits.
-    own = [source for source in sources if not isinstance(source, Substitute)]
     return {
         "model": model_digest(model),
         "preprocess": "none" if preprocess is None else model_digest(preprocess),
-        "sources": [model_digest(source) for source in own],
+        "sources": [model_digest(source) for source in sources],
     }
 
 
@@ -428,7 +426,7 @@ class _Judge:
         The state is as before afterwards: data may be drawn at random between the attacks.
         """
         with forked_rng(device):
-            seed_all(zlib.crc32(f"{self.seed}/{self.number}/{name}".encode()))
+            seed_everything(zlib.crc32(f"{self.seed}/{self.number}/{name}".encode()))
             yield
 
     @torch.no_grad()
@@ -494,12 +492,10 @@ class _Judge:
             return []
         # What saw only what others left says nothing of them.
         left = {k: v for k, v in right.items() if k == "clean" or not self.attacks[k].survivors}
-        square = [count for name in self.order if (count := self._square(name)) is not None]
+        parts = [self.parts[name] for name in self.order if name in self.parts]
+        # Of the last: an earlier one may not have gone straight through layers as this did.
+        square = [some["square"] for some in parts if "square" in some]
         return self.doubts + _doubts.of_results(left, square[-1] if square else None)
-
-    def _square(self, name: str) -> int | None:
-        """Return how many images an attack's part "square" broke of what its others left."""
-        return self.parts.get(name, {}).get("square")
 
     def _by_step(self, name: str, clean: int) -> list[float] | None:
         looks = self.attacks[name].looks

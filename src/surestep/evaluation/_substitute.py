@@ -7,14 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.attacks.inputs import forward_logits
-from surestep.attacks.lending import attacking, forked_rng, seed_all
+from surestep.attacks.lending import attacking, forked_rng, seed_everything
 from surestep.threat import ThreatModel
 
 STEPS, BATCH, WIDTH = 250, 64, 16
-
-
-class Substitute(nn.Sequential):
-    """A network that ``substitute`` trained, as opposed to a model of the user's."""
 
 
 def substitute(model: nn.Module, x: Tensor, threat: ThreatModel, seed: int) -> nn.Module:
@@ -30,7 +26,7 @@ def substitute(model: nn.Module, x: Tensor, threat: ThreatModel, seed: int) -> n
         seed: of the network, the questions and the noise.
     """
     with attacking(model) as inner, forked_rng(x.device):
-        seed_all(seed)
+        seed_everything(seed)
         with torch.no_grad():
             classes = forward_logits(inner, x[:1]).shape[1]
         net = _network(x, classes).to(x.device)
@@ -50,14 +46,14 @@ def substitute(model: nn.Module, x: Tensor, threat: ThreatModel, seed: int) -> n
 
 def _network(x: Tensor, classes: int) -> nn.Module:
     if x.dim() != 4 or min(x.shape[2:]) < 8:
-        return Substitute(
+        return nn.Sequential(
             nn.Flatten(), nn.Linear(x[0].numel(), 256), nn.ReLU(), nn.Linear(256, classes)
         )
     channels, (high, wide) = x.shape[1], ((size + 3) // 4 for size in x.shape[2:])
     # Windows of one size: the gradient of adaptive ones is not deterministic on a GPU.
     window = max(1, high // 7), max(1, wide // 7)
     parts = (high // window[0]) * (wide // window[1])
-    return Substitute(
+    return nn.Sequential(
         nn.Conv2d(channels, WIDTH, 3, 2, 1),
         nn.ReLU(),
         nn.Conv2d(WIDTH, 2 * WIDTH, 3, 2, 1),

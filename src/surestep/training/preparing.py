@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from surestep import files, processes
 from surestep.attacks.core import share_of
 from surestep.attacks.inputs import check_inputs, check_labels, count_classes
-from surestep.attacks.lending import compiled_whole, uncompiled
+from surestep.attacks.lending import compiled_whole, seed_everything, uncompiled
 from surestep.config import FitSettings
 from surestep.data import Images, as_pixels, seed_of
 from surestep.devices import memory_for
@@ -32,7 +32,6 @@ from surestep.training.averaging import WeightAverage
 from surestep.training.engine import Engine, TrainStep, make_optimizer, make_step
 from surestep.training.memory import Frugal, fit_into
 from surestep.training.picking import MIN_STEPS, Pick, pick_engine
-from surestep.training.randomness import seed_everything
 from surestep.training.source import Replayed, Source, first_of, make_source, split
 
 MOST = 500

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
+from surestep.attacks.lending import seed_everything
 from surestep.data import seed_of
 
 
@@ -39,13 +40,6 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
     # Checkpoints of older versions lack it.
     if state.get("mps") and torch.backends.mps.is_available():
         torch.mps.set_rng_state(*state["mps"])
-
-
-def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    torch.manual_seed(seed)
 
 
 class OwnRandom:

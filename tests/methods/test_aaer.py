@@ -47,7 +47,17 @@ def test_its_parts_are_the_number_the_fall_and_the_spread(make_task):
     assert ce + 0.7 * penalty == pytest.approx(float(loss.detach()), rel=1e-9)
 
 
-@pytest.mark.parametrize("perturbation", ["zerograd", "multigrad"])
+@pytest.mark.parametrize("perturbation", ["rs-fgsm", "n-fgsm noise=0"])
+def test_nothing_is_abnormal_where_nothing_moves(make_task, perturbation):
+    """Loss and logits before and after are of one function, batch norm's mode included."""
+    task = make_task("conv")
+    method = methods.get("aaer")(Linf(0.0), perturbation=perturbation)
+    for _ in range(3):  # the running statistics become others than the batch's
+        terms = method(task.net, task.x, task.y).terms
+    assert float(terms["abnormal"]) == float(terms["penalty"]) == 0
+
+
+@pytest.mark.parametrize("perturbation", ["zerograd", "multigrad", "fgsm", "r-fgsm", "sads"])
 def test_a_step_along_another_gradient_is_refused(perturbation):
     with pytest.raises(UserError, match=rf"perturbation '{perturbation}' is not a step along one"):
         methods.get("aaer")(Linf(0.1), perturbation=perturbation)

@@ -19,6 +19,13 @@ def test_the_flags_of_the_method_inside(inside):
         assert getattr(ours, name) == getattr(alone, name)
 
 
+def test_the_steps_of_the_method_inside():
+    inside = "sat-r2 every=4 fraction=0.25"
+    ours = methods.get("converge-smooth")(Linf(EPS), perturbation=inside)
+    assert ours.cycle == 4
+    assert ours.peak_images(128) == 128 + 2 * 128  # all are regularised then, and clean
+
+
 def test_the_method_inside_takes_settings():
     ours = methods.get("converge-smooth")(Linf(EPS), perturbation="fgsm-mep alpha=0.15")
     assert ours.base.alpha == 0.15

@@ -111,7 +111,7 @@ def test_regularising_every_second_step_in_a_round_ball(make_task, slug, project
     task.net.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     for step in range(1, 5):
         result = method(task.net, x, task.y)
-        assert len(seen[-1]) == method.peak_images(len(x)) if step % 2 == 0 else len(x)
+        assert len(seen[-1]) == (len(x) if step % 2 else method.peak_images(len(x)))
         assert seen[-1].is_contiguous(memory_format=torch.channels_last)
         far = (result.x_adv - x).flatten(1).norm(dim=1)
         assert float(far.max()) <= 0.5 + (0 if project or slug == "sat-r1" else 0.03) + 1e-9

@@ -108,6 +108,18 @@ def test_result(method, task):
     assert float(result.x_adv.max()) <= 1
 
 
+@pytest.mark.parametrize("slug", ["sat-r1", "sat-r2", "sat-r3"])
+@pytest.mark.parametrize("base", ["fgsm", "r-fgsm", "rs-fgsm", "zerograd", "multigrad", "sads"])
+def test_what_is_compared_lies_where_the_perturbation_does(slug, base, make_task):
+    """FGSM's second point leaves the ball by the random step, as published; no other does."""
+    task = make_task("conv")
+    task.x.fill_(0.5)  # no bound of the data is in the way
+    method = methods.get(slug)(Linf(0.1), perturbation=base, fraction=1.0)
+    far = float((method.prepare(task.net, task.x, task.y).points - 0.5).abs().max())
+    free = slug != "sat-r1" and base in ("fgsm", "sads")
+    assert far == pytest.approx(0.1 + (method.alpha if free else 0), abs=1e-6)
+
+
 def test_images_that_ask_for_a_gradient_leave_no_graph(method, task):
     task.x.requires_grad_()
     result = method(task.net, task.x, task.y, task.index)

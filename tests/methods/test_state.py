@@ -149,10 +149,14 @@ def test_pco_mixes_with_what_it_stored(make_task):
 
 def test_iaat_radii(make_task):
     task = make_task("mlp")
-    method = methods.get("iaat")(Linf(EPS), steps=2, gamma=0.3, beta=0.1)
+    method = methods.get("iaat")(Linf(EPS), steps=2, gamma=0.5, beta=0.8, rest=0.1)
     share = torch.ones(6, dtype=torch.float64)
+    with torch.no_grad():
+        task.net[1].weight *= 6.0
     frozen = copy.deepcopy(task.net).eval()
-    for epoch in range(4):
+    task.y[1:] = frozen(task.x[1:]).argmax(1)
+    cases = set()
+    for epoch in range(10):
         method.progress = at(0, epoch)
         torch.manual_seed(epoch)
         found = step(method, task).x_adv
@@ -163,11 +167,23 @@ def test_iaat_radii(make_task):
         for i in range(6):
             point = task.x[i] + share[i] * (p[i] - task.x[i])
             torch.testing.assert_close(found[i], point, **EXACT)
-            more = min(float(share[i]) + 0.3, 1.0)
-            right = frozen((task.x[i] + more * (p[i] - task.x[i]))[None]).argmax() == task.y[i]
-            moved = more if right else max(float(share[i]) - 0.3, 0.0)
-            share[i] = 0.1 * share[i] + 0.9 * moved
-    assert float(share.min()) < float(share.max())
+            r, move = float(share[i]), 0.0
+            right = [
+                frozen((task.x[i] + at_r * (p[i] - task.x[i]))[None]).argmax() == task.y[i]
+                for at_r in (min(r + 0.5, 1.0), r, 0.0)
+            ]
+            if not right[2]:
+                case, move = "wrong", -r
+            elif right[0]:
+                case, move = "grows", min(0.5, 1.0 - r)
+            elif right[1]:
+                case = "stays"
+            else:
+                case, move = "shrinks", -min(0.5, r)
+            if epoch:  # a tenth of the training at the full radius
+                cases.add(case)
+                share[i] = r + 0.8 * move
+    assert cases == {"wrong", "grows", "stays", "shrinks"}
 
 
 @pytest.mark.parametrize("slug", ["fgsm-uap", "fgsm-cuap"])
@@ -309,6 +325,23 @@ def test_pap_compares_after_all_steps(make_task):
             kept = copy.deepcopy(method.state_dict())
             method = methods.get("pap")(Linf(EPS), lam=0.7, steps=3)
             method.load_state_dict(kept)
+
+
+@pytest.mark.parametrize("fraction", [None, 0.5])
+def test_pap_fills_anew_where_the_processes_are_others(make_task, monkeypatch, fraction):
+    """The rows of one process's groups are not two processes' groups."""
+    task = make_task("mlp")
+    first = methods.get("pap")(Linf(EPS), steps=3, fraction=fraction)
+    for _ in range(3):
+        step(first, task)
+    kept = first.state_dict()
+    monkeypatch.setattr("surestep.processes.count", lambda: 2)
+    monkeypatch.setattr("surestep.processes.rank", lambda: 1)
+    later = methods.get("pap")(Linf(EPS), steps=3, fraction=fraction)
+    later.load_state_dict(kept)
+    result = step(later, task)
+    assert torch.equal(result.loss.detach(), result.terms["ce"])  # not weighed until it is done
+    assert bool(result.loss.detach().isfinite())
 
 
 def test_elle_a_switches_itself_on(make_task):
@@ -454,6 +487,17 @@ def test_eat_takes_its_models_in_turn(make_task):
         attacked = [task.net, *others][number % 3]
         expected = box(task.x + EPS * signs(attacked, task.x, task.y))
         torch.testing.assert_close(step(method, task).x_adv, expected, **EXACT)
+
+
+def test_eat_leaves_its_models_in_eval_mode(make_task):
+    """Even if the perturbation's own training attacks in train mode."""
+    task, other = make_task("mlp"), make_task("mlp").net.eval()
+    method, modes = methods.get("eat")(Linf(EPS), perturbation="rs-fgsm"), []
+    method.sources = [other]
+    method.progress = at(1)
+    other.register_forward_pre_hook(lambda m, _: modes.append(m.training))
+    step(method, task)
+    assert modes == [False]
 
 
 def test_uat_never_looks_at_other_labels(make_task):

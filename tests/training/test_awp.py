@@ -109,16 +109,23 @@ def test_smooth_convergence_compares_with_the_batch_before(tiny):
     torch.testing.assert_close(found[0], found[1])
 
 
-def test_free_steps_along_the_last_pass(tiny):
+@pytest.mark.parametrize("inside", [False, True])
+def test_free_steps_along_the_last_pass(tiny, inside):
     x, y = tiny.data(8)
-    model, method = tiny.net().train(), tiny.method("free")
+    method = tiny.method("converge-smooth", perturbation="free") if inside else tiny.method("free")
+    model = tiny.net().train()
     ahead, leaf = copy.deepcopy(model), x.clone().requires_grad_()
+
+    def loss(points):
+        logits = ahead(torch.cat([points, x]) if inside else points)
+        return torch.nn.functional.cross_entropy(logits[: len(x)], y)
+
     step_of(tiny, model, method, awp=0.05)(x, y)
-    loss = torch.nn.functional.cross_entropy
-    loss(ahead(x), y).backward()
+    loss(x).backward()
     with weights_ahead(ahead, 0.05):
-        (expected,) = torch.autograd.grad(loss(ahead(leaf), y), leaf)
-    torch.testing.assert_close(method._pending[2].grad, expected)
+        (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    free = method.base if inside else method
+    torch.testing.assert_close(free._pending[2].grad, expected)
 
 
 def test_it_begins_after_so_many_epochs(tiny, monkeypatch):

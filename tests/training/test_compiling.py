@@ -120,6 +120,12 @@ def test_not_with_second_derivatives_or_dropout(tiny):
         tiny.train("fgsm", compile=True, dropout=0.2)
 
 
+def test_no_second_derivatives_in_half_precision(tiny):
+    for slug, options in (("gradalign", {}), ("converge-smooth", {"perturbation": "gradalign"})):
+        with pytest.raises(UserError, match=f"{slug} differentiates gradients, .* fp16: take"):
+            tiny.train(tiny.method(slug, **options), precision="fp16")
+
+
 def test_not_with_a_memory_limit(tiny):
     with pytest.raises(UserError, match=r"compile and max_memory \(1\) do not go together"):
         tiny.train("sat-r2", compile=True, max_memory=1.0)

@@ -39,7 +39,7 @@ class Guided(Method):
         with attacking(model) as inner:
             start = self.threat.clip(x + self.threat.random_step(x, self.alpha))
             objective: Objective = log_odds
-            if self._guided:
+            if self.progress.step % 2:
                 with torch.no_grad():
                     clean = forward_logits(inner, x)
 
@@ -58,10 +58,6 @@ class Guided(Method):
 
         return Update(torch.cat([x, x_adv]), loss, slice(n, None))
 
-    @property
-    def _guided(self) -> bool:
-        return self.progress.step % 2 == 1
-
     def cost(self, batch_size: int) -> Cost:
         """One gradient (on odd steps a clean pass more), clean and adversarial in the update."""
-        return Cost(3 + self._guided, 3, 2)
+        return Cost(3.5, 3, 2)

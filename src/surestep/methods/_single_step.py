@@ -46,9 +46,12 @@ class SingleStep(Method):
         """Bring the point back to where it must lie."""
         return self.threat.project(point, x) if self.ball else self.threat.clip(point)
 
-    def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """Return x_adv (N, ...)."""
-        with attacking(model, train_mode=self.train_mode) as inner:
+    def perturb(
+        self, model: nn.Module, x: Tensor, y: Tensor, train_mode: bool | None = None
+    ) -> Tensor:
+        """Return x_adv (N, ...), by default in the mode that the method's own model has."""
+        mode = self.train_mode if train_mode is None else train_mode
+        with attacking(model, train_mode=mode) as inner:
             start = self.start(x)
             grad = self.gradient(inner, start, y)
             return self.finish(start + self.threat.steepest_step(grad, self.size), x)

@@ -47,8 +47,10 @@ class AAER(OnSingleStep):
         """Check the weights, and that the step is along the one gradient that is taken here."""
         super().validate()
         self.not_negative("lam_loss", "lam_spread")
-        plain = type(self.base).gradient is SingleStep.gradient
-        self.require(plain, "perturbation", "a step along one gradient, as rs-fgsm and n-fgsm are")
+        # The losses at both ends must be of one function: the update is in train mode.
+        plain = type(self.base).gradient is SingleStep.gradient and self.base.train_mode
+        expected = "a step along one gradient in train mode, as rs-fgsm and n-fgsm are"
+        self.require(plain, "perturbation", expected)
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Compare loss and logits at the start, from the attack's own pass, with those after."""

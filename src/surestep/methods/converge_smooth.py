@@ -128,6 +128,15 @@ class ConvergeSmooth(Method):
                 held = self._centre.get(name, now).to(now)
                 self._centre[name] = torch.lerp(held, now, share)
 
+    @property
+    def cycle(self) -> int:
+        """The method's own."""
+        return self.base.cycle
+
+    def peak_images(self, batch_size: int) -> int:
+        """Count the method's own, and the clean images."""
+        return self.base.peak_images(batch_size) + batch_size
+
     def set_strength(self, share: float) -> None:
         """Set it for the method inside too."""
         super().set_strength(share)

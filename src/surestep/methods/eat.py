@@ -46,7 +46,8 @@ class EAT(OnSingleStep):
         """Perturb on the model whose turn it is."""
         turn = self.progress.step % (1 + len(self.sources))
         attacked = self.sources[turn - 1].to(x.device) if turn else model
-        x_adv = self.base.perturb(attacked, x, y)
+        # A fixed model is in eval mode, whatever mode the perturbation's own is attacked in.
+        x_adv = self.base.perturb(attacked, x, y, train_mode=False if turn else None)
 
         def loss(logits: Tensor) -> Terms:
             at_clean, at_adv = (self.criterion(part, y) for part in logits.chunk(2))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from surestep import processes
-from surestep.methods._base import Cost, Method, Update, register
+from surestep.methods._base import Cost, Method, Terms, Update, register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.threat import ThreatModel
 
@@ -49,8 +49,13 @@ class Free(Method):
             rows = torch.arange(len(x), device=x.device) % len(delta)
             delta = delta[rows] if delta.shape[1:] == x.shape[1:] else torch.zeros_like(x)
         points = self.threat.project(x + delta, x).requires_grad_()
-        self._pending = self.threat, x, points
-        return Update(points, self.plain_loss(y))
+        self._pending, plain = (self.threat, x, points), self.plain_loss(y)
+
+        def loss(logits: Tensor) -> Terms:
+            points.grad = None  # of AWP's two passes the last counts
+            return plain(logits)
+
+        return Update(points, loss)
 
     def _advance(self) -> None:
         """Step along the gradient that the last backward left on the points."""

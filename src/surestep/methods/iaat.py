@@ -20,30 +20,34 @@ from surestep.threat import per_sample
 @register("iaat")
 @dataclass
 class IAAT(PGD):
-    """IAAT: a radius grows by ``gamma`` while the image withstands it, and shrinks otherwise.
+    """IAAT: a radius grows by ``gamma`` if the image withstands that, and shrinks if not the old.
 
     A share of PGD's perturbation of the full radius is taken, so that no radius exceeds eps; the
-    authors run the attack at each image's own. Radii are smoothed over epochs by ``beta``.
+    authors run the attack at each image's own. The radius of an image that is wrong as it is aims
+    at 0. Of each move ``beta`` is taken; for the share ``rest`` of training there is none.
     """
 
     summary = "PGD; each image's radius grows while it withstands it"
     paper = "Balaji et al. 2019, arXiv 1910.08051"
     lengths = ("alpha",)
     needs_index = True
+    needs_progress = True
     kept = ("_missing",)
     presets = {
         "mnist": recipe(MNIST_ZOO, steps=40, alpha=0.01),
         "cifar10": recipe(CIFAR_RESNET, steps=10, alpha=2 / 255),
     }
 
-    gamma: float = 0.1
+    gamma: float = 1.9 / 8
     beta: float = 0.1
+    rest: float = 0.1
 
     def validate(self) -> None:
-        """Check the rates, in shares of eps."""
+        """Check the rates, in shares of eps and of training."""
         super().validate()
         self.require(0 < self.gamma <= 1, "gamma", "in (0, 1]")
-        self.require(0 <= self.beta < 1, "beta", "in [0, 1)")
+        self.require(0 < self.beta <= 1, "beta", "in (0, 1]")
+        self.require(0 <= self.rest <= 1, "rest", "in [0, 1]")
         self._missing = Memory()  # eps minus the image's radius, as a share: 0 at first
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
@@ -52,15 +56,18 @@ class IAAT(PGD):
         images = self.progress.images
         delta = self.perturb(model, x, y) - x
         share = 1 - self._missing.read(index, x.flatten(1)[:, 0], images)
-        more = (share + self.gamma).clamp(max=1)
+        more, less = (share + self.gamma).clamp(max=1), (share - self.gamma).clamp(min=0)
+        larger, x_adv = (
+            self.threat.project(x + per_sample(r, x) * delta, x) for r in (more, share)
+        )
         with attacking(model) as inner, torch.no_grad():
-            logits = forward_logits(inner, self.threat.project(x + per_sample(more, x) * delta, x))
-        withstood = ~misclassified(logits, y)
-        moved = torch.where(withstood, more, (share - self.gamma).clamp(min=0))
-        self._missing.write(index, 1 - self.beta * share - (1 - self.beta) * moved, images)
-        x_adv = self.threat.project(x + per_sample(share, x) * delta, x)
+            logits = forward_logits(inner, torch.cat([larger, x_adv, x]))
+        grows, stays, right = (~misclassified(logits, y.repeat(3))).chunk(3)
+        aim = right * torch.where(grows, more, torch.where(stays, share, less))
+        beta = self.beta if self.progress.done >= self.rest else 0.0
+        self._missing.write(index, 1 - torch.lerp(share, aim, beta), images)
         return Update(x_adv, self.plain_loss(y))
 
     def cost(self, batch_size: int) -> Cost:
-        """PGD-AT's, and a pass that tries the next radius."""
-        return Cost(self.steps + 2, self.steps + 1, 1)
+        """PGD-AT's, and a pass each that tries the next radius, the old and none."""
+        return Cost(self.steps + 4, self.steps + 1, 1)

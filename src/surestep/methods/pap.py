@@ -101,9 +101,12 @@ class PAP(Method):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the pipelines of all processes, and how far they are filled."""
-        return {"age": self._age, **{k: processes.gather(v) for k, v in self._held.items()}}
+        held = {k: processes.gather(v) for k, v in self._held.items()}
+        return {"age": self._age, "processes": processes.count(), **held}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore this process's."""
+        """Restore this process's; of another number of processes' groups it makes none again."""
+        if state.get("processes", processes.count()) != processes.count():
+            return  # it fills from the next batch
         self._age = state.get("age", self._age)
         self._held |= {k: processes.own(state[k]).clone() for k in FIELDS if k in state}

@@ -43,6 +43,17 @@ def agreement(ce: Tensor, lam: float, one: Tensor, other: Tensor) -> Terms:
     return ce + lam * distance, {"ce": ce, "distance": distance}
 
 
+def _finish(base: SingleStep, point: Tensor, x: Tensor, project: bool) -> Tensor:
+    """Bring back a point (N, ...) that began alpha beside the base's start.
+
+    FGSM's may leave the ball by alpha, as in the authors' code. One that starts elsewhere, or
+    steps further than eps, would leave it by far more, and ends where it does by itself.
+    """
+    if project:
+        return base.threat.project(point, x)
+    return base.threat.clip(point) if isinstance(base, FGSM) else base.finish(point, x)
+
+
 def sat_r1_update(
     model: nn.Module,
     x: Tensor,
@@ -120,7 +131,7 @@ def sat_r2_update(
         lam: weight of the regularizer.
         alpha: size of the random step before R-FGSM's gradient.
         project: keep R-FGSM in the eps ball. The authors' code does not: there its point lies up
-            to eps + alpha from x.
+            to eps + alpha from x. With another base it ends as that one's does.
         fraction: share of the batch that is regularised, its last images; the paper's is 1.
         base: another single step in FGSM's place; R-FGSM begins alpha from its start.
         criterion: the cross entropy.
@@ -135,7 +146,7 @@ def sat_r2_update(
     points = starts + threat.steepest_step(grad, base.size)
     x_fgsm, x_rfgsm = points.split([len(x), n])
     x_fgsm = base.finish(x_fgsm, x)
-    x_rfgsm = threat.project(x_rfgsm, x_n) if project else threat.clip(x_rfgsm)
+    x_rfgsm = _finish(base, x_rfgsm, x_n, project)
 
     def loss(logits: Tensor) -> Terms:
         at_fgsm, at_rfgsm = logits.split([len(x), n])
@@ -160,7 +171,7 @@ def steps_from_noise(
         start = threat.clip(start + threat.random_step(x, alpha))
         grad = base.gradient(inner, start, y)
     ends = [start + threat.steepest_step(grad, size) for size in sizes]
-    return [threat.project(end, x) if project else threat.clip(end) for end in ends]
+    return [_finish(base, end, x, project) for end in ends]
 
 
 def sat_r3_update(
@@ -194,10 +205,10 @@ def sat_r3_update(
         alpha: size of the random step before the gradient.
         eps_low: length of the short step.
         project: keep both points in the eps ball. The authors' code does not: the far one lies up
-            to eps + alpha from x.
+            to eps + alpha from x. With another base they end as that one's does.
         per_sample: hinge each sample, then average, rather than hinge the batch means.
         fraction: share of the batch that is regularised, its last images; the paper's is 1.
-        base: another single step in FGSM's place: its start, gradient and length.
+        base: another single step in FGSM's place: its start, gradient, length and end.
         criterion: the cross entropy.
     """
     base = base or FGSM(threat)
@@ -430,9 +441,8 @@ class SATR3(SAT):
         """Check the hyperparameters."""
         super().validate()
         self.require(self.tau > 0, "tau", "> 0")
-        self.require(
-            0 <= self.eps_low <= self.threat.eps, "eps_low", f"in [0, eps = {self.threat.eps:g}]"
-        )
+        size = self.base.size
+        self.require(0 <= self.eps_low <= size, "eps_low", f"in [0, the step's {size:g}]")
 
     def regularised(
         self, model: nn.Module, x: Tensor, y: Tensor, lam: float, fraction: float

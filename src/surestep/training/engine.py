@@ -216,8 +216,6 @@ class TrainStep:
             result = self.method.take(self.model, update)
         self._backward(result)
         if awp is not None:
-            if update.points.is_leaf:  # what reads the images' gradient wants the last pass's
-                update.points.grad = None
             with weights_ahead(self.model, awp):
                 with self.engine.autocast(self.device):
                     result = self.method.take(self.model, update)

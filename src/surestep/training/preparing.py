@@ -262,6 +262,11 @@ def _check_together(config: FitSettings, method: Method) -> None:
             f"{method.slug} {why}, which cannot be computed a second time: leave max_memory "
             f"({config.max_memory:g}) out"
         )
+    if config.precision == "fp16" and method.second_order:
+        raise UserError(
+            f"{method.slug} differentiates gradients, which underflow or overflow in precision "
+            "fp16: take bf16 or fp32"
+        )
     if config.awp_from and config.awp is None:
         raise UserError(f"awp_from ({config.awp_from:g}) says when awp begins: give awp, too")
     if config.ema and config.swa:

@@ -169,7 +169,7 @@ def sat_r3_on_rs_fgsm(net, x, y, smoothing, lam, tau, alpha, eps_low):
     first = x + torch.empty_like(x).uniform_(-EPS, EPS)
     start = box(first + alpha * noise_signs(x))
     g = train_signs(net, start, y)
-    views = torch.cat([box(start + eps_low * g), box(start + 1.25 * EPS * g)])
+    views = torch.cat([ball(start + eps_low * g, x), ball(start + 1.25 * EPS * g, x)])
 
     def loss(z):
         low, high = (mean_ce(part, y, smoothing) for part in z.chunk(2))

@@ -94,8 +94,8 @@ CASES = {
     "converge-smooth batch": (converge_smooth, {"compare": "batch", "weight": 3.0}, {}),
 }
 BY_HAND = [
-    ("gat", {}, 3, 3, 2),
-    ("nuat", {}, 3, 3, 2),
+    ("gat", {}, 3.5, 3, 2),
+    ("nuat", {}, 3.5, 3, 2),
     ("tdat", {}, 3, 3, 2),
     ("converge-smooth", {}, 3, 3, 2),
     ("converge-smooth", {"perturbation": "trades"}, 14, 13, 3),

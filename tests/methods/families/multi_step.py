@@ -64,13 +64,13 @@ SMALL = {
     "uat": {**STEPS, "labelled": 0.5},
 }
 BY_HAND = [
-    ("iaat", {"steps": 10}, 12, 11, 1),
+    ("iaat", {"steps": 10}, 14, 11, 1),
     ("uat", {"steps": 10}, 13, 12, 2),
     ("pgd-wa", {"steps": 10}, 11, 11, 1),
 ]
 REFUSED = [
     ("iaat", {"gamma": 0.0}, ("iaat", "gamma", "0.0")),
-    ("iaat", {"beta": 1.0}, ("iaat", "beta", "1.0")),
+    ("iaat", {"beta": 0.0}, ("iaat", "beta", "0.0")),
     ("uat", {"labelled": 0.0}, ("uat", "labelled", "0.0")),
     ("uat", {"lam": -1}, ("uat", "lam", "-1")),
 ]

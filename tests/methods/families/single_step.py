@@ -57,7 +57,7 @@ def sat_r2_on_zerograd(net, x, y, smoothing, lam, alpha, q=0.35):
         cut = sorted(grad.abs().flatten().tolist())[int(q * grad.numel())]
         views.append(point + 2 * EPS * torch.where(grad.abs() >= cut, grad.sign(), 0.0))
     n = len(x)
-    views = torch.cat([ball(torch.stack(views[:n]), x), box(torch.stack(views[n:]))])
+    views = ball(torch.stack(views), torch.cat([x, x]))
 
     def loss(z):
         return mean_ce(z[:n], y, smoothing) + lam * squared_distance(z[:n], z[n:])

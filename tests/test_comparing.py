@@ -59,6 +59,8 @@ class World:
         self.found = 0.5
         self.sizes: list[int | None] = []
         self.breaks: dict[str, Exception] = {}
+        self.through: dict[str, float] = {}
+        self.doubts: dict[str, list[str]] = {}
         self.images = Images(torch.zeros(40, 1, 4, 4), torch.zeros(40, dtype=torch.int64))
         self.other_images: dict[str | None, Images] = {}
         self.loaded: list[int | None] = []
@@ -100,7 +102,9 @@ class World:
         self.sizes.append(options.get("batch_size"))
         shift = 0.01 * int(model[-1]) if model[-1].isdigit() else 0.0
         scores = {name: self.accuracies.get(name, 0.4) + shift for name in attacks}
-        return SimpleNamespace(to_dict=lambda: evaluated(scores, 0.9 + shift))
+        found = evaluated(scores | self.through, 0.9 + shift)
+        found["doubts"] = self.doubts.get(model, [])
+        return SimpleNamespace(to_dict=lambda: found)
 
     def audit(self, model: str, images: Images, threat: Any, **options: Any):
         self.judge("audit", model)
@@ -209,6 +213,30 @@ class TestTraining:
         assert found.rows[0].numbers["autoattack"].mean == 0.4
         assert "AutoAttack" in found.table()[0]
         assert any(note.startswith("AutoAttack attacks what") for note in found.notes)
+
+    def test_the_stronger_of_both_ways_through_layers_that_mask(self, world, tmp_path):
+        world.through = {"fgsm-bpda": 0.3, "pgd-100-bpda": 0.25, "autoattack-bpda": 0.2}
+        found = compare(["sat-r2"], 1, out=tmp_path, budget="standard", **SHORT)
+        means = {key: number.mean for key, number in found.rows[0].numbers.items()}
+        assert (means["fgsm"], means["pgd"], means["autoattack"]) == (0.3, 0.25, 0.2)
+
+    def test_what_makes_a_worst_case_doubtful_is_told(self, world, tmp_path):
+        world.doubts = {"sat-r2-seed1": ["the model is random", "one step breaks more"]}
+        told = "(sat-r2-seed1: the model is random, one step breaks more)"
+        note = f"The worst case of sat-r2 may be too high {told}."
+        for _ in range(2):  # and when what was found is used again
+            found = compare(["fgsm", "sat-r2"], 2, out=tmp_path, **SHORT)
+            assert [n for n in found.notes if "too high" in n] == [note]
+            doubts = {run["run"]: run["doubts"] for run in found.to_dict()["runs"]}
+            assert doubts["sat-r2-seed1"] == world.doubts["sat-r2-seed1"]
+            assert doubts["sat-r2-seed0"] == doubts["fgsm-seed1"] == []
+
+    def test_nothing_left_is_not_too_high(self, world, tmp_path):
+        world.doubts = {"fgsm-seed0": ["the model is random"]}
+        world.accuracies = dict.fromkeys(world.accuracies, 0.0)
+        found = compare(["fgsm"], 1, out=tmp_path, **SHORT)
+        assert found.runs[0]["doubts"] == []
+        assert not any("too high" in note for note in found.notes)
 
     def test_transfer_from_elsewhere_is_no_pgd(self, world, tmp_path):
         found = compare(["sat-r2"], 1, out=tmp_path, attacks=["apgd-ce", "fgsm"], **SHORT)
@@ -337,6 +365,34 @@ class TestAgain:
         found = compare(["sat-r2"], 1, out=tmp_path, **SHORT)
         assert world.done == ["evaluate sat-r2-seed0", "audit sat-r2-seed0"]
         assert "peak_memory_mb" not in found.rows[0].numbers
+
+    @pytest.mark.parametrize(
+        "change", [{"mean_sparse": 0.2}, {"eps": 0.1}, {"normalize": False}, {"image_size": 8}]
+    )
+    def test_other_settings_of_the_same_weights_are_judged_anew(
+        self, world, run_of, tmp_path, change
+    ):
+        """A hardened run's threshold is in no tensor, and who edits config.yaml means it."""
+        folder, out = run_of("a", mean_sparse=0.1), tmp_path / "out"
+        compare_runs([folder], out=out)
+        run_of("a", **{"mean_sparse": 0.1, **change})
+        world.done.clear()
+        compare_runs([folder], out=out)
+        assert world.done == ["evaluate a", "audit a"]
+        compare_runs([folder], out=out)
+        assert len(world.done) == 2
+
+    def test_what_an_older_version_judged_is_judged_anew(self, world, tmp_path):
+        compare(["sat-r2"], 1, out=tmp_path, **SHORT)
+        kept = tmp_path / "sat-r2-seed0" / "comparison.json"
+        outcome = json.loads(kept.read_text("utf-8"))
+        del outcome["subject"]
+        kept.write_text(json.dumps(outcome), "utf-8")
+        world.done.clear()
+        found = compare(["sat-r2"], 1, out=tmp_path, **SHORT)
+        assert world.done == ["evaluate sat-r2-seed0", "audit sat-r2-seed0"]
+        # Which could not be measured again, and is the weights'.
+        assert found.rows[0].numbers["peak_memory_mb"].mean > 400
 
     @pytest.mark.parametrize(
         ("change", "said"),
@@ -502,12 +558,12 @@ class TestRunFolders:
             ({"eps": 0.1}, "eps 0.3 and 0.1"),
             ({"dataset": "cifar10", "eps": 0.3}, "dataset 'mnist' and 'cifar10'"),
             ({"norm": "l2", "eps": 0.3}, "norm 'linf' and 'l2'"),
-            ({"data": "elsewhere"}, "their test images differ (None and elsewhere)"),
+            ({"data": "/elsewhere"}, "their test images differ (None and /elsewhere)"),
         ],
     )
     def test_what_cannot_be_compared(self, world, run_of, tmp_path, settings, said):
         other = Images(torch.ones(40, 1, 4, 4), torch.zeros(40, dtype=torch.int64))
-        world.other_images = {"elsewhere": other}
+        world.other_images = {"/elsewhere": other}
         folders = [run_of("a"), run_of("b", seed=1, **settings)]
         with pytest.raises(UserError) as e:
             compare_runs(folders)
@@ -532,10 +588,24 @@ class TestRunFolders:
         alike = compare_runs([folders[0], run_of("c", seed=2, engine="fast", precision="bf16")])
         assert not any("computed alike" in note for note in alike.notes)
 
+    def test_machines_that_differ_are_told(self, world, run_of):
+        folders = [run_of(name, seed=k) for k, name in enumerate("abcd")]
+        for folder, threads in zip(folders, (2, 2, 8, 8), strict=True):
+            facts = {"torch": "2.9.0", "torch threads": threads, "platform": folder.name}
+            (folder / "environment.json").write_text(json.dumps(facts), "utf-8")
+        note = (
+            "Runs were trained on different machines or versions (torch threads 2 of a, 8 of c): "
+            "their seconds do not compare."
+        )
+        assert [n for n in compare_runs(folders).notes if "machines" in n] == [note]
+        (folders[1] / "environment.json").unlink()  # of an older version
+        alike = compare_runs(folders[:2])
+        assert not any("machines" in n for n in alike.notes)
+
     def test_the_same_images_at_two_places(self, world, run_of):
         copy = Images(world.images.x.clone(), world.images.y.clone())
-        world.other_images = {"elsewhere": copy}
-        assert len(compare_runs([run_of("a"), run_of("b", seed=1, data="elsewhere")]).rows) == 2
+        world.other_images = {"/elsewhere": copy}
+        assert len(compare_runs([run_of("a"), run_of("b", seed=1, data="/elsewhere")]).rows) == 2
 
     def test_the_same_run_twice(self, run_of):
         with pytest.raises(UserError, match=r"a and .*b are the same run \(method sat-r2, seed 0"):
@@ -651,6 +721,7 @@ class TestSave:
         assert written[1].read_text("utf-8") == hostile.to_csv()
         page = (tmp_path / "out" / "report.html").read_text("utf-8")
         assert "pareto" in page
+        assert "<li>A note on &lt;b&gt;_this_&lt;/b&gt; 100%\nof it.</li>" in page
         assert "<script>$" not in page
 
     def test_what_is_not_installed_is_left_out(self, hostile, tmp_path, monkeypatch):

@@ -95,7 +95,8 @@ def test_fit_settings_have_no_dataset():
         ("augment", "flip", "'none' or 'crop-flip'"),
         ("select", "first", "'best' or 'last'"),
         ("norm", "l1", "'linf' or 'l2'"),
-        ("val_attacks", "fgsm", "valid tuple"),
+        ("val_attacks", "fgsm", "a list such as [fgsm, pgd-20]"),
+        ("sources", "runs/one", "a list such as [runs/one, runs/two]"),
         ("val_attacks", ["fgsm", 3], "valid string"),
         ("method", 3, "valid string"),
         ("image_size", 0, "greater than or equal to 1"),
@@ -130,6 +131,10 @@ class TestParams:
             ("true", True),
             ("false", False),
             ("none", None),
+            ("None", None),
+            ("TRUE", True),
+            ("010", 10),
+            ("on", "on"),
             ("n-fgsm noise=1/2", "n-fgsm noise=1/2"),
         ],
     )
@@ -141,7 +146,7 @@ class TestParams:
     def test_none_is_the_default(self):
         assert run(params={"alpha": None}).params == {"alpha": None}
 
-    @pytest.mark.parametrize("written", ["8 eights", "", "8/0", [1], float("inf")])
+    @pytest.mark.parametrize("written", ["8 eights", "", "8/0", "1:30", [1], float("inf")])
     def test_what_is_no_value(self, written):
         with pytest.raises(UserError, match=r"^params\.alpha ") as caught:
             run(params={"alpha": written})

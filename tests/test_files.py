@@ -269,6 +269,18 @@ class TestWriting:
             files.write_atomically(path, "new")
         assert path.read_text() == "old"
 
+    def test_a_folder_that_cannot_be_synced_is_no_failure(self, tmp_path, monkeypatch):
+        sync = os.fsync
+
+        def refuse(fd: int) -> None:
+            if stat.S_ISDIR(os.fstat(fd).st_mode):
+                raise OSError(errno.EINVAL, "Invalid argument")
+            sync(fd)
+
+        monkeypatch.setattr(os, "fsync", refuse)
+        files.write_atomically(tmp_path / "f", "new")
+        assert (tmp_path / "f").read_text() == "new"
+
     def test_the_content_is_on_disk_before_the_name(self, tmp_path, monkeypatch):
         calls: list[str] = []
         sync, replace = os.fsync, os.replace

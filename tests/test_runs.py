@@ -16,6 +16,7 @@ from surestep.devices import has_bf16
 from surestep.errors import UserError
 from surestep.models.hypersphere import HypersphereHead
 from surestep.posthoc.mean_sparse import layers
+from surestep.training.run_folder import RunFolder
 
 DEFAULT = {name: field.default for name, field in RunConfig.model_fields.items()}
 
@@ -326,7 +327,7 @@ def test_a_hypersphere_head_has_its_scale_and_its_margin():
     assert head.scale == 20.0
     logits = model.eval()(images.pixels()).detach()
     assert 1 < float(logits.abs().max()) <= 20.0
-    plain = runs.resolve({**values, "head": "linear", "model": "cnn-small"})
+    plain = config.model_copy(update={"head": "linear"})
     assert runs.build_method(plain).margin == 0
 
 
@@ -406,3 +407,124 @@ def test_weights_are_chosen_on_validation_images_alone(monkeypatch, tmp_path):
     assert asked == ["train", "validation", "test"]
     assert (found["before"], found["after"]) == ({"sparse": False}, {"sparse": True})
     assert (found["saved"], found["lost"]) == (2, 1)
+
+
+@pytest.fixture
+def run_of_nothing(monkeypatch, tmp_path):
+    """A run whose hardening costs nothing."""
+    judged = SimpleNamespace(right={"worst case": torch.ones(3, dtype=torch.bool)}, to_dict=dict)
+    run = runs.Run(RunConfig(), torch.nn.Identity(), surestep.Linf(0.3), tmp_path / "run")
+    monkeypatch.setattr(runs, "load", lambda *_: run)
+    monkeypatch.setattr(runs, "load_data", lambda *_: None)
+    monkeypatch.setattr(runs, "evaluate", lambda *_, **__: judged)
+    found = posthoc.Hardened(run.model, 0.1, [])
+    monkeypatch.setattr(runs.posthoc, "harden", lambda *_, **__: found)
+    monkeypatch.setattr(files, "read_signature", lambda _: files.Signature())
+    return run
+
+
+def test_a_full_disk_leaves_no_hardened_run_without_weights(run_of_nothing, monkeypatch, tmp_path):
+    def full(*_):
+        raise UserError("no space left")
+
+    out = tmp_path / "hard"
+    runs.harden(run_of_nothing.folder, out)
+    assert {path.name for path in out.iterdir()} == {"config.yaml", "model.safetensors"}
+    monkeypatch.setattr(files, "save_weights", full)
+    with pytest.raises(UserError, match="no space left"):
+        runs.harden(run_of_nothing.folder, tmp_path / "more")
+    assert not (tmp_path / "more").exists()
+
+
+def test_a_hardened_runs_settings_train_nothing(tmp_path):
+    """Its layers would have no statistics, and the run could not be resumed."""
+    with pytest.raises(UserError, match=r"mean_sparse 0\.2 is of a run hardened after training"):
+        runs.train(RunConfig(mean_sparse=0.2), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+class TestPlaces:
+    """config.yaml must say the same from any folder."""
+
+    @pytest.mark.parametrize(
+        ("settings", "expected"),
+        [
+            ({"data": "d"}, {"data": "{here}/d"}),
+            ({"data": "~/d"}, {"data": "{home}/d"}),
+            ({"dataset": "npz:a/b.npz"}, {"dataset": "npz:{here}/a/b.npz"}),
+            ({"dataset": "folder:../x"}, {"dataset": "folder:{above}/x"}),
+            ({"dataset": "hf:owner/name"}, {"dataset": "hf:owner/name"}),
+            ({"dataset": "hf", "data": "owner/name"}, {"data": "owner/name"}),
+            ({"weights": "w.pt"}, {"weights": "{here}/w.pt"}),
+            ({"weights": "pretrained"}, {"weights": "pretrained"}),
+            ({"sources": ("r/one", "/two")}, {"sources": ("{here}/r/one", "/two")}),
+            ({"model": "net.py:make"}, {"model": "{here}/net.py:make"}),
+            ({"model": "lenet+"}, {"model": "lenet+"}),
+        ],
+    )
+    def test_what_is_a_place(self, tmp_path, monkeypatch, settings, expected):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HOME", "/home/me")
+        known = {"here": tmp_path, "above": tmp_path.parent, "home": "/home/me"}
+
+        def told(value):
+            if isinstance(value, tuple):
+                return tuple(v.format(**known) for v in value)
+            return value.format(**known)
+
+        config = RunConfig(**settings)
+        found = runs.from_anywhere(config)
+        assert found == config.model_copy(update={k: told(v) for k, v in expected.items()})
+        assert runs.from_anywhere(found) == found
+
+    @pytest.mark.parametrize("older", [False, True])
+    def test_a_run_goes_on_with_what_it_was_begun_with(self, short, tmp_path, monkeypatch, older):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(runs, "fit", lambda *_, describe, **__: describe)
+        config = runs.resolve({**short, "data": "a.npz", "val_images": 0, "method": "fgsm"})
+        begun = runs.train(config, "run")
+        assert begun["data"] == str(tmp_path / "a.npz")
+        # Older versions wrote what was given.
+        begun |= {"data": "a.npz"} if older else {}
+        run = RunFolder(tmp_path / "run")
+        run.make(begun)
+        again = runs.train(config, "run", resume=True)
+        run.check_same(again)
+        assert again["data"] == begun["data"]
+
+
+class TestHeads:
+    @pytest.mark.parametrize("name", ["head_scale", "head_margin"])
+    def test_what_only_another_head_has(self, name):
+        said = rf"{name} 1 is of a hypersphere head, this one is linear: give --head hypersphere"
+        with pytest.raises(UserError, match=said):
+            runs.resolve({name: 1})
+        with pytest.raises(UserError, match=said):
+            runs.resolve({"head": "linear", name: 1})
+        assert getattr(runs.resolve({"head": "hypersphere", name: 1}), name) == 1
+
+    def test_defaults_may_be_spelt_out(self):
+        values = runs.resolve({}).model_dump()
+        assert runs.resolve(values, "none") == runs.resolve({})
+        # In files of runs that ignored it, anything.
+        old = runs.resolve({"lr": 0.1}, "none", {**values, "head_scale": 1.0})
+        assert old.head_scale == 1
+
+
+class TestFiles:
+    def test_lengths_of_each_layer_are_of_its_own_radius(self):
+        """rs-fgsm's preset has a step of 1.25 eps."""
+        file = {"method": "rs-fgsm", "dataset": "cifar10", "eps": "4/255"}
+        found = runs.resolve({"eps": "16/255"}, "cifar10", {**file, "params": {"alpha": 0.01}})
+        assert found.params == {"alpha": pytest.approx(0.04)}
+        found = runs.resolve({"eps": "16/255"}, "cifar10", file)
+        assert found.params == {"alpha": pytest.approx(20 / 255)}
+
+    def test_what_is_no_number_is_left_to_the_method(self):
+        file = {"method": "rs-fgsm", "eps": 0.2, "params": {"alpha": "much"}}
+        assert runs.resolve({"eps": 0.1}, "none", file).params == {"alpha": "much"}
+
+    @pytest.mark.parametrize("radius", [{}, {"eps": 0}])
+    def test_lengths_of_no_radius_stay(self, radius):
+        file = {"method": "rs-fgsm", "params": {"alpha": 0.01}, **radius}
+        assert runs.resolve({"eps": "8/255"}, "none", file).params == {"alpha": 0.01}

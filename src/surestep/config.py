@@ -26,7 +26,7 @@ def _ratio(value: Any) -> Any:
     return value
 
 
-_WORDS = {"true": True, "false": False, "none": None}
+_WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
 def read_param(value: Any) -> Any:
@@ -34,7 +34,7 @@ def read_param(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if value[:1].isalpha():
-        return _WORDS.get(value, value)
+        return _WORDS.get(value.lower(), value)
     try:
         return int(value)
     except ValueError:
@@ -174,7 +174,8 @@ class RunConfig(FitSettings):
     eps: Ratio = Field(
         0.3,
         ge=0,
-        description="Radius of the threat model: 0.3 or 8/255; a preset's lengths change with it",
+        description="Radius of the threat model: 0.3 or 8/255; the lengths of a preset, or of a "
+        "--config, change with it",
     )
     device: str | None = Field(
         None, description="Where to run: cpu, cuda, cuda:1, mps; by default the best"
@@ -182,6 +183,7 @@ class RunConfig(FitSettings):
 
 
 C = TypeVar("C", bound=BaseModel)
+_LISTS = {"val_attacks": "fgsm, pgd-20", "sources": "runs/one, runs/two"}
 
 
 def parse(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
@@ -211,6 +213,8 @@ def parse(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
         message = first["msg"].removeprefix("Value error, ")
         if name.startswith("params."):
             message = "expected a number, a ratio such as 8/255, true, false, none or a name"
+        if first["type"] == "tuple_type":
+            message = f"expected a list such as [{_LISTS[name]}]"
         raise UserError(f"{where}{name} {value!r} is invalid: {message}") from None
 
 

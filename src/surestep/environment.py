@@ -48,10 +48,27 @@ def describe() -> dict[str, Any]:
     return facts
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Say in which respects that change the last digits of results two descriptions differ."""
+def versions() -> dict[str, str]:
+    """Return the versions that a result names."""
+    return {
+        "surestep": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def differences(
+    before: dict[str, Any], now: dict[str, Any], words: tuple[str, str] = ("then", "now")
+) -> list[str]:
+    """Say in which respects that change the last digits of results two descriptions differ.
+
+    Args:
+        before: what ``describe`` returned.
+        now: what it returned elsewhere, or later.
+        words: what the two are called.
+    """
     return [
-        f"{name} {before.get(name)} then, {now.get(name)} now"
+        f"{name} {before.get(name)} {words[0]}, {now.get(name)} {words[1]}"
         for name in _ROUNDING
         if before.get(name) != now.get(name)
     ]

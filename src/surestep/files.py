@@ -49,7 +49,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-        if os.name != "nt":  # Windows opens no folders
+        # The file is in place. Windows opens no folders, and some network drives sync none.
+        with contextlib.suppress(OSError):
             folder = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)

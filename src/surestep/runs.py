@@ -5,8 +5,10 @@ What the command line does, callable from Python.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ from surestep.training.run_folder import RunFolder
 
 _MEANT = ("dataset", "norm")
 """What a radius is meant for."""
+_OF_HEAD = ("head_scale", "head_margin")
+"""What only a hypersphere head has."""
 _ALIKE = {"cifar100": "cifar10"}
 """Data sets that are trained with the presets of another, where a method has none of their own."""
 
@@ -52,7 +56,7 @@ class Run:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the model's outputs; none of runs of older versions."""
+        """The names of the model's outputs, as far as the weights tell."""
         return files.read_signature(self.weights).classes
 
     @property
@@ -61,23 +65,28 @@ class Run:
         return RunFolder(self.folder).weights
 
 
-def resolve(values: Mapping[str, Any], preset: str | None = None) -> RunConfig:
-    """Complete a user's settings with a preset's.
+def resolve(
+    values: Mapping[str, Any], preset: str | None = None, file: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """Complete a user's settings with a preset's, or those of a file.
 
-    A preset brings data set, model, eps, the method's parameters and the training settings;
-    what the user gives explicitly wins. At another eps than the preset's, its step sizes and other
-    lengths change in proportion. Without a preset's name, the one called as the data set is taken
-    if the method has it (for cifar100 else that of cifar10), or, where another is for a radius
-    nearer to the user's (cifar10-16), that one.
+    A preset brings data set, model, eps, the method's parameters and the training settings; those
+    of a file win over it, and what the user gives explicitly over both. At another eps than theirs,
+    step sizes and other lengths change in proportion. Without a preset's name, the one called as
+    the data set is taken if the method has it (for cifar100 else that of cifar10), or, where
+    another is for a radius nearer to the user's (cifar10-16), that one.
 
     Args:
         values: by the names of ``RunConfig``'s fields.
         preset: name of one of the method's presets, or "none".
+        file: settings read from a file, such as a run's ``config.yaml``.
 
     Raises:
         UserError: an unknown name or an invalid value; no radius, where no preset has one for this
-            data set and norm.
+            data set and norm; a scale or margin of a head that there is not.
     """
+    own, file = values, file or {}
+    values = {**file, **own, "params": own.get("params") or {}}
     method = str(values.get("method", RunConfig.model_fields["method"].default))
     cls = methods.get(method)
     dataset, norm = (str(values.get(k, RunConfig.model_fields[k].default)) for k in _MEANT)
@@ -90,23 +99,50 @@ def resolve(values: Mapping[str, Any], preset: str | None = None) -> RunConfig:
         raise UserError(
             f"no radius is known for {method} on {dataset} in {norm}: give --eps, such as 8/255"
         )
-    if preset == "none":
-        return parse(RunConfig, {"method": method, **values})
-    chosen = methods.preset(method, preset)
-    merged = {
-        "method": method,
-        "dataset": chosen.dataset,
-        "model": chosen.model,
-        "eps": chosen.eps,
-        "normalize": chosen.normalize,
-        **chosen.settings,
-        **values,
+    below: dict[str, Any] = {"method": method}
+    layers: list[tuple[Mapping[str, Any], float]] = []
+    if preset != "none":
+        chosen = methods.preset(method, preset)
+        below |= {name: getattr(chosen, name) for name in ("dataset", "model", "eps", "normalize")}
+        below |= chosen.settings
+        layers.append((chosen.params, chosen.eps))
+    config = parse(RunConfig, {**below, **values})
+    _check_head(config, own)
+    if file:
+        before = parse(RunConfig, {**below, **file, "params": file.get("params") or {}})
+        # Of a file without a radius it is not known what its lengths are for.
+        layers.append((before.params, before.eps if "eps" in file else config.eps))
+    params: dict[str, Any] = {}
+    for found, eps in layers:
+        params |= _at_radius(found, cls.lengths, config.eps / eps if eps else 1.0)
+    return config.model_copy(update={"params": {**params, **config.params}})
+
+
+def _at_radius(
+    params: Mapping[str, Any], lengths: Collection[str], scale: float
+) -> Mapping[str, Any]:
+    """Return hyperparameters at a radius that is ``scale`` times the one they are for."""
+    if scale == 1:
+        return params
+    return {
+        name: value * scale if name in lengths and type(value) in (int, float) else value
+        for name, value in params.items()
     }
-    given = values.get("params") or {}
-    config = parse(RunConfig, {**merged, "params": given})
-    scale = config.eps / chosen.eps
-    lengths = {k: v * scale for k in cls.lengths if (v := chosen.params.get(k))}
-    return config.model_copy(update={"params": {**chosen.params, **lengths, **config.params}})
+
+
+def _check_head(config: RunConfig, given: Mapping[str, Any]) -> None:
+    """Refuse a scale or margin that would be ignored; who spells out every default may do so.
+
+    Raises:
+        UserError: there is one.
+    """
+    for name in _OF_HEAD if config.head != "hypersphere" else ():
+        default = RunConfig.model_fields[name].default
+        if name in given and ("head" not in given or getattr(config, name) != default):
+            raise UserError(
+                f"{name} {given[name]} is of a hypersphere head, this one is {config.head}: give "
+                "--head hypersphere, or leave it out"
+            )
 
 
 def usual_preset(method: str, dataset: str, eps: Any = None) -> str | None:
@@ -127,11 +163,38 @@ def usual_preset(method: str, dataset: str, eps: Any = None) -> str | None:
     return min(alike, key=lambda n: abs(known[n].eps - radius))
 
 
-def from_anywhere(config: RunConfig) -> RunConfig:
-    """Return settings that name the same model from any folder."""
-    if not models.in_file(config.model):
-        return config
-    return config.model_copy(update={"model": models.absolute(config.model)})
+def from_anywhere(config: RunConfig, begun: Mapping[str, Any] | None = None) -> RunConfig:
+    """Return settings that name the same files from any folder.
+
+    Args:
+        config: the settings.
+        begun: those that a run goes on with. Older runs wrote places as they were given; what is
+            still given as it was then stays.
+    """
+    kind, colon, place = config.dataset.partition(":")
+    found: dict[str, Any] = {
+        "data": config.data and _place(kind, config.data),
+        "sources": tuple(_absolute(folder) for folder in config.sources),
+    }
+    if place:
+        found["dataset"] = f"{kind}{colon}{_place(kind, place)}"
+    if config.weights not in (None, "pretrained"):
+        found["weights"] = _absolute(str(config.weights))
+    if models.in_file(config.model):
+        found["model"] = models.absolute(config.model)
+    given, begun = config.model_dump(mode="json"), begun or {}
+    return config.model_copy(
+        update={k: v for k, v in found.items() if k not in begun or begun[k] != given[k]}
+    )
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _place(kind: str, place: str) -> str:
+    """Return where data lie; those of the Hub have names, unless there is such a folder here."""
+    return place if kind == "hf" and not Path(place).exists() else _absolute(place)
 
 
 def build_threat(config: RunConfig) -> ThreatModel:
@@ -262,9 +325,13 @@ def harden(
         for model in (run.model, found.model)
     )
     withstood_before, withstood_after = (one.right["worst case"] for one in (before, after))
-    config = run.config.model_copy(update={"mean_sparse": found.threshold})
+    config = from_anywhere(run.config).model_copy(update={"mean_sparse": found.threshold})
     place.make(config.model_dump(mode="json"), overwrite=overwrite)
-    files.save_weights(place.weights, found.model, files.read_signature(run.weights))
+    try:
+        files.save_weights(place.weights, found.model, files.read_signature(run.weights))
+    except BaseException:  # a full disk: settings alone would be no run
+        shutil.rmtree(place.folder, ignore_errors=True)
+        raise
     return {
         "threshold": found.threshold,
         "search": found.search,
@@ -285,15 +352,16 @@ def train(
     tell: Callable[[], None] | None = None,
 ) -> FitResult:
     """Train a run as configured; see ``surestep.fit``. ``tell`` is called before it begins."""
-    if resume and config.mean_sparse is not None:
-        raise UserError(f"{out} was hardened after training: resume the run it was made from")
+    if config.mean_sparse is not None:
+        what = f"{out} was" if resume else f"mean_sparse {config.mean_sparse:g} is of a run"
+        then = "resume" if resume else "take the config.yaml of"
+        raise UserError(f"{what} hardened after training: {then} the run it was made from")
     # What can be told at once, before a data set is read.
     RunFolder.plan(out, resume=resume, overwrite=overwrite)
     method = build_method(config)
     if config.val_images:
         suite.parse_all(config.val_attacks, method.threat)
     models.check_name(config.model)
-    config = from_anywhere(config)
     images = load_data(config, "train")
     sources = [load(folder, config.device).model for folder in config.sources]
     for folder, source in zip(config.sources, sources, strict=True):
@@ -306,9 +374,9 @@ def train(
     if sources:
         method.sources = sources  # type: ignore[attr-defined]
     settings = {name: getattr(config, name) for name in FitSettings.model_fields}
-    described = {
-        k: v for k, v in config.model_dump(mode="json").items() if k not in FitSettings.model_fields
-    }
+    begun = read_yaml(RunFolder(Path(str(out))).config) if resume else None
+    written = from_anywhere(config, begun).model_dump(mode="json")
+    described = {k: v for k, v in written.items() if k not in FitSettings.model_fields}
     model = build_model(config, images, begin=not resume)
     if tell:
         tell()
@@ -348,14 +416,12 @@ def read_config(folder: str | Path) -> RunConfig:
     return parse(RunConfig, values, where=f"{run.config}: ")
 
 
-def load(folder: str | Path, device: str | None = None, images: Images | None = None) -> Run:
+def load(folder: str | Path, device: str | None = None) -> Run:
     """Load a run folder; ``surestep.load``. Its data are not needed.
 
     Args:
         folder: as written by ``surestep train``.
         device: for the model; by default the best there is.
-        images: shaped as those it was trained on, with as many classes, for runs of older
-            versions; by default its test images, from where they lay.
 
     Raises:
         UserError: it is not a run folder, or its weights are missing or damaged.
@@ -369,6 +435,8 @@ def load(folder: str | Path, device: str | None = None, images: Images | None = 
     if signature.classes:
         one = torch.zeros(1, *signature.shape)
         images = Images(one, torch.zeros(1, dtype=torch.int64), signature.classes, config.dataset)
-    model = build_model(config, load_data(config, "test") if images is None else images)
+    else:  # weights that another program wrote there
+        images = load_data(config, "test")
+    model = build_model(config, images)
     files.load_weights(weights, model)
     return Run(config, model.to(pick_device(device)).eval(), build_threat(config), folder)

@@ -113,7 +113,7 @@ def open_target(
     classes = files.read_signature(file).classes if _has_header(file) else ()
     if of_run:
         numbered = _as_numbered(name, classes, images)
-        model = _of_run(folder, device, numbered)
+        model = runs.load(folder, device).model
     else:
         model = _load(name, weights, images, classes, statistics)
         numbered = _as_numbered(name, classes or _names_of(model), images)
@@ -241,17 +241,6 @@ def _outputs(name: str, model: nn.Module, images: Images) -> str:
     )
 
 
-def _of_run(folder: Path, device: str | None, images: Images) -> nn.Module:
-    """Load a run's model for images, or for its own, of which there may be more classes."""
-    try:
-        return runs.load(folder, device, images).model
-    except UserError as e:
-        try:  # its data may have moved, so they come second
-            return runs.load(folder, device).model
-        except UserError:
-            raise e from None
-
-
 def _check_kind(name: str, weights: str | None) -> None:
     """Refuse what is not a model, before asking what else is missing."""
     program = Path(name).suffix in (".pt", ".pth", ".ts", ".pt2")
@@ -364,14 +353,25 @@ def _hugging_face(name: str) -> nn.Module:
         processor = transformers.AutoImageProcessor.from_pretrained(name)
     except Exception as e:
         raise UserError(f"transformers cannot load {name!r}: {' '.join(str(e).split())}") from e
-    scale = getattr(processor, "rescale_factor", None)
-    flips = getattr(processor, "do_flip_channel_order", False)
-    if flips or (getattr(processor, "do_rescale", True) and scale not in (None, 1 / 255)):
+    if not _takes_plain_pixels(processor):
         raise UserError(
             f"hf:{name} wants its pixels in another order or scale than RGB in [0, 1]: write a "
             "FILE.py:FACTORY that puts this into the model"
         )
-    if getattr(processor, "do_normalize", False):
+    # timm's processors have no such switch: what they have statistics for, they normalise by.
+    known = getattr(processor, "image_mean", None) is not None
+    if getattr(processor, "do_normalize", known):
         return nn.Sequential(models.Normalize(processor.image_mean, processor.image_std), model)
     found: nn.Module = model
     return found
+
+
+def _takes_plain_pixels(processor: Any) -> bool:
+    """Tell whether a processor brings RGB to [0, 1], and then at most normalises it once."""
+    scale = getattr(processor, "rescale_factor", None)
+    others = ("do_flip_channel_order", "rescale_offset", "include_top")
+    return (
+        scale in (None, 1 / 255)
+        and getattr(processor, "do_rescale", True)
+        and not any(getattr(processor, name, False) for name in others)
+    )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import surestep
-from surestep.auditing import Audit, _subject, audit
+from surestep.auditing import Audit, audit, budgets
 
 
 @pytest.fixture(scope="session")
@@ -41,8 +41,8 @@ def net(images: tuple[Tensor, Tensor]) -> nn.Module:
 @pytest.fixture
 def run(images, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Audit]:
     """Audit a model on the images, with a budget of seconds."""
-    small = _subject.Budget(20, 20, 60, 30, 1, 200, autoattack=False)
-    monkeypatch.setitem(_subject.BUDGETS, "quick", small)
+    small = budgets.Budget(20, 20, 60, 30, 1, 200, autoattack=False)
+    monkeypatch.setitem(budgets.BUDGETS, "quick", small)
 
     def call(model: nn.Module, eps: float = 0.3, **more) -> Audit:
         return audit(model, images, surestep.Linf(eps), budget="quick", **more)

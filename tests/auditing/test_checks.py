@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import surestep
-from surestep.auditing import CHECKS, _subject, checks
+from surestep.auditing import CHECKS, budgets, checks
 from surestep.auditing._subject import Subject
 from surestep.evaluation import Adapted
 from surestep.evaluation.suite import pgd_step_size
@@ -39,7 +39,7 @@ def ask(images):
 
     def call(name, model, eps=0.05, **right):
         x, y = images
-        budget = _subject.Budget(20, 20, 60, 30, 1, 200, autoattack=False)
+        budget = budgets.Budget(20, 20, 60, 30, 1, 200, autoattack=False)
         torch.manual_seed(0)
         s = Subject(Adapted(model).eval(), x, y, surestep.Linf(eps), budget, 0, 25, lambda _: None)
         s.right["clean"] = s.logits(x).argmax(1) == y
@@ -332,7 +332,7 @@ def test_the_page_of_checks_is_up_to_date():
 
 def test_the_climb_is_that_of_a_plain_loop(net, images):
     x, y = (part[:20] for part in images)
-    budget = _subject.Budget(20, 20, 60, 30, 1, 200, autoattack=False)
+    budget = budgets.Budget(20, 20, 60, 30, 1, 200, autoattack=False)
     s = Subject(Adapted(net).eval(), x, y, surestep.Linf(0.17), budget, 0, 25, lambda _: None)
     s.right["clean"] = torch.ones(20, dtype=torch.bool)
     torch.manual_seed(4)
@@ -381,7 +381,7 @@ def test_a_narrow_band_on_the_line_is_seen(monkeypatch, band, flagged):
         return torch.stack([1 - 2 * inside, 0 * inside], 1)
 
     x, y = torch.full((10, 1, 4, 4), 0.5), torch.zeros(10, dtype=torch.int64)
-    budget = _subject.Budget(20, 20, 60, 30, 1, 200, autoattack=False)
+    budget = budgets.Budget(20, 20, 60, 30, 1, 200, autoattack=False)
     s = Subject(Layer(forward), x, y, surestep.Linf(0.05), budget, 0, 25, lambda _: None)
     s.right["clean"] = torch.ones(10, dtype=torch.bool)
     monkeypatch.setattr(Subject, "fgsm", lambda self, x, y: x + 0.05)
@@ -481,7 +481,7 @@ def test_how_many_abnormal_examples(ask, net, monkeypatch, lowered, flagged):
 
 def test_a_check_finds_the_same_whichever_ran_before(net, images):
     """Each has a seed of its own."""
-    budget = _subject.Budget(20, 20, 60, 30, 1, 200, autoattack=False)
+    budget = budgets.Budget(20, 20, 60, 30, 1, 200, autoattack=False)
 
     def found(*names):
         torch.manual_seed(3)

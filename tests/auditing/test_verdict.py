@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 import surestep
-from surestep.auditing import CHECKS, Check, _subject, audit
+from surestep.auditing import CHECKS, Check, _subject, audit, budgets
 from surestep.auditing.verdict import Findings, judge
 from surestep.errors import UserError
 from surestep.evaluation import wilson_interval
-from surestep.evaluation._evaluate import _Judge as Judge
+from surestep.evaluation.judge import Judge
 from surestep.evaluation.suite import Attack, Found
 
 
@@ -178,7 +178,7 @@ def test_no_pass_has_more_images_than_asked_for(run, net, mask, monkeypatch):
     seen = []
     model = MASKS[mask](net)
     model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-    monkeypatch.setattr("surestep.evaluation._substitute.BATCH", 7)
+    monkeypatch.setattr("surestep.evaluation.substitute.BATCH", 7)
     found = run(model, batch_size=7)
     assert max(seen) == 7
     assert found.n == 60
@@ -195,7 +195,7 @@ def test_in_another_data_range(net, images):
 
 def test_a_later_attack_has_a_name_of_its_own():
     """Of the same name it would draw the same numbers, and take the first one's place."""
-    for budget in _subject.BUDGETS.values():
+    for budget in budgets.BUDGETS.values():
         assert budget.queries != budget.late_queries
 
 
@@ -399,7 +399,7 @@ def test_found_by_is_the_attack_that_broke_the_most(images):
         chosen[rows] = 0.01
         return Attack(lambda model, x, y: Found(x + chosen[: len(x)]))
 
-    budget = _subject.Budget(5, 5, 20, 30, 1, 30, autoattack=False)
+    budget = budgets.Budget(5, 5, 20, 30, 1, 30, autoattack=False)
     s = _subject.Subject(Layer(forward), x, y, surestep.Linf(0.3), budget, 0, 60, lambda _: None)
     s.attack({"many": moving(slice(0, 40)), "few": moving(slice(40, 50))})
     assert s.broke == {"many": 40, "few": 10}
@@ -427,8 +427,8 @@ def test_autoattack_comes_last_and_on_what_is_left(net, images, monkeypatch):
         seen.append(len(x))
         return x.clone()
 
-    budget = _subject.Budget(5, 5, 20, 30, 1, 30, autoattack=True)
-    monkeypatch.setitem(_subject.BUDGETS, "standard", budget)
+    budget = budgets.Budget(5, 5, 20, 30, 1, 30, autoattack=True)
+    monkeypatch.setitem(budgets.BUDGETS, "standard", budget)
     monkeypatch.setattr("surestep.attacks.autoattack.PARTS", {"all": spy})
     found = audit(net, images, surestep.Linf(0.12), budget="standard")
     assert found.escalation[-1]["name"] == "autoattack"
@@ -465,7 +465,7 @@ def test_checks_are_numbered():
 
 def subject(model, images, *, fast=True):
     x, y = images
-    budget = _subject.Budget(5, 5, 20, 30, 1, 30, autoattack=False, fast=fast)
+    budget = budgets.Budget(5, 5, 20, 30, 1, 30, autoattack=False, fast=fast)
     return _subject.Subject(model, x, y, surestep.Linf(0.3), budget, 0, 25, lambda _: None)
 
 
@@ -497,7 +497,7 @@ def test_the_precision_reaches_the_attacks(net, images, monkeypatch):
 
 def test_the_documents_table_of_budgets():
     text = (Path(__file__).parents[2] / "docs" / "audit.md").read_text("utf-8")
-    for name, budget in _subject.BUDGETS.items():
+    for name, budget in budgets.BUDGETS.items():
         row = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
         numbers = [int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\d|\d", row)]
         queries = [budget.queries, budget.late_queries]

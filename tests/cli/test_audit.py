@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from surestep import UserError, evaluation, files, models, targets
-from surestep.auditing import _subject
+from surestep.auditing import budgets
 from surestep.data import Images
 
 MODEL = """
@@ -66,8 +66,8 @@ def make():
 
 @pytest.fixture(autouse=True)
 def small_budget(monkeypatch):
-    small = _subject.Budget(5, 5, 20, 10, 1, 30, autoattack=False)
-    monkeypatch.setitem(_subject.BUDGETS, "quick", small)
+    small = budgets.Budget(5, 5, 20, 10, 1, 30, autoattack=False)
+    monkeypatch.setitem(budgets.BUDGETS, "quick", small)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 
-from surestep import comparing
+from surestep import UserError, comparing
 from surestep.cli import main
 from surestep.cli.compare import compare
 from surestep.comparing import Comparison, Failure, Number, Row
@@ -97,9 +97,21 @@ class TestOptions:
     def test_a_place_of_its_own(self, cli, asked, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(comparing, "save", lambda *_, **__: None)
+        keep = comparing.compare
+
+        def work(*args: Any, **options: Any) -> Comparison:
+            options["tell"]("training")
+            return keep(*args, **options)
+
+        monkeypatch.setattr(comparing, "compare", work)
         err = cli("compare", "--methods", "fgsm").err
+        assert err.count("to go on from them") == 1
         assert re.fullmatch(r"runs/\d{8}-compare", asked["out"])
         assert f"give --out {asked['out']} to go on from them" in err
+
+    def test_a_mistake_announces_no_place(self, refused, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert "unknown method 'nope'" in refused("compare", "--methods", "fgsm,nope")
 
     def test_which_seeds_and_no_audit(self, done, asked, tmp_path):
         done("compare", "--methods", "fgsm", "--seeds", "3,5", "--no-audit", "--out", tmp_path)
@@ -201,6 +213,18 @@ class TestOutput:
         line = "surestep: error: 1 of 4 runs failed; fgsm-seed0: the loss is nan\n"
         assert err.endswith(line)
         assert (tmp_path / "comparison.csv").is_file()
+
+    def test_a_full_disk_costs_no_table(self, cli, asked, tmp_path, monkeypatch):
+        def full(*_: Any, **__: Any) -> None:
+            raise UserError("no space left")
+
+        monkeypatch.setattr(comparing, "save", full)
+        numbers = tmp_path / "found.json"
+        code, out, err = cli("compare", "run", "--out", tmp_path / "out", "--json", numbers)
+        assert code == 2
+        assert "90.0 ± 1.0" in out
+        assert "no space left" in err
+        assert json.loads(numbers.read_text("utf-8"))["n"] == 1000
 
     def test_a_fault_of_ours_is_no_user_error(self, cli, asked):
         asked["gives"] = made(failures=(Failure("fgsm-seed0", "a fault", fault=True),))

@@ -76,11 +76,11 @@ class TestTraining:
             (["--param", "=3"], ["--param '=3'", "NAME=VALUE"]),
             (["--param", "lam=-1"], ["sat-r3: lam -1", ">= 0"]),
             (["--param", "tau=0"], ["sat-r3: tau 0", "> 0"]),
-            (["--param", "eps_low=0.4"], ["eps_low 0.4", "eps = 0.3"]),
-            (["--param", "lam="], ["sat-r3", "lam None"]),
+            (["--param", "eps_low=0.4"], ["eps_low 0.4", "the step's 0.3"]),
+            (["--param", "lam="], ["params.lam ''", "number"]),
             (["--param", "lam=1/0"], ["lam '1/0'"]),
-            (["--param", "lam=[1"], ["'lam=[1'"]),
-            (["--param", "lam=2024-13-01"], ["'2024-13-01' is not a number"]),
+            (["--param", "lam=[1"], ["params.lam '[1'", "number"]),
+            (["--param", "lam=2024-13-01"], ["params.lam '2024-13-01'", "a number"]),
             (["--data", "~nosuchuser/x.npz"], ["~nosuchuser/x.npz", "not there"]),
             (["--param", "lam=abc"], ["lam 'abc'", "number"]),
             (["--eps", "-1"], ["eps '-1'", "greater than or equal to 0"]),
@@ -215,6 +215,10 @@ class TestRunFolders:
         line = refused("train", *small, "--out", tmp_path, *options)
         assert str(tmp_path) in line
         assert [p.read_text() for p in tmp_path.iterdir()] == ["dear"]
+
+    def test_overwrite_of_nothing(self, refused, small):
+        for args in (("train", *small), ("demo",)):
+            assert "--overwrite replaces what --out names" in refused(*args, "--overwrite")
 
     def test_a_file(self, refused, small, tmp_path):
         (tmp_path / "model.py").write_text("dear")

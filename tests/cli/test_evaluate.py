@@ -96,6 +96,7 @@ def test_other_data_need_none_of_the_runs_place(done, run, tmp_path, digits):
         (("--eps", ""), "holds no radius"),
         (("--norm", "l2"), "give --eps with --norm l2"),
         (("--attacks", "pgd-5", "--source", "runs/two"), "add transfer to --attacks"),
+        (("--attacks", "pgd-5", "--budget", "thorough"), "--attacks and --budget exclude each"),
     ],
 )
 def test_what_would_be_left_out_silently(refused, finished, args, said):
@@ -105,9 +106,9 @@ def test_what_would_be_left_out_silently(refused, finished, args, said):
 def test_sources_are_where_the_model_is(cli, finished, monkeypatch):
     asked, load = [], runs.load
 
-    def spied(folder, device=None, images=None):
+    def spied(folder, device=None):
         asked.append(device)
-        return load(folder, device, images)
+        return load(folder, device)
 
     monkeypatch.setattr(runs, "load", spied)
     args = ("--source", finished, "--n", "20", "--device", "cpu")

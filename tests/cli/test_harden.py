@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 import surestep
-from surestep import runs
+from surestep import UserError, runs
 from surestep.posthoc import hardening
 from surestep.posthoc.mean_sparse import layers
 
@@ -65,6 +65,7 @@ class TestHarden:
         [
             ((), "--mean-sparse"),
             (("--mean-sparse", "--threshold", "much"), "'much'"),
+            (("--mean-sparse", "--threshold", ","), "--threshold ',': give standard deviations"),
             (("--mean-sparse", "--threshold", "-1"), "-1.0"),
             (("--mean-sparse", "--attacks", "pdg"), "'pdg'"),
             (("--mean-sparse",), "cannot make the folder"),
@@ -77,6 +78,27 @@ class TestHarden:
             out = out / "deep" / "run"
         assert words in refused("harden", finished, *args, "--out", out)
         assert not out.exists()
+
+    @pytest.mark.parametrize(
+        ("run", "folder"),
+        [
+            ("runs/one/", "runs/one-hardened"),
+            ("one", "one-hardened"),
+            (".", "{here}-hardened"),
+            ("../one/..", "{above}-hardened"),
+        ],
+    )
+    def test_the_folder_by_default(self, refused, tmp_path, monkeypatch, run, folder):
+        asked = []
+
+        def harden(run, out, **_):
+            asked.append(out)
+            raise UserError("enough")
+
+        monkeypatch.setattr(runs, "harden", harden)
+        monkeypatch.chdir(tmp_path)
+        refused("harden", run, "--mean-sparse")
+        assert asked == [folder.format(here=tmp_path, above=tmp_path.parent)]
 
     def test_an_existing_folder_is_left_alone(self, refused, finished, run):
         assert "--overwrite" in refused("harden", finished, *QUICK, "--out", run)
@@ -97,6 +119,9 @@ class TestHarden:
         assert [row["method"].partition(" ")[0] for row in found["rows"]] == ["sat-r3", "sat-r3"]
         assert "mean_sparse" in found["rows"][1]["method"]
         assert "hardened after training" in refused("train", "--resume", out)
+        again = ("train", "--config", out / "config.yaml", "--out", tmp_path / "again")
+        said = "of a run hardened after training: take the config.yaml of the run it was made from"
+        assert said in refused(*again)
         assert tools.contents(out) == before
 
     def test_once_is_enough(self, done, refused, finished, tmp_path):

@@ -85,7 +85,8 @@ class TestMethods:
         assert card.startswith("# ")
 
     def test_the_card_as_json(self, done, tmp_path):
-        done("methods", "sat-r3", "--json", tmp_path / "card.json")
+        shown = done("methods", "sat-r3", "--json", tmp_path / "card.json")
+        assert shown.rstrip() == methods.card("sat-r3").rstrip()
         found = json.loads((tmp_path / "card.json").read_text("utf-8"))
         assert found == {"name": "sat-r3", "card": methods.card("sat-r3")}
 

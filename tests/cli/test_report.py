@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from surestep.auditing import _subject
+from surestep.auditing import budgets
+from surestep.cli._report import write_report
 
 for package in ("altair", "vl_convert", "jinja2"):
     pytest.importorskip(package)
@@ -30,8 +33,8 @@ class Detached(torch.nn.Module):
 
 @pytest.fixture(autouse=True)
 def small_budget(monkeypatch):
-    small = _subject.Budget(5, 5, 20, 10, 1, 30, autoattack=False)
-    monkeypatch.setitem(_subject.BUDGETS, "quick", small)
+    small = budgets.Budget(5, 5, 20, 10, 1, 30, autoattack=False)
+    monkeypatch.setitem(budgets.BUDGETS, "quick", small)
 
 
 def text_of(path):
@@ -111,6 +114,32 @@ def test_a_place_that_cannot_be_written_to_is_refused_first(
 ):
     monkeypatch.setattr(nn.Module, "__call__", lambda *_: pytest.fail("worked before asking"))
     assert "it is a folder" in refused(command, finished, "--html", tmp_path)
+
+
+def test_a_page_goes_where_a_link_leads(tmp_path):
+    place, link = tmp_path / "page.html", tmp_path / "latest.html"
+    place.write_text("the last page")
+    link.symlink_to(place)
+    write_report(str(link), None, "a title")
+    assert link.is_symlink()
+    assert "a title" in text_of(place)
+    write_report("/dev/null", None, "a title")
+    assert Path("/dev/null").is_char_device()
+
+
+def test_stdout_is_not_for_pages(refused, finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "--html -: stdout has the result" in refused("evaluate", finished, "--html", "-")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plots_into_a_folder_of_somebody_elses(refused, finished, tmp_path, monkeypatch):
+    """To root, every folder may be written to."""
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda p, *a: str(p) != str(tmp_path) and may(p, *a))
+    monkeypatch.setattr(nn.Module, "__call__", lambda *_: pytest.fail("worked before asking"))
+    said = refused("evaluate", finished, "--plots", tmp_path)
+    assert f"cannot write to {tmp_path}: permission denied" in said
 
 
 @pytest.mark.parametrize("command", ["evaluate", "audit", "demo"])

@@ -173,6 +173,16 @@ class TestSettings:
         (tmp_path / "c.yaml").write_text("method: sat-r2\ndataset: mnist\n")
         assert config("--config", "c.yaml")[0].epochs == RunConfig.model_fields["epochs"].default
 
+    def test_a_files_lengths_follow_eps(self, config, tmp_path):
+        """As a preset's do: the step of a run's config.yaml is one of its radius."""
+        file = "method: sat-r3\neps: 8/255\nparams: {alpha: 2/255, eps_low: 4/255, lam: 3}\n"
+        (tmp_path / "c.yaml").write_text(file)
+        args = ("--config", "c.yaml", "--param", "eps_low=1/255")
+        found, _ = config(*args, "--eps", "16/255")
+        assert found.params == pytest.approx({"alpha": 4 / 255, "eps_low": 1 / 255, "lam": 3})
+        same, _ = config(*args)
+        assert same.params == {"alpha": 2 / 255, "eps_low": 1 / 255, "lam": 3}
+
     @pytest.mark.parametrize(
         ("args", "name", "value"),
         [
@@ -188,6 +198,7 @@ class TestSettings:
             (("--param", "eps-low=2/255"), "params", {"eps_low": 2 / 255}),
             (("--param", "lam=1", "--param", "project=true"), "params", {"lam": 1, "project": 1}),
             (("--param", "eps_low=null"), "params", {"eps_low": None}),
+            (("--param", "lam=010"), "params", {"lam": 10}),
         ],
     )
     def test_values(self, config, args, name, value):

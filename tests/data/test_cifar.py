@@ -123,7 +123,12 @@ class Zip:
         (b"<html>", ["not a readable pickle"]),
         (pickle.dumps([1]), ["list", "expected a dict"]),
         (pickle.dumps({"labels": Y}, 2), ["'data'", "3072"]),
-        (pickle.dumps({"data": X.astype(np.int32), "labels": Y}, 4), ["'data'", "uint8"]),
+        (pickle.dumps({"data": X.astype(np.int32), "labels": Y}, 4), ["array of i4", "bytes"]),
+        (pickle.dumps({"data": np.array([None]), "labels": Y}, 4), ["array of O8", "bytes"]),
+        (pickle.dumps({"data": X[0], "labels": Y}, 4), ["'data'", "uint8"]),
+        # NumPy's own array over bytes of the file's: pointers that it chooses, if it could.
+        (b"\x80\x02cnumpy\nndarray\nK\x01\x85\x85R.", ["not a readable pickle"]),
+        (python2_pickle(X, "labels", Y).replace(b"u1", b"O8"), ["array of O8", "bytes"]),
         (pickle.dumps({"data": X, "labels": Y[:5]}, 4), ["'labels'", "10"]),
         (pickle.dumps({"data": X, "labels": ["1"] * 10}, 4), ["'labels'"]),
         (pickle.dumps({"data": X, "labels": [*Y[:9], 10]}, 4), ["label 10", "0..9"]),

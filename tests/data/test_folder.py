@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 import time
 from functools import partial
@@ -274,3 +275,21 @@ def test_the_channels_are_those_of_all_however_few_are_read(tmp_path):
 
 def test_no_images_at_all(flat, refused):
     refused(lambda: data.load(f"folder:{flat}", "test", n=0), "cannot load 0 images", "1 or more")
+
+
+def test_names_that_are_no_text_and_folders_that_are_hidden(flat):
+    """As old archives and notebooks leave them."""
+    odd = os.fsdecode(b"caf\xe9.png")
+    paint(flat / "cat" / "00.png", 7)
+    try:
+        (flat / "cat" / "00.png").rename(flat / "cat" / odd)
+    except OSError:
+        pytest.skip("file names are Unicode here")
+    paint(flat / "cat" / ".ipynb_checkpoints" / "x.png", 222)
+    found = [
+        v
+        for s in ("train", "validation", "test")
+        for v in values(data.load("folder", s, root=flat))
+    ]
+    assert len(found) == 40
+    assert 222 not in found

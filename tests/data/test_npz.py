@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from surestep import data
+from surestep import UserError, data
 
 RNG = np.random.default_rng(0)
 Y = np.arange(20) % 4
@@ -26,6 +26,12 @@ def test_named_splits(tmp_path):
         assert images.num_classes == 4  # of the training labels, though the test lacks some
         assert images.x.unique().tolist() == [k]
         assert images.name == "set"
+
+
+def test_labels_from_one_are_refused(tmp_path):
+    place = save(tmp_path, x=np.zeros((20, 4, 4)), y=Y + 1)
+    with pytest.raises(UserError, match=r"set\.npz has labels 1 to 4: number them from 0"):
+        data.load(place)
 
 
 def test_x_and_y_are_divided(tmp_path):

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import surestep
 from surestep.errors import SurestepWarning, UserError
-from surestep.evaluation import _doubts, evaluate
+from surestep.evaluation import doubts, evaluate
 from surestep.evaluation.suite import Attack
 
 THREAT = surestep.Linf(0.05)
@@ -106,8 +106,8 @@ def test_where_nothing_is_left_nothing_is_too_high(net, images):
 
 def test_classes_that_are_left_out_are_no_chance():
     out = torch.tensor([[1.0, 2.0, -math.inf], [math.nan, 1.0, 0.0]])
-    assert _doubts.apart(out, out.clone()) == 0
-    assert _doubts.apart(out, out.roll(1, 1)) == math.inf
+    assert doubts.apart(out, out.clone()) == 0
+    assert doubts.apart(out, out.roll(1, 1)) == math.inf
 
 
 def test_a_stop_changes_no_doubt(net, images, tmp_path):
@@ -159,7 +159,7 @@ def test_a_few_images_without_a_gradient_are_none(net, share, said):
     x[: round(100 * share), 0, 0, 0] = 0.0
     y = net.eval()(x).argmax(1)
     # Radius 0: at a random start, too, the images that were dark are.
-    found = _doubts.of_model(Changed(net, flat_where_dark), x, y, surestep.Linf(0.0), ["fgsm"], 9)
+    found = doubts.of_model(Changed(net, flat_where_dark), x, y, surestep.Linf(0.0), ["fgsm"], 9)
     assert found == (["no gradient reaches 20 of 100 images looked at"] if said else [])
 
 
@@ -230,14 +230,14 @@ FEWER = ["one step breaks more images than many"]
     ],
 )
 def test_of_results(right, square, said):
-    assert _doubts.of_results({"clean": left(), **right}, square) == said
+    assert doubts.of_results({"clean": left(), **right}, square) == said
 
 
 def test_what_attacks_left_is_looked_at(told, monkeypatch):
     """The whole way, with attacks that break what they are told to."""
     x = torch.stack([torch.zeros(1000), torch.arange(1000) / 1000], 1)
     y = torch.zeros(1000, dtype=torch.int64)
-    monkeypatch.setattr(_doubts, "of_model", lambda *_, **__: [])
+    monkeypatch.setattr(doubts, "of_model", lambda *_, **__: [])
     model = told(**{"fgsm": set(range(106)), "pgd-50": set(range(100)), "noise-3": {500, 501, 502}})
     with pytest.warns(SurestepWarning):
         found = evaluate(model, (x, y), surestep.Linf(0.2), ["fgsm", "pgd-50", "noise-3"])
@@ -248,7 +248,7 @@ def test_sources(net, images):
     x, _ = images
     good = nn.Sequential(net)
     upside_down = Changed(net, lambda z: 1 - 3 * z)  # as one that wants normalised images
-    assert _doubts.of_sources([good], x, net.eval()(x).argmax(1), 40) == []
+    assert doubts.of_sources([good], x, net.eval()(x).argmax(1), 40) == []
     with pytest.warns(SurestepWarning, match="source 2 of the transfer attack is right on"):
         evaluate(net, images, THREAT, ["transfer"], sources=[good, upside_down])
 
@@ -258,6 +258,6 @@ def test_a_source_that_fails(net, images):
     with pytest.raises(UserError, match="the model fails on one batch of shape"):
         evaluate(net, images, THREAT, ["transfer"], sources=[narrow])
     with pytest.raises(UserError, match="the model fails on one batch of shape"):
-        _doubts.of_sources([narrow], *images, 40)
+        doubts.of_sources([narrow], *images, 40)
     # Which is not looked at where no attack asks for it.
     assert evaluate(net, images, THREAT, ["fgsm"], sources=[narrow]).doubts == []

@@ -418,7 +418,7 @@ def test_an_evaluation_tells_autoattacks_parts_apart_and_resumes_within_a_batch(
 
     for name, breaks in (("apgd-ce", 1), ("apgd-t", 0), ("fab-t", 1), ("square", 0)):
         monkeypatch.setitem(autoattack.PARTS, name, part(name, breaks))
-    monkeypatch.setattr("surestep.evaluation._evaluate.round_up", lambda count, _: count)
+    monkeypatch.setattr("surestep.evaluation.judge.round_up", lambda count, _: count)
     data = torch.full((4, 1), 0.2), torch.zeros(4, dtype=torch.int64)
     said: list[str] = []
     options = {"state": tmp_path / "state", "tell": said.append}

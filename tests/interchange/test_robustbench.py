@@ -128,6 +128,11 @@ def test_only_autoattack_counts(evaluation: dict[str, Any]) -> None:
     assert entry(evaluation)["autoattack_acc"] == "0.00"
 
 
+def test_autoattack_through_layers_that_mask(evaluation: dict[str, Any]) -> None:
+    evaluation["robust_accuracy"] |= {"autoattack": 0.6, "autoattack-bpda": 0.25}
+    assert entry(evaluation)["autoattack_acc"] == "25.00"
+
+
 def test_the_whole_test_set_counts(evaluation: dict[str, Any]) -> None:
     some = {**evaluation, "n": 1000}
     assert "has 1000 of the 10000 images of cifar10's test set" in refused(entry, some)

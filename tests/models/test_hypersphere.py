@@ -52,6 +52,18 @@ def test_it_replaces_the_last_layer(name):
     assert float(logits.detach().abs().max()) <= 20.001
 
 
+def test_a_model_that_is_its_last_layer():
+    assert isinstance(models.on_hypersphere(nn.Linear(4, 3)), models.HypersphereHead)
+
+
+def test_two_layers_that_may_make_the_logits():
+    model = nn.ModuleDict({"body": nn.Linear(9, 4), "head": nn.Linear(4, 3)})
+    models.on_hypersphere(model)
+    model["head_dist"] = nn.Linear(4, 3)
+    with pytest.raises(UserError, match="of one shape, head, head_dist: which make the logits"):
+        models.on_hypersphere(model)
+
+
 def test_what_cannot_have_one():
     with pytest.raises(UserError, match="no linear layer"):
         models.on_hypersphere(nn.Sequential(nn.Conv2d(1, 2, 3)))

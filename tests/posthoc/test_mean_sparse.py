@@ -179,6 +179,15 @@ def test_an_activation_used_twice_is_refused(net, images):
             look()
 
 
+def test_no_pass_takes_more_images_than_asked(trained, images):
+    sizes = []
+    handle = trained.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    options = {"thresholds": [], "attacks": ["fgsm"], "n": 9, "batch_size": 9}
+    posthoc.harden(trained, images, images, Linf(0.1), **options)
+    handle.remove()
+    assert max(sizes) == 9
+
+
 def test_what_cannot_be_hardened(trained, images):
     with pytest.raises(UserError, match="no activation modules"):
         posthoc.harden(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), images, images, Linf(0.1))

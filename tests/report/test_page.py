@@ -105,6 +105,31 @@ def test_comparison(page):
     assert best == "86.8"
 
 
+def test_notes_on_a_comparison(comparison):
+    page = Page(Report("one", comparison=comparison, notes=[HOSTILE, "Two."]).to_html())
+    assert page.text.count(HOSTILE) == 1
+    assert page.text.index(HOSTILE) < page.text.index("Two.")
+    assert Page(Report("one", comparison=comparison).to_html()).text.count("Two.") == 0
+
+
+def test_seeds_and_verdicts_of_a_comparison(comparison):
+    first, second = comparison
+    first |= {"seeds": [0, 1, 2], "verdict_text": "pseudo-robust (1 of 3; robust 2)"}
+    second |= {"seeds": [0], "worst_case_accuracy": {"mean": 0.868, "std": None, "n": 1}}
+    text = Page(Report("one", comparison=comparison).to_html()).text
+    assert "Method Verdict Seeds Clean" in text
+    assert "fgsm pseudo-robust (1 of 3; robust 2) 3 98.6" in text
+    assert "sat-r2 robust 1 97.8" in text
+    assert "deviation over the seeds." in text
+
+
+def test_one_seed_has_no_deviation(comparison):
+    one = [{**comparison[1], "seeds": [0], "passes": {"mean": 10, "std": None, "n": 1}}]
+    text = Page(Report("one", comparison=one).to_html()).text
+    assert "Seeds" not in text
+    assert "Mean ±" not in text
+
+
 def test_plots_and_their_places(page):
     specs = page.specs()
     assert len(specs) == 9

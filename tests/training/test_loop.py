@@ -636,7 +636,7 @@ class TestRunFolders:
         if kind in ("folder", "run with a thesis"):
             (out / "thesis.tex").write_text("ten years of work")
         before = snapshot(tmp_path)
-        with pytest.raises(UserError, match=r"not a run folder|holds no settings"):
+        with pytest.raises(UserError, match=r"not a run folder|holds no settings|holds thesis"):
             tiny.train(out=out, overwrite=True)
         assert snapshot(tmp_path) == before
 

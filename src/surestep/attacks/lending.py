@@ -117,7 +117,7 @@ def attacking(model: nn.Module, *, train_mode: bool = False) -> Iterator[nn.Modu
             in train mode as a whole keeps the modes of its layers.
     """
     inner = unwrapped(model)
-    # Of a model that is trained, layers kept in eval mode are no others in the attack.
+    # Where the model is in train mode, layers that its owner keeps in eval mode stay so.
     as_found = train_mode and inner.training
     modules = list(inner.modules())
     changed = [] if as_found else [m for m in modules if m.training != train_mode]

@@ -24,16 +24,17 @@ from surestep.attacks.lending import (
     uncompiled,
     unwrapped,
 )
-from surestep.auditing._subject import Subject, budget_of
+from surestep.auditing._subject import Subject
 from surestep.auditing.answers import escalate
+from surestep.auditing.budgets import budget_of
 from surestep.auditing.checks import CHECKS, Check, blind_share
 from surestep.auditing.verdict import Findings, judge
 from surestep.data import Images
 from surestep.devices import autocast, has_bf16, memory_for
 from surestep.errors import UserError
-from surestep.evaluation import Adapted, _doubts, wilson_interval
-from surestep.evaluation._evaluate import batches_of, warn_of_one_class
-from surestep.evaluation._substitute import substitute
+from surestep.evaluation import Adapted, doubts, wilson_interval
+from surestep.evaluation.batches import batches_of, warn_of_one_class
+from surestep.evaluation.substitute import substitute
 from surestep.evaluation.suite import Attack, transfer
 from surestep.threat import ThreatModel
 from surestep.threat import check as check_threat
@@ -191,7 +192,7 @@ def _from_a_substitute(s: Subject) -> Attack:
     with torch.no_grad():
         alike = s.logits(s.x).argmax(1) == s.map(stand_in, s.x).argmax(1)
     s.agreement = share_of(alike)
-    for doubt in _doubts.of_sources(s.sources, *s.probe, s.batch_size):
+    for doubt in doubts.of_sources(s.sources, *s.probe, s.batch_size):
         s.tell(doubt)
     return transfer([stand_in, *s.sources], s.threat)
 

@@ -24,7 +24,7 @@ from surestep.attacks.lending import seed_everything
 from surestep.auditing._subject import Subject
 from surestep.auditing.binarization import binarization_rates
 from surestep.devices import autocast, finest
-from surestep.evaluation import _doubts, evaluate, suite
+from surestep.evaluation import doubts, evaluate, suite
 from surestep.evaluation.suite import pgd_step_size
 from surestep.threat import Linf, per_sample
 
@@ -157,9 +157,9 @@ def deterministic_forward(s: Subject) -> Finding:
     """Five passes over the same images must agree."""
     x, y = s.probe
     runs = [s.logits(x) for _ in range(5)]
-    apart = torch.tensor([_doubts.apart(run, runs[0]) for run in runs[1:]]).max().item()
+    apart = torch.tensor([doubts.apart(run, runs[0]) for run in runs[1:]]).max().item()
     right = [int((r.argmax(1) == y).sum()) for r in runs]
-    flag = not apart <= _doubts.SAME or len(set(right)) > 1
+    flag = not apart <= doubts.SAME or len(set(right)) > 1
     said = "answers change from pass to pass: the model is random" if flag else "passes agree"
     return Finding(flag, apart, said, {"right": right})
 
@@ -169,13 +169,13 @@ def logits_not_probabilities(s: Subject) -> Finding:
     """Probabilities saturate and their gradients with them."""
     out = s.logits(s.probe[0])
     off = (out.sum(1) - 1).abs().max().item()
-    flag = _doubts.are_probabilities(out)
+    flag = doubts.are_probabilities(out)
     said = "the model returns probabilities" if flag else "the model returns logits"
     return Finding(flag, off, said, {"min": out.min().item(), "max": out.max().item()})
 
 
 def _flat_share(s: Subject, x: Tensor, y: Tensor, objective: losses.Objective) -> float:
-    return share_of(_doubts.is_flat(s.gradient(x, y, objective)))
+    return share_of(doubts.is_flat(s.gradient(x, y, objective)))
 
 
 def blind_share(s: Subject) -> float:
@@ -255,7 +255,7 @@ def one_step_beats_many(s: Subject) -> Finding:
     """More steps must find at least as much; when one finds more, the gradients mislead."""
     fgsm, pgd = s.accuracy("fgsm"), s.accuracy(f"pgd-{s.budget.steps}")
     # The two are measured on the same images: half a point is five of a thousand.
-    flag = fgsm < pgd - _doubts.BEATEN
+    flag = fgsm < pgd - doubts.BEATEN
     return Finding(flag, pgd - fgsm, f"FGSM leaves {fgsm:.1%}, PGD {pgd:.1%}")
 
 
@@ -293,7 +293,7 @@ def black_box_beats_white_box(s: Subject) -> Finding:
         said += f"; the substitute answers as the model on {s.agreement:.0%} of the images"
         evidence["substitute agrees"] = s.agreement
     return Finding(
-        black[name] < best - 0.002 or max(only.values()) > _doubts.MISSED * len(white),
+        black[name] < best - 0.002 or max(only.values()) > doubts.MISSED * len(white),
         best - black[name],
         said,
         evidence,

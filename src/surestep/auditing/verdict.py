@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from surestep.auditing.checks import Check
 from surestep.evaluation import wilson_interval
-from surestep.evaluation._doubts import BY_CHANCE, MISSED
+from surestep.evaluation.doubts import BY_CHANCE, MISSED
 from surestep.verdicts import INCONCLUSIVE, NOT_ROBUST, PSEUDO, ROBUST
 
 _BY_COUNT = ("random-beats-gradient", "one-step-beats-many")

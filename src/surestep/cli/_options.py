@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
-import yaml
 from pydantic.fields import FieldInfo
 
 from surestep.config import FitSettings, RunConfig
@@ -84,8 +83,8 @@ def _optional(name: str) -> bool:
     return type(None) in get_args(RunConfig.model_fields[name].annotation)
 
 
-def parse_params(pairs: Iterable[str]) -> dict[str, Any]:
-    """Read ``--param NAME=VALUE`` pairs.
+def parse_params(pairs: Iterable[str]) -> dict[str, str]:
+    """Take ``--param NAME=VALUE`` pairs apart; values stay as written, for ``config`` to read.
 
     Raises:
         UserError: a pair without "=".
@@ -95,13 +94,18 @@ def parse_params(pairs: Iterable[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise UserError(f"--param {pair!r} is not NAME=VALUE: write --param lam=5")
-        try:
-            params[name.replace("-", "_")] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError):  # of dates that there are none of
-            raise UserError(
-                f"--param {pair!r}: {value!r} is not a number: write --param lam=5"
-            ) from None
+        params[name.replace("-", "_")] = value
     return params
+
+
+def check_overwrite(overwrite: bool, out: str | None, metavar: str) -> None:
+    """Refuse to replace what is not named.
+
+    Raises:
+        UserError: there is no ``out``.
+    """
+    if overwrite and out is None:
+        raise UserError(f"--overwrite replaces what --out names: give --out {metavar}")
 
 
 def new_folder(name: str) -> str:
@@ -125,7 +129,16 @@ def write_json(value: Any, target: str | None) -> None:
     text = json.dumps(value, indent=2) + "\n"
     if target == "-":
         click.echo(text, nl=False)
-        return
+    else:
+        write_text(text, target)
+
+
+def write_text(text: str, target: str) -> None:
+    """Write a text to a file, whole or not at all, or into a pipe or where a link leads.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     from surestep import files
 
     place = Path(target)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from surestep.cli._options import check_writable
+from surestep.cli._options import check_writable, write_text
 from surestep.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,10 +41,14 @@ def check_report(html: str | None, plots: str | None = None) -> None:
         return
     from surestep import files, report
 
+    if html == "-":
+        raise UserError("--html -: stdout has the result, so give the page a file")
     check_writable(html)
     report.require()
     if plots is not None:
         files.make_folder(Path(plots))
+        if not os.access(plots, os.W_OK):
+            raise UserError(f"cannot write to {plots}: permission denied; choose another place")
 
 
 def write_report(html: str | None, plots: str | None, title: str, **parts: Any) -> None:
@@ -59,7 +64,7 @@ def write_report(html: str | None, plots: str | None, title: str, **parts: Any) 
 
     page = report.Report(title, **parts)
     if html is not None:
-        report.write_html(page, html)
+        write_text(page.to_html(), html)
     if plots is not None:
         report.save_plots(page, plots)
 

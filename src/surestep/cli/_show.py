@@ -171,18 +171,9 @@ def audit_tables(name: str, found: Audit) -> None:
 
 def provenance() -> dict[str, Any]:
     """Return what a result needs to be made again: the command and the versions."""
-    import platform
     import shlex
 
-    import torch
+    from surestep import environment
 
-    import surestep
-
-    return {
-        "command": shlex.join(["surestep", *sys.argv[1:]]),
-        "versions": {
-            "surestep": surestep.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
+    command = shlex.join(["surestep", *sys.argv[1:]])
+    return {"command": command, "versions": environment.versions()}

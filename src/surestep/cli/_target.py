@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from surestep.targets import Target
 
 POSITIVE = click.IntRange(min=1)
+BUDGET = "standard"
 
 _OPTIONS = (
     click.argument("model", metavar="MODEL"),
@@ -54,13 +55,11 @@ _OPTIONS = (
 
 
 def budget_option(what: str) -> Callable[..., Any]:
-    """Return the option ``--budget``; ``what`` says what it decides."""
+    """Return the option ``--budget``, None where it is not given; ``what`` says what it decides."""
     return click.option(
         "--budget",
         type=click.Choice(["quick", "standard", "thorough"]),
-        default="standard",
-        show_default=True,
-        help=f"{what}; standard and thorough end with AutoAttack.",
+        help=f"{what}; standard and thorough end with AutoAttack. [default: {BUDGET}]",
     )
 
 

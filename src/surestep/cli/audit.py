@@ -12,6 +12,7 @@ from surestep.cli._options import check_writable, hand_over, json_option
 from surestep.cli._report import check_report, report_options, report_target
 from surestep.cli._show import audit_tables, provenance
 from surestep.cli._target import (
+    BUDGET,
     POSITIVE,
     budget_option,
     open_target,
@@ -38,7 +39,7 @@ from surestep.cli._target import (
 @report_options
 def audit(
     eps: str | None,
-    budget: str,
+    budget: str | None,
     sources: tuple[str, ...],
     json_file: str | None,
     html: str | None,
@@ -59,6 +60,7 @@ def audit(
     """
     check_writable(json_file)
     check_report(html, plots)
+    budget = budget or BUDGET
 
     import surestep
     from surestep.auditing import estimate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -112,9 +113,10 @@ def compare(
     settings = given(options)
     _check(folders, methods, out, {**settings, "preset": preset, "seeds": seeds})
     check_writable(json_file)
+    tell: Callable[[str], None] = _tell
     if not folders and out is None:
         out = new_folder("compare")
-        _tell(f"runs and results go to {out}: give --out {out} to go on from them")
+        tell = _after(f"runs and results go to {out}: give --out {out} to go on from them")
     chosen = names(attacks) if attacks is not None else None
     if chosen is not None and budget is not None:
         raise UserError("--attacks and --budget exclude each other: give one of them")
@@ -131,7 +133,7 @@ def compare(
         "n": n,
         "eval_batch_size": eval_batch_size,
         "out": out,
-        "tell": _tell,
+        "tell": tell,
     }
     if folders:
         found = comparing.compare_runs(folders, **common, **settings)
@@ -140,14 +142,29 @@ def compare(
             names(methods or ""), counted, preset=preset, **common, **settings
         )
     made = provenance()
-    if out is not None:
-        comparing.save(found, out, **made, tell=_tell)
-    hand_over({**found.to_dict(), **made}, json_file, partial(_show, found, style))
+
+    def save() -> None:
+        if out is not None:
+            comparing.save(found, out, **made, tell=_tell)
+
+    hand_over({**found.to_dict(), **made}, json_file, partial(_show, found, style), save)
     _end(found)
 
 
 def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _after(first: str) -> Callable[[str], None]:
+    """Return ``_tell`` with a line before the first: a comparison tells once all is checked."""
+    waiting = [first]
+
+    def tell(text: str) -> None:
+        while waiting:
+            _tell(waiting.pop())
+        _tell(text)
+
+    return tell
 
 
 def _check(

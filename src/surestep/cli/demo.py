@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surestep.cli._options import check_writable, hand_over, json_option
+from surestep.cli._options import check_overwrite, check_writable, hand_over, json_option
 from surestep.cli._report import check_report, of_model, report_options, write_report
 from surestep.cli._show import evaluation_table, progress_bar, provenance
 
@@ -49,6 +49,7 @@ def demo(
     SAT-R2, a step of which takes twice as long. Then it attacks both with FGSM and with PGD-100,
     and audits both. MNIST comes with surestep, nothing is downloaded.
     """
+    check_overwrite(overwrite, out, "DIR")
     check_writable(json_file)
     check_report(html, plots)
     # The one import that takes a moment; say something first.

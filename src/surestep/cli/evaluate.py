@@ -11,6 +11,7 @@ from surestep.cli._options import check_writable, hand_over, json_option, names
 from surestep.cli._report import check_report, report_options, report_target
 from surestep.cli._show import evaluation_table, progress_bar, provenance, share_of_images
 from surestep.cli._target import (
+    BUDGET,
     POSITIVE,
     budget_option,
     open_target,
@@ -37,7 +38,11 @@ from surestep.errors import UserError
     "with foolbox cw-l2[-K], deepfool[-K].",
 )
 @source_option("Without one, transfer trains a substitute on the model's answers.")
-@click.option("--n", type=POSITIVE, help="Only N test images, the first. [default: all]")
+@click.option(
+    "--n",
+    type=POSITIVE,
+    help="Only N test images, the first; of sorted data N mixed ones. [default: all]",
+)
 @click.option(
     "--batch-size", type=POSITIVE, default=500, show_default=True, help="Images attacked at a time."
 )
@@ -46,7 +51,7 @@ from surestep.errors import UserError
 @report_options
 def evaluate(
     eps: str | None,
-    budget: str,
+    budget: str | None,
     attacks: str | None,
     sources: tuple[str, ...],
     json_file: str | None,
@@ -76,6 +81,9 @@ def evaluate(
     if not radii:
         raise UserError(f"--eps {eps!r} holds no radius: give 0.3 or 8/255, or several with commas")
     chosen = names(attacks) if attacks is not None else None
+    if chosen is not None and budget is not None:
+        raise UserError("--attacks and --budget exclude each other: give one of them")
+    budget = budget or BUDGET
     if sources and chosen is not None and "transfer" not in chosen:
         raise UserError("--source is for the transfer attack: add transfer to --attacks")
     # A substitute for the transfer attack asks about more images than are judged.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -83,7 +84,7 @@ def harden(
     if not mean_sparse:
         raise UserError("say how to harden: --mean-sparse is the only way so far")
     check_writable(json_file)
-    values = None if threshold is None else [_number(part) for part in names(threshold)]
+    values = None if threshold is None else _numbers(threshold)
 
     from rich.console import Console
 
@@ -102,7 +103,7 @@ def harden(
             highlight=False,
         )
 
-    folder = out or f"{run.rstrip('/')}-hardened"
+    folder = out or _beside(run)
     found = runs.harden(
         run,
         folder,
@@ -144,10 +145,19 @@ def _tables(console: Console, found: dict[str, Any], folder: str) -> None:
     )
 
 
-def _number(text: str) -> float:
+def _beside(run: str) -> str:
+    """Return the default --out, beside the run."""
+    place = Path(run)
+    if place.name in ("", ".."):  # names of no folder, such as "."
+        place = place.resolve()
+    return str(place.parent / f"{place.name}-hardened")
+
+
+def _numbers(text: str) -> list[float]:
     try:
-        return float(text)
+        found = [float(part) for part in names(text)]
     except ValueError:
-        raise UserError(
-            f"--threshold {text!r}: give standard deviations, such as 0.1,0.2"
-        ) from None
+        found = []
+    if not found:
+        raise UserError(f"--threshold {text!r}: give standard deviations, such as 0.1,0.2")
+    return found

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from surestep.cli._options import hand_over, json_option, write_json
+from surestep.cli._options import hand_over, json_option
 from surestep.errors import UserError
 
 
@@ -52,10 +52,11 @@ def methods(name: str | None, new_name: str | None, where: str, json_file: str |
         raise UserError(f"{name!r} {new_name!r}: give one method, or `new` and a name")
     if name is not None:
         text = zoo.card(name)
-        if json_file is None:
+
+        def show_card() -> None:
             console.print(Markdown(text)) if console.is_terminal else click.echo(text)
-        write_json({"name": name, "card": text}, json_file)
-        return
+
+        return hand_over({"name": name, "card": text}, json_file, show_card)
     rows = zoo.overview()
 
     def show() -> None:

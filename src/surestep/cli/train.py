@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surestep.cli._options import (
+    check_overwrite,
     check_writable,
     config_options,
     given,
@@ -68,7 +69,8 @@ def train(
     """Train a robust classifier with a method.
 
     Settings come from, each over the one before: the defaults, the method's preset for the data
-    set (with --config only if --preset names one), the --config file, the command line.
+    set (with --config only if --preset names one), the --config file, the command line. At another
+    --eps, step sizes and other lengths of a preset or a file change in proportion.
 
     \b
     Examples:
@@ -77,7 +79,7 @@ def train(
       surestep train --config runs/one/config.yaml --seed 1 --out runs/two
       surestep train --resume runs/one
     """
-    settings = given(options)
+    settings, from_file = given(options), None
     if params := parse_params(pairs):
         settings["params"] = params
     check_writable(json_file)
@@ -90,6 +92,8 @@ def train(
             "a new run with --config"
         )
 
+    check_overwrite(overwrite, out, "RUN")
+
     from accelerate import PartialState
 
     from surestep import runs
@@ -101,14 +105,9 @@ def train(
         if config_file is not None:
             from_file = read_yaml(config_file)
             parse(RunConfig, from_file, where=f"{config_file}: ")
-            settings = {
-                **from_file,
-                **settings,
-                "params": {**(from_file.get("params") or {}), **params},
-            }
             # A file is complete in itself: a preset is taken only if one is named.
             preset = preset or "none"
-        config = runs.resolve(settings, preset)
+        config = runs.resolve(settings, preset, from_file)
         out = out or new_folder(f"{config.method}-{config.dataset.partition(':')[0]}")
         first = os.environ.get("RANK", "0") == "0"  # of several processes
         if first and preset is None and not runs.usual_preset(config.method, config.dataset):

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from surestep import environment, runs
 from surestep import methods as zoo
-from surestep import runs
-from surestep.auditing._subject import budget_of
+from surestep.auditing.budgets import budget_of
 from surestep.comparing._run import (
-    KEPT,
+    OUTCOME_FILE,
+    Entrant,
     Failed,
-    Job,
     Judging,
     bring_to_end,
     epochs_done,
@@ -92,13 +92,14 @@ def compare(
     numbers = _distinct("seed", list(range(seeds)) if isinstance(seeds, int) else list(seeds))
     for name in names:
         zoo.get(name)
-    out, jobs = _folder(out), []
+    out, entrants = _folder(out), []
     for name in names:
         for number in numbers:
             config = runs.resolve({**settings, "method": name, "seed": number}, preset)
             label = f"{name}-seed{number}"
-            jobs.append(Job(label, out / label, whole(config), out / label / KEPT, trains=True))
-    return _compare(jobs, asked, tell)
+            path = out / label / OUTCOME_FILE
+            entrants.append(Entrant(label, out / label, whole(config), path, trains=True))
+    return _compare(entrants, asked, tell)
 
 
 def compare_runs(
@@ -137,7 +138,7 @@ def compare_runs(
     """
     asked = _asked(attacks, budget, audit, n, eval_batch_size)
     place = None if out is None else _folder(out)
-    jobs: list[Job] = []
+    entrants: list[Entrant] = []
     for folder in _distinct("run folder", [Path(f) for f in folders]):
         config = runs.read_config(folder)
         done = epochs_done(folder)
@@ -147,11 +148,11 @@ def compare_runs(
                 f"train --resume {folder}"
             )
         base = folder.resolve().name
-        taken = [job.label for job in jobs]
+        taken = [entrant.label for entrant in entrants]
         label = next(k for k in _numbered(base) if k not in taken)
-        kept = None if place is None else place / label / KEPT
-        jobs.append(Job(label, folder, whole(config), kept, trains=False, device=device))
-    return _compare(jobs, asked, tell)
+        path = None if place is None else place / label / OUTCOME_FILE
+        entrants.append(Entrant(label, folder, whole(config), path, trains=False, device=device))
+    return _compare(entrants, asked, tell)
 
 
 def _asked(
@@ -201,52 +202,54 @@ def _numbered(base: str) -> Iterable[str]:
         number += 1
 
 
-def _compare(jobs: list[Job], asked: Judging, tell: Tell) -> Comparison:
+def _compare(entrants: list[Entrant], asked: Judging, tell: Tell) -> Comparison:
     """Check everything, then train and judge one run after another."""
-    images = _check_alike(jobs, None if "transfer" in asked.attacks else asked.n)
-    rows = _group(jobs)
+    images = _check_alike(entrants, None if "transfer" in asked.attacks else asked.n)
+    rows = _group(entrants)
     # In the place of the source that a transfer attack trains later.
-    suite.parse_all(asked.attacks, runs.build_threat(jobs[0].config), [torch.nn.Identity()])
-    kept = {job.label: read(job, asked) for job in jobs}
+    suite.parse_all(asked.attacks, runs.build_threat(entrants[0].config), [torch.nn.Identity()])
+    known = {entrant.label: read(entrant, asked) for entrant in entrants}
     different = _different(rows)
-    if different and any(job.trains for job in jobs):  # before the work as well as below the table
+    if different and any(e.trains for e in entrants):  # before the work, and below the table
         tell(f"the methods are trained with different settings: {'; '.join(different)}")
     outcomes, failures = {}, []
-    for k, job in enumerate(jobs, 1):
+    for k, entrant in enumerate(entrants, 1):
         try:
-            told = f"{job.label} ({k} of {len(jobs)})"
-            outcomes[job.label] = bring_to_end(job, kept[job.label], asked, images, told, tell)
+            told = f"{entrant.label} ({k} of {len(entrants)})"
+            before = known[entrant.label]
+            outcomes[entrant.label] = bring_to_end(entrant, before, asked, images, told, tell)
         except (UserError, Failed) as e:
-            failures.append(Failure(job.label, str(e), isinstance(e, Failed) and e.fault))
-            tell(f"{job.label} failed: {e}")
+            failures.append(Failure(entrant.label, str(e), isinstance(e, Failed) and e.fault))
+            tell(f"{entrant.label} failed: {e}")
     if not outcomes:
         first = failures[0]
         if first.fault:
             raise RuntimeError(f"{first.run}: {first.message}")
         raise UserError(f"no run succeeded; {first.run}: {first.message}")
-    return _conclude(jobs, rows, outcomes, failures, asked)
+    return _conclude(entrants, rows, outcomes, failures, asked)
 
 
-def _check_alike(jobs: list[Job], n: int | None) -> Images:
+def _check_alike(entrants: list[Entrant], n: int | None) -> Images:
     """Refuse runs not made for the same images and threat model; return the images."""
-    first = jobs[0]
+    first = entrants[0]
     images = runs.load_data(first.config, "test", n)
     known = {(first.config.data, first.config.image_size): images}
-    for job in jobs[1:]:
+    for entrant in entrants[1:]:
         for name in _ALIKE:
-            one, other = getattr(first.config, name), getattr(job.config, name)
+            one, other = getattr(first.config, name), getattr(entrant.config, name)
             if one != other:
                 raise UserError(
-                    f"{first.name} and {job.name} cannot be compared: {name} {one!r} and {other!r}"
+                    f"{first.name} and {entrant.name} cannot be compared: {name} {one!r} and "
+                    f"{other!r}"
                 )
-        place = (job.config.data, job.config.image_size)
+        place = (entrant.config.data, entrant.config.image_size)
         if place not in known:
             # Two places may hold the same data; two archives of one kind need not.
-            known[place] = runs.load_data(job.config, "test", n)
+            known[place] = runs.load_data(entrant.config, "test", n)
         if not _same(images, known[place]):
             raise UserError(
-                f"{first.name} and {job.name} cannot be compared: their test images differ "
-                f"({first.config.data} and {job.config.data})"
+                f"{first.name} and {entrant.name} cannot be compared: their test images differ "
+                f"({first.config.data} and {entrant.config.data})"
             )
     return images
 
@@ -258,32 +261,32 @@ def _same(one: Images, other: Images) -> bool:
     return alike and torch.equal(one.x, other.x) and torch.equal(one.y, other.y)
 
 
-def _group(jobs: list[Job]) -> dict[str, list[Job]]:
+def _group(entrants: list[Entrant]) -> dict[str, list[Entrant]]:
     """Return the runs by row: those that differ in the seed only share one.
 
     Raises:
         UserError: two are the same run, which would make the deviation too small.
     """
-    groups: list[list[Job]] = []
-    for job in jobs:
+    groups: list[list[Entrant]] = []
+    for entrant in entrants:
         for group in groups:
             # Of one seed twice, the way of computing is what is compared.
-            twice = [j for j in group if j.config.seed == job.config.seed]
-            other_way = any(_way(j.config) != _way(job.config) for j in twice)
-            if _settings(group[0].config) == _settings(job.config) and not other_way:
-                group.append(job)
+            twice = [j for j in group if j.config.seed == entrant.config.seed]
+            other_way = any(_way(j.config) != _way(entrant.config) for j in twice)
+            if _settings(group[0].config) == _settings(entrant.config) and not other_way:
+                group.append(entrant)
                 break
         else:
-            groups.append([job])
+            groups.append([entrant])
     for group in groups:
         seen: dict[int, str] = {}
-        for job in group:
-            if job.config.seed in seen:
+        for entrant in group:
+            if entrant.config.seed in seen:
                 raise UserError(
-                    f"{seen[job.config.seed]} and {job.name} are the same run (method "
-                    f"{job.config.method}, seed {job.config.seed}): leave one of them out"
+                    f"{seen[entrant.config.seed]} and {entrant.name} are the same run (method "
+                    f"{entrant.config.method}, seed {entrant.config.seed}): leave one of them out"
                 )
-            seen[job.config.seed] = job.name
+            seen[entrant.config.seed] = entrant.name
     return dict(zip(_row_names(groups), groups, strict=True))
 
 
@@ -298,7 +301,7 @@ def _way(config: RunConfig) -> str:
     return f"{config.engine} {config.precision}"
 
 
-def _row_names(groups: list[list[Job]]) -> list[str]:
+def _row_names(groups: list[list[Entrant]]) -> list[str]:
     """Return the methods, with the settings in which rows of one method differ."""
     names = []
     for group in groups:
@@ -317,41 +320,42 @@ def _row_names(groups: list[list[Job]]) -> list[str]:
 
 
 def _conclude(
-    jobs: list[Job],
-    groups: dict[str, list[Job]],
+    entrants: list[Entrant],
+    groups: dict[str, list[Entrant]],
     outcomes: dict[str, dict[str, Any]],
     failures: list[Failure],
     asked: Judging,
 ) -> Comparison:
     """Make the table of what each run gave."""
-    ended = [job for job in jobs if job.label in outcomes]
-    found = {job.label: numbers_of(job, outcomes[job.label]) for job in ended}
+    ended = [entrant for entrant in entrants if entrant.label in outcomes]
+    found = {entrant.label: numbers_of(entrant, outcomes[entrant.label]) for entrant in ended}
     rows = []
     for name, group in groups.items():
-        done = [job for job in group if job.label in outcomes]
+        done = [entrant for entrant in group if entrant.label in outcomes]
         if not done:
             continue
         numbers = {}
         for key in COLUMNS:
-            values = [found[job.label].get(key) for job in done]
+            values = [found[entrant.label].get(key) for entrant in done]
             known = [value for value in values if value is not None]
             if known:
                 numbers[key] = Number.of(known)
-        verdicts = [outcomes[job.label]["audit"]["verdict"] for job in done if asked.audit]
+        verdicts = [outcomes[entrant.label]["audit"]["verdict"] for entrant in done if asked.audit]
         counts = {v: verdicts.count(v) for v in SEVERITY if v in verdicts}
-        rows.append(Row(name, [job.config.seed for job in done], numbers, counts))
-    config, first = jobs[0].config, next(iter(outcomes.values()))
+        rows.append(Row(name, [entrant.config.seed for entrant in done], numbers, counts))
+    config, first = entrants[0].config, next(iter(outcomes.values()))
     return Comparison(
         rows=rows,
         runs=[
             {
-                "run": job.label,
-                "method": job.config.method,
-                "seed": job.config.seed,
-                **found[job.label],
-                **_judged(outcomes[job.label]["audit"]),
+                "run": entrant.label,
+                "method": entrant.config.method,
+                "seed": entrant.config.seed,
+                **found[entrant.label],
+                "doubts": _doubts(outcomes[entrant.label]),
+                **_judged(outcomes[entrant.label]["audit"]),
             }
-            for job in ended
+            for entrant in ended
         ],
         failures=failures,
         dataset=config.dataset,
@@ -359,8 +363,14 @@ def _conclude(
         n=first["evaluation"]["n"],
         attacks=list(asked.attacks),
         audit=asked.audit,
-        notes=_notes(jobs, groups, rows, outcomes, failures, asked),
+        notes=_notes(entrants, groups, rows, outcomes, failures, asked),
     )
+
+
+def _doubts(outcome: Mapping[str, Any]) -> list[str]:
+    """Return the signs that a run's worst case is too high; none of nothing that is left."""
+    judged = outcome["evaluation"]
+    return list(judged.get("doubts") or ()) if judged["worst_case_accuracy"] > 0 else []
 
 
 def _judged(audit: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -370,8 +380,8 @@ def _judged(audit: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _notes(
-    jobs: list[Job],
-    groups: dict[str, list[Job]],
+    entrants: list[Entrant],
+    groups: dict[str, list[Entrant]],
     rows: list[Row],
     outcomes: dict[str, dict[str, Any]],
     failures: list[Failure],
@@ -388,7 +398,7 @@ def _notes(
         )
     below = []
     for name, group in groups.items():
-        done = [outcomes[job.label] for job in group if job.label in outcomes]
+        done = [outcomes[entrant.label] for entrant in group if entrant.label in outcomes]
         gaps = [
             (o["audit"]["found_accuracy"], o["evaluation"]["worst_case_accuracy"])
             for o in done
@@ -398,28 +408,52 @@ def _notes(
             below.append(f"{name} {statistics.fmean(found for found, _ in gaps):.1%}")
     if below:
         notes.append(f"The audit's attacks leave less than the worst case: {', '.join(below)}.")
+    for name, group in groups.items():
+        ended = [e.label for e in group if e.label in outcomes]
+        doubts = [(label, found) for label in ended if (found := _doubts(outcomes[label]))]
+        if doubts:
+            told = "; ".join(f"{label}: {', '.join(found)}" for label, found in doubts)
+            notes.append(f"The worst case of {name} may be too high ({told}).")
     different = _different(groups)
     if different:
         notes.append(f"The runs were trained with different settings: {'; '.join(different)}.")
     ways: dict[str, list[str]] = {}
-    for job in jobs:
-        if job.label in outcomes:  # "auto" was settled when the run began
-            way = _way(runs.read_config(job.folder))
+    for entrant in entrants:
+        if entrant.label in outcomes:  # "auto" was settled when the run began
+            way = _way(runs.read_config(entrant.folder))
             if "auto" not in way:  # else it was left to the machine, which is not known
-                ways.setdefault(way, []).append(job.label)
+                ways.setdefault(way, []).append(entrant.label)
     if len(ways) > 1:
         told = "; ".join(f"{way}: {', '.join(labels)}" for way, labels in ways.items())
         notes.append(
             f"Runs used different engines or precisions: their seconds do not compare ({told})."
         )
+    machines = _machines(e for e in entrants if e.label in outcomes)
+    if machines:
+        notes.append(
+            f"Runs were trained on different machines or versions ({'; '.join(machines)}): their "
+            "seconds do not compare."
+        )
     if any("peak_memory_mb" in row.numbers for row in rows):
         memory = "Peak memory is the training process's resident memory"
-        devices = {pick_device(job.device or job.config.device).type for job in jobs}
+        devices = {pick_device(e.device or e.config.device).type for e in entrants}
         notes.append(f"{memory}, on the host only." if devices != {"cpu"} else f"{memory}.")
     if failures:
         named = ", ".join(failure.run for failure in failures)
         notes.append(f"Failed, and not included: {named}.")
     return notes
+
+
+def _machines(entrants: Iterable[Entrant]) -> list[str]:
+    """Say where the runs were trained otherwise than the first one, as far as they tell."""
+    known = [(e.label, there) for e in entrants if (there := RunFolder(e.folder).begun_on())]
+    told: dict[tuple[str, ...], list[str]] = {}
+    for label, there in known[1:]:
+        first, before = known[0]
+        # Of many runs on one other machine the first one stands for all.
+        key = tuple(environment.differences(before, there))
+        told.setdefault(key, environment.differences(before, there, (f"of {first}", f"of {label}")))
+    return [line for lines in told.values() for line in lines]
 
 
 def _precision(rows: list[Row], n: int) -> str:
@@ -432,7 +466,7 @@ def _precision(rows: list[Row], n: int) -> str:
     )
 
 
-def _different(groups: Mapping[str, list[Job]]) -> list[str]:
+def _different(groups: Mapping[str, list[Entrant]]) -> list[str]:
     """Name the training settings that differ between rows: presets bring their own."""
     told = []
     configs = {name: group[0].config for name, group in groups.items()}

@@ -23,6 +23,7 @@ from surestep.training import checkpoint
 from surestep.training.run_folder import RunFolder
 
 OUTCOME_FORMAT, OUTCOME_VERSION = "surestep-outcome", 1
+OUTCOME_FILE = "comparison.json"
 
 # Starts the training and reports its exit code and peak memory. A process in between, since on
 # Linux a process starts with the peak of the one it was forked from, and the comparison's own,
@@ -45,7 +46,11 @@ print(code, peak, flush=True)
 os._exit(0)
 """
 _ERROR = "surestep: error: "
-KEPT = "comparison.json"
+_JUDGED_BY = (
+    *("model", "normalize", "head", "head_scale", "mean_sparse"),
+    *("dataset", "image_size", "norm", "eps"),
+)
+"""The settings of a run, beside its weights, that what is found of it depends on."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +68,13 @@ class Judging:
 
 
 @dataclass(frozen=True)
-class Job:
+class Entrant:
     """A run of a comparison, perhaps still to be trained."""
 
     label: str
     folder: Path
     config: RunConfig
-    kept: Path | None
+    outcome_path: Path | None
     trains: bool
     device: str | None = None
 
@@ -116,45 +121,46 @@ def finished(folder: Path, config: RunConfig) -> bool:
     return not steps or max(steps) >= int(run.history()[-1]["step"])
 
 
-def read(job: Job, asked: Judging) -> dict[str, Any]:
+def read(entrant: Entrant, asked: Judging) -> dict[str, Any]:
     """Return what is known of a run, before anything is made.
 
     Raises:
         UserError: the folder is of a run with other settings, or what is kept was made in another
             way.
     """
-    if job.trains and RunFolder(job.folder).config.is_file():
-        begun = whole(runs.read_config(job.folder))
-        wanted = RunFolder(job.folder).as_begun(job.config)
+    if entrant.trains and RunFolder(entrant.folder).config.is_file():
+        begun = whole(runs.read_config(entrant.folder))
+        wanted = RunFolder(entrant.folder).as_begun(entrant.config)
         for name in RunConfig.model_fields:
             one, other = getattr(begun, name), getattr(wanted, name)
             if one != other:
                 raise UserError(
-                    f"{job.folder} was begun with {name} {one!r}, this comparison has {other!r}: "
-                    "give the same, or another --out"
+                    f"{entrant.folder} was begun with {name} {one!r}, this comparison has "
+                    f"{other!r}: give the same, or another --out"
                 )
     fresh: dict[str, Any] = {
         "format": OUTCOME_FORMAT,
         "version": OUTCOME_VERSION,
         "settings": asked.to_dict(),
         "weights": None,
+        "subject": None,
         "peak_memory_mb": None,
         "code": None,
         "evaluation": None,
         "audit": None,
     }
-    paths = [job.kept] if job.kept is not None else []
-    if job.kept is None or not job.kept.is_file():
+    paths = [entrant.outcome_path] if entrant.outcome_path is not None else []
+    if entrant.outcome_path is None or not entrant.outcome_path.is_file():
         # A run that an earlier comparison trained brings its peak memory along.
-        paths = [job.folder / KEPT]
+        paths = [entrant.folder / OUTCOME_FILE]
     for path in paths:
-        found = _kept(path)
+        found = read_outcome(path)
         if found is None:
             continue
-        _check_code(job, found.get("code"))
+        _check_code(entrant, found.get("code"))
         if found["settings"] == fresh["settings"]:
             return found
-        if path != job.kept:
+        if path != entrant.outcome_path:
             return fresh | {k: found.get(k) for k in ("weights", "peak_memory_mb", "code")}
         name = next(k for k, v in fresh["settings"].items() if found["settings"].get(k) != v)
         one, other = (_told(s["settings"].get(name)) for s in (found, fresh))
@@ -174,19 +180,19 @@ def code_of(method: str) -> str | None:
         source = inspect.getsource(sys.modules[module])
     except (OSError, TypeError, KeyError):  # there is no such file
         return None
-    return hashlib.sha256(source.encode()).hexdigest()[:16]
+    return _digest(source.encode())
 
 
-def _check_code(job: Job, before: str | None) -> None:
+def _check_code(entrant: Entrant, before: str | None) -> None:
     """Refuse a run of a method whose author has changed it since.
 
     Raises:
         UserError: it is one.
     """
-    if job.trains and before is not None and before != code_of(job.config.method):
+    if entrant.trains and before is not None and before != code_of(entrant.config.method):
         raise UserError(
-            f"the code of {job.config.method} has changed since {job.folder} was trained: delete "
-            "that folder, or give another --out"
+            f"the code of {entrant.config.method} has changed since {entrant.folder} was trained: "
+            "delete that folder, or give another --out"
         )
 
 
@@ -194,7 +200,7 @@ def _told(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value or "none")
 
 
-def _kept(path: Path) -> dict[str, Any] | None:
+def read_outcome(path: Path) -> dict[str, Any] | None:
     """Read the outcome of a run; None if there is none.
 
     Raises:
@@ -212,37 +218,40 @@ def _kept(path: Path) -> dict[str, Any] | None:
 
 
 def bring_to_end(
-    job: Job, kept: dict[str, Any], asked: Judging, images: Images, told: str, tell: Tell
+    entrant: Entrant, outcome: dict[str, Any], asked: Judging, images: Images, told: str, tell: Tell
 ) -> dict[str, Any]:
     """Bring a run to its end: train, evaluate, audit, whatever of these is missing."""
     trained = None
-    if job.trains and not finished(job.folder, job.config):
+    if entrant.trains and not finished(entrant.folder, entrant.config):
         tell(f"training {told}")
-        kept = kept | {"code": code_of(job.config.method)}  # which may be edited meanwhile
-        trained = _train(job, tell)
-    weights = hashlib.sha256(RunFolder(job.folder).weights.read_bytes()).hexdigest()[:16]
-    if weights != kept["weights"]:
-        # New, or other ones than were judged.
-        kept = kept | {"weights": weights, "peak_memory_mb": trained}
-        kept |= {"evaluation": None, "audit": None}
-        _write(job, kept)
-    missing = [k for k in ("evaluation", "audit") if kept[k] is None]
+        code = code_of(entrant.config.method)  # which may be edited meanwhile
+        outcome = outcome | {"code": code}
+        trained = _train(entrant, tell)
+    weights = _digest(RunFolder(entrant.folder).weights.read_bytes())
+    if weights != outcome["weights"]:  # new, or other ones than were judged
+        outcome = outcome | {"weights": weights, "peak_memory_mb": trained}
+    subject = _subject(entrant.config, weights)
+    if subject != outcome.get("subject"):
+        outcome = outcome | {"subject": subject, "evaluation": None, "audit": None}
+        _write(entrant, outcome)
+    missing = [k for k in ("evaluation", "audit") if outcome[k] is None]
     if asked.audit is None and "audit" in missing:
         missing.remove("audit")
     if missing:
-        run = runs.load(job.folder, job.device or job.config.device, images)
+        run = runs.load(entrant.folder, entrant.device or entrant.config.device)
         sized: dict[str, Any] = {}
         if asked.batch_size is not None:
             sized["batch_size"] = asked.batch_size
         if "evaluation" in missing:
             tell(f"evaluating {told}")
             size = f"-{asked.batch_size}" if asked.batch_size else ""
-            state = job.kept and job.kept.with_name(f"comparison-{weights}{size}.state")
+            path = entrant.outcome_path
+            state = path and path.with_name(f"comparison-{subject}{size}.state")
             found = evaluation.evaluate(
                 run.model, images, run.threat, asked.attacks, n=asked.n, state=state, **sized
             )
-            kept = kept | {"evaluation": found.to_dict()}
-            _write(job, kept)
+            outcome = outcome | {"evaluation": found.to_dict()}
+            _write(entrant, outcome)
             if state:
                 state.unlink(missing_ok=True)
         if "audit" in missing:
@@ -257,18 +266,28 @@ def bring_to_end(
                 tell=lambda text: tell(f"  {text}"),
                 **sized,
             )
-            kept = kept | {"audit": judged.to_dict()}
-            _write(job, kept)
-    return kept
+            outcome = outcome | {"audit": judged.to_dict()}
+            _write(entrant, outcome)
+    return outcome
 
 
-def _write(job: Job, kept: dict[str, Any]) -> None:
-    if job.kept is not None:
-        files.make_folder(job.kept.parent)
-        files.write_atomically(job.kept, json.dumps(kept, indent=2) + "\n")
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _train(job: Job, tell: Tell) -> float | None:
+def _subject(config: RunConfig, weights: str) -> str:
+    """Return a digest of what is judged: weights alone do not tell the threshold of MeanSparse."""
+    settings = config.model_dump(mode="json", include=set(_JUDGED_BY))
+    return _digest(json.dumps([weights, settings], sort_keys=True).encode())
+
+
+def _write(entrant: Entrant, outcome: dict[str, Any]) -> None:
+    if entrant.outcome_path is not None:
+        files.make_folder(entrant.outcome_path.parent)
+        files.write_atomically(entrant.outcome_path, json.dumps(outcome, indent=2) + "\n")
+
+
+def _train(entrant: Entrant, tell: Tell) -> float | None:
     """Train a run, or go on with it, in a process of its own; return its peak memory in MB.
 
     Raises:
@@ -277,13 +296,13 @@ def _train(job: Job, tell: Tell) -> float | None:
     """
     free_cached_memory()  # the training, in its process, wants it
     with tempfile.TemporaryDirectory() as place:
-        if RunFolder(job.folder).config.is_file():
-            arguments = ["--resume", str(job.folder)]
+        if RunFolder(entrant.folder).config.is_file():
+            arguments = ["--resume", str(entrant.folder)]
         else:
-            files.make_folder(job.folder.parent)
+            files.make_folder(entrant.folder.parent)
             settings = Path(place) / "config.yaml"
-            settings.write_text(to_yaml(job.config.model_dump(mode="json")), "utf-8")
-            arguments = ["--config", str(settings), "--out", str(job.folder)]
+            settings.write_text(to_yaml(entrant.config.model_dump(mode="json")), "utf-8")
+            arguments = ["--config", str(settings), "--out", str(entrant.folder)]
         code, peak, error = _measured(["train", *arguments], tell)
     if code in (130, -2):  # by its own handler, or before that was there
         raise KeyboardInterrupt
@@ -328,18 +347,23 @@ def _measured(arguments: list[str], tell: Tell) -> tuple[int, int, str]:
     return int(code), int(peak), error
 
 
-def numbers_of(job: Job, outcome: Mapping[str, Any]) -> dict[str, float | None]:
+def numbers_of(entrant: Entrant, outcome: Mapping[str, Any]) -> dict[str, float | None]:
     """Return the numbers of one run by the keys of ``COLUMNS``."""
-    history = RunFolder(job.folder).history()  # a hardened run has none
+    history = RunFolder(entrant.folder).history()  # a hardened run has none
     robust = outcome["evaluation"]["robust_accuracy"]
+
+    def under(name: str) -> float | None:
+        """Return the lower one, where layers that mask gradients were attacked both ways."""
+        return min((robust[k] for k in (name, f"{name}-bpda") if k in robust), default=None)
+
     pgd = [value for name, value in robust.items() if name.startswith("pgd-")]
     return {
         "clean_accuracy": outcome["evaluation"]["clean_accuracy"],
-        "fgsm": robust.get("fgsm"),
+        "fgsm": under("fgsm"),
         "pgd": min(pgd, default=None),
-        "autoattack": robust.get("autoattack"),
+        "autoattack": under("autoattack"),
         "worst_case_accuracy": outcome["evaluation"]["worst_case_accuracy"],
-        "passes": runs.build_method(job.config).cost(job.config.batch_size).total,
+        "passes": runs.build_method(entrant.config).cost(entrant.config.batch_size).total,
         "seconds": history[-1].get("train_seconds") if history else None,
         "peak_memory_mb": outcome["peak_memory_mb"],
     }

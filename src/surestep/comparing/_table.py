@@ -5,17 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import platform
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import surestep
-from surestep import files, report
+from surestep import environment, files, report
 from surestep.errors import UserError, need
 
 FORMAT, VERSION = "surestep-comparison", 1
@@ -306,11 +302,7 @@ def save(
     """
     folder = Path(folder)
     files.make_folder(folder)
-    versions = versions or {
-        "surestep": surestep.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    versions = versions or environment.versions()
     made = {**comparison.to_dict(), "command": command, "versions": dict(versions)}
     page = _page(comparison, command, versions)
     texts: list[tuple[str, Callable[[], str]]] = [
@@ -340,7 +332,8 @@ def _page(comparison: Comparison, command: str, versions: Mapping[str, Any]) -> 
     seeds = {"training": sorted({seed for row in comparison.rows for seed in row.seeds})}
     return report.Report(
         f"Comparison of {', '.join(row.method for row in comparison.rows)}",
-        comparison=[row.to_dict() for row in comparison.rows],
+        comparison=[row.to_dict() | {"verdict_text": row.verdict_text} for row in comparison.rows],
+        notes=comparison.notes,
         command=command,
         versions=versions,
         seeds={name: ", ".join(map(str, values)) for name, values in seeds.items()},

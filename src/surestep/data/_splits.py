@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -23,7 +24,7 @@ def check_split(split: str) -> Split:
     raise UserError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
 
 
-def hold_out(n: int, split: Split, size: int) -> slice:
+def last_held_out(n: int, split: Split, size: int) -> slice:
     """Which of ``n`` training examples belong to ``split``: the last ``size`` are validation."""
     return slice(n - size, n) if split == "validation" else slice(0, n - size)
 
@@ -74,7 +75,7 @@ def divide(
     if keys is None:
         order = torch.randperm(n, generator=generator("divide", n), device="cpu")
     else:
-        hashes = [hashlib.blake2b(key.encode()).digest() for key in keys]
+        hashes = [hashlib.blake2b(os.fsencode(key)).digest() for key in keys]
         order = torch.tensor(sorted(range(n), key=hashes.__getitem__))
     tenth = max(1, n // 10)
     if split == "validation":

@@ -19,7 +19,7 @@ import torch
 
 from surestep.data import download as web
 from surestep.data._images import Images
-from surestep.data._splits import Split, hold_out
+from surestep.data._splits import Split, last_held_out
 from surestep.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def load(
     if split == "test":
         return images
     images = Images(x, y, data.classes, dataset, _note(len(images), paths[0].parent))
-    return images.subset(hold_out(len(images), split, len(images) // 5))
+    return images.subset(last_held_out(len(images), split, len(images) // 5))
 
 
 def _note(count: int, folder: Path) -> str:
@@ -213,11 +213,14 @@ def _unpickle(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(stored, dict):
         raise UserError(f"{path} holds a {type(stored).__name__}: expected a dict with 'data'")
-    return {k.decode() if isinstance(k, bytes) else str(k): v for k, v in stored.items()}
+    return {
+        k.decode() if isinstance(k, bytes) else str(k): v.values if isinstance(v, _Array) else v
+        for k, v in stored.items()
+    }
 
 
 class _Unpickler(pickle.Unpickler):
-    """Unpickles NumPy arrays and plain containers; a pickle can otherwise run any program."""
+    """Unpickles arrays of bytes and plain containers; a pickle can otherwise run any program."""
 
     path: Path
 
@@ -231,9 +234,31 @@ class _Unpickler(pickle.Unpickler):
         return found
 
 
-def _dtype(code: str, align: int = False, copy: int = False) -> np.dtype:
-    # Python 2 wrote the flags as 0 and 1, which NumPy 2.4 deprecates.
-    return np.dtype(code, align=bool(align), copy=bool(copy))
+class _Kind:
+    """Stands for the dtype of bytes. NumPy's own would take flags and fields from the file."""
+
+    def __init__(self, code: str, *_: int) -> None:
+        if code not in ("u1", "|u1"):
+            raise ValueError(f"an array of {code}, where a CIFAR file has bytes")
+
+    def __setstate__(self, state: object) -> None:
+        """Leave out what the file says of it."""
+
+
+class _Array:
+    """Stands for an array of bytes. In one of objects, NumPy's own, a file chooses pointers."""
+
+    def __init__(self, *_: object) -> None:
+        self.values = np.empty(0, np.uint8)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """Take shape and content, as NumPy's arrays write them."""
+        _version, shape, kind, by_column, content = state
+        if not isinstance(kind, _Kind):
+            raise ValueError("an array of no known kind")
+        raw = content.encode("latin1") if isinstance(content, str) else bytes(content)
+        flat = np.frombuffer(raw, np.uint8)
+        self.values = flat.reshape(shape, order="F" if by_column else "C").copy()
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -244,10 +269,9 @@ def _encode(text: str, encoding: str) -> bytes:
 
 
 _ALLOWED = {
-    # NumPy's own function, without naming the module that has moved between versions.
-    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): _dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy", "ndarray"): "ndarray",  # only named, as what to reconstruct
+    ("numpy", "dtype"): _Kind,
     ("_codecs", "encode"): _encode,
 }
 

@@ -54,7 +54,7 @@ def load(
 
     Raises:
         UserError: Pillow is not installed; a folder is missing or empty; an image cannot be read or
-            has another size; the classes of two splits disagree.
+            has another size; a split has a class that training lacks.
     """
     need("PIL.Image", "reading image folders", "surestep[folder]", called="Pillow")
     root = Path(root)
@@ -182,9 +182,9 @@ def _files(folder: Path) -> dict[str, list[Path]]:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    found = (p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
-    shown = (p for p in found if not p.name.startswith("."))
-    return sorted(shown, key=lambda p: p.relative_to(folder).as_posix())
+    found = (p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
+    shown = (p for p in found if not any(part.startswith(".") for part in p.parts))
+    return [folder / p for p in sorted(shown, key=lambda p: p.as_posix())]
 
 
 def _part_of(

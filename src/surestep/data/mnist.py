@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from surestep.data._images import Images, number_names
-from surestep.data._splits import Split, hold_out
+from surestep.data._splits import Split, last_held_out
 from surestep.errors import UserError
 
 if TYPE_CHECKING:  # its home moved from importlib.abc to importlib.resources.abc in 3.11
@@ -50,7 +50,7 @@ def load(split: Split, root: str | Path | None = None) -> Images:
             "put the original file there"
         )
     images = Images(torch.from_numpy(x)[:, None], torch.from_numpy(y).long(), _CLASSES, "mnist")
-    return images if split == "test" else images.subset(hold_out(count, split, _VALIDATION))
+    return images if split == "test" else images.subset(last_held_out(count, split, _VALIDATION))
 
 
 def _folder(root: str | Path | None) -> Traversable:

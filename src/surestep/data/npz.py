@@ -72,6 +72,7 @@ def _load(archive: Any, split: Split, path: Path) -> Images:
     whole = "x" in archive
     held_out = not whole and "x_val" not in archive and split != "test"
     x, y = get("" if whole else "_train" if held_out else f"_{_SUFFIX[split]}")
+    _check_from_zero(archive.get("y_train", y), path)
     images = as_images(
         (_channels_first(x, path), y.reshape(-1) if y.shape[1:] == (1,) else y),
         # A split may lack the last class, so the training labels count as well.
@@ -105,6 +106,13 @@ def _channels_first(x: np.ndarray, path: Path) -> np.ndarray:
         f"{path} holds images of shape {x.shape}: expected 1 or 3 channels, (N, C, H, W) or "
         "(N, H, W, C)"
     )
+
+
+def _check_from_zero(y: np.ndarray, path: Path) -> None:
+    """Refuse training labels from 1 on, which would make a class that no image has."""
+    known = y[y >= 0] if y.dtype.kind in "iu" else y[:0]
+    if known.size and known.min() > 0:
+        raise UserError(f"{path} has labels {known.min()} to {known.max()}: number them from 0")
 
 
 def _classes(*labels: np.ndarray) -> int | None:

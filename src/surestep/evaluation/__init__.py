@@ -1,7 +1,8 @@
 """Evaluation: how many images survive the strongest attack found."""
 
 from surestep.evaluation import suite
-from surestep.evaluation._evaluate import Evaluation, evaluate, wilson_interval
+from surestep.evaluation._evaluate import evaluate
 from surestep.evaluation.adapt import Adapted
+from surestep.evaluation.result import Evaluation, wilson_interval
 
 __all__ = ["Adapted", "Evaluation", "evaluate", "suite", "wilson_interval"]

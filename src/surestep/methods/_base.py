@@ -389,7 +389,7 @@ class Method(ABC):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` returned; what it lacks (an older run's) stays as it is."""
+        """Restore what ``state_dict`` returned; what it lacks stays as it is."""
         for name in (*self.kept, *self.kept_rows):
             if name.strip("_") not in state:
                 continue

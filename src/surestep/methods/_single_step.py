@@ -46,12 +46,13 @@ class SingleStep(Method):
         """Bring the point back to where it must lie."""
         return self.threat.project(point, x) if self.ball else self.threat.clip(point)
 
-    def perturb(
-        self, model: nn.Module, x: Tensor, y: Tensor, train_mode: bool | None = None
-    ) -> Tensor:
-        """Return x_adv (N, ...), by default in the mode that the method's own model has."""
-        mode = self.train_mode if train_mode is None else train_mode
-        with attacking(model, train_mode=mode) as inner:
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Return x_adv (N, ...)."""
+        return self.step_on(model, x, y, self.train_mode)
+
+    def step_on(self, model: nn.Module, x: Tensor, y: Tensor, train_mode: bool) -> Tensor:
+        """Return x_adv (N, ...) of a model in train or in eval mode."""
+        with attacking(model, train_mode=train_mode) as inner:
             start = self.start(x)
             grad = self.gradient(inner, start, y)
             return self.finish(start + self.threat.steepest_step(grad, self.size), x)

@@ -46,8 +46,8 @@ class EAT(OnSingleStep):
         """Perturb on the model whose turn it is."""
         turn = self.progress.step % (1 + len(self.sources))
         attacked = self.sources[turn - 1].to(x.device) if turn else model
-        # A fixed model is in eval mode, whatever mode the perturbation's own is attacked in.
-        x_adv = self.base.perturb(attacked, x, y, train_mode=False if turn else None)
+        # A fixed model is in eval mode, whatever mode the perturbation takes its own in.
+        x_adv = self.base.step_on(attacked, x, y, not turn and self.base.train_mode)
 
         def loss(logits: Tensor) -> Terms:
             at_clean, at_adv = (self.criterion(part, y) for part in logits.chunk(2))

@@ -53,16 +53,25 @@ def on_hypersphere(model: nn.Module, scale: float = 15.0) -> nn.Module:
     """Replace a model's last linear layer by a hypersphere head; returns the model.
 
     Raises:
-        UserError: it has no linear layer, or the scale is not positive.
+        UserError: it has no linear layer, or several that may make the logits together, or the
+            scale is not positive.
     """
     if not scale > 0:
         raise UserError(f"the head's scale is {scale:g}: give a positive number, such as 15")
-    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     if not linear:
         raise UserError("the model has no linear layer that a hypersphere head could replace")
-    last = model.get_submodule(linear[-1])
-    assert isinstance(last, nn.Linear)
+    *others, (place, last) = linear.items()
+    alike = [name for name, m in others if m.weight.shape == last.weight.shape]
+    if alike and last.in_features != last.out_features:
+        # Heads of distilled transformers, whose logits are averaged.
+        raise UserError(
+            f"the model has linear layers of one shape, {', '.join([*alike, place])}: which make "
+            "the logits is not known here, so no hypersphere head is put in; leave the head linear"
+        )
     head = HypersphereHead(last.in_features, last.out_features, scale).to(last.weight)
-    parent, _, name = linear[-1].rpartition(".")
+    if not place:  # the model is this layer
+        return head
+    parent, _, name = place.rpartition(".")
     setattr(model.get_submodule(parent), name, head)
     return model

@@ -11,6 +11,7 @@ from torch import nn
 
 from surestep.attacks.lending import device_of, uncompiled
 from surestep.data import Images
+from surestep.devices import memory_for
 from surestep.errors import UserError
 from surestep.evaluation import evaluate
 from surestep.posthoc.mean_sparse import insert, layers, measure, set_statistics
@@ -63,7 +64,7 @@ def harden(
         attacks: names; each with a gradient is run twice, see ``surestep.evaluate``.
         n: only the first n validation images.
         seed: of the attacks.
-        batch_size: of the attacks.
+        batch_size: of the passes and the attacks.
         progress: called with each row of the search.
 
     Raises:
@@ -72,7 +73,8 @@ def harden(
     if any(t < 0 for t in thresholds):
         raise UserError(f"thresholds {list(thresholds)}: give deviations >= 0, such as 0.2")
     dense = uncompiled(model)
-    statistics = measure(dense, train)
+    with memory_for("measuring activations", f"lower batch_size ({batch_size})"):
+        statistics = measure(dense, train, batch_size)
     image = train.pixels(slice(0, 1)).to(device_of(dense))
     model = insert(copy.deepcopy(dense), image, 0.0)
     options: dict[str, Any] = {"seed": seed, "batch_size": batch_size}

@@ -8,9 +8,8 @@ zero, which masks gradients by construction: judge the result with ``straight_th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,19 +58,15 @@ class MeanSparse(nn.Module):
         return torch.where(near, mean, x)
 
 
-class _Seen(NamedTuple):
-    """What went into an activation, and which of its dimensions are channels."""
-
-    values: Tensor
-    dim: int
-
-
 @contextmanager
-def _watching(model: nn.Module, seen: dict[str, _Seen]) -> Iterator[nn.Module]:
-    """Keep in ``seen`` what goes into each activation, by its name.
+def _watching(
+    model: nn.Module, met: set[str], see: Callable[[str, Tensor, int], None]
+) -> Iterator[nn.Module]:
+    """Call ``see`` with the name of each activation, what goes in, and the channels' dimension.
 
     Raises:
-        UserError: an activation is used twice in a pass; ``seen`` is to be emptied between passes.
+        UserError: an activation is used twice in a pass; ``met`` holds those that were, and is to
+            be emptied between passes.
     """
     linear: Tensor | None = None
 
@@ -80,14 +75,14 @@ def _watching(model: nn.Module, seen: dict[str, _Seen]) -> Iterator[nn.Module]:
         linear = out
 
     def note(name: str, args: tuple[Tensor, ...]) -> None:
-        if name in seen:
+        if name in met:
             raise UserError(
                 f"the activation {name} is used twice in a pass, with other statistics each time: "
                 "give the model one module for each use"
             )
         # Tokens, and images whose channels are last, come to a linear layer and leave it so.
-        dim = -1 if args[0] is linear else 1
-        seen[name] = _Seen(args[0].detach().clone(), dim)  # some work in place
+        met.add(name)
+        see(name, args[0].detach(), -1 if args[0] is linear else 1)
 
     handles = [
         module.register_forward_pre_hook(lambda m, args, name=name: note(name, args))
@@ -117,25 +112,27 @@ def measure(
     """
     model = uncompiled(model)  # compiled code does not look for hooks again
     device = device_of(model)
-    seen: dict[str, _Seen] = {}
+    met: set[str] = set()
     counts: dict[str, int] = {}
     found: dict[str, tuple[Tensor, Tensor]] = {}
-    with _watching(model, seen) as inner:
+
+    def add(name: str, values: Tensor, dim: int) -> None:
+        rows = values.to(finest(device)).transpose(0, dim).flatten(1)
+        n, mean = rows.shape[1], rows.mean(1)
+        squares = (rows - mean[:, None]).square().sum(1)
+        # Chan et al. 1979: sums of squares of two parts, without cancellation.
+        if name in found:
+            before, (mean_before, squares_before) = counts[name], found[name]
+            shift = mean - mean_before
+            squares = squares + squares_before + shift**2 * before * n / (before + n)
+            mean = mean_before + shift * n / (before + n)
+            n += before
+        counts[name], found[name] = n, (mean, squares)
+
+    with _watching(model, met, add) as inner:
         for begin in range(0, len(images), batch_size):
-            seen.clear()
+            met.clear()
             inner(images.pixels(slice(begin, begin + batch_size)).to(device))
-            for name, (values, dim) in seen.items():
-                rows = values.to(finest(device)).transpose(0, dim).flatten(1)
-                n, mean = rows.shape[1], rows.mean(1)
-                squares = (rows - mean[:, None]).square().sum(1)
-                # Chan et al. 1979: sums of squares of two parts, without cancellation.
-                if name in found:
-                    before, (mean_before, squares_before) = counts[name], found[name]
-                    shift = mean - mean_before
-                    squares = squares + squares_before + shift**2 * before * n / (before + n)
-                    mean = mean_before + shift * n / (before + n)
-                    n += before
-                counts[name], found[name] = n, (mean, squares)
     return {name: (mean, (sq / counts[name]).sqrt()) for name, (mean, sq) in found.items()}
 
 
@@ -153,9 +150,11 @@ def insert(model: nn.Module, image: Tensor, threshold: float) -> nn.Module:
     Raises:
         UserError: the model has no activation module, or one has no channels or is used twice.
     """
-    seen: dict[str, _Seen] = {}
+    seen: dict[str, tuple[Tensor, int]] = {}
     model = uncompiled(model)  # what is compiled does not know the new modules
-    with _watching(model, seen) as inner:
+    with _watching(
+        model, set(), lambda name, values, dim: seen.update({name: (values, dim)})
+    ) as inner:
         inner(image)
     if not seen:
         raise UserError(

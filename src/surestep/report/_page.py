@@ -284,14 +284,23 @@ def _comparison(report: Report) -> dict[str, Any] | None:
     body = [
         {
             "method": get(row, "method", "a row of the comparison"),
-            "verdict": row.get("verdict") or "",
+            "verdict": row.get("verdict_text") or row.get("verdict") or "",
             "kind": _VERDICTS.get(str(row.get("verdict")), "unsure"),
             "cells": [_cell(row.get(c), c, best) for c in columns],
         }
         for row in rows
     ]
-    note = f"Mean ± standard deviation over {counts.pop()} seeds." if len(counts) == 1 else ""
-    return {"columns": [_COLUMNS[c] for c in columns], "rows": body, "note": note}
+    titles = [_COLUMNS[c] for c in columns]
+    seeds = [len(row.get("seeds") or ()) for row in rows]
+    if len(set(seeds)) > 1:
+        titles = ["Seeds", *titles]
+        for row, n in zip(body, seeds, strict=True):
+            row["cells"].insert(0, {"text": str(n) if n else "–", "spread": "", "best": False})
+    note = ""
+    if max(counts, default=1) > 1:
+        over = f"{counts.pop()} seeds" if len(counts) == 1 else "the seeds"
+        note = f"Mean ± standard deviation over {over}."
+    return {"columns": titles, "rows": body, "note": note, "notes": list(report.notes)}
 
 
 def _cell(value: Any, column: str, best: float) -> dict[str, Any]:

@@ -23,7 +23,9 @@ class Report:
         evaluation: as ``Evaluation.to_dict`` gives it.
         audit: as ``Audit.to_dict`` gives it.
         history: the rows of ``metrics.jsonl``.
-        comparison: a row a method; its cells are numbers, None or {"mean", "std", "n"}.
+        comparison: a row a method; its cells are numbers, None or {"mean", "std", "n"}. Beside
+            "method", rows may have "seeds", a "verdict" and "verdict_text", how it is told.
+        notes: what a reader of the comparison must know, a line each.
         surfaces: loss surfaces by model's name, from ``gather``.
         examples: adversarial examples, from ``gather``.
         classes: names of the classes; by default their numbers.
@@ -45,6 +47,7 @@ class Report:
     versions: Mapping[str, Any] = field(default_factory=dict)
     seeds: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         given = (("evaluation", "evaluate", self.evaluation), ("audit", "audit", self.audit))

@@ -19,8 +19,8 @@ from surestep.errors import UserError
 from surestep.methods import StepResult
 from surestep.training import checkpoint
 from surestep.training.course import follow
+from surestep.training.display import Display
 from surestep.training.preparing import Job
-from surestep.training.progress import Display
 from surestep.training.randomness import RandomStates
 from surestep.training.resuming import Checkpoints
 from surestep.training.run_folder import RunFolder
@@ -112,8 +112,6 @@ class Trainer:
         sums = Sums(job.device)
         if restored:
             parts = restored["sums"]
-            # Checkpoints of older versions have the first process's alone.
-            parts = parts if isinstance(parts, list) else [parts]
             sums.load_state_dict(parts[min(job.accelerator.process_index, len(parts) - 1)])
         self._began = time.perf_counter() - self.at.train_seconds
         for x, y, index in self._batches(skip, left, restored):

@@ -30,9 +30,10 @@ from surestep.methods._dropout import dropping
 from surestep.threat import ThreatModel
 from surestep.training.averaging import WeightAverage
 from surestep.training.engine import Engine, TrainStep, make_optimizer, make_step
+from surestep.training.holding_out import split
 from surestep.training.memory import Frugal, fit_into
 from surestep.training.picking import MIN_STEPS, Pick, pick_engine
-from surestep.training.source import Replayed, Source, first_of, make_source, split
+from surestep.training.source import Replayed, Source, first_of, make_source
 
 MOST = 500
 """Most images that validation attacks at a time."""
@@ -95,7 +96,7 @@ class Job:
         labelled: share of the images that have a label.
         signature: what the weights are to say of the data, where that is known.
         total: steps of the whole run.
-        share: images of a step, of this process.
+        batch: images of a step, of this process.
         judged_at_once: images that validation attacks at a time: what fits in training fits there.
         guard: explains what fails in a step.
         pick: what the trial of engines found, if there was one.
@@ -117,7 +118,7 @@ class Job:
     labelled: float
     signature: files.Signature | None
     total: int
-    share: int
+    batch: int
     judged_at_once: int
     guard: Guard
     pick: Pick | None
@@ -173,12 +174,12 @@ def prepare(
     loading = {"workers": workers, "steps": steps_per_epoch}
     source = _open(train, config, method, accelerator, device, loading)
     total = _count_steps(source, method, config)
-    share, size = _batch_of(train, config, accelerator)
+    batch, size = _batch_of(train, config, accelerator)
     bare = uncompiled(model)
     bare.to(device)
     if not bare.training:  # one that is keeps the layers that the user has put in eval mode
         bare.train()
-    # What cannot be trained must not be found out when an old run has made room for it.
+    # Checked now: later the old run that --overwrite names would be gone already.
     with dropping(bare, method.dropout):
         pass
     shape = _look_at(train, bare, method, device, unlabelled=method.takes_unlabelled)
@@ -190,8 +191,8 @@ def prepare(
     pick = None
     # Where memory is short there is none for trials, and little to choose.
     if inside is not None and total >= MIN_STEPS and not config.max_memory:
-        with guard("the trial of engines", share):
-            pick = _pick(bare, method, torch.Size(inside.image_shape), share, config, accelerator)
+        with guard("the trial of engines", batch):
+            pick = _pick(bare, method, torch.Size(inside.image_shape), batch, config, accelerator)
     engine, config = _place(bare, shape, pick, config, device)
     average = WeightAverage(bare, config.ema) if config.ema or config.swa else None
     optimizer = make_optimizer(
@@ -201,18 +202,18 @@ def prepare(
         momentum=config.momentum,
         weight_decay=config.weight_decay,
     )
-    stepped, judged_at_once = bare, min(MOST, method.peak_images(share))
+    stepped, judged_at_once = bare, min(MOST, method.peak_images(batch))
     if config.compile:
         # The step's network alone: batches of validation shrink, and each size is compiled.
         stepped = model if compiled_whole(model) else cast(nn.Module, torch.compile(bare))
     if config.max_memory:
-        stepped = _in_parts(bare, method, engine, shape, share, config.max_memory)
+        stepped = _in_parts(bare, method, engine, shape, batch, config.max_memory)
         if isinstance(stepped, Frugal):
             judged_at_once = min(judged_at_once, stepped.images)
-    # As many in each process, which ask each other after each batch.
+    # The same in each process, so that all make equally many collective calls.
     judged_at_once = -processes.largest(-judged_at_once, device)
     if accelerator.num_processes > 1:
-        # Alone it would only add autocast that it was told of.
+        # In a single process it would add nothing but autocast.
         stepped = accelerator.prepare_model(stepped, device_placement=False)
     return Job(
         model=bare,
@@ -227,7 +228,7 @@ def prepare(
         labelled=1.0 if inside is None else share_of(inside.y >= 0),
         signature=None if inside is None else files.Signature(inside.classes, inside.image_shape),
         total=total,
-        share=share,
+        batch=batch,
         judged_at_once=judged_at_once,
         guard=guard,
         pick=pick,
@@ -338,8 +339,8 @@ def _batch_of(train: Any, config: FitSettings, accelerator: Accelerator) -> tupl
     """Return the images of a step of this process, and how the user gave their number."""
     if isinstance(train, DataLoader) and train.batch_size:
         return train.batch_size, f"the DataLoader's batch_size ({train.batch_size})"
-    share = math.ceil(config.batch_size / accelerator.num_processes)
-    return share, f"batch_size ({config.batch_size})"
+    batch = math.ceil(config.batch_size / accelerator.num_processes)
+    return batch, f"batch_size ({config.batch_size})"
 
 
 def _remembered(method: Method, images: Images | None) -> str:
@@ -381,7 +382,7 @@ def _pick(
     model: nn.Module,
     method: Method,
     shape: torch.Size,
-    share: int,
+    batch: int,
     config: FitSettings,
     accelerator: Accelerator,
 ) -> Pick | None:
@@ -394,7 +395,7 @@ def _pick(
         return None
     picks: list[Pick | None] = [None]
     if accelerator.is_main_process:
-        picks = [pick_engine(model, method, shape, share, config.precision)]
+        picks = [pick_engine(model, method, shape, batch, config.precision)]
     return broadcast_object_list(picks)[0]
 
 
@@ -424,7 +425,7 @@ def _in_parts(
     method: Method,
     engine: Engine,
     shape: torch.Size | None,
-    share: int,
+    batch: int,
     limit: float,
 ) -> nn.Module:
     """Return the network in parts that are computed twice, so that a step fits into the limit."""
@@ -434,4 +435,4 @@ def _in_parts(
             "tell: give a Dataset whose items are pairs of tensors, or a smaller batch "
             "instead"
         )
-    return fit_into(model, method, engine, shape, share, limit)
+    return fit_into(model, method, engine, shape, batch, limit)

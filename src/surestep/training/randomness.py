@@ -34,11 +34,8 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     if state["cuda"] and device.type == "cuda":
-        # Checkpoints of older versions have the states of all devices.
-        own = min(device.index or 0, len(state["cuda"]) - 1)
-        torch.cuda.set_rng_state(state["cuda"][own], device)
-    # Checkpoints of older versions lack it.
-    if state.get("mps") and torch.backends.mps.is_available():
+        torch.cuda.set_rng_state(state["cuda"][0], device)
+    if state["mps"] and torch.backends.mps.is_available():
         torch.mps.set_rng_state(*state["mps"])
 
 

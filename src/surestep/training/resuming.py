@@ -42,7 +42,7 @@ class Checkpoints:
         """
         job, rng = self.job, self.random.of_all()
         parts = gather_object([sums.state_dict()])
-        # In every process: what each has of a batch is gathered.
+        # Collective, so before the other processes return: it gathers rows of the batch.
         method = job.method.state_dict()
         if not job.accelerator.is_main_process:
             return
@@ -77,7 +77,7 @@ class Checkpoints:
         state = checkpoint.load_newest(self.run.checkpoints, self.say)
         if state is None:
             return self._without(), None
-        self._check_steps(len(state["rng"]), state.get("steps_per_epoch"))
+        self._check_steps(len(state["rng"]), state["steps_per_epoch"])
         try:
             job.model.load_state_dict(state["model"])
         except RuntimeError as e:
@@ -113,11 +113,11 @@ class Checkpoints:
             )
         return RunState()
 
-    def _check_steps(self, begun: int, steps: int | None) -> None:
+    def _check_steps(self, begun: int, steps: int) -> None:
         """Let a run go on with another number of processes where its steps stay what they were."""
         now, expected = self.job.accelerator.num_processes, self.job.source.steps_per_epoch
         if begun == now:
-            if steps not in (None, expected):  # older checkpoints do not say
+            if steps != expected:
                 raise UserError(
                     f"{self.run.folder} has epochs of {steps} steps, these data give {expected}: "
                     "resume with the data and the batch size that it was begun with"

@@ -27,6 +27,8 @@ _ENTRIES = {
     *("config.yaml", "metrics.jsonl", "model.safetensors", "checkpoints", "report.html"),
     *("tensorboard", "comparison.json", "environment.json"),
 }
+_LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
+"""What file managers leave in any folder that they show."""
 
 
 @dataclass(frozen=True)
@@ -103,31 +105,36 @@ class RunFolder:
             if not run.config.is_file():
                 raise UserError(f"cannot resume {out}: it is not a run folder (no config.yaml)")
             return run
-        if not run.folder.exists() or (run.folder.is_dir() and not any(run.folder.iterdir())):
+        if not run.folder.exists() or (run.folder.is_dir() and not run._entries()):
             return run
         if not overwrite:
             raise UserError(
                 f"{out} exists already: choose another --out, go on with --resume, or replace it "
                 "with --overwrite"
             )
-        foreign = run._foreign()
-        if foreign:
-            raise UserError(f"{out} is not a run folder ({foreign}), so it is not deleted")
+        run._check_own()
         return run
 
-    def _foreign(self) -> str:
-        """Say what shows that this is not a run folder; nothing if it is one."""
+    def _entries(self) -> list[str]:
+        """Return the names of what lies in the folder, in order."""
+        return sorted(p.name for p in self.folder.iterdir() if p.name not in _LITTER)
+
+    def _check_own(self) -> None:
+        """Refuse to delete what is not a run folder, or not that alone.
+
+        Raises:
+            UserError: naming what shows it.
+        """
+        then = "so it is not deleted"
         if not self.config.is_file():
-            return "it has no config.yaml"
-        entries = sorted(
-            p.name
-            for p in self.folder.iterdir()
-            if not p.name.endswith(".part") and ".state" not in p.name
-        )
-        others = [name for name in entries if name not in _ENTRIES]
-        if others:
-            return f"it holds {others[0]}"
-        return "" if "method" in read_yaml(self.config) else "its config.yaml names no method"
+            raise UserError(f"{self.folder} is not a run folder (it has no config.yaml), {then}")
+        for name in self._entries():
+            if not (name in _ENTRIES or name.endswith(".part") or ".state" in name):
+                raise UserError(f"{self.folder} holds {name} beside a run: move it away first")
+        if "method" not in read_yaml(self.config):
+            raise UserError(
+                f"{self.folder} is not a run folder (its config.yaml names no method), {then}"
+            )
 
     def make(self, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
         """Make the folder and write the settings.
@@ -186,7 +193,7 @@ class RunFolder:
         part = self.folder / f".{self.config.name}.{uuid.uuid4().hex}.part"
         try:
             files.write_atomically(part, text)
-            if any(not path.name.endswith(".part") for path in self.folder.iterdir()):
+            if any(not name.endswith(".part") for name in self._entries()):
                 raise FileExistsError
             try:
                 os.link(part, self.config)
@@ -200,12 +207,19 @@ class RunFolder:
 
     def note_environment(self) -> list[str]:
         """Write down where the run is begun; return what differs from there where it goes on."""
-        now = environment.describe()
+        now, before = environment.describe(), self.begun_on()
+        if before is not None:
+            return environment.differences(before, now)
+        files.write_atomically(self.environment, json.dumps(now, indent=2) + "\n")
+        return []
+
+    def begun_on(self) -> dict[str, Any] | None:
+        """Return what ``environment`` says; None of a new run, or one of an older version."""
         try:
-            return environment.differences(json.loads(self.environment.read_text("utf-8")), now)
-        except (OSError, ValueError):  # of a new run, or of an older version
-            files.write_atomically(self.environment, json.dumps(now, indent=2) + "\n")
-            return []
+            found = json.loads(self.environment.read_text("utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
 
     def as_begun(self, config: C) -> C:
         """Return the settings with the engine that the run was begun with, where that was picked.

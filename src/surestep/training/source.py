@@ -1,4 +1,4 @@
-"""Where the training loop takes its batches and its held-out images from."""
+"""Where the training loop takes its batches from."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     SequentialSampler,
-    Subset,
     default_collate,
 )
 
-from surestep.data import Batches, Images, as_images, as_pair, as_pixels, augment
+from surestep.data import Batches, as_pair, as_pixels, augment
 from surestep.errors import SurestepWarning, UserError
 from surestep.training.randomness import OwnRandom
 
-_NO_LENGTH = (
+NO_LENGTH = (
     "has no length, which schedules need: give steps_per_epoch with a DataLoader, or a Dataset "
     "with __len__ and __getitem__"
 )
+"""Said of data after their type."""
 
 Batch = tuple[Tensor, Tensor, Tensor | None]
 
@@ -79,7 +79,7 @@ class LoaderSource:
         except TypeError:
             known = None
         if known is None and steps is None:
-            raise UserError(f"the DataLoader {_NO_LENGTH}")
+            raise UserError(f"the DataLoader {NO_LENGTH}")
         if known is not None and steps is not None and steps > known:
             raise UserError(
                 f"steps_per_epoch {steps}: the DataLoader has {known} batches: give no more"
@@ -170,7 +170,7 @@ class Replayed:
 
 
 def _without(batches: Iterator[Batch], skip: int) -> Iterator[Batch]:
-    """Take the first away now: generators of a loader's own are restored before the next."""
+    """Take the first away, and now: the caller restores the loader's generators right after."""
     for _ in range(skip):
         next(batches)
     return batches
@@ -209,58 +209,6 @@ def first_of(data: Any) -> tuple[Tensor, Tensor] | None:
             except Exception:
                 return None
     return as_pair(batch)
-
-
-def hold_out(n: int, wanted: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Split n indices into training and held-out ones: at most ``wanted``, at most a tenth."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu")
-    held = min(wanted, n // 10)
-    return order[held:], order[:held]
-
-
-def hold_out_labelled(images: Images, wanted: int, seed: int) -> tuple[Images, Images]:
-    """Hold images out as ``hold_out`` does, of those that have a label."""
-    labelled, rest = images.by_label()
-    train, held = hold_out(len(labelled), wanted, seed)
-    return images.subset(torch.cat([labelled[train], rest])), images.subset(labelled[held])
-
-
-def split(data: Any, validation: Any, wanted: int, seed: int) -> tuple[Any, Any]:
-    """Return the training data and the held-out data, None if none is wanted.
-
-    Args:
-        data: Images, a pair (x, y), a Dataset or a DataLoader.
-        validation: held-out data of the same kinds; None to take some of ``data``.
-        wanted: number of held-out images.
-        seed: of the draw.
-
-    Raises:
-        UserError: data or validation of another kind, or without a length; a DataLoader without
-            ``validation``, since nothing can be held out of it.
-    """
-    if isinstance(data, IterableDataset):
-        raise UserError(f"{type(data).__name__} {_NO_LENGTH}")
-    loader = isinstance(data, DataLoader)
-    data = data if loader or isinstance(data, Dataset) else as_images(data)
-    if not wanted:
-        return data, None
-    if validation is not None:
-        held_out = isinstance(validation, DataLoader | Dataset)
-        validation = validation if held_out else as_images(validation)
-        if isinstance(validation, Images) and bool((validation.y < 0).any()):
-            raise UserError("validation holds images without a label (y of -1): leave them out")
-        return data, validation
-    if loader:
-        raise UserError(
-            "nothing can be held out of a DataLoader: pass validation=(x, y), or val_images=0"
-        )
-    if isinstance(data, Images):
-        train, held = hold_out_labelled(data, wanted, seed)
-        return (train, held) if len(held) else (data, None)
-    rows, held_rows = hold_out(len(data), wanted, seed)
-    if not len(held_rows):
-        return data, None
-    return Subset(data, rows.tolist()), Subset(data, held_rows.tolist())
 
 
 def _deaf(_: int) -> None:

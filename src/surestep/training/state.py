@@ -52,9 +52,7 @@ class Sums:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-        self.images = state.get("images", 0)
-        # Checkpoints of older versions have one number for all.
-        self.counts = state.get("counts") or dict.fromkeys(state["totals"], state.get("steps", 0))
+        self.images, self.counts = state["images"], state["counts"]
         self.totals = {k: v.to(self.device) for k, v in state["totals"].items()}
 
     def means(self) -> dict[str, float]:

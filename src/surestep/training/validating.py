@@ -59,7 +59,7 @@ def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
         except UserError as e:
             # Alone it would leave the others waiting for its next question.
             trouble, n, seconds = e, 0, 0.0
-        # Those of a smaller part ask as often as those of the largest.
+        # To ask is collective: a process of a smaller part asks as often as that of the largest.
         while asked < math.ceil(largest / batch_size):
             ask()
     # Sums of all, so that all select the weights of the same epoch: kernels may round apart.

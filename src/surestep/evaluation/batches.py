@@ -1,0 +1,86 @@
+"""What is judged, batch after batch, whatever form it is given in."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+from surestep.data import Batches, Images, as_images, as_pair, as_pixels, some
+from surestep.errors import SurestepWarning, UserError
+
+_FEW = 20  # images that may be of one class by chance
+
+
+def batches_of(
+    data: Any,
+    batch_size: int,
+    n: int | None,
+    device: torch.device,
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> tuple[Iterator[tuple[Tensor, Tensor]], int]:
+    """Return the batches on the device, and the number of images if it is known (else 0).
+
+    Raises:
+        UserError: data that are none, or tensors that are no float32 images where the data range
+            is another than [0, 1].
+    """
+    if isinstance(data, Dataset):
+        streams = isinstance(data, IterableDataset) or not isinstance(data, Sized)
+        whole = 0 if streams else len(cast(Sized, data))
+        data = Subset(data, some(whole, n).tolist()) if n is not None and n < whole else data
+        data = DataLoader(data, batch_size)
+    if isinstance(data, DataLoader):
+        return _first(data, n, device, bounds), n or 0
+    images = as_images(data) if bounds == (0.0, 1.0) else _in_range(data, bounds)
+    images = images if n is None else images.first(n)
+    if bool((images.y < 0).any()):
+        raise UserError(f"{images.name} has images without a label (y of -1): leave them out")
+    source = Batches(images, batch_size, shuffle=False, device=device)
+    return ((x, y) for x, y, _ in source.epoch(0)), len(images)
+
+
+def _in_range(data: Any, bounds: tuple[float, float]) -> Images:
+    """Take tensors in another data range as they are; each batch is checked against the range."""
+    if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor):
+        x, y = data
+        if x.dtype == torch.float32 and isinstance(y, Tensor):
+            return Images(x, y)
+    raise UserError(
+        f"for the data range {bounds} give float32 tensors (x, y) in it, or a DataLoader; other "
+        "data are pixels in [0, 1]"
+    )
+
+
+def warn_of_one_class(counts: Mapping[int, int], stacklevel: int) -> None:
+    """Say that a part of data sorted by class was judged, where all are images of one label."""
+    ((label, n), *others) = counts.items()
+    if not others and n >= _FEW:
+        warnings.warn(
+            f"the first {n:,} images are all of class {label}: if the data are "
+            "sorted by class, shuffle them, or judge all (n=None)",
+            SurestepWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _first(
+    loader: Iterable[Any], n: int | None, device: torch.device, bounds: tuple[float, float]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    left = math.inf if n is None else n
+    for batch in loader:
+        if left <= 0:
+            return
+        x, y = as_pair(batch)
+        take = int(min(left, len(x)))
+        left -= take
+        x = x[:take]
+        # Before it is moved: Apple's GPUs have no float64. Of half an image's digits a ball in l2
+        # has next to no room: all its points are rounded.
+        x = x.float() if x.is_floating_point() else x
+        yield as_pixels(x.to(device), bounds), y[:take].to(device)

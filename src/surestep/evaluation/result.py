@@ -1,0 +1,70 @@
+"""What an evaluation found, and how sure its shares are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from torch import Tensor
+
+FORMAT, VERSION = "surestep-evaluation", 1
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found. Accuracies are shares in [0, 1].
+
+    Attributes:
+        clean_accuracy: share of images classified right as they are.
+        robust_accuracy: by attack, the share right both clean and under that attack.
+        worst_case_accuracy: share that no attack of the suite broke, taken per image.
+        n: number of images.
+        seed: of the random starts.
+        intervals: 95% Wilson intervals of these accuracies by name.
+        seconds: wall time of the whole.
+        attack_seconds: wall time by attack.
+        threat: norm, eps and data range in words.
+        attacks: by attack, its ``scope`` ("all" that are right clean, or the "survivors" of the
+            other attacks: its accuracy is then theirs together), accuracy, seconds, and
+            ``by_step``: for an iterative attack the share still right after each point tried,
+            ``by_part``: for AutoAttack the share still right after each of its parts.
+        per_class: per label, its number of images, clean and worst-case accuracy.
+        curve: accuracies at other radii, if these were asked for.
+        right: (n,) each, which images were right "clean", by attack and in the "worst case"; not
+            part of ``to_dict``.
+        precision: in which the perturbations were made.
+        doubts: signs that the worst case is too high, in words; none where none was looked for.
+    """
+
+    clean_accuracy: float
+    robust_accuracy: dict[str, float]
+    worst_case_accuracy: float
+    n: int
+    seed: int
+    intervals: dict[str, tuple[float, float]]
+    seconds: float
+    attack_seconds: dict[str, float]
+    threat: dict[str, Any]
+    attacks: list[dict[str, Any]]
+    per_class: list[dict[str, Any]]
+    curve: list[dict[str, Any]]
+    right: dict[str, Tensor] = field(repr=False, compare=False)
+    precision: str = "float32"
+    doubts: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers, strings, lists and dicts, as written by ``--json``."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "right"}
+        values["intervals"] = {k: list(v) for k, v in self.intervals.items()}
+        return {"format": FORMAT, "version": VERSION, **values}
+
+
+def wilson_interval(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the Wilson score interval of a share (95% by default)."""
+    if n == 0:
+        return (0.0, 1.0)
+    p, z2 = right / n, z * z
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return (max(0.0, centre - half), min(1.0, centre + half))

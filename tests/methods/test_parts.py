@@ -118,7 +118,7 @@ def test_dropout_is_refused_where_a_part_is_compiled(make_task):
         methods.get("sads")(Linf(0.1))(task.net, task.x, task.y)
 
 
-FOLLOW = ("eat", "gat", "nuat", "liet", "fgsm-mep", "tdat", "converge-smooth", "sads")
+FOLLOW = ("eat", "gat", "nuat", "liet", "fgsm-mep", "tdat", "converge-smooth", "sads", "iaat")
 
 
 def test_a_course_that_nobody_tells(slug, make_task):

@@ -38,10 +38,10 @@ from surestep.training import (
     TrainStep,
     _fit,
     checkpoint,
+    display,
     loop,
     picking,
     preparing,
-    progress,
     validating,
 )
 from surestep.training.schedules import learning_rate, momentum
@@ -1535,10 +1535,10 @@ class Clipped:
 
 def test_a_log_has_a_line_a_minute(tiny, monkeypatch, capsys):
     """A run without a terminal, whose epochs take hours, must not look as if it hung."""
-    monkeypatch.setattr(progress, "_SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(display, "_SECONDS_BETWEEN", 0.0)
     tiny.train(epochs=1, quiet=False)
     quiet_minute = capsys.readouterr().err
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(display, "SECONDS_BETWEEN_LINES", 0.0)
     tiny.train(epochs=1, quiet=False)
     lines = capsys.readouterr().err.splitlines()
     assert "step 3/5" not in quiet_minute

@@ -10,6 +10,7 @@ from surestep import UserError, targets
 
 PLAIN = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
 STATISTICS = {"image_mean": [0.5], "image_std": [0.25]}
+TIMM = {"input_size": (1, 2, 2), "mean": (0.5,), "std": (0.25,), "crop_pct": 0.9}
 
 
 def load(monkeypatch, **processor):
@@ -28,7 +29,8 @@ def load(monkeypatch, **processor):
     ("processor", "white"),
     [
         ({**PLAIN, **STATISTICS}, 2.0),
-        (STATISTICS, 2.0),  # timm's on the Hub
+        ({"rescale_factor": 1 / 255, "data_config": TIMM}, 2.0),  # transformers' wrapper of timm
+        (STATISTICS, 2.0),
         ({**PLAIN, **STATISTICS, "do_normalize": False}, 1.0),
         ({}, 1.0),
     ],
@@ -44,6 +46,7 @@ def test_normalised_as_the_processor_does(monkeypatch, processor, white):
         {"rescale_factor": 1 / 127.5},
         {"rescale_offset": True},
         {"include_top": True},
+        {"do_color_quantize": True},
         {"do_flip_channel_order": True},
     ],
 )

@@ -358,18 +358,26 @@ def _hugging_face(name: str) -> nn.Module:
             f"hf:{name} wants its pixels in another order or scale than RGB in [0, 1]: write a "
             "FILE.py:FACTORY that puts this into the model"
         )
-    # timm's processors have no such switch: what they have statistics for, they normalise by.
-    known = getattr(processor, "image_mean", None) is not None
-    if getattr(processor, "do_normalize", known):
-        return nn.Sequential(models.Normalize(processor.image_mean, processor.image_std), model)
+    statistics = _statistics(processor)
     found: nn.Module = model
-    return found
+    return nn.Sequential(models.Normalize(*statistics), found) if statistics else found
+
+
+def _statistics(processor: Any) -> Statistics | None:
+    """Return what a processor normalises by, None if it does not."""
+    # The wrapper of timm's has no switch, and its numbers are in timm's own words only.
+    if of_timm := getattr(processor, "data_config", None):
+        return of_timm["mean"], of_timm["std"]
+    mean: Any = getattr(processor, "image_mean", None)
+    if getattr(processor, "do_normalize", mean is not None):
+        return mean, processor.image_std
+    return None
 
 
 def _takes_plain_pixels(processor: Any) -> bool:
     """Tell whether a processor brings RGB to [0, 1], and then at most normalises it once."""
     scale = getattr(processor, "rescale_factor", None)
-    others = ("do_flip_channel_order", "rescale_offset", "include_top")
+    others = ("do_flip_channel_order", "do_color_quantize", "rescale_offset", "include_top")
     return (
         scale in (None, 1 / 255)
         and getattr(processor, "do_rescale", True)

@@ -100,6 +100,10 @@ def test_python_format(tmp_path, name, place, key, how):
     assert test.y.tolist() == Y
 
 
+ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n"
+BYTES = b"cnumpy\ndtype\nU\x02u1\x85R"
+
+
 class Evil:
     def __reduce__(self):
         return os.system, ("touch /tmp/surestep-was-here",)
@@ -128,6 +132,13 @@ class Zip:
         (pickle.dumps({"data": X[0], "labels": Y}, 4), ["'data'", "uint8"]),
         # NumPy's own array over bytes of the file's: pointers that it chooses, if it could.
         (b"\x80\x02cnumpy\nndarray\nK\x01\x85\x85R.", ["not a readable pickle"]),
+        # Arrays that nothing was told of, or a number of bytes to make; a key that is no text.
+        (b"\x80\x02}U\x04data" + ARRAY + b")\x81s.", ["not a readable pickle"]),
+        (
+            b"\x80\x02}U\x04data" + ARRAY + b")R(K\x01K\x05\x85" + BYTES + b"\x89K\x05tbs.",
+            ["not a readable pickle", "not 'int'"],
+        ),
+        (b"\x80\x03}C\x01\xffK\x01s.", ["not a readable pickle", "UnicodeDecodeError"]),
         (python2_pickle(X, "labels", Y).replace(b"u1", b"O8"), ["array of O8", "bytes"]),
         (pickle.dumps({"data": X, "labels": Y[:5]}, 4), ["'labels'", "10"]),
         (pickle.dumps({"data": X, "labels": ["1"] * 10}, 4), ["'labels'"]),

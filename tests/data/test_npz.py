@@ -34,6 +34,16 @@ def test_labels_from_one_are_refused(tmp_path):
         data.load(place)
 
 
+def test_only_training_must_have_the_first_class(tmp_path):
+    x = np.zeros((20, 4, 4))
+    assert data.load(save(tmp_path, x_test=x, y_test=Y + 1), "test").y.min() == 1
+    whole = save(tmp_path, x=x, y=Y, y_train=Y + 1)  # of which y_train is not read
+    assert data.load(whole).num_classes == 4
+    named = save(tmp_path, x_train=x, y_train=Y + 1, x_test=x, y_test=Y)
+    with pytest.raises(UserError, match="number them from 0"):
+        data.load(named, "test")
+
+
 def test_x_and_y_are_divided(tmp_path):
     x = np.arange(20)[:, None, None] * np.ones((1, 4, 6)) / 255
     place = save(tmp_path, x=x, y=Y)

@@ -64,6 +64,14 @@ def test_two_layers_that_may_make_the_logits():
         models.on_hypersphere(model)
 
 
+def test_layers_inside_are_no_heads():
+    """Those that are square, as a transformer's are, and those that have no shape yet."""
+    for inside, last in ((nn.LazyLinear(4), (4, 3)), (nn.Linear(4, 4), (4, 4))):
+        model = models.on_hypersphere(nn.Sequential(inside, nn.Linear(*last)))
+        assert isinstance(model[1], models.HypersphereHead)
+        assert model[0] is inside
+
+
 def test_what_cannot_have_one():
     with pytest.raises(UserError, match="no linear layer"):
         models.on_hypersphere(nn.Sequential(nn.Conv2d(1, 2, 3)))

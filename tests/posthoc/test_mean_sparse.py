@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from surestep import Linf, UserError, posthoc
 from surestep.activations import straight_through
@@ -186,6 +188,40 @@ def test_no_pass_takes_more_images_than_asked(trained, images):
     posthoc.harden(trained, images, images, Linf(0.1), **options)
     handle.remove()
     assert max(sizes) == 9
+
+
+class Alive(TorchDispatchMode):
+    """Counts how many tensors of at least ``size`` values are alive at once."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.most, self.known = size, 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.numel() >= self.size:
+            self.known.append(weakref.ref(out))
+        self.most = max(self.most, sum(one() is not None for one in self.known))
+        return out
+
+
+def test_one_layer_at_a_time_is_kept(images):
+    def most(depth):
+        layers = [m for _ in range(depth) for m in (nn.Conv2d(1, 1, 1), nn.ReLU())]
+        with Alive(images.x.numel()) as alive:
+            posthoc.measure(nn.Sequential(*layers).eval(), images)
+        return alive.most
+
+    assert most(8) == most(2)
+
+
+def test_full_memory_is_told_in_one_line(trained, images):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trained.register_forward_pre_hook(full)
+    with pytest.raises(UserError, match=r"^out of memory in .* lower batch_size \(30\)$"):
+        posthoc.harden(trained, images, images, Linf(0.1), batch_size=30)
 
 
 def test_what_cannot_be_hardened(trained, images):

@@ -203,7 +203,7 @@ def _unpickle(path: Path) -> dict[str, Any]:
     reader = _Unpickler(io.BytesIO(_content(path)), encoding="latin1")
     reader.path = path
     try:
-        stored = reader.load()
+        stored = _plain(reader.load())
     except UserError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
@@ -213,6 +213,13 @@ def _unpickle(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(stored, dict):
         raise UserError(f"{path} holds a {type(stored).__name__}: expected a dict with 'data'")
+    return stored
+
+
+def _plain(stored: Any) -> Any:
+    """Return a dict with text for keys and NumPy's arrays for those that stand for them."""
+    if not isinstance(stored, dict):
+        return stored
     return {
         k.decode() if isinstance(k, bytes) else str(k): v.values if isinstance(v, _Array) else v
         for k, v in stored.items()
@@ -256,7 +263,7 @@ class _Array:
         _version, shape, kind, by_column, content = state
         if not isinstance(kind, _Kind):
             raise ValueError("an array of no known kind")
-        raw = content.encode("latin1") if isinstance(content, str) else bytes(content)
+        raw = content.encode("latin1") if isinstance(content, str) else content
         flat = np.frombuffer(raw, np.uint8)
         self.values = flat.reshape(shape, order="F" if by_column else "C").copy()
 

@@ -36,8 +36,8 @@ def load(split: Split, path: str | Path) -> Images:
         Images with x uint8 (N, C, H, W), or float32 pixels in [0, 1].
 
     Raises:
-        UserError: a missing file, key or channel dimension; a damaged or pickled file; pixels or
-            labels that `surestep.data.as_images` refuses.
+        UserError: a missing file, key or channel dimension; a damaged or pickled file; training
+            labels from 1 on; pixels or labels that `surestep.data.as_images` refuses.
     """
     path = Path(path)
     try:
@@ -72,11 +72,13 @@ def _load(archive: Any, split: Split, path: Path) -> Images:
     whole = "x" in archive
     held_out = not whole and "x_val" not in archive and split != "test"
     x, y = get("" if whole else "_train" if held_out else f"_{_SUFFIX[split]}")
-    _check_from_zero(archive.get("y_train", y), path)
+    # Of a test split alone nothing is known: it may lack the first class.
+    trained = y if whole else archive.get("y_train", np.empty(0, int))
+    _check_from_zero(trained, path)
     images = as_images(
         (_channels_first(x, path), y.reshape(-1) if y.shape[1:] == (1,) else y),
         # A split may lack the last class, so the training labels count as well.
-        num_classes=_classes(y, archive.get("y_train", y)),
+        num_classes=_classes(y, trained),
         name=path.stem,
     )
     if whole or held_out:
@@ -110,8 +112,7 @@ def _channels_first(x: np.ndarray, path: Path) -> np.ndarray:
 
 def _check_from_zero(y: np.ndarray, path: Path) -> None:
     """Refuse training labels from 1 on, which would make a class that no image has."""
-    known = y[y >= 0] if y.dtype.kind in "iu" else y[:0]
-    if known.size and known.min() > 0:
+    if y.dtype.kind in "iu" and (known := y[y >= 0]).size and known.min() > 0:
         raise UserError(f"{path} has labels {known.min()} to {known.max()}: number them from 0")
 
 

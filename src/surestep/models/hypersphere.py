@@ -62,8 +62,10 @@ def on_hypersphere(model: nn.Module, scale: float = 15.0) -> nn.Module:
     if not linear:
         raise UserError("the model has no linear layer that a hypersphere head could replace")
     *others, (place, last) = linear.items()
-    alike = [name for name, m in others if m.weight.shape == last.weight.shape]
-    if alike and last.in_features != last.out_features:
+    # By the numbers: the weights of a lazy layer have no shape yet.
+    shape = (last.in_features, last.out_features)
+    alike = [name for name, m in others if (m.in_features, m.out_features) == shape]
+    if alike and last.in_features != last.out_features:  # square ones are a transformer's inside
         # Heads of distilled transformers, whose logits are averaged.
         raise UserError(
             f"the model has linear layers of one shape, {', '.join([*alike, place])}: which make "

@@ -557,7 +557,7 @@ class TestRunFolders:
             ({"eps": 0.1}, "eps 0.3 and 0.1"),
             ({"dataset": "cifar10", "eps": 0.3}, "dataset 'mnist' and 'cifar10'"),
             ({"norm": "l2", "eps": 0.3}, "norm 'linf' and 'l2'"),
-            ({"data": "/elsewhere"}, "their test images differ (None and /elsewhere)"),
+            ({"data": "/elsewhere"}, "their test images differ (mnist and /elsewhere)"),
         ],
     )
     def test_what_cannot_be_compared(self, world, run_of, tmp_path, settings, said):
@@ -605,6 +605,8 @@ class TestRunFolders:
         copy = Images(world.images.x.clone(), world.images.y.clone())
         world.other_images = {"/elsewhere": copy}
         assert len(compare_runs([run_of("a"), run_of("b", seed=1, data="/elsewhere")]).rows) == 2
+        npz = [run_of(k, dataset=f"npz:/{k}/d.npz", eps=0.3, seed=i) for i, k in enumerate("cd")]
+        assert compare_runs(npz).n == compare_runs(npz[:1]).n
 
     def test_the_same_run_twice(self, run_of):
         with pytest.raises(UserError, match=r"a and .*b are the same run \(method sat-r2, seed 0"):

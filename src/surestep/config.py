@@ -26,7 +26,7 @@ def _ratio(value: Any) -> Any:
     return value
 
 
-_WORDS = {"true": True, "false": False, "none": None, "null": None}
+_WORDS = {"true": True, "yes": True, "false": False, "no": False, "none": None, "null": None}
 
 
 def read_param(value: Any) -> Any:
@@ -175,7 +175,7 @@ class RunConfig(FitSettings):
         0.3,
         ge=0,
         description="Radius of the threat model: 0.3 or 8/255; the lengths of a preset, or of a "
-        "--config, change with it",
+        "--config, change with it (those written inside perturbation stay)",
     )
     device: str | None = Field(
         None, description="Where to run: cpu, cuda, cuda:1, mps; by default the best"

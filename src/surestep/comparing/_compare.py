@@ -233,25 +233,38 @@ def _check_alike(entrants: list[Entrant], n: int | None) -> Images:
     """Refuse runs not made for the same images and threat model; return the images."""
     first = entrants[0]
     images = runs.load_data(first.config, "test", n)
-    known = {(first.config.data, first.config.image_size): images}
+    known = {_place(first.config): images}
     for entrant in entrants[1:]:
         for name in _ALIKE:
             one, other = getattr(first.config, name), getattr(entrant.config, name)
-            if one != other:
+            if _kind(one) != _kind(other):
                 raise UserError(
                     f"{first.name} and {entrant.name} cannot be compared: {name} {one!r} and "
                     f"{other!r}"
                 )
-        place = (entrant.config.data, entrant.config.image_size)
+        place = _place(entrant.config)
         if place not in known:
             # Two places may hold the same data; two archives of one kind need not.
             known[place] = runs.load_data(entrant.config, "test", n)
         if not _same(images, known[place]):
             raise UserError(
                 f"{first.name} and {entrant.name} cannot be compared: their test images differ "
-                f"({first.config.data} and {entrant.config.data})"
+                f"({_told(first.config)} and {_told(entrant.config)})"
             )
     return images
+
+
+def _kind(value: Any) -> Any:
+    """Return a setting, of a data set without where it lies: the images decide."""
+    return value.partition(":")[0] if isinstance(value, str) else value
+
+
+def _place(config: RunConfig) -> tuple[Any, ...]:
+    return (config.dataset, config.data, config.image_size)
+
+
+def _told(config: RunConfig) -> str:
+    return config.data or config.dataset
 
 
 def _same(one: Images, other: Images) -> bool:

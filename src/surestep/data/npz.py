@@ -73,14 +73,16 @@ def _load(archive: Any, split: Split, path: Path) -> Images:
     held_out = not whole and "x_val" not in archive and split != "test"
     x, y = get("" if whole else "_train" if held_out else f"_{_SUFFIX[split]}")
     # Of a test split alone nothing is known: it may lack the first class.
-    trained = y if whole else archive.get("y_train", np.empty(0, int))
-    _check_from_zero(trained, path)
+    trained = archive.get("y_train", np.empty(0, int))
+    if whole:
+        trained = y if split != "test" else np.empty(0, int)
     images = as_images(
         (_channels_first(x, path), y.reshape(-1) if y.shape[1:] == (1,) else y),
         # A split may lack the last class, so the training labels count as well.
         num_classes=_classes(y, trained),
         name=path.stem,
     )
+    _check_from_zero(trained, path)
     if whole or held_out:
         part = _divided(images, split, str(path), test=whole)
         note = f"{len(part):,} of {len(images):,} images: {path} names no splits, so it is divided"

@@ -51,7 +51,9 @@ def _finish(base: SingleStep, point: Tensor, x: Tensor, project: bool) -> Tensor
     """
     if project:
         return base.threat.project(point, x)
-    return base.threat.clip(point) if isinstance(base, FGSM) else base.finish(point, x)
+    parts = ("start", "size", "finish")
+    fgsm = all(getattr(type(base), part) is getattr(SingleStep, part) for part in parts)
+    return base.threat.clip(point) if fgsm else base.finish(point, x)
 
 
 def sat_r1_update(
@@ -442,7 +444,7 @@ class SATR3(SAT):
         super().validate()
         self.require(self.tau > 0, "tau", "> 0")
         size = self.base.size
-        self.require(0 <= self.eps_low <= size, "eps_low", f"in [0, the step's {size:g}]")
+        self.require(0 <= self.eps_low <= size, "eps_low", f"in [0, the step's {size:g}], give one")
 
     def regularised(
         self, model: nn.Module, x: Tensor, y: Tensor, lam: float, fraction: float

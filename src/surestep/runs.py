@@ -357,7 +357,7 @@ def train(
         then = "resume" if resume else "take the config.yaml of"
         raise UserError(f"{what} hardened after training: {then} the run it was made from")
     # What can be told at once, before a data set is read.
-    RunFolder.plan(out, resume=resume, overwrite=overwrite)
+    run = RunFolder.plan(out, resume=resume, overwrite=overwrite)
     method = build_method(config)
     if config.val_images:
         suite.parse_all(config.val_attacks, method.threat)
@@ -374,7 +374,7 @@ def train(
     if sources:
         method.sources = sources  # type: ignore[attr-defined]
     settings = {name: getattr(config, name) for name in FitSettings.model_fields}
-    begun = read_yaml(RunFolder(Path(str(out))).config) if resume else None
+    begun = read_yaml(run.config) if run and resume else None
     written = from_anywhere(config, begun).model_dump(mode="json")
     described = {k: v for k, v in written.items() if k not in FitSettings.model_fields}
     model = build_model(config, images, begin=not resume)

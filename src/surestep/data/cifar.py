@@ -203,7 +203,7 @@ def _unpickle(path: Path) -> dict[str, Any]:
     reader = _Unpickler(io.BytesIO(_content(path)), encoding="latin1")
     reader.path = path
     try:
-        stored = _plain(reader.load())
+        return _plain(reader.load(), path)
     except UserError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
@@ -211,15 +211,12 @@ def _unpickle(path: Path) -> dict[str, Any]:
             f"{path} is not a readable pickle ({type(error).__name__}: {error}): it is truncated "
             "or corrupt, put a fresh copy there"
         ) from None
-    if not isinstance(stored, dict):
-        raise UserError(f"{path} holds a {type(stored).__name__}: expected a dict with 'data'")
-    return stored
 
 
-def _plain(stored: Any) -> Any:
+def _plain(stored: Any, path: Path) -> dict[str, Any]:
     """Return a dict with text for keys and NumPy's arrays for those that stand for them."""
     if not isinstance(stored, dict):
-        return stored
+        raise UserError(f"{path} holds a {type(stored).__name__}: expected a dict with 'data'")
     return {
         k.decode() if isinstance(k, bytes) else str(k): v.values if isinstance(v, _Array) else v
         for k, v in stored.items()

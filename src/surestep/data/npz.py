@@ -72,10 +72,9 @@ def _load(archive: Any, split: Split, path: Path) -> Images:
     whole = "x" in archive
     held_out = not whole and "x_val" not in archive and split != "test"
     x, y = get("" if whole else "_train" if held_out else f"_{_SUFFIX[split]}")
-    # Of a test split alone nothing is known: it may lack the first class.
-    trained = archive.get("y_train", np.empty(0, int))
-    if whole:
-        trained = y if split != "test" else np.empty(0, int)
+    unknown = y[:0]  # of what is only judged, which may lack the first class
+    own = unknown if split == "test" else y
+    trained = own if whole else archive.get("y_train", unknown)
     images = as_images(
         (_channels_first(x, path), y.reshape(-1) if y.shape[1:] == (1,) else y),
         # A split may lack the last class, so the training labels count as well.

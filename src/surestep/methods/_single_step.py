@@ -66,12 +66,16 @@ class SingleStep(Method):
         return Cost.of(attack=1, update=1)
 
 
+def unchanged(cls: type[Method], *parts: str) -> bool:
+    """Tell whether a method is a single step and has these parts as ``SingleStep`` has them."""
+    return issubclass(cls, SingleStep) and all(
+        getattr(cls, part) is getattr(SingleStep, part) for part in parts
+    )
+
+
 def _of_parts(cls: type[Method]) -> bool:
     """Tell whether a method is a start, a gradient, a step and an end, and nothing else."""
-    whole = ("perturb", "step_on")
-    return issubclass(cls, SingleStep) and all(
-        getattr(cls, name) is getattr(SingleStep, name) for name in whole
-    )
+    return unchanged(cls, "perturb", "step_on")
 
 
 class OnSingleStep(Method):

@@ -16,7 +16,7 @@ from surestep.attacks.lending import attacking
 from surestep.attacks.losses import cross_entropy
 from surestep.methods._base import Cost, Terms, Update, register
 from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
-from surestep.methods._single_step import OnSingleStep, SingleStep
+from surestep.methods._single_step import OnSingleStep, unchanged
 
 
 @register("aaer")
@@ -48,7 +48,7 @@ class AAER(OnSingleStep):
         super().validate()
         self.not_negative("lam_loss", "lam_spread")
         # The losses at both ends must be of one function: the update is in train mode.
-        plain = type(self.base).gradient is SingleStep.gradient and self.base.train_mode
+        plain = unchanged(type(self.base), "gradient") and self.base.train_mode
         expected = "a step along one gradient in train mode, as rs-fgsm and n-fgsm are"
         self.require(plain, "perturbation", expected)
 

@@ -27,7 +27,7 @@ from surestep.methods._presets import (
     MNIST_SPEED,
     recipe,
 )
-from surestep.methods._single_step import OnSingleStep, SingleStep
+from surestep.methods._single_step import OnSingleStep, SingleStep, unchanged
 from surestep.methods.fgsm import FGSM
 from surestep.threat import ThreatModel
 
@@ -51,8 +51,7 @@ def _finish(base: SingleStep, point: Tensor, x: Tensor, project: bool) -> Tensor
     """
     if project:
         return base.threat.project(point, x)
-    parts = ("start", "size", "finish")
-    fgsm = all(getattr(type(base), part) is getattr(SingleStep, part) for part in parts)
+    fgsm = unchanged(type(base), "start", "size", "finish")
     return base.threat.clip(point) if fgsm else base.finish(point, x)
 
 

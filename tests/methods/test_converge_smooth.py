@@ -51,7 +51,8 @@ def test_the_limit_lies_between_two_gammas(before, sign):
     """T is 0.03 at 0.6 of the rate, the last rise (no fall) above that, but at most 0.05."""
     method = methods.get("converge-smooth")(Linf(EPS), gamma=0.05)
     sums = torch.tensor([0.0, 0.0, 1.0, before], dtype=torch.float64)
-    method.load_state_dict({**method.state_dict(), "sums": sums, "lr": 0.1})
+    known = {"sums": sums, "lr": 0.1, "steady": True, "calm": True}
+    method.load_state_dict({**method.state_dict(), **known})
     method.progress = methods.Progress(step=1, steps_per_epoch=4, epochs=4, lr=0.06)
     assert float(method._sign(torch.tensor(1.035))) == sign
 

@@ -29,8 +29,8 @@ class ConvergeSmooth(Method):
     before, it is added to the loss, or taken off. T is the last rise of that mean, but no more
     than gamma, and no less than gamma times the share of its first value that the learning rate
     has come down to.
-    Off in the first epoch (B-CS: for its first batch), in one in which the learning rate drops
-    below half, and in the next, whose loss is compared with that one's.
+    E-CS is off in the first two epochs, B-CS for its first batch. Both are off in an epoch in which
+    the learning rate drops below half, and in the next, whose loss is compared with that one's.
     ``pull`` is the weight of the squared distance to the mean of earlier epochs' weights (weight
     centralization).
     """
@@ -64,7 +64,8 @@ class ConvergeSmooth(Method):
         # Of the clean loss: sum and number in this epoch, the means before; the mean weights.
         self._sums = torch.zeros(4, dtype=torch.float64)
         self._epoch, self._lr = 0, 0.0
-        self._steady, self._calm = True, True  # this epoch, the one before
+        # Of this epoch and the one before. For E-CS the start of training counts as a drop.
+        self._steady = self._calm = self.compare == "batch"
         self._centre: dict[str, Tensor] = {}
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from surestep.attacks.inputs import forward_logits
+from surestep.attacks.lending import attacking
 from surestep.methods._base import Cost, Terms, Update, register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.methods._single_step import OnSingleStep
@@ -21,6 +23,8 @@ from surestep.methods._single_step import OnSingleStep
 class EAT(OnSingleStep):
     """EAT: the step is taken on the model itself and on each of ``sources`` in turn.
 
+    It starts from the label that the attacked model predicts, not from the true one, which the
+    perturbation would leak.
     Set ``sources`` to trained models before training (``surestep train`` loads the run folders
     that ``--sources`` names). With none, the model itself is attacked at every step.
     """
@@ -34,7 +38,7 @@ class EAT(OnSingleStep):
     }
 
     clean: float = 0.5
-    perturbation: str = "r-fgsm"
+    perturbation: str = "fgsm"
 
     def validate(self) -> None:
         """Check the share of the clean loss."""
@@ -46,8 +50,11 @@ class EAT(OnSingleStep):
         """Perturb on the model whose turn it is."""
         turn = self.progress.step % (1 + len(self.sources))
         attacked = self.sources[turn - 1].to(x.device) if turn else model
-        # A fixed model is in eval mode, whatever mode the perturbation takes its own in.
-        x_adv = self.base.step_on(attacked, x, y, not turn and self.base.train_mode)
+        # Fixed models are attacked in eval mode, also by a perturbation that uses train mode.
+        train_mode = not turn and self.base.train_mode
+        with attacking(attacked, train_mode=train_mode) as inner, torch.no_grad():
+            predicted = forward_logits(inner, x).argmax(1)
+        x_adv = self.base.step_on(attacked, x, predicted, train_mode)
 
         def loss(logits: Tensor) -> Terms:
             at_clean, at_adv = (self.criterion(part, y) for part in logits.chunk(2))
@@ -56,5 +63,5 @@ class EAT(OnSingleStep):
         return Update(torch.cat([x, x_adv]), loss, slice(len(x), None))
 
     def cost(self, batch_size: int) -> Cost:
-        """One perturbation; clean and perturbed images in the update."""
-        return Cost.of(attack=self.gradients, update=2)
+        """One prediction and one perturbation; clean and perturbed images in the update."""
+        return Cost(self.gradients + 3, self.gradients + 2, 2)

@@ -20,11 +20,12 @@ from surestep.threat import per_sample
 @register("iaat")
 @dataclass
 class IAAT(PGD):
-    """IAAT: a radius grows by ``gamma`` if the image withstands that, and shrinks if not the old.
+    """IAAT: a radius grows by ``gamma`` if the image withstands the larger one, else shrinks.
 
-    A share of PGD's perturbation of the full radius is taken, so that no radius exceeds eps; the
-    authors run the attack at each image's own. The radius of an image that is wrong as it is aims
-    at 0. Of each move ``beta`` is taken; for the share ``rest`` of training there is none.
+    PGD runs at eps and its perturbation is scaled to the image's radius, so no radius exceeds eps;
+    the authors run the attack at each image's own radius. For the first ``rest`` of training the
+    radius is eps where the clean image is classified correctly and 0 elsewhere. After that it
+    moves by ``beta`` of the way to its target, which is 0 for a misclassified clean image.
     """
 
     summary = "PGD; each image's radius grows while it withstands it"
@@ -32,7 +33,7 @@ class IAAT(PGD):
     lengths = ("alpha",)
     needs_index = True
     needs_progress = True
-    kept = ("_missing",)
+    kept = ("_radius",)
     presets = {
         "mnist": recipe(MNIST_ZOO, steps=40, alpha=0.01),
         "cifar10": recipe(CIFAR_RESNET, steps=10, alpha=2 / 255),
@@ -48,26 +49,30 @@ class IAAT(PGD):
         self.require(0 < self.gamma <= 1, "gamma", "in (0, 1]")
         self.require(0 < self.beta <= 1, "beta", "in (0, 1]")
         self.require(0 <= self.rest <= 1, "rest", "in [0, 1]")
-        self._missing = Memory()  # eps minus the image's radius, as a share: 0 at first
+        self._radius = Memory()  # as a share of eps
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
-        """Attack at the full radius, scale to the image's, then move the radius."""
+        """Attack at eps, move each image's radius, and scale the perturbation to it."""
         assert index is not None
         images = self.progress.images
         delta = self.perturb(model, x, y) - x
-        share = 1 - self._missing.read(index, x.flatten(1)[:, 0], images)
-        more, less = (share + self.gamma).clamp(max=1), (share - self.gamma).clamp(min=0)
-        larger, x_adv = (
-            self.threat.project(x + per_sample(r, x) * delta, x) for r in (more, share)
-        )
+        radius = self._radius.read(index, x.flatten(1)[:, 0], images)
+        more, less = (radius + self.gamma).clamp(max=1), (radius - self.gamma).clamp(min=0)
+
+        def at(share: Tensor) -> Tensor:
+            return self.threat.project(x + per_sample(share, x) * delta, x)
+
         with attacking(model) as inner, torch.no_grad():
-            logits = forward_logits(inner, torch.cat([larger, x_adv, x]))
+            logits = forward_logits(inner, torch.cat([at(more), at(radius), x]))
         grows, stays, right = (~misclassified(logits, y.repeat(3))).chunk(3)
-        aim = right * torch.where(grows, more, torch.where(stays, share, less))
-        beta = self.beta if self.progress.done >= self.rest else 0.0
-        self._missing.write(index, 1 - torch.lerp(share, aim, beta), images)
-        return Update(x_adv, self.plain_loss(y))
+        if self.progress.done < self.rest:
+            radius = right.to(radius.dtype)
+        else:
+            target = right * torch.where(grows, more, torch.where(stays, radius, less))
+            radius = torch.lerp(radius, target, self.beta)
+        self._radius.write(index, radius, images)
+        return Update(at(radius), self.plain_loss(y))
 
     def cost(self, batch_size: int) -> Cost:
-        """PGD-AT's, and a pass each that tries the next radius, the old and none."""
+        """PGD-AT's, and one forward pass each at the larger radius, the current one and 0."""
         return Cost(self.steps + 4, self.steps + 1, 1)

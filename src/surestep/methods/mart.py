@@ -34,7 +34,7 @@ class MART(PGD):
             steps=10,
             alpha=0.007,
             settings={"epochs": 120, "lr": 0.01, "weight_decay": 3.5e-3},
-            source="the authors' script for ResNet-18",
+            source="the authors' script for ResNet-18, but for its learning-rate steps",
         ),
     }
 

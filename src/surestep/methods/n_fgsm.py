@@ -17,8 +17,9 @@ from surestep.methods._single_step import SingleStep
 class NFGSM(SingleStep):
     """N-FGSM: uniform noise of up to ``noise`` times eps, then a step of ``alpha``; no ball.
 
-    The noise is not taken back: the point may lie ``noise * eps + alpha`` from the image. Attack
-    in train mode, as RS-FGSM; ``alpha`` is eps by default.
+    The noise is clipped to the data range before the gradient is taken, as in the authors' code,
+    but never projected to the eps ball: the point may lie ``noise * eps + alpha`` from the image.
+    The attack runs in train mode, as RS-FGSM's does; ``alpha`` is eps by default.
     """
 
     summary = "strong uniform noise, a full step from there, not projected to the ball"
@@ -45,8 +46,8 @@ class NFGSM(SingleStep):
         self.not_negative("noise")
 
     def start(self, x: Tensor) -> Tensor:
-        """Start in the noise."""
-        return x + self.threat.random_delta(x, self.noise * self.threat.eps)
+        """Return the noisy image, within the data range."""
+        return self.threat.clip(x + self.threat.random_delta(x, self.noise * self.threat.eps))
 
     @property
     def size(self) -> float:

@@ -217,13 +217,15 @@ def sat_r3_update(
     low, high = steps_from_noise(model, x, y, base, alpha, project, (eps_low, base.size))
 
     def loss(logits: Tensor) -> Terms:
-        losses = criterion(logits, torch.cat([y[-n:], y]), reduction="none")
-        at_low, at_high = losses.split([n, len(x)])
+        # The hinge compares plain cross entropies: label smoothing has a floor, which a loss at
+        # eps_low cannot go below, so the hinge could never be met.
+        plain = F.cross_entropy(logits, torch.cat([y[-n:], y]), reduction="none")
+        at_low, at_high = plain[:n], plain[-n:]
         if per_sample:
-            hinge = F.relu(at_low - tau * at_high[-n:]).mean()
+            hinge = F.relu(at_low - tau * at_high).mean()
         else:
-            hinge = F.relu(at_low.mean() - tau * at_high[-n:].mean())
-        ce = at_high.mean()
+            hinge = F.relu(at_low.mean() - tau * at_high.mean())
+        ce = criterion(logits[n:], y)
         return ce + lam * hinge, {"ce": ce, "ce_low": at_low.mean(), "hinge": hinge}
 
     return Update(torch.cat([low[-n:], high]), loss, slice(n, None))

@@ -38,7 +38,7 @@ def rs_fgsm(net, x, y, smoothing, alpha=1.25 * EPS):
 
 
 def n_fgsm(net, x, y, smoothing, noise=2.0, alpha=EPS):
-    start = x + torch.empty_like(x).uniform_(-noise * EPS, noise * EPS)
+    start = box(x + torch.empty_like(x).uniform_(-noise * EPS, noise * EPS))
     return ce_at(box(start + alpha * train_signs(net, start, y)), y, smoothing)
 
 
@@ -99,7 +99,6 @@ def sat_r2(net, x, y, smoothing, lam, alpha, project=False, last=6):
 
 
 def sat_r3(net, x, y, smoothing, lam, tau, alpha, eps_low, project=False, per_sample=False, last=6):
-    m = len(x)
     start = box(x + alpha * noise_signs(x))
     g = signs(net, start, y)
     views = [box(start + size * g) for size in (eps_low, EPS)]
@@ -109,8 +108,8 @@ def sat_r3(net, x, y, smoothing, lam, tau, alpha, eps_low, project=False, per_sa
     views[0] = views[0][-last:]
 
     def loss(z):
-        low = [cross_entropy(row, k, smoothing) for row, k in zip(z[:last], y[-last:], strict=True)]
-        high = [cross_entropy(row, k, smoothing) for row, k in zip(z[last:], y, strict=True)]
+        low = [cross_entropy(row, k) for row, k in zip(z[:last], y[-last:], strict=True)]
+        high = [cross_entropy(row, k) for row, k in zip(z[last:], y, strict=True)]
         pairs = list(zip(low, high[-last:], strict=True))
         if per_sample:
             hinge = sum((a - tau * b).clamp(min=0) for a, b in pairs) / last
@@ -118,14 +117,14 @@ def sat_r3(net, x, y, smoothing, lam, tau, alpha, eps_low, project=False, per_sa
             hinge = (sum(a for a, _ in pairs) / last - tau * sum(b for _, b in pairs) / last).clamp(
                 min=0
             )
-        return sum(high) / m + lam * hinge
+        return mean_ce(z[last:], y, smoothing) + lam * hinge
 
     return torch.cat(views), loss, slice(last, None)
 
 
 def sat_r1_on_n_fgsm(net, x, y, smoothing, lam, steps, noise):
     """Neither ends in the ball, so that noise is left in both."""
-    start = x + torch.empty_like(x).uniform_(-noise * EPS, noise * EPS)
+    start = box(x + torch.empty_like(x).uniform_(-noise * EPS, noise * EPS))
     g = train_signs(net, start, y)
     x_f, x_i = box(start + EPS * g), box(start[-1:] + EPS / steps * g[-1:])
     for _ in range(steps - 1):
@@ -154,7 +153,7 @@ def sat_r1_on_rs_fgsm(net, x, y, smoothing, lam, steps):
 
 
 def sat_r2_on_n_fgsm(net, x, y, smoothing, lam, alpha, noise=2.0):
-    start = x + torch.empty_like(x).uniform_(-noise * EPS, noise * EPS)
+    start = box(x + torch.empty_like(x).uniform_(-noise * EPS, noise * EPS))
     both = torch.cat([start, start + alpha * noise_signs(x)])
     views = box(both + EPS * train_signs(net, both, torch.cat([y, y])))
 
@@ -172,8 +171,9 @@ def sat_r3_on_rs_fgsm(net, x, y, smoothing, lam, tau, alpha, eps_low):
     views = torch.cat([ball(start + eps_low * g, x), ball(start + 1.25 * EPS * g, x)])
 
     def loss(z):
-        low, high = (mean_ce(part, y, smoothing) for part in z.chunk(2))
-        return high + lam * (low - tau * high).clamp(min=0)
+        low, high = (mean_ce(part, y, 0.0) for part in z.chunk(2))
+        hinge = (low - tau * high).clamp(min=0)
+        return mean_ce(z[len(x) :], y, smoothing) + lam * hinge
 
     return views, loss, slice(len(x), None)
 

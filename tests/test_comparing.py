@@ -211,7 +211,7 @@ class TestTraining:
         found = compare(["sat-r2"], 1, out=tmp_path, budget="standard", **SHORT)
         assert found.rows[0].numbers["autoattack"].mean == 0.4
         assert "AutoAttack" in found.table()[0]
-        assert any(note.startswith("AutoAttack attacks what") for note in found.notes)
+        assert any(note.startswith("AutoAttack attacks only what") for note in found.notes)
 
     def test_the_stronger_of_both_ways_through_layers_that_mask(self, world, tmp_path):
         world.through = {"fgsm-bpda": 0.3, "pgd-100-bpda": 0.25, "autoattack-bpda": 0.2}
@@ -396,11 +396,11 @@ class TestAgain:
     @pytest.mark.parametrize(
         ("change", "said"),
         [
-            ({"n": 7}, "n 1000, this comparison has 7"),
-            ({"attacks": ["fgsm"]}, "attacks fgsm,pgd-100,pgd-100-margin, this comparison has"),
-            ({"audit": None}, "audit quick, this comparison has none"),
-            ({"epochs": 3}, "begun with epochs 2, this comparison has 3"),
-            ({"eps": 0.1}, "begun with eps 0.3, this comparison has 0.1"),
+            ({"n": 7}, "n 1000, but this comparison has 7"),
+            ({"attacks": ["fgsm"]}, "attacks fgsm,pgd-100,pgd-100-margin, but this comparison has"),
+            ({"audit": None}, "audit quick, but this comparison has none"),
+            ({"epochs": 3}, "started with epochs 2, but this comparison has 3"),
+            ({"eps": 0.1}, "started with eps 0.3, but this comparison has 0.1"),
         ],
     )
     def test_other_settings_are_refused_before_any_work(self, world, tmp_path, change, said):
@@ -493,7 +493,7 @@ class TestRefused:
             ({"attacks": ["fgsm"], "budget": "quick"}, "exclude each other"),
             ({"budget": "qick"}, "did you mean 'quick'"),
             ({"audit": "qick"}, "did you mean 'quick'"),
-            ({"n": 0}, "n 0: give 1"),
+            ({"n": 0}, "n 0: give at least 1"),
             ({"epoch": 3}, "unknown setting 'epoch': did you mean 'epochs'"),
             ({"seed": 3}, "seed is not a setting of a comparison: give seeds"),
             ({"method": "pgd"}, "method is not a setting of a comparison: give methods"),
@@ -576,7 +576,7 @@ class TestRunFolders:
         found = compare_runs(folders)
         assert [row.seeds for row in found.rows] == [[0, 1]]
         told = "(fast bf16: a; reference fp32: b)"
-        said = "Runs used different engines or precisions: their seconds do not compare"
+        said = "Runs used different engines or precisions: their seconds are not comparable"
         assert f"{said} {told}." in found.notes
         # Of one seed twice, it is what is compared.
         ways = compare_runs([folders[0], run_of("d", engine="reference", precision="fp32")])
@@ -585,7 +585,7 @@ class TestRunFolders:
             "sat-r2 (reference fp32)",
         ]
         alike = compare_runs([folders[0], run_of("c", seed=2, engine="fast", precision="bf16")])
-        assert not any("computed alike" in note for note in alike.notes)
+        assert not any("engines or precisions" in note for note in alike.notes)
 
     def test_machines_that_differ_are_told(self, world, run_of):
         folders = [run_of(name, seed=k) for k, name in enumerate("abcd")]
@@ -594,7 +594,7 @@ class TestRunFolders:
             (folder / "environment.json").write_text(json.dumps(facts), "utf-8")
         note = (
             "Runs were trained on different machines or versions (torch threads 2 of a, 8 of c): "
-            "their seconds do not compare."
+            "their seconds are not comparable."
         )
         assert [n for n in compare_runs(folders).notes if "machines" in n] == [note]
         (folders[1] / "environment.json").unlink()  # of an older version
@@ -621,7 +621,7 @@ class TestRunFolders:
             compare_runs([])
 
     def test_an_unfinished_run(self, run_of):
-        with pytest.raises(UserError, match=r"is not finished \(epoch 1 of 2\): go on with"):
+        with pytest.raises(UserError, match=r"is not finished \(epoch 1 of 2\): continue it with"):
             compare_runs([run_of("a", epochs=1)])
 
 

@@ -352,7 +352,7 @@ class TestWeights:
     @pytest.mark.parametrize(
         ("other", "said"),
         [
-            (nn.Linear(2, 4), r"bias has shape \(3,\), the model's has \(4,\)"),
+            (nn.Linear(2, 4), r"bias has shape \(3,\), expected \(4,\)"),
             (nn.Linear(2, 3, bias=False), "missing nothing, unexpected bias"),
             (nn.Sequential(nn.Linear(2, 3)), r"missing 0\.bias, 0\.weight, unexpected bias"),
             (nn.BatchNorm1d(3), r"missing num_batches_tracked, running_mean, running_var, un"),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-# Resolved at first use (PEP 562): the command line's help needs no torch.
+# Resolved on first use (PEP 562), so that the command line's help does not import torch.
 _HOMES = {
     "Linf": "surestep.threat",
     "L2": "surestep.threat",

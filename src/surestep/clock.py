@@ -1,19 +1,19 @@
-"""When it is time to show something again."""
+"""Timing of progress output."""
 
 from __future__ import annotations
 
 import time
 
 SECONDS_BETWEEN_LINES = 60.0
-"""Where there is no terminal: a log that stands still looks like a run that hangs."""
+"""Interval between lines without a terminal: a log that stands still looks like a hung run."""
 
 
 class Every:
-    """Tells when so many seconds have passed since it last did.
+    """Tells when ``seconds`` have passed since it was last due.
 
     Args:
-        seconds: between two times.
-        at_once: the first time is now.
+        seconds: the interval.
+        at_once: be due immediately the first time.
     """
 
     def __init__(self, seconds: float, *, at_once: bool = False) -> None:
@@ -21,12 +21,12 @@ class Every:
         self._next = time.monotonic() + (0.0 if at_once else seconds)
 
     def due(self) -> bool:
-        """Tell whether it is time; if so, the next time is as many seconds away."""
+        """Tell whether the interval has passed; if so, start the next one."""
         if time.monotonic() < self._next:
             return False
         self.restart()
         return True
 
     def restart(self) -> None:
-        """Begin to count the seconds now."""
+        """Start a new interval now."""
         self._next = time.monotonic() + self.seconds

@@ -19,13 +19,14 @@ _WITHOUT_FLOAT64 = {"mps"}
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """Return the device of a name; without one an accelerator if there is any, else the CPU.
+    """Return the named device; by default an accelerator if there is one, else the CPU.
 
-    Sets what must be set before the first work there: CUDA's allocator, if it has not begun, and
-    no more threads than cores. The user's PYTORCH_CUDA_ALLOC_CONF and OMP_NUM_THREADS stay.
+    Also configures what must be set before the device is first used: CUDA's allocator, if it has
+    not started yet, and at most one thread per core. PYTORCH_CUDA_ALLOC_CONF (or
+    PYTORCH_ALLOC_CONF) and OMP_NUM_THREADS take precedence if the user has set them.
 
     Raises:
-        UserError: there is no such device here.
+        UserError: the device cannot be used here, or a numbered GPU is given to several processes.
     """
     if name is None:
         if torch.cuda.is_available():
@@ -36,10 +37,10 @@ def pick_device(name: str | None = None) -> torch.device:
         _let_segments_grow()
         name = _own_device(name)
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores():
-        # Threads without a core spin while others wait for them: many times slower.
+        # Threads beyond the number of cores spin and delay the others: many times slower.
         torch.set_num_threads(cores())
     try:
-        # With its number: torch says "cuda" and "cuda:0" of the same, and they are not equal.
+        # With its index: "cuda" and "cuda:0" are the same device but do not compare equal.
         device = torch.ones(1, device=name).device
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
@@ -52,9 +53,9 @@ def pick_device(name: str | None = None) -> torch.device:
 
 
 def _own_device(name: str) -> str:
-    """Return the device of this process among those that torchrun started here.
+    """Return this process's own GPU where torchrun started processes on this machine.
 
-    Else all of them would begin, and leave some memory, on the first.
+    Otherwise all of them would start on the first GPU, and each would hold some of its memory.
     """
     rank, devices = os.environ.get("LOCAL_RANK", ""), torch.cuda.device_count()
     if not rank.isdecimal() or not devices:
@@ -62,38 +63,38 @@ def _own_device(name: str) -> str:
     if name != "cuda":
         if os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
             raise UserError(
-                f"device {name!r} is one for all the processes of this machine: give cuda, and "
-                "each has its own"
+                f"device {name!r} would be shared by all processes on this machine: give cuda, and "
+                "each process uses its own GPU"
             )
         return name
     return f"cuda:{int(rank) % devices}"
 
 
 def cores() -> int:
-    """Return how many cores this process may use: by its affinity and its container's limit."""
+    """Return how many cores this process may use, given its affinity and its container's limit."""
     has_affinity = hasattr(os, "sched_getaffinity")
     mine = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     return max(1, math.ceil(min(mine, _quota(Path("/sys/fs/cgroup")))))
 
 
 def _quota(groups: Path) -> float:
-    """Return the seconds of CPU that a container has a second (cgroup v2 or v1), infinite if free.
+    """Return the container's CPU limit in cores (cgroup v2 or v1); infinite if there is none.
 
-    torch counts the cores of the host.
+    torch does not see this limit: it counts the cores of the host.
     """
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         try:
             quota, period = " ".join((groups / name).read_text() for name in names).split()
         except (OSError, ValueError):
             continue
-        return int(quota) / int(period) if quota.isdecimal() else math.inf  # "max" and -1: free
+        return int(quota) / int(period) if quota.isdecimal() else math.inf  # no limit: "max" or -1
     return math.inf
 
 
 def _let_segments_grow() -> None:
-    """Let CUDA's pieces of memory grow, so that passes of changing sizes leave no gaps behind.
+    """Let CUDA's memory segments grow, so that passes of changing sizes do not fragment memory.
 
-    CUDA reads it when it first allocates; what the user has set stays.
+    The allocator reads the setting when it first allocates; a value set by the user is kept.
     """
     names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
     if sys.platform == "linux" and not any(name in os.environ for name in names):
@@ -112,7 +113,7 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Tell whether an error is a device's, or the host's, that has no memory left."""
+    """Tell whether an error means that the device or the host is out of memory."""
     said = str(error)
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         words in said for words in ("DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED")
@@ -121,10 +122,10 @@ def out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def memory_for(what: str, advice: str) -> Iterator[None]:
-    """Tell in one line, with what to do, that the device's or the host's memory is full.
+    """Turn an out-of-memory error of the device or the host into one line with advice.
 
     Raises:
-        UserError: it is.
+        UserError: the device or the host ran out of memory in the block.
     """
     try:
         yield
@@ -135,41 +136,41 @@ def memory_for(what: str, advice: str) -> Iterator[None]:
 
 
 def free_cached_memory() -> None:
-    """Give what the allocator holds of a GPU for later back, to other processes."""
+    """Release the GPU memory that the allocator caches, so that other processes can use it."""
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
 def finest(device: torch.device) -> torch.dtype:
-    """Return the most precise floating type of a device: float64, which Apple's GPUs lack."""
+    """Return the most precise floating type of a device: float64, or float32 on Apple's GPUs."""
     return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
 
 
 def autocasts(device: torch.device) -> bool:
-    """Tell whether autocast is on for a device; torch refuses the question where there is none."""
+    """Tell whether autocast is on for a device; False where torch has no autocast for it."""
     kind = device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def in_fp16(device: torch.device) -> bool:
-    """Tell whether passes run in float16, which has no number between 0 and 6e-8."""
+    """Tell whether passes run in float16, whose smallest positive number is 6e-8."""
     return autocasts(device) and torch.get_autocast_dtype(device.type) == torch.float16
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return the context in which a device computes in the types of the tensors."""
+    """Return a context in which autocast is off, so that operations use their tensors' types."""
     return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 
 def rounding(device: torch.device) -> float:
-    """Return how far apart, over the largest logit, two logits must be to be so in float32 too."""
+    """Return the gap, relative to the largest logit, at which logits keep their float32 order."""
     if autocasts(device):
         return 0.05
     return 0.01 if _multiplies_in_tf32(device) else 0.0
 
 
 def _multiplies_in_tf32(device: torch.device) -> bool:
-    """Tell whether a GPU rounds factors to ten bits: cuDNN's convolutions do so by default."""
+    """Tell whether a GPU multiplies in TF32 (10-bit mantissa), cuDNN's default for convolutions."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     return any(getattr(place, name) != off for place, name, off in _tf32_places())
@@ -177,7 +178,7 @@ def _multiplies_in_tf32(device: torch.device) -> bool:
 
 @contextmanager
 def exact(device: torch.device) -> Iterator[None]:
-    """Compute in all of float32's digits, for what decides: no autocast, and on a GPU no TF32."""
+    """Compute in full float32, for results that decide: no autocast, and on a GPU no TF32."""
     tf32 = _without_tf32() if device.type == "cuda" else nullcontext()
     with tf32, without_autocast(device):
         yield
@@ -188,12 +189,12 @@ def _without_tf32() -> Iterator[None]:
     cudnn: Any = torch.backends.cudnn
     try:
         older = cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    except RuntimeError:  # the user has set the newer switches apart from these
+    except RuntimeError:  # the user has set the newer switches independently
         older = None
     places = _tf32_places()
     before = [getattr(place, name) for place, name, _ in places]
-    # The older switches too, and first, since they set the newer: torch refuses to read one that
-    # says something else, in torch.backends.cudnn.flags and in what compiles.
+    # Set the older switches too, and first, because they set the newer ones. If the two disagree,
+    # torch refuses to read the older ones, as torch.backends.cudnn.flags and the compiler do.
     if older:
         cudnn.allow_tf32 = False
         torch.set_float32_matmul_precision("highest")
@@ -210,7 +211,7 @@ def _without_tf32() -> Iterator[None]:
 
 
 def _tf32_places() -> list[tuple[Any, str, object]]:
-    """Return where TF32 is switched: an object, an attribute, and what switches it off."""
+    """Return the TF32 switches as (object, attribute, value that turns TF32 off)."""
     cudnn: Any = torch.backends.cudnn
     matmul: Any = torch.backends.cuda.matmul
     if hasattr(matmul, "fp32_precision"):
@@ -220,10 +221,10 @@ def _tf32_places() -> list[tuple[Any, str, object]]:
 
 @functools.cache
 def casts_lose_gradients(device: torch.device) -> bool:
-    """Tell whether autocast keeps casts of weights that a pass without gradients made.
+    """Tell whether autocast caches the weight casts of a pass without gradients.
 
-    A later pass gets no weight gradient from them. Releases of 2025 and before do (pytorch/pytorch
-    #112583), later ones do not. Asked under autocast.
+    A later pass would get no weight gradient through them. Releases up to 2025 cache them
+    (pytorch/pytorch#112583), later ones do not. Call this under autocast.
     """
     weight, x = (torch.zeros(1, 1, device=device) for _ in range(2))
     weight.requires_grad_()
@@ -234,13 +235,13 @@ def casts_lose_gradients(device: torch.device) -> bool:
 
 
 def drop_casts_without_gradients(device: torch.device) -> None:
-    """Under autocast, forget what an attack cast, where the update would get no gradient by it."""
+    """Under autocast, drop an attack's cached casts if they would block the update's gradients."""
     if autocasts(device) and casts_lose_gradients(device):
         torch.clear_autocast_cache()
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Return the context in which forward passes run in a type; float32 needs none."""
+    """Return a context in which forward passes run in ``dtype``; float32 needs no autocast."""
     if dtype == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype)

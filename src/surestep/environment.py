@@ -1,4 +1,4 @@
-"""What a result depends on beside its settings: the machine and the versions."""
+"""What a result depends on besides its settings: the machine and the versions."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _PACKAGES = (
     "timm",
 )
 _ROUNDING = ("surestep", "torch", "cpu capability", "torch threads", "gpus")
-"""What decides on the last digits."""
+"""The facts that affect the last digits of results."""
 
 
 def describe() -> dict[str, Any]:
-    """Return versions, cores, threads and devices, by what people call them."""
+    """Return versions, cores, threads and GPUs, by readable names."""
     facts: dict[str, Any] = {
         "surestep": __version__,
         "python": platform.python_version(),
@@ -49,7 +49,7 @@ def describe() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a result names."""
+    """Return the versions to store with a result."""
     return {
         "surestep": __version__,
         "torch": torch.__version__,
@@ -60,12 +60,12 @@ def versions() -> dict[str, str]:
 def differences(
     before: dict[str, Any], now: dict[str, Any], words: tuple[str, str] = ("then", "now")
 ) -> list[str]:
-    """Say in which respects that change the last digits of results two descriptions differ.
+    """List how two environments differ in the facts that affect the last digits of results.
 
     Args:
         before: what ``describe`` returned.
-        now: what it returned elsewhere, or later.
-        words: what the two are called.
+        now: what ``describe`` returned elsewhere or later.
+        words: labels for ``before`` and ``now``.
     """
     return [
         f"{name} {before.get(name)} {words[0]}, {now.get(name)} {words[1]}"

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from surestep.errors import UserError
 
 _COMPILED = "_orig_mod."
-"""Where torch.compile keeps the module that it wraps, in the names of weights."""
+"""What torch.compile inserts into the names of the weights of a module it wraps."""
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it, unless it is there.
+    """Create a folder and its parents unless they exist.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: the folder cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     """Write a file so that a crash leaves either the old or the new one.
 
     Raises:
-        UserError: the disk is full or the place cannot be written to.
+        UserError: the disk is full or the file cannot be written.
     """
     part = path.with_name(f".{path.name}.part")
     content = content.encode() if isinstance(content, str) else content
@@ -49,7 +49,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-        # The file is in place. Windows opens no folders, and some network drives sync none.
+        # The file is in place by now: Windows cannot open folders, some network drives cannot sync
+        # them, and neither matters.
         with contextlib.suppress(OSError):
             folder = os.open(path.parent, os.O_RDONLY)
             try:
@@ -61,8 +62,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             part.unlink()
         if e.errno == errno.ENOSPC:
             raise UserError(
-                f"no space left to write {path} ({len(content) / 1e6:.0f} MB): free some, then "
-                "try again (a run with --resume)"
+                f"no space left to write {path} ({len(content) / 1e6:.0f} MB): free some space, "
+                "then try again (continue a run with --resume)"
             ) from e
         raise UserError(f"cannot write {path}: {e.strerror or e}") from e
 
@@ -70,7 +71,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 def save_tree(path: Path, tree: Any) -> None:
     """Save nested dicts, lists and tuples of tensors, numbers, strings and None.
 
-    One safetensors file: the tensors in it, the structure with checksums as JSON in its header.
+    The file is a safetensors file with the structure and checksums as JSON in its header.
     """
     tensors: dict[str, Tensor] = {}
     structure = json.dumps(_pack(tree, tensors))
@@ -81,7 +82,7 @@ def load_tree(path: Path) -> Any:
     """Load what ``save_tree`` saved, onto the CPU. Nothing is ever unpickled.
 
     Raises:
-        UserError: the file is missing, truncated, corrupt or no such file.
+        UserError: the file is missing, truncated, corrupt or not a surestep checkpoint.
     """
     tensors, metadata = _read(path)
     if "structure" not in metadata:
@@ -93,11 +94,11 @@ def load_tree(path: Path) -> Any:
 
 
 class Signature(NamedTuple):
-    """What a model takes and gives.
+    """The classes that a model distinguishes and the shape of its input.
 
     Attributes:
-        classes: their names, in the order of its outputs.
-        shape: of one image.
+        classes: class names, in the order of the model's outputs.
+        shape: shape of one image.
     """
 
     classes: tuple[str, ...] = ()
@@ -107,8 +108,8 @@ class Signature(NamedTuple):
 def save_weights(path: Path, model: nn.Module, signature: Signature | None = None) -> None:
     """Save a model's parameters and buffers as safetensors.
 
-    Tensors that share memory (tied weights) are written once under each name. The header has what
-    the model takes and gives, if that is known.
+    Tensors that share memory (tied weights) are written once under each name. The header stores
+    the signature, if there is one.
     """
     state = {k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items()}
     told = signature._asdict() if signature else {}
@@ -117,7 +118,7 @@ def save_weights(path: Path, model: nn.Module, signature: Signature | None = Non
 
 
 def _in_order(content: bytes) -> bytes:
-    """Return a safetensors file with its metadata sorted: written they come in a random order."""
+    """Return a safetensors file with sorted metadata, which safetensors writes in random order."""
     begin = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:begin])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -127,7 +128,7 @@ def _in_order(content: bytes) -> bytes:
 
 
 def read_signature(path: Path) -> Signature:
-    """Return what ``save_weights`` was told of the model; empty if it was told nothing.
+    """Return the signature that ``save_weights`` stored; an empty one if it stored none.
 
     Raises:
         UserError: the file is missing, truncated or corrupt.
@@ -148,7 +149,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 
 def _fit(path: Path, state: dict[str, Tensor], model: nn.Module) -> None:
-    """Load weights whose names and shapes are those of the model."""
+    """Load weights into a model, or raise ``UserError`` if names or shapes do not match."""
     expected = model.state_dict()
     missing = sorted(expected.keys() - state.keys())
     extra = sorted(state.keys() - expected.keys())
@@ -161,8 +162,8 @@ def _fit(path: Path, state: dict[str, Tensor], model: nn.Module) -> None:
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             raise UserError(
-                f"{path} does not fit the model: {name} has shape {tuple(tensor.shape)}, the "
-                f"model's has {tuple(expected[name].shape)}"
+                f"{path} does not fit the model: {name} has shape {tuple(tensor.shape)}, "
+                f"expected {tuple(expected[name].shape)}"
             )
     model.load_state_dict(state)
 
@@ -170,10 +171,9 @@ def _fit(path: Path, state: dict[str, Tensor], model: nn.Module) -> None:
 def load_any_weights(path: Path, model: nn.Module) -> None:
     """Load safetensors weights or a saved ``state_dict`` into a model.
 
-    Of a checkpoint the entry "state_dict" or "model" is taken, and the prefixes "module." and
-    "model." of its names, and torch.compile's, are dropped where the model has none. A
-    model whose parameters are all in its ``body`` (timm's) takes weights that are named as the
-    body names them.
+    Of a checkpoint, the entry "state_dict" or "model" is loaded. The prefixes "module.", "model."
+    and torch.compile's are dropped from names where the model does not have them. A model whose
+    parameters are all in its ``body`` (as for timm) also takes weights named as in the body.
 
     Raises:
         UserError: the file is missing, damaged, holds more than tensors, or does not fit.
@@ -187,11 +187,11 @@ def load_any_weights(path: Path, model: nn.Module) -> None:
     except pickle.UnpicklingError as e:
         if not _saved_by_torch(path):
             raise UserError(
-                f"{path} is not a file of weights: expected what torch.save or safetensors wrote"
+                f"{path} is not a file of weights: expected one from torch.save or safetensors"
             ) from e
         raise UserError(
             f"{path} holds more than tensors, and loading it could run code: save "
-            "model.state_dict(), or safetensors"
+            "model.state_dict() or a safetensors file instead"
         ) from e
     except (RuntimeError, OSError, EOFError, ValueError) as e:
         raise UserError(f"{path} cannot be read as weights: {' '.join(str(e).split())}") from e
@@ -210,7 +210,7 @@ def load_any_weights(path: Path, model: nn.Module) -> None:
 
 
 def _matched(found: Mapping[str, Any], model: nn.Module) -> tuple[dict[str, Any], nn.Module]:
-    """Return the weights with the names of the model, or of its body if that is all of it."""
+    """Return the renamed weights and what they load into: the model, or its body if that is all."""
     body = getattr(model, "body", None)
     if isinstance(body, nn.Module) and not found.keys() & model.state_dict().keys():
         state = _without_prefix(found, body)
@@ -221,9 +221,9 @@ def _matched(found: Mapping[str, Any], model: nn.Module) -> tuple[dict[str, Any]
 
 
 def _without_prefix(found: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Drop what wrappers put before the names, where the model has none of them."""
+    """Drop prefixes that wrappers add to names, where the model's names do not have them."""
     expected = model.state_dict()
-    if not any(_COMPILED in name for name in expected):  # of the whole or of parts
+    if not any(_COMPILED in name for name in expected):  # of the whole model or of parts
         found = {name.replace(_COMPILED, ""): v for name, v in found.items()}
     state = dict(found)
     for prefix in ("module.", "model.", "module.model."):
@@ -233,14 +233,14 @@ def _without_prefix(found: Mapping[str, Any], model: nn.Module) -> dict[str, Any
 
 
 def _saved_by_torch(path: Path) -> bool:
-    """Tell whether a file begins as torch.save's do: as a zip archive or, long ago, a pickle."""
+    """Tell whether a file begins like torch.save's: a zip archive or, in old versions, a pickle."""
     with path.open("rb") as f:
         return f.read(4).startswith((b"PK\x03\x04", b"\x80"))
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with _opened(path) as f:
-        # Cloned: they map the file, which Windows then does not let go.
+        # Cloned: the tensors map the file, which Windows would keep locked.
         return {k: f.get_tensor(k).clone() for k in f.keys()}, f.metadata() or {}  # noqa: SIM118
 
 
@@ -253,7 +253,7 @@ def _opened(path: Path) -> Iterator[Any]:
             yield f
     except (SafetensorError, OSError) as e:
         raise UserError(
-            f"{path} is truncated, corrupt or no safetensors file ({e}): restore it or remove it"
+            f"{path} is truncated, corrupt or not a safetensors file ({e}): restore it or remove it"
         ) from e
 
 
@@ -267,7 +267,7 @@ def _pack(tree: Any, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = tree.detach().cpu().clone().contiguous()
         return {"tensor": [name, _checksum(tensors[name])]}
     if isinstance(tree, Mapping):
-        # As pairs: the keys of an optimizer's state are integers, which JSON objects have not.
+        # As pairs: the keys of an optimizer's state are integers, which JSON objects cannot have.
         return {"dict": [[k, _pack(v, tensors)] for k, v in tree.items()]}
     if isinstance(tree, tuple):
         return {"tuple": [_pack(v, tensors) for v in tree]}

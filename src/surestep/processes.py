@@ -1,4 +1,4 @@
-"""What several processes of one run must agree on. In a single process all of this is free."""
+"""Values on which the processes of one run must agree; free of cost in a single process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _alone = False
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Ask the other processes nothing meanwhile: for what one of them tries out by itself."""
+    """Act as the only process inside the block, so that one can try something by itself."""
     global _alone
     before, _alone = _alone, True
     try:
@@ -30,7 +30,7 @@ def count() -> int:
 
 
 def rank() -> int:
-    """Return the number of this process."""
+    """Return the rank of this process."""
     return dist.get_rank() if count() > 1 else 0
 
 
@@ -44,7 +44,7 @@ def mean(value: Tensor) -> Tensor:
 
 
 def largest(value: int, device: torch.device) -> int:
-    """Return the largest of a number in all processes."""
+    """Return the maximum of an integer over the processes."""
     if count() == 1:
         return value
     told = torch.tensor(value, device=device)
@@ -62,7 +62,7 @@ def sums(values: Sequence[int], device: torch.device) -> list[int]:
 
 
 def gather(rows: Tensor) -> Tensor:
-    """Return the rows (N, ...) of all processes, in their order; N is the same in each."""
+    """Return the rows (N, ...) of all processes in rank order; N must be the same in each."""
     if count() == 1:
         return rows
     mine = _sendable(rows).contiguous()
@@ -72,9 +72,9 @@ def gather(rows: Tensor) -> Tensor:
 
 
 def _sendable(tensor: Tensor) -> Tensor:
-    """Return a tensor where the processes can exchange it: NCCL sends what is on the GPU only.
+    """Return the tensor on a device that the backend can send from: NCCL sends GPU tensors only.
 
-    What a method remembers is on the CPU between a checkpoint and the first step after it.
+    After a checkpoint is loaded, a method's memory stays on the CPU until the first step.
     """
     if dist.get_backend() == "nccl" and tensor.device.type == "cpu":
         return tensor.to(torch.device("cuda", torch.cuda.current_device()))

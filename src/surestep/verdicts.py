@@ -1,13 +1,13 @@
-"""The words of an audit's verdict, in one place for what decides, shows and compares them."""
+"""The names of an audit's verdicts, shared by the code that decides, shows and compares them."""
 
 from __future__ import annotations
 
 ROBUST, PSEUDO, NOT_ROBUST, INCONCLUSIVE = "robust", "pseudo-robust", "not robust", "inconclusive"
 
 SEVERITY = (PSEUDO, NOT_ROBUST, INCONCLUSIVE, ROBUST)
-"""The most severe first: what looks robust and is not comes before what is plainly not."""
+"""Most severe first: a model that only looks robust is worse than one that plainly is not."""
 
 
 def colour(verdict: str) -> str:
-    """Return the colour that a verdict has on a terminal."""
+    """Return the colour of a verdict on a terminal."""
     return {ROBUST: "green", INCONCLUSIVE: "yellow"}.get(verdict, "red")

@@ -105,9 +105,9 @@ class TestOptions:
 
         monkeypatch.setattr(comparing, "compare", work)
         err = cli("compare", "--methods", "fgsm").err
-        assert err.count("to go on from them") == 1
+        assert err.count("to continue this comparison") == 1
         assert re.fullmatch(r"runs/\d{8}-compare", asked["out"])
-        assert f"give --out {asked['out']} to go on from them" in err
+        assert f"to continue this comparison, give --out {asked['out']}\n" in err
 
     def test_a_mistake_announces_no_place(self, refused, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -134,7 +134,7 @@ class TestOptions:
             (["--methods", ",", "--out", "x"], "give at least one method"),
             (["--methods", "fgsm", "--out", "x", "--seeds", "0"], "give at least one seed"),
             (["--methods", "fgsm", "--out", "x", "--seeds", ","], "give at least one seed"),
-            (["--methods", "fgsm", "--out", "x", "--seeds", "two"], "--seeds 'two': give how many"),
+            (["--methods", "fgsm", "--out", "x", "--seeds", "two"], "--seeds 'two': give a number"),
             (["--methods", "sat-r9", "--out", "x"], "unknown method 'sat-r9': did you mean"),
             (["--methods", "fgsm", "--out", "x", "--eps", "9"], "eps 9 is larger than the data"),
             (["run", "--attacks", "fgsm", "--budget", "quick"], "--attacks and --budget exclude"),
@@ -152,7 +152,7 @@ class TestOptions:
     def test_a_run_keeps_its_report(self, refused, finished):
         before = sorted(p.name for p in finished.iterdir())
         said = refused("compare", finished, "--out", finished)
-        assert f"{finished} is a run folder, whose report is kept: give another one" in said
+        assert f"{finished} is a run folder, whose report would be overwritten: give an" in said
         assert sorted(p.name for p in finished.iterdir()) == before
 
     def test_help_imports_no_torch(self, done):

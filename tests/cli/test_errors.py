@@ -218,7 +218,9 @@ class TestRunFolders:
 
     def test_overwrite_of_nothing(self, refused, small):
         for args in (("train", *small), ("demo",)):
-            assert "--overwrite replaces what --out names" in refused(*args, "--overwrite")
+            assert "--overwrite needs a folder to replace: give --out" in refused(
+                *args, "--overwrite"
+            )
 
     def test_a_file(self, refused, small, tmp_path):
         (tmp_path / "model.py").write_text("dear")
@@ -308,7 +310,7 @@ class TestEvaluation:
     def test_truncated_weights(self, refused, run, left):
         path = run / "model.safetensors"
         path.write_bytes(path.read_bytes()[:left])
-        assert f"{path} is truncated, corrupt or no safetensors file" in refused("evaluate", run)
+        assert f"{path} is truncated, corrupt or not a safetensors file" in refused("evaluate", run)
 
     @pytest.mark.parametrize(
         ("name", "classes", "said"),

@@ -28,7 +28,7 @@ class TestHarden:
         assert found["after"]["n"] == found["before"]["n"] <= 40
         worst = [found[k]["worst_case_accuracy"] * found["after"]["n"] for k in ("after", "before")]
         assert found["saved"] - found["lost"] == round(worst[0]) - round(worst[1])
-        assert f"({found['saved']} withstand more, {found['lost']} less)" in " ".join(said.split())
+        assert f"({found['saved']} saved, {found['lost']} lost)" in " ".join(said.split())
         assert "pgd-5-bpda" in found["after"]["robust_accuracy"]
         config = yaml.safe_load((out / "config.yaml").read_text())
         assert config["mean_sparse"] == found["threshold"]

@@ -207,8 +207,8 @@ class TestDemo:
             (MASKED, "looks robust under the attack it trained on (97.0%), but the stronger "),
             (MASKED, "attacks leave 2.0%: its gradients are masked; SAT-R2, which penalises"),
             (ROBUST, "FGSM training kept 80.0% under the strongest attack this time; SAT-R2,"),
-            (CHANCE, "FGSM training did not learn this time (11.0% of clean images), another "),
-            (CHANCE, "another --seed may mask its gradients; SAT-R2,"),
+            (CHANCE, "FGSM training failed to learn this time (11.0% clean accuracy), another "),
+            (CHANCE, "another --seed may lead to masked gradients; SAT-R2,"),
         ],
     )
     def test_the_sentence_follows_the_numbers(self, done, brief, monkeypatch, accuracies, said):
@@ -258,7 +258,7 @@ def test_what_runs_in_one_process_says_so_under_torchrun(cli, monkeypatch, comma
     code, _, err = cli(command, *(["x"] if command in ("evaluate", "audit", "harden") else []))
     assert (code, err) == (
         2,
-        f"surestep: error: {command} runs in one process, not in 4: leave torchrun out\n",
+        f"surestep: error: {command} runs in one process, not in 4: start it without torchrun\n",
     )
 
 

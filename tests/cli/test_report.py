@@ -55,7 +55,7 @@ def test_an_evaluation(done, finished, tmp_path):
     where = ("--html", page, "--plots", plots, "--json", result)
     done("evaluate", finished, "--attacks", "fgsm,pgd-5", "--eps", "0.1,0.3", "--n", 40, *where)
     worst = json.loads(text_of(result))["worst_case_accuracy"]
-    assert f"{100 * worst:.1f}% of 40 images stay right" in text_of(page)
+    assert f"{100 * worst:.1f}% of 40 images remain correctly classified" in text_of(page)
     assert "training-loss" in text_of(page)
     made = {p.name for p in plots.iterdir()}
     assert {"accuracy-by-eps.png", "accuracy-by-eps.svg", "loss-surface-1.png"} <= made
@@ -129,7 +129,7 @@ def test_a_page_goes_where_a_link_leads(tmp_path):
 
 def test_stdout_is_not_for_pages(refused, finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "--html -: stdout has the result" in refused("evaluate", finished, "--html", "-")
+    assert "--html -: the result goes to stdout" in refused("evaluate", finished, "--html", "-")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -139,7 +139,7 @@ def test_large_pictures_are_embedded_small():
     ("changes", "message"),
     [
         ({"samples": 0}, "samples 0: give 1 or more"),
-        ({"points": 2}, "points 2: give an odd number from 3"),
+        ({"points": 2}, "points 2: give an odd number >= 3"),
         ({"points": 4}, "points 4: give an odd number"),
         ({"batch_size": 0}, "batch_size 0"),
         ({"steps": 0}, "steps 0"),

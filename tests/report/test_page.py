@@ -63,7 +63,7 @@ def test_the_verdict_comes_first(page):
     assert text.index("pseudo-robust") < text.index("Accuracy under attack")
     assert "It looks 95% robust, and a stronger attack leaves 1%." in text
     assert "A weak report claims 95.4% under fgsm alone" in text
-    assert "This audit finds 1.2% 0.5–2.7 · most by pgd-50-margin" in text
+    assert "This audit finds 1.2% 0.5–2.7 · most broken by pgd-50-margin" in text
     assert "Checks flagged 1 of 20" in text
 
 
@@ -228,7 +228,7 @@ def test_names_are_escaped(full, evaluation, audit, comparison, history):
 def test_an_evaluation_alone_says_that_it_is_no_audit(evaluation):
     text = Page(Report("one", evaluation=evaluation).to_html()).text
     assert "not audited" in text
-    assert "85.0% of 1,000 images stay right under each of 3 attacks." in text
+    assert "85.0% of 1,000 images remain correctly classified under all 3 attacks." in text
     assert "Checks" not in text
 
 
@@ -256,7 +256,7 @@ def test_a_history_alone(history):
     assert set(page.specs()) == {"training-accuracy", "training-loss"}
     best = max(row["val_worst_case"] for row in history)
     assert "not judged" in page.text
-    assert f"On held-out images {100 * best:.1f}% stay right" in page.text
+    assert f"{100 * best:.1f}% of held-out images remain correctly classified" in page.text
 
 
 def test_a_history_without_validation(history):

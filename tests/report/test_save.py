@@ -52,7 +52,7 @@ def test_json(chart, tmp_path):
 
 
 def test_another_ending(chart, tmp_path):
-    with pytest.raises(UserError, match=r"cannot save a chart as a\.gif: end it in \.png, \.svg"):
+    with pytest.raises(UserError, match=r"cannot save a chart as a\.gif: use one of \.png, \.svg"):
         report.save_chart(chart, tmp_path / "a.gif")
 
 

@@ -140,5 +140,5 @@ def test_it_begins_after_so_many_epochs(tiny, monkeypatch):
     assert not seen
     tiny.train("fgsm", epochs=2, awp=0.02, awp_from=1.4)
     assert seen == 3 * [0.02]  # of ten steps, five an epoch
-    with pytest.raises(UserError, match=r"awp_from \(1\) says when awp begins: give awp, too"):
+    with pytest.raises(UserError, match=r"awp_from \(1\) sets when awp begins: give awp, too"):
         tiny.train("fgsm", awp_from=1.0)

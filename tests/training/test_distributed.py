@@ -397,7 +397,7 @@ def test_a_parameter_without_a_part_in_it_is_named(place):
     for rank in (0, 1):
         said = (place / f"idle-{rank}").read_text()
         assert (
-            "to affect the logits, unused here: aside; freeze them with requires_grad_(False)"
+            "to affect the logits, but these do not: aside; freeze them with requires_grad_(False)"
             in said
         )
 
@@ -488,7 +488,7 @@ def test_one_process_goes_on_with_what_two_began(place, tiny, tmp_path, capsys):
 def test_but_not_with_a_loader_whose_steps_are_others(place, tiny, tmp_path):
     shutil.copytree(place / "left-loader", tmp_path / "run")
     pairs = DataLoader(TensorDataset(*tiny.data()), 6, shuffle=True)
-    with pytest.raises(UserError, match=r"was run on 2 processes, this is 1, .* same number"):
+    with pytest.raises(UserError, match=r"was run on 2 processes and cannot resume on 1, .* same number"):
         tiny.train(
             "fgsm",
             model=tiny.net(norm=False),

@@ -549,7 +549,7 @@ class TestResume:
         capsys.readouterr()
         self.resumes_to(tiny, whole("loud", train), out, train)
         said = capsys.readouterr().err
-        assert f"passing over a damaged checkpoint: {newest}" in said
+        assert f"skipping a damaged checkpoint: {newest}" in said
         assert f"at step {int(older.stem.split('-')[1])} of 10" in said
 
     def test_every_checkpoint_is_damaged(self, tiny, stopping, tmp_path):
@@ -1233,7 +1233,7 @@ def test_another_device_in_the_same_process(tiny, monkeypatch):
 
     monkeypatch.setattr(_fit, "Accelerator", refuse)
     with pytest.raises(
-        UserError, match=r"has an Accelerator for something else .*: train in a new"
+        UserError, match=r"has an Accelerator with other settings .*: train in a new"
     ):
         tiny.train()
 
@@ -1359,7 +1359,7 @@ class TestLoaders:
 
         pairs = TensorDataset(*tiny.data())
         loader = Own(pairs, 8) if kind == "subclass" else DataLoader(pairs, batch_size=None)
-        said = "of a Own, which changes" if kind == "subclass" else "batch_size=None cannot be sha"
+        said = "of a Own, which changes" if kind == "subclass" else "batch_size=None cannot be spl"
         with pytest.raises(UserError, match=said):
             make_source(
                 loader,

@@ -27,5 +27,5 @@ def test_what_file_managers_leave_is_nobodys_work(tmp_path, name):
 def test_what_is_foreign_is_named(tmp_path):
     RunFolder(tmp_path).make(SETTINGS)
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(UserError, match=r"holds thesis\.tex beside a run: move it away first"):
+    with pytest.raises(UserError, match=r"holds thesis\.tex besides a run: move it away first"):
         RunFolder.plan(tmp_path, overwrite=True)

@@ -106,7 +106,8 @@ def test_other_data_than_it_was_begun_with(tiny, asking, tmp_path):
         return tiny.train(data=pairs, validation=tiny.data(8), **place)
 
     asking(7, lambda: train(16, out=tmp_path / "run"))
-    with pytest.raises(UserError, match="has epochs of 4 steps, these data give 8: resume with th"):
+    said = "has epochs of 4 steps, but these data give 8: resume with th"
+    with pytest.raises(UserError, match=said):
         train(8, out=tmp_path / "run", resume=True)
 
 

@@ -1,4 +1,4 @@
-"""The entry point: commands, and how mistakes are told."""
+"""The entry point: the commands, and how errors are reported."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from surestep.errors import SurestepWarning, UserError
 
 _COMMANDS = {
     "train": "Train a robust classifier with a method.",
-    "evaluate": "Measure a model's accuracy clean and under attack.",
+    "evaluate": "Measure a model's accuracy on clean images and under attack.",
     "audit": "Tell real robustness from masked gradients.",
-    "compare": "Train and judge several methods, side by side in one table.",
-    "harden": "Sparsify a trained run (MeanSparse); judge it before and after.",
+    "compare": "Train and judge several methods side by side in one table.",
+    "harden": "Harden a trained run (MeanSparse) and judge it before and after.",
     "demo": "See FGSM training fail and SAT succeed, in minutes on a laptop.",
-    "methods": "List the methods, show the card of one, or begin a new one.",
+    "methods": "List the methods, show a method's card, or start a new method.",
     "env": "Describe this machine and installation, for bug reports.",
 }
 
@@ -41,7 +41,7 @@ _TERMINATED = 128 + signal.SIGTERM
 
 
 class _Lazy(click.Group):
-    """Commands that are imported when called; the list of them needs no import."""
+    """A group that imports a command only when it is called, and none to list them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -75,22 +75,26 @@ class _Lazy(click.Group):
 @click.version_option(__version__, "--version", prog_name="surestep")
 @click.pass_context
 def surestep(context: click.Context) -> None:
-    """Train image classifiers that withstand adversarial perturbations, in one attack step.
+    """Train image classifiers to withstand adversarial perturbations, with a single attack step.
 
-    New here? `surestep demo` takes some minutes and needs no download. Then `surestep train
+    New here? `surestep demo` takes a few minutes and needs no download. Then try `surestep train
     --method sat-r2 --preset mnist-fast` and `surestep evaluate RUN --budget quick`.
     """
     command, processes = context.invoked_subcommand, os.environ.get("WORLD_SIZE", "1")
     if processes != "1" and command in _ALONE:
-        raise UserError(f"{command} runs in one process, not in {processes}: leave torchrun out")
+        raise UserError(
+            f"{command} runs in one process, not in {processes}: start it without torchrun"
+        )
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line; exit with 0 when done, 2 on a user's mistake, 1 on a failure of
-    ours, 130 when stopped by Ctrl-C, 143 when a training was stopped by SIGTERM.
+    """Run the command line.
+
+    The exit code is 0 on success, 2 on a user's mistake, 1 on a bug in surestep, 130 after Ctrl-C,
+    and 143 if SIGTERM stopped a training.
 
     Args:
-        args: without the program's name; those of the process by default.
+        args: the arguments without the program's name; by default those of the process.
     """
     given = list(sys.argv[1:] if args is None else args)
     others = warnings.showwarning
@@ -117,18 +121,18 @@ def main(args: Sequence[str] | None = None) -> None:
     except click.exceptions.Exit as e:
         sys.exit(e.exit_code)
     except PermissionError as e:
-        _fail(f"permission denied: {e.filename or e}; choose a place that you may use", 2)
-    except OSError as e:  # a name too long, a disk that is gone
+        _fail(f"permission denied: {e.filename or e}; choose a path that you have access to", 2)
+    except OSError as e:  # such as a name that is too long, or a disk that is gone
         _fail(f"{e.strerror or e}: {e.filename}" if e.filename else str(e), 2)
     except Exception:
         traceback.print_exc()
-        _fail("this is a fault in surestep: please report it with the output of `surestep env`", 1)
+        _fail("this is a bug in surestep: please report it with the output of `surestep env`", 1)
     finally:
         warnings.showwarning = others
 
 
 def _stopped(given: Sequence[str], code: int) -> None:
-    if os.environ.get("RANK", "0") == "0":  # of several processes
+    if os.environ.get("RANK", "0") == "0":  # of several processes, only one prints
         print(f"stopped{_HOW_TO_CONTINUE.get(given[0] if given else '', '')}", file=sys.stderr)
     sys.exit(code)
 

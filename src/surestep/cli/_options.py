@@ -24,9 +24,9 @@ json_option = click.option(
 
 
 def config_options(fields: Iterable[str]) -> Decorator:
-    """Return a decorator that adds an option for each field of ``RunConfig`` that is named.
+    """Return a decorator that adds an option for each of the named fields of ``RunConfig``.
 
-    Values stay as the user wrote them: YAML and command line meet in the same validation.
+    Values stay as the user wrote them: YAML files and the command line share one validation.
     """
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,7 +45,7 @@ def _option(name: str, field: FieldInfo) -> Decorator:
     default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
     if default not in (None, "") and name not in ("method", "dataset"):
         said = f"{default:g}" if isinstance(default, float) else default
-        # What a preset may hold otherwise.
+        # A preset may set another value.
         of_preset = name in FitSettings.model_fields or name in ("model", "eps")
         text += f" [default: the preset's, or {said}]" if of_preset else f" [default: {said}]"
     return click.option(flag, name, metavar=_metavar(field.annotation), help=text)
@@ -66,7 +66,7 @@ def _metavar(annotation: Any) -> str:
 
 
 def given(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the options the user gave, as settings."""
+    """Return the options that the user gave as settings; "none" becomes None where allowed."""
     settings = {k: v for k, v in values.items() if v is not None}
     for listed in ("val_attacks", "sources"):
         if listed in settings:
@@ -84,28 +84,30 @@ def _optional(name: str) -> bool:
 
 
 def parse_params(pairs: Iterable[str]) -> dict[str, str]:
-    """Take ``--param NAME=VALUE`` pairs apart; values stay as written, for ``config`` to read.
+    """Split ``--param NAME=VALUE`` pairs; values stay as written, for ``config`` to parse.
 
     Raises:
-        UserError: a pair without "=".
+        UserError: a pair has no name or no "=".
     """
     params = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
-            raise UserError(f"--param {pair!r} is not NAME=VALUE: write --param lam=5")
+            raise UserError(
+                f"--param {pair!r} is not NAME=VALUE: write, for example, --param lam=5"
+            )
         params[name.replace("-", "_")] = value
     return params
 
 
 def check_overwrite(overwrite: bool, out: str | None, metavar: str) -> None:
-    """Refuse to replace what is not named.
+    """Refuse ``--overwrite`` without ``--out``.
 
     Raises:
-        UserError: there is no ``out``.
+        UserError: ``overwrite`` is set, but ``out`` is None.
     """
     if overwrite and out is None:
-        raise UserError(f"--overwrite replaces what --out names: give --out {metavar}")
+        raise UserError(f"--overwrite needs a folder to replace: give --out {metavar}")
 
 
 def new_folder(name: str) -> str:
@@ -134,10 +136,10 @@ def write_json(value: Any, target: str | None) -> None:
 
 
 def write_text(text: str, target: str) -> None:
-    """Write a text to a file, whole or not at all, or into a pipe or where a link leads.
+    """Write text to a file: atomically where possible, in place for a pipe, device or link.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the target cannot be written.
     """
     from surestep import files
 
@@ -157,15 +159,16 @@ def hand_over(
     show: Callable[[], None],
     also: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write a command's result as JSON, then print it, unless JSON is what stdout gets.
+    """Write a command's result as JSON, then print it, unless the JSON went to stdout.
 
-    Printed last, since nobody may be reading any more, and whatever fails before that.
+    The result is printed last, since the reader of a pipe may be gone, and it is printed even if
+    writing a file fails.
 
     Args:
-        result: for the JSON.
+        result: what to write as JSON.
         json_file: as for ``write_json``.
-        show: prints it.
-        also: writes what else is wanted, a report.
+        show: prints the result.
+        also: writes further files, such as a report.
 
     Raises:
         UserError: a file cannot be written.
@@ -179,10 +182,11 @@ def hand_over(
 
 
 def check_writable(target: str | None) -> None:
-    """Refuse a ``--json`` target before the work rather than after it.
+    """Make an output file's folder and check that the file can be written, before any work.
 
     Raises:
-        UserError: it is a folder, its folder cannot be made, or may not be written to.
+        UserError: the target is a folder, its own folder cannot be made, or writing is not
+            permitted.
     """
     if target is None or target == "-":
         return
@@ -199,6 +203,6 @@ def check_writable(target: str | None) -> None:
 
 
 def _replaceable(place: Path) -> bool:
-    """Tell a file, to be replaced as a whole, from what is written to: a pipe, a link to a file."""
+    """Tell whether a path can be replaced atomically; pipes, devices and links cannot."""
     plain = not place.is_symlink() and (place.is_file() or not place.exists())
     return plain and os.access(place.parent, os.W_OK)

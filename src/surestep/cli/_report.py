@@ -1,4 +1,4 @@
-"""The report that commands write beside their result."""
+"""The report that commands write in addition to their result."""
 
 from __future__ import annotations
 
@@ -20,29 +20,33 @@ if TYPE_CHECKING:
     from surestep.threat import ThreatModel
     from surestep.training.run_folder import RunFolder
 
-_LOOKED_AT = 200  # images among which a report finds some that are right
-_AT_ONCE = 256
+_LOOKED_AT = 200  # images among which to look for correctly classified ones
+_AT_ONCE = 256  # largest batch of a forward pass
 
 
 def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add ``--html`` and ``--plots``."""
-    page = click.option("--html", metavar="FILE", help="Also write a report: one page, offline.")
-    plots = click.option("--plots", metavar="DIR", help="Also write its plots, as PNG and SVG.")
+    page = click.option(
+        "--html", metavar="FILE", help="Also write a report, a self-contained HTML page."
+    )
+    plots = click.option(
+        "--plots", metavar="DIR", help="Also write the report's plots as PNG and SVG."
+    )
     return page(plots(command))
 
 
 def check_report(html: str | None, plots: str | None = None) -> None:
-    """Refuse a report that cannot be written before the work rather than after it.
+    """Check that a report can be written, before any work.
 
     Raises:
-        UserError: the place cannot be written to, or a package is missing.
+        UserError: a target cannot be written to, or a package is missing.
     """
     if html is None and plots is None:
         return
     from surestep import files, report
 
     if html == "-":
-        raise UserError("--html -: stdout has the result, so give the page a file")
+        raise UserError("--html -: the result goes to stdout, so give the page a file")
     check_writable(html)
     report.require()
     if plots is not None:
@@ -55,10 +59,10 @@ def write_report(html: str | None, plots: str | None, title: str, **parts: Any) 
     """Write the page, the plots or both.
 
     Args:
-        html: file of the page, if it is wanted.
-        plots: folder of the pictures, if they are.
-        title: of the page.
-        **parts: of ``surestep.report.Report``.
+        html: file of the page; None writes no page.
+        plots: folder of the plots; None writes no plots.
+        title: title of the page.
+        **parts: other fields of ``surestep.report.Report``.
     """
     from surestep import report
 
@@ -72,7 +76,7 @@ def write_report(html: str | None, plots: str | None, title: str, **parts: Any) 
 def report_target(
     html: str | None, plots: str | None, target: Target, batch_size: int, **results: Any
 ) -> None:
-    """Write what is wanted of a judged model's report: its results, and what it shows beside."""
+    """Write the requested report of a judged model: its results, pictures and any run history."""
     if html is None and plots is None:
         return
     from surestep.evaluation import Adapted
@@ -87,7 +91,11 @@ def report_target(
 def of_model(
     model: nn.Module, images: Images, threat: ThreatModel, name: str, batch_size: int
 ) -> dict[str, Any]:
-    """Return a model's loss surface and adversarial examples; without gradients, neither."""
+    """Return the report's parts about a model: classes, loss surface and adversarial examples.
+
+    Where surface and examples cannot be computed, for want of gradients or memory, say so on stderr
+    and return the classes alone.
+    """
     from surestep import report
 
     known = {"classes": images.classes}
@@ -95,13 +103,13 @@ def of_model(
         x, y = images.first(min(_LOOKED_AT, len(images))).tensors()
         size = min(batch_size, _AT_ONCE)
         return known | report.gather(model, x, y, threat, name=name, batch_size=size)
-    except UserError as e:  # the result stands without pictures
+    except UserError as e:  # the result is valid without pictures
         click.echo(f"the report has no pictures: {e}", err=True)
         return known
 
 
 def of_run(run: RunFolder) -> dict[str, Any]:
-    """Return a run's settings and its course."""
+    """Return a run's training history and settings."""
     from surestep.config import read_yaml
 
     return {"history": run.history(), "config": read_yaml(run.config)}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Watched(NamedTuple):
-    """What an evaluation calls on its way: ``progress`` and ``tell`` of ``surestep.evaluate``."""
+    """The callbacks ``progress`` and ``tell`` of ``surestep.evaluate``."""
 
     progress: Callable[[int, int, float], None]
     tell: Callable[[str], None]
@@ -23,7 +23,7 @@ class Watched(NamedTuple):
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Watched]:
-    """Show a bar on stderr, or a line a minute; yield the callbacks of ``surestep.evaluate``."""
+    """Show a bar on stderr, or a line a minute if it is no terminal; yield the callbacks."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Left
@@ -57,7 +57,7 @@ def progress_bar(what: str) -> Iterator[Watched]:
 
 
 def share_of_images(share: float, n: int) -> str:
-    """Return a share of n images in words, with its 95% interval."""
+    """Format a share of n images as a percentage with its 95% interval."""
     from surestep.evaluation import wilson_interval
 
     return _with_interval(share, wilson_interval(round(share * n), n))
@@ -71,11 +71,11 @@ def _with_interval(share: float, interval: tuple[float, float]) -> str:
 def evaluation_table(
     results: Mapping[str, Evaluation], extra: Mapping[str, Mapping[str, str]] | None = None
 ) -> None:
-    """Print evaluations side by side: one column a model, one row an accuracy.
+    """Print evaluations side by side: one column per model, one row per accuracy.
 
     Args:
-        results: by the name of the model.
-        extra: further rows, by their name and the model's.
+        results: evaluations by model name.
+        extra: further rows: texts by row name and model name.
     """
     from rich.console import Console
     from rich.markup import escape
@@ -102,7 +102,7 @@ def evaluation_table(
         table.add_row(row, *(values.get(name, "") for name in results), style="dim")
     table.caption = "worst case: per image, the strongest of the attacks"
     if any(attack["scope"] == "survivors" for attack in first.attacks) and len(first.attacks) > 1:
-        table.caption += "; autoattack saw what the others left"
+        table.caption += "; autoattack was run only on the images that the others left"
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(console.width, 40 + 32 * len(results)))
@@ -112,12 +112,12 @@ def evaluation_table(
 
 
 def _more_of(found: Evaluation) -> str:
-    """Say what each attack took, and which class is the weakest."""
+    """Describe the seconds of each attack, what its parts left in turn, and the weakest class."""
     seconds = ", ".join(f"{name} {took:.1f}" for name, took in found.attack_seconds.items())
     weakest = min(found.per_class, key=lambda row: row["worst_case_accuracy"])
     share = share_of_images(weakest["worst_case_accuracy"], weakest["n"])
     after = "".join(
-        f"; left in turn by {attack['name']}: "
+        f"; accuracy after each part of {attack['name']}: "
         + ", ".join(f"{part} {share:.1%}" for part, share in attack["by_part"].items())
         for attack in found.attacks
         if attack["by_part"]
@@ -129,7 +129,7 @@ def _more_of(found: Evaluation) -> str:
 
 
 def audit_tables(name: str, found: Audit) -> None:
-    """Print an audit: the verdict, the claims against what was found, the twenty checks."""
+    """Print an audit: verdict, claimed and found accuracy, the twenty checks and any escalation."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -145,9 +145,9 @@ def audit_tables(name: str, found: Audit) -> None:
     table.add_column("accuracy", justify="right")
     table.add_row("clean", share_of_images(found.clean_accuracy, found.n))
     for claim, value in found.claims.items():
-        table.add_row(f"a report on {claim} alone", share_of_images(value, found.n))
+        table.add_row(f"under {claim} alone", share_of_images(value, found.n))
     table.add_row(
-        f"all attacks (most by {found.found_by})",
+        f"under all attacks (most broken by {found.found_by})",
         _with_interval(found.found_accuracy, found.found_interval),
         style="bold",
     )
@@ -161,7 +161,7 @@ def audit_tables(name: str, found: Audit) -> None:
         checks.add_row(*row, style=style)
     console.print(checks)
     if found.escalation:
-        steps = Table(title="what was run on the images that were left")
+        steps = Table(title="escalation: attacks on the remaining images")
         for column in ("attack", "left", "why"):
             steps.add_column(column)
         for step in found.escalation:
@@ -170,7 +170,7 @@ def audit_tables(name: str, found: Audit) -> None:
 
 
 def provenance() -> dict[str, Any]:
-    """Return what a result needs to be made again: the command and the versions."""
+    """Return what is needed to reproduce a result: the command and the versions."""
     import shlex
 
     from surestep import environment

@@ -32,18 +32,22 @@ _OPTIONS = (
         type=click.Choice(["test", "validation"]),
         default="test",
         show_default=True,
-        help="Split to judge on; a run has selected its weights on validation images.",
+        help="Split to judge on; a run selected its weights on the validation images.",
     ),
-    click.option("--data", "place", metavar="TEXT", help="Where the data set lies."),
+    click.option("--data", "place", metavar="TEXT", help="Folder or file of the data set."),
     click.option(
         "--image-size",
         type=POSITIVE,
-        help="Side to cut and resize a folder's or the Hub's images to. [default: the run's]",
+        help="Side to crop and resize images of a folder or the Hub to. [default: the run's]",
     ),
     click.option("--norm", metavar="linf|l2", help="[default: the run's, or linf]"),
-    click.option("--mean", metavar="A,B,...", help="Normalise the images by this first."),
-    click.option("--std", metavar="A,B,...", help="With --mean: per channel, pixels in [0, 1]."),
-    click.option("--device", metavar="TEXT", help="cpu, cuda, cuda:1, mps; by default the best."),
+    click.option("--mean", metavar="A,B,...", help="Mean per channel to normalise images with."),
+    click.option(
+        "--std",
+        metavar="A,B,...",
+        help="Standard deviation per channel, with --mean; of pixels in [0, 1].",
+    ),
+    click.option("--device", metavar="TEXT", help="cpu, cuda, cuda:1 or mps. [default: the best]"),
     click.option(
         "--seed",
         type=click.IntRange(0, 2**32 - 1),
@@ -55,7 +59,7 @@ _OPTIONS = (
 
 
 def budget_option(what: str) -> Callable[..., Any]:
-    """Return the option ``--budget``, None where it is not given; ``what`` says what it decides."""
+    """Return the option ``--budget``, None if not given; ``what`` begins its help."""
     return click.option(
         "--budget",
         type=click.Choice(["quick", "standard", "thorough"]),
@@ -64,18 +68,18 @@ def budget_option(what: str) -> Callable[..., Any]:
 
 
 def source_option(otherwise: str) -> Callable[..., Any]:
-    """Return the option ``--source``; ``otherwise`` says what is attacked from beside it."""
+    """Return the option ``--source``; ``otherwise``, on the substitute, ends its help."""
     return click.option(
         "--source",
         "sources",
         multiple=True,
         metavar="MODEL",
-        help="Model to craft transfer attacks on, named like MODEL; repeatable. " + otherwise,
+        help="Model to craft transfer attacks on, given like MODEL; repeatable. " + otherwise,
     )
 
 
 def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add what names a model, its weights, data and norm."""
+    """Add the argument MODEL and the options for its weights, data, norm, device and seed."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
@@ -84,20 +88,20 @@ def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def open_target(
     values: dict[str, Any], eps: str | None, sources: tuple[str, ...], n: int | None
 ) -> tuple[Target, list[nn.Module]]:
-    """Take the options of ``target_options`` out of a command's values and load the model.
+    """Pop the options that describe the target from a command's values, and load the target.
 
-    Of the images only ``n`` are loaded, unless that is None.
+    Only ``n`` images are loaded; None loads all.
 
     Returns:
-        It, and the models of ``source_option``, on the same device.
+        The target, and the models of ``source_option`` on the same device.
 
     Raises:
-        UserError: see ``surestep.targets.open_target``; or a source is not a model.
+        UserError: as in ``surestep.targets.open_target``, or a source is not a model.
     """
     from surestep import targets
     from surestep.training.engine import keep_freed_memory
 
-    keep_freed_memory()  # else every attack step pays page faults for its activations again
+    keep_freed_memory()  # otherwise every attack step pays for page faults on its activations
     names = ("weights", "dataset", "place", "image_size", "norm", "device", "split")
     options = {name: values.pop(name) for name in names}
     mean, std = (_numbers(name, values.pop(name)) for name in ("mean", "std"))

@@ -23,10 +23,10 @@ from surestep.cli._target import (
 
 @click.command(short_help="Tell real robustness from masked gradients.")
 @target_options
-@click.option("--eps", metavar="NUMBER", help="Radius, 0.3 or 8/255. [default: the run's]")
-@budget_option("How much is spent")
+@click.option("--eps", metavar="NUMBER", help="Radius, such as 0.3 or 8/255. [default: the run's]")
+@budget_option("How much to spend on attacks")
 @source_option("Used in addition to a substitute trained on the model's answers.")
-@click.option("--n", type=POSITIVE, default=1000, show_default=True, help="Test images.")
+@click.option("--n", type=POSITIVE, default=1000, show_default=True, help="Number of test images.")
 @click.option(
     "--batch-size", type=POSITIVE, default=250, show_default=True, help="Images attacked at a time."
 )
@@ -47,7 +47,7 @@ def audit(
     seed: int,
     **values: Any,
 ) -> None:
-    """Tell whether the robustness of MODEL is real, or its gradients are masked.
+    """Tell whether the robustness of MODEL is real or an effect of masked gradients.
 
     MODEL is a run folder, FILE.py:FACTORY, an architecture such as lenet+ with --weights, a
     TorchScript (.pt) or torch.export (.pt2) program, timm:NAME or hf:NAME. The verdict is robust,

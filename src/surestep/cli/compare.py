@@ -34,7 +34,7 @@ _TRAINING = [
 ]
 
 
-@click.command(short_help="Train and judge several methods, side by side in one table.")
+@click.command(short_help="Train and judge several methods side by side in one table.")
 @click.argument("folders", metavar="[RUN]...", nargs=-1)
 @click.option("--methods", metavar="A,B,...", help="Methods to train; see `surestep methods`.")
 @click.option(
@@ -46,12 +46,12 @@ _TRAINING = [
     "--out",
     metavar="DIR",
     help="Folder for runs, tables and report; rerun with the same one to continue. "
-    "[default: runs/<date>-compare; of run folders nothing is kept]",
+    "[default: runs/<date>-compare; with run folders, nothing is kept]",
 )
 @click.option(
     "--preset",
     metavar="NAME",
-    help="Preset that every method has, or none. [default: each method's own for the data set]",
+    help="A preset that every method has, or none. [default: each method's own for the data set]",
 )
 @click.option(
     "--attacks",
@@ -62,16 +62,16 @@ _TRAINING = [
 @click.option(
     "--budget",
     type=click.Choice(["quick", "standard", "thorough"]),
-    help="Instead of --attacks; standard and thorough end with AutoAttack.",
+    help="Set of attacks, instead of --attacks; standard and thorough end with AutoAttack.",
 )
 @click.option(
-    "--audit/--no-audit", default=True, show_default=True, help="Audit every run, on budget quick."
+    "--audit/--no-audit", default=True, show_default=True, help="Audit every run with budget quick."
 )
-@click.option("--n", type=POSITIVE, default=1000, show_default=True, help="Test images.")
+@click.option("--n", type=POSITIVE, default=1000, show_default=True, help="Number of test images.")
 @click.option(
     "--eval-batch-size",
     type=POSITIVE,
-    help="Images attacked at a time. [default: 500; in the audit 250]",
+    help="Images attacked at a time. [default: 500; 250 in the audit]",
 )
 @click.option(
     "--format",
@@ -98,11 +98,11 @@ def compare(
     json_file: str | None,
     **options: Any,
 ) -> None:
-    """Train METHODS with several seeds each and judge them alike, or judge the run folders RUN.
+    """Train METHODS with several seeds each and judge them the same way, or judge run folders.
 
-    Runs are trained one after another into DIR/<method>-seed<k>, each in a process of its own,
-    then evaluated and audited. A comparison that was stopped goes on when it is given again. The
-    table has a row a method: mean and standard deviation over the seeds.
+    Runs are trained one after another into DIR/<method>-seed<k>, each in its own process, then
+    evaluated and audited. A stopped comparison continues when it is rerun with the same --out. The
+    table has one row per method: mean and standard deviation over the seeds.
 
     \b
     Examples:
@@ -116,7 +116,9 @@ def compare(
     tell: Callable[[str], None] = _tell
     if not folders and out is None:
         out = new_folder("compare")
-        tell = _after(f"runs and results go to {out}: give --out {out} to go on from them")
+        tell = _after(
+            f"runs and results go to {out}: to continue this comparison, give --out {out}"
+        )
     chosen = names(attacks) if attacks is not None else None
     if chosen is not None and budget is not None:
         raise UserError("--attacks and --budget exclude each other: give one of them")
@@ -156,7 +158,7 @@ def _tell(text: str) -> None:
 
 
 def _after(first: str) -> Callable[[str], None]:
-    """Return ``_tell`` with a line before the first: a comparison tells once all is checked."""
+    """Return a ``_tell`` that also prints ``first``, but only once all checks have passed."""
     waiting = [first]
 
     def tell(text: str) -> None:
@@ -170,7 +172,7 @@ def _after(first: str) -> Callable[[str], None]:
 def _check(
     folders: tuple[str, ...], methods: str | None, out: str | None, training: dict[str, Any]
 ) -> None:
-    """Refuse what does not go together: a comparison trains methods or judges run folders."""
+    """Check that the options fit together: a comparison trains methods or judges run folders."""
     if folders and methods is not None:
         raise UserError("give run folders or --methods, not both")
     if not folders and methods is None:
@@ -182,13 +184,13 @@ def _check(
 
 
 def _seeds(text: str | None) -> int | list[int]:
-    """Read "3" as a number of seeds and "3,5" as which."""
+    """Read "3" as the number of seeds, and "3,5" as a list of seeds."""
     try:
         if text is None:
             return 3
         return [int(part) for part in names(text)] if "," in text else int(text)
     except ValueError:
-        raise UserError(f"--seeds {text!r}: give how many, 3, or which, 0,5,7") from None
+        raise UserError(f"--seeds {text!r}: give a number of seeds (3) or a list (0,5,7)") from None
 
 
 def _show(found: Comparison, style: str) -> None:
@@ -205,7 +207,7 @@ def _table(found: Comparison) -> None:
     from rich.text import Text
 
     titles, body = found.table()
-    # As Text: a name is shown as it is, not read as markup.
+    # Text shows names literally, without reading markup in them.
     table = Table(title=Text(found.title))
     for title in titles:
         left = title in ("method", "verdict")
@@ -224,7 +226,7 @@ def _table(found: Comparison) -> None:
 
 
 def _end(found: Comparison) -> None:
-    """Fail if a run did, now that the results of the others are out."""
+    """Exit with an error if a run failed, after the results of the others are written."""
     if not found.failures:
         return
     first = found.failures[0]

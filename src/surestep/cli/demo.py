@@ -16,19 +16,23 @@ if TYPE_CHECKING:
     from surestep.evaluation import Evaluation
 
 _METHODS = ("fgsm", "sat-r2")
-_AUDITED = 100  # images: enough to tell masking, and it ends within a minute or so
+_AUDITED = 100  # images: enough to detect masking, in about a minute
 
 
 @click.command(short_help="See FGSM training fail and SAT succeed, in minutes on a laptop.")
 @click.option(
-    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Seed of both."
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Seed of both trainings and audits.",
 )
 @click.option(
     "--n",
     type=click.IntRange(1, 10_000),
     default=1000,
     show_default=True,
-    help="Test images to judge on.",
+    help="Number of test images to judge on.",
 )
 @click.option("--out", metavar="DIR", help="Keep both run folders in DIR. [default: keep nothing]")
 @click.option("--overwrite", is_flag=True, help="Replace the run folders in DIR.")
@@ -46,13 +50,13 @@ def demo(
     """See FGSM training fail and SAT succeed, on MNIST at eps 0.3.
 
     Trains the same small network twice: with plain FGSM, which ends in gradient masking, and with
-    SAT-R2, a step of which takes twice as long. Then it attacks both with FGSM and with PGD-100,
-    and audits both. MNIST comes with surestep, nothing is downloaded.
+    SAT-R2, whose steps take twice as long. Then it attacks both with FGSM and PGD-100 and audits
+    both. MNIST comes with surestep, so nothing is downloaded.
     """
     check_overwrite(overwrite, out, "DIR")
     check_writable(json_file)
     check_report(html, plots)
-    # The one import that takes a moment; say something first.
+    # The next import takes a moment, so print something first.
     click.echo("surestep demo: LeNet+ on MNIST, l-inf eps 0.3, two training methods", err=True)
 
     import surestep
@@ -138,7 +142,7 @@ def _row(
 
 
 def _sentence(fgsm: Evaluation, sat: Evaluation) -> str:
-    """Say what happened, from the numbers."""
+    """Describe the outcome, from the numbers."""
     looks, holds = fgsm.robust_accuracy["fgsm"], fgsm.worst_case_accuracy
     if looks - holds > 0.2:
         first = (
@@ -147,9 +151,9 @@ def _sentence(fgsm: Evaluation, sat: Evaluation) -> str:
         )
     elif fgsm.clean_accuracy < 0.5:
         first = (
-            f"FGSM training did not learn this time ({fgsm.clean_accuracy:.1%} of clean images), "
-            "another --seed may mask its gradients"
+            f"FGSM training failed to learn this time ({fgsm.clean_accuracy:.1%} clean accuracy), "
+            "another --seed may lead to masked gradients"
         )
     else:
         first = f"FGSM training kept {holds:.1%} under the strongest attack this time"
-    return f"{first}; SAT-R2, which penalises that, keeps {sat.worst_case_accuracy:.1%}."
+    return f"{first}; SAT-R2, which penalises masking, keeps {sat.worst_case_accuracy:.1%}."

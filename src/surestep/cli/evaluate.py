@@ -21,32 +21,34 @@ from surestep.cli._target import (
 from surestep.errors import UserError
 
 
-@click.command(short_help="Measure a model's accuracy clean and under attack.")
+@click.command(short_help="Measure a model's accuracy on clean images and under attack.")
 @target_options
 @click.option(
     "--eps",
     metavar="A,B,...",
-    help="Radius, 0.3 or 8/255. Several give a curve; "
-    "the last is the one reported. [default: the run's]",
+    help="Radius, such as 0.3 or 8/255. Several give a curve; the last one is reported. "
+    "[default: the run's]",
 )
-@budget_option("Which attacks")
+@budget_option("Which attacks to run")
 @click.option(
     "--attacks",
     metavar="A,B,...",
-    help="Instead of a budget: fgsm, r-fgsm, i-fgsm-K, mi-fgsm-K, noise-K, "
+    help="Attacks, instead of a budget: fgsm, r-fgsm, i-fgsm-K, mi-fgsm-K, noise-K, "
     "pgd-K[xRESTARTS][-ce|-margin|-dlr], apgd-ce, apgd-t, fab-t, square[-K], autoattack, transfer; "
-    "with foolbox cw-l2[-K], deepfool[-K].",
+    "with foolbox also cw-l2[-K], deepfool[-K].",
 )
 @source_option("Without one, transfer trains a substitute on the model's answers.")
 @click.option(
     "--n",
     type=POSITIVE,
-    help="Only N test images, the first; of sorted data N mixed ones. [default: all]",
+    help="Use the first N test images, or N drawn from all if sorted by class. [default: all]",
 )
 @click.option(
     "--batch-size", type=POSITIVE, default=500, show_default=True, help="Images attacked at a time."
 )
-@click.option("--state", metavar="FILE", help="Save progress here; rerun with it to continue.")
+@click.option(
+    "--state", metavar="FILE", help="Save progress here; rerun with the same FILE to continue."
+)
 @json_option
 @report_options
 def evaluate(
@@ -63,8 +65,8 @@ def evaluate(
     """Measure the accuracy of MODEL on test images, clean and under attack.
 
     MODEL is a run folder, FILE.py:FACTORY, an architecture such as lenet+ with --weights, a
-    TorchScript (.pt) or torch.export (.pt2) program, timm:NAME or hf:NAME. The worst case counts,
-    per image, the strongest of all attacks; it is the number to quote.
+    TorchScript (.pt) or torch.export (.pt2) program, timm:NAME or hf:NAME. The worst case takes the
+    strongest attack on each image; it is the number to quote.
 
     \b
     Examples:
@@ -79,14 +81,16 @@ def evaluate(
 
     radii = names(eps) if eps is not None else [None]
     if not radii:
-        raise UserError(f"--eps {eps!r} holds no radius: give 0.3 or 8/255, or several with commas")
+        raise UserError(
+            f"--eps {eps!r} holds no radius: give one, such as 8/255, or several with commas"
+        )
     chosen = names(attacks) if attacks is not None else None
     if chosen is not None and budget is not None:
         raise UserError("--attacks and --budget exclude each other: give one of them")
     budget = budget or BUDGET
     if sources and chosen is not None and "transfer" not in chosen:
         raise UserError("--source is for the transfer attack: add transfer to --attacks")
-    # A substitute for the transfer attack asks about more images than are judged.
+    # A substitute for the transfer attack is trained on more images than are judged.
     learns = "transfer" in (chosen or ()) and not sources
     n = None if learns else values["n"]
     target, others = open_target(values, radii[-1], sources, n)

@@ -17,28 +17,28 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-@click.command(short_help="Sparsify a trained run (MeanSparse); judge it before and after.")
+@click.command(short_help="Harden a trained run (MeanSparse) and judge it before and after.")
 @click.argument("run", metavar="RUN")
 @click.option("--mean-sparse", is_flag=True, help="Sparsify activations around their means.")
 @click.option(
     "--threshold",
     metavar="T,...",
-    help="Deviations from the mean to try; 0 is always tried. [default: 0.05 to 0.4]",
+    help="Thresholds to try, in standard deviations; 0 is always tried. [default: 0.05 to 0.4]",
 )
 @click.option(
     "--attacks",
     metavar="A,B,...",
-    help="Attacks of the search and of the judgement. [default: apgd-ce,pgd-50-margin,square-1000; "
-    "of the judgement also transfer, from RUN]",
+    help="Attacks of the threshold search and of the final evaluation. "
+    "[default: apgd-ce,pgd-50-margin,square-1000; in the evaluation also transfer, from RUN]",
 )
 @click.option(
     "--n-search",
     type=POSITIVE,
     default=500,
     show_default=True,
-    help="Validation images of the search.",
+    help="Number of validation images for the search.",
 )
-@click.option("--n", type=POSITIVE, default=1000, show_default=True, help="Test images.")
+@click.option("--n", type=POSITIVE, default=1000, show_default=True, help="Number of test images.")
 @click.option("--out", metavar="RUN", help="Folder of the hardened run. [default: RUN-hardened]")
 @click.option("--overwrite", is_flag=True, help="Replace that folder if it exists.")
 @click.option(
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 @click.option(
     "--batch-size", type=POSITIVE, default=500, show_default=True, help="Images attacked at a time."
 )
-@click.option("--device", metavar="TEXT", help="cpu, cuda, cuda:1, mps; by default the best.")
+@click.option("--device", metavar="TEXT", help="cpu, cuda, cuda:1 or mps. [default: the best]")
 @json_option
 def harden(
     run: str,
@@ -69,10 +69,10 @@ def harden(
 ) -> None:
     """Harden the trained model of RUN, and judge it on test images before and after.
 
-    Nothing is trained: to train a model to be robust see `surestep train` and surestep.fit.
+    Nothing is trained; to train a robust model, see `surestep train` and surestep.fit.
 
-    --mean-sparse puts activations near their channel's mean on the mean (MeanSparse, arXiv
-    2406.05927), by the threshold that withstands attacks best on validation images. The result
+    --mean-sparse sets activations near their channel's mean to the mean (MeanSparse, arXiv
+    2406.05927), with the threshold that withstands attacks best on validation images. The result
     masks gradients by construction, so every gradient attack runs twice: with the true gradients
     and with gradients passed straight through (BPDA). The worst case is over all of them.
 
@@ -82,7 +82,7 @@ def harden(
       surestep harden runs/one --mean-sparse --threshold 0.2 --out runs/one-sparse
     """
     if not mean_sparse:
-        raise UserError("say how to harden: --mean-sparse is the only way so far")
+        raise UserError("no way of hardening is chosen: add --mean-sparse, the only one so far")
     check_writable(json_file)
     values = None if threshold is None else _numbers(threshold)
 
@@ -97,7 +97,7 @@ def harden(
 
     def show(row: dict[str, Any]) -> None:
         console.print(
-            f"threshold {row['threshold']:g}, of {row['n']} validation images: "
+            f"threshold {row['threshold']:g}, on {row['n']} validation images: "
             f"clean {share_of_images(row['clean_accuracy'], row['n'])}, "
             f"worst case {share_of_images(row['worst_case_accuracy'], row['n'])}",
             highlight=False,
@@ -121,7 +121,7 @@ def harden(
 
 
 def _tables(console: Console, found: dict[str, Any], folder: str) -> None:
-    """Print the accuracies before and after, and what came of it."""
+    """Print the accuracies before and after, and the gain."""
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
@@ -137,7 +137,7 @@ def _tables(console: Console, found: dict[str, Any], folder: str) -> None:
     gain = found["after"]["worst_case_accuracy"] - found["before"]["worst_case_accuracy"]
     console.print(
         f"threshold {found['threshold']:g}, worst case {100 * gain:+.1f} points on "
-        f"{found['after']['n']} test images ({found['saved']} withstand more, {found['lost']} less)"
+        f"{found['after']['n']} test images ({found['saved']} saved, {found['lost']} lost)"
         + (": no threshold helped" if found["threshold"] == 0 else "")
         + f"\nwritten to {folder}; audit it: surestep audit {folder}",
         markup=False,
@@ -146,9 +146,9 @@ def _tables(console: Console, found: dict[str, Any], folder: str) -> None:
 
 
 def _beside(run: str) -> str:
-    """Return the default --out, beside the run."""
+    """Return the default --out, next to the run."""
     place = Path(run)
-    if place.name in ("", ".."):  # names of no folder, such as "."
+    if place.name in ("", ".."):  # paths without a last name, such as "."
         place = place.resolve()
     return str(place.parent / f"{place.name}-hardened")
 

@@ -12,22 +12,22 @@ from surestep.errors import UserError
 
 
 @click.command(
-    short_help="List the methods, show the card of one, or begin a new one.",
+    short_help="List the methods, show a method's card, or start a new method.",
     options_metavar="[NAME | new NAME] [OPTIONS]",
 )
 @click.argument("name", required=False, metavar="")
 @click.argument("new_name", required=False, metavar="")
-@click.option("--dir", "where", default=".", help="Of `new`: where to write. [default: here]")
+@click.option("--dir", "where", default=".", help="Where `new` writes. [default: here]")
 @json_option
 def methods(name: str | None, new_name: str | None, where: str, json_file: str | None) -> None:
-    """List the training methods with their cost, show the card of one, or begin a new one.
+    """List the training methods with their cost, show a method's card, or start a new method.
 
-    `new NAME` writes the start of a method: its file, its card and its test, all of which work as
-    they are. In a checkout of surestep they go where they belong, elsewhere they make a plug-in
-    package that surestep finds once it is installed.
+    `new NAME` writes the start of a method: its file, card and test, all of which work as they are.
+    In a checkout of surestep they go where they belong; elsewhere they form a plug-in package that
+    surestep finds once it is installed.
 
-    The cost counts passes per image of a step at batch size 128 (forward, input gradient and
-    weight gradient are about equal work); standard training takes 3.
+    The cost is the number of passes per image in a step at batch size 128 (forward, input gradient
+    and weight gradient are about equal work); standard training takes 3.
     """
     from rich.console import Console
     from rich.markdown import Markdown
@@ -39,13 +39,13 @@ def methods(name: str | None, new_name: str | None, where: str, json_file: str |
     console = Console()
     if name == "new":
         if new_name is None:
-            raise UserError("say what to call it: surestep methods new NAME")
+            raise UserError("the new method needs a name: surestep methods new NAME")
         made = [str(path) for path in scaffold.method(new_name, where)]
         packages = [path for path in made if path.endswith("pyproject.toml")]
         install = "".join(f"pip install -e {Path(path).parent}; " for path in packages)
         then = f"fill it in; then: {install}surestep methods {new_name}"
         if any("cards" in path and "src/surestep/" in path.replace("\\", "/") for path in made):
-            then += "; python docs/methods.py (the list in the docs)"
+            then += "; python docs/methods.py (updates the docs)"
         told = {"name": new_name, "files": made}
         return hand_over(told, json_file, partial(click.echo, "\n".join([*made, then])))
     if new_name is not None:
@@ -67,6 +67,6 @@ def methods(name: str | None, new_name: str | None, where: str, json_file: str |
             presets = ", ".join(row["presets"])
             table.add_row(row["name"], f"{row['passes']:.3g}", row["summary"], presets)
         console.print(table)
-        console.print("\n`surestep methods NAME` shows the card of one.", highlight=False)
+        console.print("\n`surestep methods NAME` shows a method's card.", highlight=False)
 
     return hand_over(rows, json_file, show)

@@ -37,20 +37,25 @@ _FIRST = ("method", "dataset", "model", "eps", "epochs", "batch_size", "lr", "se
     "--preset",
     metavar="NAME",
     help="A preset of the method (`surestep methods NAME` lists them), or none. "
-    "[default: the one named as the data set]",
+    "[default: the one named after the data set]",
 )
 @click.option(
     "--param",
     "pairs",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Hyperparameter of the method; repeat.",
+    help="Hyperparameter of the method; repeatable.",
 )
 @click.option("--out", metavar="RUN", help="Run folder. [default: runs/<date>-<method>-<dataset>]")
 @click.option(
-    "--config", "config_file", metavar="FILE", help="YAML of settings, such as a run's config.yaml."
+    "--config",
+    "config_file",
+    metavar="FILE",
+    help="YAML file of settings, such as a run's config.yaml.",
 )
-@click.option("--resume", metavar="RUN", help="Continue a run folder; takes every setting from it.")
+@click.option(
+    "--resume", metavar="RUN", help="Continue a run; takes every setting from its folder."
+)
 @click.option("--overwrite", is_flag=True, help="Replace the run folder if it exists.")
 @json_option
 @click.option("--quiet", is_flag=True, help="Show nothing while training.")
@@ -68,9 +73,10 @@ def train(
 ) -> None:
     """Train a robust classifier with a method.
 
-    Settings come from, each over the one before: the defaults, the method's preset for the data
-    set (with --config only if --preset names one), the --config file, the command line. At another
-    --eps, step sizes and other lengths of a preset or a file change in proportion.
+    Settings come from these sources, each overriding the ones before it: the defaults, the method's
+    preset for the data set (with --config, only if --preset names one), the --config file, the
+    command line. With another --eps, step sizes and other lengths of a preset or file are scaled in
+    proportion.
 
     \b
     Examples:
@@ -105,7 +111,7 @@ def train(
         if config_file is not None:
             from_file = read_yaml(config_file)
             parse(RunConfig, from_file, where=f"{config_file}: ")
-            # A file is complete in itself: a preset is taken only if one is named.
+            # A file is complete in itself: a preset is used only if one is named.
             preset = preset or "none"
         config = runs.resolve(settings, preset, from_file)
         out = out or new_folder(f"{config.method}-{config.dataset.partition(':')[0]}")
@@ -117,8 +123,8 @@ def train(
             config, out, resume=resume is not None, overwrite=overwrite, quiet=quiet, tell=tell
         )
     except BaseException as e:
-        # Where one process fails the others wait for it, and NCCL's group would wait for them; of
-        # SIGTERM all have agreed.
+        # If one process fails, the others wait for it, and destroying an NCCL group would wait for
+        # them. On SIGTERM all processes stop together.
         _leave_group(together=isinstance(e, SystemExit))
         raise
     _leave_group(together=True)
@@ -148,19 +154,19 @@ def train(
 
 
 def _tell_defaults(config: RunConfig, settings: dict[str, Any]) -> None:
-    """Say on stderr which defaults are taken where there is no recipe to take."""
+    """Print to stderr which defaults are used because there is no preset for the data set."""
     left = [name for name in ("model", "epochs", "lr") if name not in settings]
     if left:
         taken = ", ".join(f"{name} {getattr(config, name)}" for name in left)
         click.echo(
             f"{config.method} has no preset for {config.dataset}, using defaults: {taken}; "
-            "--preset NAME takes another data set's",
+            "--preset NAME uses another data set's",
             err=True,
         )
 
 
 def _report(config: RunConfig, out: str, model: nn.Module) -> None:
-    """Write the run's report.html; without the packages for it, say how to get them."""
+    """Write the run's report.html; if that fails, say why on stderr."""
     from surestep import report, runs
     from surestep.training.run_folder import RunFolder
 
@@ -171,12 +177,12 @@ def _report(config: RunConfig, out: str, model: nn.Module) -> None:
         shown = of_model(model, images, threat, out, config.batch_size)
         parts = {**shown, **of_run(run), **provenance()}
         write_report(str(run.report), None, out, **parts)
-    except Exception as e:  # the run itself is done and safe
+    except Exception as e:  # the run itself is complete and saved
         click.echo(f"no report.html: {e}", err=True)
 
 
 def _leave_group(*, together: bool) -> None:
-    """End the process group: left to the interpreter's end, its threads may abort the process."""
+    """Destroy the process group; if left until exit, its threads may abort the process."""
     from torch import distributed
 
     if distributed.is_initialized() and (together or distributed.get_backend() == "gloo"):

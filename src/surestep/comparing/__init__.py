@@ -1,8 +1,8 @@
-"""Methods side by side: several seeds each, trained, attacked and audited alike, in one table.
+"""Compare methods in one table: several seeds each, trained, attacked and audited the same way.
 
-Runs are trained one after another, each in a process of its own: seconds are only comparable
-if runs do not share the machine, and peak memory can only be told of a whole process. What is
-known of a run is kept as soon as it is known, so that a comparison that was stopped goes on.
+Runs are trained one after another, each in its own process: training times are comparable only if
+runs do not share the machine, and peak memory can be measured only for a whole process. Each result
+is saved as soon as it is known, so that a stopped comparison can continue.
 """
 
 from surestep.comparing._compare import ATTACKS, compare, compare_runs

@@ -1,4 +1,4 @@
-"""Compare methods over seeds, or runs that exist: who shares a row, and what the table says."""
+"""Compare methods over seeds, or existing runs: which runs share a row, and the table's notes."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from surestep.training.run_folder import RunFolder
 from surestep.verdicts import SEVERITY
 
 ATTACKS = ("fgsm", "pgd-100", "pgd-100-margin")
-"""The attacks of a comparison, unless others are asked for."""
+"""The default attacks of a comparison."""
 
 _ALIKE = ("dataset", "norm", "eps")
-# What may differ between two runs of one row: none of it changes what is learnt, but for rounding.
+# Settings that may differ within a row: except the seed, they change results by rounding at most.
 _NO_MATTER = ("seed", "tensorboard", "checkpoint_every", "engine", "precision")
 
 
@@ -55,34 +55,38 @@ def compare(
     tell: Tell = lambda _: None,
     **settings: Any,
 ) -> Comparison:
-    """Train methods with several seeds each and judge them alike.
+    """Train methods with several seeds each and judge them the same way.
 
-    Every run is trained into ``out/<method>-seed<k>``, one after another, each in a process of
-    its own, then evaluated and audited on test images. What is known of a run is kept there in
-    ``comparison.json``: called again, finished runs are skipped and a half-finished one goes on.
+    Runs are trained one after another into ``out/<method>-seed<k>``, each in its own process, then
+    evaluated and audited on test images. Each run's results are saved there in
+    ``comparison.json``: when called again, finished runs are skipped and a half-finished one is
+    continued.
 
-    A run that fails does not end the comparison; it is named in ``failures``.
+    A run that fails does not end the comparison; it is listed in ``failures``.
 
     Args:
         methods: slugs, as `surestep methods` lists them.
-        seeds: how many, from 0, or which.
+        seeds: the number of seeds, counted from 0, or a list of seeds.
         out: the folder for the run folders.
-        preset: as of ``surestep train``: by default each method's for the data set, or "none".
-        attacks: of the evaluation; by default ``ATTACKS``.
-        budget: instead of ``attacks``: "quick", "standard" or "thorough".
+        preset: as in ``surestep train``: a preset's name, or "none"; by default each method's
+            preset for the data set.
+        attacks: names of the evaluation's attacks; by default ``ATTACKS``.
+        budget: a set of attacks instead of ``attacks``: "quick", "standard" or "thorough".
         audit: budget of the audit; None for no audit.
-        n: test images, the first ones.
+        n: number of test images, as taken by ``Images.first``.
         eval_batch_size: images attacked at a time; by default as in ``surestep.evaluate`` and
             ``surestep.audit``.
-        tell: called with a line on what is being done.
-        settings: of training, by the names of ``RunConfig``: dataset, eps, epochs, ...
+        tell: called with one line of text on what is being done.
+        settings: training settings by their names in ``RunConfig``: dataset, eps, epochs, ...
 
     Returns:
-        The table, with a row for each method of which a run succeeded.
+        The comparison, with a row for each method that has a successful run.
 
     Raises:
-        UserError: unknown names, no method or seed, invalid settings, methods whose data set or
-            threat model differ, run folders or kept results of other settings, or no run succeeded.
+        UserError: a name is unknown, no method or seed is given, a setting is invalid, the methods
+            differ in data set or threat model, a run folder or saved result has other settings, or
+            no run succeeded.
+        RuntimeError: no run succeeded, and the first failure is a bug in surestep.
     """
     asked = _asked(attacks, budget, audit, n, eval_batch_size)
     for name, instead in (("method", "methods"), ("seed", "seeds")):
@@ -114,27 +118,27 @@ def compare_runs(
     device: str | None = None,
     tell: Tell = lambda _: None,
 ) -> Comparison:
-    """Judge finished runs alike.
+    """Judge finished runs the same way.
 
-    Runs that differ in the seed only share a row. Peak memory is known of runs that ``compare``
-    trained.
+    Runs that differ only in the seed share a row. Peak memory is known only for runs that
+    ``compare`` trained.
 
     Args:
-        folders: as written by ``surestep train``.
-        out: a folder to keep each run's results in, so that a comparison that was stopped can
-            go on; None keeps nothing.
-        attacks: of the evaluation; by default ``ATTACKS``.
-        budget: instead of ``attacks``: "quick", "standard" or "thorough".
+        folders: run folders, as written by ``surestep train``.
+        out: a folder to save each run's results in, so that a stopped comparison can continue;
+            None saves nothing.
+        attacks: names of the evaluation's attacks; by default ``ATTACKS``.
+        budget: a set of attacks instead of ``attacks``: "quick", "standard" or "thorough".
         audit: budget of the audit; None for no audit.
-        n: test images, the first ones.
+        n: number of test images, as taken by ``Images.first``.
         eval_batch_size: images attacked at a time; by default as in ``surestep.evaluate`` and
             ``surestep.audit``.
-        device: by default the best there is.
-        tell: called with a line on what is being done.
+        device: where to judge; by default each run's own device setting.
+        tell: called with one line of text on what is being done.
 
     Raises:
-        UserError: a folder is not a finished run, two are the same run, or their test images or
-            threat models differ; or no run could be judged.
+        UserError: a folder is not a finished run, two are the same run, their test images or threat
+            models differ, or no run could be judged.
     """
     asked = _asked(attacks, budget, audit, n, eval_batch_size)
     place = None if out is None else _folder(out)
@@ -144,8 +148,8 @@ def compare_runs(
         done = epochs_done(folder)
         if not finished(folder, config):
             raise UserError(
-                f"{folder} is not finished (epoch {done} of {config.epochs}): go on with surestep "
-                f"train --resume {folder}"
+                f"{folder} is not finished (epoch {done} of {config.epochs}): continue it with "
+                f"surestep train --resume {folder}"
             )
         base = folder.resolve().name
         taken = [entrant.label for entrant in entrants]
@@ -167,7 +171,7 @@ def _asked(
     if audit is not None:
         budget_of(audit)
     if n < 1:
-        raise UserError(f"n {n}: give 1 test image or more")
+        raise UserError(f"n {n}: give at least 1 test image")
     if batch_size is not None and batch_size < 1:
         raise UserError(f"eval_batch_size {batch_size}: give 1 or more")
     if attacks is None:
@@ -176,7 +180,7 @@ def _asked(
 
 
 def _distinct(what: str, values: list[Any]) -> list[Any]:
-    """Refuse an empty list and one that names something twice."""
+    """Refuse a list that is empty or has duplicates."""
     if not values:
         raise UserError(f"there is nothing to compare: give at least one {what}")
     twice = next((v for k, v in enumerate(values) if v in values[:k]), None)
@@ -190,7 +194,7 @@ def _folder(out: str | Path) -> Path:
         raise UserError(f"{out} is a file: give a folder for the results")
     run = RunFolder(Path(out))
     if run.config.is_file() and any(p.exists() for p in (run.environment, run.metrics)):
-        raise UserError(f"{out} is a run folder, whose report is kept: give another one")
+        raise UserError(f"{out} is a run folder, whose report would be overwritten: give another")
     return Path(out)
 
 
@@ -206,11 +210,11 @@ def _compare(entrants: list[Entrant], asked: Judging, tell: Tell) -> Comparison:
     """Check everything, then train and judge one run after another."""
     images = _check_alike(entrants, None if "transfer" in asked.attacks else asked.n)
     rows = _group(entrants)
-    # In the place of the source that a transfer attack trains later.
+    # Identity stands in for the substitute that a transfer attack trains later.
     suite.parse_all(asked.attacks, runs.build_threat(entrants[0].config), [torch.nn.Identity()])
     known = {entrant.label: read(entrant, asked) for entrant in entrants}
     different = _different(rows)
-    if different and any(e.trains for e in entrants):  # before the work, and below the table
+    if different and any(e.trains for e in entrants):  # before the work, and in the notes
         tell(f"the methods are trained with different settings: {'; '.join(different)}")
     outcomes, failures = {}, []
     for k, entrant in enumerate(entrants, 1):
@@ -230,7 +234,7 @@ def _compare(entrants: list[Entrant], asked: Judging, tell: Tell) -> Comparison:
 
 
 def _check_alike(entrants: list[Entrant], n: int | None) -> Images:
-    """Refuse runs not made for the same images and threat model; return the images."""
+    """Check that all runs share test images and threat model; return the images."""
     first = entrants[0]
     images = runs.load_data(first.config, "test", n)
     known = {_place(first.config): images}
@@ -244,7 +248,7 @@ def _check_alike(entrants: list[Entrant], n: int | None) -> Images:
                 )
         place = _place(entrant.config)
         if place not in known:
-            # Two places may hold the same data; two archives of one kind need not.
+            # Two paths may hold the same data, and two archives of one kind may differ.
             known[place] = runs.load_data(entrant.config, "test", n)
         if not _same(images, known[place]):
             raise UserError(
@@ -255,7 +259,7 @@ def _check_alike(entrants: list[Entrant], n: int | None) -> Images:
 
 
 def _kind(value: Any) -> Any:
-    """Return a setting, of a data set without where it lies: the images decide."""
+    """Return a setting, a data set without its path: its images are compared instead."""
     return value.partition(":")[0] if isinstance(value, str) else value
 
 
@@ -275,15 +279,15 @@ def _same(one: Images, other: Images) -> bool:
 
 
 def _group(entrants: list[Entrant]) -> dict[str, list[Entrant]]:
-    """Return the runs by row: those that differ in the seed only share one.
+    """Return the runs by row; runs that differ only in the seed share one.
 
     Raises:
-        UserError: two are the same run, which would make the deviation too small.
+        UserError: two runs are the same, which would make the standard deviation too small.
     """
     groups: list[list[Entrant]] = []
     for entrant in entrants:
         for group in groups:
-            # Of one seed twice, the way of computing is what is compared.
+            # A seed that occurs twice means that engines or precisions are compared: separate rows.
             twice = [j for j in group if j.config.seed == entrant.config.seed]
             other_way = any(_way(j.config) != _way(entrant.config) for j in twice)
             if _settings(group[0].config) == _settings(entrant.config) and not other_way:
@@ -304,18 +308,18 @@ def _group(entrants: list[Entrant]) -> dict[str, list[Entrant]]:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    """Return all that makes a row, the hyperparameters among the others."""
+    """Return the settings that runs of a row share, including the method's hyperparameters."""
     values = config.model_dump(mode="json", exclude={*_NO_MATTER, "params"})
     return {**values, **config.params}
 
 
 def _way(config: RunConfig) -> str:
-    """Return how a run is computed, as far as its settings say."""
+    """Return the engine and precision that a run's settings name."""
     return f"{config.engine} {config.precision}"
 
 
 def _row_names(groups: list[list[Entrant]]) -> list[str]:
-    """Return the methods, with the settings in which rows of one method differ."""
+    """Return the rows' names: the method, and the settings in which its rows differ."""
     names = []
     for group in groups:
         mine = _settings(group[0].config)
@@ -339,7 +343,7 @@ def _conclude(
     failures: list[Failure],
     asked: Judging,
 ) -> Comparison:
-    """Make the table of what each run gave."""
+    """Build the comparison from the runs' outcomes."""
     ended = [entrant for entrant in entrants if entrant.label in outcomes]
     found = {entrant.label: numbers_of(entrant, outcomes[entrant.label]) for entrant in ended}
     rows = []
@@ -381,7 +385,7 @@ def _conclude(
 
 
 def _doubts(outcome: Mapping[str, Any]) -> list[str]:
-    """Return the signs that a run's worst case is too high; none of nothing that is left."""
+    """Return the signs that a run's worst case is too high; none if it is 0."""
     judged = outcome["evaluation"]
     return list(judged.get("doubts") or ()) if judged["worst_case_accuracy"] > 0 else []
 
@@ -400,14 +404,14 @@ def _notes(
     failures: list[Failure],
     asked: Judging,
 ) -> list[str]:
-    """Say what a reader must know to read the table right."""
+    """Return what a reader must know to interpret the table, one line each."""
     notes = [_precision(rows, next(iter(outcomes.values()))["evaluation"]["n"])]
     pgd = [name for name in asked.attacks if name.startswith("pgd-")]
     if len(pgd) > 1:
-        notes.append(f"PGD is the lower of the accuracies under {' and '.join(pgd)}, run by run.")
+        notes.append(f"PGD is the lowest accuracy under {' and '.join(pgd)}, for each run.")
     if "autoattack" in asked.attacks and len(asked.attacks) > 1:
         notes.append(
-            "AutoAttack attacks what the other attacks left: its accuracy includes theirs."
+            "AutoAttack attacks only what the others left: its accuracy includes their effect."
         )
     below = []
     for name, group in groups.items():
@@ -434,18 +438,18 @@ def _notes(
     for entrant in entrants:
         if entrant.label in outcomes:  # "auto" was settled when the run began
             way = _way(runs.read_config(entrant.folder))
-            if "auto" not in way:  # else it was left to the machine, which is not known
+            if "auto" not in way:  # otherwise it is not known which was used
                 ways.setdefault(way, []).append(entrant.label)
     if len(ways) > 1:
         told = "; ".join(f"{way}: {', '.join(labels)}" for way, labels in ways.items())
         notes.append(
-            f"Runs used different engines or precisions: their seconds do not compare ({told})."
+            f"Runs used different engines or precisions: their seconds are not comparable ({told})."
         )
     machines = _machines(e for e in entrants if e.label in outcomes)
     if machines:
         notes.append(
             f"Runs were trained on different machines or versions ({'; '.join(machines)}): their "
-            "seconds do not compare."
+            "seconds are not comparable."
         )
     if any("peak_memory_mb" in row.numbers for row in rows):
         memory = "Peak memory is the training process's resident memory"
@@ -458,19 +462,19 @@ def _notes(
 
 
 def _machines(entrants: Iterable[Entrant]) -> list[str]:
-    """Say where the runs were trained otherwise than the first one, as far as they tell."""
+    """Describe how the runs' machines and versions differ from the first's, where recorded."""
     known = [(e.label, there) for e in entrants if (there := RunFolder(e.folder).begun_on())]
     told: dict[tuple[str, ...], list[str]] = {}
     for label, there in known[1:]:
         first, before = known[0]
-        # Of many runs on one other machine the first one stands for all.
+        # Runs with the same differences are reported once, by the first of them.
         key = tuple(environment.differences(before, there))
         told.setdefault(key, environment.differences(before, there, (f"of {first}", f"of {label}")))
     return [line for lines in told.values() for line in lines]
 
 
 def _precision(rows: list[Row], n: int) -> str:
-    """Say how well so many images tell the best accuracy."""
+    """Describe how precisely n images measure the best worst case."""
     best = max(row.numbers["worst_case_accuracy"].mean for row in rows)
     low, high = wilson_interval(round(best * n), n)
     return (
@@ -480,7 +484,7 @@ def _precision(rows: list[Row], n: int) -> str:
 
 
 def _different(groups: Mapping[str, list[Entrant]]) -> list[str]:
-    """Name the training settings that differ between rows: presets bring their own."""
+    """List the training settings that differ between rows, such as those of presets."""
     told = []
     configs = {name: group[0].config for name, group in groups.items()}
     for key in RunConfig.model_fields:

@@ -1,4 +1,4 @@
-"""One run of a comparison: trained in a process of its own, judged, and kept as soon as known."""
+"""One run of a comparison: trained in its own process, judged, and saved step by step."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ from surestep.training.run_folder import RunFolder
 OUTCOME_FORMAT, OUTCOME_VERSION = "surestep-outcome", 1
 OUTCOME_FILE = "comparison.json"
 
-# Starts the training and reports its exit code and peak memory. A process in between, since on
-# Linux a process starts with the peak of the one it was forked from, and the comparison's own,
-# which attacks, may be far above the training's. When its standard input ends, the comparison is
-# gone, however it died, and the training is ended: the next one must have the folder to itself.
+# Starts the training and reports its exit code and peak memory. This is a process in between, since
+# on Linux a process inherits the peak of the one it was forked from, and the comparison's own peak,
+# with its attacks, may be far above the training's. When its standard input closes, the comparison
+# has ended, for whatever reason, and it terminates the training: the next comparison must have the
+# run folder to itself.
 MEASURE = """
 import os, signal, subprocess, sys, threading
 child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -50,7 +51,7 @@ _JUDGED_BY = (
     *("model", "normalize", "head", "head_scale", "mean_sparse"),
     *("dataset", "image_size", "norm", "eps"),
 )
-"""The settings of a run, beside its weights, that what is found of it depends on."""
+"""The settings of a run that, besides its weights, determine the results of judging it."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Judging:
     audit: str | None
     n: int
     batch_size: int | None = None
-    """Of the attacks: how, not what; by default the evaluation's and the audit's own."""
+    """Images attacked at a time; None for the defaults. Saved results need not match it."""
 
     def to_dict(self) -> dict[str, Any]:
         return {"attacks": list(self.attacks), "audit": self.audit, "n": self.n}
@@ -69,7 +70,7 @@ class Judging:
 
 @dataclass(frozen=True)
 class Entrant:
-    """A run of a comparison, perhaps still to be trained."""
+    """A run in a comparison, which may still have to be trained."""
 
     label: str
     folder: Path
@@ -80,7 +81,7 @@ class Entrant:
 
     @property
     def name(self) -> str:
-        """What an error calls it: two folders may have the same last name."""
+        """Its name in errors: a given folder's whole path, since last names may coincide."""
         return self.label if self.trains else str(self.folder)
 
 
@@ -93,7 +94,7 @@ class Failed(Exception):
 
 
 def whole(config: RunConfig) -> RunConfig:
-    """Spell out every hyperparameter, as a run folder does."""
+    """Fill in every hyperparameter and make paths absolute, as in a run folder."""
     method = runs.build_method(config)
     own = methods.settle(method, config)
     config = runs.from_anywhere(config)
@@ -101,15 +102,15 @@ def whole(config: RunConfig) -> RunConfig:
 
 
 def epochs_done(folder: Path) -> int:
-    """Return how many epochs a run has ended."""
+    """Return the number of epochs that a run has completed."""
     return len(RunFolder(folder).history())
 
 
 def finished(folder: Path, config: RunConfig) -> bool:
     """Tell whether a run is trained to the end and its weights are written.
 
-    Of an epoch the checkpoint is written first, then the weights, then the row; a kill may come
-    between.
+    At the end of an epoch, the checkpoint is written first, then the weights, then the row of
+    metrics; a kill may come in between.
     """
     run = RunFolder(folder)
     if config.mean_sparse is not None:  # made by `surestep harden`, whole or not at all
@@ -117,16 +118,16 @@ def finished(folder: Path, config: RunConfig) -> bool:
     if not run.ended(config.epochs):
         return False
     steps = [int(path.stem.removeprefix("step-")) for path in checkpoint.found(run.checkpoints)]
-    # Without any, they were removed to save space.
+    # If there are none, they were removed to save space.
     return not steps or max(steps) >= int(run.history()[-1]["step"])
 
 
 def read(entrant: Entrant, asked: Judging) -> dict[str, Any]:
-    """Return what is known of a run, before anything is made.
+    """Return the saved outcome of a run, or an empty one, without writing anything.
 
     Raises:
-        UserError: the folder is of a run with other settings, or what is kept was made in another
-            way.
+        UserError: the run folder has other settings, the saved outcome is damaged or was made with
+            other settings, or the code of the method has changed.
     """
     if entrant.trains and RunFolder(entrant.folder).config.is_file():
         begun = whole(runs.read_config(entrant.folder))
@@ -135,8 +136,8 @@ def read(entrant: Entrant, asked: Judging) -> dict[str, Any]:
             one, other = getattr(begun, name), getattr(wanted, name)
             if one != other:
                 raise UserError(
-                    f"{entrant.folder} was begun with {name} {one!r}, this comparison has "
-                    f"{other!r}: give the same, or another --out"
+                    f"{entrant.folder} was started with {name} {one!r}, but this comparison has "
+                    f"{other!r}: give the same value, or another --out"
                 )
     fresh: dict[str, Any] = {
         "format": OUTCOME_FORMAT,
@@ -151,7 +152,7 @@ def read(entrant: Entrant, asked: Judging) -> dict[str, Any]:
     }
     paths = [entrant.outcome_path] if entrant.outcome_path is not None else []
     if entrant.outcome_path is None or not entrant.outcome_path.is_file():
-        # A run that an earlier comparison trained brings its peak memory along.
+        # The folder of a run that an earlier comparison trained has its peak memory.
         paths = [entrant.folder / OUTCOME_FILE]
     for path in paths:
         found = read_outcome(path)
@@ -165,29 +166,29 @@ def read(entrant: Entrant, asked: Judging) -> dict[str, Any]:
         name = next(k for k, v in fresh["settings"].items() if found["settings"].get(k) != v)
         one, other = (_told(s["settings"].get(name)) for s in (found, fresh))
         raise UserError(
-            f"{path} was made with {name} {one}, this comparison has {other}: give the same, or "
-            "another --out"
+            f"{path} was made with {name} {one}, but this comparison has {other}: give the same "
+            "value, or another --out"
         )
     return fresh
 
 
 def code_of(method: str) -> str | None:
-    """Return a digest of the file that a plug-in's method is written in; None for one of ours."""
+    """Return a digest of the source file of a plug-in's method; None for surestep's own methods."""
     module = methods.get(method).__module__
     if module.partition(".")[0] == "surestep":
         return None
     try:
         source = inspect.getsource(sys.modules[module])
-    except (OSError, TypeError, KeyError):  # there is no such file
+    except (OSError, TypeError, KeyError):  # the method has no source file
         return None
     return _digest(source.encode())
 
 
 def _check_code(entrant: Entrant, before: str | None) -> None:
-    """Refuse a run of a method whose author has changed it since.
+    """Refuse a run whose method has changed since it was trained.
 
     Raises:
-        UserError: it is one.
+        UserError: the method's code has changed.
     """
     if entrant.trains and before is not None and before != code_of(entrant.config.method):
         raise UserError(
@@ -204,7 +205,7 @@ def read_outcome(path: Path) -> dict[str, Any] | None:
     """Read the outcome of a run; None if there is none.
 
     Raises:
-        UserError: the file is damaged or something else.
+        UserError: the file cannot be read or is not an outcome.
     """
     try:
         found = json.loads(path.read_text("utf-8"))
@@ -220,15 +221,15 @@ def read_outcome(path: Path) -> dict[str, Any] | None:
 def bring_to_end(
     entrant: Entrant, outcome: dict[str, Any], asked: Judging, images: Images, told: str, tell: Tell
 ) -> dict[str, Any]:
-    """Bring a run to its end: train, evaluate, audit, whatever of these is missing."""
+    """Complete a run: train, evaluate and audit it, whichever is missing; return the outcome."""
     trained = None
     if entrant.trains and not finished(entrant.folder, entrant.config):
         tell(f"training {told}")
-        code = code_of(entrant.config.method)  # which may be edited meanwhile
+        code = code_of(entrant.config.method)  # read now: it may be edited during the training
         outcome = outcome | {"code": code}
         trained = _train(entrant, tell)
     weights = _digest(RunFolder(entrant.folder).weights.read_bytes())
-    if weights != outcome["weights"]:  # new, or other ones than were judged
+    if weights != outcome["weights"]:  # newly trained, or not the ones that were judged
         outcome = outcome | {"weights": weights, "peak_memory_mb": trained}
     subject = _subject(entrant.config, weights)
     if subject != outcome.get("subject"):
@@ -276,7 +277,7 @@ def _digest(content: bytes) -> str:
 
 
 def _subject(config: RunConfig, weights: str) -> str:
-    """Return a digest of what is judged: weights alone do not tell the threshold of MeanSparse."""
+    """Return a digest of what is judged: weights and settings, such as MeanSparse's threshold."""
     settings = config.model_dump(mode="json", include=set(_JUDGED_BY))
     return _digest(json.dumps([weights, settings], sort_keys=True).encode())
 
@@ -288,13 +289,13 @@ def _write(entrant: Entrant, outcome: dict[str, Any]) -> None:
 
 
 def _train(entrant: Entrant, tell: Tell) -> float | None:
-    """Train a run, or go on with it, in a process of its own; return its peak memory in MB.
+    """Train a run, or resume it, in its own process; return its peak memory in MB.
 
     Raises:
-        Failed: it ended without a result.
-        KeyboardInterrupt: it was stopped from the keyboard.
+        Failed: the training ended without a result.
+        KeyboardInterrupt: the training was stopped by Ctrl-C.
     """
-    free_cached_memory()  # the training, in its process, wants it
+    free_cached_memory()  # leave it to the training process
     with tempfile.TemporaryDirectory() as place:
         if RunFolder(entrant.folder).config.is_file():
             arguments = ["--resume", str(entrant.folder)]
@@ -304,20 +305,20 @@ def _train(entrant: Entrant, tell: Tell) -> float | None:
             settings.write_text(to_yaml(entrant.config.model_dump(mode="json")), "utf-8")
             arguments = ["--config", str(settings), "--out", str(entrant.folder)]
         code, peak, error = _measured(["train", *arguments], tell)
-    if code in (130, -2):  # by its own handler, or before that was there
+    if code in (130, -2):  # by its own handler, or before that was installed
         raise KeyboardInterrupt
-    if code < 0 or code > 128:  # by its own handler
+    if code < 0 or code > 128:  # above 128: by its own handler
         number = -code if code < 0 else code - 128
         raise Failed(f"the training was killed by signal {number}", fault=False)
     if code:
         raise Failed(error or f"the training ended with exit code {code}", fault=code != 2)
-    # Kilobytes, but on a Mac bytes.
+    # Kilobytes, but bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     return peak * unit / 1e6 if peak else None
 
 
 def _measured(arguments: list[str], tell: Tell) -> tuple[int, int, str]:
-    """Run a command of surestep; return its exit code, peak memory as told, and error line."""
+    """Run a surestep command; return its exit code, ``ru_maxrss`` (0 if unknown) and error line."""
     command = [sys.executable, "-I", "-c", MEASURE, sys.executable, "-m", "surestep", *arguments]
     error = ""
     with subprocess.Popen(
@@ -340,7 +341,7 @@ def _measured(arguments: list[str], tell: Tell) -> tuple[int, int, str]:
                     tell(f"  {line.rstrip()}")
             code, peak = process.stdout.read().split() or ("-9", "0")
         except BaseException:
-            # End of its standard input: it ends the training, and is waited for.
+            # Closing its standard input makes it terminate the training; wait until it has.
             process.stdin.close()
             process.wait()
             raise
@@ -348,12 +349,12 @@ def _measured(arguments: list[str], tell: Tell) -> tuple[int, int, str]:
 
 
 def numbers_of(entrant: Entrant, outcome: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return the numbers of one run by the keys of ``COLUMNS``."""
+    """Return the numbers of one run, with the keys of ``COLUMNS``."""
     history = RunFolder(entrant.folder).history()  # a hardened run has none
     robust = outcome["evaluation"]["robust_accuracy"]
 
     def under(name: str) -> float | None:
-        """Return the lower one, where layers that mask gradients were attacked both ways."""
+        """Return the accuracy under an attack, the lower one if it was also run as NAME-bpda."""
         return min((robust[k] for k in (name, f"{name}-bpda") if k in robust), default=None)
 
     pgd = [value for name, value in robust.items() if name.startswith("pgd-")]

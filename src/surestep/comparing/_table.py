@@ -1,4 +1,4 @@
-"""What a comparison found: its numbers, rows and notes, and how they are written."""
+"""The result of a comparison: its numbers, rows and notes, and how they are written."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Number:
-    """A number of a row.
+    """A number in a row.
 
     Attributes:
-        mean: over the seeds.
-        std: the sample standard deviation; None of a single seed.
-        n: how many seeds.
+        mean: mean over the seeds.
+        std: sample standard deviation over the seeds; None for a single seed.
+        n: number of seeds.
     """
 
     mean: float
@@ -49,7 +49,7 @@ class Number:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Number:
-        """Build the number of one value a seed."""
+        """Build the number from one value per seed."""
         spread = statistics.stdev(values) if len(values) > 1 else None
         return cls(statistics.fmean(values), spread, len(values))
 
@@ -59,9 +59,9 @@ class Row:
     """A method in a comparison.
 
     Attributes:
-        method: its slug; where runs of one method differ in settings, with these.
-        seeds: of its runs.
-        numbers: by the keys of ``COLUMNS``; accuracies are shares. What is not known is not there.
+        method: the slug, followed by the settings in which rows of the same method differ.
+        seeds: the seeds of its runs.
+        numbers: by the keys of ``COLUMNS``; accuracies are in [0, 1]. Unknown ones are absent.
         verdicts: how many runs got each verdict, the most severe first; empty without an audit.
     """
 
@@ -85,7 +85,7 @@ class Row:
         return f"{worst} ({count} of {sum(self.verdicts.values())}; {rest})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, strings, lists and dicts; what is not known is None."""
+        """Return plain numbers, strings, lists and dicts; unknown numbers are None."""
         known = {key: asdict(number) for key, number in self.numbers.items()}
         return {
             "method": self.method,
@@ -103,7 +103,7 @@ class Failure:
     Attributes:
         run: its name in the comparison.
         message: why, in one line.
-        fault: it was a fault of surestep, not a mistake or a full disk.
+        fault: whether it is a bug in surestep rather than a mistake or a full disk.
     """
 
     run: str
@@ -113,18 +113,19 @@ class Failure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison found.
+    """The result of a comparison.
 
     Attributes:
-        rows: one a method, in the order they were named.
-        runs: one dict a run: its name, method, seed and numbers, verdict and its sentence.
+        rows: one per method, or several if its runs differ in settings, in the order given.
+        runs: one dict per run: its name, method, seed, numbers and doubts; with an audit also its
+            verdict, sentence, accuracy and strongest attack.
         failures: runs that gave no result; they are in no row.
-        dataset: what it was judged on.
+        dataset: the data set that the runs are judged on.
         threat: norm and eps.
-        n: test images.
-        attacks: of the evaluation.
-        audit: budget of the audits; None without.
-        notes: what a reader of the table must know, a line each.
+        n: number of test images.
+        attacks: names of the evaluation's attacks.
+        audit: budget of the audits; None without audits.
+        notes: what a reader of the table must know, one line each.
     """
 
     rows: list[Row]
@@ -139,7 +140,7 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        """What the numbers are, in a line."""
+        """One line that describes the numbers."""
         threat = f"{self.threat['norm']} eps {self.threat['eps']:.4g}"
         counts = {len(row.seeds) for row in self.rows}
         spread = ""
@@ -149,10 +150,10 @@ class Comparison:
         return f"accuracy in % on {self.n:,} test images of {self.dataset}, {threat}{spread}"
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Return the table as texts: the titles and one list a row.
+        """Return the table as strings: the titles, and one list per row.
 
-        A column of which nothing is known is left out; so are the seeds where every row has the
-        same number of them.
+        Columns without a known value are left out, as is the number of seeds if every row has the
+        same.
         """
         keys = [key for key in COLUMNS if any(key in row.numbers for row in self.rows)]
         audited = any(row.verdicts for row in self.rows)
@@ -189,7 +190,7 @@ class Comparison:
         }
 
     def to_csv(self) -> str:
-        """Return the table as CSV: unrounded, mean and deviation in columns of their own."""
+        """Return the table as CSV: unrounded, mean and standard deviation in separate columns."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         parts = [f"{key}_{part}" for key in COLUMNS for part in ("mean", "std")]
@@ -202,7 +203,7 @@ class Comparison:
         return text.getvalue()
 
     def to_markdown(self) -> str:
-        """Return the table as Markdown, its notes below.
+        """Return the table as Markdown, with title and notes below.
 
         Raises:
             UserError: tabulate is not installed.
@@ -216,7 +217,7 @@ class Comparison:
         return f"{table}\n\n{_markdown(self.title)}\n" + (f"\n{lines}" if lines else "")
 
     def to_latex(self) -> str:
-        """Return the table as LaTeX (package booktabs), title and notes as comments above.
+        """Return the table as LaTeX (package booktabs), with title and notes as comments above.
 
         Raises:
             UserError: tabulate is not installed.
@@ -227,7 +228,7 @@ class Comparison:
             texts, titles, tablefmt="latex_booktabs", disable_numparse=True, colalign=_align(titles)
         )
         text = "".join(f"% {_line(line)}\n" for line in (self.title, *self.notes)) + f"{table}\n"
-        # tabulate escapes what LaTeX reads; these two would depend on the encoding it is told.
+        # tabulate escapes LaTeX's special characters; these two would depend on the input encoding.
         return text.replace("±", "$\\pm$").replace("–", "--")
 
 
@@ -245,12 +246,12 @@ def _align(titles: Sequence[str]) -> list[str]:
 
 
 def _line(text: str) -> str:
-    """Bring a text onto one line: a line break would end the row."""
+    """Put a text on one line: a line break would end the row."""
     return " ".join(text.split())
 
 
 def _markdown(text: str) -> str:
-    """Escape what Markdown or a browser would read as something else than text."""
+    """Escape what Markdown or a browser would not read as plain text."""
     text = _line(text).replace("&", "&amp;").replace("<", "&lt;")
     return "".join(f"\\{c}" if c in "\\|*_`[]" else c for c in text)
 
@@ -267,7 +268,7 @@ def _cell(key: str, number: Number | None) -> str:
     if number is None:
         return ""
     if key == "passes":
-        # Counted, not measured: a deviation would say nothing.
+        # Counted, not measured: a deviation would be meaningless.
         return f"{number.mean:.4g}"
     scale = 100 if key in _SHARES else 1
     digits = 1 if key in _SHARES or number.mean < 100 else 0
@@ -285,17 +286,17 @@ def save(
 ) -> list[Path]:
     """Write comparison.json, .csv, .md and .tex, report.html, and its plots as PNG and SVG.
 
-    What needs a package that is not installed is left out, and ``tell`` is told.
+    Files that need a package that is not installed are left out.
 
     Args:
-        comparison: what to write.
-        folder: where; made if it is not there.
-        command: that made it.
-        versions: of packages; by default those of surestep, torch and Python.
-        tell: called with a line for each file that is left out.
+        comparison: the comparison to write.
+        folder: where to write; made if it does not exist.
+        command: the command that made the comparison.
+        versions: package versions; by default those of surestep, torch and Python.
+        tell: called with one line of text for each file that is left out.
 
     Returns:
-        The files.
+        The files that were written.
 
     Raises:
         UserError: a file cannot be written.
@@ -318,7 +319,7 @@ def save(
             text = make()
         except UserError as e:
             tell(f"{name} left out: {e}")
-            # Of an earlier comparison: beside the new numbers it would mislead.
+            # A file of an earlier comparison would not match the new numbers.
             (folder / name).unlink(missing_ok=True)
             continue
         files.write_atomically(folder / name, text)

@@ -7,9 +7,9 @@ measurable difference between such a model and a robust one. There is no clean t
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -246,6 +246,10 @@ class SAT(OnSingleStep):
     """
 
     kept = ("_count",)
+    update: ClassVar[Callable[..., Update]]
+    """What a step that regularises minimises."""
+    own: ClassVar[tuple[str, ...]]
+    """Hyperparameters that only this ``update`` takes."""
 
     lam: float
     fraction: float | None
@@ -263,13 +267,18 @@ class SAT(OnSingleStep):
         self._count += 1
         if self._count % self.every:
             return Update(self.between(model, x, y), self.plain_loss(y))
-        return self.regularised(model, x, y, self.every * self.lam, self._fraction(len(x)))
-
-    @abstractmethod
-    def regularised(
-        self, model: nn.Module, x: Tensor, y: Tensor, lam: float, fraction: float
-    ) -> Update:
-        """Return the update of a step that regularises, with the weight and the share of images."""
+        own = {name: getattr(self, name) for name in self.own}
+        return type(self).update(
+            model,
+            x,
+            y,
+            self.threat,
+            lam=self.every * self.lam,
+            fraction=self._fraction(len(x)),
+            base=self.base,
+            criterion=self.criterion,
+            **own,
+        )
 
     def between(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return what a step without the regularizer trains on (N, ...)."""
@@ -277,7 +286,7 @@ class SAT(OnSingleStep):
 
     @property
     def cycle(self) -> int:
-        """Of each so many steps one regularises."""
+        """One step in every ``every`` regularises."""
         return self.every
 
     def peak_images(self, batch_size: int) -> int:
@@ -299,6 +308,8 @@ class SAT(OnSingleStep):
 class SATR1(SAT):
     """SAT-R1: FGSM and I-FGSM must lead to the same logits. See ``sat_r1_update``."""
 
+    update = staticmethod(sat_r1_update)
+    own = ("steps",)
     summary = "FGSM and I-FGSM must agree, on one image of each batch"
     paper = "Vivek & Babu 2020, arXiv 2002.00614"
 
@@ -328,22 +339,6 @@ class SATR1(SAT):
         "cifar10-speed": recipe(CIFAR_SPEED, lam=0.2, steps=3),
     }
 
-    def regularised(
-        self, model: nn.Module, x: Tensor, y: Tensor, lam: float, fraction: float
-    ) -> Update:
-        """See ``sat_r1_update``."""
-        return sat_r1_update(
-            model,
-            x,
-            y,
-            self.threat,
-            lam=lam,
-            steps=self.steps,
-            fraction=fraction,
-            base=self.base,
-            criterion=self.criterion,
-        )
-
     def cost(self, batch_size: int) -> Cost:
         """FGSM on all, K - 1 further steps and one more image in the update for the share."""
         share = self.share(batch_size)
@@ -355,6 +350,8 @@ class SATR1(SAT):
 class SATR2(SAT):
     """SAT-R2: FGSM and R-FGSM must lead to the same logits. See ``sat_r2_update``."""
 
+    update = staticmethod(sat_r2_update)
+    own = ("alpha", "project")
     summary = "FGSM from the image and from a point beside it must agree"
     paper = "Vivek & Babu 2020, arXiv 2002.00614"
 
@@ -375,23 +372,6 @@ class SATR2(SAT):
         "cifar10-speed": recipe(CIFAR_SPEED, lam=25.0, alpha=2 / 255),
     }
 
-    def regularised(
-        self, model: nn.Module, x: Tensor, y: Tensor, lam: float, fraction: float
-    ) -> Update:
-        """See ``sat_r2_update``."""
-        return sat_r2_update(
-            model,
-            x,
-            y,
-            self.threat,
-            lam=lam,
-            alpha=self.alpha,
-            project=self.project,
-            fraction=fraction,
-            base=self.base,
-            criterion=self.criterion,
-        )
-
     def cost(self, batch_size: int) -> Cost:
         """Take both views of the regularised share through the attack and through the update."""
         views = 1 + self.share(batch_size)
@@ -406,6 +386,8 @@ class SATR3(SAT):
     ``eps_low`` is a third of eps by default, the paper's share on MNIST (a quarter on CIFAR-10).
     """
 
+    update = staticmethod(sat_r3_update)
+    own = ("tau", "alpha", "eps_low", "project", "per_sample")
     summary = "the loss must grow along the FGSM direction"
     paper = "Vivek & Babu 2020, arXiv 2002.00614"
     lengths = ("alpha", "eps_low")
@@ -446,26 +428,6 @@ class SATR3(SAT):
         self.require(self.tau > 0, "tau", "> 0")
         size = self.base.size
         self.require(0 <= self.eps_low <= size, "eps_low", f"in [0, the step's {size:g}], give one")
-
-    def regularised(
-        self, model: nn.Module, x: Tensor, y: Tensor, lam: float, fraction: float
-    ) -> Update:
-        """See ``sat_r3_update``."""
-        return sat_r3_update(
-            model,
-            x,
-            y,
-            self.threat,
-            lam=lam,
-            tau=self.tau,
-            alpha=self.alpha,
-            eps_low=self.eps_low,
-            project=self.project,
-            per_sample=self.per_sample,
-            fraction=fraction,
-            base=self.base,
-            criterion=self.criterion,
-        )
 
     def between(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return the far point."""

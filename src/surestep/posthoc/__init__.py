@@ -1,4 +1,4 @@
-"""What is done to a trained model: sparsification around the mean."""
+"""Post-training hardening of a model: sparsification around the mean."""
 
 from surestep.posthoc.hardening import ATTACKS, JUDGES, THRESHOLDS, Hardened, harden
 from surestep.posthoc.mean_sparse import MeanSparse, insert, measure

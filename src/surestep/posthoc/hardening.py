@@ -1,4 +1,4 @@
-"""Hardening a trained model, judged by attacks that its masked gradients do not stop."""
+"""Harden a trained model, judged by attacks that its masked gradients do not stop."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from surestep.threat import ThreatModel
 
 THRESHOLDS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
 ATTACKS = ("apgd-ce", "pgd-50-margin", "square-1000")
-"""An evaluation runs the first two with straight-through gradients, too; Square needs none."""
+"""An evaluation also runs the first two with straight-through gradients; Square uses none."""
 JUDGES = (*ATTACKS, "transfer")
-"""Of the result: also the points of the model as it was, whose gradients are whole."""
+"""Attacks on the result: "transfer" adds points crafted on the original, unmasked model."""
 _TOLD = ("clean_accuracy", "worst_case_accuracy", "n", "robust_accuracy")
 
 
 @dataclass(frozen=True)
 class Hardened:
-    """What hardening gave.
+    """The result of hardening.
 
     Attributes:
-        model: with ``MeanSparse`` layers, a copy.
-        threshold: the one taken, in standard deviations; 0 if none helped.
-        search: of each threshold tried, accuracies on the validation images and their number.
+        model: a copy of the model, with ``MeanSparse`` layers.
+        threshold: the selected threshold, in standard deviations; 0 if none helped.
+        search: a row per threshold tried: accuracies on the validation images and their number.
     """
 
     model: nn.Module
@@ -53,25 +53,27 @@ def harden(
     batch_size: int = 500,
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> Hardened:
-    """Sparsify activations around their means by the threshold that withstands attacks best.
+    """Sparsify activations around their means, with the threshold that withstands attacks best.
 
     Args:
-        model: trained; is left as it was.
-        train: the images that means and deviations are taken over.
-        validation: the images that the threshold is chosen on; never test images.
+        model: a trained model, which is left unchanged.
+        train: images over which means and standard deviations are measured.
+        validation: images on which the threshold is selected; never test images.
         threat: norm, radius and data range.
-        thresholds: to try; of equal worst cases the smallest wins, and 0 is always tried.
-        attacks: names; each with a gradient is run twice, see ``surestep.evaluate``.
-        n: only the first n validation images.
-        seed: of the attacks.
-        batch_size: of the passes and the attacks.
+        thresholds: thresholds to try; 0 is always tried, and the smallest wins a tie.
+        attacks: names of attacks; gradient attacks run twice, see ``surestep.evaluate``.
+        n: use only the first n validation images; None uses all.
+        seed: seed of the attacks.
+        batch_size: number of images in a pass or an attack.
         progress: called with each row of the search.
 
     Raises:
-        UserError: no activation modules, or a negative threshold.
+        UserError: the model has no activation modules, a threshold is negative, or memory is full.
     """
     if any(t < 0 for t in thresholds):
-        raise UserError(f"thresholds {list(thresholds)}: give deviations >= 0, such as 0.2")
+        raise UserError(
+            f"thresholds {list(thresholds)}: give standard deviations >= 0, such as 0.2"
+        )
     dense = uncompiled(model)
     with memory_for("measuring activations", f"lower batch_size ({batch_size})"):
         statistics = measure(dense, train, batch_size)

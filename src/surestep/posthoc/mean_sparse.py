@@ -1,4 +1,4 @@
-"""MeanSparse: activations near their channel's mean become the mean.
+"""MeanSparse: replace activations near their channel's mean by the mean.
 
 Amini et al. 2024, "MeanSparse: Post-Training Robustness Enhancement Through Mean-Centered Feature
 Sparsification", arXiv 2406.05927. The authors average the variances within batches; here the
@@ -22,15 +22,15 @@ from surestep.errors import UserError
 
 
 class MeanSparse(nn.Module):
-    """Put each value within ``threshold`` deviations of its channel's mean on the mean.
+    """Replace values within ``threshold`` standard deviations of their channel's mean by the mean.
 
     Args:
-        channels: how many there are.
+        channels: number of channels.
         threshold: t of the paper, in standard deviations; 0 changes nothing.
-        dim: which dimension they are: 1, or -1 of what a linear layer makes of tokens.
+        dim: the channel dimension: 1, or -1 for tokens that come from a linear layer.
 
     Shape:
-        (N, channels, ...), or (N, ..., channels), to the same.
+        Input: (N, channels, ...) or (N, ..., channels), according to ``dim``. Output: the same.
     """
 
     mean: Tensor
@@ -44,11 +44,11 @@ class MeanSparse(nn.Module):
         self.register_buffer("std", torch.zeros(channels))
 
     def extra_repr(self) -> str:
-        """Tell the threshold, which no buffer holds."""
+        """Show the threshold, which is not a buffer."""
         return f"{len(self.mean)}, threshold={self.threshold:g}, dim={self.dim}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Sparsify; with ``straight_through`` the same value, the gradient of the identity."""
+        """Sparsify x; with ``straight_through``, use the gradient of the identity."""
         shape = [1] * x.dim()
         shape[self.dim] = -1
         mean, std = self.mean.view(shape).to(x.dtype), self.std.view(shape).to(x.dtype)
@@ -62,11 +62,12 @@ class MeanSparse(nn.Module):
 def _watching(
     model: nn.Module, met: set[str], see: Callable[[str, Tensor, int], None]
 ) -> Iterator[nn.Module]:
-    """Call ``see`` with the name of each activation, what goes in, and the channels' dimension.
+    """Call ``see`` with the name, input and channel dimension of each activation in a pass.
+
+    ``met`` collects the names seen so far; the caller must clear it between passes.
 
     Raises:
-        UserError: an activation is used twice in a pass; ``met`` holds those that were, and is to
-            be emptied between passes.
+        UserError: an activation is used twice in one pass.
     """
     linear: Tensor | None = None
 
@@ -77,11 +78,11 @@ def _watching(
     def note(name: str, args: tuple[Tensor, ...]) -> None:
         if name in met:
             raise UserError(
-                f"the activation {name} is used twice in a pass, with other statistics each time: "
-                "give the model one module for each use"
+                f"the activation {name} is used twice in a pass, with different statistics each "
+                "time: give the model a separate module for each use"
             )
-        # Tokens, and images whose channels are last, come to a linear layer and leave it so.
         met.add(name)
+        # The output of a linear layer has its channels last.
         see(name, args[0].detach(), -1 if args[0] is linear else 1)
 
     handles = [
@@ -103,14 +104,15 @@ def measure(
     """Return mean and standard deviation of each channel before each activation, over all images.
 
     Args:
-        model: is run in eval mode and left as it was.
+        model: run in eval mode and left as it was.
         images: usually the training images.
-        batch_size: of the passes.
+        batch_size: images in a forward pass.
 
     Returns:
-        By the activation's name, mean (C,) and std (C,) in float64 (float32 on mps).
+        A dict from an activation's name to its mean (C,) and standard deviation (C,), in float64
+        (float32 on mps).
     """
-    model = uncompiled(model)  # compiled code does not look for hooks again
+    model = uncompiled(model)  # compiled code ignores hooks that are added later
     device = device_of(model)
     met: set[str] = set()
     counts: dict[str, int] = {}
@@ -120,7 +122,7 @@ def measure(
         rows = values.to(finest(device)).transpose(0, dim).flatten(1)
         n, mean = rows.shape[1], rows.mean(1)
         squares = (rows - mean[:, None]).square().sum(1)
-        # Chan et al. 1979: sums of squares of two parts, without cancellation.
+        # Chan et al. 1979: combine the sums of squares of two parts without cancellation.
         if name in found:
             before, (mean_before, squares_before) = counts[name], found[name]
             shift = mean - mean_before
@@ -137,21 +139,21 @@ def measure(
 
 
 def insert(model: nn.Module, image: Tensor, threshold: float) -> nn.Module:
-    """Put a ``MeanSparse`` before each activation of a model, in place; returns the model.
+    """Insert a ``MeanSparse`` before each activation of a model, in place, and return the model.
 
-    Its means and deviations are zero, which changes nothing, until weights are loaded or
-    ``set_statistics`` is called. Of a compiled model the module inside is returned.
+    Means and standard deviations are zero, which changes nothing, until weights are loaded or
+    ``set_statistics`` is called. For a compiled model, the module inside it is returned.
 
     Args:
-        model: its activations are modules; one that is used twice in a pass is refused.
-        image: one image (1, ...), which tells the number of channels.
+        model: a model whose activations are modules, each used once in a pass.
+        image: one image (1, ...), run through the model to find the numbers of channels.
         threshold: in standard deviations.
 
     Raises:
-        UserError: the model has no activation module, or one has no channels or is used twice.
+        UserError: the model has no activation module, or one without channels or used twice.
     """
     seen: dict[str, tuple[Tensor, int]] = {}
-    model = uncompiled(model)  # what is compiled does not know the new modules
+    model = uncompiled(model)  # compiled code would not run the new modules
     with _watching(
         model, set(), lambda name, values, dim: seen.update({name: (values, dim)})
     ) as inner:
@@ -163,7 +165,10 @@ def insert(model: nn.Module, image: Tensor, threshold: float) -> nn.Module:
         )
     for name, (values, dim) in seen.items():
         if values.dim() < 2:
-            raise UserError(f"the input of {name} has shape {tuple(values.shape)}: no channels")
+            raise UserError(
+                f"the input of {name} has shape {tuple(values.shape)}, expected (N, C, ...): give "
+                "the model activations whose inputs have channels"
+            )
         parent, _, own = name.rpartition(".")
         holder = model.get_submodule(parent)
         sparse = MeanSparse(values.shape[dim], threshold, dim).to(values.device)
@@ -177,7 +182,7 @@ def layers(model: nn.Module) -> list[MeanSparse]:
 
 
 def set_statistics(model: nn.Module, found: dict[str, tuple[Tensor, Tensor]]) -> None:
-    """Load what ``measure`` returned into the layers that ``insert`` made of the same model."""
+    """Copy what ``measure`` returned into the layers that ``insert`` added to the same model."""
     for name, (mean, std) in found.items():
         layer = model.get_submodule(f"{name}.0")  # where insert put it
         assert isinstance(layer, MeanSparse)

@@ -1,7 +1,7 @@
-"""Reports: charts for notebooks, and one page that tells what is known about a model.
+"""Reports: charts for notebooks, and one page with all that is known about a model.
 
-Charts and pages need the extra ``report`` (altair, vl-convert-python, jinja2); importing this room
-does not.
+Charts and pages need the extra ``report`` (altair, vl-convert-python, jinja2); importing this
+package does not.
 """
 
 from surestep.report import charts

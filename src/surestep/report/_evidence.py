@@ -1,4 +1,4 @@
-"""The evidence of a check, which may be any JSON, as words, tables and text."""
+"""Formats the evidence of a check, which may be any JSON, as pairs, tables and raw text."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from surestep.report._read import plain
 
-_MOST = 4000  # characters of a text
-_ROWS = 60
+_MOST = 4000  # most characters of a text
+_ROWS = 60  # most rows of a table
 
 
 def parts(evidence: Any) -> list[dict[str, Any]]:
     """Return what to show, in order: pairs, tables and raw text.
 
-    Lists of equal length are columns of one table; lists of dicts are tables of their own.
+    Lists of equal length are the columns of one table; each list of dicts is a table.
     """
     if not isinstance(evidence, Mapping):
         return [{"kind": "raw", "title": "", "text": text(evidence)}] if evidence else []
@@ -43,7 +43,7 @@ def parts(evidence: Any) -> list[dict[str, Any]]:
 
 
 def text(value: Any) -> str:
-    """Write a value in words short enough for a page."""
+    """Format a value as text that is short enough for a page."""
     if value is None:
         return "–"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""What a report shows of the model itself: its loss around a few images, and how these break."""
+"""What a report shows of the model itself: its loss around a few images, adversarial examples."""
 
 from __future__ import annotations
 
@@ -37,35 +37,34 @@ def gather(
 ) -> dict[str, Any]:
     """Compute the loss surface and adversarial examples that a report shows.
 
-    Of the images given, the first ``samples`` that are right clean are taken (others only if there
-    are too few). The model is judged in eval mode and in float32, and left as it was found, as is
-    the global random state.
+    The first ``samples`` correctly classified images are taken (others only if there are too few).
+    The model runs in eval mode and in float32; its modes and the global random state are restored.
 
     Args:
         model: returns logits (N, K) for images in the threat model's range.
         x: images (N, ...); of shape (N, 1 or 3, H, W) they are also shown as pictures.
         y: labels (N,).
         threat: norm, radius and data range.
-        name: of the model, in the report.
-        samples: how many images.
-        points: of the surface along each of its two directions; odd, so that 0 is among them.
-        steps: of the PGD that makes the adversarial examples.
+        name: the model's name in the report.
+        samples: number of images.
+        points: grid points along each of the surface's two directions; odd, so that 0 is one.
+        steps: PGD steps for the adversarial examples.
         batch_size: images in one forward pass.
-        seed: of the random direction and of PGD's start.
+        seed: seed of the random direction and of PGD's start.
 
     Returns:
         ``surfaces`` and ``examples``, plain data that ``Report`` takes.
 
     Raises:
-        UserError: invalid images, labels or sizes, a model without an input gradient, or too
-            little memory for so large batches.
+        UserError: images, labels or sizes are invalid, the model has no input gradient, or the
+            batches are too large for the memory.
     """
     sizes = {"samples": samples, "points": points, "steps": steps, "batch_size": batch_size}
     for what, value in sizes.items():
         if value < 1:
             raise UserError(f"{what} {value}: give 1 or more")
     if points % 2 == 0 or points < 3:
-        raise UserError(f"points {points}: give an odd number from 3, so that the image is one")
+        raise UserError(f"points {points}: give an odd number >= 3, so that one is the image")
     device = next((p.device for p in model.parameters()), x.device)
     with (
         memory_for("the report's pictures", f"lower batch_size ({batch_size})"),
@@ -91,7 +90,7 @@ def _choose(
     batch_size: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Return the first images that are right clean, filled up with the first others."""
+    """Return the first correctly classified images, filled up with the first misclassified ones."""
     right: list[int] = []
     wrong: list[int] = []
     for start in range(0, len(x), batch_size):
@@ -106,7 +105,7 @@ def _choose(
         if len(right) >= samples:
             break
     if not right and not wrong:
-        raise UserError("there is no image to make a report of")
+        raise UserError("there is no image for the report: give at least one")
     rows = torch.tensor((right + wrong)[:samples])
     return x[rows].to(device).float(), y[rows].to(device)
 
@@ -127,7 +126,7 @@ def _surface(
         row, place = at // points**2, at % points**2
         along = per_sample(shares[place % points], x)
         across = per_sample(shares[place // points], x)
-        # The corners lie outside the ball: a surface shows the neighbourhood, no attack is made.
+        # The corners lie outside the ball: a surface shows the neighbourhood, it is not an attack.
         around = threat.clip(x[row] + along * steps[row] + across * aside[row])
         with torch.no_grad():
             losses.append(cross_entropy(forward_logits(model, around), y[row]))
@@ -146,14 +145,14 @@ def _surface(
 
 
 def _rounded(grid: Tensor) -> list[list[float]]:
-    """Four digits are more than a colour shows, and keep the page small."""
+    """Round to four digits: more than a colour can show, and the page stays small."""
     return [[float(f"{v:.4g}") for v in row] for row in grid.tolist()]
 
 
 def _examples(
     model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, steps: int
 ) -> list[dict[str, Any]]:
-    """Attack the images and draw what came out; nothing if they are no pictures."""
+    """Attack the images and encode the results as pictures; none unless x is (N, 1 or 3, H, W)."""
     if x.dim() != 4 or x.shape[1] not in (1, 3):
         return []
     x_adv = pgd(model, x, y, threat, steps, pgd_step_size(threat.eps, steps))
@@ -183,11 +182,11 @@ def _examples(
 
 
 def _shrink(picture: Tensor, *, mix: bool = True) -> Tensor:
-    """Bring a large picture (C, H, W) down to the size at which it is shown.
+    """Downscale a large picture (C, H, W) to the size at which it is shown.
 
     Args:
-        picture: to shrink.
-        mix: average pixels; False picks some, since the average of a perturbation is nothing.
+        picture: the picture.
+        mix: average pixels; False picks some of them, since perturbations average out.
     """
     height, width = picture.shape[1:]
     scale = _LARGEST / max(height, width)

@@ -18,7 +18,7 @@ def need(name: str) -> Any:
 
 
 def require() -> None:
-    """Make sure that reports can be written, before the work they tell about.
+    """Check that reports can be written, before the work that they report on.
 
     Raises:
         UserError: a package is missing.

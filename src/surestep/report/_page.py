@@ -1,4 +1,4 @@
-"""From a report to its page: the words and numbers in order, the template does the rest."""
+"""Renders a report as a page: prepares the texts and numbers that the template lays out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _VERDICTS = {ROBUST: "good", PSEUDO: "bad", NOT_ROBUST: "bad", INCONCLUSIVE: "unsure"}
 _STATUSES = ("flagged", "passed", "skipped")
-_CLASSES = 30  # rows of the table by class
+_CLASSES = 30  # most rows of the per-class table
 _COLUMNS = {
     "clean_accuracy": "Clean",
     "fgsm": "FGSM",
@@ -38,7 +38,7 @@ def render(report: Report) -> str:
     """Return the page of a report.
 
     Raises:
-        UserError: contents of another shape, or a package is missing.
+        UserError: the contents are malformed, or a package is missing.
     """
     jinja2 = need("jinja2")
     drawn = plots(report)
@@ -76,18 +76,18 @@ def render(report: Report) -> str:
 
 
 def percent(share: Any) -> str:
-    """Write a share as a percentage."""
+    """Format a share as a percentage."""
     value = number(share)
     return "–" if value is None else f"{100 * value:.1f}%"
 
 
 def span(interval: Sequence[float] | None) -> str:
-    """Write a 95% interval of a share."""
+    """Format a 95% interval of a share, in percent."""
     return f"{100 * interval[0]:.1f}–{100 * interval[1]:.1f}" if interval else ""
 
 
 def figure(value: Any) -> str:
-    """Write a number in the digits that matter."""
+    """Format a number with four significant digits, or as an integer from 1000 up."""
     found = number(value)
     if found is None:
         return "–" if value is None else str(value)
@@ -106,28 +106,29 @@ def _verdict(report: Report) -> dict[str, str] | None:
         worst = percent(get(report.evaluation, "worst_case_accuracy", "the evaluation"))
         count = len(get(report.evaluation, "robust_accuracy", "the evaluation"))
         n = get(report.evaluation, "n", "the evaluation")
-        attacks = "one attack" if count == 1 else f"each of {count} attacks"
+        attacks = "one attack" if count == 1 else f"all {count} attacks"
         left = number(report.evaluation.get("worst_case_accuracy"))
         doubts = report.evaluation.get("doubts") if left else ()
         high = f"It may be too high: {'; '.join(doubts)}. " if doubts else ""
         sentence = (
-            f"{worst} of {n:,} images stay right under {attacks}. {high}"
-            "No audit was run: whether gradients are masked is not known."
+            f"{worst} of {n:,} images remain correctly classified under {attacks}. {high}"
+            "No audit was run, so it is unknown whether gradients are masked."
         )
         return {"name": "not audited", "kind": "unsure", "sentence": sentence}
     held_out = [r for r in report.history or () if number(r.get("val_worst_case")) is not None]
     if held_out:
         best = max(held_out, key=lambda r: r["val_worst_case"])
         sentence = (
-            f"On held-out images {percent(best['val_worst_case'])} stay right under the attacks of "
-            f"the validation, at best (epoch {best.get('epoch')}). No test data was looked at yet."
+            f"In the best epoch ({best.get('epoch')}), {percent(best['val_worst_case'])} of "
+            "held-out images remain correctly classified under the attacks of the validation. The "
+            "model has not been judged on test data yet."
         )
         return {"name": "not judged", "kind": "unsure", "sentence": sentence}
     return None
 
 
 def _tiles(report: Report) -> list[dict[str, str]]:
-    """Return the few numbers that stand beside the verdict: label, value, note."""
+    """Return the key numbers shown beside the verdict: label, value, note."""
     tiles = []
     source = report.audit or report.evaluation
     if source is None:
@@ -142,7 +143,7 @@ def _tiles(report: Report) -> list[dict[str, str]]:
         found = percent(get(report.audit, "found_accuracy", "the audit"))
         interval = span(report.audit.get("found_interval"))
         by = report.audit.get("found_by") or "the audit"
-        by = f"most by {by}"
+        by = f"most broken by {by}"
         tiles.append(("This audit finds", found, f"{interval} · {by}" if interval else by))
         flagged = sum(c.get("status") == "flagged" for c in report.checks)
         tiles.append(("Checks flagged", f"{flagged} of {len(report.checks)}", ""))
@@ -158,7 +159,7 @@ def _tiles(report: Report) -> list[dict[str, str]]:
 
 
 def _setting(report: Report) -> list[str]:
-    """Say on what was measured."""
+    """Return what was measured on: threat model, pixel range, data, images, budget."""
     source = report.evaluation or report.audit
     if source is None:
         return []
@@ -228,7 +229,9 @@ def _example(example: Mapping[str, Any], classes: Sequence[str]) -> dict[str, An
 
     for key in ("clean", "perturbation", "adversarial"):
         if not str(get(example, key, "an example")).startswith("data:image/png;base64,"):
-            raise UserError(f"an example's {key!r} is not a PNG data URI: give those of gather")
+            raise UserError(
+                f"an example's {key!r} is not a PNG data URI: give the examples of gather"
+            )
     return {
         **example,
         "label": name("label"),
@@ -239,7 +242,7 @@ def _example(example: Mapping[str, Any], classes: Sequence[str]) -> dict[str, An
 
 
 def _checks(report: Report) -> list[dict[str, Any]]:
-    """Return the checks by status, those to worry about first."""
+    """Return the checks grouped by status, the flagged ones first."""
     groups = []
     for status in _STATUSES:
         checks = [
@@ -261,7 +264,7 @@ def _checks(report: Report) -> list[dict[str, Any]]:
 
 
 def _per_class(report: Report) -> list[dict[str, Any]]:
-    """Return the classes, or if these are many, those with the lowest worst case."""
+    """Return the classes or, if there are many, those with the lowest worst case."""
     rows = (report.evaluation or {}).get("per_class") or ()
     if len(rows) > _CLASSES:
         rows = sorted(rows, key=lambda r: number(r.get("worst_case_accuracy")) or 0.0)[:_CLASSES]
@@ -278,7 +281,7 @@ def _comparison(report: Report) -> dict[str, Any] | None:
     if not rows:
         return None
     columns = [c for c in _COLUMNS if any(stated(r.get(c))[0] is not None for r in rows)]
-    # Of the worst case only: a masked model would lead under FGSM.
+    # Only of the worst case: under FGSM a masked model would lead.
     best = max((stated(r.get("worst_case_accuracy"))[0] or 0.0 for r in rows), default=0.0)
     counts = {n for row in rows for c in columns if (n := stated(row.get(c))[2]) is not None}
     body = [
@@ -350,7 +353,7 @@ def _first(report: Report, key: str) -> Any:
 def _spec(plot: Plot) -> dict[str, Any]:
     # Not validated: the charts are ours, and their tests validate them.
     spec = plot.chart.to_dict(validate=False)
-    # The page's own colours and fonts take the place of Altair's.
+    # The page's own colours and fonts replace Altair's.
     spec.pop("config", None)
     if "vconcat" not in spec:
         spec["width"] = "container"
@@ -358,14 +361,14 @@ def _spec(plot: Plot) -> dict[str, Any]:
 
 
 def _script(value: Any) -> Any:
-    """Return JSON that may stand inside <script>: no text in it can end the element."""
+    """Return JSON that is safe inside <script>: no text in it can close the element."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return need("markupsafe").Markup(text.replace("<", "\\u003c"))
 
 
 @functools.cache
 def _bundle() -> Any:
-    """Return Vega, Vega-Lite and vega-embed as one script, ``vegaEmbed`` its only global."""
+    """Return Vega, Vega-Lite and vega-embed as one script whose only global is ``vegaEmbed``."""
     code = need("vl_convert").javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE)
     code = code.replace("</script", "<\\/script").replace("<!--", "<\\!--")
     return need("markupsafe").Markup(code)

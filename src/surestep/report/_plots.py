@@ -1,4 +1,4 @@
-"""Which charts a report has, with the words beside them."""
+"""The charts of a report, with their titles and captions."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Plot:
     """A chart of a report.
 
     Attributes:
-        name: of its files and its place in the page.
-        section: of the page it stands in.
-        title: above it.
-        caption: below it: what to look for.
+        name: the name of its files, and its id in the page.
+        section: the section of the page.
+        title: the text above the chart.
+        caption: the text below it, which says what to look for.
         chart: the chart.
     """
 
@@ -36,7 +36,7 @@ class Plot:
 
 
 def masked_surface() -> dict[str, Any]:
-    """Return the loss surface of a masked model that comes with surestep."""
+    """Return the loss surface of a masked model, which is part of surestep."""
     text = (resources.files("surestep.report") / "masked_surface.json").read_text("utf-8")
     return json.loads(text)
 
@@ -45,7 +45,7 @@ def plots(report: Report) -> list[Plot]:
     """Return all charts that the report's contents allow.
 
     Raises:
-        UserError: contents of another shape, or a package is missing.
+        UserError: the contents are malformed, or a package is missing.
     """
     evidence = {c.get("number"): c.get("evidence") or {} for c in report.checks}
     found = [*_curves(report, evidence), *_surfaces(report), *_training(report)]
@@ -65,15 +65,15 @@ def plots(report: Report) -> list[Plot]:
 def _curves(report: Report, evidence: Mapping[Any, Any]) -> Iterator[Plot]:
     evaluation = report.evaluation or {}
     curve = evaluation.get("curve") or _holding(evidence.get(10), "eps", "accuracy")
-    # The checks look at some images that are right clean, so their curves begin at 100%.
+    # The checks use only correctly classified images, so their curves start at 100%.
     some = " Measured on correctly classified images."
     if curve:
         yield Plot(
             "accuracy-by-eps",
             "curves",
             "Accuracy against eps",
-            "A sound attack reaches chance once eps is large enough; a plateau is a sign of "
-            "masking." + ("" if evaluation.get("curve") else some),
+            "Under a sound attack, accuracy falls to chance or below once eps is large enough; a "
+            "plateau above that is a sign of masking." + ("" if evaluation.get("curve") else some),
             charts.accuracy_by_eps(curve),
         )
     stepped = [a for a in evaluation.get("attacks") or () if a.get("by_step")]
@@ -83,8 +83,8 @@ def _curves(report: Report, evidence: Mapping[Any, Any]) -> Iterator[Plot]:
             "accuracy-by-step",
             "curves",
             "Accuracy against attack steps",
-            "Flat at the end: more steps would not find more. Restarts follow one another."
-            + ("" if stepped else some),
+            "If the curve is flat at the end, more steps would not find more. Restarts follow one "
+            "another." + ("" if stepped else some),
             charts.accuracy_by_step(by_step),
         )
     if restarts := _holding(evidence.get(11), "restarts", "restart_accuracy"):
@@ -92,14 +92,15 @@ def _curves(report: Report, evidence: Mapping[Any, Any]) -> Iterator[Plot]:
             "accuracy-by-restart",
             "curves",
             "Accuracy against restarts",
-            "Still falling at the end: the attack depends on luck and has not converged." + some,
+            "If the curve is still falling at the end, the attack depends on luck and has not "
+            "converged." + some,
             charts.accuracy_by_restart(restarts),
         )
     losses: dict[str, Mapping[str, Any]] = {
         name: charts.along_fgsm(s) for name, s in report.surfaces.items()
     }
     if checked := _holding(evidence.get(18), "step", "loss"):
-        # The check saw more images than the surface did.
+        # The check measured more images, so its curve replaces that of the first surface.
         losses.pop(next(iter(losses), ""), None)
         losses = {"this model": checked, **losses}
     if losses:
@@ -109,8 +110,8 @@ def _curves(report: Report, evidence: Mapping[Any, Any]) -> Iterator[Plot]:
             "loss-along-fgsm",
             "curves",
             "Loss along the FGSM direction",
-            "Where the model is locally linear the loss climbs steadily to the full step. A masked "
-            "model's peaks early and falls: the single step jumps over the peak.",
+            "If the model is locally linear, the loss rises steadily up to the full step. A masked "
+            "model's loss peaks early and falls again: the single step jumps over the peak.",
             charts.loss_along_fgsm(losses),
         )
 
@@ -119,7 +120,7 @@ def _surfaces(report: Report) -> Iterator[Plot]:
     if not report.surfaces:
         return
     surfaces = dict(report.surfaces)
-    # A page must stay small enough to be mailed.
+    # A page must stay small enough to be sent by e-mail.
     if len(surfaces) > 3:
         surfaces = {name: {**s, "samples": []} for name, s in surfaces.items()}
     for i, (name, surface) in enumerate(surfaces.items(), 1):
@@ -150,8 +151,9 @@ def _training(report: Report) -> Iterator[Plot]:
             "training-accuracy",
             "training",
             "Accuracy while training",
-            "On held-out images; “training batches” are the perturbed ones of the step itself. "
-            "FGSM far above the worst case, or a sudden fall of it, is catastrophic overfitting.",
+            "On held-out images, except for “training batches”: the perturbed images of the steps. "
+            "FGSM far above the worst case, or a sudden drop of the worst case, is a sign of "
+            "catastrophic overfitting.",
             charts.training_curves(rows),
         )
     if "loss" in columns:
@@ -176,9 +178,9 @@ def _comparable(report: Report) -> bool:
 
 
 def _holding(evidence: Any, *keys: str) -> Mapping[str, Any]:
-    """Return the evidence if it has all the keys with something in them, else nothing.
+    """Return the evidence if all the keys are present and not empty, else an empty dict.
 
-    A check that was skipped has none.
+    A skipped check has no evidence.
     """
     if isinstance(evidence, Mapping) and all(evidence.get(key) for key in keys):
         return evidence

@@ -1,4 +1,4 @@
-"""Small PNG pictures as data URIs, by zlib alone: a report embeds a few dozen of them."""
+"""Encodes small PNG pictures as data URIs with zlib alone; a report embeds a few dozen."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def encode(picture: Tensor) -> bytes:
     channels, height, width = picture.shape
     pixels = (picture.detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8)
     rows = pixels.permute(1, 2, 0).reshape(height, width * channels)
-    # Each row begins with the number of its filter; 0 is none.
+    # Each row begins with the number of its filter; 0 is no filter.
     body = torch.cat([torch.zeros(height, 1, dtype=torch.uint8), rows], dim=1)
     colour_type = 0 if channels == 1 else 2
     return (

@@ -1,4 +1,4 @@
-"""From the dicts of evaluations, audits and metrics to rows of numbers, or one clear line."""
+"""Reads the dicts of evaluations, audits and metrics, with one clear line for each mistake."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def get(source: Any, key: str, what: str) -> Any:
     """Return ``source[key]``.
 
     Raises:
-        UserError: source is not a dict, or lacks the key.
+        UserError: ``source`` is not a dict, or lacks the key.
     """
     if not isinstance(source, Mapping):
         raise UserError(f"{what} is a {type(source).__name__}, expected a dict with {key!r}")
     if key not in source:
-        raise UserError(f"{what} lacks {key!r}: is it of another version of surestep?")
+        raise UserError(f"{what} lacks {key!r}: is it from another version of surestep?")
     return source[key]
 
 
 def number(value: Any) -> float | None:
-    """Return a finite number, or None for anything else: JSON and charts have no NaN."""
+    """Return a finite number as float, and None for anything else: charts and JSON have no NaN."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) else None
@@ -48,7 +48,7 @@ def pairs(source: Any, xs: str, ys: str, what: str) -> list[tuple[float | None, 
 
 
 def plain(value: Any) -> Any:
-    """Return JSON without NaN and infinities, which browsers refuse."""
+    """Replace NaN and infinities in a JSON value by None, since browsers refuse them."""
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -59,7 +59,7 @@ def plain(value: Any) -> Any:
 
 
 def stated(value: Any) -> tuple[float | None, float | None, int | None]:
-    """Return mean, deviation and count of a cell of a comparison.
+    """Return mean, standard deviation and count of a comparison's cell.
 
     Args:
         value: a number, None, or {"mean": ..., "std": ..., "n": ...}.
@@ -74,7 +74,7 @@ def some(rows: Iterable[T], what: str) -> list[T]:
     """Return the rows as a list.
 
     Raises:
-        UserError: there is none.
+        UserError: there are no rows.
     """
     found = list(rows)
     if not found:

@@ -1,4 +1,4 @@
-"""The report: what it holds, and how it becomes a page or pictures."""
+"""The report: its contents, and how it becomes a page or plots."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ class Report:
     """What is known about a run, an evaluation, an audit or a comparison. Every part is optional.
 
     Attributes:
-        title: of the page, such as the run's name.
+        title: title of the page, such as the run's name.
         evaluation: as ``Evaluation.to_dict`` gives it.
         audit: as ``Audit.to_dict`` gives it.
         history: the rows of ``metrics.jsonl``.
-        comparison: a row a method; its cells are numbers, None or {"mean", "std", "n"}. Beside
-            "method", rows may have "seeds", a "verdict" and "verdict_text", how it is told.
-        notes: what a reader of the comparison must know, a line each.
-        surfaces: loss surfaces by model's name, from ``gather``.
+        comparison: one row per method; its cells are numbers, None or {"mean", "std", "n"}. Besides
+            "method", rows may have "seeds", "verdict" and "verdict_text", which is shown for it.
+        notes: what a reader of the comparison must know, one line each.
+        surfaces: loss surfaces by model name, from ``gather``.
         examples: adversarial examples, from ``gather``.
         classes: names of the classes; by default their numbers.
         command: the exact command; by default the evaluation's or the audit's.
-        versions: of packages and machine; by default the evaluation's or the audit's.
-        seeds: by what they seed; by default the evaluation's and the audit's.
+        versions: package versions; by default the evaluation's or the audit's.
+        seeds: seeds by what they seed; by default those of the config, evaluation and audit.
         config: the settings of the run.
     """
 
@@ -64,9 +64,11 @@ class Report:
         for name in ("history", "comparison", "examples"):
             rows = getattr(self, name) or ()
             if isinstance(rows, Mapping | str) or any(not isinstance(r, Mapping) for r in rows):
-                raise UserError(f"the {name} is not a list of dicts, one a row")
+                raise UserError(f"the {name} is not a list of dicts, one per row")
         if not isinstance(self.surfaces, Mapping):
-            raise UserError("the surfaces are not a dict by model's name: give those of gather")
+            raise UserError(
+                "the surfaces are not a dict by model name: give the surfaces of gather"
+            )
 
     @property
     def checks(self) -> Sequence[Mapping[str, Any]]:
@@ -77,27 +79,25 @@ class Report:
         """Return the page: one file that needs no network.
 
         Raises:
-            UserError: contents of another shape, or a package is missing.
+            UserError: the contents are malformed, or a package is missing.
         """
         return _page.render(self)
 
 
 def write_html(report: Report, path: str | Path) -> None:
-    """Write the page of a report, whole or not at all.
+    """Write the page of a report, atomically.
 
     Raises:
-        UserError: contents of another shape, a place that cannot be written to, or a package is
-            missing.
+        UserError: the contents are malformed, the file cannot be written, or a package is missing.
     """
     files.write_atomically(Path(path), report.to_html())
 
 
 def save_plots(report: Report, folder: str | Path) -> list[Path]:
-    """Write every plot of a report as PNG and SVG and return the paths.
+    """Write every plot of a report as PNG and SVG, and return the paths.
 
     Raises:
-        UserError: contents of another shape, a place that cannot be written to, or a package is
-            missing.
+        UserError: the contents are malformed, a file cannot be written, or a package is missing.
     """
     folder = Path(folder)
     files.make_folder(folder)

@@ -1,4 +1,4 @@
-"""Charts as files."""
+"""Saves charts as files."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def save_chart(chart: alt.TopLevelMixin, path: str | Path) -> None:
         path: ends in .png, .svg, .html or .json.
 
     Raises:
-        UserError: another ending, a place that cannot be written to, or a package is missing.
+        UserError: the ending is another one, the file cannot be written, or a package is missing.
     """
     path = Path(path)
     if path.suffix not in FORMATS:
-        raise UserError(f"cannot save a chart as {path.name}: end it in {', '.join(FORMATS)}")
+        raise UserError(f"cannot save a chart as {path.name}: use one of {', '.join(FORMATS)}")
     spec = chart.to_dict()
-    # Altair's own default asks for nothing but a size of the view, which the charts state.
+    # Altair's default config sets only a view size, which the charts set themselves.
     spec["config"] = _theme.config()
     convert = need("vl_convert")
     content: bytes | str

@@ -1,7 +1,7 @@
 """Charts for notebooks and reports: plain dicts in, Altair charts out.
 
-A chart brings data and encodings, no colours of its own but the loss surface's: those come from
-the page, the notebook or ``save_chart``, so that one chart serves light and dark.
+Except for the loss surface, charts contain data and encodings but no colours. Those come from the
+page, the notebook or ``save_chart``, so that one chart works in light and dark schemes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def accuracy_by_eps(source: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> 
             sweep.
 
     Raises:
-        UserError: there is nothing in it, or it has another shape.
+        UserError: the source is empty or malformed.
     """
     if isinstance(source, Mapping):
         found = pairs(source, "eps", "accuracy", "the evidence")
@@ -50,14 +50,14 @@ def accuracy_by_eps(source: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> 
 
 
 def accuracy_by_step(source: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> alt.LayerChart:
-    """Draw the accuracy that is left after each step of iterative attacks.
+    """Draw the accuracy after each step of iterative attacks.
 
     Args:
         source: the ``attacks`` of an evaluation, or the evidence {"steps", "accuracy"} of the
             convergence check.
 
     Raises:
-        UserError: no attack has steps, or it has another shape.
+        UserError: no attack has steps, or the source is malformed.
     """
     if isinstance(source, Mapping):
         found = pairs(source, "steps", "accuracy", "the evidence")
@@ -72,13 +72,13 @@ def accuracy_by_step(source: Sequence[Mapping[str, Any]] | Mapping[str, Any]) ->
 
 
 def accuracy_by_restart(evidence: Mapping[str, Any]) -> alt.LayerChart:
-    """Draw the accuracy that is left after each restart.
+    """Draw the accuracy after each restart.
 
     Args:
         evidence: {"restarts", "restart_accuracy"} of the convergence check.
 
     Raises:
-        UserError: it has another shape.
+        UserError: the evidence is malformed.
     """
     found = pairs(evidence, "restarts", "restart_accuracy", "the evidence")
     rows = [{"x": x, "accuracy": y, "attack": "pgd"} for x, y in found]
@@ -89,33 +89,33 @@ def loss_along_fgsm(source: Mapping[str, Any]) -> alt.LayerChart:
     """Draw the loss along the FGSM direction, from the image to the full step.
 
     Args:
-        source: {"step", "loss"}: shares of eps, and the mean cross entropy there, as in the
-            evidence of the check of the SAT properties; or several such dicts by model's name, of
-            which each is drawn over its largest loss.
+        source: {"step", "loss"}: shares of eps and the mean cross entropy at each, as in the
+            evidence of the check "The SAT properties"; or a dict of such dicts by model name. Each
+            of several losses is divided by its maximum.
 
     Raises:
-        UserError: one has another shape.
+        UserError: the source is malformed.
     """
     by_model = {"this model": source} if "loss" in source else source
     rows = []
     for name, one in by_model.items():
         points = pairs(one, "step", "loss", "the evidence")
-        # What tells is the shape; the losses of two models are seldom of one size.
+        # The shape is what matters; losses of different models rarely have the same scale.
         largest = max((y for _, y in points if y is not None), default=0.0) or 1.0
         size = largest if len(by_model) > 1 else 1.0
         rows += [
             {"x": x, "loss": None if y is None else y / size, "model": name} for x, y in points
         ]
     title = "step along the FGSM direction (share of eps)"
-    value = "loss / its largest" if len(by_model) > 1 else "loss"
+    value = "loss / its maximum" if len(by_model) > 1 else "loss"
     return _lines(some(rows, "the loss"), title, "loss", by="model", title=value)
 
 
 def along_fgsm(surface: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Cut a loss surface through the images: the evidence that ``loss_along_fgsm`` takes.
+    """Return the mean loss along the FGSM direction of a surface, for ``loss_along_fgsm``.
 
     Raises:
-        UserError: it is not a loss surface.
+        UserError: ``surface`` is not a loss surface.
     """
     shares, mean = get(surface, "shares", "the surface"), get(surface, "mean", "the surface")
     middle = mean[len(shares) // 2]
@@ -126,15 +126,15 @@ def along_fgsm(surface: Mapping[str, Any]) -> dict[str, list[float]]:
 def loss_surface(surface: Mapping[str, Any], title: str = "") -> alt.VConcatChart:
     """Draw the loss around images as a heat map, with a cross-section that follows the pointer.
 
-    A menu chooses between the mean and single images. Pointing at the map shows below it the loss
-    along the FGSM direction at that place along the random direction.
+    A menu switches between the mean and single images. The chart below the map shows the loss along
+    the FGSM direction, at the pointer's position along the random direction.
 
     Args:
         surface: one of the ``surfaces`` of ``gather``.
-        title: above the map.
+        title: the text above the map.
 
     Raises:
-        UserError: it is not a loss surface.
+        UserError: ``surface`` is not a loss surface.
     """
     alt = need("altair")
     shares = [float(s) for s in get(surface, "shares", "the surface")]
@@ -162,7 +162,7 @@ def loss_surface(surface: Mapping[str, Any], title: str = "") -> alt.VConcatChar
         clear=False,
         value=[{"r": 0}],
     )
-    # Not nice: the map would be framed by an empty margin. Cells of half a step's margin instead.
+    # A "nice" domain would leave an empty margin; the outer cells extend by half a step instead.
     span = alt.Scale(domain=[shares[0] - half, shares[-1] + half], nice=False)
     ticks = alt.Axis(values=[-1, -0.5, 0, 0.5, 1], grid=False)
     tips = [
@@ -216,7 +216,7 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> alt.LayerChart:
     """Draw the accuracies of ``metrics.jsonl``: on training batches and on held-out images.
 
     Args:
-        history: the rows, one an epoch.
+        history: the rows, one per epoch.
 
     Raises:
         UserError: there is no row, or none with an epoch or an accuracy.
@@ -235,7 +235,7 @@ def training_losses(history: Sequence[Mapping[str, Any]]) -> alt.LayerChart:
     """Draw the loss of ``metrics.jsonl`` and its terms.
 
     Args:
-        history: the rows, one an epoch.
+        history: the rows, one per epoch.
 
     Raises:
         UserError: there is no row, or none with an epoch or a loss.
@@ -256,7 +256,7 @@ def accuracy_by_attack(evaluation: Mapping[str, Any]) -> alt.LayerChart:
         evaluation: as ``Evaluation.to_dict`` gives it.
 
     Raises:
-        UserError: it lacks accuracies or intervals.
+        UserError: the evaluation lacks accuracies or intervals.
     """
     alt = need("altair")
     accuracies = named_accuracies(evaluation)
@@ -287,10 +287,10 @@ def accuracy_by_attack(evaluation: Mapping[str, Any]) -> alt.LayerChart:
 
 
 def pareto(rows: Sequence[Mapping[str, Any]], cost: str = "") -> alt.LayerChart:
-    """Draw worst-case accuracy against the cost of training, a point a method.
+    """Draw worst-case accuracy against the cost of training, one point per method.
 
     Args:
-        rows: of a comparison.
+        rows: the rows of a comparison.
         cost: "passes" (per image) or "seconds" (of training); by default passes if all
             rows have it.
 
@@ -315,7 +315,7 @@ def pareto(rows: Sequence[Mapping[str, Any]], cost: str = "") -> alt.LayerChart:
             points.append(point | {"verdict": row.get("verdict") or "not audited"})
     points = some(points, f"worst case and {cost} of the comparison")
     prices = [point["cost"] for point in points]
-    # PGD costs ten times what the others do, which then lie on top of each other.
+    # PGD may cost ten times as much as the others, which would overlap on a linear axis.
     kind: Row = {"type": "log"} if max(prices) > 4 * min(prices) else {"zero": True}
     # All verdicts in the scale, so that each has the same colour in every chart.
     verdicts = alt.Scale(domain=VERDICTS)
@@ -351,7 +351,7 @@ def named_accuracies(evaluation: Mapping[str, Any]) -> dict[str, float]:
     """Return an evaluation's accuracies by name: clean, the attacks, the worst case.
 
     Raises:
-        UserError: it lacks one of them.
+        UserError: the evaluation lacks one of them.
     """
     return {
         "clean": get(evaluation, "clean_accuracy", "the evaluation"),
@@ -375,7 +375,7 @@ def _history(
     ]
 
 
-_FEW = 5  # whole numbers that each get a tick
+_FEW = 5  # whole numbers: up to so many, each gets a tick
 _WIDE = 8
 """Ratio of the largest to the smallest x above which the axis is logarithmic."""
 
@@ -389,15 +389,15 @@ def _lines(
     share: bool = False,
     title: str | None = None,
 ) -> alt.LayerChart:
-    """Draw one line a series, with a point at each value that tells it when pointed at.
+    """Draw one line per series, with a point at each value that shows it on hover.
 
     Args:
         rows: with "x", ``value`` and the series' name under ``by``.
-        x: title of the axis.
+        x: title of the x axis.
         value: the column of the value.
         by: the column of the series' name.
         share: the value is a share, to be drawn from 0 to 100%.
-        title: of the value's axis; by default the column's name.
+        title: title of the value's axis; by default the column's name.
     """
     alt = need("altair")
     series = list(dict.fromkeys(row[by] for row in rows))
@@ -405,10 +405,10 @@ def _lines(
     scale = alt.Scale(domain=[0, 1]) if share else alt.Scale(zero=True)
     axis = alt.Axis(format="%") if share else alt.Axis()
     known = [float(row["x"]) for row in rows if row["x"] is not None]
-    # A sweep that ends at the whole data range would have all else at its left edge.
+    # A sweep up to the whole data range would have all other points at its left edge.
     kind = "log" if known and 0 < _WIDE * min(known) < max(known) and not whole else "linear"
     ticks: dict[str, Any] = {}
-    if whole:  # there is no restart one and a half
+    if whole:  # no ticks between whole steps, restarts or epochs
         ticks = {"tickMinStep": 1, "format": "d"}
         if len(set(known)) <= _FEW:
             ticks["values"] = sorted(set(known))
@@ -425,7 +425,7 @@ def _lines(
         color=alt.Color(f"{by}:N", sort=series, scale=alt.Scale(domain=series), legend=legend),
     )
     line = base.mark_line(strokeWidth=2, clip=True)
-    # Points too small to crowd a line of a hundred steps, with a wide invisible ring to hit.
+    # Points are small enough for a line of a hundred steps; wide invisible rings catch the pointer.
     dense = len({row["x"] for row in rows}) > 40
     dots = base.mark_point(filled=True, size=8 if dense else 32, opacity=1, clip=False)
     tips = [
@@ -439,6 +439,6 @@ def _lines(
 
 
 def _with(chart: Any, rows: list[Row]) -> Any:
-    """Give a finished chart its data: Altair checks every row each time a part is made of it."""
+    """Attach the data to a finished chart; earlier, Altair would check every row for each part."""
     chart.data = need("altair").Data(values=rows)
     return chart

@@ -1,4 +1,4 @@
-"""``fit``: from a model, data and a method to a trained model."""
+"""``fit``: train a model on data with a method."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from surestep.training.run_folder import RunFolder
 
 @dataclass
 class FitResult:
-    """What training gave.
+    """The result of training.
 
     Attributes:
-        model: the trained model, the selected weights loaded, in eval mode.
-        history: one row an epoch, as in ``metrics.jsonl``.
+        model: the trained model with the selected weights, in eval mode.
+        history: one row per epoch, as in ``metrics.jsonl``.
         best_epoch: the epoch (from 1) whose weights were selected.
         train_seconds: time spent in training steps, without validation.
         out: the run folder, if there is one.
@@ -65,38 +65,41 @@ def fit(
 ) -> FitResult:
     """Train a model with a method, validating by strong attacks on held-out images.
 
-    After each epoch the held-out images are attacked, and the weights with the best worst case
-    are kept; never are they chosen on test data. The random state of python, numpy and torch is
-    seeded. Runs on several processes when started by ``torchrun`` or ``accelerate launch``.
+    After each epoch the held-out images are attacked, and the weights with the best worst-case
+    accuracy are kept; test data never influence that choice. The random states of python, numpy
+    and torch are seeded. Runs on several processes when started by ``torchrun`` or
+    ``accelerate launch``.
 
     Args:
-        model: returns logits (N, K) for images in the method's data range; is changed in place,
-            and put into train mode, but for layers in eval mode of one that is in train mode
-            already. One that ``torch.compile`` returned is trained as it is, and
-            the module inside it kept.
-        data: Images, a pair of tensors (x, y), a Dataset or a DataLoader. Of several processes
-            each takes batches of a DataLoader's own size; ``batch_size`` is of all together.
+        model: returns logits (N, K) for images in the method's data range; is changed in place.
+            A model in eval mode is put into train mode; in a model that is in train mode already,
+            layers in eval mode stay so. A model from ``torch.compile`` is trained compiled, and
+            the module inside it is returned.
+        data: Images, a pair of tensors (x, y), a Dataset or a DataLoader. With several processes,
+            each takes batches of a DataLoader's own size, whereas ``batch_size`` counts the
+            images of all processes together.
         method: what a step minimises.
         out: run folder for ``config.yaml``, ``environment.json``, ``metrics.jsonl``,
             ``model.safetensors`` and ``checkpoints/``; None writes nothing.
-        validation: held-out data; by default a tenth of ``data``, at most ``val_images``. Taken
-            from a Dataset they go through its transforms: give them here if those are random.
-        resume: go on from the newest checkpoint in ``out``; the result is bit-identical to that
-            of a run that was never stopped, unless it goes on with another number of processes.
-            (On a GPU as far as its kernels are: see ``torch.use_deterministic_algorithms``.)
+        validation: held-out data; by default a tenth of ``data``, at most ``val_images``. Images
+            held out of a Dataset go through its transforms: pass ``validation`` if these are
+            random.
+        resume: continue from the newest checkpoint in ``out``. The result is bit-identical to
+            that of an uninterrupted run, unless the number of processes changes. (On a GPU, only
+            with deterministic kernels: see ``torch.use_deterministic_algorithms``.)
         overwrite: delete what is in ``out`` first.
         quiet: show nothing.
-        device: such as "cpu" or "cuda"; by default the best there is.
+        device: such as "cpu" or "cuda"; by default an accelerator if there is one.
         workers: processes that load the images of a Dataset; a DataLoader has its own.
-        steps_per_epoch: batches of an epoch of a DataLoader that streams, and has no length. Each
-            epoch begins the stream anew (``set_epoch`` tells its dataset which).
-        describe: written to ``config.yaml`` before the settings.
+        steps_per_epoch: batches per epoch, for a streaming DataLoader, which has no length. Each
+            epoch restarts the stream (``set_epoch`` tells its dataset the epoch).
+        describe: entries to write to ``config.yaml`` before the settings.
         on_epoch: called in the first process after each epoch with its row of the history and the
-            model that was judged (the average, if there is one), in eval mode: for loggers.
-        settings: of ``surestep.config.FitSettings``: epochs, batch_size, lr, schedule, ...
+            validated model (the weight average, if there is one) in eval mode; meant for loggers.
+        settings: fields of ``surestep.config.FitSettings``: epochs, batch_size, lr, schedule, ...
 
     Returns:
-        The result; its model is ``model`` itself, of a compiled one the module inside.
+        The result; its model is ``model`` itself, or the module inside a compiled one.
 
     Raises:
         UserError: invalid settings or data, a run folder that exists already, a full disk.
@@ -165,7 +168,7 @@ def fit(
                 differences = own.note_environment()
             except UserError as e:
                 trouble = e
-        # The others would wait for a process that has left.
+        # Tell the other processes, which would otherwise wait for one that has left.
         (trouble,) = broadcast_object_list([trouble])
         if trouble:
             raise trouble
@@ -177,14 +180,14 @@ def fit(
 
 
 def _accelerator(device: torch.device, run: RunFolder | None, *, tensorboard: bool) -> Accelerator:
-    # On a machine without accelerators, several processes find each other only when told cpu. One
-    # process alone is told where to run with each run, and may train on a GPU and then on the CPU.
+    # Without accelerators, several processes find each other only with cpu=True. A single process
+    # chooses the device for each run: it may train on a GPU first and on the CPU afterwards.
     names = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-    several = any(int(os.environ.get(name, "1")) > 1 for name in names)  # as Accelerate asks
+    several = any(int(os.environ.get(name, "1")) > 1 for name in names)  # as Accelerate does
     options: dict[str, Any] = {"cpu": several and device.type == "cpu"}
     if not AcceleratorState._shared_state:
-        # What a launcher's configuration says of precision and compilation is not to be followed.
-        # Where the process has an Accelerator already, there is no other to be had.
+        # Override the precision and compilation of a launcher's configuration. Once the process
+        # has an Accelerator, these can no longer be changed.
         options |= {"mixed_precision": "no", "dynamo_backend": "no"}
     if not tensorboard:
         return _one_device(options)
@@ -197,8 +200,8 @@ def _accelerator(device: torch.device, run: RunFolder | None, *, tensorboard: bo
 def _one_device(options: dict[str, Any]) -> Accelerator:
     try:
         return Accelerator(**options)
-    except ValueError as e:  # its state is one for the process
+    except ValueError as e:  # a process has only one Accelerator state
         raise UserError(
-            f"this process has an Accelerator for something else ({' '.join(str(e).split())}): "
-            "train in a new process"
+            f"this process already has an Accelerator with other settings "
+            f"({' '.join(str(e).split())}): train in a new process"
         ) from e

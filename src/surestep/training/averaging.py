@@ -1,4 +1,4 @@
-"""Averages of the weights: exponential, without the bias of its first value, or plain."""
+"""Averages of the weights: exponential (bias-corrected) or plain."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from surestep.errors import UserError
 
 
 class WeightAverage:
-    """Keep an average of a model's parameters; buffers are copied (averaged in a plain mean).
+    """Keep an average of a model's parameters; buffers are copied (averaged for a plain mean).
 
     After t updates the average is sum_i d^(t-i) w_i / sum_i d^(t-i): the mean of the weights seen,
     however high the decay d (Adam's bias correction). An average that starts at the random
-    weights instead stays near them for 1 / (1 - d) steps.
+    initial weights would stay near them for about 1 / (1 - d) steps.
 
     Args:
         model: the module whose weights are averaged.
@@ -35,13 +35,13 @@ class WeightAverage:
         except Exception as e:
             reason = " ".join(str(e).split())[:200]
             raise UserError(
-                f"an average of the weights needs a copy of the model, and it cannot be copied "
+                "averaging the weights needs a copy of the model, but it cannot be copied "
                 f"({reason}): leave ema and swa out"
             ) from e
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take in the model's present weights."""
+        """Add the model's current weights to the average."""
         self.updates += 1
         share = 1 / self.updates
         if self.decay is not None:
@@ -49,14 +49,14 @@ class WeightAverage:
         averaged: list[tuple[Tensor, Tensor]] = [
             *zip(self.model.parameters(), model.parameters(), strict=True)
         ]
-        # Batch norm's statistics are moving averages already, of about the last ten steps: a
-        # plain mean reaches further back, and needs theirs.
+        # Batch norm's statistics are already moving averages over about the last ten steps. A
+        # plain mean of the weights reaches further back, so it needs the mean of these, too.
         for own, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             if self.decay is None and buffer.is_floating_point():
                 averaged.append((own, buffer))
             else:
                 own.copy_(buffer)
-        # Of hundreds of small tensors one operation, where the device has one.
+        # One fused operation for hundreds of small tensors, where the device has one.
         means, now = (list(side) for side in zip(*averaged, strict=True))
         torch._foreach_lerp_(means, now, share)
 

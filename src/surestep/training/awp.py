@@ -1,4 +1,4 @@
-"""Adversarial weight perturbation: the update's gradient is taken where the weights are worse.
+"""Adversarial weight perturbation: the update's gradient is taken at worse weights nearby.
 
 Wu, Xia & Wang 2020, "Adversarial Weight Perturbation Helps Robust Generalization", arXiv
 2004.05884. Combines with any method: the images of the update stay the same.
@@ -15,9 +15,9 @@ from torch import nn
 
 @contextmanager
 def weights_ahead(model: nn.Module, gamma: float) -> Iterator[None]:
-    """Move each weight tensor up its gradient, by ``gamma`` times its own norm; then move it back.
+    """Move each weight tensor along its gradient by ``gamma`` times its norm; restore it on exit.
 
-    Tensors of one dimension (biases, batch norm) stay, as in the authors' code.
+    One-dimensional tensors (biases, batch norm) are left alone, as in the authors' code.
 
     Args:
         model: its parameters hold gradients of the loss.
@@ -30,8 +30,8 @@ def weights_ahead(model: nn.Module, gamma: float) -> Iterator[None]:
             assert weight.grad is not None
             norm = weight.grad.norm()
             step = weight.grad * (gamma * weight.norm() / norm.clamp(min=1e-12))
-            # fp16's loss scale grows until a gradient overflows; that step is dropped, but its
-            # pass must not leave NaN in the batch statistics.
+            # The fp16 loss scale grows until a gradient overflows. The scaler drops that step, but
+            # its forward pass must not leave NaN in the batch statistics.
             weight.add_(torch.where(norm.isfinite(), step, 0))
     try:
         yield
@@ -43,11 +43,11 @@ def weights_ahead(model: nn.Module, gamma: float) -> Iterator[None]:
 
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Leave the buffers (batch statistics) as they were: the pass inside does not count."""
+    """Restore the buffers (batch statistics) on exit, so that the pass inside does not count."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
         for buffer, saved in before:
-            # .data: the graph of the pass may hold it.
+            # .data, because the autograd graph of the pass may hold the buffer.
             buffer.data.copy_(saved)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole, the last two kept, never unpickled."""
+"""Checkpoints of a run: written atomically, never unpickled; the last two are kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Write a checkpoint, then remove all but the newest two.
 
     Raises:
-        UserError: the disk is full or the place cannot be written to.
+        UserError: the disk is full or the file cannot be written.
     """
     files.make_folder(folder)
     path = folder / f"step-{step:08d}.safetensors"
@@ -36,8 +36,8 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> dict[str, Any] | N
     """Load the newest checkpoint that is whole; None if there is none at all.
 
     Args:
-        folder: of the checkpoints.
-        warn: told about each damaged checkpoint that is passed over.
+        folder: folder of the checkpoints.
+        warn: called with a message for each damaged checkpoint that is skipped.
 
     Raises:
         UserError: there are checkpoints, but all are damaged.
@@ -47,7 +47,7 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> dict[str, Any] | N
         try:
             return files.load_tree(path)
         except UserError as e:
-            warn(f"passing over a damaged checkpoint: {e}")
+            warn(f"skipping a damaged checkpoint: {e}")
     if paths:
         raise UserError(
             f"every checkpoint in {folder} is damaged ({len(paths)} found): start the run again "

@@ -1,4 +1,4 @@
-"""What changes from step to step: rates, the share of eps, when averaging and AWP begin."""
+"""What changes from step to step: learning rate, momentum, eps, averaging and AWP."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from surestep.training.schedules import learning_rate, momentum, warm_up
 
 
 def follow(job: Job, step: int) -> None:
-    """Set everything for the step to come, and tell the method where training is."""
+    """Set everything for the next step, and tell the method how far training is."""
     config, steps = job.config, job.source.steps_per_epoch
     done = step / job.total
     lr = learning_rate(config.schedule, config.lr, done) * warm_up(step, config.warmup * steps)

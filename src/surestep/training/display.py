@@ -1,4 +1,4 @@
-"""What a person sees while a model trains."""
+"""Progress output during training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SECONDS_BETWEEN = 0.5
 
 
 class Display:
-    """A progress bar on a terminal, else a line an epoch or a minute; nothing if ``quiet``."""
+    """A progress bar on a terminal, else a line per epoch or minute; nothing if ``quiet``."""
 
     def __init__(self, total_steps: int, *, quiet: bool) -> None:
         self.console = Console(quiet=quiet, stderr=True)

@@ -1,4 +1,4 @@
-"""The step as the training loop takes it, and how fast it is taken."""
+"""The step of the training loop, and the engine that makes it fast."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Engine:
     """How a step is computed; never what it computes.
 
     Attributes:
-        precision: of the forward passes; other than float32 means autocast.
+        precision: dtype of the forward passes; any but float32 uses autocast.
         channels_last: memory format of images and convolution weights.
         tuned: raise glibc's thresholds for returning memory to the system.
     """
@@ -50,9 +50,9 @@ class Engine:
         """Choose the engine for a device.
 
         Args:
-            name: "fast" (channels_last, but not on mps; autocast; tuned allocator), "reference"
-                (float32, contiguous), or "auto": fast, in bf16 where the hardware multiplies it;
-                training measures (``pick_engine``).
+            name: "fast" (channels_last except on mps, autocast to bf16 where the hardware
+                multiplies it, tuned allocator), "reference" (float32, contiguous), or "auto",
+                which means "fast" here; ``fit`` times both (``pick_engine``).
             precision: "fp32", "bf16" or "fp16" override what the name implies.
             device: where the step will run.
 
@@ -75,7 +75,7 @@ class Engine:
 
     @property
     def precision_name(self) -> str:
-        """The precision, by the name that settings give it."""
+        """The precision's name in the settings, such as "bf16"."""
         return next(name for name, dtype in PRECISIONS.items() if dtype == self.precision)
 
     def place(self, model: nn.Module) -> nn.Module:
@@ -88,13 +88,13 @@ class Engine:
         return model
 
     def suited(self, model: nn.Module, shape: torch.Size) -> Engine:
-        """Return the engine, without channels_last where a pass over such images fails.
+        """Return the engine, without channels_last if the model fails on images in that format.
 
-        A model that flattens with ``view`` takes contiguous images alone.
+        A model that flattens with ``view`` accepts only contiguous images.
 
         Args:
-            model: placed, on its device; placed anew if need be.
-            shape: of one image.
+            model: placed by this engine, on its device; made contiguous again if it fails.
+            shape: shape of one image.
         """
         if not self.channels_last or len(shape) != 3:
             return self
@@ -121,12 +121,12 @@ class Engine:
         return x
 
     def autocast(self, device: torch.device) -> Any:
-        """Return the context of a forward pass."""
+        """Return the autocast context of a forward pass."""
         return autocast(device, self.precision)
 
 
 def match_layout(optimizer: torch.optim.Optimizer) -> None:
-    """Give state its parameter's strides: fused kernels walk all tensors in memory order."""
+    """Give optimizer state its parameter's strides: fused kernels walk tensors in memory order."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
@@ -134,10 +134,10 @@ def match_layout(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Let momentum begin at zero, which changes no value.
+    """Start SGD's momentum buffers at zero, which changes no value.
 
-    Left to itself, fused SGD makes room at the first step and fills it by taking that step; if its
-    gradients overflow the step is dropped, and the next one adds to what lay in memory.
+    Otherwise fused SGD allocates them uninitialised and fills them in its first step. If that
+    step is dropped because gradients overflow, the next one adds to uninitialised memory.
     """
     for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
         for parameter in group["params"] if group["momentum"] else ():
@@ -149,7 +149,7 @@ def keep_freed_memory() -> None:
     """Ask glibc to keep freed memory for reuse, once per process; elsewhere do nothing.
 
     By default it returns each large buffer to the system, and the next step pays for it again
-    in page faults: a tenth to a third of a step of large batches.
+    in page faults: a tenth to a third of the time of a step on large batches.
     """
     m_trim_threshold, m_mmap_threshold = -1, -3
     if sys.platform != "linux":
@@ -157,8 +157,8 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
         return
-    # Up to 2.34 glibc takes no more than 32 MiB; what it refuses changes nothing, and to set the
-    # other alone would keep the threshold from growing by itself.
+    # glibc up to 2.34 accepts at most 32 MiB, and a refused value changes nothing. If both are
+    # refused, setting only the trim threshold would stop the mmap threshold from adapting itself.
     if any(libc.mallopt(m_mmap_threshold, size) for size in (1 << 30, 32 << 20)):
         libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
@@ -181,7 +181,7 @@ class TrainStep:
         self.clip_grad, self.average, self.awp = clip_grad, average, awp
         self.averaging = self.perturbing = True
         self.device = device_of(model)
-        # Only float16 has too few exponents for unscaled gradients.
+        # Only float16's exponent range is too small for unscaled gradients.
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=engine.precision == torch.float16
         )
@@ -190,7 +190,7 @@ class TrainStep:
         self._unsettled = True
 
     def _settle(self, x: Tensor) -> None:
-        """Look at the first images: a model that flattens with ``view`` is stepped contiguous."""
+        """Drop channels_last if the model cannot run on the first images in that format."""
         self._unsettled = False
         suited = self.engine.suited(self.model, x.shape[1:])
         if suited is not self.engine:
@@ -202,7 +202,7 @@ class TrainStep:
     ) -> StepResult:
         """Take one step on images x (N, ...) in the data range with labels y (N,).
 
-        Waits for the device nowhere (but for the first batch, which is checked).
+        Does not wait for the device, except on the first batch, which is checked.
         """
         if self._unsettled:
             self._settle(x)
@@ -244,17 +244,17 @@ def make_step(
     average: WeightAverage | None = None,
     awp: float | None = None,
 ) -> TrainStep:
-    """Return the step exactly as the training loop takes it, a callable of (x, y).
+    """Return the step exactly as the training loop takes it, called as ``step(x, y)``.
 
     Args:
         model: in train mode, on its device; wrapped in DistributedDataParallel or not. Its
             weights are brought into the engine's memory format.
         method: what the step minimises.
         optimizer: over the model's parameters.
-        engine: "fast", "reference", an ``Engine``, or "auto", which is the fast one here: only a
-            run has the steps to time the two.
+        engine: "fast", "reference", an ``Engine``, or "auto", which means "fast" here: only
+            ``fit`` has enough steps to time both.
         clip_grad: largest norm of the weight gradient.
-        average: updated after each step.
+        average: weight average to update after each step.
         awp: relative size of an adversarial weight perturbation (``training/awp.py``).
 
     Raises:
@@ -279,7 +279,7 @@ def make_optimizer(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
 ) -> torch.optim.Optimizer:
-    """Build the optimizer of a name: "sgd", "adam" or "adamw".
+    """Build an optimizer by name: "sgd", "adam" or "adamw".
 
     Raises:
         UserError: an unknown name, or no parameters.

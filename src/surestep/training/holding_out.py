@@ -1,4 +1,4 @@
-"""Which data are trained on, and which are held out to judge by."""
+"""Split the data into training data and held-out data for validation."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ def hold_out(n: int, wanted: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def hold_out_labelled(images: Images, wanted: int, seed: int) -> tuple[Images, Images]:
-    """Hold images out as ``hold_out`` does, of those that have a label."""
+    """Split images as ``hold_out`` does, but hold out only labelled ones."""
     labelled, rest = images.by_label()
     train, held = hold_out(len(labelled), wanted, seed)
     return images.subset(torch.cat([labelled[train], rest])), images.subset(labelled[held])
 
 
 def split(data: Any, validation: Any, wanted: int, seed: int) -> tuple[Any, Any]:
-    """Return the training data and the held-out data, None if none is wanted.
+    """Return the training data and the held-out data (None if nothing is held out).
 
     Args:
         data: Images, a pair (x, y), a Dataset or a DataLoader.
-        validation: held-out data of the same kinds; None to take some of ``data``.
+        validation: held-out data, of any of these kinds; None to take them from ``data``.
         wanted: number of held-out images.
-        seed: of the draw.
+        seed: seed of the random split.
 
     Raises:
-        UserError: data or validation of another kind, or without a length; a DataLoader without
-            ``validation``, since nothing can be held out of it.
+        UserError: data or validation of another kind, data without a length, validation images
+            without a label, or a DataLoader without ``validation``, since nothing can be held out
+            of it.
     """
     if isinstance(data, IterableDataset):
         raise UserError(f"{type(data).__name__} {NO_LENGTH}")

@@ -1,4 +1,4 @@
-"""The training loop. There is one, for all methods; one process is its simplest case."""
+"""The one training loop, for all methods and any number of processes."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from surestep.training.validating import find_masking, validate
 
 
 class TrainingDiverged(UserError):
-    """The loss is no longer a finite number."""
+    """The loss or the weights are no longer finite."""
 
 
 class Trainer:
     """The loop over a job's epochs and steps.
 
     Args:
-        job: what is trained.
-        run: where it is written down; None writes nothing.
+        job: the prepared run.
+        run: the folder to write to; None writes nothing.
         quiet: show nothing.
         on_epoch: see ``fit``.
     """
@@ -73,8 +73,8 @@ class Trainer:
         """Train to the end, and leave the selected weights in the model.
 
         Args:
-            resume: go on from the newest checkpoint.
-            differences: to where the run was begun.
+            resume: continue from the newest checkpoint.
+            differences: how the environment differs from the one the run was started in.
         """
         job = self.job
         if job.config.tensorboard:
@@ -91,23 +91,23 @@ class Trainer:
                 if restored and self.at.step == min(
                     job.total, self.at.epoch * job.source.steps_per_epoch
                 ):
-                    self._keep()  # where the run ended between this checkpoint and that
-            # Without a folder there is nothing to go on from: signals do what they always do.
+                    self._keep()  # in case the run ended right after this checkpoint
+            # Without a folder there is nothing to resume: signals keep their usual effect.
             with self.stop.heard() if self.run else nullcontext():
                 while self.at.epoch < math.ceil(job.total / job.source.steps_per_epoch):
                     self._epoch(restored)
                     restored = None
         self._finish()
-        if self.stop.number:  # heard when there was nothing left to stop
+        if self.stop.number:  # received when there was nothing left to stop
             self.stop.leave()
         return self.at
 
     def _epoch(self, restored: dict[str, Any] | None) -> None:
-        """Train one epoch (from a checkpoint within it: the rest of it), validate, save."""
+        """Train one epoch (the rest of it after a restored checkpoint), validate and save."""
         job, steps = self.job, self.job.source.steps_per_epoch
-        # All of an epoch's steps are done where a run was stopped while it was validated.
+        # If the run was stopped during validation, all steps of the epoch are already done.
         skip = self.at.step - steps * self.at.epoch
-        # The last epoch may be a part of one.
+        # The last epoch may be partial.
         left = min(steps - skip, job.total - self.at.step)
         sums = Sums(job.device)
         if restored:
@@ -118,7 +118,7 @@ class Trainer:
             follow(job, self.at.step)
             result = self._step(x, y, index)
             self.at.step += 1
-            # Of images without a label there is nothing to be right about.
+            # An image without a label never counts as a hit, so average over the labelled ones.
             hits = (result.logits.argmax(1) == y).float().mean() / job.labelled
             values = {"loss": result.loss, **result.terms, "adv_accuracy": hits}
             sums.add(self.at.step, len(x), values)
@@ -141,7 +141,8 @@ class Trainer:
         try:
             self._validate(row)
         except (Asked, UserError) as e:
-            # A resume begins with the validation. With an error a process may be alone.
+            # A resume starts with the validation. After an error a process may be alone, and
+            # saving needs them all.
             if isinstance(e, Asked) or job.accelerator.num_processes == 1:
                 self.at.epoch -= 1
                 self.random.write(random_state)
@@ -152,7 +153,7 @@ class Trainer:
         self._record(row)
 
     def _pause(self, sums: Sums) -> None:
-        """Write a checkpoint within the epoch if one is due, and stop there if that is asked."""
+        """Write a checkpoint if one is due within the epoch or a stop was requested; then stop."""
         every, step = self.job.config.checkpoint_every, self.at.step
         within = step % self.job.source.steps_per_epoch and step < self.job.total
         due = every and step % every == 0 and within
@@ -163,21 +164,21 @@ class Trainer:
         self._share_buffers()
         self._speed(sums)
         self._save(sums)
-        # Writing is no training.
+        # Writing does not count as training time.
         self._began = time.perf_counter() - self.at.train_seconds
         if stops:
             self._leave()
 
     def _speed(self, sums: Sums) -> float:
-        """Take the time, and return the images a second of this epoch so far."""
+        """Update ``train_seconds`` and return the images per second of this epoch so far."""
         self.at.train_seconds = time.perf_counter() - self._began
         before = self.at.history[-1]["train_seconds"] if self.at.history else 0.0
         return sums.images * self.job.accelerator.num_processes / (self.at.train_seconds - before)
 
     def _batches(self, skip: int, left: int, restored: dict[str, Any] | None) -> Iterator[Batch]:
-        """Return so many batches of the epoch; from a checkpoint within it, those after it."""
+        """Return the next ``left`` batches of the epoch, after the first ``skip``."""
         states = restored["rng"] if restored else self.random.of_all()
-        # A loader draws its order when an epoch begins, so its beginning is restored first.
+        # A loader draws its order when an epoch begins, so restore the state of that moment first.
         self._epoch_rng = restored.get("epoch_rng", states) if restored and skip else states
         if restored:
             self.random.restore(self._epoch_rng, self.at.step)
@@ -210,9 +211,10 @@ class Trainer:
         self.display.step(self.at.step, epoch, f"{parts}{robust}  {speed:,.0f} img/s")
 
     def _check_finite(self, sums: Sums, *, weights: bool = False) -> None:
-        """Stop if a loss was not finite, or the weights no longer are.
+        """Raise if a loss was not finite or, with ``weights``, if the weights no longer are.
 
-        With ``weights`` every process must ask, and all stop together; without, one alone does not.
+        With ``weights`` every process must call this, and all stop together; without it, nothing
+        is checked when there are several processes.
         """
         if processes.count() > 1 and not weights:
             return
@@ -257,17 +259,17 @@ class Trainer:
             f"epoch {at.epoch}/{epochs}  loss {row['loss']:.4f}{clean}{robust}"
             f"  {row['images_per_second']:,.0f} img/s"
         )
-        # The checkpoint first: of an epoch that is done a second time the weights may not be kept.
-        # The row last: where it is, the rest is.
+        # Checkpoint first: without it a resume repeats the epoch, whose weights must not be kept
+        # yet. Row last: an epoch that has its row is complete.
         self._save(Sums(job.device))
         self._keep()
         if self.on_epoch:
-            # What a logger draws, or sets, training must not miss.
+            # A logger must not affect training, whatever it draws at random or sets.
             with attacking(job.judged) as model, forked_rng(job.device):
                 self.on_epoch(dict(row), model)
 
     def _keep(self) -> None:
-        """Keep the weights, if the epoch that has just ended is the best so far, and its row."""
+        """Keep the weights if the epoch just ended is the best so far, and write the history."""
         job, at = self.job, self.at
         best = at.best_epoch == at.epoch
         if self.run is None:
@@ -283,20 +285,20 @@ class Trainer:
             self.checkpoints.save(self.at, sums, self._epoch_rng)
 
     def _share_buffers(self) -> None:
-        """Give every process the batch statistics of the first, whose weights are kept."""
+        """Copy the first process's buffers (batch statistics) to all: its weights are kept."""
         if self.job.accelerator.num_processes > 1:
             for module in dict.fromkeys((self.job.model, self.job.judged)):
                 for buffer in module.buffers():
                     torch.distributed.broadcast(buffer, 0)
 
     def _end(self) -> None:
-        """Wait until the first process has written what it writes: a launcher ends all with one."""
+        """Wait until the first process is done writing: a launcher may end all when one exits."""
         self.job.accelerator.wait_for_everyone()
         for tracker in self.job.accelerator.trackers:
             tracker.finish()
 
     def _finish(self) -> None:
-        """Leave the selected weights in the model."""
+        """Load the selected weights into the model, and put it into eval mode."""
         self._end()
         if self.run:
             files.load_weights(self.run.weights, self.job.model)

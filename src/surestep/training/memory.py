@@ -1,10 +1,10 @@
-"""Training steps that fit into a stated memory: less is kept, the rest is computed again.
+"""Training steps that fit into a memory limit: keep fewer activations, recompute the rest.
 
-What fills memory in a step is what forward passes keep for backward. ``Frugal`` keeps less of it
-and computes the rest a second time. That costs a forward pass and changes no result, but for what
-dropout draws. Where images do not depend on each other (eval mode, and train mode without batch
-statistics) a pass goes in chunks of images; where they do, block by block over the whole batch
-(Chen et al. 2016, arXiv 1604.06174).
+Most memory of a step is taken by the activations that forward passes keep for backward. ``Frugal``
+keeps fewer of them and recomputes the rest. That costs one more forward pass and changes no
+result, except for what dropout draws. Where images are independent (eval mode, or train mode
+without batch statistics) a pass runs in chunks of images; otherwise it runs block by block over
+the whole batch (Chen et al. 2016, arXiv 1604.06174).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from surestep.methods import Method
 from surestep.training.engine import Engine
 
 _BACKWARD = 1.4
-"""Memory of a pass over what it keeps: gradients of activations live beside them."""
+"""Memory of a pass relative to the activations it keeps: their gradients take some, too."""
 _PROBE = 4
 
 
@@ -34,9 +34,9 @@ class Frugal(nn.Module):
     """A model whose passes over many images keep little for backward.
 
     Args:
-        model: the model, left as it is; its state lives on in it.
-        images: a pass without batch statistics keeps the activations of so many at a time; one
-            with them keeps only the inputs of residual blocks.
+        model: the model, which is not changed and keeps its own state.
+        images: images per chunk in a pass without batch statistics; a pass with them keeps only
+            the inputs of residual blocks.
     """
 
     def __init__(self, model: nn.Module, images: int) -> None:
@@ -58,10 +58,10 @@ class Frugal(nn.Module):
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the residual blocks: modules of a class, with batch norm in it, that repeats.
+    """Return the residual blocks: modules with a batch norm child whose class occurs repeatedly.
 
-    Plain ``nn.Sequential`` is no such class, it may be anything. Of nested blocks the outermost
-    count, so that nothing is computed three times.
+    ``nn.Sequential`` does not count, since it may hold anything. Of nested blocks only the
+    outermost count, so that nothing is computed three times.
     """
     kinds: dict[type[nn.Module], list[nn.Module]] = {}
     for module in model.modules():
@@ -75,7 +75,7 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def _recomputed(blocks: list[nn.Module]) -> Iterator[None]:
-    """Let each block keep its input only."""
+    """Let each block keep only its input, and recompute its activations in backward."""
     own = [block.__dict__.get("forward") for block in blocks]
     for block in blocks:
         block.forward = functools.partial(
@@ -89,7 +89,7 @@ def _recomputed(blocks: list[nn.Module]) -> Iterator[None]:
     finally:
         for block, forward in zip(blocks, own, strict=True):
             del block.forward
-            if forward is not None:  # somebody had set it on the instance
+            if forward is not None:  # it had been set on the instance
                 block.forward = forward
 
 
@@ -101,7 +101,7 @@ def _second_time(
 
 @contextmanager
 def _uncounted(block: nn.Module) -> Iterator[None]:
-    """Let batch norm see a batch again without counting it into its running statistics."""
+    """Let batch norm see a batch again without updating its running statistics."""
     counted = [(m, name, b) for m in block.modules() for name, b in m.named_buffers(recurse=False)]
     for module, name, buffer in counted:
         setattr(module, name, buffer.clone())
@@ -120,26 +120,26 @@ def fit_into(
     batch_size: int,
     gibibytes: float,
 ) -> nn.Module:
-    """Return the model, ``Frugal`` as far as its training steps need it to stay under a limit.
+    """Return the model, wrapped in ``Frugal`` if its training steps would exceed a memory limit.
 
     The memory is estimated from what passes over a few images keep for backward.
 
     Args:
         model: in train mode, on its device.
-        method: whose steps are taken.
-        engine: how.
-        shape: of one image.
-        batch_size: images of one step, of this process.
-        gibibytes: the limit, for weights, their gradients and momenta, and activations.
+        method: what a step minimises.
+        engine: how a step is computed.
+        shape: shape of one image.
+        batch_size: images per step in this process.
+        gibibytes: the limit on weights, their gradients and momenta, and activations.
 
     Raises:
-        UserError: no way to stay under it is known; names what would lower the need.
+        UserError: even ``Frugal`` would exceed the limit; names what would lower the need.
     """
     limit = gibibytes * 2**30
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     images = method.peak_images(batch_size)
-    # Weights, gradients, momenta and a copy for autocast or averaging; what an attack keeps of
-    # the images: starts, gradients, signs, points and their clipped copies.
+    # 4x the weights: themselves, gradients, momenta, and a copy for autocast or averaging. 8x the
+    # images: what an attack keeps (starts, gradients, signs, points and their clipped copies).
     fixed = 4 * weights + 8 * images * 4 * math.prod(shape)
     device = device_of(model)
     x = torch.zeros(_PROBE, *shape, device=device)
@@ -153,7 +153,7 @@ def fit_into(
     if not uses_batch_statistics(model):
         need = fixed + judged
     elif frugal.blocks:
-        # One block at a time is computed again; the largest is taken for twice the mean.
+        # One block is recomputed at a time; assume that the largest takes twice the mean.
         least = _kept_by_image(frugal, x, engine)
         need = fixed + images * (least + each / len(frugal.blocks) * 2)
     else:
@@ -168,15 +168,15 @@ def fit_into(
 
 
 def _kept_by_image(model: nn.Module, x: Tensor, engine: Engine) -> float:
-    """Return what an image more keeps: autocast's casts of the weights are kept once."""
+    """Return the bytes kept per additional image, without what is kept once (casts of weights)."""
     half = len(x) // 2
     return (kept_bytes(model, x, engine) - kept_bytes(model, x[:half], engine)) / (len(x) - half)
 
 
 def kept_bytes(model: nn.Module, x: Tensor, engine: Engine) -> int:
-    """Return the bytes that a forward pass keeps for backward, weights left out."""
+    """Return the bytes that a forward pass keeps for backward, not counting weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: list[Tensor] = []  # held, so that no two get the same address
+    kept: list[Tensor] = []  # held, so that no two share an address
 
     def keep(tensor: Tensor) -> Tensor:
         kept.append(tensor)

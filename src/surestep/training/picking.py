@@ -1,4 +1,4 @@
-"""Which engine is fastest here, found by trying: what ``engine="auto"`` does."""
+"""Find the fastest engine by timing: what ``engine="auto"`` does."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from surestep.methods import Method
 from surestep.training.engine import Engine, make_optimizer, make_step
 
 MIN_STEPS = 100
-"""Shorter training is over before a measurement pays."""
+"""Fewest training steps for which the measurement pays off."""
 MARGIN = 1.2
-"""How much faster another engine must be than the expected one: near ones would swap by chance,
-and two runs of one seed would differ."""
+"""How many times faster than the expected engine another must be to replace it. Without a margin,
+engines of similar speed would swap by chance, and two runs with one seed would differ."""
 _LONG = 0.1
 
 
 @dataclass(frozen=True)
 class Pick:
-    """The engine to take, by the names of the settings.
+    """The engine to use, by its names in the settings.
 
     Attributes:
         engine: "fast" or "reference".
         precision: "fp32", "bf16" or "fp16".
-        seconds: of a step, by engine and precision; those dropped early were tried once.
-        images: of the measured steps.
+        seconds: seconds per step by (engine, precision); clearly slower ones were timed once.
+        images: images per timed step.
     """
 
     engine: str
@@ -57,29 +57,27 @@ class Pick:
 def pick_engine(
     model: nn.Module, method: Method, shape: torch.Size, batch_size: int, precision: str = "auto"
 ) -> Pick | None:
-    """Time a few steps of copies with each engine, on random images, and return the fastest.
+    """Time a few steps with each engine, on copies and random images, and return the fastest.
 
-    The expected one (``Engine.choose``) is kept unless another is clearly faster. Model, method
-    and random state are left as they were.
-
-    A model that cannot be copied is not tried: then None is returned.
+    The expected engine (``Engine.choose``) is kept unless another is clearly faster. Model, method
+    and random state are left as they were. Returns None for a model that cannot be copied.
 
     Args:
         model: in train mode, on its device.
         method: what a step minimises.
-        shape: of one image.
-        batch_size: of the training steps; slow models are timed on fewer images.
-        precision: the only one to try; "auto": the expected one and float32.
+        shape: shape of one image.
+        batch_size: images per training step; slow models are timed on fewer.
+        precision: the only precision to try; "auto" tries the expected one and float32.
     """
     try:
         copy.deepcopy(model)
-    except Exception:  # of weight_norm, of models that hold a lock or a tensor of an earlier pass
+    except Exception:  # weight_norm, or a model that holds a lock or a tensor of an earlier pass
         return None
     device = device_of(model)
     expected = "fast", Engine.choose("fast", precision, device).precision_name
     precisions = [expected[1]] if precision != "auto" else [expected[1], "fp32"]
     candidates = dict.fromkeys((e, p) for p in precisions for e in ("fast", "reference"))
-    # Methods may share what they find between processes, and only this one tries.
+    # Methods may communicate between processes, but only this one runs the trial.
     with processes.alone(), forked_rng(device):
         low, _ = method.threat.bounds
         x = low + method.threat.span * torch.rand(batch_size, *shape, device=device)
@@ -104,7 +102,7 @@ def pick_engine(
 def _enough(
     model: nn.Module, method: Method, x: Tensor, y: Tensor, engine: tuple[str, str]
 ) -> tuple[int, float]:
-    """Find a number of images, up to the batch, that a step does not take long for."""
+    """Return how many images, up to the batch, make a step long enough to time, and its seconds."""
     n = min(4, len(x))
     while True:
         seconds = _time(model, method, x[:n], y[:n], engine)
@@ -121,7 +119,7 @@ def _time(
     engine: tuple[str, str],
     give_up: float = float("inf"),
 ) -> float:
-    """Return the seconds of a step: the better of two cycles, after one to prepare the kernels."""
+    """Return the seconds per step: the better of two cycles, after a warm-up cycle."""
     net, chosen = copy.deepcopy(model), Engine.choose(*engine, x.device)
     step = make_step(
         net,
@@ -133,7 +131,7 @@ def _time(
     for i in range(3):
         start = time.perf_counter()
         for _ in range(method.cycle):
-            # Reading a number waits for the device.
+            # Reading the loss waits for the device.
             float(step(x, y, torch.arange(len(x), device=x.device)).loss)
         seconds = (time.perf_counter() - start) / method.cycle
         best = min(best, seconds) if i else best

@@ -1,4 +1,4 @@
-"""A run before its first step: everything is built and checked here, and nothing is written."""
+"""Prepare a run: build and check everything before the first step, and write nothing."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ from surestep.training.picking import MIN_STEPS, Pick, pick_engine
 from surestep.training.source import Replayed, Source, first_of, make_source
 
 MOST = 500
-"""Most images that validation attacks at a time."""
+"""Maximum number of images that validation attacks at a time."""
 
 
 @dataclass(frozen=True)
 class Guard:
-    """Turns what the compiler cannot do, and memory that is full, into one clear line.
+    """Turns compiler errors, full memory and unused parameters into one clear line.
 
     Attributes:
-        model: the network, whose parameters a line may name.
-        size: how the user gave the number of images of a step.
-        limit: of memory in GiB, if one was given.
-        more: what else takes memory, in words.
+        model: the network, whose parameters an error may name.
+        size: the setting that gives the number of images per step, in words.
+        limit: the memory limit in GiB, if one is set.
+        more: what else takes memory, in words, to end the advice.
     """
 
     model: nn.Module
@@ -57,7 +57,7 @@ class Guard:
 
     @contextmanager
     def __call__(self, where: str, images: int) -> Iterator[None]:
-        """Explain what fails meanwhile, in ``where`` of so many images."""
+        """Explain what fails in the block: ``where`` names it, ``images`` is its batch size."""
         less = f"max_memory ({self.limit:g})" if self.limit else "set max_memory, in GiB"
         try:
             with memory_for(
@@ -65,7 +65,7 @@ class Guard:
             ):
                 yield
         except RuntimeError as e:
-            # Known by its module: importing the compiler takes seconds.
+            # Recognised by its module: importing the compiler takes seconds.
             if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 reason = str(e).strip().splitlines()[0]
                 raise UserError(f"torch.compile fails here, leave compile out: {reason}") from e
@@ -73,37 +73,37 @@ class Guard:
                 names = [n for n, p in self.model.named_parameters() if p.requires_grad]
                 which = ", ".join(names[int(k)] for k in unused[1].split()[:5])
                 raise UserError(
-                    "several processes need every trainable parameter to affect the logits, "
-                    f"unused here: {which}; freeze them with requires_grad_(False)"
+                    "several processes need every trainable parameter to affect the logits, but "
+                    f"these do not: {which}; freeze them with requires_grad_(False)"
                 ) from e
             raise
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run that is ready: what trains what, on what.
+    """A prepared run: everything that the training loop needs.
 
     Attributes:
         model: the network itself, on its device, in train mode.
-        method: what a step minimises; the run's own.
-        threat: the method's, with all of eps: its own may grow to that.
+        method: what a step minimises; the run's own copy.
+        threat: the method's threat model at full eps, to which the method itself may warm up.
         config: the settings, with the engine and the precision that were picked.
         accelerator: the processes of the run.
-        device: of this process.
-        source: of batches.
-        held_out: data for validation; None for none.
-        images: in memory; 0 of a Dataset or a DataLoader.
-        labelled: share of the images that have a label.
-        signature: what the weights are to say of the data, where that is known.
-        total: steps of the whole run.
-        batch: images of a step, of this process.
-        judged_at_once: images that validation attacks at a time: what fits in training fits there.
+        device: the device of this process.
+        source: the source of batches.
+        held_out: validation data, or None.
+        images: number of training images in memory; 0 for a Dataset or a DataLoader.
+        labelled: share of the training images that have a label.
+        signature: classes and image shape to store with the weights, if known.
+        total: number of steps of the whole run.
+        batch: images per step in this process.
+        judged_at_once: images that validation attacks at a time, no more than fit in training.
         guard: explains what fails in a step.
-        pick: what the trial of engines found, if there was one.
+        pick: the result of timing the engines, if they were timed.
         engine: how a step is computed.
-        average: of the weights, if one is asked for.
+        average: the weight average, if one is configured.
         optimizer: over the model's parameters.
-        take_step: the step.
+        take_step: takes a training step.
     """
 
     model: nn.Module
@@ -129,7 +129,7 @@ class Job:
 
     @property
     def judged(self) -> nn.Module:
-        """The weights that are validated and kept: the average, if there is one by now."""
+        """The model that is validated and kept: the weight average, if there is one by now."""
         return self.average.model if self.average and self.average.updates else self.model
 
 
@@ -145,27 +145,27 @@ def prepare(
     workers: int = 0,
     steps_per_epoch: int | None = None,
 ) -> Job:
-    """Build everything that a run needs, and look at what it is given.
+    """Build everything that a run needs, and check its inputs.
 
-    Seeds the random state; moves the model and brings it into the engine's layout.
+    Seeds the random state; moves the model to the device and into the engine's memory format.
 
     Args:
         model: see ``fit``.
         data: see ``fit``.
-        method: the run's own, which its course changes, with what the settings say of it
-            (``methods.settle``).
-        config: the settings, checked one by one.
+        method: the run's own copy, which training changes, with the settings that concern it
+            already applied (``methods.settle``).
+        config: the settings, each already validated by itself.
         accelerator: the processes of the run.
-        device: of this process.
+        device: the device of this process.
         validation: see ``fit``.
         workers: see ``fit``.
         steps_per_epoch: see ``fit``.
 
     Raises:
-        UserError: settings that exclude each other, data or a model that cannot be trained on.
+        UserError: settings exclude each other, or training cannot use the data or the model.
     """
     _check_together(config, method)
-    # The first process has the run's own seed; a hash keeps the others from other runs'.
+    # The first process uses the run's seed; the others a hash, to avoid the seeds of other runs.
     rank = accelerator.process_index
     seed_everything(seed_of("process", config.seed, rank) if rank else config.seed)
     train, held_out = split(data, validation, config.val_images, config.seed)
@@ -177,19 +177,19 @@ def prepare(
     batch, size = _batch_of(train, config, accelerator)
     bare = uncompiled(model)
     bare.to(device)
-    if not bare.training:  # one that is keeps the layers that the user has put in eval mode
+    if not bare.training:  # otherwise keep layers that the user has put into eval mode
         bare.train()
-    # Checked now: later the old run that --overwrite names would be gone already.
+    # Check dropout now: later, --overwrite would already have deleted the old run.
     with dropping(bare, method.dropout):
         pass
     shape = _look_at(train, bare, method, device, unlabelled=method.takes_unlabelled)
     if held_out is not None:
-        # A Dataset's as validation takes them.
+        # Wrapped as in validation for a Dataset or DataLoader.
         judged = bare if isinstance(held_out, Images) else Adapted(bare)
         _look_at(held_out, judged, method, device, unlabelled=False)
     guard = Guard(bare, size, config.max_memory, _remembered(method, inside))
     pick = None
-    # Where memory is short there is none for trials, and little to choose.
+    # With a memory limit there is no room for trials, and little to choose.
     if inside is not None and total >= MIN_STEPS and not config.max_memory:
         with guard("the trial of engines", batch):
             pick = _pick(bare, method, torch.Size(inside.image_shape), batch, config, accelerator)
@@ -204,7 +204,7 @@ def prepare(
     )
     stepped, judged_at_once = bare, min(MOST, method.peak_images(batch))
     if config.compile:
-        # The step's network alone: batches of validation shrink, and each size is compiled.
+        # Only for the step: validation batches shrink, and each size would be compiled anew.
         stepped = model if compiled_whole(model) else cast(nn.Module, torch.compile(bare))
     if config.max_memory:
         stepped = _in_parts(bare, method, engine, shape, batch, config.max_memory)
@@ -251,8 +251,8 @@ def _check_together(config: FitSettings, method: Method) -> None:
     """Refuse settings that exclude each other."""
     if config.compile and config.max_memory:
         raise UserError(
-            f"compile and max_memory ({config.max_memory:g}) do not go together: what is "
-            "computed twice is not compiled; leave one of them out"
+            f"compile and max_memory ({config.max_memory:g}) do not go together: "
+            "recomputed passes are not compiled; leave one of them out"
         )
     if config.compile and (method.dropout or method.second_order):
         why = "changes its dropout at each step" if method.dropout else "differentiates gradients"
@@ -260,16 +260,16 @@ def _check_together(config: FitSettings, method: Method) -> None:
     if config.max_memory and (method.dropout or method.second_order):
         why = "drops activations" if method.dropout else "differentiates gradients"
         raise UserError(
-            f"{method.slug} {why}, which cannot be computed a second time: leave max_memory "
+            f"{method.slug} {why}, which cannot be recomputed: leave max_memory "
             f"({config.max_memory:g}) out"
         )
     if config.precision == "fp16" and method.second_order:
         raise UserError(
             f"{method.slug} differentiates gradients, which underflow or overflow in precision "
-            "fp16: take bf16 or fp32"
+            "fp16: use bf16 or fp32"
         )
     if config.awp_from and config.awp is None:
-        raise UserError(f"awp_from ({config.awp_from:g}) says when awp begins: give awp, too")
+        raise UserError(f"awp_from ({config.awp_from:g}) sets when awp begins: give awp, too")
     if config.ema and config.swa:
         raise UserError(
             f"ema ({config.ema:g}) and swa ({config.swa:g}) both average the weights: "
@@ -282,7 +282,7 @@ def _check_data(method: Method, inside: Images | None, train: Any, held_out: Any
     bounds = method.threat.bounds
     if bounds != (0.0, 1.0) and any(isinstance(part, Images) for part in (train, held_out)):
         raise UserError(
-            f"images in memory are pixels in [0, 1], the threat model's data range is "
+            f"images in memory are pixels in [0, 1], but the threat model's data range is "
             f"{bounds}: leave bounds out, or give data and validation as loaders"
         )
     if method.needs_index and inside is None:
@@ -322,7 +322,7 @@ def _count_steps(source: Source, method: Method, config: FitSettings) -> int:
     """Return the number of steps of the whole run.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no step to take.
     """
     steps = source.steps_per_epoch
     if not steps:
@@ -336,7 +336,7 @@ def _count_steps(source: Source, method: Method, config: FitSettings) -> int:
 
 
 def _batch_of(train: Any, config: FitSettings, accelerator: Accelerator) -> tuple[int, str]:
-    """Return the images of a step of this process, and how the user gave their number."""
+    """Return the images per step in this process, and the setting that gives them, in words."""
     if isinstance(train, DataLoader) and train.batch_size:
         return train.batch_size, f"the DataLoader's batch_size ({train.batch_size})"
     batch = math.ceil(config.batch_size / accelerator.num_processes)
@@ -344,7 +344,7 @@ def _batch_of(train: Any, config: FitSettings, accelerator: Accelerator) -> tupl
 
 
 def _remembered(method: Method, images: Images | None) -> str:
-    """Say what a method keeps of each image, which no smaller batch makes less."""
+    """Describe what a method keeps for each image, which a smaller batch does not reduce."""
     if images is None or not method.remembers_images:
         return ""
     gibibytes = 4 * len(images) * math.prod(images.image_shape) / 2**30
@@ -357,13 +357,13 @@ def _remembered(method: Method, images: Images | None) -> str:
 def _look_at(
     data: Any, model: nn.Module, method: Method, device: torch.device, *, unlabelled: bool
 ) -> torch.Size | None:
-    """Check all labels of Images, where the method looks at a batch's only; of others an item.
+    """Check all labels of in-memory Images; of a Dataset or DataLoader, check one item.
 
     Returns:
-        The shape of an image, where there is one to look at.
+        The shape of an image; None if no item can be read.
 
     Raises:
-        UserError: they cannot be trained, or judged, on.
+        UserError: the data cannot be used for training or validation.
     """
     if isinstance(data, Images):
         one = data.pixels(slice(0, 1)).to(device)
@@ -386,9 +386,10 @@ def _pick(
     config: FitSettings,
     accelerator: Accelerator,
 ) -> Pick | None:
-    """Return the fastest engine, measured in the first process, for all; None where one is named.
+    """Time the engines in the first process, and return the fastest to all processes.
 
-    Nor is one looked for where batch norm waits for the other processes, which do not try.
+    Returns None if the settings name an engine, or if the model has SyncBatchNorm, which would
+    wait for the other processes, or if it cannot be copied.
     """
     waits = any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
     if config.engine != "auto" or waits:
@@ -406,9 +407,9 @@ def _place(
     config: FitSettings,
     device: torch.device,
 ) -> tuple[Engine, FitSettings]:
-    """Bring the network into its engine's layout; return the engine and settings that name it.
+    """Bring the network into its engine's memory format; return engine and settings naming it.
 
-    They are what a run goes on with, where another machine's choice may be another.
+    A resumed run uses these settings, since another machine might choose differently.
     """
     if pick:
         picked = {"engine": pick.engine, "precision": pick.precision}
@@ -428,11 +429,11 @@ def _in_parts(
     batch: int,
     limit: float,
 ) -> nn.Module:
-    """Return the network in parts that are computed twice, so that a step fits into the limit."""
+    """Return the network, recomputing activations if needed to keep a step within the limit."""
     if shape is None:
         raise UserError(
-            f"max_memory ({limit:g}) needs the shape of an image, which these data do not "
-            "tell: give a Dataset whose items are pairs of tensors, or a smaller batch "
+            f"max_memory ({limit:g}) needs the shape of an image, which cannot be read "
+            "from these data: give a Dataset whose items are pairs of tensors, or a smaller batch "
             "instead"
         )
     return fit_into(model, method, engine, shape, batch, limit)

@@ -1,4 +1,4 @@
-"""Random states: of all that a step may draw from, in every process of a run."""
+"""Random states of everything a step may draw from, in every process of a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Restore what ``rng_state`` returned, on a device that may have another number now."""
+    """Restore what ``rng_state`` returned, on a device whose index may have changed."""
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
@@ -40,10 +40,10 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 class OwnRandom:
-    """A random state of python, numpy and torch on the CPU that is not the process's.
+    """A random state of python, numpy and torch (on the CPU) apart from the process's own.
 
     Args:
-        seed: of it.
+        seed: seed of this state.
     """
 
     def __init__(self, seed: int) -> None:
@@ -55,7 +55,7 @@ class OwnRandom:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """Draw from this state, not from the process's, meanwhile."""
+        """Inside the block, draw from this state instead of the process's."""
         before = self._read()
         self._write(*self._state)
         try:
@@ -76,13 +76,13 @@ class OwnRandom:
 
 
 class RandomStates:
-    """The random states of a run's processes: each draws numbers of its own.
+    """The random states of a run's processes, each of which draws its own numbers.
 
     Args:
-        device: of this process.
-        rank: its number.
-        seed: of the run.
-        generators: of a DataLoader and its samplers, those that there are when it is asked.
+        device: the device of this process.
+        rank: the rank of this process.
+        seed: the seed of the run.
+        generators: returns the current generators of a DataLoader and its samplers.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class RandomStates:
         self.device, self.rank, self.seed, self.generators = device, rank, seed, generators
 
     def read(self) -> dict[str, Any]:
-        """Return this process's."""
+        """Return this process's random state."""
         loader = [generator.get_state() for generator in self.generators()]
         return {**rng_state(self.device), "loader": loader}
 
@@ -106,11 +106,11 @@ class RandomStates:
             generator.set_state(value)
 
     def of_all(self) -> list[dict[str, Any]]:
-        """Return those of all processes, in each."""
+        """Return the random states of all processes; every process must call this."""
         return gather_object([self.read()])
 
     def restore(self, states: list[dict[str, Any]], step: int) -> None:
-        """Take this process's out of those of all; one that the run did not have draws its own."""
+        """Restore this process's state; seed a new one if the run had fewer processes."""
         if self.rank < len(states):
             self.write(states[self.rank])
         else:

@@ -1,4 +1,4 @@
-"""What a run writes down to go on from, and how it goes on."""
+"""What a run saves in order to resume, and how it resumes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from surestep.training.state import RunState, Sums
 
 
 class Checkpoints:
-    """The checkpoints of a run: everything that the rest of it depends on.
+    """The checkpoints of a run, which hold everything that the rest of it depends on.
 
     Args:
         job: whose state is written and restored.
-        run: its folder.
-        random: the states of its processes.
-        say: told what the user should know.
+        run: the folder of the run.
+        random: the random states of its processes.
+        say: called with messages for the user.
     """
 
     def __init__(
@@ -33,16 +33,16 @@ class Checkpoints:
         self.job, self.run, self.random, self.say = job, run, random, say
 
     def save(self, at: RunState, sums: Sums, epoch_rng: list[dict[str, Any]]) -> None:
-        """Write one; every process must call this.
+        """Write a checkpoint; every process must call this.
 
         Args:
-            at: how far the run is.
-            sums: of the running epoch.
-            epoch_rng: the random states that the epoch began with.
+            at: the progress of the run.
+            sums: sums over the current epoch so far.
+            epoch_rng: the random states of all processes at the start of the epoch.
         """
         job, rng = self.job, self.random.of_all()
         parts = gather_object([sums.state_dict()])
-        # Collective, so before the other processes return: it gathers rows of the batch.
+        # Collective, since it gathers rows of the batch: so before the other processes return.
         method = job.method.state_dict()
         if not job.accelerator.is_main_process:
             return
@@ -64,14 +64,14 @@ class Checkpoints:
         )
 
     def restore(self) -> tuple[RunState, dict[str, Any] | None]:
-        """Load the newest one, but for what the epoch itself restores.
+        """Load the newest checkpoint, except for what the epoch itself restores.
 
         Returns:
-            How far the run is, and what the checkpoint holds, None if the run did not come to one,
-            or has come to its end.
+            The progress of the run, and the content of the checkpoint. The content is None if there
+            is no checkpoint, because the run did not reach one or has already ended.
 
         Raises:
-            UserError: it does not go with this job, or is lost.
+            UserError: the checkpoint does not fit this job, or is missing or damaged.
         """
         job = self.job
         state = checkpoint.load_newest(self.run.checkpoints, self.say)
@@ -94,7 +94,7 @@ class Checkpoints:
         return at, state
 
     def _without(self) -> RunState:
-        """Return how far a run without checkpoints is: at its end, or at its beginning."""
+        """Return the progress of a run without checkpoints: it has ended, or starts anew."""
         rows = self.run.history()
         if self.run.ended(self.job.config.epochs):
             scores = [row.get("val_worst_case", 0.0) for row in rows]
@@ -109,24 +109,24 @@ class Checkpoints:
         if len(rows) > 1:
             raise UserError(
                 f"cannot resume {self.run.folder}: it has {len(rows)} epochs and no "
-                f"checkpoint; train it anew with --config {self.run.config}, another --out"
+                f"checkpoint; train it anew with --config {self.run.config} and another --out"
             )
         return RunState()
 
     def _check_steps(self, begun: int, steps: int) -> None:
-        """Let a run go on with another number of processes where its steps stay what they were."""
+        """Check that a run can resume with this number of processes and of steps per epoch."""
         now, expected = self.job.accelerator.num_processes, self.job.source.steps_per_epoch
         if begun == now:
             if steps != expected:
                 raise UserError(
-                    f"{self.run.folder} has epochs of {steps} steps, these data give {expected}: "
-                    "resume with the data and the batch size that it was begun with"
+                    f"{self.run.folder} has epochs of {steps} steps, but these data give "
+                    f"{expected}: resume with the data and the batch size that it was started with"
                 )
             return
         if not self.job.images:
             raise UserError(
-                f"{self.run.folder} was run on {begun} processes, this is {now}, which share a "
-                "Dataset or DataLoader out otherwise: resume with the same number"
+                f"{self.run.folder} was run on {begun} processes and cannot resume on {now}, which "
+                "would split a Dataset or DataLoader differently: use the same number"
             )
         self.say(
             f"results will differ from an uninterrupted run's: it was started on {begun} processes "

@@ -1,4 +1,4 @@
-"""The folder of a run: its places, and the rules for making, replacing and resuming one."""
+"""The folder of a run: its files, and the rules for creating, replacing and resuming one."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ _ENTRIES = {
     *("tensorboard", "comparison.json", "environment.json"),
 }
 _LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
-"""What file managers leave in any folder that they show."""
+"""Files that file managers leave in any folder they show."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The places of a run folder."""
+    """The folder of a run and the paths in it."""
 
     folder: Path
 
     @property
     def config(self) -> Path:
-        """The resolved settings, which re-run the run."""
+        """The resolved settings, from which the run can be repeated."""
         return self.folder / "config.yaml"
 
     @property
     def environment(self) -> Path:
-        """The versions and the machine that it was begun with."""
+        """The versions and the machine that the run was started with."""
         return self.folder / "environment.json"
 
     @property
     def metrics(self) -> Path:
-        """One JSON row an epoch."""
+        """The history: one JSON row per epoch."""
         return self.folder / "metrics.jsonl"
 
     @property
@@ -59,12 +59,12 @@ class RunFolder:
 
     @property
     def report(self) -> Path:
-        """The page that tells about it."""
+        """The HTML report."""
         return self.folder / "report.html"
 
     @property
     def checkpoints(self) -> Path:
-        """What a resume starts from."""
+        """The folder of checkpoints, from which a run is resumed."""
         return self.folder / "checkpoints"
 
     def history(self) -> list[dict[str, Any]]:
@@ -83,7 +83,7 @@ class RunFolder:
             ) from e
 
     def ended(self, epochs: float) -> bool:
-        """Tell whether as many epochs are told as there were to be, and weights are kept."""
+        """Tell whether every epoch has its row and the selected weights are saved."""
         return len(self.history()) >= math.ceil(epochs) and self.weights.is_file()
 
     @classmethod
@@ -93,8 +93,8 @@ class RunFolder:
         """Decide on the folder of a run without touching anything yet.
 
         Raises:
-            UserError: it exists and is neither to be resumed nor replaced; it is to be replaced
-                but is not a run folder; it is to be resumed but there is none.
+            UserError: the folder exists and is neither resumed nor overwritten; it would be
+                overwritten but is not just a run folder; there is no run to resume.
         """
         if out is None:
             if resume:
@@ -116,36 +116,36 @@ class RunFolder:
         return run
 
     def _entries(self) -> list[str]:
-        """Return the names of what lies in the folder, in order."""
+        """Return the sorted names of the folder's entries, without file managers' litter."""
         return sorted(p.name for p in self.folder.iterdir() if p.name not in _LITTER)
 
     def _check_own(self) -> None:
-        """Refuse to delete what is not a run folder, or not that alone.
+        """Refuse to delete a folder that is not a run folder or holds other files, too.
 
         Raises:
-            UserError: naming what shows it.
+            UserError: naming the reason.
         """
         then = "so it is not deleted"
         if not self.config.is_file():
             raise UserError(f"{self.folder} is not a run folder (it has no config.yaml), {then}")
         for name in self._entries():
             if not (name in _ENTRIES or name.endswith(".part") or ".state" in name):
-                raise UserError(f"{self.folder} holds {name} beside a run: move it away first")
+                raise UserError(f"{self.folder} holds {name} besides a run: move it away first")
         if "method" not in read_yaml(self.config):
             raise UserError(
                 f"{self.folder} is not a run folder (its config.yaml names no method), {then}"
             )
 
     def make(self, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
-        """Make the folder and write the settings.
+        """Create the folder and write the settings.
 
         Args:
             settings: what ``config.yaml`` is to hold.
-            overwrite: delete the old run there; else nothing but an empty folder is replaced, since
-                another run may have begun there after this one was planned.
+            overwrite: delete the old run there; otherwise the folder must be empty, since another
+                run may have started there after this one was planned.
 
         Raises:
-            UserError: it cannot be made or written to, or there is a run by now.
+            UserError: the folder cannot be created or written to, or another run has taken it.
         """
         text = to_yaml(settings)
         try:
@@ -164,7 +164,7 @@ class RunFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the folder of a run that is made: of two that go on with it, one may.
+        """Lock an existing run folder, so that only one process can train in it.
 
         Raises:
             UserError: another process holds it.
@@ -185,10 +185,10 @@ class RunFolder:
             yield
 
     def _claim(self, text: str) -> None:
-        """Write ``config``, whole or not at all: of two runs that find an empty folder, one does.
+        """Write ``config`` atomically: if two runs find an empty folder, only one can claim it.
 
         Raises:
-            FileExistsError: the other one did, or something else lies here by now.
+            FileExistsError: the other run did, or the folder is no longer empty.
         """
         part = self.folder / f".{self.config.name}.{uuid.uuid4().hex}.part"
         try:
@@ -206,7 +206,7 @@ class RunFolder:
             part.unlink(missing_ok=True)
 
     def note_environment(self) -> list[str]:
-        """Write down where the run is begun; return what differs from there where it goes on."""
+        """Record a new run's environment; for a resumed run, return how it differs from then."""
         now, before = environment.describe(), self.begun_on()
         if before is not None:
             return environment.differences(before, now)
@@ -214,7 +214,7 @@ class RunFolder:
         return []
 
     def begun_on(self) -> dict[str, Any] | None:
-        """Return what ``environment`` says; None of a new run, or one of an older version."""
+        """Return the recorded environment; None for a new run, or one of an older version."""
         try:
             found = json.loads(self.environment.read_text("utf-8"))
         except (OSError, ValueError):
@@ -222,10 +222,10 @@ class RunFolder:
         return found if isinstance(found, dict) else None
 
     def as_begun(self, config: C) -> C:
-        """Return the settings with the engine that the run was begun with, where that was picked.
+        """Return the settings, with "auto" replaced by the engine and precision of the run's start.
 
-        Another engine rounds differently: a resumed run must not pick again. A precision that is
-        asked for stays as asked, for ``check_same`` to judge.
+        Another engine rounds differently, so a resumed run must not pick again. An engine or
+        precision that is given explicitly stays, for ``check_same`` to judge.
         """
         begun, settings = read_yaml(self.config), config.model_dump()
         for name in ("engine", "precision"):
@@ -234,12 +234,12 @@ class RunFolder:
         return parse(type(config), settings, f"{self.config}: ")
 
     def check_same(self, settings: Mapping[str, Any]) -> None:
-        """Refuse to resume with other settings than the run was begun with.
+        """Refuse to resume with settings other than those the run was started with.
 
         Raises:
             UserError: naming the first that differs.
         """
-        # What a setting was before there was one: its default.
+        # A setting that did not exist when the run started counts as its default.
         defaults = {k: f.default for k, f in RunConfig.model_fields.items()}
         known = {f.name: f.default for f in fields(methods.get(str(settings["method"])))}
         defaults |= {k: known[k] for k in methods.PARTS if k in settings}

@@ -12,12 +12,12 @@ from surestep.errors import look_up
 
 
 def step(done: float) -> float:
-    """Divide by 5, 25, 125 from 1/4, 1/2, 3/4 of training on (Vivek & Babu 2020)."""
+    """Divide by 5, 25 and 125 after 1/4, 1/2 and 3/4 of training (Vivek & Babu 2020)."""
     return 5.0 ** -math.floor(4 * done)
 
 
 def onecycle(done: float, peak: float = 0.3, start: float = 1 / 25, end: float = 1e-5) -> float:
-    """Rise by half a cosine to 1 at ``peak``, fall by another to ``end`` (Smith & Topin 2019)."""
+    """Rise along half a cosine to 1 at ``peak``, then fall to ``end`` (Smith & Topin 2019)."""
     if done < peak:
         return start + (1 - start) * _half_cosine(done / peak)
     return 1 - (1 - end) * _half_cosine((done - peak) / (1 - peak))
@@ -29,7 +29,7 @@ def triangular(done: float, peak: float = 0.4) -> float:
 
 
 def cosine(done: float) -> float:
-    """Fall from 1 to 0 by half a cosine (Loshchilov & Hutter 2017)."""
+    """Fall from 1 to 0 along half a cosine (Loshchilov & Hutter 2017)."""
     return 1 - _half_cosine(done)
 
 
@@ -52,10 +52,10 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def learning_rate(name: str, peak: float, done: float) -> float:
-    """Return the learning rate when a share ``done`` in [0, 1) of the steps is behind.
+    """Return the learning rate after a share ``done`` in [0, 1) of the steps.
 
     Args:
-        name: of the schedule.
+        name: name of the schedule.
         peak: the highest learning rate.
         done: step number (from 0) over total steps.
 
@@ -66,15 +66,15 @@ def learning_rate(name: str, peak: float, done: float) -> float:
 
 
 def warm_up(step: int, steps: float) -> float:
-    """Return the factor of the learning rate at a step: linear up to 1 in the first ``steps``."""
+    """Return the warm-up factor at a step (from 0): linear up to 1 over the first ``steps``."""
     return min(1.0, (step + 1) / steps) if steps else 1.0
 
 
 def momentum(name: str, base: float, done: float) -> float:
-    """Return SGD's momentum: constant, but for onecycle.
+    """Return SGD's momentum: constant, except for onecycle.
 
     There it mirrors the learning rate, from base + 0.05 to base - 0.05 at the peak and back
-    (Smith & Topin 2019, section 3), which is what lets the peak be high.
+    (Smith & Topin 2019, section 3), which allows a high peak.
     """
     if name != "onecycle" or not base:
         return base

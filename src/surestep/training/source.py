@@ -1,4 +1,4 @@
-"""Where the training loop takes its batches from."""
+"""The sources of batches for the training loop."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ NO_LENGTH = (
     "has no length, which schedules need: give steps_per_epoch with a DataLoader, or a Dataset "
     "with __len__ and __getitem__"
 )
-"""Said of data after their type."""
+"""An error about data without a length, after their type."""
 
 Batch = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Source(Protocol):
-    """Batches of an epoch."""
+    """A source of batches, epoch by epoch."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -42,9 +42,9 @@ class Source(Protocol):
         ...
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """Return (x, y, index) of an epoch's batches from step ``skip`` on.
+        """Return the batches (x, y, index) of an epoch, from step ``skip`` on.
 
-        What is drawn for it from the global random state is drawn by this call, not later.
+        Whatever this draws from the global random state is drawn in this call, not later.
         """
         ...
 
@@ -58,12 +58,12 @@ class LoaderSource:
 
     Args:
         loader: yields pairs (x, y).
-        device: where batches are wanted.
-        bounds: the data range; where it is [0, 1], bytes are made pixels.
-        steps: batches of an epoch, of a loader that streams; by default its length.
+        device: the device to move batches to.
+        bounds: the data range; if it is [0, 1], uint8 images are scaled to it.
+        steps: batches per epoch, for a streaming loader; by default the loader's length.
 
     Raises:
-        UserError: the loader has no length, or less than ``steps``.
+        UserError: the loader has no length and ``steps`` is missing, or has fewer than ``steps``.
     """
 
     def __init__(
@@ -87,14 +87,14 @@ class LoaderSource:
         self.steps_per_epoch = steps or known or 0
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """Return (x, y, None) of the batches; those before ``skip`` are loaded, and left out.
+        """Return the batches (x, y, None); those before ``skip`` are loaded and discarded.
 
         Raises:
-            UserError: a batch is not a pair.
+            UserError: a batch is not a pair, or a stream ends early.
         """
         shared = isinstance(self.loader, DataLoaderShard)
         for part in [self.loader] if shared else [*self._parts(), self.loader.dataset]:
-            # Accelerate counts the epochs that came to their end, which a part of one does not.
+            # Accelerate counts completed epochs only, so its count is off after a partial one.
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
         random = OwnRandom(int(torch.empty((), dtype=torch.int64).random_()))
@@ -112,7 +112,7 @@ class LoaderSource:
                 if self._most is not None:
                     raise UserError(
                         f"the DataLoader ended after {made} of {self._most} batches of an epoch: "
-                        "give fewer steps_per_epoch, or a stream that goes on"
+                        "give fewer steps_per_epoch, or a longer stream"
                     )
                 return
             made += 1
@@ -121,7 +121,7 @@ class LoaderSource:
             yield as_pixels(x, self.bounds), y, None
 
     def draw(self, epoch: int, step: int) -> None:
-        """Return None: what a Dataset does to its images is not known."""
+        """Return None: a Dataset's augmentation is not known."""
 
     def generators(self) -> list[torch.Generator]:
         """Return the random generators of the loader and its samplers, outermost first."""
@@ -147,18 +147,18 @@ class LoaderSource:
 
 @dataclass(frozen=True)
 class Replayed:
-    """A source whose batches come several times in a row, as free adversarial training has it."""
+    """A source that repeats each batch several times in a row, as in free adversarial training."""
 
     source: Source
     times: int
 
     @property
     def steps_per_epoch(self) -> int:
-        """Number of batches in an epoch, each time counted."""
+        """Number of batches in an epoch, counting each repetition."""
         return self.times * self.source.steps_per_epoch
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """Return each batch of the source so many times, from step ``skip`` on."""
+        """Return each batch of the source ``times`` times, from step ``skip`` on."""
         whole, part = divmod(skip, self.times)
         batches = self.source.epoch(epoch, whole)
         replayed = (batch for batch in batches for _ in range(self.times))
@@ -170,7 +170,7 @@ class Replayed:
 
 
 def _without(batches: Iterator[Batch], skip: int) -> Iterator[Batch]:
-    """Take the first away, and now: the caller restores the loader's generators right after."""
+    """Discard the first ``skip`` batches eagerly: the caller restores random states right after."""
     for _ in range(skip):
         next(batches)
     return batches
@@ -183,18 +183,18 @@ def generators_of(source: Source) -> list[torch.Generator]:
 
 
 def first_of(data: Any) -> tuple[Tensor, Tensor] | None:
-    """Return a batch of the first item, as a Dataset or a DataLoader makes its batches.
+    """Return a batch of the first item, collated as the Dataset's or DataLoader's batches are.
 
-    None where there is no item to ask for: of a DataLoader that is streamed, or that makes its
-    batches in another way.
+    Returns None if no item can be read (the data are streamed, empty, or not indexed by integers)
+    or collated, or if the DataLoader has no batch sampler.
 
     Raises:
-        UserError: it is not a pair of tensors.
+        UserError: the batch is not a pair of tensors.
     """
     loader = isinstance(data, DataLoader)
     if loader and data.batch_sampler is None:
         return None
-    # What an augmentation draws here, training must not miss.
+    # What an augmentation draws here must not change the random states of training.
     with OwnRandom(0).used():
         try:
             item = (data.dataset if loader else data)[0]
@@ -204,7 +204,7 @@ def first_of(data: Any) -> tuple[Tensor, Tensor] | None:
         try:
             batch = collate([item])
         except Exception:
-            try:  # one that mixes images may want two
+            try:  # a collate_fn that mixes images may need two
                 batch = collate([item, item])
             except Exception:
                 return None
@@ -212,9 +212,9 @@ def first_of(data: Any) -> tuple[Tensor, Tensor] | None:
 
 
 def _deaf(_: int) -> None:
-    """Let a worker not end of a signal to the whole group: the run needs it for the step to come.
+    """Make a worker ignore signals to the process group: the run needs it until its next stop.
 
-    When the run ends, its workers are told so, or find that it is gone.
+    When the run ends, it shuts its workers down, or they notice that it is gone.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -238,20 +238,21 @@ def make_source(
 
     Args:
         data: Images, a Dataset or a DataLoader.
-        batch_size: of all processes together (a DataLoader keeps its own).
-        seed: of the order and the augmentation.
-        augmentation: name of it.
-        device: where batches are wanted.
-        rank: of this process.
+        batch_size: images per batch over all processes (a DataLoader keeps its own).
+        seed: seed of the order and the augmentation.
+        augmentation: name of the augmentation.
+        device: the device to move batches to.
+        rank: rank of this process.
         world: number of processes.
-        prepare: shards a DataLoader over the processes (Accelerate's ``prepare_data_loader``),
-            where there are several: it makes another of it.
+        prepare: returns a DataLoader that is sharded over the processes (Accelerate's
+            ``prepare_data_loader``); called only if there are several.
         workers: processes that load a Dataset's images.
         bounds: the data range.
-        steps: batches of an epoch of a DataLoader; by default its length.
+        steps: batches per epoch of a DataLoader; by default its length.
 
     Raises:
-        UserError: augmentation of data not held in memory; a batch size that cannot be divided.
+        UserError: augmentation of data not held in memory; a batch size that the processes cannot
+            divide; a DataLoader that they cannot share; ``steps`` without a DataLoader.
     """
     if steps is not None and not isinstance(data, DataLoader):
         raise UserError(
@@ -287,22 +288,22 @@ def make_source(
     elif world > 1 and type(data).__iter__ not in (DataLoader.__iter__, DataLoaderShard.__iter__):
         raise UserError(
             f"the batches of a {type(data).__name__}, which changes what a DataLoader yields, "
-            "cannot be shared out over several processes: do that in its Dataset or collate_fn"
+            "cannot be split over several processes: do that in its Dataset or collate_fn"
         )
     elif world > 1 and data.batch_sampler is None:
         raise UserError(
-            "a DataLoader with batch_size=None cannot be shared out over several processes: let "
-            "it make the batches"
+            "a DataLoader with batch_size=None cannot be split over several processes: give it "
+            "a batch_size"
         )
     elif world > 1 and isinstance(data.dataset, IterableDataset):
         raise UserError(
-            "an IterableDataset cannot be shared out over several processes: give a Dataset with "
-            "__getitem__, or train in one"
+            "an IterableDataset cannot be split over several processes: give a Dataset with "
+            "__getitem__, or train in one process"
         )
     elif world > 1 and isinstance(data.sampler, DistributedSampler):
         raise UserError(
-            "the DataLoader has a DistributedSampler, and its batches are shared out over the "
-            "processes here: give one without"
+            "the DataLoader has a DistributedSampler, but surestep itself splits batches over the "
+            "processes: give one without"
         )
     if world > 1:
         _warn_of_an_order_of_its_own(data)
@@ -310,14 +311,15 @@ def make_source(
 
 
 def _warn_of_an_order_of_its_own(loader: DataLoader) -> None:
-    """Say where the processes, which take batches in turn, may not see the same order of them."""
+    """Warn if the processes, which take batches in turn, may see these in different orders."""
     sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
-    in_step = ("generator", "set_epoch")  # which Accelerate, and each epoch, set alike in all
+    # Accelerate sets the first alike in all processes, each epoch the second.
+    in_step = ("generator", "set_epoch")
     if not isinstance(sampler, SequentialSampler) and not any(hasattr(sampler, n) for n in in_step):
         warnings.warn(
             f"the DataLoader's {type(sampler).__name__} has no generator: if it draws its order at "
-            "random, each process draws another, and images repeat or never come; give it an "
-            "attribute generator, a torch.Generator, and draw from that",
+            "random, each process draws a different one, and images are repeated or missed; give "
+            "it an attribute generator, a torch.Generator, and draw from that",
             SurestepWarning,
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""What a run has come to: numbers that a checkpoint holds, and the means of the running epoch."""
+"""The progress of a run: what a checkpoint says of it, and the means of the current epoch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass
 class RunState:
-    """How far a run is: everything in a checkpoint that is a plain number."""
+    """The progress of a run: its counters, scores and history, as in a checkpoint."""
 
     step: int = 0
     epoch: int = 0
@@ -26,7 +26,7 @@ class RunState:
 
 
 class Sums:
-    """Means over an epoch, summed on the device: nothing waits for it until they are read."""
+    """Means over an epoch, summed on the device so that nothing waits for it until they are read."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -36,7 +36,7 @@ class Sums:
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
 
     def add(self, number: int, images: int, values: Mapping[str, Tensor]) -> None:
-        """Take in a step: its number, its images, and its losses and the like by name."""
+        """Add a step: its number, its number of images, and its losses and other values by name."""
         self.images += images
         for name, value in values.items():
             total = self.totals.get(name)

@@ -1,4 +1,4 @@
-"""Stopping when asked to: by Ctrl-C, or by the SIGTERM of a cluster that wants its machine back."""
+"""Stop on request: by Ctrl-C, or by SIGTERM, as a cluster sends to reclaim its machine."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ import torch
 from surestep import processes
 
 ASK_EVERY = 10
-"""Steps between questions to the other processes: all must stop after the same one."""
+"""Steps between exchanges of stop requests: all processes must stop after the same step."""
 
 _ECHO = 1.0
-"""Seconds within which a second Ctrl-C is the launcher's, which hands on what the terminal sent."""
+"""Seconds within which a second Ctrl-C is an echo: launchers forward the one they receive."""
 
 
 class Asked(BaseException):
-    """The run was asked to stop where that takes effect at once."""
+    """Raised on a request to stop, where that takes effect at once."""
 
 
 class StopRequest:
-    """Hears SIGTERM and Ctrl-C, which then take effect where a checkpoint can be written.
+    """Defers SIGTERM and Ctrl-C to where a checkpoint can be written.
 
-    A second Ctrl-C interrupts as if nobody had heard the first.
+    A second Ctrl-C interrupts at once, as it does without this class.
 
     Attributes:
-        number: of the signal that was heard; 0 before.
+        number: number of the last signal received; 0 if none.
     """
 
     def __init__(self) -> None:
@@ -41,14 +41,14 @@ class StopRequest:
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        """Hear signals meanwhile; in a thread, which cannot, do nothing."""
+        """Receive signals inside the block; in a thread, where that is impossible, do nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {}
         for number in (signal.SIGINT, signal.SIGTERM):
             handler = signal.getsignal(number)
-            # Ignored, as by a shell for what it runs in the background; or set by a C library.
+            # Leave alone signals ignored (as in a shell's background jobs) or handled by C code.
             if handler not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, self._hear)
         try:
@@ -70,7 +70,7 @@ class StopRequest:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raise `Asked` as soon as a signal is heard; of several processes none may, alone."""
+        """Inside the block, raise `Asked` as soon as a signal arrives; only in a single process."""
         self._at_once = processes.count() == 1
         try:
             if self._at_once and self.number:
@@ -86,7 +86,7 @@ class StopRequest:
         return step % ASK_EVERY == 0 and self._by_any(device)
 
     def together(self, device: torch.device) -> None:
-        """Raise `Asked` in every process if one of them was asked; each must call this as often."""
+        """Raise `Asked` in all processes if one has a request; all must call this equally often."""
         if processes.count() > 1 and self._by_any(device):
             raise Asked
 
@@ -94,7 +94,7 @@ class StopRequest:
         return processes.largest(self.number, device) != 0
 
     def leave(self) -> NoReturn:
-        """End as the signal would have it.
+        """End the process as the signal requests.
 
         Raises:
             KeyboardInterrupt: it was Ctrl-C.

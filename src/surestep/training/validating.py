@@ -1,4 +1,4 @@
-"""Validation by strong attacks: weights chosen by a weak one would be those that mask the best."""
+"""Validation by strong attacks: a weak attack would select the weights that mask gradients."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from surestep.training.preparing import Job
 from surestep.training.stopping import StopRequest
 
 COLLAPSE = 0.20
-"""Fall of robust accuracy between two epochs that counts as collapse (Kim et al. 2021)."""
+"""Drop of robust accuracy between two epochs that counts as collapse (Kim et al. 2021)."""
 
 
 def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
-    """Attack the held-out images of a job, and return what a row of the history says of it.
+    """Attack the held-out images of a job, and return the entries for a row of the history.
 
-    FGSM is always among the attacks: what falls to the others and not to it is masked. Several
-    processes divide the images among them, but for those of a DataLoader, which each judges.
+    FGSM is always among the attacks: images that only the others break reveal gradient masking.
+    Several processes divide the images among them, except those of a DataLoader or fewer than
+    there are processes, all of which each process judges.
 
     Raises:
-        Asked: the run is to stop meanwhile.
+        Asked: a stop was requested during validation.
         UserError: the images cannot be judged.
     """
     attacks = dict.fromkeys(("fgsm", *job.config.val_attacks))
@@ -44,7 +45,7 @@ def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
             found = evaluate(
                 job.judged,
                 held_out,
-                # With all of eps from the first epoch on.
+                # At full eps from the first epoch on.
                 job.threat,
                 list(attacks),
                 n=job.config.val_images,
@@ -57,12 +58,12 @@ def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
             n, seconds = found.n, found.seconds
             counts = [int(found.right[name].sum()) for name in ("clean", *attacks, "worst case")]
         except UserError as e:
-            # Alone it would leave the others waiting for its next question.
+            # Raised here, it would leave the other processes waiting for this one to call `ask`.
             trouble, n, seconds = e, 0, 0.0
-        # To ask is collective: a process of a smaller part asks as often as that of the largest.
+        # `ask` is collective: a process with a smaller part must call it as often as the largest.
         while asked < math.ceil(largest / batch_size):
             ask()
-    # Sums of all, so that all select the weights of the same epoch: kernels may round apart.
+    # Sum over processes, so that all select the same epoch: kernels may round differently.
     failed, judged, *right = processes.sums([int(trouble is not None), n, *counts], job.device)
     if failed:
         raise trouble or UserError("held-out images of another process cannot be judged")
@@ -77,9 +78,9 @@ def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
 
 
 def _part_of(data: Any, n: int) -> tuple[Any, int]:
-    """Return what of ``n`` images this process judges, and how many the largest part has.
+    """Return the part of ``n`` images that this process judges, and the size of the largest part.
 
-    0 is of data that are not divided: each process judges them all.
+    The size is 0 if the data are not divided and each process judges them all.
     """
     count, rank = processes.count(), processes.rank()
     if count == 1 or isinstance(data, DataLoader | IterableDataset):
@@ -96,11 +97,11 @@ def _part_of(data: Any, n: int) -> tuple[Any, int]:
 
 
 def find_masking(row: dict[str, Any], before: float) -> str | None:
-    """Say what looks like gradient masking in what ``validate`` returned, if anything does.
+    """Return a warning if the results of ``validate`` look like gradient masking, else None.
 
     Args:
-        row: of the epoch.
-        before: worst case of the epoch before; below 0 if there was none.
+        row: the epoch's row of the history.
+        before: worst-case accuracy of the previous epoch; below 0 if there was none.
     """
     worst = row["val_worst_case"]
     one_step = row["val_fgsm"]

@@ -148,9 +148,14 @@ BOARDS = {
         steps=50,
         n=10_000,
         audit_n=1000,
-        params={"pgd": {"steps": 10, "alpha": 2 / 255}},
+        params={"pgd": {"steps": 10, "alpha": 2 / 255}, "nuat": {"lam": 4.0}},
         combined=("sat-r2 + hypersphere", "sat-r2 + awp", "sat-r2 on n-fgsm"),
-        own={"pgd": {"ema": None}},
+        # LIET and TDAT smooth the labels themselves.
+        own={
+            "pgd": {"ema": None},
+            "liet": {"label_smoothing": 0.0},
+            "tdat": {"label_smoothing": 0.0},
+        },
         preset="cifar10",
         autoattack=True,
     ),

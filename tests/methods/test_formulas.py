@@ -37,6 +37,7 @@ def test_step_equals_the_recipe(case, smoothing, task):
 
     torch.manual_seed(11)
     hidden = ("fraction", "perturbation", "progress", "late_from", "compare", "smoothing")
+    hidden += ("guide_every", "full_from", "least_noise", "most_noise")
     arguments = {k: v for k, v in params.items() if k not in hidden}
     views, loss, adv = oracle(reference, task.x, task.y, smoothing, **{**arguments, **renamed})
     logits = reference.train()(views)

@@ -18,7 +18,7 @@ def apart(slug, one, other):
 
 def weight(slug, step, lam):
     """Of a run of 100 steps."""
-    return lam * (4 if step >= 90 else 1) if slug == "gat" else lam * step / 100
+    return lam * (4 if step >= 90 else 1) if slug == "gat" else lam * min(1, step / 90)
 
 
 @pytest.mark.parametrize("step", [20, 21, 91, 92])

@@ -17,7 +17,8 @@ from surestep.errors import UserError
 def dropping(model: nn.Module, p: float) -> Iterator[None]:
     """Drop outputs of the activations of ``model`` with probability ``p`` (in train mode).
 
-    SADS (Vivek & Babu 2020, arXiv 2004.08628) puts such a layer after each non-linearity.
+    SADS (Vivek & Babu 2020, arXiv 2004.08628) puts such a layer after each non-linearity: whole
+    channels are dropped after convolutions, single units elsewhere.
 
     Raises:
         UserError: the model has no activations that are modules, or is compiled.
@@ -27,7 +28,8 @@ def dropping(model: nn.Module, p: float) -> Iterator[None]:
         return
 
     def drop(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return F.dropout(output, p, module.training)
+        drop_from = F.dropout2d if output.dim() == 4 else F.dropout
+        return drop_from(output, p, module.training)
 
     if compiled(model):
         raise UserError(

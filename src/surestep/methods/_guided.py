@@ -22,6 +22,8 @@ class Guided(Method):
 
     lam: float
     alpha: float
+    guide_every: int = 2
+    """The last step of so many is guided."""
     lengths = ("alpha",)
     needs_progress = True
 
@@ -34,12 +36,12 @@ class Guided(Method):
         raise NotImplementedError
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
-        """Step eps along cross entropy, on odd steps with the distance."""
+        """Step eps along cross entropy, on guided steps with the distance."""
         lam, n = self.weight(), len(x)
         with attacking(model) as inner:
             start = self.threat.clip(x + self.threat.random_step(x, self.alpha))
             objective: Objective = log_odds
-            if self.progress.step % 2:
+            if (self.progress.step + 1) % self.guide_every == 0:
                 with torch.no_grad():
                     clean = forward_logits(inner, x)
 
@@ -59,5 +61,5 @@ class Guided(Method):
         return Update(torch.cat([x, x_adv]), loss, slice(n, None))
 
     def cost(self, batch_size: int) -> Cost:
-        """One gradient (on odd steps a clean pass more), clean and adversarial in the update."""
-        return Cost(3.5, 3, 2)
+        """One gradient (on guided steps a clean pass more), clean and adversarial in the update."""
+        return Cost(3 + 1 / self.guide_every, 3, 2)

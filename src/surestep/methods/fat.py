@@ -44,13 +44,13 @@ class FAT(PGD):
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return each image's point when its attack ended."""
-        x_adv = self.start(x)
+        x_adv, inside = self.start(x), self.threat.around(x)
         left = torch.full_like(y, self.tau)
         with attacking(model) as inner:
             for _ in range(self.steps):
                 grad, _, logits = input_gradient(inner, x_adv, y)
                 left = left - misclassified(logits, y).long()
                 going = per_sample(left >= 0, x)
-                further = self.threat.ascend(x_adv, grad, self.alpha, x)
+                further = inside(x_adv + self.threat.steepest_step(grad, self.alpha))
                 x_adv = torch.where(going, further, x_adv)
         return x_adv

@@ -36,7 +36,7 @@ class FGSMUAP(Method):
     paper = "Pan, Li & Yao 2024 (AAAI); as in the FastAT benchmark, arXiv 2604.22853"
     presets = {
         "mnist": recipe(MNIST_ZOO, lam=10.0),
-        "cifar10": recipe(CIFAR_RESNET, lam=10.0),
+        "cifar10": recipe(CIFAR_RESNET, lam=10.0, settings={"label_smoothing": 0.4}),
     }
 
     lam: float = 10.0

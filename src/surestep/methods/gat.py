@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -10,18 +11,30 @@ from surestep.methods._base import of_eps, register
 from surestep.methods._guided import Guided
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 
+# As the authors' MNIST script runs: of its three times for a larger lam only the second comes.
+_MNIST: dict[str, Any] = {
+    **{"lam": 15.0, "late": 3.0, "late_from": 0.52, "alpha": 0.3, "guide_every": 1},
+}
+
 
 @register("gat")
 @dataclass
 class GAT(Guided):
-    """GAT: squared l2 distance of the probabilities; lam rises to ``late`` times itself."""
+    """GAT: squared l2 distance of the probabilities; late in training lam is ``late`` times lam.
+
+    The attack follows the distance in the last of every ``guide_every`` steps: in every other step
+    on CIFAR-10, in all steps in the authors' MNIST script.
+    """
 
     summary = "clean cross entropy and the squared distance of probabilities, guiding the attack"
     paper = "Sriramanan et al. 2020, arXiv 2011.14969"
     presets = {
-        "mnist": recipe(MNIST_ZOO, lam=15.0, source="lam of Sriramanan et al. 2020, else ours"),
+        "mnist": recipe(MNIST_ZOO, **_MNIST, source="Sriramanan et al. 2020; training ours"),
         "mnist-long": recipe(
-            MNIST_ZOO, lam=15.0, settings={"epochs": 50}, source="Sriramanan et al. 2020, else ours"
+            MNIST_ZOO,
+            **_MNIST,
+            settings={"epochs": 50},
+            source="Sriramanan et al. 2020; training ours, but for its length",
         ),
         "cifar10": recipe(CIFAR_RESNET, lam=10.0),
     }
@@ -30,6 +43,12 @@ class GAT(Guided):
     late: float = 4.0
     late_from: float = 0.86
     alpha: float = of_eps(0.5)
+    guide_every: int = 2
+
+    def validate(self) -> None:
+        """Check how often the attack is guided."""
+        super().validate()
+        self.require(self.guide_every >= 1, "guide_every", ">= 1")
 
     def weight(self) -> float:
         """Return lam, late in training more."""

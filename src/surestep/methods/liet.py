@@ -17,7 +17,7 @@ from surestep.attacks.core import input_gradient
 from surestep.attacks.inputs import count_classes
 from surestep.attacks.lending import attacking
 from surestep.methods._base import Cost, Method, Terms, Update, one_hot, register
-from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
+from surestep.methods._presets import CIFAR100_RESNET, CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.methods.trades import kl
 from surestep.threat import Linf, per_sample
 
@@ -29,7 +29,8 @@ class LIET(Method):
 
     ``far``: noise of 2 eps and no return to the ball; by default above 8/255 of l-inf, as the
     authors have it.
-    ``spread`` is the mass of the label that goes to random wrong classes.
+    ``spread`` is the mass of the label that goes to random wrong classes. The share of an image's
+    pixels that noise replaces lies between ``least_noise`` and ``most_noise``.
     """
 
     needs_progress = True
@@ -40,17 +41,38 @@ class LIET(Method):
         # At eps 0.3 the published spread ends masked (leaderboard.csv at 3f86206, search.csv).
         "mnist": recipe(MNIST_ZOO, lam=100.0, spread=0.0, far=False),
         "cifar10": recipe(CIFAR_RESNET, lam=100.0),
+        "cifar10-16": recipe(
+            CIFAR_RESNET,
+            eps=16 / 255,
+            lam=20.0,
+            spread=0.4,
+            least_noise=0.0,
+            most_noise=1.0,
+            every=10,
+        ),
+        "cifar100": recipe(CIFAR100_RESNET, lam=200.0, spread=0.8),
+        "cifar100-16": recipe(
+            CIFAR100_RESNET, eps=16 / 255, lam=20.0, spread=0.4, least_noise=0.0, most_noise=1.0
+        ),
     }
 
     lam: float = 100.0
     every: int = 20
     spread: float = 0.6
+    least_noise: float = 0.1
+    most_noise: float = 0.5
     far: bool | None = None
 
     def validate(self) -> None:
         """Check the hyperparameters."""
         self.require(self.every >= 1, "every", ">= 1")
         self.require(0 <= self.spread < 1, "spread", "in [0, 1)")
+        self.require(0 <= self.least_noise <= 1, "least_noise", "in [0, 1]")
+        self.require(
+            self.least_noise <= self.most_noise <= 1,
+            "most_noise",
+            f"in [least_noise = {self.least_noise:g}, 1]",
+        )
         if self.far is None:
             limit = 8.5 / 255 * self.threat.span
             self.far = isinstance(self.threat, Linf) and self.threat.eps > limit
@@ -61,7 +83,8 @@ class LIET(Method):
         threat = self.threat
         self._renew(model, x)
         templates = self._templates.to(x)
-        share = per_sample(0.1 + 0.4 * torch.rand(len(x), dtype=x.dtype, device=x.device), x)
+        share = torch.rand(len(x), dtype=x.dtype, device=x.device)
+        share = per_sample(self.least_noise + (self.most_noise - self.least_noise) * share, x)
         noisy = torch.rand_like(x) < share
         noise = threat.random_delta(x, (2 if self.far else 1) * threat.eps)
         flip = per_sample(1 - 2 * (torch.rand(len(x), device=x.device) < 0.5).to(x.dtype), x)

@@ -15,26 +15,41 @@ from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 @register("nuat")
 @dataclass
 class NuAT(Guided):
-    """NuAT: nuclear norm of the batch's differences of logits; lam rises from 0 to ``lam``."""
+    """NuAT: nuclear norm of the batch's differences of logits; its weight rises from 0 to ``lam``.
+
+    The weight reaches ``lam`` at the share ``full_from`` of training. The norm divided by the
+    batch size falls with the root of the batch size: the authors' ``lam`` is for batches of 64.
+    """
 
     summary = "clean cross entropy and the nuclear norm of the outputs' differences"
     paper = "Sriramanan et al. 2021, NeurIPS"
     presets = {
         "mnist": recipe(MNIST_ZOO, lam=4.5),
-        "cifar10": recipe(CIFAR_RESNET, lam=4.5),
-        "cifar10-wa": recipe(CIFAR_RESNET, lam=4.5, settings={"ema": 0.9998}),
+        "cifar10": recipe(CIFAR_RESNET, lam=4.5, settings={"batch_size": 64}),
+        "cifar10-wa": recipe(
+            CIFAR_RESNET, lam=4.0, full_from=1.0, settings={"ema": 0.9998, "batch_size": 64}
+        ),
     }
 
     lam: float = 4.5
     alpha: float = of_eps(0.5)
+    full_from: float = 0.9
+
+    def validate(self) -> None:
+        """Check the ramp."""
+        super().validate()
+        self.require(0 < self.full_from <= 1, "full_from", "in (0, 1]")
 
     def weight(self) -> float:
         """Return the part of lam that training has reached."""
-        return self.lam * self.progress.done
+        return self.lam * min(1.0, self.progress.done / self.full_from)
 
     def distance(self, clean: Tensor, adversarial: Tensor) -> Tensor:
         """Add up the singular values; on a GPU, torch waits for the device here."""
         apart = clean - adversarial
         whole = apart.isfinite().all()  # else torch raises, and nothing says that training diverged
-        total = torch.linalg.svdvals(torch.where(whole, apart, 0)).sum()
+        matrix = torch.where(whole, apart, 0)
+        if matrix.device.type == "mps":  # torch has no singular values there
+            matrix = matrix.cpu()
+        total = torch.linalg.svdvals(matrix).sum().to(apart.device)
         return torch.where(whole, total, torch.nan)

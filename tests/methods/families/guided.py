@@ -84,9 +84,16 @@ CASES = {
     "gat odd": (gat, {"lam": 10.0, "progress": ODD}, {"odd": True}),
     "gat late": (gat, {"lam": 2.0, "progress": LATE}, {"lam": 8.0}),
     "gat later": (gat, {"lam": 2.0, "late_from": 0.95, "progress": LATE}, {"lam": 2.0}),
-    "nuat": (nuat, {"lam": 4.5, "progress": HALF}, {"lam": 2.25}),
+    "gat always": (gat, {"lam": 10.0, "guide_every": 1}, {"odd": True}),
+    "nuat": (nuat, {"lam": 4.5, "progress": HALF}, {"lam": 2.5}),
+    "nuat to the end": (nuat, {"lam": 4.5, "full_from": 1.0, "progress": HALF}, {"lam": 2.25}),
+    "nuat full": (nuat, {"lam": 4.5, "full_from": 0.4, "progress": HALF}, {"lam": 4.5}),
     "nuat begins": (nuat, {"lam": 4.5}, {"lam": 0.0}),
-    "nuat odd": (nuat, {"lam": 4.0, "progress": ODD, "alpha": 0.02}, {"lam": 1.4, "odd": True}),
+    "nuat odd": (
+        nuat,
+        {"lam": 4.0, "full_from": 1.0, "progress": ODD, "alpha": 0.02},
+        {"lam": 1.4, "odd": True},
+    ),
     "tdat": (tdat, {}, {}),
     "tdat half": (tdat, {"lam": 2.0, "progress": HALF}, {"done": 0.5}),
     "tdat late": (tdat, {"relax": 0.5, "least": 0.2, "progress": LATE}, {"done": 0.9}),
@@ -95,6 +102,7 @@ CASES = {
 }
 BY_HAND = [
     ("gat", {}, 3.5, 3, 2),
+    ("gat", {"guide_every": 1}, 4, 3, 2),
     ("nuat", {}, 3.5, 3, 2),
     ("tdat", {}, 3, 3, 2),
     ("converge-smooth", {}, 3, 3, 2),
@@ -103,6 +111,8 @@ BY_HAND = [
 REFUSED = [
     ("gat", {"lam": -1}, ("gat", "lam", "-1")),
     ("gat", {"alpha": -0.1}, ("gat", "alpha", "-0.1")),
+    ("gat", {"guide_every": 0}, ("gat", "guide_every", "0")),
+    ("nuat", {"full_from": 0.0}, ("nuat", "full_from", "0.0")),
     ("nuat", {"lam": -1}, ("nuat", "lam", "-1")),
     ("tdat", {"lam": -1}, ("tdat", "lam", "-1")),
     ("tdat", {"relax": 0.7}, ("tdat", "relax", "0.7")),
@@ -113,11 +123,20 @@ REFUSED = [
     ("converge-smooth", {"weight": -1}, ("converge-smooth", "weight", "-1")),
     ("converge-smooth", {"pull": -1}, ("converge-smooth", "pull", "-1")),
 ]
+ON_MNIST = {"lam": 15.0, "late": 3.0, "late_from": 0.52, "alpha": 0.3, "guide_every": 1}
 PUBLISHED = [
     ("gat", "cifar10", E8, None, {"lam": 10.0}, {}),
-    ("gat", "mnist", 0.3, "lenet+", {"lam": 15.0}, {}),
-    ("gat", "mnist-long", 0.3, "lenet+", {"lam": 15.0}, {"epochs": 50}),
-    ("nuat", "cifar10", E8, None, {"lam": 4.5}, {}),
+    ("gat", "mnist", 0.3, "lenet+", ON_MNIST, {}),
+    ("gat", "mnist-long", 0.3, "lenet+", ON_MNIST, {"epochs": 50}),
+    ("nuat", "cifar10", E8, None, {"lam": 4.5}, {"batch_size": 64}),
+    (
+        "nuat",
+        "cifar10-wa",
+        E8,
+        None,
+        {"lam": 4.0, "full_from": 1.0},
+        {"batch_size": 64, "ema": 0.9998},
+    ),
     ("tdat", "cifar10", E8, None, {"lam": 0.65}, {}),
 ]
 TRAIN_PASSES = {"converge-smooth": 2}

@@ -118,7 +118,7 @@ PUBLISHED = [
     ("fgsm-mep", "cifar10", E8, None, {"lam": 10.0}, {"label_smoothing": 4 / 9}),
     ("fgsm-mep", "cifar100", E8, None, {"lam": 10.0}, {"epochs": 100}),
     ("fgsm-pco", "cifar10", E8, None, {"lam": 10.0}, {"label_smoothing": 4 / 9}),
-    ("fgsm-uap", "cifar10", E8, None, {"lam": 10.0}, {}),
+    ("fgsm-uap", "cifar10", E8, None, {"lam": 10.0}, {"label_smoothing": 0.4}),
     ("free", "cifar10", E8, None, {"replays": 8}, {}),
 ]
 REACH = {"fgsm-pco": 0.05}  # the new perturbation, stretched by half

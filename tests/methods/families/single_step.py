@@ -116,12 +116,13 @@ def aaer(net, x, y, smoothing, lam=1.0, lam_loss=2.5, lam_spread=1.5, noise=0.0,
         for i, row in enumerate(z):
             after = cross_entropy(row, y[i])
             group = abnormal if float(after.detach()) < float(before[i]) else normal
-            group.append((before[i] - after, ((row - was[i]) ** 2).sum()))
+            fall = float(before[i].detach() - after.detach())  # the authors' has no gradient
+            group.append((fall, ((row - was[i]) ** 2).sum()))
         extra = 0
-        if abnormal:
+        if abnormal and normal:
             fall = sum(f for f, _ in abnormal) / len(abnormal)
             wide = sum(v for _, v in abnormal) / len(abnormal)
-            usual = float(sum(v.detach() for _, v in normal)) / max(len(normal), 1)
+            usual = float(sum(v.detach() for _, v in normal)) / len(normal)
             spread = torch.clamp(wide - usual, min=0)
             extra = len(abnormal) / len(z) * (lam_loss * fall + lam_spread * spread)
         return mean_ce(z, y, smoothing) + lam * extra
@@ -133,7 +134,9 @@ def sads(net, x, y, smoothing, dropout=0.4):
     points = box(x + EPS * signs(net, x, y))
 
     def drop(module, args, output):
-        return torch.nn.functional.dropout(output, dropout, module.training)
+        maps = output.dim() == 4
+        drop_from = torch.nn.functional.dropout2d if maps else torch.nn.functional.dropout
+        return drop_from(output, dropout, module.training)
 
     for module in net.modules():
         if isinstance(module, torch.nn.Tanh | torch.nn.SiLU):
@@ -227,6 +230,15 @@ PUBLISHED = [
     ("zerograd", "cifar10", E8, None, {"q": 0.35}, FAST),
     ("zerograd", "cifar100", E8, None, {"q": 0.45}, FAST),
     ("aaer", "cifar10", E8, None, {"lam": 1.0, "lam_loss": 2.5, "lam_spread": 1.5}, FAST),
+    ("aaer", "cifar10-16", 16 / 255, None, {"lam": 1.0, "lam_loss": 7.0, "lam_spread": 3.25}, FAST),
+    ("aaer", "cifar100", E8, None, {"lam": 1.0, "lam_loss": 3.5, "lam_spread": 1.5}, FAST),
+    (
+        *("aaer", "cifar10-n-16", 16 / 255, None),
+        {"lam": 1.0, "lam_loss": 8.5, "lam_spread": 1.5, "perturbation": "n-fgsm"},
+        FAST,
+    ),
+    ("r-mgm", "mnist", 0.3, None, {"lam": 5.0, "alpha": 0.01}, {}),
+    ("r-mgm", "cifar10", E8, None, {"lam": 25.0, "alpha": 2 / 255}, {}),
     (
         *("aaer", "cifar10-n", E8, None),
         {"lam": 1.0, "lam_loss": 1.5, "lam_spread": 0.15, "perturbation": "n-fgsm"},

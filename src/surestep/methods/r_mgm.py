@@ -26,8 +26,8 @@ class RMGM(Method):
     summary = "FGSM and R-FGSM (within eps) must agree"
     paper = "Vivek et al. 2019, CVPR Workshops"
     presets = {
-        "mnist": recipe(MNIST_SAT, lam=5.0, alpha=0.01, source="ours: settings of SAT-R2"),
-        "cifar10": recipe(CIFAR_SAT, lam=25.0, alpha=2 / 255, source="ours: settings of SAT-R2"),
+        "mnist": recipe(MNIST_SAT, lam=5.0, alpha=0.01, source="ours: as SAT-R2"),
+        "cifar10": recipe(CIFAR_SAT, lam=25.0, alpha=2 / 255, source="ours: as SAT-R2"),
     }
 
     lam: float = 5.0

@@ -19,7 +19,7 @@ from surestep.threat import per_sample
 @register("ssat")
 @dataclass
 class SSAT(RSFGSM):
-    """SSAT: of RS-FGSM's perturbation the smallest of c shares at which the label flips, or all.
+    """SSAT: RS-FGSM's perturbation, cut to the smallest of c shares at which the label flips.
 
     Images that are misclassified at the random start are trained clean.
     """
@@ -28,10 +28,7 @@ class SSAT(RSFGSM):
     paper = "Kim et al. 2021, arXiv 2010.01799"
     presets = {
         "mnist": recipe(MNIST_ZOO, checkpoints=3),
-        "cifar10": recipe(
-            CIFAR_ZOO,
-            checkpoints=3,
-        ),
+        "cifar10": recipe(CIFAR_ZOO, checkpoints=3),
     }
 
     checkpoints: int = 3
@@ -42,7 +39,7 @@ class SSAT(RSFGSM):
         super().validate()
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """Look at the inner points in eval mode, without gradients, in one pass."""
+        """Classify the points between in one pass in eval mode, without gradients."""
         c, n = self.checkpoints, len(x)
         with attacking(model, train_mode=self.train_mode) as inner:
             start = self.start(x)
@@ -51,15 +48,14 @@ class SSAT(RSFGSM):
         delta = self.finish(start + step, x) - x
         share = torch.ones_like(x.flatten(1)[:, 0])
         if c > 1:
-            inner_points = torch.cat([x + k / c * delta for k in range(1, c)])
+            between = torch.cat([x + k / c * delta for k in range(1, c)])
             with attacking(model) as inner, torch.no_grad():
-                flipped = misclassified(forward_logits(inner, inner_points), y.repeat(c - 1))
-            # From the farthest to the nearest: the nearest that flips has the last word.
-            for k, wrong in reversed(list(enumerate(flipped.view(c - 1, n), 1))):
-                share = torch.where(wrong, k / c, share)
+                flips = misclassified(forward_logits(inner, between), y.repeat(c - 1)).view(-1, n)
+            nearest = (flips.int().argmax(0) + 1).to(x.dtype) / c
+            share = torch.where(flips.any(0), nearest, share)
         share = torch.where(misclassified(logits, y), 0, share)
         return self.threat.project(x + per_sample(share, x) * delta, x)
 
     def cost(self, batch_size: int) -> Cost:
-        """FGSM's, and the inner points' forward passes."""
+        """FGSM's, and a forward pass for each point between."""
         return Cost(2 + self.checkpoints - 1, 2, 1)

@@ -359,7 +359,7 @@ class TestWeightsToBeginWith:
         weights = str(tmp_path / "first" / "model.safetensors")
         for model, given, said in (
             ("preactresnet10-slim", weights, "model.safetensors"),
-            ("cnn-small", "pretrained", "timm's, of timm:NAME"),
+            ("cnn-small", "pretrained", "only timm:NAME has"),
             ("cnn-small", "gone.pt", "gone.pt is not there"),
         ):
             config = runs.resolve({**values, "model": model, "weights": given})
@@ -438,7 +438,8 @@ def test_a_full_disk_leaves_no_hardened_run_without_weights(run_of_nothing, monk
 
 def test_a_hardened_runs_settings_train_nothing(tmp_path):
     """Its layers would have no statistics, and the run could not be resumed."""
-    with pytest.raises(UserError, match=r"mean_sparse 0\.2 is of a run hardened after training"):
+    said = r"mean_sparse 0\.2 belongs to a run hardened after training"
+    with pytest.raises(UserError, match=said):
         runs.train(RunConfig(mean_sparse=0.2), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -496,7 +497,10 @@ class TestPlaces:
 class TestHeads:
     @pytest.mark.parametrize("name", ["head_scale", "head_margin"])
     def test_what_only_another_head_has(self, name):
-        said = rf"{name} 1 is of a hypersphere head, this one is linear: give --head hypersphere"
+        said = (
+            rf"{name} 1 applies only to a hypersphere head, but head is linear: "
+            "give --head hypersphere"
+        )
         with pytest.raises(UserError, match=said):
             runs.resolve({name: 1})
         with pytest.raises(UserError, match=said):

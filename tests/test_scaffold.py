@@ -39,7 +39,7 @@ def python(*args: object, cwd: Path, path: tuple[Path, ...]) -> str:
 
 @pytest.mark.parametrize("slug", ["for", "class"])
 def test_words_of_python(tmp_path, slug):
-    with pytest.raises(UserError, match="is a word of Python's: choose another name"):
+    with pytest.raises(UserError, match="is a Python keyword: choose another name"):
         scaffold.method(slug, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -89,13 +89,13 @@ def test_as_a_plug_in(tmp_path):
 
 @pytest.mark.parametrize("slug", ["", "Upper", "two words", "-x", "x--y", "../up", "1x"])
 def test_a_name_must_be_one(tmp_path, slug):
-    with pytest.raises(UserError, match="not a name for a method"):
+    with pytest.raises(UserError, match="is not a method name"):
         scaffold.method(slug, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_name_must_be_free(tmp_path):
-    with pytest.raises(UserError, match="'fgsm' already"):
+    with pytest.raises(UserError, match="'fgsm' already exists"):
         scaffold.method("fgsm", tmp_path)
 
 

@@ -51,5 +51,5 @@ def test_normalised_as_the_processor_does(monkeypatch, processor, white):
     ],
 )
 def test_another_scale_is_refused(monkeypatch, other):
-    with pytest.raises(UserError, match="hf:someone/net wants its pixels in another order or sca"):
+    with pytest.raises(UserError, match="hf:someone/net expects pixels in another order or scale"):
         load(monkeypatch, **{**PLAIN, **STATISTICS, **other})

@@ -1,4 +1,4 @@
-"""The settings of a run: one typed description for Python, YAML and the command line.
+"""The settings of a run: one typed definition for Python, YAML and the command line.
 
 Imports no torch, so that the command line can describe every option at once.
 """
@@ -17,7 +17,7 @@ from surestep.errors import UserError, unknown_name
 
 
 def _ratio(value: Any) -> Any:
-    """Read "8/255" as the number; leave everything else to the validation."""
+    """Convert a ratio such as "8/255" to a number; leave all else to validation."""
     if isinstance(value, str) and "/" in value:
         try:
             return float(Fraction(value.replace(" ", "")))
@@ -54,21 +54,21 @@ class FitSettings(BaseModel):
     epochs: int | float = Field(
         8, gt=0, description="Passes over the training images; may be fractional (1.5)"
     )
-    batch_size: Positive = Field(128, description="Images of one step, over all processes")
+    batch_size: Positive = Field(128, description="Images per step, over all processes")
     optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="The optimizer")
     lr: float = Field(0.1, gt=0, description="Peak learning rate")
     momentum: float = Field(
-        0.9, ge=0, lt=1, description="Momentum of SGD; onecycle moves it by 0.05"
+        0.9, ge=0, lt=1, description="Momentum of SGD; onecycle varies it by 0.05 up and down"
     )
     weight_decay: float = Field(5e-4, ge=0, description="Weight decay, on all parameters")
     schedule: Literal["step", "onecycle", "triangular", "cosine", "constant"] = Field(
-        "onecycle", description="Course of the learning rate; step: /5, /25, /125 at 1/4, 1/2, 3/4"
+        "onecycle", description="Learning rate schedule; step: /5, /25, /125 at 1/4, 1/2, 3/4"
     )
     warmup: float = Field(
-        0.0, ge=0, description="Epochs in which the learning rate rises linearly at first"
+        0.0, ge=0, description="Epochs of linear learning rate warmup at the start"
     )
     eps_warmup: float = Field(
-        0.0, ge=0, description="Epochs in which eps (with step sizes) rises linearly at first"
+        0.0, ge=0, description="Epochs of linear warmup of eps and step sizes at the start"
     )
     label_smoothing: float | None = Field(
         None,
@@ -82,10 +82,15 @@ class FitSettings(BaseModel):
         lt=1,
         description="Dropout after each activation, falling to 0 (SADS); by default the method's",
     )
-    clip_grad: float | None = Field(None, gt=0, description="Largest norm of the weight gradient")
-    ema: float | None = Field(None, gt=0, lt=1, description="Decay of a weight average (0.999)")
+    clip_grad: float | None = Field(None, gt=0, description="Maximum norm of the weight gradient")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="Decay of an exponential average of the weights, e.g. 0.999"
+    )
     swa: float | None = Field(
-        None, gt=0, lt=1, description="Share of training after which weights are averaged (0.75)"
+        None,
+        gt=0,
+        lt=1,
+        description="Fraction of training after which the weights are averaged, e.g. 0.75",
     )
     awp: float | None = Field(
         None,
@@ -94,7 +99,7 @@ class FitSettings(BaseModel):
         "0.005 from epoch 10 on with trades)",
     )
     awp_from: float = Field(
-        0.0, ge=0, description="Epochs of training before the weights are perturbed (awp)"
+        0.0, ge=0, description="Epochs of training before weight perturbation (awp) begins"
     )
     augment: Literal["none", "crop-flip"] = Field(
         "none", description="Augmentation of the training images"
@@ -105,7 +110,7 @@ class FitSettings(BaseModel):
     engine: Literal["auto", "fast", "reference"] = Field(
         "auto",
         description="How steps are computed: fast (channels_last, autocast), reference (plain) or "
-        "auto, the faster in a short measurement",
+        "auto, the faster one in a short measurement",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="Precision of the forward pass (losses are always fp32)"
@@ -116,17 +121,17 @@ class FitSettings(BaseModel):
         description="Memory limit of a step in GiB; activations are recomputed to stay below",
     )
     compile: bool = Field(
-        False, description="Compile the network (torch.compile): for long runs on GPUs"
+        False, description="Compile the network (torch.compile), for long runs on GPUs"
     )
     val_images: int = Field(
         1000, ge=0, description="Held-out images attacked after each epoch (0: no validation)"
     )
     val_attacks: tuple[str, ...] = Field(
         ("fgsm", "pgd-20x2"),
-        description="Attacks of the validation, with fgsm; the worst case selects",
+        description="Validation attacks (fgsm is always added); their worst case selects",
     )
     select: Literal["best", "last"] = Field(
-        "best", description="Weights to keep: best worst case in validation, or last epoch's"
+        "best", description="Weights to keep: best worst case in validation, or the last epoch's"
     )
     checkpoint_every: int | None = Field(
         None,
@@ -139,7 +144,7 @@ class FitSettings(BaseModel):
 class RunConfig(FitSettings):
     """A whole run, as written to ``config.yaml``."""
 
-    method: str = Field("sat-r2", description="What a step minimises; see `surestep methods`")
+    method: str = Field("sat-r2", description="Training method; see `surestep methods`")
     params: dict[str, Param] = Field({}, description="The method's hyperparameters, by name")
     sources: tuple[str, ...] = Field(
         (), description="Run folders whose models are attacked in turn (eat)"
@@ -147,15 +152,17 @@ class RunConfig(FitSettings):
     dataset: str = Field(
         "mnist", description="Data set: mnist (embedded), cifar10, cifar100, folder, npz or hf"
     )
-    data: str | None = Field(None, description="Where the data set lies (folder or file)")
-    image_size: Positive | None = Field(None, description="Resize the images of a folder to this")
+    data: str | None = Field(None, description="Location of the data set (folder or file)")
+    image_size: Positive | None = Field(
+        None, description="Crop and resize images of a folder or of the Hub to this side (pixels)"
+    )
     model: str = Field(
         "lenet+",
         description="lenet+, resnet18, wrn-28-10, ... (docs/data-and-models.md), timm:NAME or "
         "FILE.py:FACTORY",
     )
     weights: str | None = Field(
-        None, description="Weights to begin with: a file, or pretrained (timm's own)"
+        None, description="Initial weights: a file, or pretrained (timm's own)"
     )
     normalize: bool = Field(
         True, description="Use the model's built-in input normalisation, if it has one"
@@ -174,11 +181,11 @@ class RunConfig(FitSettings):
     eps: Ratio = Field(
         0.3,
         ge=0,
-        description="Radius of the threat model: 0.3 or 8/255; the lengths of a preset, or of a "
-        "--config, change with it (those written inside perturbation stay)",
+        description="Radius of the threat model, such as 0.3 or 8/255; step sizes and other "
+        "lengths of a preset or a --config scale with it (except those inside perturbation)",
     )
     device: str | None = Field(
-        None, description="Where to run: cpu, cuda, cuda:1, mps; by default the best"
+        None, description="Where to run: cpu, cuda, cuda:1, mps; by default the best available"
     )
 
 
@@ -192,10 +199,10 @@ def parse(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
     Args:
         cls: ``FitSettings`` or ``RunConfig``.
         values: by field name.
-        where: said first in an error, such as the file's name.
+        where: prefix of error messages, such as the file's name.
 
     Raises:
-        UserError: an unknown name (naming the nearest) or an invalid value, in one line.
+        UserError: an unknown name (the message suggests the nearest) or an invalid value.
     """
     for name in values:
         if name not in cls.model_fields:

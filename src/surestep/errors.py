@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake, and the one warning; sentences for common mistakes."""
+"""The exception for user mistakes, the warning, and the messages for common mistakes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class UserError(ValueError):
 
 
 class SurestepWarning(UserWarning):
-    """What a user should know of a result or a run. The command line prints it as one line."""
+    """Something a user should know about a result or a run; the command line prints one line."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
@@ -37,15 +37,15 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
 
 
 def look_up(kind: str, name: str, table: Mapping[str, V]) -> V:
-    """Return what a table holds under a name.
+    """Return the entry of a table under a name.
 
     Args:
         kind: what is being named, in words ("method", "dataset").
         name: the name as the user wrote it.
-        table: what there is, by name.
+        table: the entries, by name.
 
     Raises:
-        UserError: there is nothing of that name; the nearest is named.
+        UserError: there is no entry of that name; the message suggests the nearest.
     """
     if name not in table:
         raise unknown_name(kind, name, table)
@@ -53,20 +53,20 @@ def look_up(kind: str, name: str, table: Mapping[str, V]) -> V:
 
 
 def need(module: str, what: str, install: str, *, called: str = "") -> Any:
-    """Import a module of a package that only some uses need, and return it.
+    """Import a module of an optional package, and return it.
 
     Args:
-        module: to import.
-        what: what needs it, as the sentence begins.
-        install: what pip is to install, such as "surestep[timm]".
-        called: the package's name, or several names, where the module's says too little.
+        module: the module to import.
+        what: what needs it; the error message begins with this.
+        install: what to install with pip, such as "surestep[timm]".
+        called: name of the package or packages, if the module's name is not clear enough.
 
     Raises:
         UserError: it cannot be imported.
     """
     try:
         with warnings.catch_warnings():
-            # Of what it imports itself, which nobody here can change.
+            # The package may import deprecated things, which cannot be changed here.
             warnings.simplefilter("ignore", DeprecationWarning)
             return importlib.import_module(module)
     except ImportError as e:

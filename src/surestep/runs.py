@@ -1,6 +1,6 @@
-"""Runs by name: from a configuration to a trained model, and from a run folder back.
+"""Runs: from a configuration to a trained model, and from a run folder back to the model.
 
-What the command line does, callable from Python.
+This is what the command line does, callable from Python.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from surestep.training import FitResult, fit
 from surestep.training.run_folder import RunFolder
 
 _MEANT = ("dataset", "norm")
-"""What a radius is meant for."""
+"""Settings that a radius is tied to."""
 _OF_HEAD = ("head_scale", "head_margin")
-"""What only a hypersphere head has."""
+"""Settings that only a hypersphere head has."""
 _ALIKE = {"cifar100": "cifar10"}
-"""Data sets that are trained with the presets of another, where a method has none of their own."""
+"""Data sets that use the presets of another one if a method has none for them."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Run:
         config: its settings.
         model: with the selected weights, in eval mode.
         threat: the threat model it was trained against.
-        folder: where it lies.
+        folder: the run folder.
     """
 
     config: RunConfig
@@ -56,34 +56,34 @@ class Run:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the model's outputs, as far as the weights tell."""
+        """The class names of the model's outputs; empty if the weights do not tell."""
         return files.read_signature(self.weights).classes
 
     @property
     def weights(self) -> Path:
-        """The file of the weights."""
+        """The weights file."""
         return RunFolder(self.folder).weights
 
 
 def resolve(
     values: Mapping[str, Any], preset: str | None = None, file: Mapping[str, Any] | None = None
 ) -> RunConfig:
-    """Complete a user's settings with a preset's, or those of a file.
+    """Complete a user's settings with those of a preset and of a file.
 
-    A preset brings data set, model, eps, the method's parameters and the training settings; those
-    of a file win over it, and what the user gives explicitly over both. At another eps than theirs,
-    step sizes and other lengths change in proportion. Without a preset's name, the one called as
-    the data set is taken if the method has it (for cifar100 else that of cifar10), or, where
-    another is for a radius nearer to the user's (cifar10-16), that one.
+    A preset sets the data set, model, eps, the method's parameters and the training settings;
+    settings from a file override it, and the user's own settings override both. If eps differs
+    from theirs, their step sizes and other lengths scale in proportion. Without a preset name, the
+    method's preset named after the data set is taken, if there is one (for cifar100, else that of
+    cifar10), or a variant such as cifar10-16 if its eps is nearer to the user's.
 
     Args:
-        values: by the names of ``RunConfig``'s fields.
+        values: the user's settings, by field name of ``RunConfig``.
         preset: name of one of the method's presets, or "none".
         file: settings read from a file, such as a run's ``config.yaml``.
 
     Raises:
-        UserError: an unknown name or an invalid value; no radius, where no preset has one for this
-            data set and norm; a scale or margin of a head that there is not.
+        UserError: an unknown name or an invalid value; no eps, if there is no default for this
+            data set and norm; a head scale or margin for a head that is not a hypersphere.
     """
     own, file = values, file or {}
     values = {**file, **own, "params": own.get("params") or {}}
@@ -93,7 +93,7 @@ def resolve(
     name = dataset.partition(":")[0]
     if preset is None:
         preset = usual_preset(method, dataset, values.get("eps")) or "none"
-    # The default radius is one of digits, in l-inf; other mistakes are told where they are found.
+    # The default eps is meant for MNIST in l-inf. Unknown data set names are reported later.
     elsewhere = preset == "none" and name != "mnist" and name in data.names()
     if "eps" not in values and (elsewhere or norm == "l2"):
         raise UserError(
@@ -110,7 +110,7 @@ def resolve(
     _check_head(config, own)
     if file:
         before = parse(RunConfig, {**below, **file, "params": file.get("params") or {}})
-        # Of a file without a radius it is not known what its lengths are for.
+        # If the file has no eps, the radius that its lengths are for is unknown: do not scale them.
         layers.append((before.params, before.eps if "eps" in file else config.eps))
     params: dict[str, Any] = {}
     for found, eps in layers:
@@ -121,7 +121,7 @@ def resolve(
 def _at_radius(
     params: Mapping[str, Any], lengths: Collection[str], scale: float
 ) -> Mapping[str, Any]:
-    """Return hyperparameters at a radius that is ``scale`` times the one they are for."""
+    """Return hyperparameters for a radius ``scale`` times as large: lengths scale with it."""
     if scale == 1:
         return params
     return {
@@ -131,27 +131,28 @@ def _at_radius(
 
 
 def _check_head(config: RunConfig, given: Mapping[str, Any]) -> None:
-    """Refuse a scale or margin that would be ignored; who spells out every default may do so.
+    """Refuse a head scale or margin that would be ignored, unless it merely spells out defaults.
 
     Raises:
-        UserError: there is one.
+        UserError: a scale or margin is given, but the head is not a hypersphere.
     """
     for name in _OF_HEAD if config.head != "hypersphere" else ():
         default = RunConfig.model_fields[name].default
         if name in given and ("head" not in given or getattr(config, name) != default):
             raise UserError(
-                f"{name} {given[name]} is of a hypersphere head, this one is {config.head}: give "
-                "--head hypersphere, or leave it out"
+                f"{name} {given[name]} applies only to a hypersphere head, but head is "
+                f"{config.head}: give --head hypersphere, or leave it out"
             )
 
 
 def usual_preset(method: str, dataset: str, eps: Any = None) -> str | None:
-    """Return the preset that a data set is trained with where none is named, if there is one.
+    """Return the preset that a data set uses if none is named, or None if there is none.
 
     Args:
-        method: its slug.
+        method: the method's slug.
         dataset: as for training.
-        eps: the radius, if one is given: weights of regularizers are for one.
+        eps: the radius, if given: among the data set's presets, the one for the nearest radius is
+            returned, since regularizer weights depend on it.
     """
     kind = dataset.partition(":")[0]
     known = methods.get(method).presets
@@ -164,12 +165,12 @@ def usual_preset(method: str, dataset: str, eps: Any = None) -> str | None:
 
 
 def from_anywhere(config: RunConfig, begun: Mapping[str, Any] | None = None) -> RunConfig:
-    """Return settings that name the same files from any folder.
+    """Return settings with absolute paths, which are valid in any working directory.
 
     Args:
         config: the settings.
-        begun: those that a run goes on with. Older runs wrote places as they were given; what is
-            still given as it was then stays.
+        begun: the stored settings of a run to resume, if any. Older runs stored paths as given; a
+            setting that equals the stored one is left unchanged.
     """
     kind, colon, place = config.dataset.partition(":")
     found: dict[str, Any] = {
@@ -193,7 +194,7 @@ def _absolute(path: str) -> str:
 
 
 def _place(kind: str, place: str) -> str:
-    """Return where data lie; those of the Hub have names, unless there is such a folder here."""
+    """Return the absolute location of data; keep a Hub name unless such a path exists here."""
     return place if kind == "hf" and not Path(place).exists() else _absolute(place)
 
 
@@ -203,10 +204,10 @@ def build_threat(config: RunConfig) -> ThreatModel:
 
 
 def build_method(config: RunConfig) -> Method:
-    """Build the method of a run; the models that it attacks are loaded when it is trained.
+    """Build the method of a run, without its source models, which ``train`` loads.
 
     Raises:
-        UserError: a hyperparameter is invalid, or the method attacks no other models.
+        UserError: a hyperparameter is invalid, or there are sources for a method that takes none.
     """
     margin = config.head_scale * config.head_margin if config.head == "hypersphere" else 0.0
     method = methods.build(config.method, build_threat(config), config.params, margin=margin)
@@ -227,19 +228,19 @@ def build_model(config: RunConfig, images: Images, *, begin: bool = False) -> nn
     """Build a run's model for its data, with the random weights of its seed.
 
     Args:
-        config: of the run.
-        images: of its data set.
-        begin: take the weights that the run begins with, if it names any.
+        config: the run's settings.
+        images: images of its data set.
+        begin: load the initial weights that the settings name, if any.
     """
     pretrained = begin and config.weights == "pretrained"
     torch.manual_seed(config.seed)
     shape = images.image_shape
     if len(shape) != 3:
         raise UserError(
-            f"{images.name} has samples of shape {shape}, the models of the command line take "
+            f"{images.name} has samples of shape {shape}, but the command line's models take "
             "images (C, H, W): use surestep.fit with your own model"
         )
-    # Mean 0 and deviation 1 are no normalisation; None takes the architecture's own.
+    # Mean 0 and std 1 turn normalisation off; None selects the architecture's own.
     mean, std = (None, None) if config.normalize else ((0.0,) * shape[0], (1.0,) * shape[0])
     model = models.create(
         config.model,
@@ -273,29 +274,29 @@ def harden(
     overwrite: bool = False,
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Harden a run by MeanSparse and write the result as a run folder of its own.
+    """Harden a run with MeanSparse and write the result to a new run folder.
 
     Args:
-        folder: of the trained run.
-        out: of the hardened one.
-        thresholds: to try on validation images; see ``surestep.posthoc.harden``.
-        attacks: names, of the search and of the judgement on test images; by default
-            ``posthoc.ATTACKS`` and ``posthoc.JUDGES``. Transfer attacks are made on the run as it
-            was.
-        n_search: only the first so many validation images.
-        n: only the first so many test images.
-        seed: of the attacks.
-        batch_size: of the attacks.
-        device: where to run; by default the best there is.
-        overwrite: replace ``out``.
+        folder: folder of the trained run.
+        out: folder of the hardened run.
+        thresholds: thresholds to try on validation images; see ``surestep.posthoc.harden``.
+        attacks: names of the attacks, both for the search and for the evaluation on test images;
+            by default ``posthoc.ATTACKS`` and ``posthoc.JUDGES``. Transfer attacks are crafted on
+            the original model.
+        n_search: use only the first ``n_search`` validation images.
+        n: use only the first ``n`` test images.
+        seed: seed of the attacks.
+        batch_size: batch size of the attacks.
+        device: where to run; by default the best available.
+        overwrite: replace ``out`` if it exists.
         progress: called with each row of the search.
 
     Returns:
-        The threshold, the rows of its search, accuracies on test images before and after, and how
-        many of these images were saved and lost: a gain of few is noise.
+        The threshold, the rows of its search, the evaluations on test images before and after, and
+        how many of these images were saved and lost: a net gain of only a few is noise.
 
     Raises:
-        UserError: no run folder, one that is hardened already, or ``out`` exists.
+        UserError: ``folder`` is not a run folder or is hardened already, or ``out`` exists.
     """
     run = load(folder, device)
     if run.config.mean_sparse is not None:
@@ -304,7 +305,7 @@ def harden(
         raise UserError(f"{out} is the run itself, which is kept: give another --out")
     place = RunFolder.plan(out, overwrite=overwrite)
     assert place is not None
-    files.make_folder(place.folder.parent)  # before the work rather than after it
+    files.make_folder(place.folder.parent)  # fails before the work rather than after it
     options: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
     found = posthoc.harden(
         run.model,
@@ -329,7 +330,7 @@ def harden(
     place.make(config.model_dump(mode="json"), overwrite=overwrite)
     try:
         files.save_weights(place.weights, found.model, files.read_signature(run.weights))
-    except BaseException:  # a full disk: settings alone would be no run
+    except BaseException:  # such as a full disk: settings alone are not a run
         shutil.rmtree(place.folder, ignore_errors=True)
         raise
     return {
@@ -351,12 +352,12 @@ def train(
     quiet: bool = False,
     tell: Callable[[], None] | None = None,
 ) -> FitResult:
-    """Train a run as configured; see ``surestep.fit``. ``tell`` is called before it begins."""
+    """Train a run as configured; see ``surestep.fit``. ``tell`` is called just before training."""
     if config.mean_sparse is not None:
-        what = f"{out} was" if resume else f"mean_sparse {config.mean_sparse:g} is of a run"
+        what = f"{out} was" if resume else f"mean_sparse {config.mean_sparse:g} belongs to a run"
         then = "resume" if resume else "take the config.yaml of"
         raise UserError(f"{what} hardened after training: {then} the run it was made from")
-    # What can be told at once, before a data set is read.
+    # Report what can be checked at once, before a data set is read.
     run = RunFolder.plan(out, resume=resume, overwrite=overwrite)
     method = build_method(config)
     if config.val_images:
@@ -368,8 +369,8 @@ def train(
         classes = count_classes(source, images.pixels(slice(0, 1)).to(device_of(source)))
         if classes != images.num_classes:
             raise UserError(
-                f"the source {folder} has {classes} classes, {images.name} {images.num_classes}: "
-                "give runs of the same data"
+                f"the source {folder} has {classes} classes, but {images.name} has "
+                f"{images.num_classes}: give runs of the same data"
             )
     if sources:
         method.sources = sources  # type: ignore[attr-defined]
@@ -399,8 +400,8 @@ def read_config(folder: str | Path) -> RunConfig:
     """Read the configuration of a run folder.
 
     Raises:
-        UserError: the folder is not a run folder, or was written by ``surestep.fit`` with a model
-            or data of the user's own.
+        UserError: the folder is not a run folder, or was written by ``surestep.fit`` with the
+            user's own model or data.
     """
     run = RunFolder(Path(folder))
     if not run.config.is_file():
@@ -417,11 +418,11 @@ def read_config(folder: str | Path) -> RunConfig:
 
 
 def load(folder: str | Path, device: str | None = None) -> Run:
-    """Load a run folder; ``surestep.load``. Its data are not needed.
+    """Load a run folder (``surestep.load``), without its data if the weights name the classes.
 
     Args:
         folder: as written by ``surestep train``.
-        device: for the model; by default the best there is.
+        device: for the model; by default the best available.
 
     Raises:
         UserError: it is not a run folder, or its weights are missing or damaged.
@@ -435,7 +436,7 @@ def load(folder: str | Path, device: str | None = None) -> Run:
     if signature.classes:
         one = torch.zeros(1, *signature.shape)
         images = Images(one, torch.zeros(1, dtype=torch.int64), signature.classes, config.dataset)
-    else:  # weights that another program wrote there
+    else:  # weights that another program wrote
         images = load_data(config, "test")
     model = build_model(config, images)
     files.load_weights(weights, model)

@@ -1,7 +1,7 @@
-"""The start of a new method: a file, a card and a test that pass as they are.
+"""The scaffold of a new method: a module, a card and tests, which pass as they are.
 
-In a checkout of surestep they go to their rooms; elsewhere they make a plug-in package, which
-surestep finds by its entry point once it is installed.
+In a checkout of surestep they go where the others are; elsewhere they form a plug-in package,
+which surestep finds by its entry point once it is installed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from surestep.methods import Cost, Method, Update, recipe_of, register
 @register("{slug}")
 @dataclass
 class {name}(Method):
-    """{title}: FGSM at first, and lam times the squared logits; put your mathematics here."""
+    """{title}: FGSM plus lam times the squared logits; replace it with your method."""
 
     summary = "what a step does, in a line"
     paper = "Authors YEAR, arXiv NNNN.NNNNN"
@@ -44,7 +44,7 @@ class {name}(Method):
     lam: float = 0.001
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
-        """Attack, and say what is minimised at which images."""
+        """Attack, and return the images to train on and the loss to minimise."""
         with attacking(model) as inner:
             grad, _, _ = input_gradient(inner, x, y)
             x_adv = self.threat.ascend(x, grad, self.threat.eps, x)
@@ -57,7 +57,7 @@ class {name}(Method):
         return Update(x_adv, loss)
 
     def cost(self, batch_size: int) -> Cost:
-        """One gradient, one update."""
+        """One input gradient and one update."""
         return Cost.of(attack=1, update=1)
 '''
 _CARD = """# {title}: what it changes, in a line
@@ -90,13 +90,13 @@ loss  = mean CE(f(x_adv), y) + lam * mean_i sum_c f_c(x_adv)^2
 ```
 
 - `terms`: `ce`, `penalty`. Cost: 2 forward, 2 input gradients, 1 weight gradient per image.
-- Deviations from the authors' code, and known failure modes: say them here.
+- State deviations from the authors' code and known failure modes here.
 
 ## Attribution
 
 Authors, "Title", venue YEAR, arXiv NNNN.NNNNN.
 """
-_FAMILY = '''"""{title}, against its recipe written again."""
+_FAMILY = '''"""{title}, compared with a second implementation."""
 
 from families.maths import EPS, box, mean_ce, signs
 
@@ -118,7 +118,7 @@ BY_HAND = [("{slug}", {{}}, 2, 2, 1)]
 REFUSED = [("{slug}", {{"lam": -1.0}}, ("{slug}", "lam", "-1.0", ">= 0"))]
 DETERMINISTIC = ("{slug}",)
 '''
-_TEST = '''"""{title}, against its recipe written again."""
+_TEST = '''"""{title}, compared with a second implementation."""
 
 import surestep
 import torch
@@ -167,24 +167,25 @@ dependencies = ["surestep"]
 
 
 def method(slug: str, where: str | Path = ".") -> list[Path]:
-    """Write the start of a method and return the files.
+    """Write the scaffold of a method and return its files.
 
     Args:
-        slug: of the method: lower-case letters, digits and single hyphens.
+        slug: name of the method: lower-case letters, digits and single hyphens.
         where: a checkout of surestep, or the folder in which to make a plug-in package.
 
     Raises:
-        UserError: the slug is invalid or taken, or a file exists already; nothing is written then.
+        UserError: the slug is invalid or taken, or a file exists already (then nothing is written),
+            or a file cannot be written.
     """
     from surestep import methods
 
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", slug):
-        raise UserError(f"{slug!r} is not a name for a method: write it like sat-r1 or my-method")
+        raise UserError(f"{slug!r} is not a method name: write one like sat-r1 or my-method")
     if slug in methods.names():
-        raise UserError(f"there is a method {slug!r} already: choose another name")
+        raise UserError(f"method {slug!r} already exists: choose another name")
     module = slug.replace("-", "_")
     if keyword.iskeyword(module):
-        raise UserError(f"{slug!r} is a word of Python's: choose another name")
+        raise UserError(f"{slug!r} is a Python keyword: choose another name")
     words = {
         "slug": slug,
         "title": slug.upper() if len(slug) <= 4 else slug.replace("-", " ").capitalize(),

@@ -1,8 +1,8 @@
-"""Anyone's model, by what it is called on the command line.
+"""Models from any source, by their names on the command line.
 
-Weights are safetensors, or a ``state_dict`` read by torch's ``weights_only``. A Python file that
-makes a model, a TorchScript or an exported program, and what timm and the Hub load by name are
-code, and may do whatever code may: the user names them as such.
+Weights are safetensors, or a ``state_dict`` read with torch's ``weights_only``. Python files that
+make a model, TorchScript and exported programs, and models that timm and the Hub load by name are
+code, and may do anything that code may: the user must name them as such.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Target:
-    """A model to be judged, and on what.
+    """A model to be judged, with its test images and threat model.
 
     Attributes:
         name: as the user gave it.
         model: on its device, in eval mode.
-        images: the test images.
+        images: the images to judge it on.
         threat: norm, radius and data range.
-        preprocess: what the model needs done to the pixels first, if it was declared.
-        run: the run folder, if it is one.
-        note: what is worth saying before it is judged.
-        judged_on: ``dataset`` and ``split`` of the images, for results.
+        preprocess: what to apply to the pixels before the model, if the user declared it.
+        run: the run folder, if the model is one.
+        note: remarks to show before the model is judged; may be empty.
+        judged_on: ``dataset`` and ``split`` of the images, to be recorded in results.
     """
 
     name: str
@@ -73,27 +73,28 @@ def open_target(
     split: str = "test",
     n: int | None = None,
 ) -> Target:
-    """Load a model by its name, its images and its threat model.
+    """Load a model by name, together with its images and its threat model.
 
     Args:
         name: a run folder, ``FILE.py:FACTORY``, an architecture (one of ``models.names()`` or
             ``timm:NAME``), a TorchScript or torch.export program, or ``hf:NAME``.
         weights: a .safetensors file or a saved state_dict, for FILE.py:FACTORY and an architecture;
-            of ``timm:NAME`` the pretrained ones by default.
+            for ``timm:NAME``, the pretrained ones by default.
         dataset: as for training; by default the run's own.
-        place: where the data set lies.
-        image_size: side to cut and resize images of a folder or of the Hub to.
+        place: the location of the data set.
+        image_size: side in pixels to which images of a folder or of the Hub are cropped and
+            resized.
         norm: "linf" or "l2"; by default the run's, or "linf".
         eps: the radius; by default the run's.
-        mean: per channel, if the model wants normalised images; with ``std``.
-        std: per channel.
-        device: by default the best there is.
+        mean: per-channel mean, if the model expects normalised images; requires ``std``.
+        std: per-channel standard deviation.
+        device: by default the best available.
         split: "test" or "validation".
         n: load only n images, those that ``surestep.evaluate`` would judge.
 
     Raises:
-        UserError: it is none of these, files are missing or do not fit, or the data set or the
-            radius is not known.
+        UserError: the name is none of these, files are missing or do not fit, or the data set or
+            the radius is unknown.
     """
     if (mean is None) != (std is None):
         raise UserError("mean and std go together: give both or neither")
@@ -104,7 +105,7 @@ def open_target(
         raise UserError(f"{name} normalises its images itself: leave mean and std out")
     target, of_run = pick_device(device), folder.is_dir()
     preprocess = None
-    if statistics and not _is_architecture(name):  # which is made with the one it is to have
+    if statistics and not _is_architecture(name):  # those are built with it inside
         preprocess = models.Normalize(*statistics).to(target)
     asked = {"dataset": dataset, "data": place, "image_size": image_size, "norm": norm, "eps": eps}
     config = _as_run(name, weights, asked) if of_run else _as_asked(name, weights, asked)
@@ -119,7 +120,7 @@ def open_target(
         numbered = _as_numbered(name, classes or _names_of(model), images)
     notes = [_outputs(name, model, numbered)]
     if numbered is not images:
-        notes.append(f"the data's classes are numbered as those of {name}, by their names")
+        notes.append(f"the labels are renumbered to the class order of {name}, by class name")
     return Target(
         name,
         _eval(model.to(target)),
@@ -133,18 +134,18 @@ def open_target(
 
 
 def _as_run(name: str, weights: str | None, asked: dict[str, Any]) -> RunConfig:
-    """Return a run's settings with what was asked for in place of its own."""
+    """Return a run's settings, with those that were asked for in place of its own."""
     if weights is not None:
         raise UserError(f"{name} is a run folder and has its own weights: leave --weights out")
     config = runs.read_config(Path(name))
     norm, dataset = asked["norm"], asked["dataset"]
     if norm not in (None, config.norm) and asked["eps"] is None:
         raise UserError(
-            f"{name} has a radius of {config.eps:g} in {config.norm}, which says nothing in "
-            f"{norm}: give --eps with --norm {norm}"
+            f"{name} has eps {config.eps:g} in {config.norm}, which says nothing about {norm}: "
+            f"give --eps with --norm {norm}"
         )
     changes = {k: v for k, v in asked.items() if v is not None}
-    if dataset not in (None, config.dataset):  # where the run's own lay says nothing about it
+    if dataset not in (None, config.dataset):  # the location of the run's own does not apply to it
         sized = {} if data.resizes(dataset) else {"image_size": None}
         changes = {"data": None, **sized, **changes}
     return parse(RunConfig, {**config.model_dump(), **changes})
@@ -154,22 +155,22 @@ def _as_asked(name: str, weights: str | None, asked: dict[str, Any]) -> RunConfi
     """Return the settings of a model that has none of its own."""
     _check_kind(name, weights)
     if weights is not None and not Path(weights).is_file():
-        raise UserError(f"{weights} is not there")
+        raise UserError(f"{weights} does not exist: give another --weights FILE")
     missing = " and ".join(f"--{key}" for key in ("dataset", "eps") if asked[key] is None)
     if missing:
-        raise UserError(f"{name} is not a run folder, so its data and radius are needed: {missing}")
+        raise UserError(f"{name} is not a run folder, so give its data and radius: {missing}")
     return parse(RunConfig, {**asked, "norm": asked["norm"] or "linf"})
 
 
 def open_source(name: str, target: Target) -> nn.Module:
-    """Load another model for a target's images, to make points on, onto the target's device.
+    """Load another model, to craft a transfer attack on, onto the target's device.
 
     Args:
-        name: as of ``open_target``, of what has weights of its own.
-        target: whose images and device.
+        name: as for ``open_target``, of a model that has weights of its own.
+        target: the target, for its images and device.
 
     Raises:
-        UserError: it is not a model, or numbers the classes otherwise than the target.
+        UserError: there is no such model, or it numbers the classes differently from the target.
     """
     device = device_of(target.model)
     if Path(name).is_dir():
@@ -181,7 +182,7 @@ def open_source(name: str, target: Target) -> nn.Module:
         classes = _names_of(model)
     if _as_numbered(name, classes, target.images) is not target.images:
         raise UserError(
-            f"the source {name} has another order of classes: use one with the target's"
+            f"the source {name} has another class order than the target: use one with the same"
         )
     return model
 
@@ -191,21 +192,21 @@ def _has_header(file: Path) -> bool:
 
 
 def _body(model: nn.Module) -> nn.Module:
-    """Return a pretrained model without the normalisation before it."""
+    """Return a pretrained model without the normalisation in front of it."""
     return model[-1] if isinstance(model, nn.Sequential) and len(model) else model
 
 
 def _names_of(model: nn.Module) -> tuple[str, ...]:
-    """Return what a model of the Hub calls its classes; nothing of others."""
+    """Return the class names of a model from the Hub; empty for other models."""
     named = getattr(getattr(_body(model), "config", None), "id2label", None) or {}
     return tuple(str(named[k]) for k in sorted(named))
 
 
 def _as_numbered(name: str, theirs: Sequence[str], images: Images) -> Images:
-    """Return the images with labels as the model numbers its classes, where both have names.
+    """Return the images with labels in the model's class order, if the class names tell it.
 
     Raises:
-        UserError: the model has some of the data's classes, and others not.
+        UserError: the model knows only some of the data's classes.
     """
     ours = images.classes
     known = set(theirs) & set(ours)
@@ -214,15 +215,15 @@ def _as_numbered(name: str, theirs: Sequence[str], images: Images) -> Images:
         return images
     unknown = [one for one in ours if one not in known]
     numbers = any(tuple(names) == number_names(len(names)) for names in (ours, theirs))
-    # One or another may be called otherwise, where those that are not stand where they stand.
+    # Some names may differ, if all shared names have the same positions in both.
     alike = len(ours) == len(theirs) and all(ours.index(k) == theirs.index(k) for k in known)
     if unknown and (numbers or alike):
         return images
     if unknown:
         raise UserError(
-            f"{name} does not know the class {unknown[0]!r} of the data, while it knows "
-            f"{len(known)} of {len(ours)}: name the data's classes as the model's, or leave out "
-            "what it was not trained on"
+            f"{name} does not know the class {unknown[0]!r} of the data, but it knows "
+            f"{len(known)} of {len(ours)}: rename the data's classes as the model names them, or "
+            "leave out those that it was not trained on"
         )
     number = torch.tensor([theirs.index(one) for one in ours])
     labels = torch.where(images.y < 0, images.y, number[images.y])
@@ -230,31 +231,31 @@ def _as_numbered(name: str, theirs: Sequence[str], images: Images) -> Images:
 
 
 def _outputs(name: str, model: nn.Module, images: Images) -> str:
-    """Say that a pretrained model has another number of classes than the data."""
+    """Return a note if a pretrained model has another number of classes than the data."""
     known = getattr(_body(model), "num_classes", None)
     outputs = len(_names_of(model)) or (known if isinstance(known, int) else 0)
     if not outputs or outputs == images.num_classes:
         return ""
     return (
         f"{name} has {outputs} classes, the data {images.num_classes}: label k of the data is "
-        "taken for output k of the model"
+        "taken to be output k of the model"
     )
 
 
 def _check_kind(name: str, weights: str | None) -> None:
-    """Refuse what is not a model, before asking what else is missing."""
+    """Refuse a name that is not a model's, before asking for other options that are missing."""
     program = Path(name).suffix in (".pt", ".pth", ".ts", ".pt2")
     if name.endswith(".py"):
         raise UserError(f"{name} names no factory: write {name}:make_model")
     if name in models.names() and weights is None:
-        raise UserError(f"{name} is an architecture, which has no weights: give --weights FILE")
+        raise UserError(f"{name} is an architecture without weights: give --weights FILE")
     known = name.startswith("hf:") or _is_architecture(name) or models.in_file(name)
     if not (known or program):
         raise UserError(
-            f"{name} is not a run folder: it has no config.yaml, and no model: give {KINDS}"
+            f"{name} is not a run folder: it has no config.yaml, nor is it a model: give {KINDS}"
         )
     if program and not Path(name).is_file():
-        raise UserError(f"{name} is not there")
+        raise UserError(f"{name} does not exist: give a TorchScript or torch.export program")
 
 
 def _of_timm(name: str) -> bool:
@@ -266,11 +267,11 @@ def _is_architecture(name: str) -> bool:
 
 
 def _eval(model: nn.Module) -> nn.Module:
-    """Put a model into eval mode, and the weights of one that was trained in half into float32."""
+    """Put a model into eval mode, and into float32 if any of its weights is in half precision."""
     halves = (torch.float16, torch.bfloat16)
     if any(p.dtype in halves for p in model.parameters()):
         model = model.float()
-    # An exported program refuses eval(); it is what it was exported as.
+    # An exported program refuses eval(); it stays in the mode it was exported in.
     for module in model.modules():
         module.training = False
     return model
@@ -283,7 +284,7 @@ def _load(
     classes: Sequence[str] = (),
     statistics: Statistics | None = None,
 ) -> nn.Module:
-    """Load what is not a run folder; an architecture for ``classes``, or else the data's."""
+    """Load a model that is no run folder; an architecture gets ``classes``, or else the data's."""
     if _is_architecture(name) and weights is not None:
         return _architecture(name, Path(weights), images, len(classes), statistics)
     if models.in_file(name):
@@ -325,14 +326,14 @@ def _program(path: Path) -> nn.Module:
         if path.suffix == ".pt2":
             return torch.export.load(path).module()
         with warnings.catch_warnings():
-            # Deprecated, and still what people have.
+            # TorchScript is deprecated but still in use.
             warnings.simplefilter("ignore", DeprecationWarning)
             return torch.jit.load(path, map_location="cpu")
     except Exception as e:
         kind = "torch.export" if path.suffix == ".pt2" else "TorchScript"
         raise UserError(
-            f"{path} is not a {kind} program: of weights alone, name the code that makes the model "
-            f"as FILE.py:FACTORY with --weights {path}"
+            f"{path} is not a {kind} program: if it holds weights only, give the code that makes "
+            f"the model as FILE.py:FACTORY with --weights {path}"
         ) from e
 
 
@@ -355,8 +356,8 @@ def _hugging_face(name: str) -> nn.Module:
         raise UserError(f"transformers cannot load {name!r}: {' '.join(str(e).split())}") from e
     if not _takes_plain_pixels(processor):
         raise UserError(
-            f"hf:{name} wants its pixels in another order or scale than RGB in [0, 1]: write a "
-            "FILE.py:FACTORY that puts this into the model"
+            f"hf:{name} expects pixels in another order or scale than RGB in [0, 1]: write a "
+            "FILE.py:FACTORY that converts them inside the model"
         )
     statistics = _statistics(processor)
     found: nn.Module = model
@@ -364,8 +365,8 @@ def _hugging_face(name: str) -> nn.Module:
 
 
 def _statistics(processor: Any) -> Statistics | None:
-    """Return what a processor normalises by, None if it does not."""
-    # The wrapper of timm's has no switch, and its numbers are in timm's own words only.
+    """Return the mean and std that a processor normalises with, None if it does not."""
+    # The wrapper for timm has no do_normalize, and keeps its statistics in timm's own config.
     if of_timm := getattr(processor, "data_config", None):
         return of_timm["mean"], of_timm["std"]
     mean: Any = getattr(processor, "image_mean", None)
@@ -375,7 +376,7 @@ def _statistics(processor: Any) -> Statistics | None:
 
 
 def _takes_plain_pixels(processor: Any) -> bool:
-    """Tell whether a processor brings RGB to [0, 1], and then at most normalises it once."""
+    """Tell whether a processor scales RGB to [0, 1] and then normalises it at most once."""
     scale = getattr(processor, "rescale_factor", None)
     others = ("do_flip_channel_order", "do_color_quantize", "rescale_offset", "include_top")
     return (

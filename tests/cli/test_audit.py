@@ -189,13 +189,13 @@ def test_a_file_with_dataclasses(done, weights, on):
         ("{0}/net.py:exits", (), "net.py:exits fails: SystemExit"),
         ("{0}/net.py:number", (), "returned a int, expected a torch.nn.Module"),
         ("{0}/net.py", (), "names no factory"),
-        ("{0}/missing.py:make", (), "is not there"),
-        ("{0}/missing.pt", (), "is not there"),
-        ("{0}/plain.pt", (), "is not a TorchScript program: of weights alone"),
-        ("{0}/nothing", (), "and no model: give a run folder"),
-        ("lenet+", (), "lenet+ is an architecture, which has no weights: give --weights FILE"),
+        ("{0}/missing.py:make", (), "missing.py does not exist"),
+        ("{0}/missing.pt", (), "missing.pt does not exist"),
+        ("{0}/plain.pt", (), "is not a TorchScript program: if it holds weights only"),
+        ("{0}/nothing", (), "nor is it a model: give a run folder"),
+        ("lenet+", (), "lenet+ is an architecture without weights: give --weights FILE"),
         ("lenet+", ("--weights", "{0}/plain.pt"), "plain.pt does not fit the model"),
-        ("{0}/net.py:make", ("--weights", "{0}/missing.pt"), "is not there"),
+        ("{0}/net.py:make", ("--weights", "{0}/missing.pt"), "missing.pt does not exist"),
         ("{0}/net.py:make", ("--weights", "{0}/pickled.pt"), "could run code"),
         ("{0}/net.py:make", ("--weights", "{0}/torn.pt"), "cannot be read as weights"),
         ("{0}/net.py:make", ("--weights", "{0}/page.pt"), "is not a file of weights"),
@@ -277,7 +277,7 @@ def test_labels_are_numbered_by_the_names_of_the_classes(theirs, ours, labels):
 
 def test_a_class_that_the_model_was_not_trained_on():
     images = Images(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]), classes=("cat", "emu"))
-    said = "hf:pets does not know the class 'emu' of the data, while it knows 1 of 2: name the"
+    said = "hf:pets does not know the class 'emu' of the data, but it knows 1 of 2: rename the"
     with pytest.raises(UserError, match=said):
         targets._as_numbered("hf:pets", ("dog", "cat"), images)
 
@@ -302,9 +302,9 @@ def test_a_folder_with_some_of_the_classes_that_a_run_was_trained_on(cli, tmp_pa
         return json.loads(result.out), result.err
 
     whole, said = judged()
-    assert "are numbered as those of" not in said
+    assert "renumbered to the class order of" not in said
     some, said = judged("--data", tmp_path / "some")
-    assert "the data's classes are numbered as those of" in " ".join(said.split())
+    assert "the labels are renumbered to the class order of" in " ".join(said.split())
     assert whole["clean_accuracy"] == some["clean_accuracy"] == 1
     assert [row["label"] for row in some["per_class"]] == [1, 2]
 

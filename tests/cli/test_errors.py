@@ -81,7 +81,7 @@ class TestTraining:
             (["--param", "lam=1/0"], ["lam '1/0'"]),
             (["--param", "lam=[1"], ["params.lam '[1'", "number"]),
             (["--param", "lam=2024-13-01"], ["params.lam '2024-13-01'", "a number"]),
-            (["--data", "~nosuchuser/x.npz"], ["~nosuchuser/x.npz", "not there"]),
+            (["--data", "~nosuchuser/x.npz"], ["~nosuchuser/x.npz", "cannot resolve"]),
             (["--param", "lam=abc"], ["lam 'abc'", "number"]),
             (["--eps", "-1"], ["eps '-1'", "greater than or equal to 0"]),
             (["--eps", "2"], ["eps 2", "(0.0, 1.0)", "8/255"]),
@@ -106,7 +106,7 @@ class TestTraining:
             (["--val-attacks", "fgms"], ["'fgms'", ATTACKS]),
             (["--val-attacks", ""], ["attack"]),
             (["--device", "nonsense"], ["device 'nonsense'", "cpu, cuda"]),
-            (["--dataset", "npz:other.npz"], ["'npz:other.npz'", "both give the place"]),
+            (["--dataset", "npz:other.npz"], ["'npz:other.npz'", "both give the location"]),
         ],
     )
     def test_a_wrong_value(self, refuse, args, said):

@@ -148,7 +148,7 @@ def test_sources_of_any_kind(done, refused, finished, tmp_path):
     classes = (signature.classes[1], signature.classes[0], *signature.classes[2:])
     files.save_weights(swapped / "model.safetensors", net, signature._replace(classes=classes))
     refusal = refused("evaluate", finished, "--attacks", "transfer", "--source", swapped)
-    assert "has another order of classes" in refusal
+    assert "has another class order than the target" in refusal
     refusal = refused("evaluate", finished, "--attacks", "transfer", "--source", tmp_path / "none")
     assert "is not a run folder" in refusal
 

@@ -120,7 +120,7 @@ class TestHarden:
         assert "mean_sparse" in found["rows"][1]["method"]
         assert "hardened after training" in refused("train", "--resume", out)
         again = ("train", "--config", out / "config.yaml", "--out", tmp_path / "again")
-        said = "of a run hardened after training: take the config.yaml of the run it was made from"
+        said = "to a run hardened after training: take the config.yaml of the run it was made from"
         assert said in refused(*again)
         assert tools.contents(out) == before
 

@@ -330,6 +330,6 @@ def test_a_model_of_ones_own(done, refused, digits, tmp_path, monkeypatch):
     other = (*train[:-1], tmp_path / "other", "--model")
     assert "labels from 0 to 9, but the model has 3" in refused(*other, f"{tmp_path}/net.py:few")
     assert "has no 'none': it has make, few" in refused(*other, f"{tmp_path}/net.py:none")
-    assert "no.py is not there" in refused(*other, f"{tmp_path}/no.py:make")
+    assert "no.py does not exist" in refused(*other, f"{tmp_path}/no.py:make")
     assert "unknown model 'lenet'" in refused(*other, "lenet")
     assert not (tmp_path / "other").exists()

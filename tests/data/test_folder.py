@@ -249,7 +249,7 @@ def test_the_first_that_is_damaged_is_named():
 def test_splits_without_classes_are_no_classes(tmp_path):
     for name in ("train", "test"):
         paint(tmp_path / name / "one.png", 5)
-    with pytest.raises(UserError, match="holds test, train, which hold no folders of classes"):
+    with pytest.raises(UserError, match="holds test, train, which hold no class folders: arrange"):
         data.load("folder:" + str(tmp_path), "train")
 
 

@@ -60,7 +60,8 @@ def test_two_layers_that_may_make_the_logits():
     model = nn.ModuleDict({"body": nn.Linear(9, 4), "head": nn.Linear(4, 3)})
     models.on_hypersphere(model)
     model["head_dist"] = nn.Linear(4, 3)
-    with pytest.raises(UserError, match="of one shape, head, head_dist: which make the logits"):
+    said = "several linear layers of one shape, head, head_dist, and which of them make the logits"
+    with pytest.raises(UserError, match=said):
         models.on_hypersphere(model)
 
 

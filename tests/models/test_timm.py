@@ -90,7 +90,8 @@ def test_pretrained_weights():
     assert not create("timm:net").body.pretrained
     with pytest.raises(UserError, match=r"timm cannot load the weights of 'timm:vit': no network"):
         create("timm:vit", pretrained=True)
-    with pytest.raises(UserError, match=r"timm's, of timm:NAME: for lenet\+ name a file"):
+    said = r"lenet\+ has no pretrained weights, only timm:NAME has: give a file"
+    with pytest.raises(UserError, match=said):
         create("lenet+", pretrained=True)
 
 

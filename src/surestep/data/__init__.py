@@ -37,7 +37,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class _Source:
-    """A named data set: its one line, and what its loader (the module of ``file``) takes."""
+    """A named data set: its one-line description, and how to call its loader in module ``file``."""
 
     about: str
     file: str
@@ -63,18 +63,18 @@ _SOURCES = {
     "folder": _Source(
         "folder:PATH, image files in [SPLIT/]CLASS/ folders",
         "folder",
-        needs_place="the folder",
+        needs_place="a folder",
         takes=("image_size", "n"),
     ),
     "npz": _Source(
         "npz:FILE, NumPy arrays x_train, y_train, x_test, y_test or x, y",
         "npz",
-        needs_place="the .npz file",
+        needs_place="an .npz file",
     ),
     "hf": _Source(
-        "hf:NAME, an image data set of the Hugging Face Hub",
+        "hf:NAME, an image data set from the Hugging Face Hub",
         "hf",
-        needs_place="the name of the data set",
+        needs_place="the name of a data set",
         takes=("image_size", "n"),
     ),
 }
@@ -86,7 +86,7 @@ def names() -> list[str]:
 
 
 def describe(name: str) -> str:
-    """Say in one line what the data set ``name`` is.
+    """Return a one-line description of the data set ``name``.
 
     Raises:
         UserError: if the name is unknown.
@@ -95,7 +95,7 @@ def describe(name: str) -> str:
 
 
 def resizes(name: str) -> bool:
-    """Tell whether images of the data set ``name`` ("folder:PATH") can be cut and resized.
+    """Tell whether images of the data set ``name`` ("folder:PATH") can be cropped and resized.
 
     Raises:
         UserError: if the name is unknown.
@@ -117,15 +117,16 @@ def load(
     The test files are never opened for the train or validation split.
 
     Args:
-        name: one of `names`. The place of the data may follow a colon: ``folder:PATH``,
+        name: one of `names`. The location of the data may follow after a colon: ``folder:PATH``,
             ``npz:FILE``, ``hf:NAME``, ``mnist:PATH``, ``cifar10:PATH``.
         split: "train", "validation" or "test".
-        root: the place of the data, if the name does not give it. By default MNIST is read from
-            the package, and CIFAR from ``$SURESTEP_DATA`` or ``~/.cache/surestep``.
+        root: the location of the data, if the name does not give it. By default MNIST is read
+            from the package, and CIFAR from ``$SURESTEP_DATA`` or ``~/.cache/surestep``.
         download: download CIFAR if its files are not there.
-        image_size: side in pixels to which images of a folder or of the Hub are cut and resized.
-        n: only n images, see ``Images.first``; of a folder, and of colour images of the Hub, no
-            others are decoded.
+        image_size: side in pixels to which images of a folder or of the Hub are cropped and
+            resized.
+        n: load only n images, see ``Images.first``. For a folder, and for colour images of the
+            Hub, no other images are decoded.
 
     Returns:
         Images on the CPU, x uint8 (N, C, H, W) (an .npz file may hold float32 or features).
@@ -138,20 +139,20 @@ def load(
     kind, colon, place = name.partition(":")
     source = _source(kind)
     if colon and not place:
-        raise UserError(f"{name!r} ends at the colon: give {source.needs_place or 'the folder'}")
+        raise UserError(f"{name!r} ends at the colon: add {source.needs_place or 'a folder'}")
     if place and root is not None:
-        raise UserError(f"{name!r} and root {str(root)!r} both give the place: give one of them")
+        raise UserError(f"{name!r} and root {str(root)!r} both give the location: give only one")
     where = place or root
     if where is not None and kind != "hf":
         try:
             where = Path(where).expanduser()
         except RuntimeError as e:  # no such user
-            raise UserError(f"the place {str(where)!r} is not there: {e}") from e
+            raise UserError(f"cannot resolve the location {str(where)!r}: {e}") from e
     if source.needs_place and where is None:
         raise UserError(f"{kind!r} needs {source.needs_place}: write {source.about.split(',')[0]}")
     if image_size is not None:
         if "image_size" not in source.takes:
-            raise UserError(f"image_size {image_size}: {kind} has one fixed size; leave it out")
+            raise UserError(f"image_size {image_size}: {kind} has a fixed size; leave it out")
         if image_size < 1:
             raise UserError(f"image_size {image_size}: give 1 or more pixels")
     if n is not None and n < 1:
@@ -168,6 +169,6 @@ def _source(name: str) -> _Source:
 
 
 def _loader(source: _Source) -> Callable[..., Images]:
-    # Imported by name at the first use: the room stays light, and a loader costs nothing until
-    # somebody asks for its data.
+    # Imported by name on first use: the package stays light, and a loader costs nothing until
+    # its data are requested.
     return import_module(f"surestep.data.{source.file}").load

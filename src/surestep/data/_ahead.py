@@ -1,4 +1,4 @@
-"""Batches of images that do not lie on the device, read while the batch before is used."""
+"""Read-ahead for images that are not on the device: read one batch while another is used."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor
 from surestep.data._images import Images
 
 READERS = 8
-"""A disk serves several reads at a time; one after another, each image waits for all before it."""
+"""Reader threads: a disk serves several reads at once; serial reads would wait for each other."""
 
 
 def read_ahead(images: Images, shares: Iterable[Tensor], pin: bool) -> Iterator[Tensor]:
-    """Yield the images of each batch as they are stored, the next one being read meanwhile.
+    """Yield the images of each batch as stored, reading the next batch in the meantime.
 
-    The threads copy bytes and nothing else: torch's own operators would set up a second team of
-    threads, which fights with the step's for the cores.
+    The threads only copy bytes: torch operators would start a second thread pool, which competes
+    with the training step's for the cores.
 
     Args:
-        images: contiguous, on the CPU.
-        shares: int64 (n,) each, positions in the images.
-        pin: put them where a GPU can fetch them without the CPU.
+        images: the data; ``x`` must be contiguous and on the CPU.
+        shares: for each batch, int64 (n,) positions in ``images``.
+        pin: put the batches into pinned memory, from which a GPU copies without the CPU.
     """
     source = images.x.numpy()
 
@@ -34,7 +34,7 @@ def read_ahead(images: Images, shares: Iterable[Tensor], pin: bool) -> Iterator[
         batch = torch.empty((len(rows), *source.shape[1:]), dtype=images.x.dtype, pin_memory=pin)
         parts = (np.array_split(array, READERS) for array in (rows.numpy(), batch.numpy()))
         jobs = [
-            # "clip" writes into the batch; the other modes into a copy of it first.
+            # "clip" writes straight into the batch; the default mode would buffer it first.
             pool.submit(np.take, source, which, 0, out, "clip")
             for which, out in zip(*parts, strict=True)
         ]

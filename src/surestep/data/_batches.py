@@ -1,4 +1,4 @@
-"""Batches: data resident on the device (or mapped), the next batch made by indexing."""
+"""Batches, made by indexing data that reside on the device (or are memory-mapped)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from surestep.errors import UserError
 
 
 def as_pair(batch: Any) -> tuple[Tensor, Tensor]:
-    """Return a DataLoader's batch as ``(x, y)``, with labels of any whole numbers as int64.
+    """Return a DataLoader's batch as ``(x, y)``, with labels of any integer dtype as int64.
 
     Raises:
-        UserError: it is not a pair of tensors.
+        UserError: the batch is not a pair of tensors.
     """
     if (
         not isinstance(batch, tuple | list)
@@ -38,30 +38,31 @@ def as_pair(batch: Any) -> tuple[Tensor, Tensor]:
 
 
 def as_pixels(x: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """Return a batch with bytes turned into pixels in [0, 1], where that is the data range."""
+    """Convert a uint8 batch to pixels in [0, 1] if that is the data range; else return it as is."""
     return to_pixels(x) if x.dtype == torch.uint8 and bounds == (0.0, 1.0) else x
 
 
 class Batches:
     """Batches of an `Images`, each a pure function of the seed, the epoch and the step.
 
-    No state is kept between batches, so a resumed run needs none: `epoch` with ``skip`` goes on
+    No state is kept between batches, so a resumed run needs none: `epoch` with ``skip`` continues
     exactly where the run stopped. The order of epoch e is a permutation drawn from a generator
     seeded by a hash of (seed, e); crops and flips come from one seeded by (seed, e, step).
 
-    When shuffling, an incomplete last batch is dropped, unless it is the only one; otherwise it is
-    kept. Every process of a distributed run draws for the whole batch and takes its own contiguous
-    share, so that the shares together are the batch of a single process, augmentation included.
+    When shuffling, an incomplete last batch is dropped unless it is the only one; without
+    shuffling it is kept. Every process of a distributed run draws the whole batch and takes its
+    own contiguous share, so that the shares together make up the batch that a single process
+    would get, augmentation included.
 
     Args:
-        images: the data; moved to ``device`` once, here, but for memory-mapped images and such
-            as would fill half of a GPU, whose batches are moved one by one.
-        batch_size: images in a batch over **all** processes.
+        images: the data; moved to ``device`` once, here. Memory-mapped images, and images that
+            would take half of a GPU's free memory or more, are moved batch by batch instead.
+        batch_size: images per batch, summed over **all** processes.
         seed: any integer.
-        shuffle: a new order every epoch; False keeps the order of the images.
+        shuffle: draw a new order every epoch; False keeps the order of the images.
         augment: see `surestep.data.augment.get`; None leaves the images as they are.
-        device: where the data lies and the batches are made.
-        rank: number of this process, 0..world-1.
+        device: where the data reside and the batches are made.
+        rank: index of this process, 0..world-1.
         world: number of processes.
 
     Raises:
@@ -101,7 +102,7 @@ class Batches:
                 "(N, C, H, W); turn augmentation off"
             )
         self.device = torch.device(device)
-        # What would fill the device stays where it is, and moves batch by batch.
+        # Data that would fill the device stay where they are and move batch by batch.
         self.images = images.to(device) if _has_room(self.device, images) else images
         self.batch_size = batch_size
         self.seed = seed
@@ -122,8 +123,8 @@ class Batches:
 
         Each is ``(x, y, index)``: float32 pixels in [0, 1] of shape (n, C, H, W), int64 labels (n,)
         and int64 positions (n,) of the images in the data, all on the device. An incomplete batch
-        is shared as equally as it goes; a share may then be smaller than others, or empty. When
-        shuffling shares are equal, and what cannot be shared is left out.
+        is divided as evenly as possible, so that some shares may be smaller than others, or empty.
+        When shuffling, all shares are equal and the remainder is dropped.
 
         Raises:
             UserError: if ``skip`` is outside 0..steps_per_epoch.
@@ -136,7 +137,7 @@ class Batches:
         return self._iterate(epoch, skip)
 
     def draw(self, epoch: int, step: int) -> Draw | None:
-        """Return the crops and flips this rank's batch ``step`` of ``epoch`` gets, if any."""
+        """Return the crops and flips of this rank's batch ``step`` of ``epoch``, or None."""
         if self.augment is None:
             return None
         size = min(self.batch_size, len(self.images) - step * self.batch_size)
@@ -149,7 +150,7 @@ class Batches:
         shares = [self._rows(order, step) for step in steps]
         for step, index, x in zip(steps, shares, self._stored(shares), strict=True):
             y = self.images.y[index]
-            # Elsewhere a copy that nobody waits for may read memory that is no longer there.
+            # On other devices, a non-blocking copy may read memory that has been freed.
             ahead = self.device.type == "cuda"
             x, y, index = (t.to(self.device, non_blocking=ahead) for t in (x, y, index))
             draw = self.draw(epoch, step)
@@ -160,7 +161,7 @@ class Batches:
     def _stored(self, shares: list[Tensor]) -> Iterator[Tensor]:
         x = self.images.x
         away = self.images.rows is not None or x.device != self.device
-        # Of what is not laid out as NumPy wants it, each read would copy all.
+        # If NumPy cannot use the memory as laid out, each read would copy the whole array.
         plain = x.is_contiguous() and x.data_ptr() % x.element_size() == 0
         if away and x.device.type == "cpu" and plain:
             return read_ahead(self.images, shares, pin=self.device.type == "cuda")
@@ -177,7 +178,7 @@ class Batches:
         return torch.randperm(n, generator=generator("order", self.seed, epoch), device="cpu")
 
     def _even(self, size: int) -> int:
-        """Return how many images of a batch are shared; in training the shares must be equal."""
+        """Return how many images of a batch to share; when shuffling, all shares must be equal."""
         return size - size % self.world if self.shuffle else size
 
     def _share(self, size: int) -> slice:
@@ -185,5 +186,5 @@ class Batches:
 
 
 def _has_room(device: torch.device, images: Images) -> bool:
-    """Tell whether images take less than half of a GPU's free memory."""
+    """Tell whether the images take less than half of a GPU's free memory; True on other devices."""
     return device.type != "cuda" or images.x.nbytes < torch.cuda.mem_get_info(device)[0] / 2

@@ -1,4 +1,4 @@
-"""Images: labelled images, in memory or memory-mapped, as every other room receives them."""
+"""Images: labelled images, in memory or memory-mapped, as all other packages receive them."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from surestep.errors import UserError
 
 Index = Tensor | slice | Sequence[int]
 UNLABELLED = -1
-"""The label of an image that has none, for methods that learn from such, too."""
+"""The label of an unlabelled image; some methods learn from such images, too."""
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Labelled images: whole in memory on one device, or memory-mapped from a file.
+    """Labelled images: all in memory on one device, or memory-mapped from a file.
 
     Attributes:
         x: uint8 (N, C, H, W) with values 0..255, or float32 (N, ...) with pixels in [0, 1].
-        y: int64 (N,), class numbers; ``UNLABELLED`` (-1) where there is none.
+        y: int64 (N,), class numbers; ``UNLABELLED`` (-1) for images without a label.
         classes: class names; by default "0".."K-1" with K = max(y) + 1.
         name: what to call the data in messages and reports.
-        note: where the images came from when that needs saying, such as a partial copy.
-        rows: of memory-mapped images, int64 (N,): the rows of ``x`` that these are. They are read
-            when asked for, a batch at a time, so that there may be more than memory holds.
+        note: a remark on the origin of the images, such as that the copy is partial; or empty.
+        rows: for memory-mapped images, int64 (N,): the rows of ``x`` that hold them. Rows are
+            read on demand, a batch at a time, so the data may exceed the memory.
 
-    The constructor trusts its arguments; `as_images` checks data that comes from outside.
+    The constructor trusts its arguments; `as_images` checks data from outside.
     """
 
     x: Tensor
@@ -77,7 +77,7 @@ class Images:
     def first(self, n: int) -> Images:
         """Return the first ``n`` images, or all of them if there are fewer.
 
-        Of images that lie class by class these are drawn from all, always the same.
+        If the images are sorted by class, the n are drawn from all of them, always the same ones.
 
         Raises:
             UserError: if ``n`` is less than 1.
@@ -108,11 +108,11 @@ class Images:
         return self.pixels(), self.y
 
 
-_MOST_CLASSES = 1_000_000  # above it, labels are surely numbers of something else
+_MOST_CLASSES = 1_000_000  # larger labels are surely not class numbers
 
 
 def number_names(count: int) -> tuple[str, ...]:
-    """Class names for classes that have none: "0", "1", ..."""
+    """Return names for ``count`` unnamed classes: "0", "1", ..."""
     return tuple(str(k) for k in range(count))
 
 
@@ -122,14 +122,14 @@ def to_pixels(x: Tensor) -> Tensor:
 
 
 def as_images(data: Any, *, num_classes: int | None = None, name: str = "data") -> Images:
-    """Check data that comes from outside and return it as `Images`.
+    """Check data from outside and return it as `Images`.
 
     Args:
         data: an `Images`, or a pair ``(x, y)`` of tensors or NumPy arrays. ``x`` is (N, ...) with
             at least two dimensions, uint8 in 0..255 or float32 pixels in [0, 1]; ``y`` is (N,) of
-            an integer dtype; -1 marks an image without a label. Of a memory-mapped ``x``
-            (``numpy.load(path, mmap_mode="r")``) nothing is read but what each batch needs
-            (float32 once, for its range).
+            an integer dtype; -1 marks an image without a label. A memory-mapped ``x``
+            (``numpy.load(path, mmap_mode="r")``) is read batch by batch (float32 also once in
+            full, to check its range).
         num_classes: number of classes; by default that of the Images, or max(y) + 1.
         name: what to call a pair in messages; an Images keeps its own name.
 
@@ -169,7 +169,8 @@ def _tensor(value: Any, what: str) -> Tensor:
     if not isinstance(value, np.ndarray):
         raise UserError(f"{what} is {_kind(value)}: give a tensor or a NumPy array")
     # PyTorch refuses negative strides and foreign byte orders and warns about read-only memory;
-    # np.require copies in those cases only. Nothing here writes, and a file is not to be copied.
+    # np.require copies in those cases only. A memory-mapped file must not be copied; nothing here
+    # writes to it, so the warning is suppressed.
     native = value.dtype.newbyteorder("=")
     mapped = isinstance(value, np.memmap)
     try:
@@ -193,7 +194,7 @@ def _check_shapes(x: Tensor, y: Tensor, name: str, n: int) -> None:
             f"{name}: y has shape {tuple(y.shape)}: expected (N,), one class number for each image"
         )
     if n != len(y):
-        raise UserError(f"{name}: x has {n} images and y has {len(y)} labels: give as many")
+        raise UserError(f"{name}: x has {n} images but y has {len(y)} labels: give one each")
     if x.numel() == 0:
         raise UserError(f"{name} is empty, x has shape {tuple(x.shape)}: give at least one image")
 
@@ -209,7 +210,7 @@ def _check_pixels(x: Tensor, name: str) -> None:
     low, high = (float(v) for v in torch.aminmax(x))
     if not np.isfinite([low, high]).all():  # aminmax carries a NaN through
         raise UserError(f"{name}: x holds NaN or infinity: expected pixels in [0, 1]")
-    found = f"{name}: x goes from {low:.4g} to {high:.4g}"
+    found = f"{name}: x ranges from {low:.4g} to {high:.4g}"
     if low < 0:
         raise UserError(
             f"{found}: surestep takes pixels in [0, 1] and normalises inside the model, "
@@ -219,8 +220,8 @@ def _check_pixels(x: Tensor, name: str) -> None:
         raise UserError(f"{found}: surestep takes pixels in [0, 1], so divide x by 255")
     if high > 1:
         raise UserError(
-            f"{found}: surestep takes pixels in [0, 1], so scale x, or x.clamp(0, 1) if rounding "
-            "took it out"
+            f"{found}: surestep takes pixels in [0, 1], so scale x, or use x.clamp(0, 1) if the "
+            "excess is rounding"
         )
 
 

@@ -1,4 +1,4 @@
-"""From decoded pictures (Pillow) to one tensor, for every loader that reads pictures."""
+"""Decoding pictures with Pillow into one tensor, for all loaders that read pictures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 Opener = Callable[[], "Picture"]
-_BLOCK = 64  # pictures that are open, or wait for it, at a time
+_BLOCK = 64  # pictures that are decoded, and thus open, at a time
 _GREY = {"1", "L"}
 _COLOUR = {"RGB", "RGBA", "P", "PA", "LA", "CMYK", "YCbCr", "HSV", "LAB"}
 
@@ -28,17 +28,17 @@ def stack(
 ) -> Tensor:
     """Decode pictures into uint8 (N, C, H, W): C = 1 if all of them are grey, else 3 (RGB).
 
-    Threads share the work: Pillow decodes without Python's lock.
+    Decoding runs in several threads, since Pillow releases Python's GIL.
 
     Args:
-        pictures: pairs of a name for messages and what opens the picture.
-        image_size: side in pixels of the centred square each picture is cut and resized to
-            (bilinear); None keeps them as they are.
-        grey: turn coloured pictures into grey ones.
+        pictures: pairs of a name for messages and a function that opens the picture.
+        image_size: side in pixels of the centred square to which each picture is cropped and
+            resized (bilinear); None keeps them as they are.
+        grey: convert colour pictures to grey.
 
     Raises:
-        UserError: a picture cannot be decoded, has more than 8 bits a channel, or has another size
-            than the first.
+        UserError: a picture cannot be decoded, has more than 8 bits per channel, or differs in
+            size from the first.
     """
     arrays: list[np.ndarray] = []
     first = ""
@@ -61,7 +61,7 @@ def stack(
 def _decoded(
     pictures: Iterator[tuple[str, Opener]], image_size: int | None, grey: bool
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield names and decoded pictures in their order, some blocks at a time."""
+    """Yield names and decoded pictures in their order, decoding one block at a time."""
 
     def decode(pair: tuple[str, Opener]) -> np.ndarray:
         name, opener = pair
@@ -75,7 +75,7 @@ def _decoded(
 
 
 def has_colour(picture: Picture) -> bool:
-    """Tell whether a picture, which may still be undecoded, becomes RGB."""
+    """Tell whether a picture, decoded or not, has colour and so becomes RGB."""
     return picture.mode not in _GREY
 
 
@@ -85,13 +85,13 @@ def _decode(name: str, picture: Picture, image_size: int | None, grey: bool) -> 
 
     if picture.mode not in _GREY | _COLOUR:
         raise UserError(
-            f"{name} has pixels of mode {picture.mode!r}: expected 8 bits a channel; convert it"
+            f"{name} has pixels of mode {picture.mode!r}: expected 8 bits per channel; convert it"
         )
     try:
         if grey or not has_colour(picture):
             picture = picture.convert("L")
         else:
-            if "transparency" in picture.info:  # Pillow warns about the direct way
+            if "transparency" in picture.info:  # Pillow warns about direct conversion
                 picture = picture.convert("RGBA")
             picture = picture.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -1,4 +1,4 @@
-"""Random generators that depend on nothing but the numbers they are named by."""
+"""Random generators that depend only on the numbers and words they are named by."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 def generator(*words: int | str) -> torch.Generator:
     """Return a CPU generator seeded from a hash of ``words``.
 
-    The CPU generator of PyTorch keeps only the low 32 bits of its seed, so ``seed + epoch`` would
-    give run 0 at epoch 1 the draws of run 1 at epoch 0. A hash (BLAKE2b of the words) has no such
-    neighbours and is the same on every platform and Python version.
+    With ``seed + epoch``, run 0 at epoch 1 would repeat the draws of run 1 at epoch 0; and the two
+    cannot be packed side by side, since PyTorch's CPU generator keeps only the low 32 bits of its
+    seed. A hash (BLAKE2b of the words) avoids such collisions and is the same on every platform
+    and Python version.
     """
     return torch.Generator().manual_seed(seed_of(*words))
 

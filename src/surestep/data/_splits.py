@@ -25,25 +25,25 @@ def check_split(split: str) -> Split:
 
 
 def last_held_out(n: int, split: Split, size: int) -> slice:
-    """Which of ``n`` training examples belong to ``split``: the last ``size`` are validation."""
+    """Return which of ``n`` training examples form ``split``: validation is the last ``size``."""
     return slice(n - size, n) if split == "validation" else slice(0, n - size)
 
 
 def mixed(n: int) -> torch.Tensor:
-    """Return an order of ``n`` examples, always the same, for such as lie class by class.
+    """Return a fixed random order of ``n`` examples, for data that are stored class by class.
 
-    Whoever looks at a part takes the first ones, which are to stand for all.
+    Callers that look at only a part take the first examples, which must represent all of them.
     """
     return torch.randperm(n, generator=generator("order", n), device="cpu")
 
 
 def some(n: int, count: int) -> torch.Tensor:
-    """Return which ``count`` of ``n`` examples, always the same, stand for all of them."""
+    """Return a fixed random choice of ``count`` of ``n`` examples, as sorted indices."""
     return mixed(n)[:count].sort().values
 
 
 def instead(split: Split) -> str:
-    """Return what an error adds where a split is not there: what else can be judged on."""
+    """Return the end of an error about a missing split: which other one can be judged on."""
     return "; evaluate and audit take --split validation" if split == "test" else ""
 
 
@@ -55,13 +55,14 @@ def divide(
     Args:
         n: number of examples.
         split: the part to return.
-        what: what is divided, in words, for the error.
+        what: name of the data, for error messages.
         test: divide 80/10/10 into train, validation, test; False: 90/10 into train, validation.
-        keys: of the examples, such as file names: an example more or less then moves few others,
-            where by number alone it would send most that were trained on to another part.
+        keys: one per example, such as file names. Examples are then ordered by the hashes of
+            their keys, so that adding or removing one moves few others; without keys, one example
+            more or less reshuffles all of them, and training examples end up in other splits.
 
     Returns:
-        Sorted int64 indices. The parts are disjoint, none is empty, together they are all of ``n``.
+        Sorted int64 indices. The parts are disjoint, none is empty, and together they cover ``n``.
 
     Raises:
         UserError: if there are too few examples to give each part one.

@@ -1,7 +1,7 @@
-"""Random crop and horizontal flip on whole batches, and the way back.
+"""Random crop and horizontal flip of whole batches, and their inverse.
 
-A draw is kept apart from its application so that whatever belongs to an image (the perturbation a
-method stores for it, say) can follow the same crop and flip.
+Drawing is separate from applying, so that data that belong to an image (such as a perturbation
+that a method stores for it) can follow the same crop and flip.
 Source: the usual CIFAR augmentation, He et al. 2015 (arXiv 1512.03385, section 4.2).
 """
 
@@ -51,7 +51,7 @@ class Draw:
         return self._take(x, rows + dy, columns + dx)
 
     def undo(self, x: Tensor) -> Tensor:
-        """Put cropped (n, C, H, W) values back where they came from, zero where nothing was seen.
+        """Move cropped (n, C, H, W) values back to where they came from, zero where cropped away.
 
         Raises:
             UserError: if ``x`` is not (n, C, H, W).
@@ -69,7 +69,7 @@ class Draw:
         height, width = x.shape[-2:]
         rows = torch.arange(height, device=x.device)[None]
         columns = torch.arange(width, device=x.device)[None]
-        ahead = x.device.type == "cuda"  # elsewhere such a copy may read what is gone by then
+        ahead = x.device.type == "cuda"  # other devices may read freed memory
         dy, dx, flip = (
             v.to(x.device, non_blocking=ahead)[:, None] for v in (self.dy, self.dx, self.flip)
         )
@@ -86,7 +86,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class CropFlip:
-    """Random crop out of a zero border of ``pad`` pixels, then a mirror image half of the time.
+    """Zero padding by ``pad`` pixels, random crop, then (if ``flip``) a mirror image half the time.
 
     Raises:
         UserError: if ``pad`` is negative.
@@ -100,10 +100,10 @@ class CropFlip:
             raise UserError(f"crop pad is {self.pad}: give 0 (no crop) or more pixels")
 
     def draw(self, n: int, generator: torch.Generator) -> Draw:
-        """Draw for ``n`` images from a CPU ``generator``."""
+        """Draw crops and flips for ``n`` images from a CPU ``generator``."""
         dy, dx = torch.randint(-self.pad, self.pad + 1, (2, n), generator=generator, device="cpu")
         flip = torch.randint(2, (n,), generator=generator, dtype=torch.bool, device="cpu")
-        # The flips are drawn even when unused, so that the crops do not depend on the option.
+        # The flips are drawn even when unused, so that later crops do not depend on the option.
         return Draw(dy, dx, flip if self.flip else torch.zeros_like(flip), self.pad)
 
 

@@ -30,7 +30,7 @@ _TRAIN_IMAGES = 50_000
 
 @dataclass(frozen=True)
 class _Format:
-    """One of the forms the files come in."""
+    """One of the formats in which the files are published."""
 
     archive: web.Archive
     train: tuple[str, ...]
@@ -56,9 +56,9 @@ def load(
 ) -> Images:
     """Load a split of CIFAR-10 or CIFAR-100.
 
-    A folder with only some of the training files is accepted as a re-cut: validation is the last
-    fifth of the training images found (10,000 of the full 50,000), and `Images.note` says how many
-    were found.
+    A folder with only some of the training files is accepted as a smaller data set, a re-cut:
+    validation is the last fifth of the training images found (10,000 of the full 50,000), and
+    `Images.note` says how many were found.
 
     Args:
         dataset: "cifar10" or "cifar100".
@@ -73,7 +73,7 @@ def load(
 
     Raises:
         UserError: files are missing and cannot be downloaded, or are truncated, corrupt, or hold
-            a pickle that asks for anything but NumPy arrays.
+            a pickle that needs anything but NumPy arrays.
     """
     data = _DATASETS[dataset]
     place = Path(root) if root is not None else web.default_root()
@@ -105,7 +105,7 @@ def _note(count: int, folder: Path) -> str:
 
 
 def _find(data: _Dataset, split: Split, root: Path) -> tuple[_Format, list[Path]] | None:
-    """Return the first format of which ``root`` has files for ``split``, and those files."""
+    """Return the first format in which ``root`` has files for ``split``, and those files."""
     for form in data.formats:
         for folder in (root / form.archive.folder, root):
             paths = [folder / name for name in form.files(split) if (folder / name).is_file()]
@@ -115,7 +115,7 @@ def _find(data: _Dataset, split: Split, root: Path) -> tuple[_Format, list[Path]
 
 
 def _any_file(data: _Dataset, root: Path) -> bool:
-    """Whether ``root`` holds any file of the data set: then it is a re-cut, to be left alone."""
+    """Tell whether ``root`` holds any file of the data set, and so is a re-cut to leave alone."""
     return any(_find(data, split, root) for split in ("train", "test"))
 
 
@@ -131,15 +131,15 @@ def _listed(files: tuple[str, ...]) -> str:
 
 
 def _binary(label_bytes: int) -> Callable[[Path, int], tuple[np.ndarray, np.ndarray]]:
-    """Make the reader of records of ``label_bytes`` label bytes, the last one fine, and pixels."""
+    """Make a reader of records: ``label_bytes`` label bytes (the last is used), then the pixels."""
     record = label_bytes + _PIXELS
 
     def read(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
         content = np.frombuffer(_content(path), np.uint8)
         if content.size == 0 or content.size % record:
             raise UserError(
-                f"{path} has {content.size} bytes: expected a multiple of {record}, one record an "
-                "image; it is truncated or another format, put a fresh copy there"
+                f"{path} has {content.size} bytes: expected a multiple of {record}, one record per "
+                "image; it is truncated or in another format, put a fresh copy there"
             )
         rows = content.reshape(-1, record)
         y = rows[:, label_bytes - 1]
@@ -149,7 +149,7 @@ def _binary(label_bytes: int) -> Callable[[Path, int], tuple[np.ndarray, np.ndar
 
 
 def _pickled(label_key: str) -> Callable[[Path, int], tuple[np.ndarray, np.ndarray]]:
-    """Make the reader of a pickled dict with ``data`` and the labels under ``label_key``."""
+    """Make a reader of a pickled dict with ``data`` and the labels under ``label_key``."""
 
     def read(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
         stored = _unpickle(path)
@@ -193,13 +193,13 @@ def _in_range(y: np.ndarray, num_classes: int, path: Path) -> np.ndarray:
     if wrong.size:
         raise UserError(
             f"{path} holds the label {wrong[0]}: expected 0..{num_classes - 1}; it is damaged or "
-            "of another data set, put a fresh copy there"
+            "belongs to another data set, put a fresh copy there"
         )
     return y
 
 
 def _unpickle(path: Path) -> dict[str, Any]:
-    # latin1 is how NumPy arrays pickled by Python 2 are read by Python 3.
+    # Python 3 needs latin1 to read NumPy arrays pickled by Python 2.
     reader = _Unpickler(io.BytesIO(_content(path)), encoding="latin1")
     reader.path = path
     try:
@@ -214,7 +214,7 @@ def _unpickle(path: Path) -> dict[str, Any]:
 
 
 def _plain(stored: Any, path: Path) -> dict[str, Any]:
-    """Return a dict with text for keys and NumPy's arrays for those that stand for them."""
+    """Return the dict with keys as text, and NumPy arrays in place of their stand-ins."""
     if not isinstance(stored, dict):
         raise UserError(f"{path} holds a {type(stored).__name__}: expected a dict with 'data'")
     return {
@@ -224,7 +224,7 @@ def _plain(stored: Any, path: Path) -> dict[str, Any]:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Unpickles arrays of bytes and plain containers; a pickle can otherwise run any program."""
+    """Unpickles only arrays of bytes and plain containers, since a pickle can run any code."""
 
     path: Path
 
@@ -232,41 +232,41 @@ class _Unpickler(pickle.Unpickler):
         found = _ALLOWED.get((module.replace("numpy._core", "numpy.core"), name))
         if found is None:
             raise UserError(
-                f"{self.path} asks for {module}.{name}, which no CIFAR file needs: refused, it "
-                "could run code; put the official file there"
+                f"{self.path} asks for {module}.{name}, which no CIFAR file needs: refused, as "
+                "it could run code; put the official file there"
             )
         return found
 
 
 class _Kind:
-    """Stands for the dtype of bytes. NumPy's own would take flags and fields from the file."""
+    """Stand-in for the dtype uint8; NumPy's own would take flags and fields from the file."""
 
     def __init__(self, code: str, *_: int) -> None:
         if code not in ("u1", "|u1"):
             raise ValueError(f"an array of {code}, where a CIFAR file has bytes")
 
     def __setstate__(self, state: object) -> None:
-        """Leave out what the file says of it."""
+        """Ignore the state that the file gives."""
 
 
 class _Array:
-    """Stands for an array of bytes. In one of objects, NumPy's own, a file chooses pointers."""
+    """Stand-in for a uint8 array; NumPy's own, with dtype object, lets a file choose pointers."""
 
     def __init__(self, *_: object) -> None:
         self.values = np.empty(0, np.uint8)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        """Take shape and content, as NumPy's arrays write them."""
+        """Take shape and content from the state that a NumPy array pickles."""
         _version, shape, kind, by_column, content = state
         if not isinstance(kind, _Kind):
-            raise ValueError("an array of no known kind")
+            raise ValueError("an array of unknown dtype")
         raw = content.encode("latin1") if isinstance(content, str) else content
         flat = np.frombuffer(raw, np.uint8)
         self.values = flat.reshape(shape, order="F" if by_column else "C").copy()
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    # How protocol 2 spells bytes. Other codecs (zip, for one) have no business here.
+    # Pickle protocol 2 writes bytes this way. No other codec (such as zip) is needed.
     if encoding != "latin1":
         raise ValueError(f"codec {encoding}")
     return text.encode("latin1")
@@ -274,7 +274,7 @@ def _encode(text: str, encoding: str) -> bytes:
 
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"): _Array,
-    ("numpy", "ndarray"): "ndarray",  # only named, as what to reconstruct
+    ("numpy", "ndarray"): "ndarray",  # named only, as the type to reconstruct
     ("numpy", "dtype"): _Kind,
     ("_codecs", "encode"): _encode,
 }

@@ -1,7 +1,7 @@
-"""Downloads of the official archives: checked, whole or not at all.
+"""Downloads of the official archives: verified, and complete or not at all.
 
-Archives go to ``$SURESTEP_DATA`` or ``~/.cache/surestep``. One put there by hand is used as it is,
-once its checksum is right. The MD5 sums are those published at
+Archives go to ``$SURESTEP_DATA`` or ``~/.cache/surestep``. One put there by hand is used instead
+of a download if its checksum is right. The MD5 sums are those published at
 https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
@@ -40,7 +40,7 @@ class Archive:
     """A tar.gz archive on the web.
 
     Attributes:
-        url: where it is.
+        url: its address.
         md5: its published checksum, 32 hexadecimal digits.
         folder: the folder it unpacks to.
     """
@@ -77,14 +77,15 @@ def default_root() -> Path:
 
 
 def fetch(archives: tuple[Archive, ...], root: Path) -> Path:
-    """Make the folder of one of ``archives`` exist under ``root`` and return it.
+    """Ensure that the folder of one of ``archives`` exists under ``root``, and return it.
 
-    The first archive that already lies in ``root`` is unpacked; else the first one is downloaded.
-    An interrupted download or extraction leaves nothing that could be taken for the whole.
+    The first archive that is already in ``root`` is unpacked; if none is, the first of all is
+    downloaded. An interrupted download or extraction leaves nothing that could be mistaken for a
+    complete one.
 
     Args:
         archives: equivalent archives, the preferred one first.
-        root: where to; made if need be.
+        root: the folder to put it in; created if missing.
 
     Raises:
         UserError: no network, a web page or a damaged file instead of the archive, a full disk,
@@ -94,7 +95,7 @@ def fetch(archives: tuple[Archive, ...], root: Path) -> Path:
     downloaded = archive is None
     archive = archive or archives[0]
     path = root / archive.file
-    # The processes of one run, or two runs, come here at the same time.
+    # Processes of one run, or several runs, may get here at the same time.
     with _one_line(archive, root), _alone(root / f".{archive.folder}.lock"):
         if _unpacked(root / archive.folder):
             return root / archive.folder
@@ -118,12 +119,12 @@ def _unpacked(folder: Path) -> bool:
 
 
 class _Failure(Exception):
-    """What went wrong, in words; `_one_line` adds what to do."""
+    """A failure described in words; `_one_line` adds what to do."""
 
 
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
-    """Let one process at a time do what follows; the file goes when it is done."""
+    """Let one process at a time run the body; the lock file is deleted afterwards."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     held = FileLock(lock)
     with contextlib.suppress(NotImplementedError):  # a file system without locks
@@ -131,14 +132,14 @@ def _alone(lock: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # Windows deletes no open file
+        with contextlib.suppress(OSError):  # Windows cannot delete an open file
             lock.unlink(missing_ok=True)
         held.release()
 
 
 @contextmanager
 def _one_line(archive: Archive, root: Path) -> Iterator[None]:
-    """Turn everything that can fail between the web and the disk into one clear line."""
+    """Turn any failure between the web and the disk into one clear line."""
     try:
         yield
     except OSError as error:
@@ -216,7 +217,7 @@ def _extract(archive: Archive, path: Path) -> None:
         with tarfile.open(path, "r:gz") as tar:
             if not hasattr(tarfile, "data_filter"):
                 raise _Failure(
-                    "this Python is too old to unpack it safely: 3.10.12, 3.11.4 or newer"
+                    "this Python is too old to unpack it safely, use 3.10.12, 3.11.4 or newer"
                 )
             tar.extractall(scratch, filter="data")
         unpacked = Path(scratch) / archive.folder
@@ -225,6 +226,6 @@ def _extract(archive: Archive, path: Path) -> None:
         target = path.parent / archive.folder
         try:
             unpacked.replace(target)
-        except OSError:  # another process was faster, where locks do not hold
+        except OSError:  # without locks, another process was faster
             if not _unpacked(target):
                 raise

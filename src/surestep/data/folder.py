@@ -1,6 +1,6 @@
-"""Folders of image files, one folder a class.
+"""Folders of image files, one folder per class.
 
-Either ``root/{train,val|valid|validation,test}/CLASS/*.png`` or ``root/CLASS/*.png``; the second is
+Either ``root/{train,val|valid|validation,test}/CLASS/*.png`` or ``root/CLASS/*.png``; the latter is
 divided 80/10/10 within each class, always the same way.
 Needs Pillow: pip install 'surestep[folder]'.
 """
@@ -37,24 +37,24 @@ def load(
 ) -> Images:
     """Load a split of a folder of images.
 
-    Classes are numbered in the alphabetical order of the class folders (of the training split,
-    where there is one). Without a validation folder, a tenth of each training class is held out
+    Classes are numbered in the alphabetical order of the class folders (those of the training
+    split, if there is one). Without a validation folder, a tenth of each training class is held out
     for validation and left out of training.
 
     Args:
         split: "train", "validation" or "test".
         root: the folder.
-        image_size: side in pixels of the centred square to cut and resize to; None if all images
-            have one size.
-        n: read only the first n of the mixed order; all by default.
+        image_size: side in pixels of the centred square to crop and resize to; None if all images
+            have the same size.
+        n: read only the first n images of the shuffled order; all by default.
 
     Returns:
-        Images with x uint8 (N, C, H, W) in a mixed order, always the same; C = 1 if every image of
-        training and validation is grey, else 3.
+        Images with x uint8 (N, C, H, W) in a fixed shuffled order; C = 1 if every image of training
+        and validation is grey, else 3.
 
     Raises:
         UserError: Pillow is not installed; a folder is missing or empty; an image cannot be read or
-            has another size; a split has a class that training lacks.
+            differs in size; a split has a class that training lacks.
     """
     need("PIL.Image", "reading image folders", "surestep[folder]", called="Pillow")
     root = Path(root)
@@ -65,7 +65,7 @@ def load(
     order = mixed(len(labelled))[:n].tolist()
     y = torch.tensor([labelled[i][0] for i in order])
     paths = [labelled[i][1] for i in order]
-    # All splits have the channels of what models are trained on, which is looked at if need be.
+    # All splits have the channels of the images that models are trained on: check those for test.
     known = _trained_on(root) if split == "test" else set()
     grey = bool(known) and not _any_colour(known)
     x = stack(((str(path), partial(_open, path)) for path in paths), image_size, grey=grey)
@@ -77,7 +77,7 @@ def load(
         x = x.expand(-1, 3, -1, -1).contiguous()
     divided = not any(_split_folder(root, part) for part in SPLITS)
     note = (
-        f"{len(labelled):,} images: {root} names no splits, so it is divided 80/10/10"
+        f"{len(labelled):,} images: {root} has no split folders, so it is divided 80/10/10"
         if divided
         else ""
     )
@@ -85,7 +85,7 @@ def load(
 
 
 def _trained_on(root: Path) -> set[Path]:
-    """Return the files of the training and validation splits, as far as there are any."""
+    """Return the files of the training and validation splits, if there are any."""
     found: set[Path] = set()
     for split in SPLITS:
         if split != "test":
@@ -95,7 +95,7 @@ def _trained_on(root: Path) -> set[Path]:
 
 
 def _any_colour(paths: Iterable[Path]) -> bool:
-    """Tell whether any picture has colours, from the files' headers; damaged ones are skipped."""
+    """Tell from the files' headers whether any picture has colour; skip damaged files."""
     for path in sorted(paths):
         with contextlib.suppress(UserError), _open(path) as picture:
             if has_colour(picture):
@@ -115,8 +115,7 @@ def _find(root: Path, split: Split) -> tuple[tuple[str, ...], dict[str, list[Pat
     if wanted is None:
         expected = " or ".join(_FOLDERS[split])
         raise UserError(
-            f"{root} has no {split} split: expected a folder {expected} with classes"
-            f"{instead(split)}"
+            f"{root} has no {split} split: expected a folder {expected} of classes{instead(split)}"
         )
     files = _files(wanted)
     classes = tuple(_class_folders(train)) if train else tuple(files)
@@ -129,7 +128,7 @@ def _find(root: Path, split: Split) -> tuple[tuple[str, ...], dict[str, list[Pat
 
 
 def _split_folder(root: Path, split: Split) -> Path | None:
-    """Return the folder of ``split`` if it holds class folders (it may itself be a class)."""
+    """Return the folder of ``split`` if it holds class folders (else it may be a class itself)."""
     for name in _FOLDERS[split]:
         if _class_folders(root / name):
             return root / name
@@ -137,17 +136,17 @@ def _split_folder(root: Path, split: Split) -> Path | None:
 
 
 def _check_no_splits(root: Path) -> None:
-    """Refuse splits under other names, which would pass for classes.
+    """Refuse split folders under unknown names, which would be taken for classes.
 
     Raises:
-        UserError: all folders are called as splits are; or one is, and all hold several folders of
-            the same names.
+        UserError: all folders are named like splits but hold no class folders; or one is named
+            like a split, and all share at least two names of sub-folders.
     """
     known = {name for names in _FOLDERS.values() for name in names}
     if (found := set(_class_folders(root))) and found <= known:
         raise UserError(
-            f"{root} holds {', '.join(sorted(found))}, which hold no folders of classes: give "
-            "SPLIT/CLASS/*.png"
+            f"{root} holds {', '.join(sorted(found))}, which hold no class folders: arrange the "
+            "files as SPLIT/CLASS/*.png"
         )
     inside = [set(_class_folders(folder)) for folder in _class_folders(root).values()]
     shared = set.intersection(*inside) if len(inside) > 1 else set()
@@ -164,7 +163,7 @@ def _class_folders(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         return {}
     found = (p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    # By name: paths themselves are ordered in another way on Windows.
+    # By name, since path objects sort differently on Windows.
     return {p.name: p for p in sorted(found, key=lambda p: p.name)}
 
 
@@ -201,7 +200,7 @@ def _part_of(
 
 
 def _open(path: Path) -> Picture:
-    """Open a picture, of which only the header is read yet."""
+    """Open a picture, reading only its header."""
     from PIL import Image
 
     try:

@@ -1,4 +1,4 @@
-"""Image data sets of the Hugging Face Hub. Needs ``datasets``: pip install 'surestep[hf]'."""
+"""Image data sets from the Hugging Face Hub. Needs ``datasets``: pip install 'surestep[hf]'."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LABEL_COLUMNS = ("label", "labels", "fine_label")
 
 
 def load(split: Split, name: str, *, image_size: int | None = None, n: int | None = None) -> Images:
-    """Load a split of the Hub's data set ``name`` ("owner/name").
+    """Load a split of the data set ``name`` ("owner/name") from the Hub.
 
     The image and label columns are those whose type says so (``Image``, ``ClassLabel``), or, for
     untyped labels, the ones called label, labels or fine_label. If there is no validation split,
@@ -36,14 +36,14 @@ def load(split: Split, name: str, *, image_size: int | None = None, n: int | Non
     Args:
         split: "train", "validation" or "test"; only the files of this one are opened.
         name: name of the data set.
-        image_size: side in pixels of the centred square to cut and resize to; None if all images
-            have one size.
-        n: decode only the first n of the mixed order, where the classes have names and these
-            images colours; else there may be more than n in what is returned.
+        image_size: side in pixels of the centred square to crop and resize to; None if all images
+            have the same size.
+        n: decode and return only the first n images of the shuffled order, provided that the
+            classes have names and at least one of these images has colour; otherwise, all images.
 
     Returns:
-        Images with x uint8 (N, C, H, W) in a mixed order, always the same; C = 1 if every image of
-        the split is grey, else 3.
+        Images with x uint8 (N, C, H, W) in a fixed shuffled order; C = 1 if every image of the
+        split is grey, else 3.
 
     Raises:
         UserError: ``datasets`` or Pillow is not installed; the data set cannot be fetched; a split
@@ -79,8 +79,8 @@ def load(split: Split, name: str, *, image_size: int | None = None, n: int | Non
         labels.clear()
         return stack(_pictures(name, rows, chosen.tolist(), image, label, labels), image_size)
 
-    # Without their names, classes are counted in the labels of all rows; where the first are grey,
-    # others may have colours.
+    # Unnamed classes are counted from the labels of all rows; and if the first images are grey,
+    # others may still have colour.
     if classes and n is not None and (x := read(order[:n])).shape[1] == 3:
         return Images(x, torch.tensor(labels), tuple(classes), name)
     x = read(torch.arange(len(rows)))
@@ -90,7 +90,7 @@ def load(split: Split, name: str, *, image_size: int | None = None, n: int | Non
 
 
 def _stored_split(name: str, split: Split, available: list[str]) -> str | None:
-    """Return the Hub's name of ``split``; None if it has to be divided off the training split."""
+    """Return the Hub's name of ``split``; None if it must be divided off the training split."""
     stored = {
         part: next((known for known in known_as if known in available), None)
         for part, known_as in _SPLIT_NAMES.items()
@@ -130,7 +130,7 @@ def _column(
 def _pictures(
     name: str, rows: Any, chosen: list[int], image: str, label: str, labels: list[int]
 ) -> Iterator[tuple[str, Opener]]:
-    """Yield pictures and put their labels into ``labels``: one pass decodes each row once."""
+    """Yield pictures and append their labels to ``labels``, decoding each row only once."""
     for i in chosen:
         row = rows[i]
         where = f"row {i} of {name!r}"

@@ -1,7 +1,7 @@
 """MNIST, embedded in the package: four gzip-compressed IDX files.
 
-Source: LeCun, Cortes and Burges, "The MNIST database of handwritten digits"; the licence lies
-beside the files. Any data set in the same files (Fashion-MNIST, KMNIST) can be read from a root.
+Source: LeCun, Cortes and Burges, "The MNIST database of handwritten digits"; the licence is
+beside the files. Data sets in the same format (Fashion-MNIST, KMNIST) can be read from ``root``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def load(split: Split, root: str | Path | None = None) -> Images:
     Args:
         split: "train", "validation" or "test". The test files are read for "test" only.
         root: a folder with the four ``*-ubyte.gz`` files, or the same files decompressed, to read
-            instead of the embedded ones. The sub-folder ``MNIST/raw`` is looked into as well.
+            instead of the embedded ones. If it has a sub-folder ``MNIST/raw``, that is read.
 
     Returns:
         Images with x uint8 (N, 1, 28, 28) and ten classes.

@@ -1,4 +1,4 @@
-"""NumPy archives (.npz), the form in which Keras and MedMNIST-like data often come."""
+"""NumPy archives (.npz), a common format of Keras and MedMNIST-like data sets."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _SUFFIX: dict[Split, str] = {"train": "train", "validation": "val", "test": "tes
 def load(split: Split, path: str | Path) -> Images:
     """Load a split of an .npz file.
 
-    The arrays are x_train, y_train, x_test, y_test and perhaps x_val, y_val; or x and y, divided
-    80/10/10, always the same way. Without x_val, a tenth of the training arrays is held out.
-    Images without a label (-1) are all for training.
+    The arrays are x_train, y_train, x_test, y_test and optionally x_val, y_val; or x and y, divided
+    80/10/10, always the same way. Without x_val, a tenth of the training arrays is held out. When
+    arrays are divided, images without a label (-1) all go to training.
     Images are (N, H, W, C) or (N, C, H, W), told apart by the dimension that is 1 or 3 (the second
     if both are), or (N, H, W) for grey ones; (N, D) stays as it is. Labels are (N,) or (N, 1).
     Pickled arrays are refused: they could run code.
@@ -37,11 +37,11 @@ def load(split: Split, path: str | Path) -> Images:
 
     Raises:
         UserError: a missing file, key or channel dimension; a damaged or pickled file; training
-            labels from 1 on; pixels or labels that `surestep.data.as_images` refuses.
+            labels that do not start at 0; pixels or labels that `surestep.data.as_images` refuses.
     """
     path = Path(path)
     try:
-        # Opened here: NumPy forgets to close a damaged file.
+        # Opened here, because NumPy does not close a damaged file.
         with path.open("rb") as file:
             archive = np.load(file, allow_pickle=False)
             if isinstance(archive, np.ndarray):
@@ -72,7 +72,7 @@ def _load(archive: Any, split: Split, path: Path) -> Images:
     whole = "x" in archive
     held_out = not whole and "x_val" not in archive and split != "test"
     x, y = get("" if whole else "_train" if held_out else f"_{_SUFFIX[split]}")
-    unknown = y[:0]  # of what is only judged, which may lack the first class
+    unknown = y[:0]  # data that are only judged on may lack the first class
     own = unknown if split == "test" else y
     trained = own if whole else archive.get("y_train", unknown)
     images = as_images(
@@ -84,20 +84,20 @@ def _load(archive: Any, split: Split, path: Path) -> Images:
     _check_from_zero(trained, path)
     if whole or held_out:
         part = _divided(images, split, str(path), test=whole)
-        note = f"{len(part):,} of {len(images):,} images: {path} names no splits, so it is divided"
+        note = f"{len(part):,} of {len(images):,} images: {path} has no splits, so it is divided"
         return replace(part, note=f"{note} 80/10/10") if whole else part
     return images
 
 
 def _divided(images: Images, split: Split, what: str, test: bool) -> Images:
-    """Divide the images that have a label; those without are for training."""
+    """Divide the labelled images; unlabelled ones all go to training."""
     labelled, rest = images.by_label()
     rows = labelled[divide(len(labelled), split, what=what, test=test)]
     return images.subset(torch.cat([rows, rest]) if split == "train" else rows)
 
 
 def _channels_first(x: np.ndarray, path: Path) -> np.ndarray:
-    if x.dtype.kind == "f":  # NumPy's own default is float64
+    if x.dtype.kind == "f":  # NumPy's default is float64
         x = x.astype(np.float32)
     if x.ndim == 3:
         return x[:, None]
@@ -112,12 +112,12 @@ def _channels_first(x: np.ndarray, path: Path) -> np.ndarray:
 
 
 def _check_from_zero(y: np.ndarray, path: Path) -> None:
-    """Refuse training labels from 1 on, which would make a class that no image has."""
+    """Refuse training labels that start above 0, which would make a class without images."""
     if y.dtype.kind in "iu" and (known := y[y >= 0]).size and known.min() > 0:
         raise UserError(f"{path} has labels {known.min()} to {known.max()}: number them from 0")
 
 
 def _classes(*labels: np.ndarray) -> int | None:
-    """Return the number of classes, None if the labels are not class numbers."""
+    """Return the number of classes, or None if the labels are not class numbers."""
     top = max((int(y.max()) for y in labels if y.dtype.kind in "iu" and y.size), default=-1)
     return top + 1 if top >= 0 else None

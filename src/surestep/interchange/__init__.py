@@ -1,6 +1,6 @@
 """Results for other programs: checked JSON of evaluations and audits, and RobustBench entries.
 
-Checking needs the extra ``interchange`` (jsonschema); importing this room does not.
+Checking needs the extra ``interchange`` (jsonschema); importing this package does not.
 """
 
 from surestep.interchange._robustbench import (

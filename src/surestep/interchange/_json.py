@@ -1,4 +1,4 @@
-"""Reading JSON strictly: what Python accepts beyond the standard, other programs refuse."""
+"""Strict JSON reading: refuse NaN and infinity, which Python accepts but the standard does not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def read_json(path: Path) -> Any:
         path: the file, UTF-8.
 
     Raises:
-        UserError: it is missing or cannot be read, or is not JSON; NaN and infinity are none.
+        UserError: the file is missing, unreadable or not JSON; NaN and infinity are not JSON.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist")

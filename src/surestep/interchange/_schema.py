@@ -1,4 +1,4 @@
-"""Evaluations and audits as documents: their JSON schemas, and the one line when one is broken."""
+"""Evaluations and audits as documents: their JSON schemas, and one line for each violation."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def schema(format: str, version: int = 1) -> dict[str, Any]:
 
     Args:
         format: "surestep-evaluation" or "surestep-audit".
-        version: of the format.
+        version: the version of the format.
 
     Raises:
         UserError: there is no such format or version.
     """
-    if format not in tuple(_FILES):  # a document may hold a list here, which no dict looks up
+    if format not in tuple(_FILES):  # a document may hold a list here, which is unhashable
         if not isinstance(format, str):
             raise UserError(f"format is {shorten(format)}, expected {_either(_FILES)}")
         raise unknown_name("format", format, _FILES)
@@ -55,11 +55,11 @@ def validate(document: dict[str, Any]) -> None:
     """Check a document against the schema that its "format" and "version" name.
 
     Args:
-        document: what ``Evaluation.to_dict`` or ``Audit.to_dict`` returned, or such JSON.
+        document: as returned by ``Evaluation.to_dict`` or ``Audit.to_dict``, or read from JSON.
 
     Raises:
-        UserError: it is none of these or breaks its schema; the line names the place, the value
-            and what was expected. Or jsonschema is not installed.
+        UserError: the document is neither or violates its schema (the line names the place, the
+            value and what was expected), or jsonschema is not installed.
     """
     if not isinstance(document, dict):
         raise UserError(f"the document is {shorten(document)}, expected an object")
@@ -67,11 +67,11 @@ def validate(document: dict[str, Any]) -> None:
         raise UserError(f"the document lacks 'format', expected {_either(_FILES)}")
     if "version" not in document:
         raise UserError(
-            f"the document lacks 'version', a number beside format {document['format']!r}"
+            f"the document lacks 'version', expected a number with format {document['format']!r}"
         )
     format, version = document["format"], document["version"]
     schema(format, version)
-    # Of several mistakes the outermost; a misspelt key rather than the one that then lacks.
+    # Report the outermost mistake, and a misspelt key rather than the one missing because of it.
     errors = _validator(format, version).iter_errors(document)
     first = min(
         errors,
@@ -89,10 +89,10 @@ def load(path: str | Path) -> dict[str, Any]:
         path: a file as written by ``--json``.
 
     Raises:
-        UserError: the file is missing, is not JSON, or no valid document; see ``validate``.
+        UserError: the file is missing, not JSON, or not a valid document; see ``validate``.
     """
     document = read_json(Path(path))
-    _jsonschema()  # its absence is no fault of the file
+    _jsonschema()  # if it is missing, the file is not to blame
     try:
         validate(document)
     except UserError as e:
@@ -122,7 +122,7 @@ def _validator(format: str, version: int) -> Any:
 
 
 def _sentence(error: Any) -> str:
-    """Return the line for an error of jsonschema: place, value, expectation."""
+    """Return one line for a jsonschema error: place, value, expectation."""
     place = _place(error.absolute_path)
     rule, limit, value = error.validator, error.validator_value, error.instance
     if rule == "additionalProperties":
@@ -146,13 +146,13 @@ def _sentence(error: Any) -> str:
         wanted = f"{low} values" if low == high else f"at least {low} value"
     elif rule == "minLength":
         wanted = "some text"
-    else:  # a rule that a later schema uses and this has no words for
+    else:  # a rule of a later schema, which has no wording here
         wanted = f"{rule} {shorten(limit)}"
     return f"{place} is {shorten(value)}, expected {wanted}"
 
 
 def _place(path: Any) -> str:
-    """Return where in a document, such as ``attacks[0].accuracy``."""
+    """Return a path as a place in a document, such as ``attacks[0].accuracy``."""
     place = ""
     for part in path:
         if isinstance(part, str) and part.replace("-", "").isidentifier():

@@ -1,4 +1,4 @@
-"""What all models share: pixels in [0, 1], normalisation inside, a checked input, one head."""
+"""What all models share: pixels in [0, 1], normalisation inside, checked input, one head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Normalize(nn.Module):
     """Map pixels to ``(x - mean) / std``, channel by channel.
 
     It lives inside the model, so that ``eps`` is always in pixel units. ``mean`` and ``std`` are
-    saved with the weights: a checkpoint brings its own normalisation.
+    saved with the weights, so that a checkpoint brings its own normalisation.
 
     Args:
         mean: one value per channel, for pixels in [0, 1].
@@ -52,7 +52,7 @@ class Normalize(nn.Module):
 class Classifier(nn.Module):
     """An image classifier: normalise, ``body`` to features (N, D), ``head`` to logits.
 
-    Every activation in ``body`` is an ``nn.ReLU`` of its own, called once per forward, so that
+    Every activation in ``body`` is a separate ``nn.ReLU``, called once per forward pass, so that
     methods that act on activations (MeanSparse, SADS) can find and wrap each of them.
 
     Args:
@@ -133,10 +133,10 @@ def choose_normalize(
     std: Sequence[float] | None,
     default: tuple[Sequence[float], Sequence[float]] | None,
 ) -> Normalize | None:
-    """Build the normalisation: the user's, else the default, else none.
+    """Build the normalisation: the user's if given, else the default, else none.
 
     The default is dropped when it is for another number of channels: CIFAR-10 statistics mean
-    nothing to grey images. Mean 0 and std 1 change nothing, so no module is built for them.
+    nothing for grey images. Mean 0 and std 1 change nothing, so no module is built for them.
 
     Raises:
         UserError: only one of the two is given, or there is not one value per channel.

@@ -1,4 +1,4 @@
-"""Models that a Python file of the user's makes: FILE.py:FACTORY."""
+"""Models made by a Python file of the user: FILE.py:FACTORY."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from surestep.errors import UserError
 
 
 def in_file(name: str) -> bool:
-    """Tell whether a model's name is FILE.py:FACTORY."""
+    """Tell whether a model's name has the form FILE.py:FACTORY."""
     file, colon, _ = name.rpartition(":")
     return bool(colon) and file.endswith(".py")
 
 
 def absolute(name: str) -> str:
-    """Return the name that says the same from any folder."""
+    """Return the name with an absolute path, which is valid in any working directory."""
     file, _, factory = name.rpartition(":")
     return f"{Path(file).resolve()}:{factory}"
 
@@ -31,17 +31,17 @@ def from_file(name: str) -> nn.Module:
         name: FILE.py:FACTORY; the factory takes no arguments.
 
     Raises:
-        UserError: there is no such file or function, it fails, or it makes no module.
+        UserError: there is no such file or function, it fails, or it returns no module.
     """
     path, _, factory = name.rpartition(":")
     file = Path(path)
     if not file.is_file():
-        raise UserError(f"{file} is not there")
+        raise UserError(f"{file} does not exist: give FILE.py:FACTORY")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # Files beside it can be imported, as if it were run; dataclasses look their module up.
+    # As in a script, files beside it can be imported. Dataclasses look up their own module.
     folder = str(file.parent.resolve())
     sys.path.insert(0, folder)
     before = sys.modules.get(file.stem)

@@ -15,7 +15,7 @@ from surestep.models._timm import PREFIX, create_timm
 
 
 class Builder(Protocol):
-    """Anything that makes a model from these four: a class or a function."""
+    """A class or function that makes a model from these four arguments."""
 
     def __call__(
         self, num_classes: int, in_channels: int, image_size: int, normalize: Normalize | None
@@ -47,7 +47,7 @@ def register(
     image_size: int,
     statistics: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Callable[[B], B]:
-    """Make a model available to ``create`` under ``name``; decorates its class or function.
+    """Return a decorator that makes a model class or function available under ``name``.
 
     Args:
         name: what users type.
@@ -70,7 +70,7 @@ def register(
 
 
 def names() -> list[str]:
-    """List the registered models (those of timm come on top, as ``timm:NAME``)."""
+    """List the registered models; those of timm are available too, as ``timm:NAME``."""
     return list(_ENTRIES)
 
 
@@ -93,21 +93,21 @@ def create(
     std: Sequence[float] | None = None,
     pretrained: bool = False,
 ) -> nn.Module:
-    """Create a model, with fresh weights unless asked, that maps pixels in [0, 1] to logits.
+    """Create a model that maps pixels in [0, 1] to logits, by default with random weights.
 
     Args:
-        name: one of ``names()``, ``timm:NAME`` with timm installed, or ``FILE.py:FACTORY``: what
-            a function without arguments makes, as it is.
+        name: one of ``names()``, ``timm:NAME`` with timm installed, or ``FILE.py:FACTORY``: a
+            function without arguments, whose model is returned as it is.
         num_classes: number of logits.
         in_channels: channels of the images; default: the model's own (1 or 3).
         image_size: height and width of the images; default: the model's own. Models with global
             average pooling take any size, whatever is given here.
-        mean: per channel, to normalise with inside the model, for pixels in [0, 1]. The default
+        mean: per-channel mean of pixels in [0, 1], for normalisation inside the model. The default
             is the model's own, or no normalisation if that is for another number of channels.
             ``mean`` 0 and ``std`` 1 turn normalisation off.
-        std: per channel, goes with ``mean``.
-        pretrained: take timm's own weights, downloaded at need; its last layer is fresh where the
-            number of classes is another.
+        std: per-channel standard deviation; required with ``mean``.
+        pretrained: load timm's own weights, downloaded if needed; the last layer is random if
+            the number of classes differs.
 
     Returns:
         A module from images (N, in_channels, H, W) to logits (N, num_classes).
@@ -127,7 +127,7 @@ def create(
     if name.startswith(PREFIX):
         return create_timm(name, num_classes, in_channels or 3, image_size, mean, std, pretrained)
     if pretrained:
-        raise UserError(f"pretrained weights are timm's, of {PREFIX}NAME: for {name} name a file")
+        raise UserError(f"{name} has no pretrained weights, only {PREFIX}NAME has: give a file")
     if in_file(name):
         return from_file(name)
     entry = _entry(name)
@@ -141,10 +141,10 @@ def create(
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that no model has; one of timm's is only known to timm, a file's to the file.
+    """Refuse the name of no model; names within timm or a file are checked when they are loaded.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is no model of that name.
     """
     if not name.startswith(PREFIX) and not in_file(name):
         _entry(name)

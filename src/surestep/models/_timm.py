@@ -1,4 +1,4 @@
-"""Models of the timm library, imported only when one is asked for."""
+"""Models of the timm library, which is imported only when one is requested."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def create_timm(
     std: Sequence[float] | None,
     pretrained: bool = False,
 ) -> Classifier:
-    """Create ``timm:NAME``, normalising as its pretrained weights expect.
+    """Create ``timm:NAME``, with the normalisation that its pretrained weights expect.
 
     timm's own classifier stays inside ``body``; ``head`` is the identity.
 
     Raises:
-        UserError: timm is not installed, cannot create the model, or mean and std do not match
+        UserError: timm is not installed or cannot create the model, or mean and std do not match
             in_channels.
     """
     timm = need("timm", name, "surestep[timm]")
@@ -36,9 +36,9 @@ def create_timm(
         options |= {"num_classes": num_classes, "in_chans": in_channels}
         try:
             return timm.create_model(name.removeprefix(PREFIX), pretrained=pretrained, **options)
-        except OSError as error:  # what the Hub raises, too
+        except OSError as error:  # the Hub raises it, too
             raise UserError(f"timm cannot load the weights of {name!r}: {error}") from error
-        # What timm raises for an unknown name or tag, and for a size that a model cannot take.
+        # timm raises these for an unknown name or tag, and for a size that a model cannot take.
         except (RuntimeError, AssertionError) as error:
             raise UserError(
                 f"timm cannot create {name!r} ({error}): timm.list_models() lists its models"
@@ -46,7 +46,7 @@ def create_timm(
 
     model = build()
     config = model.pretrained_cfg
-    # Only models of a fixed size, such as vision transformers, know the option img_size.
+    # Only models of a fixed size, such as vision transformers, take the option img_size.
     fixed_size = config["input_size"][-1] if config.get("fixed_input_size") else None
     if fixed_size and image_size not in (None, fixed_size):
         model, fixed_size = build(img_size=image_size), image_size

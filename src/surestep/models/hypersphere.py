@@ -13,11 +13,12 @@ from surestep.errors import UserError
 
 
 class HypersphereHead(nn.Linear):
-    """A linear layer without bias on the unit sphere: ``scale`` times the cosine.
+    """A linear layer on the unit sphere, without bias: logits are ``scale`` times cosines.
 
-    Features and class weights are normalised, with gradient. The margin of the training loss is
-    not here but in the method (``Method.margin``, scale times the margin on the cosine): attacks
-    and evaluation see logits without it, at the full scale, where cross entropy does not vanish.
+    Features and class weights are normalised to unit length, and gradients flow through this.
+    The margin of the training loss is applied by the method, not here (``Method.margin``, scale
+    times the margin on the cosine). Attacks and evaluation see logits without it, at the full
+    scale, where cross entropy does not vanish.
 
     Args:
         in_features: length of the features.
@@ -25,8 +26,8 @@ class HypersphereHead(nn.Linear):
         scale: s of the paper, 15 in its adversarial training.
 
     Shape:
-        (N, in_features) to (N, num_classes), in float32 also under autocast: a cosine in bf16 has
-        steps of 1/256 near 1.
+        (N, in_features) to (N, num_classes), in the dtype of the weights even under autocast:
+        near 1, cosines in bf16 come in steps of 1/256.
     """
 
     def __init__(self, in_features: int, num_classes: int, scale: float = 15.0) -> None:
@@ -34,15 +35,15 @@ class HypersphereHead(nn.Linear):
         self.scale = scale
 
     def reset_parameters(self) -> None:
-        """Draw the class weights: their directions are uniform on the sphere."""
+        """Draw class weights whose directions are uniform on the sphere."""
         nn.init.normal_(self.weight)
 
     def extra_repr(self) -> str:
-        """Tell the scale, which no weight holds."""
+        """Show the scale, which is not stored in the weights."""
         return f"{super().extra_repr()}, scale={self.scale:g}"
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return ``scale`` times the cosines of features."""
+        """Return ``scale`` times the cosines between features and class weights."""
         with without_autocast(input.device):
             dtype = self.weight.dtype
             unit = F.normalize(input.to(dtype), dim=1)
@@ -50,11 +51,11 @@ class HypersphereHead(nn.Linear):
 
 
 def on_hypersphere(model: nn.Module, scale: float = 15.0) -> nn.Module:
-    """Replace a model's last linear layer by a hypersphere head; returns the model.
+    """Replace a model's last linear layer by a hypersphere head, and return the model.
 
     Raises:
-        UserError: it has no linear layer, or several that may make the logits together, or the
-            scale is not positive.
+        UserError: the model has no linear layer, or several that may make the logits together,
+            or the scale is not positive.
     """
     if not scale > 0:
         raise UserError(f"the head's scale is {scale:g}: give a positive number, such as 15")
@@ -62,14 +63,14 @@ def on_hypersphere(model: nn.Module, scale: float = 15.0) -> nn.Module:
     if not linear:
         raise UserError("the model has no linear layer that a hypersphere head could replace")
     *others, (place, last) = linear.items()
-    # By the numbers: the weights of a lazy layer have no shape yet.
+    # From attributes, since the weights of a lazy layer have no shape yet.
     shape = (last.in_features, last.out_features)
     alike = [name for name, m in others if (m.in_features, m.out_features) == shape]
-    if alike and last.in_features != last.out_features:  # square ones are a transformer's inside
-        # Heads of distilled transformers, whose logits are averaged.
+    if alike and last.in_features != last.out_features:  # square ones are inside transformers
+        # Such as the heads of distilled transformers, whose logits are averaged.
         raise UserError(
-            f"the model has linear layers of one shape, {', '.join([*alike, place])}: which make "
-            "the logits is not known here, so no hypersphere head is put in; leave the head linear"
+            f"the model has several linear layers of one shape, {', '.join([*alike, place])}, and "
+            "which of them make the logits is unknown: keep the linear head"
         )
     head = HypersphereHead(last.in_features, last.out_features, scale).to(last.weight)
     if not place:  # the model is this layer

@@ -107,6 +107,6 @@ class CNNSmall(Classifier):
 def _quarter(name: str, image_size: int) -> int:
     if image_size % 4:
         raise UserError(
-            f"{name} halves images twice, image_size {image_size} is not a multiple of 4"
+            f"{name} halves images twice, but image_size {image_size} is not a multiple of 4"
         )
     return image_size // 4

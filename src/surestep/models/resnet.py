@@ -81,11 +81,11 @@ class PreActBlock(nn.Module):
 class ResNet(Classifier):
     """ResNet of basic blocks (He et al. 2015, arXiv 1512.03385) with the CIFAR stem.
 
-    The form of kuangliu/pytorch-cifar, with PyTorch's default init as there.
+    As in kuangliu/pytorch-cifar, with PyTorch's default init as there.
 
     Args:
         depths: blocks in each stage.
-        widths: channels of each stage; the stem has those of the first.
+        widths: channels of each stage; the stem has as many as the first.
         num_classes: number of logits.
         in_channels: channels of the images.
         normalize: applied to the pixels first, or None.
@@ -121,9 +121,9 @@ class ResNet(Classifier):
 class PreActResNet(Classifier):
     """Pre-activation ResNet (He et al. 2016, arXiv 1603.05027) with the CIFAR stem.
 
-    With batch norm and relu between the last block and the pooling, as in the paper and in
-    the code of "Fast is better than free" (Wong et al. 2020, arXiv 2001.03994). The form in
-    kuangliu/pytorch-cifar leaves those two out. PyTorch's default init, as in both.
+    It has batch norm and relu between the last block and the pooling, as in the paper and in
+    the code of "Fast is better than free" (Wong et al. 2020, arXiv 2001.03994); the version in
+    kuangliu/pytorch-cifar leaves those two out. PyTorch's default init, as in both codes.
 
     Args:
         depths: blocks in each stage.

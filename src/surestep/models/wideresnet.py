@@ -14,11 +14,11 @@ class WideResNet(PreActResNet):
 
     Three stages of pre-activation blocks, 16 * width channels in the first. He init over the
     fan-out and zero head bias, as in the original. The public TRADES code computes the same
-    function but also holds one stage of weights that its forward never uses; here there is none.
+    function but also holds one stage of weights that its forward never uses; this class does not.
 
     Args:
-        depth: convolutions along the path, 6 n + 4.
-        width: factor on 16, 32 and 64 channels.
+        depth: number of convolutions along the path, 6 n + 4.
+        width: multiplier of the 16, 32 and 64 channels of the stages.
         num_classes: number of logits.
         in_channels: channels of the images.
         normalize: applied to the pixels first, or None.
@@ -40,7 +40,7 @@ class WideResNet(PreActResNet):
     ) -> None:
         blocks, rest = divmod(depth - 4, 6)
         if rest or blocks < 1:
-            raise UserError(f"depth {depth} is not a WRN: give 6 n + 4, such as 16, 28 or 34")
+            raise UserError(f"depth {depth} is not a WRN depth: give 6 n + 4, such as 16, 28 or 34")
         super().__init__(
             (blocks, blocks, blocks),
             (16 * width, 32 * width, 64 * width),
@@ -63,6 +63,6 @@ def wrn_28_10(
 ) -> WideResNet:
     """Build WRN-28-10. ``image_size`` is ignored.
 
-    The SAT paper trains it without normalisation: ``create`` it with mean 0 and std 1 for that.
+    The SAT paper trains it without normalisation; to do so, ``create`` it with mean 0 and std 1.
     """
     return WideResNet(28, 10, num_classes, in_channels, normalize)

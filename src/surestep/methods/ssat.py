@@ -44,8 +44,7 @@ class SSAT(RSFGSM):
         with attacking(model, train_mode=self.train_mode) as inner:
             start = self.start(x)
             grad, _, logits = input_gradient(inner, start, y, self.objective)
-        step = self.threat.steepest_step(grad, self.size)
-        delta = self.finish(start + step, x) - x
+        delta = self.finish(start + self.threat.steepest_step(grad, self.size), x) - x
         share = torch.ones_like(x.flatten(1)[:, 0])
         if c > 1:
             between = torch.cat([x + k / c * delta for k in range(1, c)])

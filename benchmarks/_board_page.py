@@ -1,4 +1,4 @@
-"""The leaderboard's page: rows become lines, lines a table, a sentence and a plot."""
+"""The leaderboard's page: aggregate CSV rows into lines; write a table, a sentence and a plot."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 DIVERGED = "diverged"
-"""In place of a verdict, where the loss became NaN: such a row counts in no mean."""
+"""Verdict of a row whose loss became NaN; such a row counts in no mean."""
 NAMED = ("sat-r1", "sat-r2", "sat-r3", "fgsm", "rs-fgsm", "n-fgsm", "pgd", "trades", "free")
-"""What the plot names whether or not it is on the front."""
+"""Entries that the plot labels even if they are not on the front."""
 
 Means = dict[str, Any]
 
 
 def means(found: list[dict[str, str]]) -> list[Means]:
-    """Return a line an entry, the best worst case first; seconds as a ratio to standard training.
+    """Return one line per entry, the best worst case first; time is relative to standard training.
 
-    The ratio is to the standard rows of the same board, radius and kind of machine; rows on a
-    machine without one count for their accuracy alone.
+    Times are divided by those of the standard rows of the same board, radius and kind of machine;
+    rows from a machine without such a row count for accuracy only. Of rows with the same radius
+    and seed the last one counts.
     """
     groups: dict[str, list[dict[str, str]]] = {}
     for one in found:
@@ -64,7 +65,7 @@ def means(found: list[dict[str, str]]) -> list[Means]:
 
 
 def table(lines: list[Means]) -> str:
-    """Return the lines as Markdown; a masked entry is marked."""
+    """Return the lines as a Markdown table; masked entries are marked."""
     text = (
         "| method | seeds | passes | time / standard | clean | FGSM | worst case | audit found | "
         "verdict |\n|---|---|---|---|---|---|---|---|---|\n"
@@ -82,7 +83,7 @@ def table(lines: list[Means]) -> str:
 
 
 def against(lines: list[Means]) -> str:
-    """Say which SAT is the best, alone and with parts, and how far the best of the rest is."""
+    """Name the best SAT methods, alone and with parts, and their distance to the best other one."""
     sound = [line for line in lines if not line["masked"]]
     sat = [line for line in sound if line["entry"].startswith("sat-")]
     groups = {
@@ -102,9 +103,9 @@ def against(lines: list[Means]) -> str:
 
 
 def plot(lines: list[Means], path: Path) -> None:
-    """Draw worst case against time, with the front that nothing dominates.
+    """Plot worst case against time, with the Pareto front.
 
-    Of so many methods the front's and ``NAMED`` are named; the table has all.
+    Only methods on the front and those in ``NAMED`` are labelled; the table has all.
     """
     import altair as alt
 
@@ -142,12 +143,12 @@ def plot(lines: list[Means], path: Path) -> None:
 
 
 def write(found: list[dict[str, str]], page: Path, boards: Mapping[str, Sequence[float]]) -> None:
-    """Write the tables, and a plot beside the page for each.
+    """Write the page with its tables, and for each table a plot beside the page.
 
     Args:
         found: rows of the CSV.
-        page: where to.
-        boards: the radii of each board, by its name.
+        page: the file to write.
+        boards: the radii of each board, by the board's name.
     """
     parts = [(Path(__file__).parent / "leaderboard.head.md").read_text("utf-8")]
     for name, radii in boards.items():

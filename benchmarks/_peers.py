@@ -1,10 +1,10 @@
 """SAT, FGSM and PGD steps written the way the field's public training scripts write them.
 
-The mathematics is that of surestep's methods. What differs, all of it habit: the attack calls a
+The mathematics is that of surestep's methods. The differences are common habits: the attack calls a
 full ``backward()``, which also computes weight gradients, and clears them; float32; images and
-weights in the default memory format, the first convolution torch's own; an optimizer that is not
-fused; ``.item()`` on the loss and the accuracy at each step. (The allocator's settings cannot
-differ within one process, so the peer steps have surestep's.)
+weights in the default memory format; torch's own first convolution; an optimizer that is not
+fused; ``.item()`` on the loss and the accuracy at each step. (Allocator settings apply to the whole
+process, so the peer steps use surestep's.)
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Perturb = Callable[[Tensor, Tensor], Tensor]
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """Return a network with torch's own convolution in place of surestep's, in place."""
+    """Replace surestep's first convolution by torch's own, in place, and return the network."""
     for module in model.modules():
         if isinstance(module, GreyConv2d):
-            # It adds nothing to its base but another way forward.
+            # It only overrides the forward pass of its base class.
             module.__class__ = nn.Conv2d  # type: ignore[assignment]
     return model
 
@@ -50,7 +50,7 @@ def _update(
 
 
 def _train_on(model: nn.Module, optimizer: torch.optim.Optimizer, perturb: Perturb) -> Step:
-    """Build the step that trains on what an attack returns."""
+    """Build the step that trains on the points that an attack returns."""
 
     def step(x: Tensor, y: Tensor) -> None:
         model.eval()
@@ -151,7 +151,7 @@ def sat_r3(
 
 
 def torchattacks_fgsm(model: nn.Module, optimizer: torch.optim.Optimizer, eps: float) -> Step:
-    """Build FGSM training with torchattacks' own class."""
+    """Build an FGSM training step with torchattacks' class."""
     from torchattacks import FGSM
 
     return _train_on(model, optimizer, FGSM(model, eps=eps))
@@ -160,7 +160,7 @@ def torchattacks_fgsm(model: nn.Module, optimizer: torch.optim.Optimizer, eps: f
 def torchattacks_pgd(
     model: nn.Module, optimizer: torch.optim.Optimizer, eps: float, steps: int, size: float
 ) -> Step:
-    """Build PGD training with torchattacks' own class."""
+    """Build a PGD training step with torchattacks' class."""
     from torchattacks import PGD
 
     return _train_on(model, optimizer, PGD(model, eps=eps, alpha=size, steps=steps))
@@ -174,7 +174,7 @@ def art_step(
     steps: int = 0,
     size: float = 0.0,
 ) -> Step:
-    """Build FGSM training (PGD with ``steps``) with ART's classes, as its trainers loop."""
+    """Build an FGSM step (PGD if ``steps`` > 0) with ART's classes, as in its trainers' loops."""
     from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescentPyTorch
     from art.estimators.classification import PyTorchClassifier
 
@@ -194,7 +194,7 @@ def art_step(
             eps_step=size,
             max_iter=steps,
             num_random_init=1,
-            # Else 32 images at a time.
+            # By default ART attacks 32 images at a time.
             batch_size=4096,
             verbose=False,
         )

@@ -1,4 +1,4 @@
-"""What the accuracy tables share: rows run one core each, a CSV that can be continued."""
+"""Shared code of the accuracy tables: run each row on one core, add it to a resumable CSV."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ FIELDS = [
 
 
 QUICK = {"val_images": 0, "select": "last", "engine": "fast"}
-"""Settings of a run whose training alone is of interest."""
+"""Settings of a run that only trains, without validation or selection."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One training run to be judged: a method's preset, with settings changed by name."""
+    """A training run to judge: a method, one of its presets (``recipe``), and changed settings."""
 
     method: str
     recipe: str
@@ -44,7 +44,7 @@ class Row:
         return (self.method, self.recipe, self.seed)
 
     def resolve(self, data: str | None = None) -> RunConfig:
-        """Return all settings, the preset's among them; ``data`` is where the data set lies."""
+        """Return all settings, including the preset's; ``data`` is the location of the data set."""
         from surestep import runs
 
         settings = {"method": self.method, "seed": self.seed, "data": data, **self.changes}
@@ -54,7 +54,7 @@ class Row:
 def train_and_judge(
     row: Row, steps: int, n: int, data: str | None, split: str = "test"
 ) -> dict[str, Any]:
-    """Train a row, judge it on n images by FGSM and by PGD on cross entropy and margin."""
+    """Train a row and judge it on n images with FGSM and with PGD on cross entropy and margin."""
     import torch
 
     from surestep import evaluate, runs
@@ -64,8 +64,8 @@ def train_and_judge(
     fitted = runs.train(config, None)
     engine = Engine.choose(device=next(fitted.model.parameters()).device)
     pgd = f"pgd-{steps}"
-    # The points are made in the engine's precision and judged in float32; see
-    # benchmarks/precision.py for what that changes.
+    # Points are crafted in the engine's precision and judged in float32; benchmarks/precision.py
+    # measures what that changes.
     judged = evaluate(
         engine.place(fitted.model),
         runs.load_data(config, split),
@@ -97,14 +97,14 @@ def train_and_judge(
 
 
 def main(rows: list[Row], *, out: str, steps: int, n: int, data: str | None = None) -> None:
-    """Run the rows that the CSV does not hold yet."""
+    """Run the rows that are not in the CSV yet."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--jobs", type=int, default=2, help="rows at a time, one core each")
     parser.add_argument("--n", type=int, default=n, help="test images")
     parser.add_argument("--out", type=Path, default=Path(out), help="the CSV")
-    parser.add_argument("--only", nargs="*", default=[], help="METHOD/RECIPE of rows to run")
+    parser.add_argument("--only", nargs="*", default=[], help="rows to run, as METHOD/RECIPE")
     parser.add_argument("--set", default="{}", help="JSON of settings to change, for searches")
-    parser.add_argument("--data", default=data, help="where the data set lies")
+    parser.add_argument("--data", default=data, help="location of the data set")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.row:
@@ -133,13 +133,13 @@ def _run_and_record(row: Row, args: argparse.Namespace) -> None:
 
 
 def run_alone(row: Row, *words: str, threads: int, **options: Any) -> dict[str, Any] | None:
-    """Run this script's ``--row`` in a process of its own; None, and said, if that fails.
+    """Run this script with ``--row`` in its own process; print a failure and return None.
 
     Args:
         row: what to run.
-        words: for the command line, as they are.
-        threads: of the process.
-        options: by name, for those that are not None.
+        words: further command-line arguments.
+        threads: number of threads of the process.
+        options: further options by name; those that are None are left out.
     """
     named = [w for k, v in options.items() if v is not None for w in (f"--{k}", str(v))]
     ran = subprocess.run(
@@ -160,7 +160,7 @@ def run_alone(row: Row, *words: str, threads: int, **options: Any) -> dict[str, 
 
 
 def append(out: Path, names: list[str], row: dict[str, Any]) -> None:
-    """Add a row to a CSV, with a header if it is the first."""
+    """Append a row to a CSV; a new file starts with a header."""
     out.parent.mkdir(parents=True, exist_ok=True)
     new = not out.exists()
     with out.open("a", newline="") as f:
@@ -171,7 +171,7 @@ def append(out: Path, names: list[str], row: dict[str, Any]) -> None:
 
 
 def read(out: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV; none if there is no such file yet."""
+    """Return the rows of a CSV; an empty list if the file does not exist."""
     if not out.exists():
         return []
     with out.open() as f:
@@ -179,7 +179,7 @@ def read(out: Path) -> list[dict[str, str]]:
 
 
 def origin() -> dict[str, str]:
-    """Return where and when a row is measured: commit, machine and date."""
+    """Return the origin of a measurement: commit, machine and date."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     return {
         "commit": subprocess.run(
@@ -191,7 +191,7 @@ def origin() -> dict[str, str]:
 
 
 def machine() -> str:
-    """Return the kind of machine: seconds of two kinds do not compare."""
+    """Return the kind of machine; seconds are comparable only within one kind."""
     cpu = Path("/proc/cpuinfo")
     flags = set(cpu.read_text("utf-8").split()) if cpu.exists() else set()
     units = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")

@@ -1,11 +1,12 @@
-"""surestep's attacks against foolbox's, ART's and AutoAttack's own, on the same model and images.
+"""Compare surestep's attacks with foolbox's, ART's and AutoAttack's on the same model and images.
 
     pip install foolbox adversarial-robustness-toolbox
     surestep train --method sat-r2 --preset mnist-demo --out runs/sat-r2
     python benchmarks/agreement.py runs/sat-r2 --n 1000 --seeds 3
 
-All PGD: 100 steps of eps / 30 from a random start in the whole ball, cross entropy. Accuracy counts
-images that are right clean and at the attack's point, in float32.
+Every PGD takes 100 steps of eps / 30 on cross entropy, from a random start in the whole ball.
+Accuracy is the share of images classified correctly both clean and at the attack's point, in
+float32.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def art_pgd(model: nn.Module, x: Tensor, y: Tensor, threat: surestep.Linf) -> Te
 
 
 def autoattack(model: nn.Module, x: Tensor, y: Tensor, threat: surestep.Linf) -> Tensor:
-    """The package itself, as its users call it."""
+    """Run the AutoAttack package itself, as its users do."""
     from pyautoattack import AutoAttack
 
     with torch.random.fork_rng():
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--n", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--autoattack", action="store_true", help="AutoAttack and our suite too")
+    parser.add_argument("--autoattack", action="store_true", help="also AutoAttack and our suite")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/agreement.csv"))
     args = parser.parse_args()
     warnings.simplefilter("ignore")

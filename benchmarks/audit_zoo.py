@@ -1,14 +1,15 @@
-"""The audit held against models whose truth is known: masked on purpose, or honest.
+"""Test the audit on models whose true verdict is known: masked on purpose, or honest.
 
     python benchmarks/audit_zoo.py                      # every model, seed 0
     python benchmarks/audit_zoo.py --seeds 0 1 2 --n 200
     python benchmarks/audit_zoo.py --only jpeg kwta --autoattack
     python benchmarks/audit_zoo.py --table              # the rows so far, as Markdown
 
-Bases are trained here in minutes (LeNet+ on MNIST, eps 0.3) and kept in --cache. A masked model
-must come out "pseudo-robust", or "not robust" where its true accuracy is near zero and the audit's
-own attacks see it at once; an honest one never "pseudo-robust". With --autoattack, AutoAttack's
-standard version runs on the same images, and what the audit found must not be above it.
+The base models (LeNet+ on MNIST, eps 0.3) are trained in minutes and kept in --cache. A masked
+model must be judged "pseudo-robust", or "not robust" if its true accuracy is near zero and the
+audit's own attacks see that at once. An undefended model must be "not robust", an honest one
+"robust". With --autoattack, AutoAttack's standard version runs on the same images; the accuracy
+found by the audit must not exceed AutoAttack's.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ THREAT = surestep.Linf(0.3)
 
 
 class Quantize(nn.Module):
-    """Round pixels to a few levels: no gradient passes."""
+    """Round pixels to a few levels, which blocks gradients."""
 
     def __init__(self, levels: int = 8) -> None:
         super().__init__()
@@ -47,7 +48,7 @@ class Quantize(nn.Module):
 
 
 class JPEG(nn.Module):
-    """Quantise the coefficients of a cosine transform of 4 x 4 blocks."""
+    """Quantise the cosine transform coefficients of 4 x 4 blocks."""
 
     def __init__(self, step: float = 0.4) -> None:
         super().__init__()
@@ -66,7 +67,7 @@ class JPEG(nn.Module):
 
 
 class Thermometer(nn.Module):
-    """Encode a pixel as ten comparisons (Buckman et al. 2018): no gradient passes."""
+    """Encode a pixel as ten comparisons (Buckman et al. 2018), which blocks gradients."""
 
     def forward(self, x: Tensor) -> Tensor:
         levels = torch.arange(0.05, 1, 0.1, device=x.device)
@@ -83,7 +84,7 @@ class Noise(nn.Module):
 
 
 class RandomResize(nn.Module):
-    """Shrink to a random size and pad at a random place (Xie et al. 2018)."""
+    """Shrink to a random size and pad to a random position (Xie et al. 2018)."""
 
     def forward(self, x: Tensor) -> Tensor:
         size = int(torch.randint(22, 29, ()))
@@ -111,7 +112,7 @@ class KWTA(nn.Module):
 
 
 class DeadZone(nn.Module):
-    """MeanSparse with a large threshold: activations near their mean become the mean."""
+    """MeanSparse with a large threshold: replace activations near their mean by the mean."""
 
     def __init__(self, mean: Tensor, half: Tensor) -> None:
         super().__init__()
@@ -124,7 +125,7 @@ class DeadZone(nn.Module):
 
 
 class Purify(nn.Module):
-    """Move the image towards what the net is surest of, by a gradient step inside forward."""
+    """Move the image towards the net's predicted class, by gradient steps inside forward."""
 
     def __init__(self, net: nn.Module, steps: int = 1) -> None:
         super().__init__()
@@ -152,20 +153,20 @@ class Scale(nn.Module):
 
 
 class Bases:
-    """Trained models, kept on disk by name and seed."""
+    """The trained base models, kept on disk by name and seed."""
 
     def __init__(self, cache: Path, seed: int) -> None:
         self.cache, self.seed = cache, seed
 
     def run(self, name: str, method: str, preset: str, **changes: Any) -> nn.Module:
-        """Train LeNet+ by a preset of a method."""
+        """Train LeNet+ with a method's preset."""
         settings = {"val_images": 0, "select": "last", "seed": self.seed, "method": method}
         config = runs.resolve({**settings, **changes}, preset)
         model = runs.build_model(config, runs.load_data(config, "test"))
         return self._kept(name, model, lambda: runs.train(config, None, quiet=True).model)
 
     def fit(self, name: str, model: nn.Module, **changes: Any) -> nn.Module:
-        """Train a model of one's own without attacks, for one epoch."""
+        """Train the given model without attacks, by default for one epoch."""
         method = surestep.methods.get("standard")(THREAT)
         settings = {"epochs": 1, "lr": 0.05, "val_images": 0, "seed": self.seed, "select": "last"}
         train = load("mnist", "train")
@@ -195,7 +196,7 @@ class Bases:
         return self.run("sat-r2", "sat-r2", "mnist-fast", epochs=3)
 
     def sat_r3(self) -> nn.Module:
-        """Train the whole recipe: of three epochs, one of three seeds came out masked."""
+        """Train the whole recipe; after three epochs only, one of three seeds was masked."""
         return self.run("sat-r3", "sat-r3", "mnist-fast")
 
     def pgd(self) -> nn.Module:
@@ -219,7 +220,7 @@ class Bases:
         return self.run("n-fgsm", "n-fgsm", "mnist", epochs=3)
 
     def sparse(self) -> nn.Module:
-        """Give each ReLU of the plain model a dead zone of 1.5 deviations of its channel."""
+        """Add a dead zone of 1.5 channel standard deviations after each ReLU of the plain model."""
         model = self.plain()
         x = load("mnist", "test").first(500).pixels()
         for name, module in list(model.named_modules()):
@@ -305,7 +306,7 @@ class Shift(nn.Module):
 
 
 def judge(name: str, bases: Bases, images: Images, args: argparse.Namespace) -> dict[str, Any]:
-    """Audit one model of the zoo, and compare with what it must be called."""
+    """Audit one model of the zoo and compare the verdict with the expected one."""
     expected, build = ZOO[name]
     model = build(bases).eval()
     found = surestep.audit(model, images, THREAT, budget=args.budget, n=args.n, seed=bases.seed)
@@ -330,14 +331,14 @@ def judge(name: str, bases: Bases, images: Images, args: argparse.Namespace) -> 
     if args.autoattack:
         x, y = images.first(args.n).tensors()
         torch.manual_seed(bases.seed)
-        # A model without input gradients gives the gradient parts zeros, and Square its answers.
+        # Without input gradients, the gradient parts get zeros; Square still sees the outputs.
         attacked = surestep.evaluate(Graphed(model), (x, y), THREAT, ["autoattack"], batch_size=250)
         row["autoattack"] = attacked.worst_case_accuracy
     return row
 
 
 def table(rows: list[dict[str, str]]) -> None:
-    """Print a line a model: the verdict it must get, those it got, means over the seeds."""
+    """Print one line per model: expected verdict, actual verdicts, means over the seeds."""
     print("| model | must be | verdicts | clean | FGSM | PGD-10 | found | AutoAttack | flags |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in dict.fromkeys(row["model"] for row in rows):
@@ -365,7 +366,7 @@ def main() -> None:
     parser.add_argument("--autoattack", action="store_true", help="compare with AutoAttack")
     parser.add_argument("--cache", type=Path, default=Path(".cache/zoo"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/audit_zoo.csv"))
-    parser.add_argument("--table", action="store_true", help="print what --out holds")
+    parser.add_argument("--table", action="store_true", help="print the rows of --out as a table")
     args = parser.parse_args()
     rows = read(args.out)
     if args.table:

@@ -1,4 +1,4 @@
-"""Evaluations killed with SIGKILL at random moments and continued, against one that ran through.
+"""Kill evaluations with SIGKILL at random moments, resume, compare with an uninterrupted one.
 
 python benchmarks/evaluate_kills.py RUN --trials 10
 """

@@ -1,15 +1,15 @@
-"""How time and memory grow with the batch, the image, the classes and the data set.
+"""Measure how time and memory grow with batch, image size, classes and data set.
 
     python benchmarks/growth.py                      # every axis
     python benchmarks/growth.py --only images        # one of them
     python benchmarks/growth.py --table              # the rows so far, as Markdown
     python benchmarks/growth.py --plot docs/growth.svg
 
-A point is a process of its own: SAT-R2 steps on batches drawn from a data set, the median of
---rounds after a warm-up, and the resident memory at its highest, mapped files left out. Pixels and
-labels are random (the cost is the same); the data sets of the last axis lie in a file that is
-memory-mapped, one of them larger than the memory. "Waiting" is the part of the time that a step
-waits for its batch, a mean. Run it on an idle machine.
+Each point has its own process, which takes SAT-R2 steps on batches drawn from a data set. It
+reports the median time of --rounds steps after a warm-up, and the peak resident memory without
+mapped files. Pixels are random and labels arbitrary (the cost is the same). The data sets of the
+last axis are in a memory-mapped file, one of them larger than memory. "Waiting" is the mean time
+that a step waits for its batch. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ AXES: dict[str, list[dict[str, Any]]] = {
     ],
     "images": [{"images": n, "mapped": True} for n in (1_000, 10_000, 100_000, 1_000_000)]
     + [
-        # 31 GB: more than all of the memory of the machine it was first run on.
+        # 31 GB: more than the memory of the machine it was first run on.
         {
             "images": n,
             "mapped": True,
@@ -62,7 +62,7 @@ FIELDS = [
 
 
 def own_mb() -> float:
-    """Return the resident memory, without mapped files where the system tells them apart."""
+    """Return the resident memory in MB, without mapped files if the system tells them apart."""
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -71,7 +71,7 @@ def own_mb() -> float:
 
 
 def point(settings: dict[str, Any], rounds: int, folder: str) -> dict[str, Any]:
-    """Measure one point, in this process."""
+    """Measure one point in this process."""
     import torch
 
     from surestep import Linf, methods, models
@@ -81,7 +81,7 @@ def point(settings: dict[str, Any], rounds: int, folder: str) -> dict[str, Any]:
     shape = (settings["images"], settings["channels"], settings["size"], settings["size"])
     x: Any
     if settings["mapped"]:
-        # Real bytes, not holes of a sparse file: a pattern, written in pieces.
+        # Write real bytes, a repeated random block; a sparse file would have holes.
         path = Path(folder) / "x.npy"
         x = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
         piece = np.random.default_rng(0).integers(0, 256, (1000, *shape[1:]), dtype=np.uint8)
@@ -119,7 +119,7 @@ def point(settings: dict[str, Any], rounds: int, folder: str) -> dict[str, Any]:
             waiting.append(time.perf_counter() - begin)
             step(*batch)
             seconds.append(time.perf_counter() - begin)
-            # The engine keeps freed memory: after a step the process is as large as within it.
+            # The engine keeps freed memory, so after a step the process is as large as during it.
             peak = max(peak, own_mb())
     micros = [1e6 * s / settings["batch"] for s in seconds[2:]]
     low, _, high = statistics.quantiles(micros, n=4)
@@ -153,7 +153,7 @@ def table(rows: list[dict[str, str]]) -> None:
 
 
 def plot(rows: list[dict[str, str]], path: Path) -> None:
-    """Draw time and memory against each axis, logarithmic."""
+    """Plot time and memory against each axis on logarithmic scales."""
     import altair as alt
 
     names = {"batch": "batch", "image": "size", "classes": "classes", "images": "images"}
@@ -191,8 +191,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(AXES), choices=list(AXES))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/growth.csv"))
-    parser.add_argument("--table", action="store_true", help="print what --out holds")
-    parser.add_argument("--plot", type=Path, help="draw what --out holds")
+    parser.add_argument("--table", action="store_true", help="print the rows of --out as tables")
+    parser.add_argument("--plot", type=Path, help="plot the rows of --out to this file")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:

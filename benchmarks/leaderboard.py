@@ -1,4 +1,4 @@
-"""Every method under one protocol, judged and audited: the leaderboard.
+"""The leaderboard: train, judge and audit every method under one protocol.
 
     python benchmarks/leaderboard.py mnist                     # LeNet+, eps 0.3, all methods
     python benchmarks/leaderboard.py cifar10 --data DIR        # slim PreActResNet, 8/255 and 16/255
@@ -6,19 +6,19 @@
     python benchmarks/leaderboard.py mnist --only fgsm sat-r2 --seeds 0
     python benchmarks/leaderboard.py --table docs/leaderboard.md
 
-A row is a method, a radius and a seed: trained as the board's protocol says with the method's own
-parameters (and label smoothing, growth of eps, clipping) for that data, judged on test images by
-FGSM and PGD on cross entropy and margin, and audited, so that a masked row is marked as one. Every
-row has one thread, and seconds are its CPU's (on a GPU those that training takes). Rows that the
-CSV holds are skipped, unless their settings have changed since; then the later row counts. A
-stopped board goes on where it was, seed after seed, so that all methods have one seed before any
-has two.
+A row is a method, a radius and a seed. It is trained by the board's protocol with the method's own
+parameters (and label smoothing, growth of eps, clipping) for the data, judged on test images by
+FGSM and PGD on cross entropy and margin, and audited, so that masked rows can be marked. Every
+row runs on one thread, and its seconds are CPU time (on a GPU, the time of the training steps).
+Rows already in the CSV are skipped, unless their settings have changed since; then the later row
+counts. A stopped board continues where it was. It runs seed after seed, so that all methods have
+one seed before any has two.
 
-The protocol of the first two is the FastAT benchmark's (arXiv 2604.22853) made small enough for
-two cores: fewer epochs, smaller networks, and multi-step attacks in training of 7 steps at most.
-Nothing is selected: the last weights are judged. The third has the benchmark's own settings: label
-smoothing for all, averaged weights, the best of them by 1,000 held-out images, AutoAttack; but
-40,000 training images, since a fifth is held out here.
+The protocol of the first two boards is the FastAT benchmark's (arXiv 2604.22853), scaled down to
+two cores: fewer epochs, smaller networks, and at most 7 steps for multi-step attacks in training.
+Nothing is selected: the last weights are judged. The third board has the benchmark's own settings
+(label smoothing for all, averaged weights selected on 1,000 held-out images, AutoAttack), except
+that it trains on 40,000 images, since surestep holds out a fifth.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ FIELDS = [
     *("audit_seconds", "settings", "params", "commit", "torch", "machine", "date", "command"),
 ]
 MULTI_STEP = {"steps": 7, "alpha": 0.1}
-"""Of attacks in training that take 40 steps of 0.01 on MNIST otherwise."""
+"""Parameters of training attacks that by their presets take 40 steps of 0.01 on MNIST."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,18 @@ class Board:
     """A protocol.
 
     Attributes:
-        settings: of training, over the methods' presets.
+        settings: training settings, which override the methods' presets.
         eps: the radii.
-        seeds: how many.
-        steps: of the PGD that judges.
-        n: test images judged.
-        audit_n: test images audited.
-        params: per method, what the protocol changes.
+        seeds: number of seeds.
+        steps: steps of the PGD that judges.
+        n: number of test images to judge on.
+        audit_n: number of test images to audit on.
+        params: for some methods, hyperparameters that the protocol changes.
         only: the methods; all if empty.
-        combined: names of ``COMBINED`` that are run, too; all if None.
-        own: per method, settings in place of the board's.
-        preset: of the methods; by default that of the board's name.
-        autoattack: whether it judges, too.
+        combined: the entries of ``COMBINED`` to run, too; all if None.
+        own: for some methods, settings that override the board's.
+        preset: the methods' preset; by default the one named after the board.
+        autoattack: whether AutoAttack judges, too.
     """
 
     settings: dict[str, Any]
@@ -92,7 +92,7 @@ class Board:
 
     @property
     def attacks(self) -> tuple[str, ...]:
-        """What judges, PGD second and third."""
+        """The attacks that judge; PGD is second and third."""
         pgd = f"pgd-{self.steps}"
         return ("fgsm", pgd, f"{pgd}-margin", *(("autoattack",) if self.autoattack else ()))
 
@@ -111,9 +111,9 @@ BOARDS = {
         params={
             **dict.fromkeys(("pgd", "pgd-wa", "trades", "mart", "alp", "fat", "iaat"), MULTI_STEP),
             "uat": MULTI_STEP,
-            # The published share on LeNet+: one image in 32.
+            # The published fraction on LeNet+: one image in 32.
             "sat-r1": {"fraction": 1 / 32},
-            # By epochs it rests in the first two, which are all.
+            # Comparing epochs, it is inactive in the first two, and here there are only two.
             "converge-smooth": {"compare": "batch"},
         },
     ),
@@ -129,8 +129,8 @@ BOARDS = {
         n=1000,
         audit_n=100,
         params={"pgd": {"steps": 7}, "trades": {"steps": 7}},
-        # Not GradAlign: torch differentiates the gradients of batch norm pixel by pixel, and on
-        # two cores its step takes as long as 21 standard ones (step_cost.py).
+        # Not GradAlign: torch differentiates batch norm's gradients pixel by pixel, and on two
+        # cores its step takes as long as 21 standard steps (step_cost.py).
         only=(
             *("standard", "fgsm", "rs-fgsm", "n-fgsm", "sat-r1", "sat-r2", "sat-r3", "pgd"),
             *("aaer", "nuat", "fgsm-cuap", "fgsm-mep", "trades"),
@@ -173,11 +173,11 @@ COMBINED: dict[str, dict[str, Any]] = {
         "params": {"fraction": 1 / 4, "steps": 5, "lam": 1.0},
     },
 }
-"""SAT with the parts that combine with any method."""
+"""SAT combined with parts that work with any method, or built on another single step."""
 
 
 def entries(board: Board) -> dict[str, dict[str, Any]]:
-    """Return the board's entries: settings by name, the method among them."""
+    """Return the board's entries: by name, the settings, including the method."""
     from surestep import methods
 
     names = board.only or tuple(methods.names())
@@ -201,7 +201,7 @@ def rows(name: str, only: list[str], seeds: list[int] | None) -> Iterator[tuple[
 def missing(
     name: str, pairs: Iterator[tuple[str, Row]], found: list[dict[str, str]]
 ) -> list[tuple[str, Row]]:
-    """Return the rows of a board that were not measured yet with the settings they have now."""
+    """Return the rows of a board that have not been measured with their current settings."""
     done = {(r["board"], r["entry"], r["eps"], r["seed"]): r for r in found}
     todo = []
     for entry, row in pairs:
@@ -213,7 +213,7 @@ def missing(
 
 
 def trained_with(config: RunConfig) -> dict[str, Any]:
-    """Return what decides what a row learns, but for what has columns of its own."""
+    """Return the settings that affect training, except those with their own CSV columns."""
     columns = {"method", "params", "seed"}
     of_no_matter = {"data", "device", "max_memory", "tensorboard", "checkpoint_every"}
     unselected = set() if config.val_images else {"val_attacks"}
@@ -221,13 +221,13 @@ def trained_with(config: RunConfig) -> dict[str, Any]:
 
 
 def differs(config: RunConfig, row: dict[str, str]) -> bool:
-    """Tell whether a row was measured with other settings; older rows name the board's alone."""
+    """Tell whether a row has other settings; older rows recorded only the board's."""
     now, then = trained_with(config), json.loads(row["settings"])
     return json.loads(row["params"]) != config.params or {**now, **then} != now
 
 
 def train_judge_audit(name: str, row: Row, data: str | None) -> dict[str, Any]:
-    """Train a row of a board, judge it and audit it."""
+    """Train, judge and audit a row of a board."""
     import torch
 
     from surestep import audit, evaluate, runs
@@ -237,7 +237,7 @@ def train_judge_audit(name: str, row: Row, data: str | None) -> dict[str, Any]:
     board, config = BOARDS[name], row.resolve(data)
     device = pick_device(config.device)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    # Of one thread: what else the machine does at the time does not count.
+    # CPU time of one thread: other load on the machine does not count.
     begin = time.process_time()
     about = {
         **({"machine": gpu} if gpu else {}),
@@ -255,11 +255,11 @@ def train_judge_audit(name: str, row: Row, data: str | None) -> dict[str, Any]:
     except TrainingDiverged as e:
         return {**about, "verdict": DIVERGED, "found_by": str(e).partition(";")[0]}
     seconds, model = time.process_time() - begin, fitted.model
-    if gpu:  # its work is not the CPU's
+    if gpu:  # CPU time would miss the GPU's work
         seconds = fitted.train_seconds
     engine, threat = Engine.choose(device=device), runs.build_threat(config)
     test = runs.load_data(config, "test")
-    # AutoAttack's own early stops take what bf16 has wrong by a hair for done.
+    # AutoAttack stops at points that bf16 misclassifies by a hair, so it runs in float32.
     precision = torch.float32 if board.autoattack else engine.precision
     judged = evaluate(
         engine.place(model), test, threat, board.attacks, n=board.n, precision=precision
@@ -285,7 +285,7 @@ def train_judge_audit(name: str, row: Row, data: str | None) -> dict[str, Any]:
 
 
 def run(entry: str, row: Row, args: argparse.Namespace) -> None:
-    """Run a row in a process of its own and write it down."""
+    """Run a row in its own process and append it to the CSV."""
     begin = time.time()
     result = run_alone(row, args.board, threads=1, data=args.data)
     if result:
@@ -305,12 +305,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("board", nargs="?", choices=list(BOARDS))
     parser.add_argument("--only", nargs="*", default=[], help="entries to run")
-    parser.add_argument("--seeds", type=int, nargs="*", help="instead of all of the board's")
+    parser.add_argument(
+        "--seeds", type=int, nargs="*", help="seeds to run instead of all the board's"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="rows at a time, one core each")
-    parser.add_argument("--data", help="where the data set lies")
+    parser.add_argument("--data", help="location of the data set")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/leaderboard.csv"))
     parser.add_argument(
-        "--table", type=Path, metavar="PAGE", help="write the page of what --out holds"
+        "--table", type=Path, metavar="PAGE", help="write the page from the rows of --out"
     )
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()

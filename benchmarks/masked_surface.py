@@ -1,4 +1,4 @@
-"""The loss surface of a masked model, which a report sets beside that of the model in question.
+"""Produce the loss surface of a masked model, which reports show beside the judged model's.
 
     OMP_NUM_THREADS=1 python benchmarks/masked_surface.py
 

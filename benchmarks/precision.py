@@ -1,8 +1,9 @@
-"""How much an attack loses when its points are made in bf16 and judged in float32.
+"""Measure how much weaker attacks are when crafted in bf16 and judged in float32.
 
     python benchmarks/precision.py RUN --n 1000
 
-The accuracy tables make their points in bf16, at a third of the time; this prints both ways.
+The accuracy tables craft points in bf16, in a third of the time; this prints the accuracies for
+points crafted in float32 and in bf16.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""Kill training with SIGKILL at random moments, resume, compare with the run never stopped.
+"""Kill training with SIGKILL at random moments, resume, compare with an uninterrupted run.
 
     python benchmarks/resume_trials.py --out benchmarks/results/resume.csv
     python benchmarks/resume_trials.py --trials 3 --method sat-r2
 
-Each trial is a process of its own that trains on 512 embedded MNIST images and is killed some time
-after its first checkpoint; another one resumes, and one time in three it is killed, too. Identical
-means that ``model.safetensors`` holds the same bytes and ``metrics.jsonl`` the same numbers but
-for the times. Exits with 1 if any trial differs. Processes are forked, so not for Windows.
+In each trial a separate process trains on 512 embedded MNIST images and is killed some time after
+its first checkpoint. Another process resumes; in one trial of three it is killed, too, and resumed.
+Identical means that ``model.safetensors`` has the same bytes and ``metrics.jsonl`` the same
+numbers, except times. Exits with 1 if any trial differs. Processes are forked, so this does not run
+on Windows.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ SETTINGS: dict[str, Any] = {
     "checkpoint_every": 3,
     "lr": 0.05,
     "val_attacks": ("fgsm", "pgd-5"),
-    # The best epoch may lie before the kill; the last weights come from every step.
+    # The best epoch may precede the kill; the last weights depend on every step.
     "select": "last",
 }
 AGAIN = 1 / 3
 
 
 def work(method: str, images: Any, out: Path, resume: bool, log: Path) -> None:
-    """Train in this process; write a line a step to the log."""
+    """Train in this process; write one line per step to the log."""
     import torch
 
     import surestep
@@ -72,7 +73,7 @@ def checkpoints(out: Path) -> list[int]:
 
 @dataclass
 class Attempt:
-    """One process: until which step it came, and how long after its first checkpoint it ran."""
+    """One process: its last step, whether it was killed, seconds from first to last checkpoint."""
 
     step: int
     killed: bool
@@ -82,7 +83,7 @@ class Attempt:
 def attempt(
     method: str, images: Any, out: Path, *, resume: bool, kill_after: float | None
 ) -> Attempt:
-    """Run a process; kill it ``kill_after`` seconds after the first checkpoint it writes."""
+    """Run a process; kill it ``kill_after`` seconds after its first checkpoint, unless None."""
     seen = before = checkpoints(out)
     log = out.with_suffix(".log")
     log.unlink(missing_ok=True)
@@ -109,13 +110,13 @@ def attempt(
 def trial(
     method: str, images: Any, span: float, out: Path, rng: random.Random
 ) -> tuple[Path, list[int]]:
-    """Kill and resume until the run is done; return it and the steps at which it was killed."""
+    """Kill and resume until the run is done; return its folder and the steps of the kills."""
     killed: list[int] = []
     while not killed:
         began = attempt(method, images, out, resume=False, kill_after=rng.uniform(0, span))
         if began.killed:
             killed.append(began.step)
-        else:  # It was faster than the uninterrupted run: once more, in another folder.
+        else:  # It finished before the kill: try again in another folder, with a shorter span.
             span /= 2
             out = out.with_name(out.name + "x")
     if rng.random() < AGAIN:
@@ -128,7 +129,7 @@ def trial(
 
 
 def identical(one: Path, other: Path) -> bool:
-    """Compare the weights of two runs byte by byte, and their metrics but for the times."""
+    """Compare the weights of two runs byte by byte, and their metrics except times."""
 
     def rows(out: Path) -> list[dict[str, Any]]:
         lines = (out / "metrics.jsonl").read_text().splitlines()
@@ -141,14 +142,14 @@ def identical(one: Path, other: Path) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, help="in all, going round the methods [one each]")
+    parser.add_argument("--trials", type=int, help="in all, cycling through the methods [one each]")
     parser.add_argument("--method", help="only this one")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments of killing")
     parser.add_argument("--out", type=Path, help="CSV to write")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # All that a child needs is imported here, once: its process begins as a copy of this one.
-    # Torch puts seconds of imports off to the first optimizer.
+    # Import everything once here: forked children start as copies of this process. Torch defers
+    # seconds of imports to the first optimizer, so make one, too.
     from surestep import data, methods, models, training
 
     training.make_optimizer("sgd", models.create("cnn-small").parameters(), lr=1.0)

@@ -1,12 +1,13 @@
-"""The search behind the short recipes: a grid of settings, judged on validation images.
+"""Grid search for the settings of the short recipes, judged on validation images.
 
     python benchmarks/search.py sat-r2/mnist-fast '{"epochs": [2, 3], "params.lam": [2, 5]}'
-    python benchmarks/search.py --best 2     # the rows so far, cheapest first, by worst case
+    python benchmarks/search.py --best 2     # points with two seeds or more, cheapest first
 
-Each point trains without validation, one core and one thread, and is judged by FGSM and PGD-100 on
-cross entropy and margin on the first --n of the 10,000 held-out images; never on test images. Its
-cost is in passes: epochs times those of a step over those of a standard step, so that points
-measured on a busy machine compare. Points that the CSV holds with as many images are skipped.
+Each point trains without validation, on one core and one thread, and is judged by FGSM and PGD-100
+on cross entropy and margin on the first --n of the 10,000 held-out images, never on test images.
+Its cost is epochs times passes per step, divided by the passes of a standard step, so that points
+measured on a busy machine are comparable. Points already in the CSV, with --n images or more, are
+skipped.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def points(grid: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
 
 
 def cost(row: Row) -> float:
-    """Return what the training costs, in epochs of standard training."""
+    """Return the cost of training in epochs of standard training."""
     from surestep import runs
 
     config = row.resolve()
@@ -48,7 +49,7 @@ def cost(row: Row) -> float:
 
 
 def run(row: Row, args: argparse.Namespace) -> None:
-    """Train and judge one point, and write its row."""
+    """Train and judge one point, and append its row to the CSV."""
     full = Row(row.method, row.recipe, row.seed, {**QUICK, **row.changes})
     result = run_alone(full, threads=1, n=args.n, data=args.data)
     if result:
@@ -58,10 +59,10 @@ def run(row: Row, args: argparse.Namespace) -> None:
 
 
 def best(rows: list[dict[str, str]], least: int) -> None:
-    """Print the means over seeds of points with at least so many, cheapest first."""
+    """Print means over seeds, cheapest first, of points with at least ``least`` seeds."""
     groups: dict[tuple[str, str, str, str, str], dict[str, float]] = {}
     for row in rows:
-        # Of other images it is another measurement.
+        # With another number of images it is another measurement.
         key = (row["cost"], row["n"], row["method"], row["recipe"], row["changes"])
         groups.setdefault(key, {})[row["seed"]] = float(row["worst_case"])
     for key in sorted(groups, key=lambda key: float(key[0])):
@@ -75,13 +76,13 @@ def best(rows: list[dict[str, str]], least: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("recipe", nargs="?", help="METHOD/PRESET to start from")
-    parser.add_argument("grid", nargs="?", default="{}", help="JSON of lists of values, by setting")
+    parser.add_argument("grid", nargs="?", default="{}", help="JSON: a list of values per setting")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--n", type=int, default=1000, help="validation images")
-    parser.add_argument("--data", help="where the data set lies, if not embedded")
+    parser.add_argument("--data", help="location of the data set, if not embedded")
     parser.add_argument("--jobs", type=int, default=2, help="points at a time, one core each")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/search.csv"))
-    parser.add_argument("--best", type=int, metavar="SEEDS", help="print points of so many seeds")
+    parser.add_argument("--best", type=int, metavar="SEEDS", help="print points with so many seeds")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.row:

@@ -1,4 +1,4 @@
-"""What a training step costs, against what its mathematics costs and against peers' steps.
+"""Measure a training step against the cost of its declared passes and against peers' steps.
 
     python benchmarks/step_cost.py                    # LeNet+, batch 32 and 128
     python benchmarks/step_cost.py --model preactresnet18 --batch-size 64 --methods fgsm sat-r2
@@ -6,19 +6,20 @@
     python benchmarks/step_cost.py --methods all      # every method, with its default parameters
     OMP_NUM_THREADS=1 python benchmarks/step_cost.py --methods sat-r2 pgd-40   # one core
 
-All steps run in one process, warm, in turn, round after round; the median over rounds counts, so
-that whatever else the machine does falls on all of them alike. Columns:
+After a warm-up, all steps run in one process in turn, round after round, and the median over rounds
+counts, so that other load on the machine affects all of them alike. Columns:
 
 - ms/step, with the quartiles, and microseconds per image
-- / standard: the ratio to a step of standard training, same engine; / dearest: to the dearest step
-  of this run, of surestep's
-- over passes: that ratio over the one that the declared passes predict; 1 is the limit
-- share of peak: FLOP/s of those passes against a matrix product's, measured here in this precision
-- peer / ours: (--peers) the same mathematics as public training scripts write it, see _peers.py
-  (of sat-r1 x4 a mean step of ours; four of them regularise as many images as four of theirs);
-  (--compile) our own step with the network compiled
+- / standard: ratio to a step of standard training with the same engine; / dearest: ratio to the
+  most expensive surestep step of this run
+- over passes: the ratio / standard over the one that the declared passes predict; 1 is the limit
+- of peak: FLOP/s of these passes over those of a matrix product, measured in the same precision
+- peer / ours: with --peers, time of the same mathematics in the way of public training scripts (see
+  _peers.py) over ours (for sat-r1 x4 our mean step; four of its steps regularise as many images as
+  four of theirs); with --compile, time of our own step with the network compiled over ours
 
-Run it on an idle machine. Peak memory: --memory, a process for each method, --rounds steps:
+Run it on an idle machine. --memory measures peak memory instead, with one process per method that
+takes --rounds steps:
 
     python benchmarks/step_cost.py --memory --model wrn-28-10 --batch-size 128 --rounds 1 \\
         --methods sat-r2 --max-memory 6
@@ -58,14 +59,14 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "sat-r2": ("sat-r2", {}),
     "sat-r3": ("sat-r3", {}),
     "pgd-7": ("pgd", {"steps": 7, "alpha": 0.06}),
-    # Measured when named, as are all other methods, with their default parameters.
+    # Measured only on request, as are all other methods (with their default parameters).
     "pgd-40": ("pgd", {"steps": 40, "alpha": 0.01}),
 }
 EPS = 0.3
 
 
 def spec(name: str) -> tuple[str, dict[str, Any]]:
-    """Return the method and the parameters that a name of ``METHODS``, or a method's own, means."""
+    """Return method and parameters for a name in ``METHODS``, or for a method's own name."""
     return METHODS.get(name, (name, {}))
 
 
@@ -78,7 +79,7 @@ def build_model(name: str, device: torch.device) -> tuple[nn.Module, int, int]:
 
 
 def now(device: torch.device) -> float:
-    """Return the time when the device has done what it was given."""
+    """Return the time once the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -109,7 +110,7 @@ def our_step(
 
 
 def say_what_is_missing() -> None:
-    """Say which of the libraries that --peers measures are not here."""
+    """Report which of the libraries that --peers measures are not installed."""
     for module, name in (("art", "adversarial-robustness-toolbox"), ("torchattacks",) * 2):
         if not importlib.util.find_spec(module):
             print(f"{name} is not installed: left out", file=sys.stderr)
@@ -118,7 +119,7 @@ def say_what_is_missing() -> None:
 def peer_steps(
     model_name: str, name: str, batch: int, device: torch.device
 ) -> dict[str, _peers.Step]:
-    """Return the peers' ways of one method's step, by peer."""
+    """Return the peers' implementations of one method's step, by peer."""
 
     def made() -> tuple[nn.Module, torch.optim.Optimizer]:
         model = _peers.plain(build_model(model_name, device)[0])
@@ -157,7 +158,7 @@ def images(model_name: str, batch: int, device: torch.device) -> tuple[torch.Ten
 
 
 def peak_rate(precision: torch.dtype, device: torch.device) -> float:
-    """Return the FLOP/s of large matrix products in a precision, the best of many."""
+    """Return the best FLOP/s over 20 large matrix products in the given precision."""
     side = 2048 if device.type == "cpu" else 8192
     a = torch.randn(side, side, device=device).to(precision)
     best = 0.0
@@ -196,7 +197,7 @@ def measure(args: argparse.Namespace, batch: int) -> list[dict[str, Any]]:
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     for round_number in range(args.rounds + 3):
         for key, take in steps.items():
-            # Where steps differ in turn, the mean over a turn counts.
+            # If a method's steps differ cyclically, take the mean over one cycle.
             turn = spec(key[0])[1].get("every", 1)
             start = now(args.device)
             for _ in range(turn):
@@ -260,7 +261,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def table(rows: list[dict[str, str]]) -> None:
-    """Print a line a step of surestep's, with the peers' ratios beside it."""
+    """Print one line per surestep step, with the peers' ratios beside it."""
     head = (
         "network",
         "batch",
@@ -285,9 +286,9 @@ def table(rows: list[dict[str, str]]) -> None:
 
 
 def peak_memory(args: argparse.Namespace) -> None:
-    """Print the memory of a process that takes a few steps of each method.
+    """Print the peak memory of a few steps of each method, each in its own process.
 
-    Of a process on the CPU what is resident; on a GPU what its tensors take there.
+    On the CPU this is resident memory, on a GPU the memory of the tensors there.
     """
     for batch in args.batch_size:
         for name in args.methods:
@@ -328,14 +329,14 @@ def one(args: argparse.Namespace) -> None:
 
 
 def memory_so_far(device: torch.device) -> int:
-    """Return the largest number of bytes that the process has held, on the device."""
+    """Return the process's peak memory so far, in bytes: on the GPU, or on the host for a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def circumstances(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what every row says of how and where it was measured."""
+    """Return the entries of every row on how and where it was measured."""
     made = {"engine": args.engine, "threads": torch.get_num_threads(), "rounds": args.rounds}
     told = {**made, "torch": torch.__version__, **origin()}
     if args.device.type == "cuda":
@@ -355,18 +356,18 @@ def main() -> None:
         default=list(METHODS)[:-1],
         choices=["all", *METHODS, *(name for name in methods.names() if name not in METHODS)],
         metavar="NAME",
-        help=f"of {', '.join(METHODS)}, any other method, or all",
+        help=f"any of {', '.join(METHODS)}, any other method, or all",
     )
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--engine", default="auto", choices=("auto", "fast", "reference"))
     parser.add_argument("--device", default="cpu", help="where the steps run: cpu, cuda, cuda:1")
-    parser.add_argument("--peers", action="store_true", help="also the peers' ways")
-    parser.add_argument("--compile", action="store_true", help="also with torch.compile")
+    parser.add_argument("--peers", action="store_true", help="also measure the peers' steps")
+    parser.add_argument("--compile", action="store_true", help="also measure with torch.compile")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of seconds")
     parser.add_argument("--max-memory", type=float, metavar="GIB", help="limit, with --memory")
     parser.add_argument("--out", type=Path, help="CSV to add the rows to")
     parser.add_argument(
-        "--table", type=Path, metavar="CSV", help="print what the file holds, as Markdown"
+        "--table", type=Path, metavar="CSV", help="print the rows of the file as Markdown"
     )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()

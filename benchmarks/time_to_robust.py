@@ -1,18 +1,18 @@
-"""Seconds of training from random weights until a model is robust.
+"""Measure seconds of training from random weights until a model is robust.
 
     python benchmarks/time_to_robust.py                        # MNIST, every recipe, five seeds
     python benchmarks/time_to_robust.py cifar10 --data DIR     # CIFAR-10, a slim PreActResNet
     python benchmarks/time_to_robust.py --only sat-r2/mnist-speed --seeds 0 1 2 3 4
     python benchmarks/time_to_robust.py --table                # the rows so far, as Markdown
 
-MNIST is raced by LeNet+ at eps 0.3, CIFAR-10 by a slim PreActResNet at 8/255. A recipe passes a
-threshold if the mean of its seeds' worst cases does: per image over FGSM and PGD-100 on cross
-entropy and on the margin, from a full-radius start, on test images. The seconds are those of the
-training steps, all cores, in the same engine for all; no validation runs, and nothing is selected.
-Each run has a process of its own. Run it on an idle machine: seeds come in turns, recipe after
-recipe, so that slow minutes fall on all of them. What is robust on one kind of machine is on
-another, so all rows count for accuracy; seconds are told apart by machine, and count only of
-rows that had all cores (--threads 1 trains two seeds side by side, for their accuracy).
+The MNIST race trains LeNet+ at eps 0.3, the CIFAR-10 race a slim PreActResNet at 8/255. A recipe
+passes a threshold if the mean of its seeds' worst cases does: per image over FGSM and PGD-100 on
+cross entropy and on the margin, from a full-radius start, on test images. Seconds are those of the
+training steps, on all cores, with the same engine for all; no validation runs, and nothing is
+selected. Each run has its own process. Run it on an idle machine: each seed runs all recipes in
+turn, so that slow minutes affect all of them. Robustness does not depend on the kind of machine, so
+all rows count for accuracy. Seconds are reported separately for each machine, and only of rows that
+had all cores (--threads 1 is for training two seeds side by side, for their accuracy).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from _table import FIELDS, QUICK, Row, append, machine, read, run_alone, train_a
 
 @dataclass(frozen=True)
 class Race:
-    """What runs against what.
+    """A data set's recipes, and how they are compared.
 
     Attributes:
-        recipes: METHOD/PRESET[/EPOCHS], and what each changes of its preset.
-        thresholds: of the worst case, in percent.
-        dear: what the seconds of the others are held against, on the same kind of machine.
-        n: test images.
+        recipes: by METHOD/PRESET[/EPOCHS], the changes to the preset.
+        thresholds: thresholds of the worst case, in percent.
+        dear: recipes relative to whose seconds, on the same kind of machine, others are reported.
+        n: number of test images.
     """
 
     recipes: dict[str, dict[str, Any]]
@@ -50,11 +50,11 @@ RACES = {
         {
             "sat-r1/mnist-speed": {},
             "sat-r2/mnist-speed": {},
-            # The same engine, batch and growth of eps; SAT-R1 takes a quarter of an epoch more.
+            # The same engine, batch and growth of eps; SAT-R1 trains a quarter of an epoch longer.
             "pgd/mnist-speed": {},
-            # About as long as multi-step training needs for 85%, for a fair ratio of times to it.
+            # About as long as multi-step training needs for 85%, for a fair ratio of times.
             "pgd/mnist-speed/1.25": {"epochs": 1.25},
-            # The published "Fast" recipe for MNIST, on its own network; it has a record of masking.
+            # The published "Fast" recipe for MNIST, on its own network; known to mask at times.
             "rs-fgsm/mnist": {},
         },
         thresholds=(80, 85, 90),
@@ -66,7 +66,7 @@ RACES = {
             "sat-r1/cifar10-speed": {},
             "sat-r2/cifar10-speed": {},
             "pgd/cifar10-speed": {},
-            # Cut short: what a fair ratio of times to a lower threshold is to.
+            # Cut short, for a fair ratio of times at a lower threshold.
             "pgd/cifar10-speed/2": {"epochs": 2},
             "rs-fgsm/cifar10-speed": {},
         },
@@ -79,7 +79,7 @@ RECIPES = {name: changes for race in RACES.values() for name, changes in race.re
 
 
 def table(rows: list[dict[str, str]], race: Race) -> None:
-    """Print a line a recipe: accuracy over all seeds, seconds for each kind of machine."""
+    """Print one line per recipe: accuracy over all seeds, seconds for each kind of machine."""
     head = ("recipe", "epochs", "seeds", "clean", "FGSM", "worst case", "above, %")
     over = ", ".join(f"over {name}'s" for name in race.dear)
     print(f"| {' | '.join(head)} | seconds, {over} |\n|{'---|' * (len(head) + 1)}")
@@ -88,7 +88,7 @@ def table(rows: list[dict[str, str]], race: Race) -> None:
         if name_of(row) in race.recipes:
             recipes.setdefault(name_of(row), []).append(row)
     for name, mine in recipes.items():
-        # Accuracy does not ask where it was trained; a seed that ran on two machines counts once.
+        # Accuracy counts from any machine; a seed that ran on two machines counts once.
         seeds = list({row["seed"]: row for row in reversed(mine)}.values())
         cells = [name, mine[0]["epochs"], str(len(seeds))]
         cells += [spread(seeds, key, 100) for key in ("clean", "fgsm", "worst_case")]
@@ -109,12 +109,12 @@ def table(rows: list[dict[str, str]], race: Race) -> None:
 
 
 def timed(rows: list[dict[str, str]], where: str) -> list[dict[str, str]]:
-    """Return the rows of a kind of machine whose seconds count: those that had all its cores."""
+    """Return the rows of one kind of machine whose seconds count: those run on all its cores."""
     return [r for r in rows if r["machine"] == where and where.endswith(f", {r['threads']} cores")]
 
 
 def name_of(row: dict[str, str]) -> str:
-    """Return what --only calls a row: METHOD/PRESET, with the epochs where those are changed."""
+    """Return a row's name for --only: METHOD/PRESET, with the epochs if those were changed."""
     name = f"{row['method']}/{row['recipe']}"
     changed = f"{name}/{row['epochs']}"
     return changed if changed in RECIPES else name
@@ -125,7 +125,7 @@ def mean(rows: list[dict[str, str]], key: str) -> float:
 
 
 def spread(rows: list[dict[str, str]], key: str, scale: float) -> str:
-    """Return the mean of a column, with the standard deviation of several rows."""
+    """Return a column's mean, with the standard deviation if there are several rows."""
     values = [scale * float(row[key]) for row in rows]
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{deviation}"
@@ -136,11 +136,11 @@ def main() -> None:
     parser.add_argument("race", nargs="?", choices=list(RACES), default="mnist")
     parser.add_argument("--only", nargs="*", help="METHOD/PRESET[/EPOCHS]")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
-    parser.add_argument("--data", help="where the data set lies, if not embedded")
+    parser.add_argument("--data", help="location of the data set, if not embedded")
     parser.add_argument("--n", type=int, help="test images, instead of the race's")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/time_to_robust.csv"))
-    parser.add_argument("--table", action="store_true", help="print what --out holds")
+    parser.add_argument("--table", action="store_true", help="print the rows of --out as Markdown")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
     race = RACES[args.race]

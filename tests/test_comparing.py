@@ -12,6 +12,7 @@ import signal
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ import yaml
 
 from surestep import UserError, auditing, comparing, evaluation, methods, runs
 from surestep.comparing import Comparison, Failure, Number, Row, _run, compare, compare_runs, save
-from surestep.comparing._compare import _precision
+from surestep.comparing._conclude import _precision
 from surestep.data import Images
 from surestep.evaluation import wilson_interval
 
@@ -380,6 +381,24 @@ class TestAgain:
         assert world.done == ["evaluate a", "audit a"]
         compare_runs([folder], out=out)
         assert len(world.done) == 2
+
+    @pytest.mark.parametrize("part", ["x", "y", "version"])
+    def test_other_images_or_another_version_are_judged_anew(
+        self, world, tmp_path, monkeypatch, part
+    ):
+        """The file of a data set may hold other images under the same name."""
+        compare(["sat-r2"], 1, out=tmp_path, **SHORT)
+        world.done.clear()
+        compare(["sat-r2"], 1, out=tmp_path, **SHORT)
+        assert world.done == []
+        if part == "version":
+            monkeypatch.setattr(_run, "__version__", "9")
+        else:
+            world.images = replace(world.images, **{part: getattr(world.images, part) + 1})
+        told: list[str] = []
+        compare(["sat-r2"], 1, out=tmp_path, tell=told.append, **SHORT)
+        assert world.done == ["evaluate sat-r2-seed0", "audit sat-r2-seed0"]
+        assert told[0].startswith("judging sat-r2-seed0 (1 of 1) anew: its weights or settings")
 
     def test_what_an_older_version_judged_is_judged_anew(self, world, tmp_path):
         compare(["sat-r2"], 1, out=tmp_path, **SHORT)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -48,6 +49,14 @@ def describe() -> dict[str, Any]:
     return facts
 
 
+class Difference(NamedTuple):
+    """A fact that differs between two environments."""
+
+    name: str
+    before: str
+    now: str
+
+
 def versions() -> dict[str, str]:
     """Return the versions to store with a result."""
     return {
@@ -57,18 +66,15 @@ def versions() -> dict[str, str]:
     }
 
 
-def differences(
-    before: dict[str, Any], now: dict[str, Any], words: tuple[str, str] = ("then", "now")
-) -> list[str]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
     """List how two environments differ in the facts that affect the last digits of results.
 
     Args:
         before: what ``describe`` returned.
         now: what ``describe`` returned elsewhere or later.
-        words: labels for ``before`` and ``now``.
     """
     return [
-        f"{name} {before.get(name)} {words[0]}, {now.get(name)} {words[1]}"
+        Difference(name, str(before.get(name)), str(now.get(name)))
         for name in _ROUNDING
         if before.get(name) != now.get(name)
     ]

@@ -6,15 +6,8 @@ is saved as soon as it is known, so that a stopped comparison can continue.
 """
 
 from surestep.comparing._compare import ATTACKS, compare, compare_runs
-from surestep.comparing._table import (
-    COLUMNS,
-    Comparison,
-    Failure,
-    Number,
-    Row,
-    need_tabulate,
-    save,
-)
+from surestep.comparing._table import Comparison, Failure, Number, Row, need_tabulate, save
+from surestep.report.columns import COLUMNS
 
 __all__ = [
     "ATTACKS",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surestep import auditing, evaluation, files, methods, runs
+from surestep import __version__, auditing, evaluation, files, methods, runs
 from surestep.comparing._table import Tell
 from surestep.config import RunConfig, parse, to_yaml
 from surestep.data import Images
@@ -231,8 +231,13 @@ def bring_to_end(
     weights = _digest(RunFolder(entrant.folder).weights.read_bytes())
     if weights != outcome["weights"]:  # newly trained, or not the ones that were judged
         outcome = outcome | {"weights": weights, "peak_memory_mb": trained}
-    subject = _subject(entrant.config, weights)
+    subject = _subject(entrant.config, weights, images.first(asked.n))
     if subject != outcome.get("subject"):
+        if outcome["evaluation"] is not None:
+            tell(
+                f"judging {told} anew: its weights or settings, the test images or surestep's "
+                "version changed"
+            )
         outcome = outcome | {"subject": subject, "evaluation": None, "audit": None}
         _write(entrant, outcome)
     missing = [k for k in ("evaluation", "audit") if outcome[k] is None]
@@ -276,10 +281,15 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _subject(config: RunConfig, weights: str) -> str:
-    """Return a digest of what is judged: weights and settings, such as MeanSparse's threshold."""
+def _subject(config: RunConfig, weights: str, images: Images) -> str:
+    """Return a digest of what is judged, on which images, and by which version of surestep.
+
+    A model is its weights and settings, such as MeanSparse's threshold. A data set's name does not
+    determine its images: the file or folder behind it may change.
+    """
     settings = config.model_dump(mode="json", include=set(_JUDGED_BY))
-    return _digest(json.dumps([weights, settings], sort_keys=True).encode())
+    judged_on = files.digest(images.stored(), images.y)
+    return _digest(json.dumps([__version__, weights, settings, judged_on], sort_keys=True).encode())
 
 
 def _write(entrant: Entrant, outcome: dict[str, Any]) -> None:

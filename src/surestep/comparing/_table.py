@@ -13,22 +13,9 @@ from typing import Any
 
 from surestep import environment, files, report
 from surestep.errors import UserError, need
+from surestep.report.columns import COLUMNS, SHARES
 
 FORMAT, VERSION = "surestep-comparison", 1
-
-COLUMNS = {
-    "clean_accuracy": "clean",
-    "fgsm": "FGSM",
-    "pgd": "PGD",
-    "autoattack": "AutoAttack",
-    "worst_case_accuracy": "worst case",
-    "passes": "passes per image",
-    "seconds": "training seconds",
-    "peak_memory_mb": "peak memory MB",
-}
-"""The numbers of a row, with their titles."""
-
-_SHARES = ("clean_accuracy", "fgsm", "pgd", "autoattack", "worst_case_accuracy")
 
 Tell = Callable[[str], None]
 
@@ -197,7 +184,7 @@ class Comparison:
         writer.writerow(["method", "seeds", *parts, "verdict", "verdicts"])
         for row in self.rows:
             numbers = [row.numbers.get(key) for key in COLUMNS]
-            values = [v for number in numbers for v in (_mean(number), _std(number))]
+            values = [v for n in numbers for v in ((n.mean, n.std) if n else (None, None))]
             counts = "; ".join(f"{name} {count}" for name, count in row.verdicts.items())
             writer.writerow([_line(row.method), len(row.seeds), *values, row.verdict, counts])
         return text.getvalue()
@@ -256,22 +243,14 @@ def _markdown(text: str) -> str:
     return "".join(f"\\{c}" if c in "\\|*_`[]" else c for c in text)
 
 
-def _mean(number: Number | None) -> float | None:
-    return None if number is None else number.mean
-
-
-def _std(number: Number | None) -> float | None:
-    return None if number is None else number.std
-
-
 def _cell(key: str, number: Number | None) -> str:
     if number is None:
         return ""
     if key == "passes":
         # Counted, not measured: a deviation would be meaningless.
         return f"{number.mean:.4g}"
-    scale = 100 if key in _SHARES else 1
-    digits = 1 if key in _SHARES or number.mean < 100 else 0
+    scale = 100 if key in SHARES else 1
+    digits = 1 if key in SHARES or number.mean < 100 else 0
     text = f"{scale * number.mean:.{digits}f}"
     return text if number.std is None else f"{text} ± {scale * number.std:.{digits}f}"
 

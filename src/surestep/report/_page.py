@@ -13,6 +13,7 @@ from surestep.report._needs import need
 from surestep.report._plots import Plot, plots
 from surestep.report._read import get, number, plain, stated
 from surestep.report._save import VEGA_LITE
+from surestep.report.columns import COLUMNS, COSTS
 from surestep.verdicts import INCONCLUSIVE, NOT_ROBUST, PSEUDO, ROBUST
 
 if TYPE_CHECKING:
@@ -21,17 +22,6 @@ if TYPE_CHECKING:
 _VERDICTS = {ROBUST: "good", PSEUDO: "bad", NOT_ROBUST: "bad", INCONCLUSIVE: "unsure"}
 _STATUSES = ("flagged", "passed", "skipped")
 _CLASSES = 30  # most rows of the per-class table
-_COLUMNS = {
-    "clean_accuracy": "Clean",
-    "fgsm": "FGSM",
-    "pgd": "PGD",
-    "autoattack": "AutoAttack",
-    "worst_case_accuracy": "Worst case",
-    "passes": "Passes per image",
-    "seconds": "Training seconds",
-    "peak_memory_mb": "Peak memory, MB",
-}
-_COSTS = ("passes", "seconds", "peak_memory_mb")
 
 
 def render(report: Report) -> str:
@@ -280,7 +270,7 @@ def _comparison(report: Report) -> dict[str, Any] | None:
     rows = report.comparison
     if not rows:
         return None
-    columns = [c for c in _COLUMNS if any(stated(r.get(c))[0] is not None for r in rows)]
+    columns = [c for c in COLUMNS if any(stated(r.get(c))[0] is not None for r in rows)]
     # Only of the worst case: under FGSM a masked model would lead.
     best = max((stated(r.get("worst_case_accuracy"))[0] or 0.0 for r in rows), default=0.0)
     counts = {n for row in rows for c in columns if (n := stated(row.get(c))[2]) is not None}
@@ -293,7 +283,7 @@ def _comparison(report: Report) -> dict[str, Any] | None:
         }
         for row in rows
     ]
-    titles = [_COLUMNS[c] for c in columns]
+    titles = [title[0].upper() + title[1:] for title in map(COLUMNS.__getitem__, columns)]
     seeds = [len(row.get("seeds") or ()) for row in rows]
     if len(set(seeds)) > 1:
         titles = ["Seeds", *titles]
@@ -310,7 +300,7 @@ def _cell(value: Any, column: str, best: float) -> dict[str, Any]:
     mean, deviation, _ = stated(value)
     if mean is None:
         return {"text": "–", "spread": "", "best": False}
-    if column in _COSTS:
+    if column in COSTS:
         text, spread = figure(mean), "" if deviation is None else f"± {figure(deviation)}"
     else:
         text = f"{100 * mean:.1f}"

@@ -1,0 +1,84 @@
+"""Which runs of a comparison share a row, and what the rows are called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from surestep.comparing._run import Entrant
+from surestep.config import RunConfig
+from surestep.errors import UserError
+
+# Settings that may differ within a row: except the seed, they change results by rounding at most.
+_NO_MATTER = ("seed", "tensorboard", "checkpoint_every", "engine", "precision")
+
+
+def group_by_row(entrants: list[Entrant]) -> dict[str, list[Entrant]]:
+    """Return the runs by row; runs that differ only in the seed share one.
+
+    Raises:
+        UserError: two runs are the same, which would make the standard deviation too small.
+    """
+    groups: list[list[Entrant]] = []
+    for entrant in entrants:
+        for group in groups:
+            # A seed that occurs twice means that engines or precisions are compared: separate rows.
+            twice = [j for j in group if j.config.seed == entrant.config.seed]
+            other_way = any(way(j.config) != way(entrant.config) for j in twice)
+            if _settings(group[0].config) == _settings(entrant.config) and not other_way:
+                group.append(entrant)
+                break
+        else:
+            groups.append([entrant])
+    for group in groups:
+        seen: dict[int, str] = {}
+        for entrant in group:
+            if entrant.config.seed in seen:
+                raise UserError(
+                    f"{seen[entrant.config.seed]} and {entrant.name} are the same run (method "
+                    f"{entrant.config.method}, seed {entrant.config.seed}): leave one of them out"
+                )
+            seen[entrant.config.seed] = entrant.name
+    return dict(zip(_row_names(groups), groups, strict=True))
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that runs of a row share, including the method's hyperparameters."""
+    values = config.model_dump(mode="json", exclude={*_NO_MATTER, "params"})
+    return {**values, **config.params}
+
+
+def way(config: RunConfig) -> str:
+    """Return the engine and precision that a run's settings name."""
+    return f"{config.engine} {config.precision}"
+
+
+def _row_names(groups: list[list[Entrant]]) -> list[str]:
+    """Return the rows' names: the method, and the settings in which its rows differ."""
+    names = []
+    for group in groups:
+        mine = _settings(group[0].config)
+        same = [_settings(g[0].config) for g in groups if g[0].config.method == mine["method"]]
+        told = ", ".join(
+            f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
+            for key, value in mine.items()
+            if any(other[key] != value for other in same)
+        )
+        names.append(f"{mine['method']} ({told})" if told else mine["method"])
+    return [
+        f"{name} ({way(group[0].config)})" if names.count(name) > 1 else name
+        for name, group in zip(names, groups, strict=True)
+    ]
+
+
+def different_settings(groups: Mapping[str, list[Entrant]]) -> list[str]:
+    """List the training settings that differ between rows, such as those of presets."""
+    told = []
+    configs = {name: group[0].config for name, group in groups.items()}
+    for key in RunConfig.model_fields:
+        if key in ("method", "params", "data", *_NO_MATTER):
+            continue
+        values = {name: getattr(config, key) for name, config in configs.items()}
+        if len(set(values.values())) > 1:
+            told.append(f"{key} {', '.join(f'{v} ({name})' for name, v in values.items())}")
+    return told

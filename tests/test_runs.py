@@ -255,6 +255,11 @@ class TestFolders:
         assert not attacked[0].training
         assert runs.load(tmp_path / "run", "cpu").config.sources == (str(tmp_path / "source"),)
 
+    def test_eat_without_other_runs_says_so(self, config):
+        eat = runs.resolve({**config.model_dump(), "method": "eat", "params": {}}, "none")
+        with pytest.warns(UserWarning, match="eat has no sources, so the model attacks itself"):
+            runs.train(eat, None, quiet=True)
+
     def test_eat_attacks_no_run_of_other_classes(self, config, tmp_path):
         x, y = np.load(tmp_path / "a.npz").values()
         np.savez(tmp_path / "four.npz", x=x, y=y + (np.arange(60) > 40))

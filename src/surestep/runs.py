@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from surestep.attacks.lending import device_of
 from surestep.config import FitSettings, RunConfig, parse, read_yaml
 from surestep.data import Images
 from surestep.devices import pick_device
-from surestep.errors import UserError
+from surestep.errors import SurestepWarning, UserError
 from surestep.evaluation import evaluate, suite
 from surestep.methods import Method
 from surestep.posthoc import insert
@@ -374,6 +375,13 @@ def train(
             )
     if sources:
         method.sources = sources  # type: ignore[attr-defined]
+    elif hasattr(method, "sources"):
+        warnings.warn(
+            f"{config.method} has no sources, so the model attacks itself at every step: give "
+            "trained runs with --sources",
+            SurestepWarning,
+            stacklevel=2,
+        )
     settings = {name: getattr(config, name) for name in FitSettings.model_fields}
     begun = read_yaml(run.config) if run and resume else None
     written = from_anywhere(config, begun).model_dump(mode="json")

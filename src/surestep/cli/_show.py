@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,37 +25,54 @@ class Watched(NamedTuple):
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Watched]:
-    """Show a bar on stderr, or a line a minute if it is no terminal; yield the callbacks."""
+    """Show a bar on stderr, or a line a minute if it is no terminal; yield the callbacks.
+
+    The lines come from a thread of their own: one attack on one batch can take many minutes.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeElapsedColumn as Elapsed
     from rich.progress import TimeRemainingColumn as Left
 
-    from surestep.clock import SECONDS_BETWEEN_LINES, Every
+    from surestep.clock import SECONDS_BETWEEN_LINES
 
-    named = TextColumn("{task.description}")
-    columns = (named, BarColumn(bar_width=20), MofNCompleteColumn())
     console = Console(stderr=True)
+    begin, stopped = time.monotonic(), threading.Event()
+    state = {"attack": "", "progress": ""}
+
+    def report() -> None:
+        while not stopped.wait(SECONDS_BETWEEN_LINES):
+            minutes = (time.monotonic() - begin) / 60
+            known = [text for text in state.values() if text]
+            print("; ".join([what, *known, f"{minutes:.0f} min"]), file=sys.stderr, flush=True)
+
     with Progress(
-        *columns,
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
         TextColumn("worst case {task.fields[worst]}"),
+        Elapsed(),
         Left(),
         console=console,
         disable=not console.is_terminal,
     ) as bar:
         task = bar.add_task(what, total=None, worst="")
-        line = Every(SECONDS_BETWEEN_LINES)
 
         def progress(done: int, total: int, worst: float) -> None:
-            if not console.is_terminal and line.due():
-                print(f"{what} {done}/{total or '?'}  worst case {worst:.1%}", file=sys.stderr)
+            state["progress"] = f"{done}/{total or '?'}, worst case {worst:.1%}"
             bar.update(task, completed=done, total=total or None, worst=f"{worst:.1%}")
 
         def tell(text: str) -> None:
-            if not console.is_terminal and line.due():
-                print(f"{what}: {text}", file=sys.stderr)
+            state["attack"] = text
             bar.update(task, description=f"{what}: {text.partition(' ')[0]}")
 
-        yield Watched(progress, tell)
+        reporter = threading.Thread(target=report, daemon=True)
+        if not console.is_terminal:
+            reporter.start()
+        try:
+            yield Watched(progress, tell)
+        finally:
+            stopped.set()
 
 
 def share_of_images(share: float, n: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ NAMED = ("sat-r1", "sat-r2", "sat-r3", "fgsm", "rs-fgsm", "n-fgsm", "pgd", "trad
 Means = dict[str, Any]
 
 
-def means(found: list[dict[str, str]]) -> list[Means]:
+def means(
+    found: list[dict[str, str]], outdated: Callable[[dict[str, str]], bool] = lambda _: False
+) -> list[Means]:
     """Return one line per entry, the best worst case first; time is relative to standard training.
 
     Times are divided by those of the standard rows of the same board, radius and kind of machine;
     rows from a machine without such a row count for accuracy only. Of rows with the same radius
-    and seed the last one counts.
+    and seed the last one counts, and one that is ``outdated`` only where an entry has no others.
     """
     groups: dict[str, list[dict[str, str]]] = {}
     for one in found:
@@ -31,7 +33,8 @@ def means(found: list[dict[str, str]]) -> list[Means]:
         plain.setdefault(one["machine"], []).append(float(one["train_seconds"]))
     lines = []
     for entry, measured in groups.items():
-        latest = list({(r["eps"], r["seed"]): r for r in measured}.values())
+        current = [r for r in measured if not outdated(r)]
+        latest = list({(r["eps"], r["seed"]): r for r in current or measured}.values())
         mine = [r for r in latest if r["verdict"] != DIVERGED]
         if not mine:
             continue
@@ -59,6 +62,7 @@ def means(found: list[dict[str, str]]) -> list[Means]:
                     for v in dict.fromkeys(verdicts)
                 ),
                 "masked": "pseudo-robust" in verdicts,
+                "outdated": not current,
             }
         )
     return sorted(lines, key=lambda line: -line["worst"])
@@ -74,6 +78,7 @@ def table(lines: list[Means]) -> str:
         spread = "" if line["spread"] is None else f" ± {line['spread']:.1f}"
         ratio = "" if math.isnan(line["ratio"]) else f"{line['ratio']:.2f}"
         name = f"~~{line['entry']}~~ masked" if line["masked"] else line["entry"]
+        name += " †" if line["outdated"] else ""
         text += (
             f"| {name} | {line['seeds']} | {line['passes']:.3g} | {ratio} | "
             f"{line['clean']:.1f} | {line['fgsm']:.1f} | {line['worst']:.1f}{spread} | "
@@ -142,13 +147,19 @@ def plot(lines: list[Means], path: Path) -> None:
     (steps + points + names).properties(width=760, height=560).save(str(path))
 
 
-def write(found: list[dict[str, str]], page: Path, boards: Mapping[str, Sequence[float]]) -> None:
+def write(
+    found: list[dict[str, str]],
+    page: Path,
+    boards: Mapping[str, Sequence[float]],
+    outdated: Callable[[dict[str, str]], bool] = lambda _: False,
+) -> None:
     """Write the page with its tables, and for each table a plot beside the page.
 
     Args:
         found: rows of the CSV.
         page: the file to write.
         boards: the radii of each board, by the board's name.
+        outdated: tells a row of a method that has changed since.
     """
     parts = [(Path(__file__).parent / "leaderboard.head.md").read_text("utf-8")]
     for name, radii in boards.items():
@@ -156,7 +167,7 @@ def write(found: list[dict[str, str]], page: Path, boards: Mapping[str, Sequence
             mine = [r for r in found if r["board"] == name and abs(float(r["eps"]) - eps) < 1e-3]
             if not mine:
                 continue
-            lines = means(mine)
+            lines = means(mine, outdated)
             radius = f"{eps:g}" if eps > 0.1 else f"{round(255 * eps)}/255"
             figure = page.with_name(f"leaderboard-{name}-{round(255 * eps)}.svg")
             plot(lines, figure)

@@ -172,8 +172,18 @@ COMBINED: dict[str, dict[str, Any]] = {
         "eps_warmup": 0.7,
         "params": {"fraction": 1 / 4, "steps": 5, "lam": 1.0},
     },
+    "sat-r1 (half, K = 7, lam 1) + eps warm-up": {
+        "method": "sat-r1",
+        "eps_warmup": 0.7,
+        "params": {"fraction": 1 / 2, "steps": 7, "lam": 1.0},
+    },
 }
 """SAT combined with parts that work with any method, or built on another single step."""
+CHANGED = {
+    **dict.fromkeys(("n-fgsm", "sat-r2 on n-fgsm", "eat", "iaat", "converge-smooth"), "2026-11-29"),
+    **dict.fromkeys(("aaer", "sads", "gat", "r-mgm", "nuat"), "2026-11-29"),
+}
+"""When an entry's mathematics last changed: older rows are measured anew, and marked till then."""
 
 
 def entries(board: Board) -> dict[str, dict[str, Any]]:
@@ -201,8 +211,8 @@ def rows(name: str, only: list[str], seeds: list[int] | None) -> Iterator[tuple[
 def missing(
     name: str, pairs: Iterator[tuple[str, Row]], found: list[dict[str, str]]
 ) -> list[tuple[str, Row]]:
-    """Return the rows of a board that have not been measured with their current settings."""
-    done = {(r["board"], r["entry"], r["eps"], r["seed"]): r for r in found}
+    """Return the rows of a board that have not been measured as their entries are now."""
+    done = {(r["board"], r["entry"], r["eps"], r["seed"]): r for r in found if not outdated(r)}
     todo = []
     for entry, row in pairs:
         config = row.resolve()
@@ -210,6 +220,11 @@ def missing(
         if key not in done or differs(config, done[key]):
             todo.append((entry, row))
     return todo
+
+
+def outdated(row: dict[str, str]) -> bool:
+    """Tell whether a row was measured before its entry's mathematics last changed."""
+    return row["date"] < CHANGED.get(row["entry"], "")
 
 
 def trained_with(config: RunConfig) -> dict[str, Any]:
@@ -321,7 +336,8 @@ def main() -> None:
         return
     found = read(args.out)
     if args.table:
-        return write(found, args.table, {name: board.eps for name, board in BOARDS.items()})
+        radii = {name: board.eps for name, board in BOARDS.items()}
+        return write(found, args.table, radii, outdated)
     if args.board is None:
         parser.error(f"name a board to run, one of {', '.join(BOARDS)}; or --table PAGE")
     todo = missing(args.board, rows(args.board, args.only, args.seeds), found)

@@ -65,6 +65,21 @@ def test_lines_are_means_and_a_masked_seed_marks_the_method():
     assert "robust (1), pseudo-robust (1)" in text
 
 
+def test_rows_of_a_method_as_it_was_count_only_while_there_are_no_others(monkeypatch):
+    monkeypatch.setattr(board, "CHANGED", {"one": "2026-11-29", "two": "2026-11-29"})
+    rows = [
+        {**line("one", 0, 0.2, "robust", 80), "date": "2026-11-28"},
+        {**line("one", 1, 0.8, "robust", 80), "date": "2026-11-29"},
+        {**line("two", 0, 0.5, "robust", 80), "date": "2026-11-28"},
+        {**line("other", 0, 0.4, "robust", 80), "date": "2026-11-28"},
+    ]
+    one, two, other = page.means(rows, board.outdated)
+    assert (one["seeds"], one["worst"], two["worst"]) == (1, 80.0, 50.0)
+    assert [found["outdated"] for found in (one, two, other)] == [False, True, False]
+    assert "| two † |" in page.table([one, two, other])
+    assert "| other |" in page.table([one, two, other])
+
+
 def test_seconds_are_held_against_standard_training_on_the_same_machine():
     rows = [
         line("standard", 0, 0.0, "not robust", 40),
@@ -84,6 +99,7 @@ def test_a_row_is_run_again_when_its_settings_change():
     found = [
         {
             **{"board": "mnist", "entry": "sat-r2", "eps": "0.3", "seed": str(seed)},
+            "date": "2026-11-23",
             **{"params": f'{{"lam": {lam}, "alpha": 0.01}}', "settings": json.dumps(settings)},
         }
         for seed, (lam, settings) in enumerate(

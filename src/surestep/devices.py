@@ -112,11 +112,21 @@ def has_bf16(device: torch.device) -> bool:
     return False
 
 
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator",
+    "out of memory",
+    "STATUS_ALLOC_FAILED",
+    # What cuDNN says where it finds no room to work in.
+    "unable to find an engine to execute this computation",
+    "Unable to find a valid cuDNN algorithm",
+)
+
+
 def out_of_memory(error: Exception) -> bool:
     """Tell whether an error means that the device or the host is out of memory."""
     said = str(error)
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in said for words in ("DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED")
+        words in said for words in _OUT_OF_MEMORY
     )
 
 
@@ -144,6 +154,14 @@ def free_cached_memory() -> None:
 def finest(device: torch.device) -> torch.dtype:
     """Return the most precise floating type of a device: float64, or float32 on Apple's GPUs."""
     return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
+
+
+def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on the device: without waiting for it, and in a type that it has."""
+    if tensor.dtype == torch.float64:
+        tensor = tensor.to(finest(device))
+    # On other devices such a copy may read what is gone by then.
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def autocasts(device: torch.device) -> bool:

@@ -34,6 +34,17 @@ def rank() -> int:
     return dist.get_rank() if count() > 1 else 0
 
 
+def wait(device: torch.device) -> None:
+    """Wait until all processes are here.
+
+    Args:
+        device: this process's own. Accelerate names the GPU by the local rank, which fails where
+            the launcher shows each process its own GPU only.
+    """
+    if count() > 1:
+        dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
+
+
 def mean(value: Tensor) -> Tensor:
     """Return the mean of a tensor over the processes."""
     if count() == 1:

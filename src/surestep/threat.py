@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -102,6 +103,13 @@ class ThreatModel(ABC):
         own dtype, never exceeds eps. ``x`` must lie in the data range.
         """
 
+    def around(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return ``project`` for many points around the same ``x``.
+
+        What depends on ``x`` alone is computed once.
+        """
+        return lambda x_adv: self.project(x_adv, x)
+
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """Shape one value a sample (N,) so that it meets each of the sample's in ``like`` (N, ...)."""
@@ -135,13 +143,17 @@ class Linf(ThreatModel):
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Clip each pixel to [x - eps, x + eps] and to the data range."""
+        return self.around(x)(x_adv)
+
+    def around(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return ``project`` for many points around the same ``x``."""
         low, high = self.bounds
         top, bottom = x + self.eps, x - self.eps
         # x + eps rounds, so (x + eps) - x can come out above eps: where it does, the next
         # float towards x is inside, and by monotonicity so is everything between.
         top = torch.where(top - x > self.eps, top.nextafter(x), top).clamp(max=high)
         bottom = torch.where(x - bottom > self.eps, bottom.nextafter(x), bottom).clamp(min=low)
-        return x_adv.clamp(bottom, top)
+        return lambda x_adv: x_adv.clamp(bottom, top)
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from surestep import attacks
 from surestep.attacks import autoattack
 from surestep.attacks.core import input_gradient
 from surestep.attacks.inputs import check_inputs, forward_logits
-from surestep.attacks.lending import attacking, interpreted
+from surestep.attacks.lending import attacking, buffers_kept, copy_all, interpreted
 
 
 def snapshot(net):
@@ -115,6 +116,73 @@ def test_attacking_restores(convnet, images, train_mode, broken):
         assert broken
     handle.remove()
     assert_untouched(convnet, before)
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_a_gradient_outlives_the_next_pass_of_a_cuda_graph(convnet, images, monkeypatch, part):
+    """What torch.compile's reduce-overhead returns lies in memory that the next pass uses, too."""
+    x, y = images()
+    graphs, grad = torch.zeros_like(x), torch.autograd.grad
+
+    def replayed(*args, **options):
+        return (graphs.copy_(*grad(*args, **options)),)
+
+    compiled = convnet[0] if part else convnet
+    compiled._compiled_call_impl = compiled._call_impl
+    monkeypatch.setattr(torch.autograd, "grad", replayed)
+    found, _, _ = input_gradient(convnet, x, y)
+    before = found.clone()
+    other, _, _ = input_gradient(convnet, 1 - x, y)
+    assert torch.equal(found, before)
+    assert not torch.equal(found, other)
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies, each a kernel on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "copy" in func.overloadpacket.__name__ or "clone" in func.overloadpacket.__name__:
+            self.made.append(args[0])
+        return func(*args, **kwargs or {})
+
+
+def test_buffers_are_kept_by_one_copy_a_type():
+    """Those of layers that their owner keeps in eval mode are not even copied."""
+    net = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(4))).train()
+    net[1].eval()
+    net[3].running_mean = net[0].running_mean  # shared
+    before = {name: b.clone() for name, b in net.named_buffers()}
+    with Copies() as copies, buffers_kept(net):
+        for buffer in net.buffers():
+            buffer += 7
+    # Floats and counts, there and back.
+    assert sorted(map(len, copies.made)) == [3, 3, 5, 5]
+    for name, buffer in net.named_buffers():
+        assert torch.equal(buffer, before[name] + 7 * name.startswith("1."))
+
+
+def test_buffers_come_back_when_the_pass_raises():
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(5, 2))
+    with pytest.raises(RuntimeError, match="shapes"), buffers_kept(net):
+        net(torch.rand(4, 3))
+    assert torch.equal(net[0].running_mean, torch.zeros(3))
+    assert int(net[0].num_batches_tracked) == 0
+
+
+def test_copies_between_types_and_of_nothing():
+    kinds = [torch.float32, torch.int64, torch.float64, torch.bool, torch.float32]
+    to = [torch.zeros(2, 3, dtype=kind) for kind in kinds]
+    of = [torch.full((2, 3), 1 + k).to(kind) for k, kind in enumerate(kinds)]
+    of[0] = of[0].double().T.contiguous().T
+    copy_all(to, of)
+    assert all(
+        torch.equal(mine, theirs.to(mine.dtype)) for mine, theirs in zip(to, of, strict=True)
+    )
+    copy_all([], [])
 
 
 def test_a_graph_from_before_a_train_mode_attack_still_differentiates(convnet, images):

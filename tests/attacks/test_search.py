@@ -5,9 +5,11 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from surestep import L2, Linf, UserError, attacks
 from surestep.attacks import core, losses
+from surestep.attacks.lending import attacking
 
 
 class Peak(nn.Module):
@@ -222,3 +224,94 @@ def test_a_nan_gradient_in_a_pixel_costs_no_strength(mlp, digits, name, stop, th
         broken.append(mlp(x_adv).argmax(1) != y)
     assert torch.equal(*broken)
     assert bool(broken[0].any())
+
+
+class Slow(core.Best):
+    """Takes points as one would write it first: by booleans, for each of which a GPU is awaited."""
+
+    def offer(self, rows, x_adv, logits):
+        values = self.objective(logits, self.y[rows]).to(self.values.dtype)
+        wrong = core.misclassified(logits, self.y[rows])
+        was_wrong = self.wrong[rows]
+        better = (wrong & ~was_wrong) | ((wrong == was_wrong) & (values > self.values[rows]))
+        taken = rows[better]
+        self.x_adv[taken], self.values[taken] = x_adv[better], values[better]
+        self.wrong[rows] = was_wrong | wrong
+        self.first_wrong[rows[wrong & ~was_wrong]] = self.offers
+        self.offers += 1
+        if self.stop_when_wrong:
+            clearly = losses.margin(logits, self.y[rows]) > self.slack * logits.abs().amax(1)
+            self.done[rows] |= wrong & clearly
+
+
+class Anew:
+    """A threat model that keeps nothing from step to step."""
+
+    def __init__(self, threat):
+        self.threat = threat
+
+    def around(self, x):
+        return lambda x_adv: self.threat.project(x_adv, x)
+
+    def __getattr__(self, name):
+        return getattr(self.threat, name)
+
+
+@pytest.mark.parametrize("threat", [Linf(0.3), L2(1.0)])
+@pytest.mark.parametrize("decay", [None, 0.9])
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_search_finds_what_the_plain_way_finds(mlp, digits, stop, decay, threat):
+    x, _ = digits(200)
+    y = mlp(x).argmax(1)
+    found = []
+    for kind, limit in ((core.Best, threat), (Slow, Anew(threat))):
+        torch.manual_seed(3)
+        best = kind(x, y, losses.log_odds, stop_when_wrong=stop)
+        ascent = core.Ascent(limit, 7, threat.eps / 4, decay=decay)
+        with attacking(mlp) as inner:
+            for _ in range(2):
+                ascent.search(inner, best)
+        found.append((best.x_adv, best.values, best.wrong, best.first_wrong, best.done))
+    for mine, plain in zip(*found, strict=True):
+        assert torch.equal(mine, plain)
+    assert 0 < int(found[0][2].sum()) < 200
+    assert len(found[0][3].unique()) > 3
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations for which a GPU's host would wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        indices = args[1] if name.strip("_").startswith("index") and len(args) > 1 else []
+        by_flags = any(i is not None and i.dtype == torch.bool for i in indices)
+        if by_flags or name in ("nonzero", "_local_scalar_dense", "masked_select"):
+            self.seen.append(name)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_nothing_waits_for_the_device_where_points_are_taken(mlp, digits, stop):
+    x, y = digits(64)
+    best = core.Best(x, y, losses.log_odds, stop_when_wrong=stop)
+    rows = best.rows()
+    for kind, waits in ((core.Best, False), (Slow, True)):
+        with Waits() as waited, torch.no_grad():
+            kind.offer(best, rows, x, mlp(x))
+        assert bool(waited.seen) == waits
+
+
+def test_a_step_of_a_search_waits_once_and_only_to_stop_early(mlp, digits):
+    x, y = digits(64)
+    for stop, each in ((False, 0), (True, 1)):
+        counts = []
+        for steps in (3, 5):
+            with attacking(mlp) as inner, Waits() as waited:
+                best = core.Best(x, y, losses.log_odds, stop_when_wrong=stop)
+                core.Ascent(Linf(1e-4), steps, 1e-5).search(inner, best)
+            counts.append(len(waited.seen))
+        assert counts[1] - counts[0] == 2 * each

@@ -80,7 +80,8 @@ def nothing_random() -> Iterator[None]:
             patch.setattr(torch, name, constant(getattr(torch, name), share))
         patch.setattr(Tensor, "uniform_", constant_uniform)
         patch.setattr(Tensor, "bernoulli_", lambda self, p=0.5: self.fill_(1.0))
-        patch.setattr(torch.nn.functional, "dropout", lambda x, *_, **__: 0.9 * x)
+        for name in ("dropout", "dropout2d"):
+            patch.setattr(torch.nn.functional, name, lambda x, *_, **__: 0.9 * x)
         yield
 
 

@@ -122,7 +122,7 @@ def test_not_with_second_derivatives_or_dropout(tiny):
 
 def test_no_second_derivatives_in_half_precision(tiny):
     for slug, options in (("gradalign", {}), ("converge-smooth", {"perturbation": "gradalign"})):
-        with pytest.raises(UserError, match=f"{slug} differentiates gradients, .* fp16: take"):
+        with pytest.raises(UserError, match=f"{slug} differentiates gradients, .* fp16: use"):
             tiny.train(tiny.method(slug, **options), precision="fp16")
 
 

@@ -488,7 +488,8 @@ def test_one_process_goes_on_with_what_two_began(place, tiny, tmp_path, capsys):
 def test_but_not_with_a_loader_whose_steps_are_others(place, tiny, tmp_path):
     shutil.copytree(place / "left-loader", tmp_path / "run")
     pairs = DataLoader(TensorDataset(*tiny.data()), 6, shuffle=True)
-    with pytest.raises(UserError, match=r"was run on 2 processes and cannot resume on 1, .* same number"):
+    said = r"was run on 2 processes and cannot resume on 1, .* same number"
+    with pytest.raises(UserError, match=said):
         tiny.train(
             "fgsm",
             model=tiny.net(norm=False),

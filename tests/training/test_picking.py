@@ -105,6 +105,23 @@ def test_slow_engines_are_given_up_early(tiny, monkeypatch):
     assert next(moments) == 6.0
 
 
+@pytest.mark.parametrize(("least", "cycles"), [(0.0, 2), (0.03, 2), (0.2, 9)])
+def test_short_steps_are_timed_more_often_on_a_gpu(tiny, monkeypatch, least, cycles):
+    """Steps of 25 ms, but for the first, which is twice as long, and one, which takes 20 ms."""
+    moments, made = [], [0.05, 0.02, *[0.025] * 20]
+
+    def clock():
+        moments.append(len(moments) % 2 * made[len(moments) // 2])
+        return moments[-1]
+
+    monkeypatch.setattr(picking.time, "perf_counter", clock)
+    monkeypatch.setitem(picking._TIMED, "cpu", least)
+    x, y = (t[:4] for t in tiny.data())
+    model, method = tiny.net().train(), tiny.method("fgsm")
+    assert picking._time(model, method, x, y, ("reference", "fp32")) == 0.02
+    assert len(moments) == 2 * (1 + cycles)
+
+
 def test_nothing_is_left_behind(tiny):
     model, method = tiny.net().train(), tiny.method("sat-r3")
     before, state = copy.deepcopy(model), torch.get_rng_state()

@@ -111,6 +111,35 @@ def test_other_data_than_it_was_begun_with(tiny, asking, tmp_path):
         train(8, out=tmp_path / "run", resume=True)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("n", "said"),
+    [
+        (52, "has 50 training images in memory, but these data give 52: resume with the data"),
+        (80, "has epochs of 5 steps, but these data give 8"),
+    ],
+)
+def test_other_images_than_it_was_begun_with(
+    tiny, asking, tmp_path, monkeypatch, processes, n, said
+):
+    """Even where they make as many steps an epoch, or go on in another number of processes."""
+
+    def train(n: int, **place: Any) -> Any:
+        return tiny.train(data=tiny.data(n), validation=tiny.data(8), **place)
+
+    asking(2, lambda: train(50, out=tmp_path / "run"))
+    load = checkpoint.load_newest
+
+    def of_processes(*args: Any) -> Any:
+        state = load(*args)
+        return {**state, "rng": state["rng"] * processes}
+
+    monkeypatch.setattr(checkpoint, "load_newest", of_processes)
+    with pytest.raises(UserError, match=said):
+        train(n, out=tmp_path / "run", resume=True)
+    assert len(train(50, out=tmp_path / "run", resume=True).history) == 2
+
+
 def test_again_and_again(tiny, asking, tmp_path):
     def train(**place: Any) -> Any:
         return tiny.train("sat-r3", data=Noisy(*tiny.data()), validation=tiny.data(8), **place)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from surestep.attacks.inputs import forward_logits
-from surestep.attacks.lending import attacking, uses_batch_statistics
+from surestep.attacks.lending import attacking, compiled, uses_batch_statistics
 from surestep.attacks.losses import Objective, log_odds, margin
 from surestep.devices import exact, in_fp16, rounding
 from surestep.errors import UserError
@@ -63,6 +63,8 @@ def input_gradient(
                 grad = _gradient_by_fp16(model, x, logits, values)
             else:
                 (grad,) = torch.autograd.grad(values.sum(), x, allow_unused=True)
+                # As with logits, the next pass writes over what CUDA graphs return.
+                grad = grad.clone() if grad is not None and compiled(model) else grad
         if grad is None:
             raise NoGradient(
                 "the model's output has no gradient with respect to its input (a detach() or "
@@ -176,17 +178,19 @@ class Best:
 
     def offer(self, rows: Tensor, x_adv: Tensor, logits: Tensor) -> None:
         """Take the points ``x_adv`` of the samples ``rows`` where they beat the best so far."""
-        values = self.objective(logits, self.y[rows]).to(self.values.dtype)
-        wrong = misclassified(logits, self.y[rows])
-        was_wrong = self.wrong[rows]
-        better = (wrong & ~was_wrong) | ((wrong == was_wrong) & (values > self.values[rows]))
-        taken = rows[better]
-        self.x_adv[taken], self.values[taken] = x_adv[better], values[better]
+        y, was_wrong, held = self.y[rows], self.wrong[rows], self.values[rows]
+        values = self.objective(logits, y).to(held.dtype)
+        wrong = misclassified(logits, y)
+        newly = wrong & ~was_wrong
+        better = newly | ((wrong == was_wrong) & (values > held))
+        # Indexing by a boolean would wait for the device, to learn how many are true.
+        self.x_adv[rows] = torch.where(per_sample(better, x_adv), x_adv, self.x_adv[rows])
+        self.values[rows] = torch.where(better, values, held)
         self.wrong[rows] = was_wrong | wrong
-        self.first_wrong[rows[wrong & ~was_wrong]] = self.offers
+        self.first_wrong[rows] = torch.where(newly, self.offers, self.first_wrong[rows])
         self.offers += 1
         if self.stop_when_wrong:
-            clearly = margin(logits, self.y[rows]) > self.slack * logits.abs().amax(1)
+            clearly = margin(logits, y) > self.slack * logits.abs().amax(1)
             self.done[rows] |= wrong & clearly
 
     @torch.no_grad()
@@ -215,11 +219,11 @@ class Ascent:
 
     def climb(self, model: nn.Module, x: Tensor, y: Tensor, start: Tensor) -> Tensor:
         """Return the last iterate from ``start`` (N, ...) around ``x``: what training uses."""
-        x_adv, momentum = start, None
+        x_adv, momentum, inside = start, None, self.threat.around(x)
         for _ in range(self.steps):
             grad, _, _ = input_gradient(model, x_adv, y, self.objective)
             momentum = self._direction(grad, momentum)
-            x_adv = self.threat.ascend(x_adv, momentum, self.step_size, x)
+            x_adv = inside(x_adv + self.threat.steepest_step(momentum, self.step_size))
         return x_adv
 
     def search(self, model: nn.Module, best: Best, radius: float | None = None) -> None:
@@ -228,7 +232,9 @@ class Ascent:
         One forward pass more than ``climb``, for the last iterate.
         """
         rows = best.rows()
-        x_adv, momentum = self.threat.random_start(best.x[rows], radius), None
+        x = best.x[rows]
+        x_adv, momentum = self.threat.random_start(x, radius), None
+        inside = self.threat.around(x)
         for _ in range(self.steps):
             grad, _, logits = input_gradient(model, x_adv, best.y[rows], self.objective)
             # A NaN would stay in the point from here on, and a broken point breaks the model.
@@ -244,8 +250,9 @@ class Ascent:
                     order = done.int().argsort(stable=True)[:kept]
                     rows, x_adv, grad = rows[order], x_adv[order], grad[order]
                     momentum = None if momentum is None else momentum[order]
+                    inside = self.threat.around(best.x[rows])
             momentum = self._direction(grad, momentum)
-            x_adv = self.threat.ascend(x_adv, momentum, self.step_size, best.x[rows])
+            x_adv = inside(x_adv + self.threat.steepest_step(momentum, self.step_size))
         best.try_points(model, rows, x_adv)
 
     def _direction(self, grad: Tensor, momentum: Tensor | None) -> Tensor:

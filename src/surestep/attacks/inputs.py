@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from surestep.attacks.lending import (
     attacking,
+    check_module,
     compiled_whole,
     forked_rng,
     uncompiled,
@@ -60,10 +62,19 @@ def check_inputs(
     ``unlabelled`` a label may be -1, for none.
 
     Raises:
-        UserError: x is empty, not floating, not finite or outside the data range; y is not an
-            int64 tensor (N,) of labels from 0 to K - 1; the model fails on one such image or
-            returns no logits.
+        UserError: the model is no module; x or y is no tensor; x is empty, not floating, not finite
+            or outside the data range; y is not an int64 tensor (N,) of labels from 0 to K - 1; the
+            model fails on one such image or returns no logits.
     """
+    check_module(model)
+    for name, value in (("x", x), ("y", y)):
+        if isinstance(value, np.ndarray):
+            raise UserError(
+                f"{name} is a numpy array: pass a tensor, torch.from_numpy({name}), on the model's "
+                "device"
+            )
+        if not isinstance(value, Tensor):
+            raise UserError(f"{name} is a {type(value).__name__}, expected a tensor")
     low, high = threat.bounds
     if not x.is_floating_point() or x.dim() < 2 or len(x) == 0:
         raise UserError(
@@ -88,6 +99,15 @@ def check_inputs(
             f"({len(x)},)"
         )
     check_labels(y, count_classes(model, x), unlabelled=unlabelled)
+
+
+def reason_of(error: Exception) -> str:
+    """Return the line of a model's exception that tells the cause; empty if there is none.
+
+    TorchScript's exceptions begin with a traceback and end with the cause.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1 if lines and "TorchScript interpreter" in lines[0] else 0] if lines else ""
 
 
 def check_labels(y: Tensor, classes: int, *, unlabelled: bool = False) -> None:
@@ -121,8 +141,7 @@ def count_classes(model: nn.Module, x: Tensor) -> int:
         except UserError:
             raise
         except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as e:
-            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
             raise UserError(
                 f"the model fails on one image of shape {tuple(x.shape[1:])} and type {x.dtype}: "
-                f"{reason}"
+                f"{reason_of(e) or type(e).__name__}"
             ) from e

@@ -6,17 +6,38 @@ Modes, ``requires_grad`` flags, ``.grad`` and buffers are left as they were foun
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from surestep.errors import UserError
+
 _INSIDE = "_orig_mod"
 """Where torch.compile keeps the module that it wraps."""
+
+
+def check_module(model: object) -> None:
+    """Refuse what is no module, such as the weights alone.
+
+    Raises:
+        UserError: ``model`` is no ``torch.nn.Module``.
+    """
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, Mapping):
+        raise UserError(
+            "the model is a state_dict: build the module, call load_state_dict, and pass the module"
+        )
+    shown = repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
+    raise UserError(
+        f"the model is {shown}, expected a torch.nn.Module: wrap a function in a module; load a "
+        "run folder with surestep.load(RUN).model"
+    )
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -106,6 +127,35 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_()
 
 
+@torch.no_grad()
+def copy_all(to: Sequence[Tensor], of: Sequence[Tensor]) -> None:
+    """Copy each tensor into its counterpart: by one kernel a type, where the device has one."""
+    pairs: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+    for own, other in zip(to, of, strict=True):
+        # .data: a graph recorded before may hold the tensor, and may still be differentiated.
+        pairs.setdefault(own.dtype, []).append((own.data, other))
+    for alike in pairs.values():
+        own_ones, others = (list(side) for side in zip(*alike, strict=True))
+        torch._foreach_copy_(own_ones, others)
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Restore the buffers (batch statistics) on exit, so that passes inside do not count.
+
+    Only of modules that are in train mode now: in eval mode a forward writes none.
+    """
+    training = [m for m in model.modules() if m.training]
+    # Each once, though modules may share it.
+    buffers = list({id(b): b for m in training for b in m.buffers(recurse=False)}.values())
+    saved = [torch.empty_like(b) for b in buffers]
+    copy_all(saved, buffers)
+    try:
+        yield
+    finally:
+        copy_all(buffers, saved)
+
+
 @contextmanager
 def attacking(model: nn.Module, *, train_mode: bool = False) -> Iterator[nn.Module]:
     """Lend the unwrapped ``model`` to an attack and give it back as it was.
@@ -121,18 +171,15 @@ def attacking(model: nn.Module, *, train_mode: bool = False) -> Iterator[nn.Modu
     as_found = train_mode and inner.training
     modules = list(inner.modules())
     changed = [] if as_found else [m for m in modules if m.training != train_mode]
-    # In eval mode a forward writes no buffer; in train mode batch norm would count the attack in.
-    buffers = [(b, b.clone()) for b in inner.buffers()] if train_mode else []
     for module in changed:
         module.training = train_mode
     try:
         # A compiled backward pass computes the gradients of all that wants any, asked for or not.
         # Else the weights are left alone: autocast keeps its casts of what wants a gradient only.
-        with frozen(inner) if any(map(compiled_whole, modules)) else nullcontext():
+        weights = frozen(inner) if any(map(compiled_whole, modules)) else nullcontext()
+        # In train mode batch norm would count the attack in.
+        with weights, buffers_kept(inner) if train_mode else nullcontext():
             yield inner
     finally:
         for module in changed:
             module.training = not train_mode
-        for buffer, saved in buffers:
-            # .data: a graph recorded before the attack may hold this buffer.
-            buffer.data.copy_(saved)

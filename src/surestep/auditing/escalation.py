@@ -1,201 +1,136 @@
-"""Stand-ins for a model whose gradients hide something, and attacks on them: what answers.py uses.
+"""What an audit answers a flag with: attacks made for the way this model may hide.
 
-What they find is misclassified by the model itself.
+Each answer is a generator of attacks: what it sets up, such as hooks on the model, holds while its
+attacks run, one after the other, on the images that nothing has broken so far.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from surestep.activations import with_a_way_through
+from surestep.attacks.core import share_of
+from surestep.auditing import escalation
+from surestep.auditing._subject import Subject
+from surestep.auditing.checks import Check
+from surestep.evaluation.suite import Attack
 
-from surestep.attacks.core import in_turn, share_of
-from surestep.attacks.gradient import pgd
-from surestep.attacks.inputs import forward_logits
-from surestep.devices import finest
-from surestep.evaluation.suite import Attack, Found, pgd_step_size
-from surestep.threat import ThreatModel
-
-EOT_SAMPLES = 10
-
-
-class LogProbabilities(nn.Module):
-    """Undo a softmax that a model returns as logits: log p differs from them by a constant."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return log probabilities (N, K)."""
-        p = forward_logits(self.model, x).to(finest(x.device))
-        return p.clamp(min=torch.finfo(p.dtype).tiny).log()
+BLINDING = {
+    "broken-gradients",
+    "random-beats-gradient",
+    "one-step-beats-many",
+    "black-box-beats-white-box",
+    "optimisation-in-forward",
+}
+"""Checks that flag where a layer keeps gradients from the image."""
 
 
-class Expected(nn.Module):
-    """A random model's mean prediction over several passes (expectation over transformation)."""
+class Planned(NamedTuple):
+    """An attack that is to be run: its name, why, and itself if the name does not say it."""
 
-    def __init__(self, model: nn.Module, samples: int = EOT_SAMPLES) -> None:
-        super().__init__()
-        self.model, self.samples = model, samples
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the mean of the log probabilities (N, K)."""
-        runs = [F.log_softmax(forward_logits(self.model, x), dim=1) for _ in range(self.samples)]
-        return torch.stack(runs).mean(0)
+    name: str
+    why: str
+    attack: Attack | None = None
 
 
-def on_stand_in(stand_in: nn.Module, threat: ThreatModel, steps: int, restarts: int = 1) -> Attack:
-    """Return PGD (margin, then cross entropy) on a stand-in, judged on the model itself.
+class Signs(NamedTuple):
+    """What the checks saw.
 
-    Args:
-        stand_in: what the gradients come from.
-        threat: norm, radius and data range.
-        steps: of PGD.
-        restarts: of each loss.
+    Attributes:
+        flagged: names of the checks that flagged.
+        blind: share of images on which even a safe loss has no gradient.
     """
 
-    size = pgd_step_size(threat.eps, steps)
-    tries = [
-        partial(pgd, stand_in, threat=threat, steps=steps, step_size=size, loss=loss)
-        for loss in ("margin", "ce") * restarts
-    ]
-
-    def run(model: nn.Module, x: Tensor, y: Tensor) -> Found:
-        return Found(in_turn(model, x, y, tries))
-
-    return Attack(run, 4 * steps * restarts)
+    flagged: set[str]
+    blind: float
 
 
-def flat_layers(model: nn.Module, x: Tensor) -> list[str]:
-    """Return the names of the innermost layers through which no gradient flows.
-
-    Args:
-        model: in eval mode.
-        x: some images (N, ...).
-    """
-    flat: list[str] = []
-    seen: dict[str, tuple[Tensor, nn.Module]] = {}
-    handles = []
-    for name, module in model.named_modules():
-        # TorchScript's modules take no hooks.
-        if name and not isinstance(module, torch.jit.ScriptModule):
-
-            def note(m: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
-                    seen.setdefault(name, (args[0].detach().clone(), m))
-
-            handles.append(module.register_forward_pre_hook(note))
-    try:
-        with torch.no_grad():
-            forward_logits(model, x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, (given, module) in seen.items():
-        if _is_flat(module, given):
-            flat.append(name)
-    return [n for n in flat if not any(other.startswith(f"{n}.") for other in flat)]
+Planning = Generator[Planned, None, None]
+Answer = Callable[[Subject, Signs], Planning]
 
 
-def _is_flat(module: nn.Module, given: Tensor) -> bool:
-    with torch.enable_grad():
-        given = given.clone().requires_grad_()
-        try:
-            out = module(given)
-        except Exception:  # a layer that wants more than one argument
-            return False
-        if not isinstance(out, Tensor) or not out.is_floating_point() or torch.equal(out, given):
-            return isinstance(out, Tensor) and not out.requires_grad
-        if not out.requires_grad:
-            return True
-        (grad,) = torch.autograd.grad((out * torch.randn_like(out)).sum(), given, allow_unused=True)
-    if grad is None:
-        return True
-    # A ReLU is flat on some inputs; a quantiser on practically all.
-    return share_of(grad != 0) < 1e-3 and bool((out != 0).any())
+def escalate(s: Subject, checks: Sequence[Check], blind: float) -> list[dict[str, Any]]:
+    """Run what the flags call for, and say of each attack why it was run and what it left."""
+    signs = Signs({check.name for check in checks if check.flagged}, blind)
+    steps: list[dict[str, Any]] = []
+    for answer in ANSWERS:
+        # Closed at once where an attack fails: hooks must not outlive the audit.
+        with closing(answer(s, signs)) as planned:
+            for name, why, attack in planned:
+                left = s.survivors
+                if not left.any():
+                    return steps
+                s.attack([name] if attack is None else {name: attack}, left)
+                steps.append({"name": name, "why": why, "accuracy": share_of(s.survivors)})
+    return steps
 
 
-@contextmanager
-def bpda(model: nn.Module, x: Tensor, names: list[str]) -> Iterator[nn.Module]:
-    """Lend the model with a differentiable backward through the named layers (BPDA).
-
-    The forward stays as it is. Backward, a layer whose output has the shape of its input counts
-    as the identity (Athalye et al. 2018, section 4.1); else as a small network fitted to it.
-
-    Args:
-        model: in eval mode.
-        x: some images (N, ...), to fit on.
-        names: of layers, see ``flat_layers``.
-    """
-    handles = []
-    for name in names:
-        module = model.get_submodule(name)
-        given: list[Tensor] = []
-        out: list[Tensor] = []
-
-        def note(
-            _m: nn.Module,
-            args: tuple[Any, ...],
-            result: Tensor,
-            given: list[Tensor] = given,
-            out: list[Tensor] = out,
-        ) -> None:
-            given.append(args[0].detach())
-            out.append(result.detach())
-
-        handle = module.register_forward_hook(note)
-        with torch.no_grad():
-            forward_logits(model, x)
-        handle.remove()
-        smooth = _surrogate(given[0], out[0])
-        if smooth is None:
-            continue
-
-        def replace(
-            _m: nn.Module,
-            args: tuple[Any, ...],
-            result: Tensor,
-            smooth: Callable[[Tensor], Tensor] = smooth,
-        ) -> Tensor:
-            soft = smooth(args[0])
-            return soft + (result - soft).detach()
-
-        handles.append(module.register_forward_hook(replace))
-    try:
-        yield model
-    finally:
-        for handle in handles:
-            handle.remove()
+def _own_way(s: Subject, signs: Signs) -> Planning:
+    """Go straight through layers that know a way through themselves."""
+    layers, steps = with_a_way_through(s.model), 2 * s.budget.steps
+    if not layers:
+        return
+    why = f"{len(layers)} layers pass no gradient in places: straight through them"
+    for name in (f"pgd-{steps}-margin-bpda", f"pgd-{steps}-bpda"):
+        yield Planned(name, why)
 
 
-def _surrogate(given: Tensor, out: Tensor) -> Callable[[Tensor], Tensor] | None:
-    if given.shape == out.shape:
-        return lambda z: z
-    if given.dim() == 4 and out.dim() == 4 and given.shape[2:] == out.shape[2:]:
-        net: nn.Module = nn.Sequential(
-            nn.Conv2d(given.shape[1], 64, 1), nn.GELU(), nn.Conv2d(64, out.shape[1], 1)
+def _undo_softmax(s: Subject, signs: Signs) -> Planning:
+    """Attack the logarithm of what a model returns as probabilities."""
+    if "logits-not-probabilities" in signs.flagged:
+        inverse = escalation.LogProbabilities(s.model)
+        yield Planned(
+            "log-probabilities",
+            "the model returns probabilities: attack their logarithm",
+            escalation.on_stand_in(inverse, s.threat, s.budget.steps),
         )
-    elif given.numel() / len(given) <= 20_000:
-        size = out[0].numel()
-        net = nn.Sequential(
-            nn.Flatten(), nn.Linear(given[0].numel(), 256), nn.GELU(), nn.Linear(256, size)
+
+
+def _expect(s: Subject, signs: Signs) -> Planning:
+    """Attack a random model's mean over passes."""
+    if "deterministic-forward" in signs.flagged:
+        expected = escalation.Expected(s.model)
+        yield Planned(
+            f"eot-{escalation.EOT_SAMPLES}",
+            "the model is random: attack its mean over passes",
+            escalation.on_stand_in(expected, s.threat, s.budget.steps),
         )
-    else:
-        return None
-    net = net.to(given.device, torch.float32)
-    optimizer = torch.optim.Adam(net.parameters(), 0.01)
-    with torch.enable_grad():
-        for _ in range(200):
-            loss = F.mse_loss(net(given.float()).view_as(out), out.float())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    for parameter in net.parameters():
-        parameter.requires_grad_(False)
-    return lambda z: net(z.float()).view(len(z), *out.shape[1:])
+
+
+def _bpda(s: Subject, signs: Signs) -> Planning:
+    """Go straight through layers that no gradient flows through."""
+    if signs.blind == 0 and not signs.flagged & BLINDING:
+        return
+    some = s.probe[0][: min(64, s.batch_size)]
+    layers = escalation.flat_layers(s.model, some[:32])
+    if not layers:
+        return
+    wrapping = {id(m): name for name, m in s.model.named_modules()}[id(s.inner)] + "."
+    names = ", ".join(name.removeprefix(wrapping) for name in layers)
+    with escalation.bpda(s.model, some, layers) as smooth:
+        yield Planned(
+            "bpda",
+            f"no gradient flows through {names}: straight through it",
+            escalation.on_stand_in(smooth, s.threat, s.budget.steps, s.budget.restarts),
+        )
+
+
+def _longer(s: Subject, signs: Signs) -> Planning:
+    """Search longer, with gradients and without, whatever it is that flagged."""
+    if signs.flagged:
+        why = f"flagged: {', '.join(sorted(signs.flagged))}"
+        restarts = f"x{s.budget.restarts}" if s.budget.restarts > 1 else ""
+        yield Planned(f"pgd-{2 * s.budget.steps}{restarts}-margin", why)
+        yield Planned(f"square-{s.budget.late_queries}", why)
+
+
+def _autoattack(s: Subject, signs: Signs) -> Planning:
+    """End with AutoAttack, where the budget has it."""
+    if s.budget.autoattack:
+        yield Planned("autoattack", "part of this budget")
+
+
+ANSWERS: tuple[Answer, ...] = (_own_way, _undo_softmax, _expect, _bpda, _longer, _autoattack)
+"""In the order in which they are tried: those made for one way of hiding first."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from surestep.devices import move
 from surestep.errors import UserError, unknown_name
 
 
@@ -37,6 +38,11 @@ class Draw:
 
     def __getitem__(self, part: slice | Tensor) -> Draw:
         return Draw(self.dy[part], self.dx[part], self.flip[part], self.pad)
+
+    def to(self, device: torch.device) -> Draw:
+        """Return the same draw on a device, for who applies it there more than once."""
+        dy, dx, flip = (move(v, device) for v in (self.dy, self.dx, self.flip))
+        return Draw(dy, dx, flip, self.pad)
 
     def apply(self, x: Tensor) -> Tensor:
         """Crop, then flip: (n, C, H, W) of any dtype to the same shape, zero outside the image.
@@ -69,11 +75,8 @@ class Draw:
         height, width = x.shape[-2:]
         rows = torch.arange(height, device=x.device)[None]
         columns = torch.arange(width, device=x.device)[None]
-        ahead = x.device.type == "cuda"  # other devices may read freed memory
-        dy, dx, flip = (
-            v.to(x.device, non_blocking=ahead)[:, None] for v in (self.dy, self.dx, self.flip)
-        )
-        return rows, columns, dy, dx, flip
+        here = self.to(x.device)
+        return rows, columns, here.dy[:, None], here.dx[:, None], here.flip[:, None]
 
     def _take(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Read ``x`` at rows (n, H) and columns (n, W), each at most ``pad`` outside it."""

@@ -16,7 +16,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from surestep.attacks.lending import compiled_whole, unwrapped
+from surestep import processes
+from surestep.attacks.lending import check_module, compiled_whole, unwrapped
 from surestep.config import FitSettings, parse
 from surestep.devices import pick_device
 from surestep.errors import UserError, need
@@ -86,13 +87,14 @@ def fit(
             random.
         resume: continue from the newest checkpoint in ``out``. The result is bit-identical to
             that of an uninterrupted run, unless the number of processes changes. (On a GPU, only
-            with deterministic kernels: see ``torch.use_deterministic_algorithms``.)
+            with deterministic kernels: call ``torch.use_deterministic_algorithms(True)``, with
+            CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment.)
         overwrite: delete what is in ``out`` first.
         quiet: show nothing.
         device: such as "cpu" or "cuda"; by default an accelerator if there is one.
         workers: processes that load the images of a Dataset; a DataLoader has its own.
-        steps_per_epoch: batches per epoch, for a streaming DataLoader, which has no length. Each
-            epoch restarts the stream (``set_epoch`` tells its dataset the epoch).
+        steps_per_epoch: batches per epoch of a DataLoader; required if it streams and has no
+            length. Each epoch restarts the stream (``set_epoch`` tells its dataset the epoch).
         describe: entries to write to ``config.yaml`` before the settings.
         on_epoch: called in the first process after each epoch with its row of the history and the
             validated model (the weight average, if there is one) in eval mode; meant for loggers.
@@ -112,6 +114,7 @@ def fit(
             f"{method!r} is not a method: give one such as "
             "surestep.methods.get('sat-r2')(surestep.Linf(0.3))"
         )
+    check_module(model)
     if unwrapped(model) is not model:
         raise UserError("the model is wrapped in DistributedDataParallel: give the module inside")
     config = parse(FitSettings, settings)
@@ -153,7 +156,7 @@ def fit(
         steps_per_epoch=steps_per_epoch,
     )
     # Only now is everything checked: a mistake must not cost an old run.
-    accelerator.wait_for_everyone()
+    processes.wait(target)
     own = run if accelerator.is_main_process else None
     with ExitStack() as folder:
         differences: list[str] = []

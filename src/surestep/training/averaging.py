@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surestep.attacks.lending import copy_all
 from surestep.errors import UserError
 
 
@@ -51,14 +52,14 @@ class WeightAverage:
         ]
         # Batch norm's statistics are already moving averages over about the last ten steps. A
         # plain mean of the weights reaches further back, so it needs the mean of these, too.
-        for own, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
-            if self.decay is None and buffer.is_floating_point():
-                averaged.append((own, buffer))
-            else:
-                own.copy_(buffer)
+        copied: list[tuple[Tensor, Tensor]] = []
+        for pair in zip(self.model.buffers(), model.buffers(), strict=True):
+            mean = self.decay is None and pair[1].is_floating_point()
+            (averaged if mean else copied).append(pair)
         # One fused operation for hundreds of small tensors, where the device has one.
         means, now = (list(side) for side in zip(*averaged, strict=True))
         torch._foreach_lerp_(means, now, share)
+        copy_all([own for own, _ in copied], [buffer for _, buffer in copied])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average and the number of updates."""

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from surestep.attacks.lending import copy_all
+
 
 @contextmanager
 def weights_ahead(model: nn.Module, gamma: float) -> Iterator[None]:
@@ -36,18 +38,4 @@ def weights_ahead(model: nn.Module, gamma: float) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            for weight, before in zip(moved, kept, strict=True):
-                weight.copy_(before)
-
-
-@contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Restore the buffers (batch statistics) on exit, so that the pass inside does not count."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, saved in before:
-            # .data, because the autograd graph of the pass may hold the buffer.
-            buffer.data.copy_(saved)
+        copy_all(moved, kept)

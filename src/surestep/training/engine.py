@@ -13,13 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.lending import attacking, device_of, forked_rng, uncompiled, unwrapped
+from surestep.attacks.lending import (
+    attacking,
+    buffers_kept,
+    device_of,
+    forked_rng,
+    uncompiled,
+    unwrapped,
+)
 from surestep.data import augment
 from surestep.devices import autocast, drop_casts_without_gradients, has_bf16
 from surestep.errors import UserError, look_up, unknown_name
 from surestep.methods import Method, StepResult
 from surestep.training.averaging import WeightAverage
-from surestep.training.awp import buffers_kept, weights_ahead
+from surestep.training.awp import weights_ahead
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,

@@ -199,6 +199,8 @@ class Trainer:
         job, step, draw = self.job, self.at.step, None
         if job.method.needs_index:
             draw = job.source.draw(self.at.epoch, step % job.source.steps_per_epoch)
+            # Once, rather than each time that the method reads or writes what it remembers.
+            draw = None if draw is None else draw.to(job.device)
         with job.guard(f"step {step + 1}", len(x)):
             return job.take_step(x, y, index, draw)
 
@@ -293,7 +295,7 @@ class Trainer:
 
     def _end(self) -> None:
         """Wait until the first process is done writing: a launcher may end all when one exits."""
-        self.job.accelerator.wait_for_everyone()
+        processes.wait(self.job.device)
         for tracker in self.job.accelerator.trackers:
             tracker.finish()
 

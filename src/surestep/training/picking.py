@@ -23,6 +23,8 @@ MARGIN = 1.2
 """How many times faster than the expected engine another must be to replace it. Without a margin,
 engines of similar speed would swap by chance, and two runs with one seed would differ."""
 _LONG = 0.1
+_TIMED = {"cuda": 0.2, "mps": 0.2}
+"""Seconds to time at least, by kind of device: a step on a GPU may take only a few ms."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def _time(
     engine: tuple[str, str],
     give_up: float = float("inf"),
 ) -> float:
-    """Return the seconds per step: the better of two cycles, after a warm-up cycle."""
+    """Return the seconds per step: the best of two cycles or more, after a warm-up cycle."""
     net, chosen = copy.deepcopy(model), Engine.choose(*engine, x.device)
     step = make_step(
         net,
@@ -127,14 +129,19 @@ def _time(
         make_optimizer("sgd", net.parameters(), lr=0.0),
         chosen,
     )
-    best = float("inf")
-    for i in range(3):
+
+    def cycle() -> float:
         start = time.perf_counter()
         for _ in range(method.cycle):
             # Reading the loss waits for the device.
             float(step(x, y, torch.arange(len(x), device=x.device)).loss)
-        seconds = (time.perf_counter() - start) / method.cycle
-        best = min(best, seconds) if i else best
-        if i and seconds > give_up:
+        return (time.perf_counter() - start) / method.cycle
+
+    cycle()  # to warm up
+    best, timed, cycles = float("inf"), 0.0, 0
+    while cycles < 2 or timed < _TIMED.get(x.device.type, 0.0):
+        seconds = cycle()
+        best, timed, cycles = min(best, seconds), timed + seconds * method.cycle, cycles + 1
+        if seconds > give_up:
             break
     return best

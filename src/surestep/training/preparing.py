@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from surestep import files, processes
@@ -22,7 +23,7 @@ from surestep.attacks.inputs import check_inputs, check_labels, count_classes
 from surestep.attacks.lending import compiled_whole, seed_everything, uncompiled
 from surestep.config import FitSettings
 from surestep.data import Images, as_pixels, seed_of
-from surestep.devices import memory_for
+from surestep.devices import memory_for, move
 from surestep.errors import UserError
 from surestep.evaluation import Adapted
 from surestep.methods import Method
@@ -213,8 +214,7 @@ def prepare(
     # The same in each process, so that all make equally many collective calls.
     judged_at_once = -processes.largest(-judged_at_once, device)
     if accelerator.num_processes > 1:
-        # In a single process it would add nothing but autocast.
-        stepped = accelerator.prepare_model(stepped, device_placement=False)
+        stepped = _sharing_gradients(stepped, device)
     return Job(
         model=bare,
         method=method,
@@ -372,7 +372,7 @@ def _look_at(
     batch = first_of(data)
     if batch is None:
         return None
-    x, y = (part.to(device) for part in batch)
+    x, y = (move(part, device) for part in batch)
     x = as_pixels(x, method.threat.bounds)
     check_inputs(model, x, y, method.threat, unlabelled=unlabelled)
     return x.shape[1:]
@@ -419,6 +419,16 @@ def _place(
     if shape:
         engine = engine.suited(model, shape)
     return engine, config.model_copy(update={"precision": engine.precision_name})
+
+
+def _sharing_gradients(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the network, averaging its gradients over the processes.
+
+    Accelerate's ``prepare_model`` names the GPU by the local rank, which fails where the launcher
+    shows each process its own GPU only: that one is number 0 in all of them.
+    """
+    own = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=own)
 
 
 def _in_parts(

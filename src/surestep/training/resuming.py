@@ -60,6 +60,7 @@ class Checkpoints:
                 "rng": rng,
                 "epoch_rng": epoch_rng,
                 "steps_per_epoch": job.source.steps_per_epoch,
+                "images": job.images,
             },
         )
 
@@ -77,7 +78,7 @@ class Checkpoints:
         state = checkpoint.load_newest(self.run.checkpoints, self.say)
         if state is None:
             return self._without(), None
-        self._check_steps(len(state["rng"]), state["steps_per_epoch"])
+        self._check_data(len(state["rng"]), state["steps_per_epoch"], state.get("images"))
         try:
             job.model.load_state_dict(state["model"])
         except RuntimeError as e:
@@ -113,22 +114,34 @@ class Checkpoints:
             )
         return RunState()
 
-    def _check_steps(self, begun: int, steps: int) -> None:
-        """Check that a run can resume with this number of processes and of steps per epoch."""
-        now, expected = self.job.accelerator.num_processes, self.job.source.steps_per_epoch
-        if begun == now:
-            if steps != expected:
-                raise UserError(
-                    f"{self.run.folder} has epochs of {steps} steps, but these data give "
-                    f"{expected}: resume with the data and the batch size that it was started with"
-                )
-            return
-        if not self.job.images:
+    def _check_data(self, begun: int, steps: int, images: int | None) -> None:
+        """Check that a run can resume with this number of processes, and with these data.
+
+        Args:
+            begun: number of processes of the run.
+            steps: its steps per epoch.
+            images: its images in memory, which older checkpoints do not tell.
+        """
+        job = self.job
+        now, expected = job.accelerator.num_processes, job.source.steps_per_epoch
+        if begun != now and not job.images:
             raise UserError(
                 f"{self.run.folder} was run on {begun} processes and cannot resume on {now}, which "
                 "would split a Dataset or DataLoader differently: use the same number"
             )
-        self.say(
-            f"results will differ from an uninterrupted run's: it was started on {begun} processes "
-            f"and resumes on {now}, which draw other random numbers"
-        )
+        # Images in memory make as many steps on any number of processes.
+        if steps != expected:
+            raise UserError(
+                f"{self.run.folder} has epochs of {steps} steps, but these data give "
+                f"{expected}: resume with the data and the batch size that it was started with"
+            )
+        if images is not None and images != job.images:
+            raise UserError(
+                f"{self.run.folder} has {images or 'no'} training images in memory, but these data "
+                f"give {job.images or 'none'}: resume with the data that it was started with"
+            )
+        if begun != now:
+            self.say(
+                "results will differ from an uninterrupted run's: it was started on "
+                f"{begun} processes and resumes on {now}, which draw other random numbers"
+            )

@@ -17,11 +17,6 @@ from surestep import environment, files, methods
 from surestep.config import FitSettings, RunConfig, parse, read_yaml, to_yaml
 from surestep.errors import UserError
 
-try:
-    import fcntl
-except ImportError:
-    fcntl = None  # type: ignore[assignment]
-
 C = TypeVar("C", bound=FitSettings)
 _ENTRIES = {
     *("config.yaml", "metrics.jsonl", "model.safetensors", "checkpoints", "report.html"),
@@ -169,20 +164,19 @@ class RunFolder:
         Raises:
             UserError: another process holds it.
         """
-        if fcntl is None:  # Windows
+        if os.name == "nt":  # no locks there, and no folder with an open file can be deleted
             yield
             return
         with self.config.open("r+b") as f:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as e:
+            if not files.lock(f):
                 raise UserError(
                     f"{self.folder} is being trained by another process: wait for it, stop it, or "
                     "choose another --out"
-                ) from e
-            except OSError:  # a file system without locks
-                pass
-            yield
+                )
+            try:
+                yield
+            finally:
+                files.unlock(f)
 
     def _claim(self, text: str) -> None:
         """Write ``config`` atomically: if two runs find an empty folder, only one can claim it.
@@ -209,7 +203,8 @@ class RunFolder:
         """Record a new run's environment; for a resumed run, return how it differs from then."""
         now, before = environment.describe(), self.begun_on()
         if before is not None:
-            return environment.differences(before, now)
+            changed = environment.differences(before, now)
+            return [f"{c.name} {c.before} then, {c.now} now" for c in changed]
         files.write_atomically(self.environment, json.dumps(now, indent=2) + "\n")
         return []
 

@@ -21,6 +21,7 @@ from torch.utils.data import (
 )
 
 from surestep.data import Batches, as_pair, as_pixels, augment
+from surestep.devices import move
 from surestep.errors import SurestepWarning, UserError
 from surestep.training.randomness import OwnRandom
 
@@ -116,8 +117,7 @@ class LoaderSource:
                     )
                 return
             made += 1
-            x, y = as_pair(batch)
-            x, y = (t.to(self.device, non_blocking=self.device.type == "cuda") for t in (x, y))
+            x, y = (move(part, self.device) for part in as_pair(batch))
             yield as_pixels(x, self.bounds), y, None
 
     def draw(self, epoch: int, step: int) -> None:
@@ -212,7 +212,7 @@ def first_of(data: Any) -> tuple[Tensor, Tensor] | None:
 
 
 def _deaf(_: int) -> None:
-    """Make a worker ignore signals to the process group: the run needs it until its next stop.
+    """Make a worker ignore signals to the process group: the run needs it to finish its step.
 
     When the run ends, it shuts its workers down, or they notice that it is gone.
     """

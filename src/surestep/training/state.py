@@ -26,7 +26,7 @@ class RunState:
 
 
 class Sums:
-    """Means over an epoch, summed on the device so that nothing waits for it until they are read."""
+    """Means over an epoch, summed on the device: nothing waits for it until they are read."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -28,7 +28,7 @@ class Asked(BaseException):
 class StopRequest:
     """Defers SIGTERM and Ctrl-C to where a checkpoint can be written.
 
-    A second Ctrl-C interrupts at once, as it does without this class.
+    A second Ctrl-C interrupts at once, as it does without this class, unless it is an echo.
 
     Attributes:
         number: number of the last signal received; 0 if none.

@@ -22,8 +22,8 @@ def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
     """Attack the held-out images of a job, and return the entries for a row of the history.
 
     FGSM is always among the attacks: images that only the others break reveal gradient masking.
-    Several processes divide the images among them, except those of a DataLoader or fewer than
-    there are processes, all of which each process judges.
+    Several processes divide the images among them; each judges all images of a DataLoader, or of
+    data with fewer images than processes.
 
     Raises:
         Asked: a stop was requested during validation.

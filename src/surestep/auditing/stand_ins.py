@@ -1,0 +1,201 @@
+"""Stand-ins for a model whose gradients hide something, and attacks on them: what answers.py uses.
+
+What they find is misclassified by the model itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surestep.attacks.core import in_turn, share_of
+from surestep.attacks.gradient import pgd
+from surestep.attacks.inputs import forward_logits
+from surestep.devices import finest
+from surestep.evaluation.suite import Attack, Found, pgd_step_size
+from surestep.threat import ThreatModel
+
+EOT_SAMPLES = 10
+
+
+class LogProbabilities(nn.Module):
+    """Undo a softmax that a model returns as logits: log p differs from them by a constant."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return log probabilities (N, K)."""
+        p = forward_logits(self.model, x).to(finest(x.device))
+        return p.clamp(min=torch.finfo(p.dtype).tiny).log()
+
+
+class Expected(nn.Module):
+    """A random model's mean prediction over several passes (expectation over transformation)."""
+
+    def __init__(self, model: nn.Module, samples: int = EOT_SAMPLES) -> None:
+        super().__init__()
+        self.model, self.samples = model, samples
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the mean of the log probabilities (N, K)."""
+        runs = [F.log_softmax(forward_logits(self.model, x), dim=1) for _ in range(self.samples)]
+        return torch.stack(runs).mean(0)
+
+
+def on_stand_in(stand_in: nn.Module, threat: ThreatModel, steps: int, restarts: int = 1) -> Attack:
+    """Return PGD (margin, then cross entropy) on a stand-in, judged on the model itself.
+
+    Args:
+        stand_in: what the gradients come from.
+        threat: norm, radius and data range.
+        steps: of PGD.
+        restarts: of each loss.
+    """
+
+    size = pgd_step_size(threat.eps, steps)
+    tries = [
+        partial(pgd, stand_in, threat=threat, steps=steps, step_size=size, loss=loss)
+        for loss in ("margin", "ce") * restarts
+    ]
+
+    def run(model: nn.Module, x: Tensor, y: Tensor) -> Found:
+        return Found(in_turn(model, x, y, tries))
+
+    return Attack(run, 4 * steps * restarts)
+
+
+def flat_layers(model: nn.Module, x: Tensor) -> list[str]:
+    """Return the names of the innermost layers through which no gradient flows.
+
+    Args:
+        model: in eval mode.
+        x: some images (N, ...).
+    """
+    flat: list[str] = []
+    seen: dict[str, tuple[Tensor, nn.Module]] = {}
+    handles = []
+    for name, module in model.named_modules():
+        # TorchScript's modules take no hooks.
+        if name and not isinstance(module, torch.jit.ScriptModule):
+
+            def note(m: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+                    seen.setdefault(name, (args[0].detach().clone(), m))
+
+            handles.append(module.register_forward_pre_hook(note))
+    try:
+        with torch.no_grad():
+            forward_logits(model, x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, (given, module) in seen.items():
+        if _is_flat(module, given):
+            flat.append(name)
+    return [n for n in flat if not any(other.startswith(f"{n}.") for other in flat)]
+
+
+def _is_flat(module: nn.Module, given: Tensor) -> bool:
+    with torch.enable_grad():
+        given = given.clone().requires_grad_()
+        try:
+            out = module(given)
+        except Exception:  # a layer that wants more than one argument
+            return False
+        if not isinstance(out, Tensor) or not out.is_floating_point() or torch.equal(out, given):
+            return isinstance(out, Tensor) and not out.requires_grad
+        if not out.requires_grad:
+            return True
+        (grad,) = torch.autograd.grad((out * torch.randn_like(out)).sum(), given, allow_unused=True)
+    if grad is None:
+        return True
+    # A ReLU is flat on some inputs; a quantiser on practically all.
+    return share_of(grad != 0) < 1e-3 and bool((out != 0).any())
+
+
+@contextmanager
+def bpda(model: nn.Module, x: Tensor, names: list[str]) -> Iterator[nn.Module]:
+    """Lend the model with a differentiable backward through the named layers (BPDA).
+
+    The forward stays as it is. Backward, a layer whose output has the shape of its input counts
+    as the identity (Athalye et al. 2018, section 4.1); else as a small network fitted to it.
+
+    Args:
+        model: in eval mode.
+        x: some images (N, ...), to fit on.
+        names: of layers, see ``flat_layers``.
+    """
+    handles = []
+    for name in names:
+        module = model.get_submodule(name)
+        given: list[Tensor] = []
+        out: list[Tensor] = []
+
+        def note(
+            _m: nn.Module,
+            args: tuple[Any, ...],
+            result: Tensor,
+            given: list[Tensor] = given,
+            out: list[Tensor] = out,
+        ) -> None:
+            given.append(args[0].detach())
+            out.append(result.detach())
+
+        handle = module.register_forward_hook(note)
+        with torch.no_grad():
+            forward_logits(model, x)
+        handle.remove()
+        smooth = _surrogate(given[0], out[0])
+        if smooth is None:
+            continue
+
+        def replace(
+            _m: nn.Module,
+            args: tuple[Any, ...],
+            result: Tensor,
+            smooth: Callable[[Tensor], Tensor] = smooth,
+        ) -> Tensor:
+            soft = smooth(args[0])
+            return soft + (result - soft).detach()
+
+        handles.append(module.register_forward_hook(replace))
+    try:
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _surrogate(given: Tensor, out: Tensor) -> Callable[[Tensor], Tensor] | None:
+    if given.shape == out.shape:
+        return lambda z: z
+    if given.dim() == 4 and out.dim() == 4 and given.shape[2:] == out.shape[2:]:
+        net: nn.Module = nn.Sequential(
+            nn.Conv2d(given.shape[1], 64, 1), nn.GELU(), nn.Conv2d(64, out.shape[1], 1)
+        )
+    elif given.numel() / len(given) <= 20_000:
+        size = out[0].numel()
+        net = nn.Sequential(
+            nn.Flatten(), nn.Linear(given[0].numel(), 256), nn.GELU(), nn.Linear(256, size)
+        )
+    else:
+        return None
+    net = net.to(given.device, torch.float32)
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    with torch.enable_grad():
+        for _ in range(200):
+            loss = F.mse_loss(net(given.float()).view_as(out), out.float())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    return lambda z: net(z.float()).view(len(z), *out.shape[1:])

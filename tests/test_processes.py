@@ -1,0 +1,39 @@
+"""What several processes do on GPUs, which are not here: torch is asked what it would be told."""
+
+import pytest
+import torch
+from torch import nn
+
+from surestep import processes
+from surestep.training import preparing
+
+DEVICES = [("cuda:0", [0]), ("cuda:3", [3]), ("cpu", None), ("mps:0", None)]
+
+
+@pytest.fixture(autouse=True)
+def _second_of_two_shown_one_gpu_each(monkeypatch):
+    """Local rank 1, whose only GPU is number 0, as SLURM binds it."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(processes, "count", lambda: 2)
+
+
+@pytest.mark.parametrize(("device", "own"), DEVICES)
+def test_gradients_are_shared_on_the_gpu_that_the_model_is_on(monkeypatch, device, own):
+    made = []
+    monkeypatch.setattr(
+        preparing, "DistributedDataParallel", lambda model, **named: made.append((model, named))
+    )
+    net = nn.Linear(2, 2)
+    preparing._sharing_gradients(net, torch.device(device))
+    assert made == [(net, {"device_ids": own})]
+
+
+@pytest.mark.parametrize(("device", "own"), DEVICES)
+def test_processes_meet_on_their_own_gpus(monkeypatch, device, own):
+    told = []
+    monkeypatch.setattr(processes.dist, "barrier", lambda **named: told.append(named))
+    processes.wait(torch.device(device))
+    assert told == [{"device_ids": own}]
+    monkeypatch.setattr(processes, "count", lambda: 1)
+    processes.wait(torch.device(device))
+    assert len(told) == 1

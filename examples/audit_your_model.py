@@ -1,4 +1,4 @@
-"""Ask whether your own model's robustness is real: here a collapsed one's, hidden behind noise."""
+"""Audit your own model: here one without any robustness, masked by noise at its input."""
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ from surestep import data, models
 
 
 class Noisy(nn.Module):
-    """A defence that randomises: gradient attacks see another network at each step."""
+    """A randomised defence: gradient attacks see a different network at each step."""
 
     def forward(self, x):
         """Add noise."""
@@ -20,7 +20,7 @@ threat = surestep.Linf(eps=0.1)
 net = models.create("cnn-small")
 surestep.fit(net, train, surestep.methods.Standard(threat), epochs=2, val_images=0, quiet=True)
 
-# Any module that returns logits, any data: tensors, a Dataset, a DataLoader.
+# Any module that returns logits will do, and any data: tensors, a Dataset, a DataLoader.
 found = surestep.audit(nn.Sequential(Noisy(), net), test, threat, budget="quick", n=100)
 print(found.verdict, "-", found.sentence)
 for check in found.flagged:

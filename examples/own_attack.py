@@ -1,4 +1,4 @@
-"""Judge a model by an attack of your own, beside surestep's; the worst case is per image."""
+"""Evaluate a model with your own attack next to surestep's; the worst case is taken per image."""
 
 import torch
 
@@ -19,7 +19,7 @@ surestep.fit(
 
 
 def darken(model, x, y):
-    """Return the points of an attack that only darkens pixels; they are projected to the ball."""
+    """Return images with darkened pixels (an attack's points are projected to the ball)."""
     x = x.clone().requires_grad_()
     (grad,) = torch.autograd.grad(torch.nn.functional.cross_entropy(model(x), y), x)
     return (x - threat.eps * (grad < 0)).detach()

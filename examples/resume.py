@@ -1,4 +1,4 @@
-"""Stop a run and go on: what it ends with is what it would have been."""
+"""Interrupt a run and resume it: it ends with the same weights as without the interruption."""
 
 import tempfile
 from pathlib import Path
@@ -13,18 +13,18 @@ method = surestep.methods.get("sat-r3")(surestep.Linf(eps=0.3))
 
 
 class Stop(Exception):
-    """Stands for a crash."""
+    """Simulates a crash."""
 
 
 def crash(row, model):
-    """Be called after an epoch, as a logger is."""
+    """Print the row of an epoch, and crash after the first (called after each epoch)."""
     print(f"epoch {row['epoch']}: loss {row['loss']:.3f}, worst case {row['val_worst_case']:.1%}")
     if row["epoch"] == 1:
         raise Stop
 
 
 def train(out, **options):
-    """Train a fresh network; of a resumed run the weights come from its folder."""
+    """Train a fresh network; a resumed run takes its weights from its folder."""
     torch.manual_seed(0)
     net = models.create("cnn-small")
     settings = {"epochs": 2, "lr": 0.05, "val_images": 100, "quiet": True, **options}

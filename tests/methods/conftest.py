@@ -40,7 +40,7 @@ NETS = {"mlp": (mlp, (1, 4, 4), 4), "conv": (conv, (2, 5, 5), 4), "flat": (flat,
 def _steps_at_no_point_of_a_course():
     """Tests here take steps that belong to no training; one of them tests what is said of that."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* follows the course of training")
+        warnings.filterwarnings("ignore", ".* follows a schedule, but its progress is not set")
         yield
 
 

@@ -107,7 +107,7 @@ def test_dropout_wants_activations_that_are_modules():
         def forward(self, x):
             return torch.relu(self.layer(x.flatten(1)))
 
-    with pytest.raises(UserError, match="has nothing to follow: the model has no activation modul"):
+    with pytest.raises(UserError, match="acts after activation modules, but the model has none"):
         methods.get("sads")(Linf(0.1))(Functional(), torch.rand(2, 4), torch.tensor([0, 1]))
 
 
@@ -130,7 +130,7 @@ def test_a_course_that_nobody_tells(slug, make_task):
 
     step()
     if slug in FOLLOW:
-        with pytest.warns(UserWarning, match=f"{slug} follows the course of training, and nobody"):
+        with pytest.warns(UserWarning, match=f"{slug} follows a schedule, but its progress is not"):
             step()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -136,7 +136,7 @@ def test_a_hyperparameter_of_another_kind_is_refused_when_it_is_registered(kind)
 
     Odd.__annotations__ = {"mode": kind}
     with pytest.raises(
-        UserError, match=r"mode of Odd is a .*: hyperparameters are float, int, bool"
+        UserError, match=r"mode of Odd is a .*: hyperparameters must be float, int, bool"
     ):
         methods.register("odd")(dataclass(Odd))
     assert "odd" not in methods.names()

@@ -564,7 +564,7 @@ def test_without_index_a_method_with_memory_says_so(make_task):
     task = make_task("mlp")
     for slug in methods.names():
         if methods.get(slug).needs_index:
-            with pytest.raises(UserError, match=f"{slug} keeps .* pass index"):
+            with pytest.raises(UserError, match=f"{slug} needs .* pass index"):
                 methods.get(slug)(Linf(EPS))(task.net, task.x, task.y)
 
 

@@ -1347,7 +1347,7 @@ class TestLoaders:
         tiny.train(out=tmp_path / "run")
         before = snapshot(tmp_path)
         net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
-        with pytest.raises(UserError, match="has nothing to follow"):
+        with pytest.raises(UserError, match="acts after activation modules, but"):
             tiny.train("sads", model=net, out=tmp_path / "run", overwrite=True)
         assert snapshot(tmp_path) == before
 

@@ -2,7 +2,7 @@
 
 Every module of this package registers its methods when it is imported, and so does every installed
 package with an entry point in the group ``surestep.methods``; ``get`` returns them by slug. The
-names below are those that other parts of surestep build upon.
+names below are those that other parts of surestep use directly.
 """
 
 from importlib import import_module
@@ -36,8 +36,8 @@ for _module in iter_modules(__path__):
 for _plug_in in entry_points(group="surestep.methods"):
     try:
         _plug_in.load()
-    except Exception as e:  # somebody else's package must not take surestep down with it
-        warn(f"the plug-in {_plug_in.name} of surestep.methods fails: {e!r}", stacklevel=1)
+    except Exception as e:  # a broken plug-in must not break surestep
+        warn(f"cannot load the plug-in {_plug_in.name} of surestep.methods: {e!r}", stacklevel=1)
 
 __all__ = [
     "FGSM",

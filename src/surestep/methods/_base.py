@@ -1,7 +1,7 @@
-"""What a method is, what it costs, and how it gets its name.
+"""The base class of training methods, their costs and presets, and how they are registered.
 
-A method says, for a model and a batch, which images go through the one update pass and what is
-minimised there. It holds no training loop and does no I/O. Adding one means adding a file with a
+Given a model and a batch, a method decides which images go through the single update pass and what
+is minimised there. It contains no training loop and does no I/O. To add one, add a file with a
 registered subclass of ``Method`` and a card of the same slug in ``cards/``.
 """
 
@@ -52,7 +52,7 @@ class StepResult(NamedTuple):
     """What a method returns for one batch.
 
     Attributes:
-        loss: scalar, to be minimised; the only part with a graph.
+        loss: scalar, to be minimised; the only field with an autograd graph.
         terms: the parts of the loss by name, detached scalars, for logging.
         x_adv: the images that ``logits`` belong to (N, ...), detached.
         logits: at ``x_adv`` in the update's forward pass, (N, K), detached.
@@ -65,18 +65,18 @@ class StepResult(NamedTuple):
 
 
 Terms = tuple[Tensor, Mapping[str, Tensor]]
-"""What is minimised, and its parts by name."""
+"""The loss to minimise, and its parts by name."""
 Loss = Callable[[Tensor], Terms]
-"""Of the update's logits (M, K)."""
+"""Maps the update's logits (M, K) to the loss and its parts."""
 
 
 class Update(NamedTuple):
-    """What a method makes of a batch: the images of the one update pass, and the loss there.
+    """What a method makes of a batch: the images of the update pass, and the loss there.
 
     Attributes:
-        points: all views (M, ...), concatenated: batch norm sees them together.
-        loss: of the logits (M, K) at ``points``.
-        rows: those of ``points`` that are x_adv.
+        points: all views (M, ...), concatenated so that batch norm sees them together.
+        loss: maps the logits (M, K) at ``points`` to the loss and its parts.
+        rows: the slice of ``points`` that is x_adv.
     """
 
     points: Tensor
@@ -94,13 +94,13 @@ class Update(NamedTuple):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training is, for methods that follow a course. The loop sets it before each step.
+    """How far training is, for methods with a schedule. The loop sets it before each step.
 
     Attributes:
-        step: number of the step to come, from 0.
-        steps_per_epoch: of the run.
-        epochs: of the run; the last may be a part of one.
-        images: in the training data; 0 if unknown.
+        step: number of the next step, from 0.
+        steps_per_epoch: number of steps in an epoch.
+        epochs: length of the run; may be fractional.
+        images: number of training images; 0 if unknown.
         lr: learning rate of the step.
         labelled: share of the training images that have a label.
     """
@@ -119,17 +119,17 @@ class Progress:
 
     @property
     def done(self) -> float:
-        """Share of the training that is behind, in [0, 1)."""
+        """Share of the training that is completed, in [0, 1)."""
         return self.step / (self.steps_per_epoch * self.epochs)
 
 
 _NOT_TOLD = Progress()
-"""What a method has until somebody tells it where training is."""
+"""A method's progress until it is set."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Passes per training image of one step. A standard step is 1 + 1 + 1."""
+    """Passes per training image in one step. A standard step is 1 + 1 + 1."""
 
     forward: float
     input_grad: float
@@ -137,7 +137,7 @@ class Cost:
 
     @property
     def total(self) -> float:
-        """The sum; the three kinds of pass are about equal work."""
+        """The sum; the three kinds of pass take about the same work."""
         return self.forward + self.input_grad + self.weight_grad
 
     @classmethod
@@ -152,11 +152,11 @@ class Preset:
 
     Attributes:
         eps: radius of the l-inf threat model.
-        params: of the method, by field name.
-        settings: of training, by the names of ``surestep.config.FitSettings``.
+        params: the method's hyperparameters, by field name.
+        settings: training settings, by the field names of ``surestep.config.FitSettings``.
         model: the architecture.
         dataset: the data.
-        source: where the recipe is from.
+        source: where the recipe comes from.
         normalize: whether the model normalises its input, with the data set's statistics.
     """
 
@@ -170,7 +170,7 @@ class Preset:
 
 
 def of_eps(share: float) -> Any:
-    """Return the field of a hyperparameter that is by default a share of eps, as ``alpha`` is."""
+    """Return a dataclass field whose default is a share of eps, for lengths such as ``alpha``."""
     return field(default=None, metadata={"of_eps": share})
 
 
@@ -178,14 +178,14 @@ def of_eps(share: float) -> Any:
 class Method(ABC):
     """One step of a training method, called as ``method(model, x, y)``.
 
-    Subclasses are dataclasses; their fields are the hyperparameters. ``lam`` is a weight and
-    ``alpha`` a length, at least 0, ``steps`` at least 1: that is checked here.
+    Subclasses are dataclasses whose fields are the hyperparameters. Fields named ``lam`` (a weight)
+    and ``alpha`` (a length) must be at least 0, ``steps`` at least 1; this class checks that.
 
     Args:
         threat: norm, radius and data range of the perturbations trained against.
-        label_smoothing: of the cross entropy in the update (never in the attack).
+        label_smoothing: label smoothing of the update's cross entropy (never of the attack's).
         margin: subtracted from the true class's logit in the update's cross entropy (never in the
-            attack); s * m of a hypersphere head with scale s and margin m.
+            attack); s * m for a hypersphere head with scale s and margin m.
         dropout: probability of dropout after each activation in the update, at the start of
             training; it falls linearly to 0 (SADS, Vivek & Babu 2020, arXiv 2004.08628).
 
@@ -198,23 +198,23 @@ class Method(ABC):
     paper: ClassVar[str]
     presets: ClassVar[Mapping[str, Preset]] = {}
     lengths: ClassVar[tuple[str, ...]] = ("alpha",)
-    """The hyperparameters in pixel units, which must grow and shrink with eps."""
+    """Hyperparameters in pixel units, which ``set_strength`` scales with eps."""
     needs_index = False
-    """Whether it remembers something for each image, so that every step needs their ``index``."""
+    """Whether every step needs the ``index`` of its images, for instance to keep state for each."""
     remembers_images = False
-    """Whether what it remembers is as large as the images, or more."""
+    """Whether the state that it keeps per image is at least as large as the image."""
     takes_unlabelled = False
-    """Whether it learns from images that have no label (y of -1), too."""
+    """Whether it also learns from images without a label (y = -1)."""
     kept: ClassVar[tuple[str, ...]] = ()
-    """Attributes that are state: tensors, numbers, and what has a ``state_dict`` of its own."""
+    """Attributes that are state: tensors, plain values, and objects with a ``state_dict``."""
     kept_rows: ClassVar[tuple[str, ...]] = ()
-    """The same, of tensors with a row for each image of this process's share of the batch."""
+    """State tensors with one row per image of this process's share of the batch."""
     second_order = False
-    """Whether its loss holds a gradient, which is differentiated again."""
+    """Whether its loss contains a gradient, which is differentiated again."""
     replays = 1
-    """How many steps in a row are taken on each batch."""
+    """Number of consecutive steps on each batch."""
     needs_progress = False
-    """Whether it follows the course of training: ``progress`` must be set before each step."""
+    """Whether it follows a schedule, so that ``progress`` must be set before each step."""
 
     threat: ThreatModel
     label_smoothing: float = field(default=0.0, kw_only=True)
@@ -253,17 +253,17 @@ class Method(ABC):
 
         Args:
             model: returns logits (N, K); may be wrapped in DistributedDataParallel. Its mode,
-                flags, gradients and buffers are left as found, but for the buffers that the one
-                update forward writes in train mode.
+                flags, gradients and buffers are left as found, except for the buffers that the
+                update's forward pass writes in train mode.
             x: images (N, ...) in the threat model's data range.
-            y: int64 labels (N,); -1 for none, where the method is ``takes_unlabelled``.
-            index: position of each image in its data set (N,), for methods that remember.
-            draw: the crops and flips that x was given, for the same methods.
+            y: int64 labels (N,); -1 means no label, if the method ``takes_unlabelled``.
+            index: positions of the images in the data set (N,), if the method ``needs_index``.
+            draw: the crops and flips applied to x, for the same methods.
 
         Raises:
             UserError: the first batch has values, labels or shapes that cannot be trained on
                 (later batches are not checked: that would wait for the device at each step); a
-                method that remembers got no index.
+                method that ``needs_index`` got none.
         """
         update = self.prepare(model, x, y, index, draw)
         drop_casts_without_gradients(x.device)
@@ -283,9 +283,9 @@ class Method(ABC):
             and self.progress is _NOT_TOLD
             and (self.needs_progress or self.dropout)
         ):
-            self.progress = Progress()  # told once is enough
+            self.progress = Progress()  # warn only once
             warnings.warn(
-                f"{self.slug} follows the course of training, and nobody tells it: set "
+                f"{self.slug} follows a schedule, but its progress is not set: set "
                 "method.progress = surestep.methods.Progress(step, steps_per_epoch, epochs, "
                 "images) before each step (surestep.fit does)",
                 SurestepWarning,
@@ -295,9 +295,8 @@ class Method(ABC):
             check_inputs(model, x, y, self.threat, unlabelled=self.takes_unlabelled)
             if self.needs_index and index is None:
                 raise UserError(
-                    f"{self.slug} keeps a perturbation for each image: pass index, the positions "
-                    "(N,) of the batch's images in the data set (surestep.fit does, for images "
-                    "in memory)"
+                    f"{self.slug} needs each image's position in the data set: pass index, the "
+                    "positions (N,) of the batch's images (surestep.fit does, for images in memory)"
                 )
             self._inputs_checked = True
         self.draw = draw
@@ -314,10 +313,10 @@ class Method(ABC):
         """Return the update for one batch; see ``__call__``. ``x`` is detached."""
 
     def set_strength(self, share: float) -> None:
-        """Attack from now on with ``share`` of eps, and of the other lengths: 1 is all of it.
+        """Scale eps and the hyperparameters in ``lengths`` to ``share`` of their full values.
 
-        The way to change the radius of a method that is made already: parts of it have taken over
-        what ``threat`` was.
+        Use this to change the radius of an existing method. Assigning ``threat`` does not: parts
+        of the method hold copies of it.
         """
         threat, lengths = self._full
         self.threat = threat if share == 1 else threat.with_eps(share * threat.eps)
@@ -330,21 +329,21 @@ class Method(ABC):
 
     @property
     def cycle(self) -> int:
-        """After how many steps their costs come again, for those that time some."""
+        """Number of steps after which the costs repeat; timing averages over one such cycle."""
         return 1
 
     def peak_images(self, batch_size: int) -> int:
-        """Return how many images the largest update of such batches takes: what memory holds."""
+        """Return the number of images in the largest update pass, which sets the peak memory."""
         return math.ceil(batch_size * self.cost(batch_size).weight_grad)
 
     def validate(self) -> None:
         """Check the hyperparameters; raise ``UserError`` through ``require``."""
 
     def require(self, ok: bool, name: str, expected: str) -> None:
-        """Raise the error for a hyperparameter that is not ``ok``.
+        """Raise an error for the hyperparameter ``name`` unless ``ok``.
 
         Raises:
-            UserError: naming parameter, value and what was expected.
+            UserError: names the hyperparameter, its value and what was expected.
         """
         if not ok:
             raise UserError(f"{self.slug}: {name} {getattr(self, name)!r} is not {expected}")
@@ -356,7 +355,7 @@ class Method(ABC):
         return functools.partial(_with_margin, smoothed, self.margin) if self.margin else smoothed
 
     def plain_loss(self, y: Tensor) -> Loss:
-        """Return the loss that is the cross entropy at all points, with nothing added."""
+        """Return a loss that is just the cross entropy at all points."""
 
         def loss(logits: Tensor) -> Terms:
             ce = self.criterion(logits, y)
@@ -367,7 +366,7 @@ class Method(ABC):
     def params(self) -> dict[str, Any]:
         """Return the method's own hyperparameters by name."""
         values = {name: getattr(self, name) for name in parameter_names(type(self))}
-        # A NumPy float is a float to us, but not to whatever writes it down.
+        # np.float64 is a float here, but YAML would fail to write it.
         return {k: float(v) if isinstance(v, float) else v for k, v in values.items()}
 
     def not_negative(self, *names: str) -> None:
@@ -378,7 +377,7 @@ class Method(ABC):
     def state_dict(self) -> dict[str, Any]:
         """Return what must survive a resume: ``kept``, and ``kept_rows`` of all processes.
 
-        Of several processes each must call this: those of a method with ``kept_rows`` gather them.
+        With several processes, each must call this, because ``kept_rows`` are gathered.
         """
         state = {}
         for name in (*self.kept, *self.kept_rows):
@@ -389,7 +388,7 @@ class Method(ABC):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` returned; what it lacks stays as it is."""
+        """Restore what ``state_dict`` returned; attributes missing from it stay as they are."""
         for name in (*self.kept, *self.kept_rows):
             if name.strip("_") not in state:
                 continue
@@ -404,9 +403,9 @@ class Method(ABC):
 
 
 PARTS = ("label_smoothing", "margin", "dropout")
-"""What every method has, whatever its mathematics."""
+"""Hyperparameters that every method has."""
 _LEAST = {"lam": 0, "alpha": 0, "steps": 1}
-"""Of hyperparameters whose names mean the same in every method: weight, length, number."""
+"""Lower bounds of hyperparameters whose names mean the same in every method."""
 _WORDS = {
     float: "a finite number",
     int: "a whole number",
@@ -420,7 +419,7 @@ def kinds_of(cls: type[Method]) -> dict[str, tuple[type, ...]]:
     """Return the types that each hyperparameter may have.
 
     Raises:
-        UserError: one is not written in YAML and on the command line as it is.
+        UserError: a hyperparameter has a type that YAML and the command line cannot express.
     """
     hints = get_type_hints(cls)
     found = {}
@@ -429,8 +428,8 @@ def kinds_of(cls: type[Method]) -> dict[str, tuple[type, ...]]:
         found[name] = kinds = get_args(hints[name]) if union else (hints[name],)
         if not set(kinds) <= set(_WORDS):
             raise UserError(
-                f"{name} of {cls.__name__} is a {hints[name]}: hyperparameters are float, int, "
-                "bool, str or one of these and None; make another thing of a name in validate()"
+                f"{name} of {cls.__name__} is a {hints[name]}: hyperparameters must be float, int, "
+                "bool, str or a union of these and None; take a str and convert it in validate()"
             )
     return found
 
@@ -442,15 +441,15 @@ def _with_margin(
 
 
 def one_hot(y: Tensor, classes: int) -> Tensor:
-    """Return which class (N, K) each label (N,) is; ``F.one_hot`` would wait for the device."""
+    """Return labels (N,) as a boolean mask (N, K); ``F.one_hot`` would wait for the device."""
     return y[:, None] == torch.arange(classes, device=y.device)
 
 
 def relaxed_cross_entropy(logits: Tensor, y: Tensor, share: float) -> Tensor:
-    """Return the cross entropy (N,) with labels of which the true class has ``share``.
+    """Return the cross entropy (N,) with labels that give ``share`` to the true class.
 
-    The wrong classes share the rest evenly; torch's label smoothing gives the true class, too, a
-    part of the rest.
+    The wrong classes split the rest evenly, whereas torch's label smoothing also gives the true
+    class a part of it.
     """
     log_p = F.log_softmax(logits, dim=1)
     true = log_p.gather(1, y[:, None]).squeeze(1)
@@ -459,10 +458,10 @@ def relaxed_cross_entropy(logits: Tensor, y: Tensor, share: float) -> Tensor:
 
 
 def once(function: Callable[..., T]) -> Callable[..., T]:
-    """Return a function that keeps its first result.
+    """Wrap a function so that it runs once and then keeps returning its first result.
 
-    For what a loss takes in from step to step: a second pass over the update, of AWP, is no second
-    step.
+    For losses that update running values: AWP takes a second pass over the same update, which must
+    not count as a second step.
     """
     found: list[T] = []
 
@@ -487,15 +486,15 @@ def stepping(craft: Callable[Concatenate[nn.Module, P], Update]) -> Callable[...
 
 
 def _fits(value: Any, kinds: tuple[type, ...]) -> bool:
-    """Tell whether a hyperparameter is of one of the types, and finite if it is a number."""
+    """Return whether a value has one of the types; a float must also be finite."""
     if isinstance(value, float):
         return float in kinds and math.isfinite(value)
-    # Exact types: True is an int to isinstance, and a weight of "true" is a mistake.
+    # Compare exact types: isinstance takes True for an int, but a weight of "true" is a mistake.
     return type(value) in kinds or (type(value) is int and float in kinds)
 
 
 def parameter_names(cls: type[Method]) -> list[str]:
-    """Return the names of a method's own hyperparameters: its fields but those of ``Method``."""
+    """Return the names of a method's own hyperparameters: its fields, less those of ``Method``."""
     shared = {f.name for f in fields(Method)}
     return [f.name for f in fields(cls) if f.name not in shared]
 
@@ -507,8 +506,8 @@ def register(slug: str) -> Callable[[type[Method]], type[Method]]:
     """Register a subclass of ``Method`` under its slug.
 
     Raises:
-        UserError: the slug is another method's, a hyperparameter has no default, or the summary
-            or the paper is missing.
+        UserError: the slug is another method's, a hyperparameter has no default or an unsupported
+            type, or the summary or the paper is missing.
     """
 
     def add(cls: type[Method]) -> type[Method]:
@@ -519,12 +518,12 @@ def register(slug: str) -> Callable[[type[Method]], type[Method]]:
         kinds_of(cls)
         for name in ("summary", "paper"):
             if not isinstance(getattr(cls, name, None), str):
-                raise UserError(f"the method {slug!r} has no {name}: give its class one, in words")
+                raise UserError(f"the method {slug!r} has no {name}: set the class attribute")
         taken = METHODS.get(slug)
         if taken and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
             raise UserError(
                 f"the method name {slug!r} is taken by {taken.__module__}.{taken.__qualname__}: "
-                f"register {cls.__qualname__} under another"
+                f"register {cls.__qualname__} under another name"
             )
         cls.slug = slug
         METHODS[slug] = cls

@@ -1,4 +1,4 @@
-"""Dropout after every activation of a model, for as long as one pass takes."""
+"""Dropout after every activation of a model, for the duration of one pass."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def dropping(model: nn.Module, p: float) -> Iterator[None]:
 
     if compiled(model):
         raise UserError(
-            f"dropout {p:g} changes at each step, which what torch.compile has made of the model, "
-            "or of a part of it, does not follow: leave one of them out"
+            f"dropout {p:g} changes at each step, which a model that is compiled (as a whole or in "
+            "part) does not follow: leave out dropout or torch.compile"
         )
     layers = activations(model).values()
     if not layers:
         raise UserError(
-            f"dropout {p:g} has nothing to follow: the model has no activation modules "
-            "(nn.ReLU(), not F.relu); make modules of them, or leave dropout out"
+            f"dropout {p:g} acts after activation modules, but the model has none: use modules "
+            "such as nn.ReLU() instead of functions such as F.relu, or leave dropout out"
         )
     handles = [m.register_forward_hook(drop) for m in layers]
     try:

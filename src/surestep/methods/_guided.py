@@ -1,4 +1,4 @@
-"""GAT and NuAT: the attack and the update both follow the distance from the clean output.
+"""GAT and NuAT: attack and update both include the distance from the clean output.
 
 Sriramanan et al. 2020, "Guided Adversarial Attack for Evaluating and Enhancing Adversarial
 Defenses", NeurIPS, arXiv 2011.14969; Sriramanan et al. 2021, "Towards Efficient and Effective
@@ -18,25 +18,25 @@ from surestep.methods._base import Cost, Method, Terms, Update
 
 
 class Guided(Method):
-    """Clean cross entropy plus lam times a distance of clean from adversarial outputs."""
+    """Clean cross entropy plus lam times a distance between clean and adversarial outputs."""
 
     lam: float
     alpha: float
     guide_every: int = 2
-    """The last step of so many is guided."""
+    """The attack includes the distance in the last of every so many steps."""
     lengths = ("alpha",)
     needs_progress = True
 
     def distance(self, clean: Tensor, adversarial: Tensor) -> Tensor:
-        """Return the distance of two sets of logits (N, K), summed over the batch."""
+        """Return the distance between two sets of logits (N, K), in total for the batch."""
         raise NotImplementedError
 
     def weight(self) -> float:
-        """Return lam at this point of the training."""
+        """Return the weight of the distance at this point of the training."""
         raise NotImplementedError
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
-        """Step eps along cross entropy, on guided steps with the distance."""
+        """Step eps along the gradient of cross entropy, plus the distance on guided steps."""
         lam, n = self.weight(), len(x)
         with attacking(model) as inner:
             start = self.threat.clip(x + self.threat.random_step(x, self.alpha))
@@ -45,7 +45,7 @@ class Guided(Method):
                 with torch.no_grad():
                     clean = forward_logits(inner, x)
 
-                # In a sum the scale of the cross entropy matters: no log-odds here.
+                # Log-odds have another scale than cross entropy, which matters in a sum.
                 def guide(logits: Tensor, y: Tensor) -> Tensor:
                     return cross_entropy(logits, y) + lam * self.distance(clean, logits) / n
 
@@ -61,5 +61,5 @@ class Guided(Method):
         return Update(torch.cat([x, x_adv]), loss, slice(n, None))
 
     def cost(self, batch_size: int) -> Cost:
-        """One gradient (on guided steps a clean pass more), clean and adversarial in the update."""
+        """One gradient, a clean pass on guided steps; clean and adversarial in the update."""
         return Cost(3 + 1 / self.guide_every, 3, 2)

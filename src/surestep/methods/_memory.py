@@ -1,4 +1,4 @@
-"""What a method keeps for each image of the data set, across epochs."""
+"""Values that a method keeps for each image of the data set, across epochs."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ class Draw(Protocol):
 
 
 class Memory:
-    """One tensor an image, found by the image's position in the data set; zero at first.
+    """One tensor per image, indexed by the image's position in the data set; zero at first.
 
-    It lies in the frame of the stored image: what is read follows the crop and flip that the
-    image has now, what is written goes back through them. Every process holds all of it, so that
-    an image may be another process's in the next epoch.
+    Values are kept in the coordinates of the stored image: reads apply the image's current crop
+    and flip, writes undo them. Every process holds the values of all images, because an image may
+    go to another process in the next epoch.
     """
 
     def __init__(self) -> None:
         self.values: Tensor | None = None
 
     def read(self, index: Tensor, like: Tensor, images: int, draw: Draw | None = None) -> Tensor:
-        """Return what is kept for the images ``index`` (N,).
+        """Return the values of the images ``index`` (N,).
 
         Args:
             index: positions in the data set (N,).
-            like: gives shape (N, ...), type and device.
-            images: in the data set; 0 if unknown, which then costs waiting for the device.
-            draw: the images' crops and flips.
+            like: a tensor with the shape (N, ...), dtype and device of the values.
+            images: size of the data set; 0 if unknown, which costs a wait for the device.
+            draw: the crops and flips of the images.
         """
         self._grow(index, like, images)
         assert self.values is not None
@@ -48,7 +48,7 @@ class Memory:
         return found if draw is None else draw.apply(found)
 
     def write(self, index: Tensor, values: Tensor, images: int, draw: Draw | None = None) -> None:
-        """Keep ``values`` (N, ...) for the images ``index``, in all processes."""
+        """Store ``values`` (N, ...) for the images ``index``, in all processes."""
         values = values.detach() if draw is None else draw.undo(values.detach())
         index, values = processes.gather(index), processes.gather(values)
         self._grow(index, values, images)
@@ -57,7 +57,7 @@ class Memory:
 
     def _grow(self, index: Tensor, like: Tensor, images: int) -> None:
         if self.values is not None and self.values.device != like.device:
-            self.values = self.values.to(like.device)  # it came from a checkpoint
+            self.values = self.values.to(like.device)  # loaded from a checkpoint
         held = 0 if self.values is None else len(self.values)
         needed = images or int(index.max()) + 1
         if needed > held:
@@ -65,10 +65,10 @@ class Memory:
             self.values = more if self.values is None else torch.cat([self.values, more])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the tensor."""
+        """Return the values, if there are any."""
         return {} if self.values is None else {"values": self.values}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
+        """Restore the values."""
         values = state.get("values")
         self.values = None if values is None else values.clone()

@@ -56,7 +56,7 @@ MNIST_RS = Preset(
     dataset="mnist",
     source="Wong et al. 2020 and the authors' MNIST script",
 )
-# Small batches take more steps in an epoch; a radius that grows at first spares the time at chance.
+# Small batches give more steps per epoch; growing eps at first avoids a long start at chance.
 MNIST_SPEED = replace(
     MNIST_FAST,
     settings={**MNIST_FAST.settings, "epochs": 2, "batch_size": 64, "eps_warmup": 0.7},
@@ -64,7 +64,7 @@ MNIST_SPEED = replace(
 )
 MNIST_DEMO = replace(
     MNIST_SPEED,
-    # Minutes long: no time to try engines out.
+    # Training takes minutes: too short to spend time on trying out engines.
     settings={
         **MNIST_SPEED.settings,
         "val_images": 100,
@@ -88,7 +88,7 @@ CIFAR_RESNET = Preset(
     source="SGD, momentum 0.9, weight decay 5e-4, the field's usual settings",
 )
 CIFAR100_RESNET = replace(CIFAR_RESNET, dataset="cifar100")
-# A network of 0.3 million weights: minutes on two cores.
+# A network of 0.3 million weights, which trains in minutes on two cores.
 CIFAR_SPEED = replace(
     CIFAR_RESNET,
     settings={
@@ -104,15 +104,15 @@ CIFAR_SPEED = replace(
 
 
 def smoothed(classes: int, true: float = 0.6) -> dict[str, float]:
-    """Return the label smoothing that leaves so much of a label for the true class.
+    """Return the ``label_smoothing`` that leaves the share ``true`` for the true class.
 
-    Torch's smoothing gives each class its share back, the true one too.
+    torch spreads the smoothed mass over all classes, including the true one.
     """
     return {"label_smoothing": (1 - true) * classes / (classes - 1)}
 
 
-# What the zoo is trained with where its papers say nothing, and what most of them say.
-MNIST_ZOO = replace(MNIST_FAST, source="ours: as mnist-fast of the others")
+# For most methods: our settings on MNIST, which the papers do not cover; the usual ones on CIFAR.
+MNIST_ZOO = replace(MNIST_FAST, source="ours: the settings of mnist-fast")
 CIFAR_ZOO = replace(
     CIFAR_RESNET,
     settings={**CIFAR_RESNET.settings, "epochs": 30, "lr": 0.2, "schedule": "triangular"},

@@ -1,4 +1,4 @@
-"""The methods by their names: found, built, described."""
+"""Find, build and describe methods by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from surestep.methods._base import METHODS, Method, Preset, parameter_names
 from surestep.threat import Linf, ThreatModel
 
 _SETTABLE = ("label_smoothing", "dropout")
-"""The parts that a run's settings may name; the margin is its head's."""
+"""The shared hyperparameters that a run's settings can set; the margin comes from its head."""
 
 
 def get(slug: str) -> type[Method]:
@@ -24,7 +24,7 @@ def get(slug: str) -> type[Method]:
         >>> method = get("sat-r3")(surestep.Linf(8 / 255), tau=0.6)
 
     Raises:
-        UserError: there is no such method; names the nearest.
+        UserError: there is no such method; the message suggests the nearest.
     """
     return look_up("method", slug, METHODS)
 
@@ -35,7 +35,7 @@ def names() -> list[str]:
 
 
 def overview(batch_size: int = 128) -> list[dict[str, Any]]:
-    """Return a row a method, the cheapest step first: name, summary, paper, passes, presets."""
+    """Return one row per method, cheapest step first: name, summary, paper, passes, presets."""
     rows = [
         {
             "name": slug,
@@ -53,10 +53,10 @@ def build(slug: str, threat: ThreatModel, params: Mapping[str, Any], **parts: fl
     """Build a method from its slug and parameters, as the command line does.
 
     Args:
-        slug: of the method.
+        slug: name of the method.
         threat: norm, radius and data range.
-        params: the method's own, by name.
-        parts: what every method has: label_smoothing, margin, dropout.
+        params: the method's own hyperparameters, by name.
+        parts: hyperparameters that every method has: label_smoothing, margin, dropout.
 
     Raises:
         UserError: unknown method or parameter, or a value of the wrong type or range.
@@ -70,10 +70,10 @@ def build(slug: str, threat: ThreatModel, params: Mapping[str, Any], **parts: fl
 
 
 def build_written(text: str, threat: ThreatModel, **parts: float) -> Method:
-    """Build a method from one line: its slug, and settings if need be, as in "n-fgsm noise=1".
+    """Build a method from text: its slug, optionally with settings, as in "n-fgsm noise=1".
 
     Raises:
-        UserError: it is no such line; as ``build``.
+        UserError: the text has another form, or ``build`` raises.
     """
     slug, *rest = text.split() or [""]
     pairs = [setting.partition("=") for setting in rest]
@@ -89,11 +89,11 @@ def build_written(text: str, threat: ThreatModel, **parts: float) -> Method:
 
 
 def settle(method: Method, settings: object) -> dict[str, float]:
-    """Give a method the parts that settings of a run name; return all that a run may name.
+    """Set a method's label smoothing and dropout from a run's settings; return the final values.
 
     Args:
-        method: is changed.
-        settings: with attributes label_smoothing and dropout; None leaves the method's own.
+        method: changed in place.
+        settings: has attributes label_smoothing and dropout; None keeps the method's own value.
     """
     for name in _SETTABLE:
         if (value := getattr(settings, name)) is not None:
@@ -114,16 +114,16 @@ def card(slug: str) -> str:
     """Return the method's card as Markdown: ``cards/SLUG.md`` in the package of its file.
 
     Raises:
-        UserError: there is no such method, or its package has no card of it.
+        UserError: there is no such method, or its package has no card for it.
     """
     module = sys.modules[get(slug).__module__]
     package = module.__name__ if hasattr(module, "__path__") else module.__package__
     try:
         return (resources.files(package or "") / "cards" / f"{slug}.md").read_text("utf-8")
     except FileNotFoundError as e:
-        raise UserError(f"the method {slug!r} has no card: {package}/cards/{slug}.md") from e
+        raise UserError(f"the method {slug!r} has no card: add {package}/cards/{slug}.md") from e
 
 
 def recipe_of(slug: str, name: str, **params: Any) -> Preset:
-    """Return another method's preset with a method's own parameters."""
+    """Return another method's preset with ``params`` in place of that method's parameters."""
     return replace(preset(slug, name), params=params, source=f"as {name} of {slug}")

@@ -1,7 +1,7 @@
-"""Adversarial training with one gradient step, in parts, and what builds upon any of it.
+"""Adversarial training with one gradient step, split into parts, and the base class built on it.
 
-All of it has one form: a start, one gradient there, one step, an end. Methods differ in the start,
-in the gradient, in the step's length, and in whether the result returns to the eps ball.
+All such methods have the same form: a start, one gradient there, one step, an end. They differ in
+the start, the gradient, the step length, and whether the result is projected to the eps ball.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from surestep.methods._registry import build_written
 class SingleStep(Method):
     """One gradient step from a start, then cross entropy at the result.
 
-    The parts are methods of their own, so that the regularizers can take any of these
-    perturbations for FGSM's.
+    Each part is a Python method of its own, so that regularizers can use any of these
+    perturbations in place of FGSM's.
     """
 
     train_mode: ClassVar[bool] = False
     objective = staticmethod(log_odds)
     ball: ClassVar[bool] = True
-    """Whether the result returns to the eps ball; else to the data range only."""
+    """Whether the result is projected to the eps ball; otherwise only to the data range."""
 
     def start(self, x: Tensor) -> Tensor:
         """Return the point (N, ...) at which the gradient is taken."""
@@ -39,11 +39,11 @@ class SingleStep(Method):
         return self.threat.eps
 
     def gradient(self, model: nn.Module, point: Tensor, y: Tensor) -> Tensor:
-        """Return the gradient to step along (N, ...), from a model that is ready for it."""
+        """Return the gradient (N, ...) to step along; the model is in the mode to attack."""
         return input_gradient(model, point, y, self.objective)[0]
 
     def finish(self, point: Tensor, x: Tensor) -> Tensor:
-        """Bring the point back to where it must lie."""
+        """Project the point to the eps ball, or only to the data range (see ``ball``)."""
         return self.threat.project(point, x) if self.ball else self.threat.clip(point)
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class SingleStep(Method):
         return self.step_on(model, x, y, self.train_mode)
 
     def step_on(self, model: nn.Module, x: Tensor, y: Tensor, train_mode: bool) -> Tensor:
-        """Return x_adv (N, ...) of a model in train or in eval mode."""
+        """Return x_adv (N, ...), with the model attacked in train or in eval mode."""
         with attacking(model, train_mode=train_mode) as inner:
             start = self.start(x)
             grad = self.gradient(inner, start, y)
@@ -67,22 +67,22 @@ class SingleStep(Method):
 
 
 def unchanged(cls: type[Method], *parts: str) -> bool:
-    """Tell whether a method is a single step and has these parts as ``SingleStep`` has them."""
+    """Return whether a method is a ``SingleStep`` that overrides none of these parts."""
     return issubclass(cls, SingleStep) and all(
         getattr(cls, part) is getattr(SingleStep, part) for part in parts
     )
 
 
 def _of_parts(cls: type[Method]) -> bool:
-    """Tell whether a method is a start, a gradient, a step and an end, and nothing else."""
+    """Return whether a method is fully described by a start, a gradient, a step and an end."""
     return unchanged(cls, "perturb", "step_on")
 
 
 class OnSingleStep(Method):
-    """A method that adds something to single-step training: to FGSM's or to another's.
+    """A method built on the perturbation of a single-step method: FGSM or another.
 
-    Subclasses have a field ``perturbation``: a slug of this file's kind, with settings after it
-    if need be, as in ``"n-fgsm noise=1"``. Its dropout, if it has one (SADS), is theirs.
+    Subclasses have a field ``perturbation``: the slug of a ``SingleStep`` method, optionally with
+    settings, as in ``"n-fgsm noise=1"``. They adopt its dropout if it is larger (SADS).
     """
 
     perturbation: str
@@ -99,11 +99,11 @@ class OnSingleStep(Method):
 
     @property
     def gradients(self) -> float:
-        """Input gradients that one perturbation takes."""
+        """Number of input gradients for one perturbation."""
         cost = self.base.cost(1)
         return cost.input_grad - cost.weight_grad
 
     def set_strength(self, share: float) -> None:
-        """Set it for the perturbation too."""
+        """Scale the perturbation too."""
         super().set_strength(share)
         self.base.set_strength(share)

@@ -23,10 +23,10 @@ from surestep.methods._single_step import OnSingleStep, unchanged
 @register("aaer")
 @dataclass
 class AAER(OnSingleStep):
-    """AAER: the number of abnormal examples and the spread of their logits are pushed down.
+    """AAER: penalises the number of abnormal examples and the spread of their logits.
 
-    As in the authors' code, both losses in the fall of the loss are constants: it shows in the
-    value of the penalty, but has no gradient. Its gradient would raise the loss of abnormal
+    As in the authors' code, both losses in the decrease of the loss are detached: it counts in the
+    value of the penalty but has no gradient. Its gradient would raise the loss of abnormal
     examples, against the cross entropy.
     """
 
@@ -51,16 +51,16 @@ class AAER(OnSingleStep):
     perturbation: str = "rs-fgsm"
 
     def validate(self) -> None:
-        """Check the weights, and that the step is along the one gradient that is taken here."""
+        """Check the weights, and that the perturbation is a step along a single gradient."""
         super().validate()
         self.not_negative("lam_loss", "lam_spread")
-        # The losses at both ends must be of one function: the update is in train mode.
+        # The losses at both ends must come from one function, and the update is in train mode.
         plain = unchanged(type(self.base), "gradient") and self.base.train_mode
-        expected = "a step along one gradient in train mode, as rs-fgsm and n-fgsm are"
+        expected = "a step along one gradient in train mode, like rs-fgsm and n-fgsm"
         self.require(plain, "perturbation", expected)
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
-        """Compare loss and logits at the start, from the attack's own pass, with those after."""
+        """Compare loss and logits after the step with those at the start, from the attack."""
         base = self.base
         with attacking(model, train_mode=base.train_mode) as inner:
             start = base.start(x)

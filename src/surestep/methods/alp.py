@@ -20,7 +20,7 @@ from surestep.methods.pgd import PGD
 class ALP(PGD):
     """ALP: half clean, half PGD images (M-PGD), and lam times the mean squared logit difference."""
 
-    summary = "clean and PGD images, their logits drawn together"
+    summary = "clean and PGD images, with the logits of each pair pulled together"
     paper = "Kannan et al. 2018, arXiv 1803.06373"
     presets = {
         "mnist": recipe(MNIST_ZOO, lam=1.0, steps=40, alpha=0.01),
@@ -30,7 +30,7 @@ class ALP(PGD):
     lam: float = 0.5
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
-        """Pair each image with its perturbed self."""
+        """Pair each image with its perturbed version."""
         points = torch.cat([x, self.perturb(model, x, y)])
 
         def loss(logits: Tensor) -> Terms:
@@ -42,5 +42,5 @@ class ALP(PGD):
         return Update(points, loss, slice(len(x), None))
 
     def cost(self, batch_size: int) -> Cost:
-        """A gradient a step; both halves in the update."""
+        """One gradient per step; both halves in the update."""
         return Cost.of(attack=self.steps, update=2)

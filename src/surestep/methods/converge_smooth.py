@@ -1,4 +1,4 @@
-"""ConvergeSmooth: the loss must not jump from one epoch, or batch, to the next.
+"""ConvergeSmooth: penalises jumps of the clean loss between epochs or batches.
 
 Zhao et al. 2023, "Fast Adversarial Training with Smooth Convergence", ICCV.
 """
@@ -23,21 +23,20 @@ from surestep.methods._registry import build_written
 class ConvergeSmooth(Method):
     """E-CS (``compare="epoch"``) or B-CS (``"batch"``) around any method.
 
-    ``perturbation`` is its slug, with settings after it if need be, as in
-    ``"fgsm-mep alpha=0.15"``.
-    Where the clean loss of a batch is further than T from the mean of the epoch (the batch)
-    before, it is added to the loss, or taken off. T is the last rise of that mean, but no more
-    than gamma, and no less than gamma times the share of its first value that the learning rate
-    has come down to.
-    E-CS is off in the first two epochs, B-CS for its first batch. Both are off in an epoch in which
-    the learning rate drops below half, and in the next, whose loss is compared with that one's.
-    ``pull`` is the weight of the squared distance to the mean of earlier epochs' weights (weight
-    centralization).
+    ``perturbation`` names the wrapped method, optionally with settings: ``"fgsm-mep alpha=0.15"``.
+    If a batch's clean loss differs by more than T from the mean over the previous epoch (B-CS: from
+    the previous batch's), it is added to the loss if higher, subtracted if lower. T is the last
+    rise of that mean, clipped to [gamma * r, gamma]; r is the learning rate over its peak so far
+    in this epoch. E-CS is off in the first two epochs, B-CS on its first batch. When the learning
+    rate falls below half that peak (at an epoch's first step: the previous epoch's), both are off
+    until the end of the next epoch, which would be compared with this one.
+    ``pull`` weights the squared distance to the mean of the weights at the ends of earlier epochs
+    (weight centralization).
     """
 
     kept = ("_sums", "_epoch", "_lr", "_steady", "_calm", "_centre", "base")
     needs_progress = True
-    summary = "another method whose loss must not jump between epochs or batches"
+    summary = "any method; jumps of its clean loss between epochs or batches are penalised"
     paper = "Zhao et al. 2023, arXiv 2308.12857"
     presets = {
         "mnist": recipe(MNIST_ZOO, perturbation="rs-fgsm"),
@@ -52,7 +51,7 @@ class ConvergeSmooth(Method):
     pull: float = 0.0
 
     def validate(self) -> None:
-        """Check the hyperparameters and build the method inside."""
+        """Check the hyperparameters and build the wrapped method."""
         self.require(self.compare in ("epoch", "batch"), "compare", "'epoch' or 'batch'")
         self.not_negative("gamma", "weight", "pull")
         parts = {"label_smoothing": self.label_smoothing, "margin": self.margin}
@@ -61,15 +60,15 @@ class ConvergeSmooth(Method):
         self.second_order = self.base.second_order
         self.remembers_images = self.base.remembers_images
         self.dropout = max(self.dropout, self.base.dropout)
-        # Of the clean loss: sum and number in this epoch, the means before; the mean weights.
+        # Clean loss: sum and count in this epoch, then the last two means (B-CS: batches).
         self._sums = torch.zeros(4, dtype=torch.float64)
         self._epoch, self._lr = 0, 0.0
-        # Of this epoch and the one before. For E-CS the start of training counts as a drop.
+        # No drop of the learning rate in this epoch / the last; for E-CS the start counts as one.
         self._steady = self._calm = self.compare == "batch"
         self._centre: dict[str, Tensor] = {}
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
-        """Append the clean images to the method's own update."""
+        """Append the clean images to the wrapped method's update."""
         for part in ("progress", "draw", "label_smoothing", "margin"):
             setattr(self.base, part, getattr(self, part))
         inner = self.base.craft(model, x, y, index)
@@ -77,7 +76,7 @@ class ConvergeSmooth(Method):
         n = len(inner.points)
         sign = once(self._sign)
         weights = dict(_weights(model)) if self._centre else {}
-        # From a checkpoint they come on the CPU, once.
+        # After a checkpoint is loaded they are on the CPU.
         self._centre = {k: c.to(weights[k]) for k, c in self._centre.items() if k in weights}
         centre = [(weights[k], c) for k, c in self._centre.items()]
 
@@ -94,7 +93,7 @@ class ConvergeSmooth(Method):
         return Update(torch.cat([inner.points, x]), loss, slice(*inner.rows.indices(n)))
 
     def _sign(self, clean: Tensor) -> Tensor:
-        """Return 1 where the loss leapt up, -1 down, 0 within T; and take the loss in."""
+        """Return 1 if the loss jumped up, -1 if down, 0 if within T; then record the loss."""
         clean = processes.mean(clean).to(finest(clean.device))
         total, count, mean, before = self._sums.to(clean)
         rise = mean - before
@@ -110,7 +109,7 @@ class ConvergeSmooth(Method):
         return min(1.0, self.progress.lr / self._lr) if self._lr else 1.0
 
     def _turn(self, model: nn.Module) -> None:
-        """At the first step of an epoch: the mean loss and the mean weights of those before."""
+        """Watch the learning rate; at an epoch's first step update the mean loss and weights."""
         lr = self.progress.lr
         if self.progress.epoch == self._epoch:
             self._lr = max(self._lr, lr)
@@ -131,20 +130,20 @@ class ConvergeSmooth(Method):
 
     @property
     def cycle(self) -> int:
-        """The method's own."""
+        """The wrapped method's cycle."""
         return self.base.cycle
 
     def peak_images(self, batch_size: int) -> int:
-        """Count the method's own, and the clean images."""
+        """Count the wrapped method's images and the clean ones."""
         return self.base.peak_images(batch_size) + batch_size
 
     def set_strength(self, share: float) -> None:
-        """Set it for the method inside too."""
+        """Scale the wrapped method too."""
         super().set_strength(share)
         self.base.set_strength(share)
 
     def cost(self, batch_size: int) -> Cost:
-        """The method's own, and a clean image more in the update."""
+        """The wrapped method's cost, and one more image (the clean one) in the update."""
         own = self.base.cost(batch_size)
         return Cost(own.forward + 1, own.input_grad + 1, own.weight_grad + 1)
 

@@ -1,4 +1,4 @@
-"""Ensemble adversarial training: perturbations made on other, fixed models take turns.
+"""Ensemble adversarial training: some perturbations are made on other, fixed models.
 
 Tramèr et al. 2018, "Ensemble Adversarial Training: Attacks and Defenses", ICLR, arXiv 1705.07204.
 """
@@ -23,14 +23,14 @@ from surestep.methods._single_step import OnSingleStep
 class EAT(OnSingleStep):
     """EAT: the step is taken on the model itself and on each of ``sources`` in turn.
 
-    It starts from the label that the attacked model predicts, not from the true one, which the
+    It attacks the label that the attacked model predicts, not the true label, which the
     perturbation would leak.
     Set ``sources`` to trained models before training (``surestep train`` loads the run folders
     that ``--sources`` names). With none, the model itself is attacked at every step.
     """
 
     needs_progress = True
-    summary = "single steps on fixed models in turn with the model itself, and clean images"
+    summary = "single steps on the model itself and fixed models in turn, and clean images"
     paper = "Tramèr et al. 2018, arXiv 1705.07204"
     presets = {
         "mnist": recipe(MNIST_ZOO),
@@ -47,10 +47,10 @@ class EAT(OnSingleStep):
         self.sources: Sequence[nn.Module] = ()
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
-        """Perturb on the model whose turn it is."""
+        """Attack the model whose turn it is."""
         turn = self.progress.step % (1 + len(self.sources))
         attacked = self.sources[turn - 1].to(x.device) if turn else model
-        # Fixed models are attacked in eval mode, also by a perturbation that uses train mode.
+        # Fixed models are attacked in eval mode, even by a perturbation that uses train mode.
         train_mode = not turn and self.base.train_mode
         with attacking(attacked, train_mode=train_mode) as inner, torch.no_grad():
             predicted = forward_logits(inner, x).argmax(1)

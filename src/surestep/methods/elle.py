@@ -1,4 +1,4 @@
-"""ELLE: the loss is linear between two points of the ball (Abad Rocamora et al. 2024)."""
+"""ELLE: the loss must be linear between two points of the ball (Abad Rocamora et al. 2024)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from surestep.threat import per_sample
 @register("elle")
 @dataclass
 class ELLE(OnSingleStep):
-    """ELLE: plus lam times the squared gap between the loss and its chord at a random point."""
+    """ELLE: adds lam times the squared gap between the loss and its chord at a random point."""
 
     summary = "FGSM; the loss must lie on the chord between two random points"
     paper = "Abad Rocamora et al. 2024, arXiv 2401.11618"
@@ -31,7 +31,7 @@ class ELLE(OnSingleStep):
     perturbation: str = "fgsm"
 
     def weight(self, gap: Tensor) -> Tensor | float:
-        """Return lam; ``gap`` is this step's, detached."""
+        """Return the weight of the gap, here lam; ``gap`` is this step's, detached."""
         return self.lam
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:

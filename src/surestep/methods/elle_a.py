@@ -1,4 +1,4 @@
-"""ELLE-A, of the paper of ELLE: Abad Rocamora et al. 2024, arXiv 2401.11618."""
+"""ELLE-A, from the ELLE paper: Abad Rocamora et al. 2024, arXiv 2401.11618."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from surestep.methods.elle import ELLE
 @register("elle-a")
 @dataclass
 class ELLEA(ELLE):
-    """ELLE-A: lam is off until the gap leaps, to ``lam``, and decays from there."""
+    """ELLE-A: the weight is 0 until the gap jumps; then it is set to ``lam`` and decays."""
 
     summary = "ELLE that switches itself on when linearity is lost"
     presets = {
@@ -34,17 +34,17 @@ class ELLEA(ELLE):
         """Check the decay."""
         super().validate()
         self.require(0 <= self.decay < 1, "decay", "in [0, 1)")
-        # Number, mean and sum of squares of the gaps so far, and lam now.
+        # Count, mean and sum of squared deviations of the gaps so far; the current weight.
         self._history = torch.zeros(4, dtype=torch.float64)
 
     def weight(self, gap: Tensor) -> Tensor:
-        """Return the full weight where the gap is above mean + 2 std of all so far, its own too."""
+        """Return ``lam`` if the gap exceeds mean + 2 std of all so far, itself included."""
         dtype, gap = gap.dtype, processes.mean(gap).to(finest(gap.device))
         n, mean, squares, lam = self._history.to(gap)
         off, n = gap - mean, n + 1
         mean = mean + off / n
         squares = squares + off * (gap - mean)
-        # With its own value among them no gap before the sixth can leap: so few have no spread.
+        # Of n gaps none is more than sqrt(n - 1) std above their mean: none before the sixth jumps.
         leapt = gap > mean + 2 * (squares / n).sqrt()
         lam = torch.where(leapt, self.lam, lam * self.decay)
         self._history = torch.stack([n, mean, squares, lam])

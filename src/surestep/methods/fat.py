@@ -24,8 +24,8 @@ from surestep.threat import per_sample
 class FAT(PGD):
     """FAT: PGD that stops, image by image, ``tau`` steps after the first misclassification.
 
-    All images go through all steps, so that nothing waits for the device; those that are done
-    stay where they are.
+    All images go through all steps, so that no step waits for the device; images whose attack has
+    ended stay where they are.
     """
 
     summary = "PGD that stops for an image soon after it is misclassified"
@@ -43,7 +43,7 @@ class FAT(PGD):
         self.not_negative("tau")
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """Return each image's point when its attack ended."""
+        """Return the point (N, ...) at which each image's attack ended."""
         x_adv, inside = self.start(x), self.threat.around(x)
         left = torch.full_like(y, self.tau)
         with attacking(model) as inner:

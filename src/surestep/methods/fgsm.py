@@ -12,7 +12,7 @@ from surestep.methods._single_step import SingleStep
 @register("fgsm")
 @dataclass
 class FGSM(SingleStep):
-    """FGSM-AT: x_adv = Box(x + eps * sign(grad)). Ends in gradient masking at useful radii."""
+    """FGSM-AT: x_adv = Box(x + eps * sign(grad)). At useful radii it ends in gradient masking."""
 
     summary = "one full gradient step from the image; prone to gradient masking"
     paper = "Goodfellow et al. 2015, arXiv 1412.6572"

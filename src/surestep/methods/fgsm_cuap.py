@@ -19,7 +19,7 @@ class FGSMCUAP(FGSMUAP):
     summary = "FGSM from one universal perturbation for each class"
 
     def choose(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, int]:
-        """Take the label's."""
+        """Choose the perturbation of the label."""
         if not len(self._u):
             return y, count_classes(model, x)
         return y, len(self._u)

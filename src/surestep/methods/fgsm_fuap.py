@@ -23,8 +23,8 @@ class FGSMFUAP(FGSMUAP):
 
     The features are the input of the last linear layer to run (without any, the logits), at a
     random point of the ball.
-    The pick is an argmax, through which no gradient flows: the layer learns by policy gradient
-    that a pick with a higher loss than the batch's mean was a good one.
+    No gradient flows through the argmax of the pick, so the layer learns by policy gradient: it
+    favours picks with a higher loss than the batch's mean.
     """
 
     summary = "FGSM from one of many universal perturbations, picked by the image's features"
@@ -42,9 +42,9 @@ class FGSMFUAP(FGSMUAP):
         self._layer = torch.zeros(0)
 
     def choose(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, int]:
-        """Pick by the layer, and learn from the losses of the picks."""
+        """Pick with the layer, then train it on the losses of the picks."""
         with attacking(model) as lent, torch.no_grad():
-            inner = uncompiled(lent)  # compiled code does not look for hooks again
+            inner = uncompiled(lent)  # compiled code ignores hooks added later
             linear = [m for m in inner.modules() if isinstance(m, nn.Linear)]
             seen: list[Tensor] = []
             hooks = [m.register_forward_pre_hook(lambda _, a: seen.append(a[0])) for m in linear]
@@ -55,7 +55,7 @@ class FGSMFUAP(FGSMUAP):
                     hook.remove()
             features = F.normalize(seen[-1].flatten(1).to(x.dtype), dim=1)
             if self._layer.shape != (self.count, features.shape[1]):
-                # Of a seed of its own: the same in every process.
+                # From a fixed seed, so that it is the same in every process.
                 own, shape = torch.Generator().manual_seed(0), (self.count, features.shape[1])
                 self._layer = torch.randn(shape, generator=own, device="cpu")
             scores = features @ self._layer.to(features).T
@@ -64,12 +64,12 @@ class FGSMFUAP(FGSMUAP):
             logits = forward_logits(inner, self.threat.project(x + u[group], x))
             gain = cross_entropy(logits, y).to(x.dtype)
             gain = gain - processes.mean(gain.mean())
-            # Of log p(pick) in the scores: the pick's indicator minus the probabilities.
+            # The gradient of log p(pick) by the scores is one_hot(pick) - softmax(scores).
             pull = gain[:, None] * (one_hot(group, self.count).to(x.dtype) - scores.softmax(1))
             step = processes.mean(pull.T @ features / len(x))
             self._layer = self._layer.to(features) + self.pick_lr * step
         return group, self.count
 
     def cost(self, batch_size: int) -> Cost:
-        """Two passes more: the features, and the losses of the picks."""
+        """Two more forward passes: for the features, and for the losses of the picks."""
         return Cost(5, 3, 2)

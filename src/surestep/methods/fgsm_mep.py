@@ -19,7 +19,7 @@ from surestep.methods._presets import CIFAR100_RESNET, CIFAR_RESNET, MNIST_ZOO, 
 
 
 def pairing(one: Tensor, other: Tensor) -> Tensor:
-    """Return the mean squared difference of two sets of logits, over samples and classes."""
+    """Return the mean squared difference between two sets of logits (N, K)."""
     return (one - other).square().mean()
 
 
@@ -28,8 +28,8 @@ def pairing(one: Tensor, other: Tensor) -> Tensor:
 class FGSMMEP(Method):
     """FGSM-MEP: start at the stored perturbation, pair the logits there and after the step.
 
-    The store forgets every ``reset`` epochs. The paper's label smoothing, 0.6 for the true class,
-    is a setting of the presets for CIFAR.
+    The store is cleared every ``reset`` epochs. The CIFAR presets set the paper's label smoothing
+    (0.6 for the true class).
     """
 
     summary = "FGSM from a start that follows each image's gradient momentum over epochs"
@@ -56,12 +56,12 @@ class FGSMMEP(Method):
         self._delta, self._momentum, self._round = Memory(), Memory(), 0
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
-        """Step from the stored start, then move the store along the momentum."""
+        """Step from the stored perturbation, then move that along the gradient momentum."""
         assert index is not None
         images, draw, threat = self.progress.images, self.draw, self.threat
         if (now := self.progress.epoch // self.reset) != self._round:
             self._delta, self._momentum, self._round = Memory(), Memory(), now
-        if self.progress.epoch % self.reset == 0:  # nothing of these images is known
+        if self.progress.epoch % self.reset == 0:  # nothing is stored yet
             delta = threat.random_delta(x)
         else:
             delta = self._delta.read(index, x, images, draw)
@@ -70,8 +70,8 @@ class FGSMMEP(Method):
             grad, _, _ = input_gradient(inner, start, y)
         x_adv = threat.ascend(start, grad, self.alpha, x)
         before = self._momentum.read(index, x, images, draw)
-        # The authors divide the gradient of the batch's mean loss by the whole batch's sum, in
-        # which images that are right with certainty hardly count.
+        # The authors divide the gradient of the batch's mean loss by the l1 norm of the whole
+        # batch, so that confidently classified images hardly count.
         momentum = l1_unit(grad) + self.decay * before
         moved = threat.ascend(start, momentum, self.alpha, x) - x
         self._momentum.write(index, momentum, images, draw)

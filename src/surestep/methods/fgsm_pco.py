@@ -1,4 +1,4 @@
-"""FGSM-PCO: perturbations that collapsed are mixed with those that did not.
+"""FGSM-PCO: mixes each new perturbation with the image's stored one, against collapse.
 
 Wang, Wang, Tian & Jin 2024, "Preventing Catastrophic Overfitting in Fast Adversarial Training: A
 Bi-level Optimization Perspective", ECCV, arXiv 2407.12443.
@@ -23,18 +23,18 @@ from surestep.threat import per_sample
 @register("fgsm-pco")
 @dataclass
 class FGSMPCO(Method):
-    """FGSM-PCO: the point stays near the stored one the more, the more that one still fools.
+    """FGSM-PCO: the better the stored perturbation fools the model, the closer x_adv stays to it.
 
-    With c = 1 - p_y at the stored perturbation the point is c times the stored one plus 1 - c
-    times the new one, taken ``stretch`` times as long.
+    With c = 1 - p_y at the stored point, x_adv is c times the stored point plus 1 - c times the
+    new point, whose perturbation is scaled by ``stretch``.
     """
 
-    summary = "FGSM mixed with each image's last perturbation by how well that one fools"
+    summary = "FGSM mixed with the image's previous perturbation, weighted by how well that fools"
     paper = "Wang et al. 2024, arXiv 2407.12443"
     needs_index = remembers_images = True
     kept = ("_delta",)
     presets = {
-        # Without, one seed of two diverges at eps 0.3 (step 359 of `leaderboard.py mnist`).
+        # Unclipped, one seed of two diverges at eps 0.3 (step 359 of `leaderboard.py mnist`).
         "mnist": recipe(MNIST_ZOO, lam=10.0, settings={"clip_grad": 1.0}),
         "cifar10": recipe(CIFAR_RESNET, lam=10.0, settings=smoothed(10)),
         "cifar100": recipe(CIFAR100_RESNET, lam=10.0, settings=smoothed(100)),
@@ -51,7 +51,7 @@ class FGSMPCO(Method):
         self._delta = Memory()
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
-        """Step from the stored perturbation, on the smoothed loss, and mix."""
+        """Step from the stored perturbation along the smoothed loss, then mix the two points."""
         assert index is not None
         images, threat = self.progress.images, self.threat
         old = threat.project(x + self._delta.read(index, x, images, self.draw), x)

@@ -1,4 +1,4 @@
-"""FGSM-UAP: universal perturbations as the start of the step; one, or one a class, or many.
+"""FGSM-UAP: the step starts at a universal perturbation: one for all, one per class, or of many.
 
 Pan, Li & Yao 2024, "Adversarial Initialization with Universal Adversarial Perturbation: A New
 Approach to Fast Adversarial Training", AAAI; C-UAP and F-UAP as in the FastAT benchmark, arXiv
@@ -53,16 +53,16 @@ class FGSMUAP(Method):
         return torch.zeros_like(y), 1
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
-        """Step from the images' perturbations, then move these along their momenta."""
+        """Step from the images' universal perturbations, then move those along their momenta."""
         threat, (group, groups) = self.threat, self.choose(model, x, y)
         u, m = (self._of(v, groups, x) for v in (self._u, self._m))
         start = threat.project(x + u[group], x)
         with attacking(model) as inner:
             grad, _, _ = input_gradient(inner, start, y)
         x_adv = threat.ascend(start, grad, threat.eps, x)
-        # The mean gradient of each group, over all processes; a group without images keeps still.
+        # The mean gradient of each group, over all processes; a group without images stays put.
         member = one_hot(group, groups).to(x.dtype)
-        with without_autocast(x.device):  # a pixel's part of a unit is nothing in fp16
+        with without_autocast(x.device):  # l1-normalised gradients underflow in fp16
             total = processes.mean(torch.einsum("ng,n...->g...", member, l1_unit(grad)))
         count = per_sample(processes.mean(member.sum(0)), x)
         present = count > 0
@@ -70,7 +70,7 @@ class FGSMUAP(Method):
         moved = u + threat.steepest_step(m, self.alpha)
         free = threat.with_eps(self.alpha)
         zero = torch.zeros_like(u)
-        # The perturbation's own ball, without the data range: project around the middle of it.
+        # Clip to a ball of alpha, whatever the data range: so project around the range's middle.
         low, high = threat.bounds
         middle = zero + (low + high) / 2
         moved = free.project(middle + moved, middle) - middle
@@ -84,7 +84,7 @@ class FGSMUAP(Method):
         return Update(torch.cat([start, x_adv]), loss, slice(len(x), None))
 
     def _of(self, kept: Tensor, groups: int, x: Tensor) -> Tensor:
-        """Return state for so many groups of such images, zero at first."""
+        """Return the state if it fits this number of groups and image shape, else zeros."""
         if kept.shape != (groups, *x.shape[1:]):
             return torch.zeros(groups, *x.shape[1:], dtype=x.dtype, device=x.device)
         return kept.to(x)

@@ -21,12 +21,12 @@ from surestep.threat import ThreatModel
 @register("free")
 @dataclass
 class Free(Method):
-    """Free-AT: each batch ``replays`` times; the perturbation goes on from batch to batch.
+    """Free-AT: ``replays`` steps on each batch; the perturbation carries over between batches.
 
     An epoch takes ``replays`` times as many steps, so recipes have fewer epochs.
     """
 
-    summary = "each batch several times, perturbation and weights from one backward pass"
+    summary = "several steps on each batch; one backward pass updates weights and perturbation"
     paper = "Shafahi et al. 2019, arXiv 1904.12843"
     presets = {
         "mnist": recipe(MNIST_ZOO, replays=8, settings={"epochs": 2}),
@@ -42,7 +42,7 @@ class Free(Method):
         self._pending: tuple[ThreatModel, Tensor, Tensor] | None = None
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
-        """Add the perturbation as it is; its step is taken when the loop's backward has run."""
+        """Apply the current perturbation; it takes its step at the next call, after backward."""
         self._advance()
         delta = torch.zeros_like(x) if self._delta is None else self._delta.to(x)
         if delta.shape != x.shape:  # a batch of another size
@@ -52,29 +52,29 @@ class Free(Method):
         self._pending, plain = (self.threat, x, points), self.plain_loss(y)
 
         def loss(logits: Tensor) -> Terms:
-            points.grad = None  # of AWP's two passes the last counts
+            points.grad = None  # keep only the last of AWP's two passes
             return plain(logits)
 
         return Update(points, loss)
 
     def _advance(self) -> None:
-        """Step along the gradient that the last backward left on the points."""
+        """Step along the gradient that the last backward pass left in ``points.grad``."""
         if self._pending is None:
             return
         (threat, x, points), self._pending = self._pending, None
         moved = points.detach()
         if points.grad is not None:
-            # fp16's scaled gradients may overflow, which must not stay in the perturbation.
+            # Scaled fp16 gradients may overflow, which must not stay in the perturbation.
             grad = points.grad.nan_to_num(0.0, 0.0, 0.0)
             moved = threat.ascend(moved, grad, threat.eps, x)
         self._delta = moved - x
 
     def cost(self, batch_size: int) -> Cost:
-        """A standard step, whose backward pass goes on into the images."""
+        """A standard step, whose backward pass also reaches the images."""
         return Cost(1, 1, 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the perturbation, of all processes."""
+        """Return the perturbations of all processes."""
         self._advance()
         return {} if self._delta is None else {"delta": processes.gather(self._delta)}
 

@@ -11,7 +11,7 @@ from surestep.methods._base import of_eps, register
 from surestep.methods._guided import Guided
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 
-# As the authors' MNIST script runs: of its three times for a larger lam only the second comes.
+# As the authors' MNIST script runs: of its three planned rises of lam only the second happens.
 _MNIST: dict[str, Any] = {
     **{"lam": 15.0, "late": 3.0, "late_from": 0.52, "alpha": 0.3, "guide_every": 1},
 }
@@ -20,13 +20,13 @@ _MNIST: dict[str, Any] = {
 @register("gat")
 @dataclass
 class GAT(Guided):
-    """GAT: squared l2 distance of the probabilities; late in training lam is ``late`` times lam.
+    """GAT: squared l2 distance of probabilities; late in training its weight is ``late`` * lam.
 
-    The attack follows the distance in the last of every ``guide_every`` steps: in every other step
+    The attack includes the distance in the last of every ``guide_every`` steps: in every other step
     on CIFAR-10, in all steps in the authors' MNIST script.
     """
 
-    summary = "clean cross entropy and the squared distance of probabilities, guiding the attack"
+    summary = "clean cross entropy and the squared distance of probabilities, also in the attack"
     paper = "Sriramanan et al. 2020, arXiv 2011.14969"
     presets = {
         "mnist": recipe(MNIST_ZOO, **_MNIST, source="Sriramanan et al. 2020; training ours"),
@@ -34,7 +34,7 @@ class GAT(Guided):
             MNIST_ZOO,
             **_MNIST,
             settings={"epochs": 50},
-            source="Sriramanan et al. 2020; training ours, but for its length",
+            source="Sriramanan et al. 2020; training ours, except for its length",
         ),
         "cifar10": recipe(CIFAR_RESNET, lam=10.0),
     }
@@ -51,9 +51,9 @@ class GAT(Guided):
         self.require(self.guide_every >= 1, "guide_every", ">= 1")
 
     def weight(self) -> float:
-        """Return lam, late in training more."""
+        """Return lam; late in training, ``late`` times lam."""
         return self.lam * (self.late if self.progress.done >= self.late_from else 1)
 
     def distance(self, clean: Tensor, adversarial: Tensor) -> Tensor:
-        """Square the differences of the probabilities."""
+        """Return the sum of squared differences of the probabilities."""
         return (clean.softmax(1) - adversarial.softmax(1)).square().sum()

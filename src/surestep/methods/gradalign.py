@@ -1,4 +1,4 @@
-"""GradAlign: the input gradient must not turn within the ball.
+"""GradAlign: the input gradient must keep its direction within the ball.
 
 Andriushchenko & Flammarion 2020, "Understanding and Improving Fast Adversarial Training", arXiv
 2007.02617.
@@ -27,9 +27,9 @@ _PAPER: dict[str, Any] = {
 
 
 def unit(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each sample's direction (N, D), and which samples have one (N,)."""
+    """Return each sample's unit gradient (N, D), and which gradients are not zero (N,)."""
     flat = grad.flatten(1)
-    # Gradients of confident networks are so small that their squares vanish.
+    # Gradients of confident networks are so small that their squares underflow.
     scale = flat.detach().abs().amax(1, keepdim=True)
     there = (scale > 0).squeeze(1)
     return F.normalize(flat / torch.where(scale > 0, scale, 1), dim=1, eps=0.1), there
@@ -38,7 +38,7 @@ def unit(grad: Tensor) -> tuple[Tensor, Tensor]:
 @register("gradalign")
 @dataclass
 class GradAlign(OnSingleStep):
-    """GradAlign: plus lam * (1 - cos) of the gradients at the image and at a random point."""
+    """GradAlign: adds lam * (1 - cos) of the gradients at the image and at a random point."""
 
     summary = "FGSM; the input gradients at the image and beside it must align"
     paper = "Andriushchenko & Flammarion 2020, arXiv 2007.02617"
@@ -54,7 +54,7 @@ class GradAlign(OnSingleStep):
     perturbation: str = "fgsm"
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
-        """Differentiate the second gradient only, as the authors do."""
+        """Differentiate only the second gradient again, as the authors do."""
         n, x_adv = len(x), self.base.perturb(model, x, y)
         with attacking(model, train_mode=True) as inner:
             grad, _, _ = input_gradient(inner, x, y, cross_entropy)
@@ -72,6 +72,6 @@ class GradAlign(OnSingleStep):
         return Update(points, loss, slice(n))
 
     def cost(self, batch_size: int) -> Cost:
-        """A further gradient; the second view's is differentiated again in the update."""
+        """One more gradient; that of the second view is differentiated again in the update."""
         g = self.gradients + 1
         return Cost(g + 2, g + 4, 2)

@@ -20,15 +20,15 @@ from surestep.threat import per_sample
 @register("iaat")
 @dataclass
 class IAAT(PGD):
-    """IAAT: a radius grows by ``gamma`` if the image withstands the larger one, else shrinks.
+    """IAAT: a radius grows if the image withstands a larger one, and shrinks if it fails as is.
 
     PGD runs at eps and its perturbation is scaled to the image's radius, so no radius exceeds eps;
     the authors run the attack at each image's own radius. For the first ``rest`` of training the
-    radius is eps where the clean image is classified correctly and 0 elsewhere. After that it
-    moves by ``beta`` of the way to its target, which is 0 for a misclassified clean image.
+    radius is eps where the clean image is classified correctly and 0 elsewhere. Then it moves
+    ``beta`` of the way to its target: ``gamma`` more or less, 0 if the clean image is wrong.
     """
 
-    summary = "PGD; each image's radius grows while it withstands it"
+    summary = "PGD; each image has a radius of its own, which grows while the image withstands it"
     paper = "Balaji et al. 2019, arXiv 1910.08051"
     lengths = ("alpha",)
     needs_index = True
@@ -44,7 +44,7 @@ class IAAT(PGD):
     rest: float = 0.1
 
     def validate(self) -> None:
-        """Check the rates, in shares of eps and of training."""
+        """Check gamma (a share of eps), beta and rest (a share of training)."""
         super().validate()
         self.require(0 < self.gamma <= 1, "gamma", "in (0, 1]")
         self.require(0 < self.beta <= 1, "beta", "in (0, 1]")

@@ -1,4 +1,4 @@
-"""LIET: the step starts at the label's own direction, found on a grey image.
+"""LIET: FGSM starts at a template of the label, its gradient at a grey image.
 
 Pan et al. 2025, "Mitigating Catastrophic Overfitting in Fast Adversarial Training via Label
 Information Elimination", ICCV; as in the FastAT benchmark, arXiv 2604.22853.
@@ -25,20 +25,20 @@ from surestep.threat import Linf, per_sample
 @register("liet")
 @dataclass
 class LIET(Method):
-    """LIET: from a noisy template of the label, FGSM; both outputs are drawn together.
+    """LIET: FGSM from a noisy template of the label; a JS penalty ties the outputs at both points.
 
-    ``far``: noise of 2 eps and no return to the ball; by default above 8/255 of l-inf, as the
-    authors have it.
-    ``spread`` is the mass of the label that goes to random wrong classes. The share of an image's
-    pixels that noise replaces lies between ``least_noise`` and ``most_noise``.
+    ``far`` doubles the noise to 2 eps and does not project to the ball; it is the default for l-inf
+    above 8/255, as in the authors' code.
+    ``spread`` is the label mass given to random wrong classes. Noise replaces a random share of the
+    template's pixels, drawn for each image between ``least_noise`` and ``most_noise``.
     """
 
     needs_progress = True
-    summary = "FGSM from the label's own direction on a grey image"
+    summary = "FGSM from a template of the label, its gradient at a grey image"
     kept = ("_templates", "_made")
     paper = "Pan et al. 2025 (ICCV); as in the FastAT benchmark, arXiv 2604.22853"
     presets = {
-        # At eps 0.3 the published spread ends masked (leaderboard.csv at 3f86206, search.csv).
+        # At eps 0.3 the published spread ends in masking (leaderboard.csv at 3f86206, search.csv).
         "mnist": recipe(MNIST_ZOO, lam=100.0, spread=0.0, far=False),
         "cifar10": recipe(CIFAR_RESNET, lam=100.0),
         "cifar10-16": recipe(
@@ -76,10 +76,10 @@ class LIET(Method):
         if self.far is None:
             limit = 8.5 / 255 * self.threat.span
             self.far = isinstance(self.threat, Linf) and self.threat.eps > limit
-        self._templates, self._made = torch.zeros(0), -1  # (K, ...), at which step
+        self._templates, self._made = torch.zeros(0), -1  # (K, ...); when made
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
-        """Begin at the templates of the labels, with noise in some pixels."""
+        """Start at the template of the label, randomly negated, with noise in some pixels."""
         threat = self.threat
         self._renew(model, x)
         templates = self._templates.to(x)
@@ -94,7 +94,7 @@ class LIET(Method):
             grad, _, _ = input_gradient(inner, start, y)
         x_adv = start + threat.steepest_step(grad, threat.eps)
         x_adv = threat.clip(x_adv) if self.far else threat.project(x_adv, x)
-        # The mass of the wrong classes, random for each image.
+        # Random weights of the wrong classes for each image, with a sum of 1.
         classes = len(templates)
         wrong = torch.rand(len(x), classes, dtype=x.dtype, device=x.device)
         wrong = wrong * (~one_hot(y, classes))
@@ -112,7 +112,7 @@ class LIET(Method):
         return Update(torch.cat([start, x_adv]), loss, slice(len(x), None))
 
     def _renew(self, model: nn.Module, x: Tensor) -> None:
-        """Take the gradients of all labels at the grey image, every so many steps."""
+        """Every ``every`` steps, set the templates to the gradients of all labels at grey."""
         held = self._templates
         fits = len(held) > 0 and held.shape[1:] == x.shape[1:]
         due = self.progress.step % self.every == 0 and self.progress.step != self._made
@@ -125,9 +125,9 @@ class LIET(Method):
         with attacking(model) as inner:
             labels = torch.arange(classes, device=x.device)
             grad = input_gradient(inner, grey, labels)[0]
-        # Batch statistics differ between processes, templates must not.
+        # Batch norm's buffers differ between processes, but templates must not.
         self._templates = processes.mean(grad)
 
     def cost(self, batch_size: int) -> Cost:
-        """One gradient, two points in the update; the templates come to nothing."""
+        """One gradient, two points in the update; the cost of the templates is negligible."""
         return Cost.of(attack=1, update=2)

@@ -23,7 +23,7 @@ from surestep.methods.trades import kl
 class MART(PGD):
     """MART: boosted cross entropy at x_adv, plus beta * KL(clean || adversarial) * (1 - p_y)."""
 
-    summary = "PGD images; the runner-up and the clean mistakes count"
+    summary = "PGD images; a margin to the runner-up, and more weight on clean mistakes"
     paper = "Wang et al. 2020, ICLR"
     lengths = ("alpha", "sigma")
     presets = {
@@ -34,7 +34,7 @@ class MART(PGD):
             steps=10,
             alpha=0.007,
             settings={"epochs": 120, "lr": 0.01, "weight_decay": 3.5e-3},
-            source="the authors' script for ResNet-18, but for its learning-rate steps",
+            source="the authors' script for ResNet-18, except for its learning-rate steps",
         ),
     }
 
@@ -47,18 +47,18 @@ class MART(PGD):
         self.not_negative("beta", "sigma")
 
     def start(self, x: Tensor) -> Tensor:
-        """Begin in Gaussian noise, as the authors do."""
+        """Return the images with Gaussian noise, as the authors do."""
         return x + self.sigma * torch.randn_like(x)
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
-        """Take the image and its perturbed self through the update."""
+        """Take the image and its perturbed version through the update."""
         x_adv = self.perturb(model, x, y)
 
         def loss(logits: Tensor) -> Terms:
             clean, adversarial = F.log_softmax(logits, dim=1).chunk(2)
             own = one_hot(y, logits.shape[1])
             runner_up = adversarial.exp().masked_fill(own, 0).amax(1)
-            # 1 - p, kept away from 0 where the runner-up has everything.
+            # 1 - p, kept above 0 where the runner-up has all the probability.
             ce = self.criterion(logits[len(x) :], y) - torch.log(1.0001 - runner_up).mean()
             mistaken = 1 - clean.exp().gather(1, y[:, None]).squeeze(1)
             divergence = (kl(clean, adversarial) * mistaken).mean()
@@ -67,5 +67,5 @@ class MART(PGD):
         return Update(torch.cat([x, x_adv]), loss, slice(len(x), None))
 
     def cost(self, batch_size: int) -> Cost:
-        """A gradient a step; clean and adversarial images in the update."""
+        """One gradient per step; clean and adversarial images in the update."""
         return Cost.of(attack=self.steps, update=2)

@@ -1,4 +1,4 @@
-"""MultiGrad, of the paper of ZeroGrad: Golgooni et al. 2021, arXiv 2103.15476."""
+"""MultiGrad, from the ZeroGrad paper: Golgooni et al. 2021, arXiv 2103.15476."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from surestep.methods.zerograd import Doubled
 @register("multigrad")
 @dataclass
 class MultiGrad(Doubled):
-    """MultiGrad: from the image, along the signs on which several random starts agree."""
+    """MultiGrad: steps from the image along the signs on which several random starts agree."""
 
-    summary = "only the signs on which the gradients at several random starts agree"
+    summary = "one step, only along the gradient signs on which several random starts agree"
     paper = "Golgooni et al. 2021, arXiv 2103.15476"
     presets = {
-        # Without the growth of eps its gradients are masked (search.csv).
+        # Without eps warm-up it ends in gradient masking (search.csv).
         "mnist": recipe(MNIST_ZOO, starts=3, settings={"eps_warmup": 1.0}),
         "cifar10": recipe(CIFAR_ZOO, starts=3, source="Golgooni et al. 2021"),
     }
@@ -45,5 +45,5 @@ class MultiGrad(Doubled):
         return torch.where(votes.abs() == self.starts, votes, 0)
 
     def cost(self, batch_size: int) -> Cost:
-        """A gradient a start, one update."""
+        """One gradient per start, one update."""
         return Cost.of(attack=self.starts, update=1)

@@ -15,7 +15,7 @@ from surestep.methods._single_step import SingleStep
 @register("n-fgsm")
 @dataclass
 class NFGSM(SingleStep):
-    """N-FGSM: uniform noise of up to ``noise`` times eps, then a step of ``alpha``; no ball.
+    """N-FGSM: uniform noise of up to ``noise`` times eps, then a step of ``alpha``.
 
     The noise is clipped to the data range before the gradient is taken, as in the authors' code,
     but never projected to the eps ball: the point may lie ``noise * eps + alpha`` from the image.
@@ -26,7 +26,7 @@ class NFGSM(SingleStep):
     paper = "de Jorge et al. 2022, arXiv 2202.01181"
     presets = {
         # The paper has no MNIST; with its noise of 2 eps = 0.6 little is left of a digit.
-        "mnist": recipe(MNIST_FAST, noise=1.0, source="ours: as mnist-fast of the others"),
+        "mnist": recipe(MNIST_FAST, noise=1.0, source="ours: the settings of mnist-fast"),
         "cifar10": recipe(
             CIFAR_RESNET,
             noise=2.0,
@@ -51,5 +51,5 @@ class NFGSM(SingleStep):
 
     @property
     def size(self) -> float:
-        """Alpha."""
+        """Length of the step: alpha."""
         return self.alpha

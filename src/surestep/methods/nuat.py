@@ -15,10 +15,10 @@ from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 @register("nuat")
 @dataclass
 class NuAT(Guided):
-    """NuAT: nuclear norm of the batch's differences of logits; its weight rises from 0 to ``lam``.
+    """NuAT: nuclear norm of the batch's logit differences; its weight rises from 0 to ``lam``.
 
-    The weight reaches ``lam`` at the share ``full_from`` of training. The norm divided by the
-    batch size falls with the root of the batch size: the authors' ``lam`` is for batches of 64.
+    The weight reaches ``lam`` at the share ``full_from`` of training. The norm per image falls
+    with the square root of the batch size: the authors' ``lam`` is for batches of 64.
     """
 
     summary = "clean cross entropy and the nuclear norm of the outputs' differences"
@@ -41,13 +41,13 @@ class NuAT(Guided):
         self.require(0 < self.full_from <= 1, "full_from", "in (0, 1]")
 
     def weight(self) -> float:
-        """Return the part of lam that training has reached."""
+        """Return lam times the linear ramp."""
         return self.lam * min(1.0, self.progress.done / self.full_from)
 
     def distance(self, clean: Tensor, adversarial: Tensor) -> Tensor:
-        """Add up the singular values; on a GPU, torch waits for the device here."""
+        """Return the sum of the singular values; on a GPU, torch waits for the device here."""
         apart = clean - adversarial
-        whole = apart.isfinite().all()  # else torch raises, and nothing says that training diverged
+        whole = apart.isfinite().all()  # on NaN svdvals raises, which hides the divergence
         matrix = torch.where(whole, apart, 0)
         if matrix.device.type == "mps":  # torch has no singular values there
             matrix = matrix.cpu()

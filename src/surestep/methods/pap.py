@@ -1,4 +1,4 @@
-"""PAP: SAT-R1's agreement, with the multi-step attack pipelined across training steps.
+"""PAP: SAT-R1's regularizer, with the multi-step attack pipelined across training steps.
 
 Vivek, Revanur, Venkat & Babu 2020, "Plug-And-Pipeline: Efficient Regularization for Single-Step
 Adversarial Training", CVPR Workshops.
@@ -26,16 +26,16 @@ FIELDS = ("x", "y", "points")
 @register("pap")
 @dataclass
 class PAP(Method):
-    """PAP: a pipeline of ``steps`` groups of images, each one I-FGSM step further than the next.
+    """PAP: a pipeline of ``steps`` groups of images, each one I-FGSM step ahead of the next.
 
-    One gradient pass over the batch and the pipeline together moves every group a step. The group
-    that has all its steps leaves, and is regularised: its logits there must agree with those at
-    its FGSM point. The batch's last images enter. Nothing is sequential, so the multi-step attack
-    costs images, not latency; its gradients are of the models of the last ``steps`` steps.
-    At first the pipeline is full of the first batch's images, without a weight until they are done.
+    One gradient pass over the batch and the pipeline together advances every group by one step. The
+    group that completes its steps leaves and is regularised: its logits must agree with those at
+    its FGSM point. The last images of the batch enter. No step waits for another, so the attack
+    costs images, not latency; its gradients come from the models of the last ``steps`` steps.
+    At first the first batch's images fill the pipeline; the weight is 0 until a group is complete.
     """
 
-    summary = "FGSM and a multi-step attack that is pipelined over steps must agree"
+    summary = "FGSM and a multi-step attack, pipelined across training steps, must agree"
     paper = "Vivek et al. 2020, CVPR Workshops"
     presets = {
         "mnist": recipe(MNIST_SAT, lam=0.2, steps=10, source="ours: settings of SAT-R1"),
@@ -51,18 +51,18 @@ class PAP(Method):
         """Check the hyperparameters."""
         self.require(self.steps >= 2, "steps", ">= 2")
         self.require(self.fraction is None or 0 < self.fraction <= 1, "fraction", "in (0, 1]")
-        # Images, labels and points of all groups, the one that leaves first.
+        # Images, labels and points of all groups, in the order in which they leave.
         self._held: dict[str, Tensor] = {}
         self._age = 0
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
-        """Move the pipeline by a step, and compare what leaves it with FGSM."""
+        """Advance the pipeline, and compare the group that leaves it with its FGSM points."""
         held = self._fill(x, y)
         n = len(held["y"]) // self.steps
         threat, size = self.threat, self.threat.eps / self.steps
         leaving, leaving_y = held["x"][:n], held["y"][:n]
         with attacking(model) as inner:
-            # The leaving images need an FGSM point of the present model beside their last step.
+            # Beside their last I-FGSM step, the leaving images need an FGSM point of this model.
             starts = torch.cat([x, leaving, held["points"]])
             labels = torch.cat([y, leaving_y, held["y"]])
             grad, _, _ = input_gradient(inner, starts, labels)
@@ -85,7 +85,7 @@ class PAP(Method):
         return Update(torch.cat([fgsm, done]), loss, slice(len(x)))
 
     def _fill(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """Return the pipeline, of the last images of this batch if there is none that fits."""
+        """Return the pipeline; if none fits, fill one with the last images of this batch."""
         held = self._held
         if held and held["x"].shape[1:] == x.shape[1:]:
             return {k: v.to(y if k == "y" else x) for k, v in held.items()}
@@ -95,18 +95,18 @@ class PAP(Method):
         return {"x": x[rows], "y": y[rows], "points": x[rows]}
 
     def cost(self, batch_size: int) -> Cost:
-        """FGSM on the batch and the leaving images, a step of each group; two views of those."""
+        """FGSM on the batch and the leaving group, a step of each group; two views to update."""
         share = regularised_images(batch_size, self.fraction) / batch_size
         return Cost.of(attack=1 + (self.steps + 1) * share, update=1 + 2 * share)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the pipelines of all processes, and how far they are filled."""
+        """Return the pipelines of all processes, and the number of steps they have taken."""
         held = {k: processes.gather(v) for k, v in self._held.items()}
         return {"age": self._age, "processes": processes.count(), **held}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore this process's; of another number of processes' groups it makes none again."""
+        """Restore this process's pipeline; if the number of processes changed, start empty."""
         if state.get("processes", processes.count()) != processes.count():
-            return  # it fills from the next batch
+            return  # the next batch fills it
         self._age = state.get("age", self._age)
         self._held |= {k: processes.own(state[k]).clone() for k in FIELDS if k in state}

@@ -1,4 +1,4 @@
-"""PGD adversarial training, the multi-step reference that single-step methods are held against."""
+"""PGD adversarial training, the multi-step reference that single-step methods are compared with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PGD(Method):
     ``alpha`` is a quarter of eps by default (2 / 255 at 8 / 255).
     """
 
-    summary = "many gradient steps from a random start: robust, and dear"
+    summary = "many gradient steps from a random start: robust but expensive"
     paper = "Madry et al. 2018, arXiv 1706.06083"
     presets = {
         "mnist": recipe(MNIST_FAST, steps=40, alpha=0.01),
@@ -34,7 +34,7 @@ class PGD(Method):
     alpha: float = of_eps(0.25)
 
     def start(self, x: Tensor) -> Tensor:
-        """Return where the attack begins."""
+        """Return the points (N, ...) at which the attack begins."""
         return self.threat.random_start(x)
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -48,5 +48,5 @@ class PGD(Method):
         return Update(self.perturb(model, x, y), self.plain_loss(y))
 
     def cost(self, batch_size: int) -> Cost:
-        """A gradient a step, one update."""
+        """One gradient per step, one update."""
         return Cost.of(attack=self.steps, update=1)

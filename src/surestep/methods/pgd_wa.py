@@ -12,7 +12,7 @@ from surestep.methods.pgd import PGD
 @register("pgd-wa")
 @dataclass
 class PGDWA(PGD):
-    """PGD-AT with weight averaging: PGD-AT, and presets whose weights are averaged."""
+    """PGD-AT with weight averaging: the method is PGD-AT, and its presets average the weights."""
 
     summary = "PGD-AT with an exponential average of the weights"
     paper = "the FastAT benchmark 2026, arXiv 2604.22853"

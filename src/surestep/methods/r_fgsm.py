@@ -31,10 +31,10 @@ class RFGSM(SingleStep):
         self.require(0 <= self.alpha <= eps, "alpha", f"in [0, eps = {eps:g}]")
 
     def start(self, x: Tensor) -> Tensor:
-        """Step at random."""
+        """Take the random step."""
         return self.threat.clip(x + self.threat.random_step(x, self.alpha))
 
     @property
     def size(self) -> float:
-        """The rest of eps."""
+        """Length of the gradient step: the rest of eps."""
         return self.threat.eps - self.alpha

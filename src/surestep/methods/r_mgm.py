@@ -18,16 +18,16 @@ from surestep.methods.sat import agreement
 @register("r-mgm")
 @dataclass
 class RMGM(Method):
-    """R-MGM: FGSM's logits must agree with those of R-FGSM as Tramèr has it, within the ball.
+    """R-MGM: FGSM's logits must agree with those of Tramèr's R-FGSM, which stays in the ball.
 
-    Its random step is ``alpha``, its gradient step the rest of eps; SAT-R2's takes all of eps.
+    R-FGSM's random step is ``alpha``, its gradient step the rest of eps; SAT-R2's is all of eps.
     """
 
     summary = "FGSM and R-FGSM (within eps) must agree"
     paper = "Vivek et al. 2019, CVPR Workshops"
     presets = {
-        "mnist": recipe(MNIST_SAT, lam=5.0, alpha=0.01, source="ours: as SAT-R2"),
-        "cifar10": recipe(CIFAR_SAT, lam=25.0, alpha=2 / 255, source="ours: as SAT-R2"),
+        "mnist": recipe(MNIST_SAT, lam=5.0, alpha=0.01, source="ours: settings of SAT-R2"),
+        "cifar10": recipe(CIFAR_SAT, lam=25.0, alpha=2 / 255, source="ours: settings of SAT-R2"),
     }
 
     lam: float = 5.0
@@ -38,7 +38,7 @@ class RMGM(Method):
         RFGSM(self.threat, alpha=self.alpha)
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
-        """Attack from both starts in one pass, by the two methods' own parts."""
+        """Attack from both starts in one pass, with the parts of FGSM and R-FGSM."""
         views = FGSM(self.threat), RFGSM(self.threat, alpha=self.alpha)
         with attacking(model) as inner:
             starts = [view.start(x) for view in views]
@@ -55,5 +55,5 @@ class RMGM(Method):
         return Update(torch.cat(points), loss, slice(len(x)))
 
     def cost(self, batch_size: int) -> Cost:
-        """Both views through the attack and through the update."""
+        """Both views go through the attack and the update."""
         return Cost.of(attack=2, update=2)

@@ -39,10 +39,10 @@ class RSFGSM(SingleStep):
     alpha: float = of_eps(1.25)
 
     def start(self, x: Tensor) -> Tensor:
-        """Start at random in the ball."""
+        """Return a uniform random point of the ball, not clipped to the data range."""
         return x + self.threat.random_delta(x)
 
     @property
     def size(self) -> float:
-        """Alpha."""
+        """Length of the step: alpha."""
         return self.alpha

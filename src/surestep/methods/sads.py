@@ -1,4 +1,4 @@
-"""SADS: dropout after every non-linearity, less and less of it.
+"""SADS: dropout after every non-linearity, which decays during training.
 
 Vivek & Babu 2020, "Single-step Adversarial Training with Dropout Scheduling", CVPR, arXiv
 2004.08628.
@@ -18,7 +18,7 @@ from surestep.methods.fgsm import FGSM
 class SADS(FGSM):
     """SADS: FGSM-AT whose ``dropout``, which every method has, is on by default.
 
-    In the update only: the attack runs in eval mode.
+    Dropout acts in the update only: the attack runs in eval mode.
     """
 
     summary = "FGSM with dropout after each activation, falling to 0 during training"

@@ -38,16 +38,16 @@ def regularised_images(batch: int, fraction: float | None) -> int:
 
 
 def agreement(ce: Tensor, lam: float, one: Tensor, other: Tensor) -> Terms:
-    """Return CE plus lam times the mean squared distance of two sets of logits (n, K)."""
+    """Return CE plus lam times the mean squared distance between two sets of logits (n, K)."""
     distance = (one - other).square().sum(1).mean()
     return ce + lam * distance, {"ce": ce, "distance": distance}
 
 
 def _finish(base: SingleStep, point: Tensor, x: Tensor, project: bool) -> Tensor:
-    """Bring back a point (N, ...) that began alpha beside the base's start.
+    """Finish a point (N, ...) whose step began alpha away from the base's start.
 
-    FGSM's may leave the ball by alpha, as in the authors' code. One that starts elsewhere, or
-    steps further than eps, would leave it by far more, and ends where it does by itself.
+    With FGSM as the base it may leave the ball by alpha, as in the authors' code. A base with
+    another start or a longer step would leave it by far more, so its own ``finish`` applies.
     """
     if project:
         return base.threat.project(point, x)
@@ -67,10 +67,10 @@ def sat_r1_update(
     base: SingleStep | None = None,
     criterion: Criterion = F.cross_entropy,
 ) -> Update:
-    """Minimise CE at FGSM plus lam times the squared distance of FGSM's to I-FGSM's logits.
+    """Minimise CE at FGSM plus lam times the squared distance between FGSM and I-FGSM logits.
 
-    On a masked model the two attacks disagree. I-FGSM is dear, so only the last images of the
-    batch take part: one in the paper.
+    On a masked model the two attacks disagree. I-FGSM is expensive, so only the last images of
+    the batch take part (one in the paper).
 
     Args:
         model: the classifier, in train mode.
@@ -78,11 +78,11 @@ def sat_r1_update(
         y: labels (N,).
         threat: norm, radius and data range.
         lam: weight of the regularizer.
-        steps: K of I-FGSM, each of eps / K.
-        fraction: share of the images that is regularised (the distance is their mean); None: one
-            of each batch.
-        base: another single step in FGSM's place; I-FGSM begins where it does, and each of its
-            steps ends as that one does, in the ball or not.
+        steps: number K of I-FGSM steps, each of length eps / K.
+        fraction: share of the images to regularise (the distance is averaged over them); None:
+            one image per batch.
+        base: single-step method to use in place of FGSM; I-FGSM begins at its start, and each
+            I-FGSM step is finished as its own is, in the ball or not.
         criterion: the cross entropy.
     """
     base = base or FGSM(threat)
@@ -92,7 +92,7 @@ def sat_r1_update(
         grad = base.gradient(inner, start, y)
         x_fgsm = base.finish(start + threat.steepest_step(grad, base.size), x)
     with attacking(model) as inner:
-        # I-FGSM's first gradient is FGSM's own; the few images have no batch statistics.
+        # FGSM's gradient is I-FGSM's first. Eval mode: n images are too few for batch statistics.
         x_n, y_n, size = x[-n:], y[-n:], base.size / steps
         x_ifgsm = base.finish(start[-n:] + threat.steepest_step(grad[-n:], size), x_n)
         for _ in range(steps - 1):
@@ -119,7 +119,7 @@ def sat_r2_update(
     base: SingleStep | None = None,
     criterion: Criterion = F.cross_entropy,
 ) -> Update:
-    """Minimise CE at FGSM plus lam times the squared distance of FGSM's to R-FGSM's logits.
+    """Minimise CE at FGSM plus lam times the squared distance between FGSM and R-FGSM logits.
 
     On a masked model the loss surface near the image is so rough that a small random step
     changes where FGSM leads.
@@ -131,10 +131,10 @@ def sat_r2_update(
         threat: norm, radius and data range.
         lam: weight of the regularizer.
         alpha: size of the random step before R-FGSM's gradient.
-        project: keep R-FGSM in the eps ball. The authors' code does not: there its point lies up
-            to eps + alpha from x. With another base it ends as that one's does.
-        fraction: share of the batch that is regularised, its last images; the paper's is 1.
-        base: another single step in FGSM's place; R-FGSM begins alpha from its start.
+        project: project R-FGSM's point to the eps ball. The authors' code does not: there it lies
+            up to eps + alpha from x. If false, other bases than FGSM finish it as their own.
+        fraction: share of the batch to regularise (its last images); 1 in the paper.
+        base: single-step method to use in place of FGSM; R-FGSM begins alpha from its start.
         criterion: the cross entropy.
     """
     base = base or FGSM(threat)
@@ -165,7 +165,7 @@ def steps_from_noise(
     project: bool,
     sizes: Sequence[float],
 ) -> list[Tensor]:
-    """Return the ends (N, ...) of steps along one gradient, taken alpha beside the base's start."""
+    """Return the ends (N, ...) of steps along one gradient, taken alpha from the base's start."""
     threat = base.threat
     with attacking(model, train_mode=base.train_mode) as inner:
         start = base.start(x)
@@ -193,8 +193,8 @@ def sat_r3_update(
 ) -> Update:
     """Minimise L(eps) plus lam times the hinge of L(eps_low) - tau * L(eps).
 
-    On a masked model the loss does not grow along the FGSM direction: a short step costs as
-    much as a full one. The hinge asks for L(eps_low) <= tau * L(eps).
+    On a masked model the loss does not grow along the FGSM direction: a short step raises it as
+    much as a full one. The hinge is zero where L(eps_low) <= tau * L(eps).
 
     Args:
         model: the classifier, in train mode.
@@ -202,14 +202,14 @@ def sat_r3_update(
         y: labels (N,).
         threat: norm, radius and data range; its eps is the paper's eps_high.
         lam: weight of the regularizer.
-        tau: highest share of L(eps) that L(eps_low) may have.
+        tau: largest ratio L(eps_low) / L(eps) without a penalty.
         alpha: size of the random step before the gradient.
         eps_low: length of the short step.
-        project: keep both points in the eps ball. The authors' code does not: the far one lies up
-            to eps + alpha from x. With another base they end as that one's does.
-        per_sample: hinge each sample, then average, rather than hinge the batch means.
-        fraction: share of the batch that is regularised, its last images; the paper's is 1.
-        base: another single step in FGSM's place: its start, gradient, length and end.
+        project: project both points to the eps ball. The authors' code does not: the far one lies
+            up to eps + alpha from x. If false, other bases than FGSM finish them as their own.
+        per_sample: apply the hinge to each sample and average, rather than to the batch means.
+        fraction: share of the batch to regularise (its last images); 1 in the paper.
+        base: single-step method to use in place of FGSM: its start, gradient, length and end.
         criterion: the cross entropy.
     """
     base = base or FGSM(threat)
@@ -217,8 +217,8 @@ def sat_r3_update(
     low, high = steps_from_noise(model, x, y, base, alpha, project, (eps_low, base.size))
 
     def loss(logits: Tensor) -> Terms:
-        # The hinge compares plain cross entropies: label smoothing has a floor, which a loss at
-        # eps_low cannot go below, so the hinge could never be met.
+        # The hinge compares plain cross entropies: label smoothing gives them a positive minimum,
+        # so that the loss at eps_low might never get down to tau times that at eps.
         plain = F.cross_entropy(logits, torch.cat([y[-n:], y]), reduction="none")
         at_low, at_high = plain[:n], plain[-n:]
         if per_sample:
@@ -237,33 +237,33 @@ sat_r3_loss = stepping(sat_r3_update)
 
 
 class SAT(OnSingleStep):
-    """What the three have in common: when they regularise, and how many images.
+    """Base class of the three methods: when they regularise, and how many images.
 
-    With ``every`` above 1 only each k-th step regularises, with k times the images (as far as the
-    batch goes) and k times the weight: in the mean the regularizer weighs as much. For SAT-R1 it
-    sees as many images, too, in a fraction of the time: a pass over one image takes nearly as long
-    as over eight. SAT-R2 and R3, which take the whole batch, save what the other steps cost more.
+    With ``every`` = k > 1 only each k-th step regularises, with k times the images (at most the
+    batch) and k times the weight, so the mean weight of the regularizer is the same. SAT-R1 then
+    also sees as many images in a fraction of the time: a pass over one image takes nearly as long
+    as over eight. SAT-R2 and SAT-R3 use the whole batch, and save the cost in the other steps.
     """
 
     kept = ("_count",)
     update: ClassVar[Callable[..., Update]]
-    """What a step that regularises minimises."""
+    """Makes the update of a step that regularises."""
     own: ClassVar[tuple[str, ...]]
-    """Hyperparameters that only this ``update`` takes."""
+    """Hyperparameters that are specific to this ``update``."""
 
     lam: float
     fraction: float | None
     every: int
 
     def validate(self) -> None:
-        """Check what all have."""
+        """Check the shared hyperparameters."""
         super().validate()
         self.require(self.fraction is None or 0 < self.fraction <= 1, "fraction", "in (0, 1]")
         self.require(self.every >= 1, "every", ">= 1")
         self._count = 0
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
-        """Regularise in every k-th step; train on ``between`` in the others."""
+        """Regularise on every k-th step; train on ``between`` on the others."""
         self._count += 1
         if self._count % self.every:
             return Update(self.between(model, x, y), self.plain_loss(y))
@@ -281,7 +281,7 @@ class SAT(OnSingleStep):
         )
 
     def between(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """Return what a step without the regularizer trains on (N, ...)."""
+        """Return the points (N, ...) that a step without the regularizer trains on."""
         return self.base.perturb(model, x, y)
 
     @property
@@ -294,12 +294,12 @@ class SAT(OnSingleStep):
         return batch_size + regularised_images(batch_size, self._fraction(batch_size))
 
     def _fraction(self, batch: int) -> float:
-        """Return the share of the batch that a step regularises if it does."""
+        """Return the share of the batch that a regularising step covers."""
         share = 1 / batch if self.fraction is None else self.fraction
         return min(1.0, self.every * share)
 
     def share(self, batch: int) -> float:
-        """Return the share of the images that is regularised, in the mean over the steps."""
+        """Return the share of the images that is regularised, averaged over the steps."""
         return regularised_images(batch, self._fraction(batch)) / batch / self.every
 
 
@@ -340,7 +340,7 @@ class SATR1(SAT):
     }
 
     def cost(self, batch_size: int) -> Cost:
-        """FGSM on all, K - 1 further steps and one more image in the update for the share."""
+        """FGSM on all; for the regularised share, K - 1 more steps and a second view."""
         share = self.share(batch_size)
         return Cost.of(attack=self.gradients + (self.steps - 1) * share, update=1 + share)
 
@@ -373,7 +373,7 @@ class SATR2(SAT):
     }
 
     def cost(self, batch_size: int) -> Cost:
-        """Take both views of the regularised share through the attack and through the update."""
+        """Both views of the regularised share go through the attack and the update."""
         views = 1 + self.share(batch_size)
         return Cost.of(attack=self.gradients * views, update=views)
 
@@ -407,8 +407,8 @@ class SATR3(SAT):
         "mnist": recipe(
             MNIST_SAT, lam=1.0, tau=0.4, alpha=0.01, eps_low=0.1, settings={"lr": 0.05}
         ),
-        # At OneCycle's learning rates masking creeps in; the published schedule, with a random
-        # step ten times as long, keeps it out (benchmarks/results/mnist_search.csv).
+        # At OneCycle's learning rates masking sets in; the published schedule, with a random step
+        # ten times as long, prevents it (benchmarks/results/mnist_search.csv).
         "mnist-fast": recipe(
             MNIST_SAT,
             lam=1.0,
@@ -427,7 +427,7 @@ class SATR3(SAT):
         super().validate()
         self.require(self.tau > 0, "tau", "> 0")
         size = self.base.size
-        self.require(0 <= self.eps_low <= size, "eps_low", f"in [0, the step's {size:g}], give one")
+        self.require(0 <= self.eps_low <= size, "eps_low", f"in [0, full step = {size:g}]")
 
     def between(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return the far point."""

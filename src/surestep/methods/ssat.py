@@ -1,4 +1,4 @@
-"""SSAT: as far along the step as the label takes to flip (Kim et al. 2021)."""
+"""SSAT: along the step only as far as it takes to flip the label (Kim et al. 2021)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from surestep.threat import per_sample
 @register("ssat")
 @dataclass
 class SSAT(RSFGSM):
-    """SSAT: RS-FGSM's perturbation, cut to the smallest of c shares at which the label flips.
+    """SSAT: RS-FGSM's perturbation, scaled to the least of c shares at which the label flips.
 
-    Images that are misclassified at the random start are trained clean.
+    Images that are misclassified at the random start are trained on without a perturbation.
     """
 
-    summary = "RS-FGSM; each image goes only as far as its label takes to flip"
+    summary = "RS-FGSM; each image moves only as far as it takes to flip its label"
     paper = "Kim et al. 2021, arXiv 2010.01799"
     presets = {
         "mnist": recipe(MNIST_ZOO, checkpoints=3),
@@ -39,7 +39,7 @@ class SSAT(RSFGSM):
         super().validate()
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """Classify the points between in one pass in eval mode, without gradients."""
+        """Scale the perturbation; the points between are classified in one pass in eval mode."""
         c, n = self.checkpoints, len(x)
         with attacking(model, train_mode=self.train_mode) as inner:
             start = self.start(x)
@@ -56,5 +56,5 @@ class SSAT(RSFGSM):
         return self.threat.project(x + per_sample(share, x) * delta, x)
 
     def cost(self, batch_size: int) -> Cost:
-        """FGSM's, and a forward pass for each point between."""
+        """FGSM's cost, and a forward pass for each point between."""
         return Cost(2 + self.checkpoints - 1, 2, 1)

@@ -1,4 +1,4 @@
-"""TDAT: the step starts at the last batch's perturbation, on labels that relax with time.
+"""TDAT: the step starts at the previous batch's perturbation; labels relax during training.
 
 Tong, Jiang, Gui & Cao 2024, "Taxonomy Driven Fast Adversarial Training", AAAI, arXiv 2408.03944.
 """
@@ -21,10 +21,10 @@ from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 @register("tdat")
 @dataclass
 class TDAT(Method):
-    """TDAT: relaxed labels inside and outside, and logits drawn together where they are unsure.
+    """TDAT: relaxed labels in attack and update; logits pulled together where the model is unsure.
 
-    The true class has gamma_t = max(0.6 tan(1 - t / T), ``least``) of the label, falling with
-    time. The perturbation goes on from batch to batch, by the position in the batch.
+    The share of the true class falls as max(``relax`` * tan(1 - t / T), ``least``). Perturbations
+    carry over from batch to batch, by the position in the batch.
     """
 
     needs_progress = True
@@ -32,7 +32,7 @@ class TDAT(Method):
     kept_rows = ("_delta",)
     paper = "Tong et al. 2024, arXiv 2408.03944"
     presets = {
-        # Two epochs end at 46% so, at 32% with the published 0.15 (search.csv, and
+        # Two epochs end at 46% with this, at 32% with the published 0.15 (search.csv, and
         # leaderboard.csv at 3f86206).
         "mnist": recipe(MNIST_ZOO, lam=0.65, least=0.6),
         "cifar10": recipe(CIFAR_RESNET, lam=0.65),
@@ -50,7 +50,7 @@ class TDAT(Method):
 
     @property
     def share(self) -> float:
-        """The true class's part of the label at this point of the training."""
+        """Share of the true class in the label, at this point of the training."""
         return max(self.relax * math.tan(1 - self.progress.done), self.least)
 
     def relaxed(self, logits: Tensor, y: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class TDAT(Method):
         return relaxed_cross_entropy(logits, y, self.share)
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
-        """Step from the last perturbation, which is random at first."""
+        """Step from the previous batch's perturbation (random at first)."""
         threat, last = self.threat, self._delta
         if len(last) and last.shape[1:] == x.shape[1:]:
             rows = torch.arange(len(x), device=x.device) % len(last)

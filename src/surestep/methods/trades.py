@@ -45,7 +45,7 @@ def trades_update(
     """Minimise clean CE plus beta times KL(f(x) || f(x_adv)), x_adv found by maximising that KL.
 
     The clean output of the attack is computed once, not at every step. The update takes clean
-    and adversarial images through one forward pass, so batch statistics are of both.
+    and adversarial images through one forward pass, so batch statistics cover both.
 
     Args:
         model: the classifier, in train mode.
@@ -53,9 +53,9 @@ def trades_update(
         y: labels (N,).
         threat: norm, radius and data range.
         beta: weight of the KL term.
-        steps: of the attack.
+        steps: number of attack steps.
         alpha: size of one step.
-        sigma: deviation of the Gaussian start.
+        sigma: standard deviation of the Gaussian start.
         criterion: the cross entropy of the clean term.
     """
     with attacking(model) as inner:

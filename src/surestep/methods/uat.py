@@ -1,4 +1,4 @@
-"""Unsupervised adversarial training: images without labels are trained on, too.
+"""Unsupervised adversarial training, which also uses images without labels.
 
 Alayrac et al. 2019, "Are Labels Required for Improving Adversarial Robustness?", arXiv 1905.13725.
 """
@@ -23,18 +23,18 @@ from surestep.methods.trades import kl
 @register("uat")
 @dataclass
 class UAT(PGD):
-    """UAT-OT: the labels of a share of the images; of all, agreement with the clean output.
+    """UAT-OT: cross entropy on a labelled share of the images, KL to the clean output on all.
 
-    Whose labels are used depends on the image's position in the data set alone, so it is the same
-    in every epoch: the others' are never looked at. Images without a label (y of -1) do as well.
+    Which labels are used depends only on the image's position in the data set, so it is the same
+    in every epoch, and the other labels are never read. Images may have no label at all (y = -1).
     """
 
-    summary = "labels of some images; on all, the output must not move under attack"
+    summary = "cross entropy on some images; on all, the output must not change under attack"
     paper = "Alayrac et al. 2019, arXiv 1905.13725"
     needs_index = True
     takes_unlabelled = True
     presets = {
-        # With the default lam, and eps at its full size at once, the output stays constant.
+        # With the default lam and the full eps from the start, the output stays constant.
         "mnist": recipe(
             MNIST_ZOO, labelled=0.1, steps=40, alpha=0.01, lam=1.0, settings={"eps_warmup": 1.0}
         ),
@@ -50,12 +50,12 @@ class UAT(PGD):
         self.require(0 < self.labelled <= 1, "labelled", "in (0, 1]")
 
     def known(self, index: Tensor) -> Tensor:
-        """Return which images (N,) have a label, the same whenever it is asked."""
-        # Knuth's multiplicative hash: neighbours, which may be of one class, fall apart.
+        """Return which images (N,) count as labelled; the same at every call."""
+        # Knuth's multiplicative hash separates neighbours, which may all be of one class.
         return (index * 2654435761) % 2**32 < self.labelled * 2**32
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
-        """Attack the clean output rather than the label."""
+        """Attack agreement with the clean output rather than with the label."""
         assert index is not None
         start = self.start(x)
         with attacking(model) as inner:

@@ -14,7 +14,7 @@ from surestep.methods.rs_fgsm import RSFGSM
 
 @dataclass
 class Doubled(RSFGSM):
-    """RS-FGSM with a step of 2 eps: what reaches the ball's surface from anywhere in it."""
+    """RS-FGSM with a step of 2 eps, which reaches the ball's surface from any start in it."""
 
     alpha: float = of_eps(2)
 
@@ -44,7 +44,7 @@ class ZeroGrad(Doubled):
         grad = super().gradient(model, point, y)
         size = grad.abs().flatten(1)
         k = int(self.q * size.shape[1])
-        # A sort takes five times as long as kthvalue, of which GPUs have no deterministic kernel.
+        # kthvalue takes a fifth of a sort's time but has no deterministic kernel on GPUs.
         if torch.are_deterministic_algorithms_enabled():
             least = size.sort(1).values[:, k : k + 1]
         else:

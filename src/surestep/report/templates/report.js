@@ -4,7 +4,7 @@
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const AXIS = 62; // pixels left of a concatenated chart's plot: labels and title
 
-  // The charts take the page's colours, so light and dark are said once, in the style sheet.
+  // The charts use the page's colours, so that only the style sheet defines the light and dark themes.
   function look(width) {
     const style = getComputedStyle(document.documentElement);
     const css = (name) => style.getPropertyValue(name).trim();
@@ -31,7 +31,7 @@
     };
   }
 
-  // "container" works for single charts only: of charts one above the other each is told its width.
+  // Width "container" works for single charts only: stacked charts each need an explicit width.
   function fitted(spec, width) {
     if (!spec.vconcat) return spec;
     const copy = Object.assign({}, spec);

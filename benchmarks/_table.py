@@ -186,7 +186,7 @@ def origin() -> dict[str, str]:
             command, capture_output=True, text=True, check=False
         ).stdout.strip(),
         "machine": machine(),
-        "date": datetime.date.today().isoformat(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M"),
     }
 
 

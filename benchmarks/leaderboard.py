@@ -180,10 +180,12 @@ COMBINED: dict[str, dict[str, Any]] = {
 }
 """SAT combined with parts that work with any method, or built on another single step."""
 CHANGED = {
-    **dict.fromkeys(("n-fgsm", "sat-r2 on n-fgsm", "eat", "iaat", "converge-smooth"), "2026-11-29"),
-    **dict.fromkeys(("aaer", "sads", "gat", "r-mgm", "nuat"), "2026-11-29"),
+    **dict.fromkeys(
+        ("n-fgsm", "sat-r2 on n-fgsm", "eat", "iaat", "converge-smooth"), "2026-11-29T16:46"
+    ),
+    **dict.fromkeys(("aaer", "sads", "gat", "r-mgm", "nuat"), "2026-11-29T17:09"),
 }
-"""When an entry's mathematics last changed: older rows are measured anew, and marked till then."""
+"""When an entry's mathematics last changed (UTC): older rows are marked and measured anew."""
 
 
 def entries(board: Board) -> dict[str, dict[str, Any]]:

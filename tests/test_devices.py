@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.data import DataLoader, TensorDataset
 
 import surestep
 from surestep import L2, Linf, UserError, devices, methods, posthoc
 from surestep.attacks.lending import forked_rng
-from surestep.auditing import budgets, escalation
+from surestep.auditing import budgets, stand_ins
 from surestep.data import as_images, augment
 from surestep.data._splits import divide, mixed
 from surestep.training import randomness
@@ -89,7 +90,7 @@ def test_evaluation_and_audit(without_float64, monkeypatch, net, images):
 def test_probabilities_are_undone(without_float64, net, images):
     model = nn.Sequential(net.eval(), nn.Softmax(dim=1))
     with without_float64():
-        undone = escalation.LogProbabilities(model)(images[0])
+        undone = stand_ins.LogProbabilities(model)(images[0])
     torch.testing.assert_close(undone.softmax(1), model(images[0]))
 
 
@@ -99,6 +100,19 @@ def test_training(without_float64, net, images):
             net, images, methods.SATR2(Linf(0.1)), epochs=2, batch_size=4, validation=images
         )
     assert len(fitted.history) == 2
+
+
+def test_training_on_a_loader_of_doubles(without_float64, net, images):
+    """They become what the device has before they are moved to it, where torch would raise."""
+    pairs = DataLoader(TensorDataset(images[0].double(), images[1]), 4)
+    fitted = surestep.fit(net, pairs, methods.SATR2(Linf(0.1)), epochs=1, validation=pairs)
+    assert len(fitted.history) == 1
+
+
+@pytest.mark.parametrize("type", [torch.float16, torch.float64, torch.int64, torch.uint8])
+def test_a_tensor_is_moved_in_a_type_that_the_device_has(without_float64, type):
+    moved = devices.move(torch.ones(2, dtype=type), torch.device("cpu"))
+    assert moved.dtype == (torch.float32 if type == torch.float64 else type)
 
 
 def test_channel_statistics(without_float64, net, images):
@@ -192,6 +206,20 @@ def test_no_more_threads_than_cores(monkeypatch, limit, own, threads):
         devices.pick_device("cpu")
     assert set_to[-1] == threads
     assert len(set_to) <= 2
+
+
+@pytest.mark.parametrize(
+    ("said", "full"),
+    [
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", True),
+        ("FIND was unable to find an engine to execute this computation", True),
+        ("Unable to find a valid cuDNN algorithm to run convolution", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", False),
+    ],
+)
+def test_words_of_full_memory(said, full):
+    assert devices.out_of_memory(RuntimeError(said)) == full
 
 
 def test_float64_where_there_is_any():

@@ -386,6 +386,23 @@ def test_weights_that_are_named_as_the_body_names_them(tmp_path):
         files.load_any_weights(tmp_path / "w.safetensors", headed)
 
 
+@pytest.mark.parametrize("entry", ["state_dict", "model_state_dict", "model", "net"])
+def test_weights_of_a_checkpoint(tmp_path, entry):
+    net, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    torch.save({entry: other.state_dict(), "acc": 1.0, "mean": torch.ones(1)}, tmp_path / "w.pt")
+    files.load_any_weights(tmp_path / "w.pt", net)
+    assert torch.equal(net.weight, other.weight)
+
+
+def test_a_checkpoint_with_weights_elsewhere_names_its_entries(tmp_path):
+    torch.save({"weights": nn.Linear(2, 2).state_dict(), "t": torch.ones(1)}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"a dict of weights, t: save .* or 'net'$"):
+        files.load_any_weights(tmp_path / "w.pt", nn.Linear(2, 2))
+    torch.save([1], tmp_path / "w.pt")
+    with pytest.raises(UserError, match="no state_dict but a list"):
+        files.load_any_weights(tmp_path / "w.pt", nn.Linear(2, 2))
+
+
 @pytest.mark.parametrize("named", ["_orig_mod.0.{}", "module._orig_mod.0.{}", "0._orig_mod.{}"])
 def test_weights_of_a_compiled_model(tmp_path, named):
     """torch.compile puts a name before each, of the whole or of parts."""

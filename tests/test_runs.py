@@ -95,7 +95,7 @@ class TestResolve:
         "values",
         [
             {"dataset": "npz"},
-            {"dataset": "folder:x"},
+            {"dataset": "folder:."},
             {"dataset": "mnist", "norm": "l2"},
             {"dataset": "cifar10", "norm": "l2"},
         ],
@@ -104,6 +104,11 @@ class TestResolve:
         with pytest.raises(UserError, match=r"no radius is known for sat-r2 on .*: give --eps"):
             runs.resolve(values)
         assert runs.resolve({**values, "eps": 0.25}).eps == 0.25
+
+    @pytest.mark.parametrize("values", [{"dataset": "npz:no.npz"}, {"dataset": "folder:no.npz"}])
+    def test_a_place_that_is_not_there_is_told_before_the_radius(self, values):
+        with pytest.raises(UserError, match=r"^no\.npz does not exist: give .* --data$"):
+            runs.resolve(values)
 
     def test_cifar100_is_trained_as_cifar10(self):
         found, expected = (runs.resolve({"dataset": name}) for name in ("cifar100", "cifar10"))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import pickle
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -19,8 +20,15 @@ from torch import Tensor, nn
 
 from surestep.errors import UserError
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]
+
 _COMPILED = "_orig_mod."
 """What torch.compile inserts into the names of the weights of a module it wraps."""
+_ENTRIES = ("state_dict", "model_state_dict", "model", "net")
+"""Where checkpoints keep the weights."""
 
 
 def make_folder(folder: Path) -> None:
@@ -66,6 +74,28 @@ def write_atomically(path: Path, content: bytes | str) -> None:
                 "then try again (continue a run with --resume)"
             ) from e
         raise UserError(f"cannot write {path}: {e.strerror or e}") from e
+
+
+def lock(file: IO[Any]) -> bool:
+    """Lock an open file for this process; return False if another one holds it.
+
+    Where files cannot be locked (Windows, some network drives), this returns True.
+    """
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            pass
+    return True
+
+
+def unlock(file: IO[Any]) -> None:
+    """Release a lock at once, even if a forked worker process still has the file open."""
+    if fcntl is not None:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def save_tree(path: Path, tree: Any) -> None:
@@ -171,9 +201,10 @@ def _fit(path: Path, state: dict[str, Tensor], model: nn.Module) -> None:
 def load_any_weights(path: Path, model: nn.Module) -> None:
     """Load safetensors weights or a saved ``state_dict`` into a model.
 
-    Of a checkpoint, the entry "state_dict" or "model" is loaded. The prefixes "module.", "model."
-    and torch.compile's are dropped from names where the model does not have them. A model whose
-    parameters are all in its ``body`` (as for timm) also takes weights named as in the body.
+    Of a checkpoint, the entry "state_dict", "model_state_dict", "model" or "net" is loaded. The
+    prefixes "module.", "model." and torch.compile's are dropped from names where the model does
+    not have them. A model whose parameters are all in its ``body`` (as for timm) also takes weights
+    named as in the body.
 
     Raises:
         UserError: the file is missing, damaged, holds more than tensors, or does not fit.
@@ -195,12 +226,21 @@ def load_any_weights(path: Path, model: nn.Module) -> None:
         ) from e
     except (RuntimeError, OSError, EOFError, ValueError) as e:
         raise UserError(f"{path} cannot be read as weights: {' '.join(str(e).split())}") from e
-    for key in ("state_dict", "model"):
+    for key in _ENTRIES:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
     named = isinstance(found, Mapping) and all(isinstance(k, str) for k in found)
-    if not named or not any(isinstance(v, Tensor) for v in found.values()):
-        raise UserError(f"{path} holds no state_dict: save model.state_dict()")
+    # A checkpoint that has its weights under another name may have tensors beside them.
+    nested = named and any(
+        isinstance(v, Mapping) for k, v in found.items() if not k.endswith("_extra_state")
+    )
+    if not named or nested or not any(isinstance(v, Tensor) for v in found.values()):
+        entries = ", ".join(map(str, found)) if isinstance(found, Mapping) else ""
+        holds = f"a dict of {entries[:200]}" if entries else f"a {type(found).__name__}"
+        raise UserError(
+            f"{path} holds no state_dict but {holds}: save model.state_dict(), alone or in a dict "
+            f"as {' or '.join(map(repr, _ENTRIES))}"
+        )
     state, part = _matched(found, model)
     try:
         part.load_state_dict(state)
@@ -255,6 +295,16 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(
             f"{path} is truncated, corrupt or not a safetensors file ({e}): restore it or remove it"
         ) from e
+
+
+def digest(*tensors: Tensor) -> str:
+    """Return a short hash of tensors' shapes, types and values."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous()
+        found.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+        found.update(plain.view(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+    return found.hexdigest()[:16]
 
 
 def _checksum(tensor: Tensor) -> int:

@@ -97,6 +97,9 @@ def resolve(
     # The default eps is meant for MNIST in l-inf. Unknown data set names are reported later.
     elsewhere = preset == "none" and name != "mnist" and name in data.names()
     if "eps" not in values and (elsewhere or norm == "l2"):
+        place = str(values.get("data") or dataset.partition(":")[2])
+        if name in ("npz", "folder") and place and not Path(place).exists():
+            raise UserError(f"{place} does not exist: give the location of the data set, --data")
         raise UserError(
             f"no radius is known for {method} on {dataset} in {norm}: give --eps, such as 8/255"
         )

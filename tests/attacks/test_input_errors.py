@@ -1,11 +1,13 @@
 """Bad input is refused in one line that names the value."""
 
 import re
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
+import surestep
 from surestep import Linf, UserError, attacks
 
 
@@ -96,3 +98,47 @@ def test_bad_model(convnet, images, threat, gradient_attack, case):
     with pytest.raises(UserError, match=refusal(*words)):
         gradient_attack(Spoilt(convnet, spoil), *images(), threat)
     assert [m.training for m in convnet.modules()] == modes
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (lambda net: net.state_dict(), ("state_dict", "load_state_dict", "pass the module")),
+        (lambda net: net.forward, ("a method", "torch.nn.Module", "wrap")),
+        (lambda net: "runs/one", ("'runs/one'", "surestep.load")),
+    ],
+)
+def test_no_module(convnet, images, threat, model, words):
+    x, y = images()
+    given = model(convnet)
+    for call in (
+        lambda: attacks.fgsm(given, x, y, threat),
+        lambda: surestep.evaluate(given, (x, y), threat),
+        lambda: surestep.audit(given, (x, y), threat),
+        lambda: surestep.fit(given, (x, y), surestep.methods.Standard(threat)),
+    ):
+        with pytest.raises(UserError, match=refusal(*words)):
+            call()
+
+
+def test_numpy_images(convnet, images, threat):
+    x, y = images()
+    step = surestep.methods.Standard(threat)
+    with pytest.raises(UserError, match=refusal("x is a numpy array", "torch.from_numpy(x)")):
+        step(convnet, x.numpy(), y)
+    with pytest.raises(UserError, match=refusal("y is a list", "tensor")):
+        step(convnet, x, y.tolist())
+
+
+def test_what_fails_in_torchscript(images, threat):
+    class Net(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1) @ torch.ones(3, 2)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        net = torch.jit.script(Net())
+    with pytest.raises(UserError, match=refusal("mat1 and mat2 shapes")):
+        attacks.fgsm(net, *images(), threat)
+    with pytest.raises(UserError, match=refusal("mat1 and mat2 shapes")):
+        surestep.evaluate(net, images(), threat, ["fgsm"])

@@ -30,6 +30,17 @@ def test_pgd_keeps_the_best_iterate(stop):
     assert Peak()(x_adv).argmax(1).tolist() == [1, 1, 1]
 
 
+def test_pgd_has_default_steps(mlp, digits, threat):
+    """A quarter of eps, but no more than 2.5 eps in all."""
+    x, y = digits()
+    for steps, size in ((10, threat.eps / 4), (4, threat.eps / 4), (20, threat.eps / 8)):
+        found = []
+        for own in ({}, {"step_size": size}):
+            torch.manual_seed(0)
+            found.append(attacks.pgd(mlp, x, y, threat, steps, **own))
+        assert torch.equal(*found)
+
+
 def test_best_is_kept_per_sample():
     """Samples that start at different places peak at different steps."""
     x, y = torch.tensor([[0.5], [0.4], [0.1]]), torch.zeros(3, dtype=torch.int64)

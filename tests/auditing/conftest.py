@@ -44,8 +44,8 @@ def run(images, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Audit]:
     small = budgets.Budget(20, 20, 60, 30, 1, 200, autoattack=False)
     monkeypatch.setitem(budgets.BUDGETS, "quick", small)
 
-    def call(model: nn.Module, eps: float = 0.3, **more) -> Audit:
-        return audit(model, images, surestep.Linf(eps), budget="quick", **more)
+    def call(model: nn.Module, eps: float = 0.3, data=images, **more) -> Audit:
+        return audit(model, data, surestep.Linf(eps), budget="quick", **more)
 
     return call
 

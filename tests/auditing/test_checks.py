@@ -47,6 +47,7 @@ def ask(images):
             left = torch.arange(len(x)) < round(abs(share) * len(x))
             left = left if share >= 0 else left.flip(0)
             s.right[attack.replace("_", "-")] = left
+            s.broke[attack.replace("_", "-")] = s.right["clean"] & ~left
         return BY_NAME[name](s)
 
     return call
@@ -101,6 +102,62 @@ def test_models(ask, net, name):
     assert found.sentence
     assert found.threshold
     assert found.source
+
+
+def made_up(net):
+    """The answers of one function, the gradient of another."""
+    other = torch.randn(64, 3, generator=torch.Generator().manual_seed(1))
+
+    def forward(x):
+        fake = x.flatten(1) @ other
+        return net(x).detach() + fake - fake.detach()
+
+    return Layer(forward)
+
+
+def drawing_itself(net):
+    """Noise from a generator of its own, so that no seed repeats it."""
+    own = torch.Generator().manual_seed(0)
+    return Layer(lambda x: net(x + 0.1 * torch.randn(x.shape, generator=own)))
+
+
+SOUND = {
+    "plain": lambda net: net,
+    "scaled": lambda net: Layer(lambda x: 1e4 * net(x)),
+    "bfloat16": lambda net: net.bfloat16(),
+    "random": random,
+    "kwta": lambda net: nn.Sequential(
+        *net[:2], Layer(lambda z: torch.where(z >= z.topk(6).values[:, -1:], z, 0)), net[3]
+    ),
+    "max-pooling, with ties": lambda net: nn.Sequential(
+        Layer(lambda x: (x.clamp(0.3, 0.7)).repeat_interleave(2, 3)), nn.MaxPool2d((1, 2)), net
+    ),
+    # Nothing can be measured, or only over the longest steps.
+    "flat": quantised,
+    "drawing itself": drawing_itself,
+    "sure probabilities": lambda net: nn.Sequential(net, Layer(lambda z: 100 * z), nn.Softmax(1)),
+}
+
+
+@pytest.mark.parametrize("eps", [0.3, 1 / 255])
+@pytest.mark.parametrize("kind", SOUND)
+def test_the_gradient_of_a_sound_model_is_not_contradicted(ask, net, kind, eps):
+    found = ask("broken-gradients", SOUND[kind](net), eps)
+    assert found.status == "passed", found
+    error = found.evidence["difference error"]
+    if kind == "flat":
+        assert error is None
+    elif kind not in ("bfloat16", "drawing itself", "sure probabilities"):
+        assert error < 0.02
+
+
+@pytest.mark.parametrize("eps", [0.3, 1 / 255])
+def test_a_made_up_gradient_is_contradicted(ask, net, eps):
+    found = ask("broken-gradients", made_up(net), eps)
+    assert (found.status, found.value) == ("flagged", 1.0)
+    assert found.evidence["contradicted"]
+    assert found.evidence["difference error"] > 0.7
+    assert "finite differences contradict the gradient" in found.sentence
 
 
 @pytest.mark.parametrize(
@@ -407,6 +464,26 @@ def test_little_noise_is_noise(ask, net):
     found = ask("deterministic-forward", Layer(lambda x: net(x) + 1e-2 * torch.randn(len(x), 3)))
     assert found.status == "flagged"
     assert 1e-4 < found.value < 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x: x - x.mean(0), "depends on the rest of the batch"),
+        (lambda x: 1 - x if x.requires_grad else x, "answers differently with gradients on"),
+        (
+            lambda x: x + 0 * torch.manual_seed(0).initial_seed(),
+            "seeds the random generator of torch in its forward",
+        ),
+        (lambda x: x + 0.1 * torch.rand_like(x), "is random"),
+    ],
+)
+def test_passes_that_do_not_agree(ask, net, change, said):
+    found = ask("deterministic-forward", Layer(lambda x: net(change(x))))
+    assert found.status == "flagged"
+    assert found.sentence == f"the model {said}"
+    assert len(found.evidence["right"]) == 5
+    assert (found.value > 1e-4) is ("seeds" not in said)
 
 
 def test_outputs_between_0_and_1_that_do_not_sum_to_1_are_logits(ask, net):

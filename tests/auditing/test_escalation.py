@@ -8,7 +8,7 @@ from torch import nn
 
 import surestep
 from surestep import UserError
-from surestep.auditing import escalation
+from surestep.auditing import stand_ins
 from surestep.auditing.binarization import binarization_rates
 
 THREAT = surestep.Linf(0.3)
@@ -26,7 +26,7 @@ class Layer(nn.Module):
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_a_torchscript_program_has_no_layers_to_look_into(net, images):
     program = torch.jit.trace(net.eval(), images[0][:2])
-    assert escalation.flat_layers(program, images[0]) == []
+    assert stand_ins.flat_layers(program, images[0]) == []
 
 
 def test_flat_layers_are_the_innermost(net, images):
@@ -35,10 +35,50 @@ def test_flat_layers_are_the_innermost(net, images):
         net,
         nn.Sequential(nn.Identity()),
     )
-    assert escalation.flat_layers(model, images[0]) == ["0.1"]
-    assert escalation.flat_layers(net, images[0]) == []
+    assert stand_ins.flat_layers(model, images[0]) == ["0.1"]
+    assert stand_ins.flat_layers(net, images[0]) == []
     hidden = nn.Sequential(Layer(torch.Tensor.detach), net)
-    assert escalation.flat_layers(hidden, images[0]) == ["0"]
+    assert stand_ins.flat_layers(hidden, images[0]) == ["0"]
+
+
+def test_a_layer_with_a_wrong_backward_is_passed_straight_through(net, images):
+    """Its own gradient is not zero, only useless."""
+    x, _ = images
+    other = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+
+    def forward(z):
+        fake = (z.flatten(1) @ other).view_as(z)
+        return (z * 7).round().detach() / 7 + fake - fake.detach()
+
+    model = nn.Sequential(Layer(forward), net)
+    assert stand_ins.flat_layers(model, x) == ["0"]
+    with stand_ins.bpda(model, x, ["0"]) as smooth:
+        z = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(smooth(z).sum(), z)
+    q = Layer(forward)(x).detach().requires_grad_()
+    (expected,) = torch.autograd.grad(net(q).sum(), q)
+    assert torch.allclose(grad, expected, atol=1e-5)
+
+
+def test_sound_layers_are_not_taken_for_wrong_ones(images):
+    """Max-pooling of ties, noise, discontinuities, layers in low precision."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        Layer(lambda x: x + 0.1 * torch.randn_like(x)),
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        Layer(lambda z: torch.where(z > 0.3, z, 0.0)),
+        nn.MaxPool2d(3, 1, 1),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.Softmax(1),
+        nn.Flatten(),
+        nn.Linear(512, 3),
+    )
+    assert stand_ins.flat_layers(model.eval(), images[0][:32]) == []
+    half = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Linear(64, 3)).bfloat16()
+    wrapped = nn.Sequential(Layer(torch.Tensor.bfloat16), half)
+    assert stand_ins.flat_layers(wrapped, images[0]) == []
 
 
 def test_straight_through_keeps_the_forward_and_gives_a_gradient(net, images):
@@ -46,7 +86,7 @@ def test_straight_through_keeps_the_forward_and_gives_a_gradient(net, images):
     quantise = Layer(lambda z: (z * 7).round() / 7)
     model = nn.Sequential(quantise, net)
     plain = model(x)
-    with escalation.bpda(model, x, ["0"]) as smooth:
+    with stand_ins.bpda(model, x, ["0"]) as smooth:
         z = x.clone().requires_grad_()
         out = smooth(z)
         (grad,) = torch.autograd.grad(out.sum(), z)
@@ -64,7 +104,7 @@ def test_a_layer_that_changes_shape_gets_a_fitted_network(images):
     torch.manual_seed(0)
     codes = Layer(lambda z: (z > torch.arange(0.05, 1, 0.1).view(1, -1, 1, 1)).float())
     model = nn.Sequential(codes, Layer(lambda z: z.sum((2, 3))))
-    with escalation.bpda(model, x, ["0"]) as smooth:
+    with stand_ins.bpda(model, x, ["0"]) as smooth:
         z = x.clone().requires_grad_()
         (grad,) = torch.autograd.grad(smooth(z).sum(), z)
     # More light, more comparisons hold: about ten per unit of light.
@@ -80,12 +120,12 @@ def test_expectation_over_passes(net, images):
     def spread(model):
         return torch.stack([model(x).log_softmax(1) for _ in range(8)]).std(0).mean()
 
-    assert spread(escalation.Expected(noisy, 25)) < 0.4 * spread(noisy)
+    assert spread(stand_ins.Expected(noisy, 25)) < 0.4 * spread(noisy)
 
 
 def test_log_probabilities_undo_a_softmax(net, images):
     x, _ = images
-    inverse = escalation.LogProbabilities(nn.Sequential(net, nn.Softmax(1)))
+    inverse = stand_ins.LogProbabilities(nn.Sequential(net, nn.Softmax(1)))
     apart = inverse(x) - net(x)
     assert torch.allclose(apart, apart[:, :1].expand_as(apart), atol=1e-4)
 
@@ -122,7 +162,7 @@ def test_an_attack_that_fails_leaves_no_hook(run, net, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no more")
 
-    monkeypatch.setattr(escalation, "in_turn", fail)
+    monkeypatch.setattr(stand_ins, "in_turn", fail)
     with pytest.raises(RuntimeError, match="no more") as caught:
         run(model, 0.05)
     assert caught.tb  # it holds all frames

@@ -76,7 +76,7 @@ class TestTraining:
             (["--param", "=3"], ["--param '=3'", "NAME=VALUE"]),
             (["--param", "lam=-1"], ["sat-r3: lam -1", ">= 0"]),
             (["--param", "tau=0"], ["sat-r3: tau 0", "> 0"]),
-            (["--param", "eps_low=0.4"], ["eps_low 0.4", "the step's 0.3"]),
+            (["--param", "eps_low=0.4"], ["eps_low 0.4", "full step = 0.3"]),
             (["--param", "lam="], ["params.lam ''", "number"]),
             (["--param", "lam=1/0"], ["lam '1/0'"]),
             (["--param", "lam=[1"], ["params.lam '[1'", "number"]),
@@ -414,7 +414,7 @@ class TestData:
 
     @pytest.mark.parametrize("name", ["npz", "folder", "hf"])
     def test_no_place_given(self, refuse, name):
-        assert f"{name!r} needs the " in refuse("--dataset", name)
+        assert f"{name!r} needs " in refuse("--dataset", name)
 
     def test_cifar_without_network(self, refuse, tmp_path):
         place = tmp_path / "empty"
@@ -489,7 +489,7 @@ class TestOurs:
         monkeypatch.setattr("os.fsync", full)
         place = tmp_path / "r.json"
         place.write_text("the last result")
-        line = refused("evaluate", finished, "--attacks", "fgsm", "--json", place)
+        line = refused("evaluate", finished, "--attacks", "fgsm", "--n", "10", "--json", place)
         assert f"no space left to write {place}" in line
         assert place.read_text() == "the last result"
         assert list(tmp_path.iterdir()) == [place]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import textwrap
 
@@ -42,9 +43,9 @@ def test_end_to_end(done, finished, tmp_path):
 
 
 def test_json_on_stdout_is_json_only(cli, finished):
-    result = cli("evaluate", finished, *ATTACKS, "--n", "20", "--json", "-")
+    result = cli("evaluate", finished, *ATTACKS, "--n", "10", "--json", "-")
     assert (result.code, result.err) == (0, "")
-    assert json.loads(result.out)["n"] == 20
+    assert json.loads(result.out)["n"] == 10
 
 
 def test_the_same_twice_and_in_another_batch_size(done, finished):
@@ -217,8 +218,41 @@ def test_a_doubtful_number_is_said_to_be_one(cli, finished, tmp_path):
         *("--n", "100", "--attacks", "fgsm,pgd-3", "--html", page, "--json", "-"),
     )
     assert found.code == 0, found.err
-    (line,) = [line for line in found.err.splitlines() if "warning" in line]
+    (line,) = [line for line in found.err.splitlines() if "too high" in line]
     assert line.startswith("surestep: warning: the worst case of ")
     assert "no gradient reaches " in line
     assert json.loads(found.out)["doubts"] == [line.split("too high: ")[1].split(". An")[0]]
     assert "It may be too high: no gradient reaches" in page.read_text("utf-8")
+
+
+def test_clean_accuracy_at_chance_is_told(cli, tmp_path):
+    code = """
+        import torch
+        from surestep import models
+        def make():
+            torch.manual_seed(0)
+            return models.create("cnn-small")
+    """
+    (tmp_path / "net.py").write_text(textwrap.dedent(code), "utf-8")
+    options = ("--dataset", "mnist", "--eps", "0.3", "--n", "60", "--attacks", "fgsm")
+    found = cli("evaluate", f"{tmp_path / 'net.py'}:make", *options)
+    assert found.code == 0
+    assert re.search(r"clean accuracy [\d.]+% is at chance: are the weights, --mean", found.err)
+    few = cli("evaluate", f"{tmp_path / 'net.py'}:make", *options[:-4], "5", *options[-2:])
+    assert "at chance" not in few.err
+    right = "--attacks", "fgsm", "--n", "200"
+    code = """
+        import torch
+        from torch import nn
+        from surestep import data
+        class Knows(nn.Module):
+            def forward(self, x):
+                return -torch.cdist(x.flatten(1), means)
+        digits = data.load("mnist").first(2000)
+        x = digits.pixels().flatten(1)
+        means = torch.stack([x[digits.y == k].mean(0) for k in range(10)])
+    """
+    (tmp_path / "good.py").write_text(textwrap.dedent(code), "utf-8")
+    good = cli("evaluate", f"{tmp_path / 'good.py'}:Knows", *options[:4], *right)
+    assert good.code == 0
+    assert "at chance" not in good.err

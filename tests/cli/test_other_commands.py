@@ -125,9 +125,9 @@ class TestProcess:
         assert ended.stderr.count("\n") == 1
 
     def test_a_result(self, process, finished):
-        ended = process("evaluate", finished, "--attacks", "fgsm", "--json", "-")
+        ended = process("evaluate", finished, "--attacks", "fgsm", "--n", "10", "--json", "-")
         assert (ended.returncode, ended.stderr) == (0, "")
-        assert json.loads(ended.stdout)["n"] == 100
+        assert json.loads(ended.stdout)["n"] == 10
 
 
 # Clean, under FGSM, worst case.
@@ -177,7 +177,7 @@ class TestDemo:
         assert list(found) == ["fgsm", "sat-r2"]
         for result in found.values():
             assert list(result["robust_accuracy"]) == ["fgsm", "pgd-100", "pgd-100-margin"]
-            assert (result["n"], result["threat"]["eps"]) == (20, 0.3)
+            assert (result["n"], result["threat"]["eps"], result["seed"]) == (20, 0.3, 3)
             assert result["train_seconds"] > 0
             assert (result["audit"]["n"], result["audit"]["budget"]) == (20, "quick")
             assert f"{result['audit']['verdict']}, " in rows["audit, 20 images"]
@@ -214,7 +214,7 @@ class TestDemo:
     def test_the_sentence_follows_the_numbers(self, done, brief, monkeypatch, accuracies, said):
         clean, under_fgsm, worst = accuracies
 
-        def judge(model, data, threat, attacks, n, progress, tell):
+        def judge(model, data, threat, attacks, n, seed, progress, tell):
             progress(n, n, worst)
             found = evaluate(model, data, threat, ["fgsm"], n=n)
             scores = {"fgsm": under_fgsm, "pgd-100": worst}

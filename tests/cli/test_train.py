@@ -284,8 +284,11 @@ def test_data_without_a_recipe_are_told(cli, digits, tmp_path, model):
     place = ("--out", tmp_path / "run", "--json", tmp_path / "r.json", "--val-images", "20")
     found = cli("train", "--method", "sat-r3", *args, *place, *model)
     assert found.code == 0
-    told = "sat-r3 has no preset for npz, using defaults: model lenet+, lr 0.1"
+    told = "sat-r3 has no preset for npz, using defaults, most of them meant for MNIST: "
+    told += "model lenet+, lr 0.1, lam 1, tau"
     assert (told in found.err) == (not model)
+    assert ("alpha 0.01, " in found.err) == (not model)
+    assert ("cifar10 for colour images" in found.err) == (not model)
     assert json.loads((tmp_path / "r.json").read_text())["masked_epochs"] in ([], [1])
 
 

@@ -91,3 +91,14 @@ def test_names_and_mistakes(refused):
 def test_the_dtype_stays(dtype):
     x = torch.ones(2, 1, 4, 4, dtype=dtype)
     assert CropFlip().draw(2, torch.Generator()).apply(x).dtype == dtype
+
+
+def test_a_draw_on_a_device_is_moved_no_more():
+    """A method that remembers applies it four times a step."""
+    moved = CropFlip().draw(3, torch.Generator()).to(torch.device("meta"))
+    again = moved.to(torch.device("meta"))
+    for name in ("dy", "dx", "flip"):
+        assert getattr(moved, name).is_meta
+        assert getattr(again, name) is getattr(moved, name)
+    assert moved.apply(torch.empty(3, 1, 8, 8, device="meta")).is_meta
+    assert (len(moved), moved.pad) == (3, 4)

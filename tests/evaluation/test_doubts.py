@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import surestep
 from surestep.errors import SurestepWarning, UserError
-from surestep.evaluation import doubts, evaluate
+from surestep.evaluation import Adapted, doubts, evaluate
 from surestep.evaluation.suite import Attack
 
 THREAT = surestep.Linf(0.05)
@@ -74,6 +76,122 @@ def test_gradients_matter_where_an_attack_follows_them(net, images):
         assert evaluate(model, images, THREAT, ["noise-3", "square-20"]).doubts == []
         own = {"own": Attack(lambda model, x, y: x)}
         assert evaluate(model, images, THREAT, own).doubts == []
+
+
+BATCH = ["an image's logits depend on the other images of its batch"]
+
+
+class Hidden(nn.Module):
+    """The network in a list: nobody switches it to eval mode."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.nets = [nn.Sequential(*(m for m in net.train() if not isinstance(m, nn.Dropout)))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.nets[0](x)
+
+
+@pytest.mark.parametrize("batch_size", [2, 7, 90])
+@pytest.mark.parametrize(
+    "make",
+    [
+        Hidden,
+        lambda net: Changed(net, lambda x: x, lambda z: z - z.mean(0)),
+        lambda net: Changed(net, lambda x: x - x.mean(0)),
+    ],
+)
+def test_batches_matter(net, images, make, batch_size):
+    for attacks in (["fgsm"], ["noise-3"]):
+        with pytest.warns(SurestepWarning):
+            found = evaluate(make(net), images, THREAT, attacks, batch_size=batch_size)
+        assert found.doubts == BATCH
+
+
+def test_images_alone_have_no_batch(net, images):
+    model = Changed(net, lambda x: x - 0.1 * x.mean(0))
+    assert evaluate(model, images, THREAT, ["fgsm"], batch_size=1).doubts == []
+
+
+def test_another_function_where_gradients_are_on(net, images):
+    model = Changed(net, lambda x: 1 - x if x.requires_grad else x)
+    with pytest.warns(SurestepWarning, match="differently when gradients are on"):
+        found = evaluate(model, images, THREAT, ["fgsm"])
+    assert found.doubts == [doubts.OTHER_WITH_GRADIENTS]
+    assert evaluate(model, images, THREAT, ["noise-3"]).doubts == []
+
+
+SEEDING = {
+    "torch": lambda x: torch.manual_seed(0),
+    "numpy": lambda x: np.random.seed(0),  # noqa: NPY002
+    "python": lambda x: random.seed(0),
+    # Another seed for each image, and the same at each pass.
+    "of the image": lambda x: torch.manual_seed(int(1e6 * x.sum())),
+}
+
+
+@pytest.mark.parametrize("seeding", SEEDING)
+def test_a_model_that_seeds_weakens_no_attack(net, images, seeding):
+    """Its passes would set the attacks' random numbers back: each point would be the same."""
+
+    def before(x):
+        SEEDING[seeding](x)
+        return x
+
+    names = ["noise-20", "pgd-3x3", "square-60", "transfer"]
+    sound = evaluate(net, images, THREAT, names, doubt=False)
+    with pytest.warns(SurestepWarning, match="may be too high"):
+        found = evaluate(Changed(net, before), images, THREAT, names)
+    assert found.robust_accuracy == sound.robust_accuracy
+    assert all(found.right[name].equal(sound.right[name]) for name in names)
+    kind = "torch" if seeding == "of the image" else seeding
+    (said,) = (doubt for doubt in found.doubts if "seeds" in doubt)
+    assert said.startswith(f"its forward seeds the random generator of {kind}, so what it draws")
+
+
+def test_what_a_model_draws_without_seeding_stays_random(net, images):
+    """It seeds one generator and draws from another, too."""
+
+    def before(x):
+        torch.manual_seed(0)
+        return x + 0.1 * random.random()
+
+    model = Adapted(Changed(net, before)).eval()
+    x = images[0]
+    state, first = torch.get_rng_state(), model(x)
+    assert torch.get_rng_state().equal(state)
+    assert model.seeds == ("torch",)
+    assert not model(x).equal(first)
+    draws = Adapted(Changed(net, lambda x: x + torch.rand_like(x)))
+    draws.train()(x)
+    assert draws.seeds is None  # a look would count in the statistics of batch norm
+    draws.eval()(x)
+    assert draws.seeds == ()
+
+
+def test_a_sound_model_costs_two_passes_and_the_gradients(net, images):
+    x, calls = images[0], []
+    net.eval().register_forward_hook(lambda _m, args, _o: calls.append(len(args[0])))
+    assert doubts.of_model(net, x, net(x).argmax(1), THREAT, ["noise-3"], 500) == []
+    assert calls == [90, 90, 45, 45]
+    calls.clear()
+    assert doubts.of_model(net, x, net(x).argmax(1), THREAT, ["fgsm"], 500) == []
+    assert calls == [90, 90, 45, 45, 90, 90]
+
+
+def test_half_of_the_digits_is_no_other_answer(net, images):
+    net = net.eval().bfloat16()
+    assert doubts.rounding_of(net) > doubts.rounding_of(net.float())
+    x = images[0]
+    out = net(x)
+    assert not doubts.differ(out, 1.005 * out, doubts.rounding_of(net))
+    assert doubts.differ(out, 1.02 * out, doubts.rounding_of(net))
+    assert doubts.differ(out, out.flip(1), 9.0)
+    gone = out.clone()
+    gone[:2] = math.nan
+    assert not doubts.differ(out, gone, 0.1)  # two images say nothing
+    gone[:3] = math.nan
+    assert doubts.differ(out, gone, 0.1)
 
 
 def test_a_model_that_wants_no_gradient_can_be_judged(net, images):

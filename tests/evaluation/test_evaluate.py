@@ -205,7 +205,7 @@ class TestKinds:
             (lambda x, y: (x * 255, y), "divide x by 255"),
             (lambda x, y: (x, y + 3), "labels from .* but the model has 3 classes"),
             (lambda x, y: (x[:, :, :5], y), "the model fails on one batch of shape"),
-            (lambda x, y: (x, y[:5]), "90 images and y has 5 labels"),
+            (lambda x, y: (x, y[:5]), "90 images but y has 5 labels"),
             (lambda x, y: DataLoader(TensorDataset(x * 2 - 1, y), 5), r"expected \[0, 1\]"),
         ],
     )

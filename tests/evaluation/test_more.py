@@ -642,7 +642,7 @@ def test_what_decides_is_float32_whatever_the_caller_computes_in():
 
 @pytest.mark.parametrize("name", ["clean", "worst case"])
 def test_an_attack_may_not_be_called_what_it_is_held_against(net, images, name):
-    with pytest.raises(UserError, match=f"'{name}' is what is found without attacks"):
+    with pytest.raises(UserError, match=f"cannot be called '{name}', a name the result needs"):
         evaluate(net, images, THREAT, {name: Attack(keep)})
 
 
@@ -654,7 +654,7 @@ def test_a_point_that_only_float32_sees_as_wrong_was_found_by_the_last_step(told
     model = told(a={1})
     x = torch.stack([torch.zeros(3), torch.arange(3) / 1000], 1)
     hit = torch.tensor([[0.0, 0.0], [0.1, 0.0], [0.0, 0.0]])
-    attack = Attack(lambda m, x, y: Found(x + hit, torch.full((3,), -1)), looks=4)
+    attack = Attack(lambda m, x, y: Found(x + hit, torch.full((3,), -1)), points_tried=4)
     y = torch.zeros(3, dtype=torch.int64)
     found = surestep.evaluate(model, (x, y), surestep.Linf(0.2), {"late": attack})
     (row,) = found.attacks
@@ -669,3 +669,37 @@ def test_transfer_climbs_the_margin_with_momentum_too(net, monkeypatch):
         y = net.eval()(x).argmax(1)
     surestep.evaluate(net, (x, y), surestep.Linf(1e-6), ["transfer"], sources=[net, net])
     assert calls == ["margin", "margin"]
+
+
+def test_a_function_is_an_attack(net, images):
+    def far(model, x, y):  # outside the ball, to which it is projected
+        return attacks.fgsm(model, x, y, surestep.Linf(0.9))
+
+    found = evaluate(net, images, THREAT, {"far": far, "as one": Attack(far)}, doubt=False)
+    assert found.robust_accuracy["far"] == found.robust_accuracy["as one"]
+    assert 0 < found.robust_accuracy["far"] < found.clean_accuracy
+
+
+@pytest.mark.parametrize(
+    ("attacks", "said"),
+    [
+        ({"mine": 3}, "the attack 'mine' is 3, expected a function"),
+        ({"mine": lambda m, x, y: x[:, :, 1:]}, r"'mine' returned points of shape \(.*, 7, 8\)"),
+        ({"mine": lambda m, x, y: None}, "'mine' returned a NoneType, expected a tensor"),
+        (["fgsm", lambda m, x, y: x], "attacks holds <function .* give an attack of your own by"),
+    ],
+)
+def test_what_is_no_attack(net, images, attacks, said):
+    with pytest.raises(UserError, match=said):
+        evaluate(net, images, THREAT, attacks)
+
+
+class Dicts(TensorDataset):
+    def __getitem__(self, at):
+        x, y = super().__getitem__(at)
+        return {"x": x, "y": y}
+
+
+def test_a_dataset_of_dicts_is_told_of_a_loader(net, images):
+    with pytest.raises(UserError, match=r"yield a dict, .* collate_fn .* a DataLoader with it"):
+        evaluate(net, Dicts(*images), THREAT, ["fgsm"])

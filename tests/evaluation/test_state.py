@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 from typing import Any
 
@@ -17,7 +18,8 @@ import surestep
 from surestep.errors import UserError
 from surestep.evaluation import _evaluate as room
 from surestep.evaluation import evaluate
-from surestep.evaluation._state import model_digest
+from surestep.evaluation._state import State, model_digest
+from surestep.evaluation.suite import Attack
 from surestep.models import Normalize
 from surestep.posthoc import insert
 from surestep.posthoc.mean_sparse import layers
@@ -59,7 +61,8 @@ def test_what_is_done_is_not_done_again(net, images, tmp_path):
     calls: list[int] = []
     assert run(net, images, path, doubt=False) == whole
     # Of both radii a look at one image of each batch, and two passes over the first; no attack.
-    assert sorted(calls) == [1] * 10 + [20] * 4
+    # And one look whether the model seeds what is random.
+    assert sorted(calls) == [1] * 10 + [1] + [20] * 4
 
 
 @pytest.mark.parametrize(
@@ -148,9 +151,12 @@ def test_code_that_answers_otherwise_is_refused(net, images, tmp_path):
     whole = run(Scaled(), images, path)
     written = path.read_bytes()
     Scaled.factor = -1.0
-    with pytest.raises(UserError, match=r"answers otherwise on \d+ of 20 images"):
+    with pytest.raises(UserError, match=r"changed since .* \(it classifies \d+ of 20 images diff"):
         run(Scaled(), images, path)
-    Scaled.factor = 2.0  # which changes no answer
+    Scaled.factor = 1.05  # changes no class
+    with pytest.raises(UserError, match=r"\(its logits differ on 16 of 16 images\): restore its"):
+        run(Scaled(), images, path)
+    Scaled.factor = 1 + 1e-5  # as another machine may round
     assert run(Scaled(), images, path) == whole
     with pytest.raises(UserError, match="other model"):
         run(net, images, path)
@@ -182,6 +188,66 @@ def test_a_random_model_is_no_other_code(net, images, tmp_path, draws):
     path.write_bytes(path.read_bytes()[:700])
     again = run(Noisy(), images, path, **given)
     assert (again == whole) is (draws != "its own")
+
+
+def test_other_attributes_are_refused(net, images, tmp_path):
+    """Neither the weights nor what layers tell has them, and hardly an image changes its class."""
+
+    class Tempered(nn.Module):
+        def __init__(self, temperature):
+            super().__init__()
+            self.net, self.temperature = net, temperature
+
+        def forward(self, x):
+            return (self.net(x) / self.temperature).softmax(1)
+
+    path = tmp_path / "state.jsonl"
+    given = {"doubt": False, "eps": []}
+    run(Tempered(1.0), images, path, **given)
+    with pytest.raises(UserError, match=r"its logits differ on 1\d of 16 images"):
+        run(Tempered(2.0), images, path, **given)
+    # Another number of classes is no error of torch's.
+    more = nn.Sequential(Tempered(1.0))
+    more.forward = lambda x: torch.nn.functional.pad(more[0](x), (0, 1))
+    run(nn.Sequential(Tempered(1.0)), images, tmp_path / "other", **given)
+    with pytest.raises(UserError, match="its logits differ on 16 of 16 images"):
+        run(more, images, tmp_path / "other", **given)
+
+
+def test_two_evaluations_do_not_share_a_file(net, images, tmp_path):
+    """Each would overwrite the other's lines."""
+    path, said = tmp_path / "state.jsonl", []
+
+    def attack(model, x, y):
+        with pytest.raises(UserError, match="is in use by another evaluation: wait for it") as e:
+            evaluate(net, images, THREAT, own, state=path)
+        said.append(e)
+        return x
+
+    own = {"own": Attack(attack)}
+    whole = without_times(evaluate(net, images, THREAT, own, state=path))
+    assert said
+    # Also where a forked worker still has the file open.
+    state = State(tmp_path / "other.jsonl", {"version": 1})
+    copy_of_it = os.dup(state._file.fileno())
+    state.close()
+    State(tmp_path / "other.jsonl", {"version": 1}).close()
+    os.close(copy_of_it)
+    # A refused one lets go of the file.
+    with pytest.raises(UserError, match="other seed"):
+        evaluate(net, images, THREAT, own, state=path, seed=1)
+    assert without_times(evaluate(net, images, THREAT, own, state=path)) == whole
+
+
+def test_buffers_that_are_not_saved_tell_models_apart():
+    def made(value):
+        layer = nn.Linear(2, 2)
+        nn.init.ones_(layer.weight)
+        nn.init.ones_(layer.bias)
+        layer.register_buffer("hidden", torch.tensor(value), persistent=False)
+        return model_digest(layer)
+
+    assert made(1.0) == made(1.0) != made(2.0)
 
 
 def test_other_layers_are_another_model(net):

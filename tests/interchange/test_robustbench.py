@@ -111,7 +111,7 @@ def test_an_entry_has_exactly_robustbenchs_keys(evaluation: dict[str, Any]) -> N
 def test_what_was_selected_by_is_no_test(evaluation: dict[str, Any]) -> None:
     assert entry({**evaluation, "split": "test", "dataset": "cifar10"})
     said = refused(entry, {**evaluation, "split": "validation"})
-    assert "is of validation images, which a training run may have selected by" in said
+    assert "is of validation images, by which training may have selected weights" in said
 
 
 def test_the_data_set_is_the_one_that_was_judged_on(evaluation: dict[str, Any]) -> None:
@@ -133,6 +133,19 @@ def test_autoattack_through_layers_that_mask(evaluation: dict[str, Any]) -> None
     assert entry(evaluation)["autoattack_acc"] == "25.00"
 
 
+def test_doubts_are_refused_or_told(evaluation: dict[str, Any]) -> None:
+    assert entry({**evaluation, "doubts": []}) == entry(evaluation)
+    doubtful = {**evaluation, "doubts": ["the model is random", "no gradient"]}
+    message = refused(entry, doubtful)
+    assert "may be too high (the model is random; no gradient)" in message
+    assert "allow_doubts=True" in message
+    told = {"footnote": "may be too high: the model is random; no gradient"}
+    assert entry(doubtful, allow_doubts=True) == entry(evaluation) | told
+    # 0 cannot be too high.
+    doubtful["robust_accuracy"] = {"autoattack": 0.0}
+    assert "footnote" not in entry(doubtful)
+
+
 def test_the_whole_test_set_counts(evaluation: dict[str, Any]) -> None:
     some = {**evaluation, "n": 1000}
     assert "has 1000 of the 10000 images of cifar10's test set" in refused(entry, some)
@@ -141,7 +154,7 @@ def test_the_whole_test_set_counts(evaluation: dict[str, Any]) -> None:
     more = {**evaluation, "n": 60_000}
     for allow in (False, True):
         message = refused(entry, more, allow_subset=allow)
-        assert "60000 images, cifar10's test set 10000" in message
+        assert "60000 images, cifar10's test set only 10000" in message
     assert entry({**evaluation, "n": 5000}, dataset="imagenet")["dataset"] == "imagenet"
     assert "give test_set_size" in refused(entry, evaluation, dataset="flowers")
     assert entry(evaluation, dataset="flowers", test_set_size=10_000)["dataset"] == "flowers"
@@ -189,7 +202,7 @@ def test_model_info_path(parts: Any, path: str) -> None:
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        (("../x", "l2", "Rice", 2020, "A"), "dataset '../x' is not a name of a folder"),
+        (("../x", "l2", "Rice", 2020, "A"), "dataset '../x' is not a folder name"),
         (("", "l2", "Rice", 2020, "A"), "dataset ''"),
         (("cifar10", "l1", "Rice", 2020, "A"), "unknown norm 'l1': did you mean 'l2'?"),
         (("cifar10", "l2", "Rice", 20, "A"), "year 20 is not a year"),

@@ -841,7 +841,7 @@ class TestData:
         [
             ("mnist", "is of type str: give a pair"),
             ((torch.rand(8, 1, 8, 8) * 255, torch.zeros(8).long()), "divide x by 255"),
-            ((torch.rand(8, 1, 8, 8), torch.zeros(7).long()), "8 images and y has 7 labels"),
+            ((torch.rand(8, 1, 8, 8), torch.zeros(7).long()), "8 images but y has 7 labels"),
             ((torch.rand(20, 1, 8, 8), torch.arange(20)), "labels from .* but the model has 3"),
             (DataLoader([], 10), "no batch to train on"),
         ],

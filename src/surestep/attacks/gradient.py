@@ -105,8 +105,8 @@ def pgd(
     x: Tensor,
     y: Tensor,
     threat: ThreatModel,
-    steps: int,
-    step_size: float,
+    steps: int = 10,
+    step_size: float | None = None,
     restarts: int = 1,
     loss: str = "ce",
     *,
@@ -122,7 +122,7 @@ def pgd(
         y: labels (N,).
         threat: norm, radius and data range.
         steps: gradient steps of each restart.
-        step_size: in pixel units.
+        step_size: in pixel units; a quarter of eps by default, or 2.5 eps / steps if that is less.
         restarts: how many random starts; per sample the strongest result is kept.
         loss: "ce", "margin" or "dlr".
         start_radius: of the random start; eps by default, 0 to start at x.
@@ -142,7 +142,7 @@ def pgd(
         y,
         threat,
         steps,
-        step_size,
+        min(threat.eps / 4, 2.5 * threat.eps / max(steps, 1)) if step_size is None else step_size,
         restarts,
         loss,
         start_radius=start_radius,

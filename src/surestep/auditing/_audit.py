@@ -17,6 +17,7 @@ from surestep.attacks.core import input_gradient, share_of
 from surestep.attacks.inputs import check_inputs, check_labels, count_classes, forward_logits
 from surestep.attacks.lending import (
     attacking,
+    check_module,
     device_of,
     forked_rng,
     interpreted,
@@ -25,10 +26,10 @@ from surestep.attacks.lending import (
     unwrapped,
 )
 from surestep.auditing._subject import Subject
-from surestep.auditing.answers import escalate
 from surestep.auditing.budgets import budget_of
 from surestep.auditing.checks import CHECKS, Check, blind_share
-from surestep.auditing.verdict import Findings, judge
+from surestep.auditing.escalation import escalate
+from surestep.auditing.verdict import AuditNumbers, judge
 from surestep.data import Images
 from surestep.devices import autocast, has_bf16, memory_for
 from surestep.errors import UserError
@@ -40,6 +41,8 @@ from surestep.threat import ThreatModel
 from surestep.threat import check as check_threat
 
 FORMAT, VERSION = "surestep-audit", 1
+_BLACK_BOX, _GAPS = 7, 19
+"""Indices of the checks that are made again after the escalation."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +54,17 @@ class Audit:
         sentence: the verdict in words.
         checks: the twenty masking checks.
         clean_accuracy: share of images classified right as they are.
-        claims: the accuracy that a report on FGSM alone, or on PGD-10 alone, would have given.
+        claims: accuracy under FGSM alone and under PGD-10 alone, as a weak report would print it.
         found_accuracy: share of images that nothing broke.
         found_interval: its 95% interval.
-        found_by: the attack that broke the most of the images it was run on.
-        attacks: accuracy by attack; of those on survivors only, what was left after it.
-        escalation: what was run because checks flagged, why, and what it left.
-        chance: share of the commonest label.
+        found_by: the attack that broke the most images.
+        attacks: accuracy by attack; for attacks on survivors only, the share left after them.
+        escalation: the attacks run because checks flagged, why, and what they left.
+        chance: share of the most common label.
         n: number of images.
-        budget: its name.
-        seed: of all that is random.
-        threat: norm, eps and data range in words.
+        budget: name of the budget.
+        seed: seed of everything random.
+        threat: norm, eps and data range as plain values.
         seconds: wall time.
     """
 
@@ -111,31 +114,33 @@ def audit(
 ) -> Audit:
     """Tell whether a model's robustness is real, or gradients are masked.
 
-    The model's accuracy is measured as a weak report would (FGSM, PGD-10) and as attacks can
-    that use gradients, queries only, and points made on a substitute. Twenty checks look for
-    masking; where one flags, attacks made for it follow. The verdict rests on what all of these
-    found. The model is judged in eval mode and left as it was found; so is the random state.
+    Accuracy is measured as a weak report would (FGSM, PGD-10), and under attacks that use
+    gradients, queries only, or points made on a substitute. Twenty checks look for masking; where
+    one flags, attacks made for it follow. The verdict rests on what all of these attacks found.
+    The model is judged in eval mode; it and the random state are left as they were found.
 
     Args:
         model: any classifier of images in the threat model's range.
-        data: a pair of tensors (x, y), a Dataset or a DataLoader; images it was not trained on.
+        data: a pair of tensors (x, y), a Dataset or a DataLoader of images the model was not
+            trained on.
         threat: norm, radius and data range.
         budget: "quick", "standard" or "thorough".
         n: only n images, chosen as ``surestep.evaluate`` does; None for all.
-        seed: of all that is random.
-        batch_size: of the attacks.
-        preprocess: what the model needs done to the pixels first, such as ``models.Normalize``.
+        seed: seed of everything random.
+        batch_size: images per pass of the attacks.
+        preprocess: applied to the pixels before the model, such as ``models.Normalize``.
         sources: further models for the transfer attack, which take the same pixels.
-        state: path prefix of the progress files, one per round of attacks; given again after a
+        state: path prefix of the progress files, one per round of attacks. Given again after a
             stop, the audit continues from there and finds the same.
-        tell: called with a sentence on what is being done.
+        tell: called with a sentence that says what is being done.
 
     Raises:
-        UserError: an unknown budget, a radius of 0, a state of another audit, or a model or data
-            that cannot be judged.
+        UserError: the budget is unknown, the radius is 0, the state belongs to another audit, or
+            the model or data cannot be judged.
     """
     start = time.perf_counter()
     spend = budget_of(budget)
+    check_module(model)
     check_threat(threat)
     if threat.eps == 0:
         raise UserError("eps 0: no image may change, so there is nothing to audit; give a radius")
@@ -166,13 +171,16 @@ def audit(
         blind = blind_share(subject)
         claims = {name: subject.accuracy(name) for name in ("fgsm", "pgd-10")}
         steps = escalate(subject, checks, blind)
-        # The profile of gaps can only now tell what the strongest attacks took.
-        checks[-1] = CHECKS[-1](subject)
+        # The escalation may have found what these two checks could not know. A black-box flag stays
+        # even if BPDA has since broken the same images: it is the reason why BPDA ran.
+        for at in (_BLACK_BOX, _GAPS):
+            if at == _GAPS or not checks[at].flagged:
+                checks[at] = CHECKS[at](subject)
     return _conclude(subject, checks, claims, steps, blind, budget, time.perf_counter() - start)
 
 
 def _suite(s: Subject) -> None:
-    """Run what every audit runs, on every image that is right clean."""
+    """Run the attacks of every audit on every image that is right clean."""
     steps, budget = s.budget.steps, s.budget
     s.attack(
         [
@@ -186,7 +194,7 @@ def _suite(s: Subject) -> None:
 
 
 def _from_a_substitute(s: Subject) -> Attack:
-    """Return the transfer attack from a substitute of the subject, and from its sources."""
+    """Return the transfer attack from a substitute for the subject and from the given sources."""
     s.tell("training a substitute for the transfer attack")
     stand_in = substitute(s.model, s.x, s.threat, s.seed)
     with torch.no_grad():
@@ -207,13 +215,14 @@ def _conclude(
     seconds: float,
 ) -> Audit:
     n, left = len(s.x), s.survivors
-    found = Findings(
+    found = AuditNumbers(
         clean=s.accuracy("clean"),
         claims=claims,
         found=share_of(left),
         interval=wilson_interval(int(left.sum()), n),
         chance=s.y.bincount().max().item() / n,
-        blind=blind,
+        no_gradient_share=blind,
+        missed=int(s.only_without_gradients.sum()) + s.square_in_autoattack,
         n=n,
     )
     verdict, sentence = judge(found, checks, budget)
@@ -225,7 +234,7 @@ def _conclude(
         claims=claims,
         found_accuracy=found.found,
         found_interval=found.interval,
-        found_by=max(s.broke, key=lambda name: s.broke[name]),
+        found_by=max(s.broke, key=lambda name: int(s.broke[name].sum())),
         attacks={name: s.accuracy(name) for name in s.right if name != "clean"},
         escalation=steps,
         chance=found.chance,
@@ -245,15 +254,15 @@ def estimate(
     preprocess: nn.Module | None = None,
     batch_size: int = 250,
 ) -> float:
-    """Return about how many seconds an audit takes at most: what a robust model costs.
+    """Estimate how many seconds an audit takes at most: the cost for a fully robust model.
 
     Args:
-        model: on its device.
-        images: to be audited on.
-        budget: its name.
-        n: images.
+        model: the model, on its device.
+        images: images to audit on.
+        budget: name of the budget.
+        n: number of images.
         preprocess: as for ``audit``.
-        batch_size: of the attacks.
+        batch_size: images per pass of the attacks.
 
     Raises:
         UserError: the model fails on these images, or has no such labels.
@@ -271,9 +280,9 @@ def estimate(
             with attacking(adapted), autocast(device, precision):
                 try:
                     values = input_gradient(adapted, x, y)[0]
-                except UserError:  # without a gradient the forward is the cost, or fails again
+                except UserError:  # without a gradient the forward is all the cost, or fails again
                     values = forward_logits(adapted, x)
-                float(values.flatten()[0])  # a GPU is only done once a number is read
+                float(values.flatten()[0])  # reading a number waits for the GPU
         return (time.perf_counter() - start) / len(x) / 3  # a gradient is about three forwards
 
     full = forward_seconds(torch.float32)
@@ -281,5 +290,5 @@ def estimate(
     forwards = 3 * (2 * spend.steps + 12 + 70) + spend.noise + spend.queries
     forwards += 3 * 4 * spend.steps * spend.restarts + spend.late_queries
     forwards += 12_000 if spend.autoattack else 0
-    close = (3 * 900 + 250) * spend.probe  # of it, a fifth reads 1,250 features each
+    close = (3 * 900 + 250) * spend.probe  # 250: binarization, 1,250 passes for a fifth of them
     return fast * forwards * n + full * (close + 20_000)  # and the substitute's questions

@@ -1,8 +1,8 @@
-"""What the checks look at: the model, a few images, and what the attacks found on them."""
+"""The subject of an audit: the model, the images, and what the attacks found on them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,7 @@ from surestep.threat import ThreatModel
 
 
 class Graphed(nn.Module):
-    """Give a model without a gradient one that is zero, so that attacks can run on it."""
+    """Give a model that has no gradient one of zeros, so that attacks can run on it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Graphed(nn.Module):
 
 
 class Searched(NamedTuple):
-    """What PGD found: its points, which are misclassified, and after how many steps at first."""
+    """PGD's points, which are misclassified, and the step of the first success (-1: none)."""
 
     x_adv: Tensor
     wrong: Tensor
@@ -55,12 +55,12 @@ class Searched(NamedTuple):
 
 
 class Climb(NamedTuple):
-    """PGD watched on its way.
+    """The course of a PGD run.
 
     Attributes:
         losses: the mean cross entropy at the start and after each step.
         ever_wrong: which images (N,) were misclassified at any of these points.
-        wrong: which are at the last.
+        wrong: which images (N,) are misclassified at the last point.
     """
 
     losses: list[float]
@@ -68,15 +68,28 @@ class Climb(NamedTuple):
     wrong: Tensor
 
 
+def gradient_free(name: str) -> bool:
+    """Tell from an attack's name whether it needs no gradient of the model."""
+    return suite.ascent(name) == 0
+
+
+def _by_square(by_part: Mapping[str, float] | None) -> float:
+    """Return the share that Square broke, from the shares that AutoAttack's parts left."""
+    if by_part is None or "square" not in by_part:
+        return 0.0
+    *_, before, after = by_part.values()  # Square is the last part
+    return before - after
+
+
 class _Watch(Best):
-    """Takes down what it is offered: the loss of every point (N,), and whether it is wrong."""
+    """Records the loss of every point it is offered, and whether the point is misclassified."""
 
     def __init__(self, x: Tensor, y: Tensor, objective: Objective) -> None:
         super().__init__(x, y, objective)
         self.seen: list[Tensor] = []
 
     def offer(self, rows: Tensor, x_adv: Tensor, logits: Tensor) -> None:
-        """Take down the loss and 1 for wrong, (N, 2)."""
+        """Record the loss and 1 for misclassified, (N, 2)."""
         loss = F.cross_entropy(logits, self.y, reduction="none")
         self.seen.append(torch.stack([loss, misclassified(logits, self.y).to(loss.dtype)], 1))
 
@@ -91,16 +104,18 @@ class Subject:
         y: labels (N,).
         threat: norm, radius and data range.
         budget: what may be spent.
-        seed: of all that is random.
-        batch_size: of the attacks.
-        right: (N,) each: which images an attack left right, by its name; "clean" too.
-        broke: how many images an attack broke of those it was run on, by its name.
+        seed: seed of everything random.
+        batch_size: images per pass of the attacks.
+        right: by attack, and for "clean": which images (N,) were still right after it. After an
+            attack that ran only on survivors these are the survivors it left.
+        broke: by attack: which of the images that it ran on it broke, (N,).
+        square_in_autoattack: number of images that only Square broke of AutoAttack's four parts.
         detached: the model's output has no gradient with respect to its input.
-        precision: in which attacks make their points.
-        agreement: on how many of the images (a share) the substitute answers as the model.
-        tell: called with a sentence on what is being done.
+        precision: dtype in which attacks craft their points.
+        agreement: share of the images on which the substitute agrees with the model.
+        tell: called with a sentence that says what is being done.
         sources: further models for the transfer attack.
-        state: begins the names of the files in which attacks keep what is done.
+        state: path prefix of the files in which attacks save their progress.
     """
 
     model: nn.Module
@@ -114,7 +129,8 @@ class Subject:
     sources: Sequence[nn.Module] = ()
     state: str | Path | None = None
     right: dict[str, Tensor] = field(default_factory=dict)
-    broke: dict[str, int] = field(default_factory=dict)
+    broke: dict[str, Tensor] = field(default_factory=dict)
+    square_in_autoattack: int = 0
     detached: bool = False
     precision: torch.dtype = torch.float32
     agreement: float | None = None
@@ -130,9 +146,9 @@ class Subject:
 
     @torch.no_grad()
     def _agrees_in_bf16(self) -> bool:
-        """Tell whether bfloat16 leaves the model's answers as they are.
+        """Tell whether the model answers alike in bfloat16.
 
-        A random model, one that quantises or one whose logits saturate may not.
+        A model that is random, that quantises or whose logits saturate may not.
         """
         full = self.logits(self.x[:64])
         with autocast(self.x.device, torch.bfloat16):
@@ -149,7 +165,7 @@ class Subject:
 
     @property
     def survivors(self) -> Tensor:
-        """Which images (N,) nothing has broken so far."""
+        """Which images (N,) no attack has broken so far."""
         return torch.stack(list(self.right.values())).all(0)
 
     def accuracy(self, name: str) -> float:
@@ -158,20 +174,33 @@ class Subject:
 
     @property
     def white_box(self) -> Tensor:
-        """Which images (N,) the gradient attacks left right."""
-        found = [left for name, left in self.right.items() if suite.ascent(name)]
-        return torch.stack(found).all(0)
+        """Which of the images that are right clean (N,) no gradient attack broke.
+
+        Attacks on stand-ins, such as BPDA, are gradient attacks; AutoAttack does not count.
+        """
+        return self.right["clean"] & ~self._broken_by(
+            name for name in self.broke if not gradient_free(name) and name != "autoattack"
+        )
+
+    @property
+    def only_without_gradients(self) -> Tensor:
+        """Which images (N,) only gradient-free attacks broke: Square, transfer, random points."""
+        return self.white_box & self._broken_by(filter(gradient_free, self.broke))
+
+    def _broken_by(self, names: Iterable[str]) -> Tensor:
+        none = torch.zeros(len(self.x), dtype=torch.bool)
+        return torch.stack([none, *(self.broke[name] for name in names)]).any(0)
 
     def attack(self, attacks: list[str] | dict[str, Attack], on: Tensor | None = None) -> None:
-        """Run attacks on the images ``on`` (N,), by default all, and take down what they left."""
+        """Run attacks on the images ``on`` (N,), by default all, and record what they left."""
         rows = torch.arange(len(self.x)) if on is None else on.nonzero().squeeze(1)
         if not len(rows):
             for name in attacks:
                 self.right[name] = torch.zeros(len(self.x), dtype=torch.bool)
-                self.broke[name] = 0
+                self.broke[name] = torch.zeros(len(self.x), dtype=torch.bool)
             return
         if not isinstance(attacks, dict):
-            # By names, a gradient attack would go straight through dead layers, too: see answers.
+            # Given as names, ``evaluate`` would add BPDA variants; escalation.py runs its own.
             attacks = suite.parse_all(attacks, self.threat, self.sources)
         self.tell(f"{', '.join(attacks)} on {len(rows):,} images")
         at, minute = rows.to(self.x.device), Every(SECONDS_BETWEEN_LINES)
@@ -194,7 +223,11 @@ class Subject:
             left = torch.zeros(len(self.x), dtype=torch.bool)
             left[rows] = found.right[name]
             self.right[name] = left
-            self.broke[name] = int((found.right["clean"] & ~found.right[name]).sum())
+            self.broke[name] = torch.zeros(len(self.x), dtype=torch.bool)
+            self.broke[name][rows] = found.right["clean"] & ~found.right[name]
+        if "autoattack" in attacks:
+            (row,) = (row for row in found.attacks if row["name"] == "autoattack")
+            self.square_in_autoattack += round(_by_square(row["by_part"]) * len(rows))
 
     @property
     def probe(self) -> tuple[Tensor, Tensor]:
@@ -207,7 +240,7 @@ class Subject:
 
     @cached_property
     def climb(self) -> Climb:
-        """What 50 steps of PGD from a random start pass through, on the probe."""
+        """The course of 50 steps of PGD from a random start, on the probe."""
         losses, wrong = self.map(self._climb, *self.probe).unbind(2)
         return Climb(losses.mean(0).tolist(), wrong.bool().any(1), wrong[:, -1].bool())
 
@@ -241,7 +274,7 @@ class Subject:
         return F.cross_entropy(self.logits(x), y, reduction="none")
 
     def gradient(self, x: Tensor, y: Tensor, objective: Objective = log_odds) -> Tensor:
-        """Return the gradient of an objective with respect to images, shaped as they."""
+        """Return the gradient of an objective with respect to the images, in their shape."""
         found: Tensor = self.map(lambda a, b: input_gradient(self.model, a, b, objective)[0], x, y)
         return found
 

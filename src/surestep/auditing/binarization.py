@@ -1,8 +1,8 @@
 """The binarization test (Zimmermann et al. 2022, "Increasing confidence...", section 3).
 
-Around each image points are drawn well inside the ball and one on its surface. A linear readout of
-the model's features is fitted that tells the one from the others: so an adversarial point exists,
-and an attack that does not find one is too weak for this model.
+Around each image, points are drawn well inside the ball and one on its surface. A linear readout of
+the model's features is fitted to separate that one from the others. An adversarial point therefore
+exists, and an attack that finds none is too weak for this model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ INNER, RANDOM, STEPS = 999, 200, 30
 
 
 class Features(nn.Module):
-    """What a model's last linear layer sees, as if it were logits (N, D); without one, the logits.
+    """The input of a model's last linear layer, as if logits (N, D); without one, the logits.
 
     Args:
         model: in eval mode.
@@ -33,7 +33,7 @@ class Features(nn.Module):
         self._linear = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the features, as exact as the device allows."""
+        """Return the features in the finest dtype that the device has."""
         seen: list[Tensor] = []
         hooks = [
             layer.register_forward_hook(lambda _m, args, _out: seen.append(args[0]))
@@ -46,12 +46,12 @@ class Features(nn.Module):
                 hook.remove()
         found = seen[-1].flatten(1) if seen else logits
         found = (found if len(found) == len(x) else logits).to(finest(x.device))
-        # Logits have two columns at least; a readout gives one of zeros no weight.
+        # Logits need at least two columns; the readout gives a column of zeros no weight.
         return F.pad(found, (0, 1)) if found.shape[1] < 2 else found
 
 
 class _Solved(Best):
-    """Notes which points are on the planted point's side: where the objective is positive."""
+    """Notes which points lie on the planted point's side, where the objective is positive."""
 
     def offer(self, rows: Tensor, x_adv: Tensor, logits: Tensor) -> None:
         self.wrong[rows] |= self.objective(logits, self.y[rows]) > 0
@@ -66,10 +66,10 @@ def binarization_rates(
         model: in eval mode.
         x: images (N, ...).
         threat: norm, radius and data range.
-        batch_size: of the passes.
+        batch_size: images per pass.
 
     Returns:
-        None if no problem could be posed: the features of the planted point are no different.
+        None if no problem could be posed because the planted points' features do not differ.
     """
     features = Features(model)
     readouts, biases, kept = [], [], []
@@ -77,7 +77,7 @@ def binarization_rates(
         image = x[row : row + 1]
         planted = threat.project(image + threat.random_step(image, threat.eps), image)
         with torch.no_grad():
-            # Large images: never are there more points at a time than are passed at once.
+            # For large images: never draw more points than go through the model at once.
             sizes = [min(batch_size, INNER - k) for k in range(0, INNER, batch_size)]
             drawn = (
                 threat.random_start(image.repeat_interleave(k, 0), 0.95 * threat.eps) for k in sizes
@@ -92,7 +92,7 @@ def binarization_rates(
         return None
     weight, bias, x = torch.stack(readouts), torch.stack(biases), x[kept]
 
-    # In place of its label each image has its number.
+    # Each image's index takes the place of its label.
     def score(found: Tensor, rows: Tensor) -> Tensor:
         return (found * weight[rows]).sum(1) + bias[rows]
 
@@ -103,7 +103,7 @@ def binarization_rates(
         try:
             climb.search(features, by_gradient)
         except NoGradient:
-            # The start alone counts.
+            # Only the start counts.
             by_gradient.try_points(features, by_gradient.rows(), threat.random_start(x[rows]))
         for _ in range(RANDOM):
             by_chance.try_points(features, by_chance.rows(), threat.random_start(x[rows]))
@@ -113,10 +113,10 @@ def binarization_rates(
 
 
 def _separate(inner: Tensor, planted: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return weight (D,) and bias of a readout positive at ``planted`` only, if there is one."""
+    """Return weight (D,) and bias of a readout positive only at ``planted``, or None."""
     mean, std = inner.mean(0), inner.std(0)
     away = planted - mean
-    # Whitened by a ridge, in the span of the samples: D may be far above their number.
+    # Ridge whitening in the span of the samples, since D may far exceed their number.
     centred = inner - mean
     ridge = 1e-3 * centred.square().sum() / len(inner) + 1e-12
     gram = centred @ centred.T + len(inner) * ridge * torch.eye(len(inner)).to(inner)
@@ -126,5 +126,5 @@ def _separate(inner: Tensor, planted: Tensor) -> tuple[Tensor, Tensor] | None:
     highest, at = (inner @ weight).max(), planted @ weight
     if not at > highest * (1 + 1e-9) + 1e-9:
         return None
-    # Close to the planted point, as the authors have it: little else is on its side.
+    # The boundary passes close to the planted point, as in the paper: little else is on its side.
     return weight, -(highest + 0.9 * (at - highest))

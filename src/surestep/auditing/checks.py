@@ -1,8 +1,8 @@
-"""The twenty masking checks: each one function, one value, one threshold, its evidence.
+"""The twenty masking checks: each one function with a value, a threshold and its evidence.
 
-A flag is a reason to look harder, not a verdict: the verdict rests on what the attacks find that a
-flag calls for, and three flags can withhold "robust". Thresholds were set on the models of
-benchmarks/audit_zoo.py, whose truth is known.
+A flag is a reason to look harder, not a verdict. The verdict rests on what the attacks that a flag
+calls for then find, though some flags can withhold "robust" (verdict.py). The thresholds were set
+on the models of benchmarks/audit_zoo.py, whose truth is known.
 """
 
 from __future__ import annotations
@@ -18,18 +18,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from surestep.attacks import losses
-from surestep.attacks.core import Ascent, share_of
+from surestep.attacks.core import Ascent, input_gradient, share_of
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.lending import seed_everything
 from surestep.auditing._subject import Subject
 from surestep.auditing.binarization import binarization_rates
-from surestep.devices import autocast, finest
+from surestep.devices import autocast, exact, finest
 from surestep.evaluation import doubts, evaluate, suite
+from surestep.evaluation.adapt import seeds_of
 from surestep.evaluation.suite import pgd_step_size
 from surestep.threat import Linf, per_sample
 
 BETWEEN = 100
-"""Points on the line from an image to its FGSM point that are looked at."""
+"""Number of points tried on the line from an image to its FGSM point."""
+STRIDES = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
+"""Lengths, in eps, of the steps over which gradients are compared with finite differences."""
+GAP = 0.08
+"""Largest usual gap between PGD and all attacks with AutoAttack, as a share of the images."""
+CONTRADICTED = 0.5
+"""Relative error, the median over the images, above which a gradient counts as wrong.
+
+Measured: 0.001 on trained models, with kwta or dead zones too, up to 0.2 in bfloat16; 0.9 or more
+where the gradient is that of another function.
+"""
 
 C19 = "Carlini et al. 2019"
 A18 = "Athalye et al. 2018"
@@ -43,14 +54,14 @@ class Check:
 
     Attributes:
         number: 1 to 20.
-        name: for programs.
-        title: for people.
+        name: identifier for programs.
+        title: name for people.
         status: "passed", "flagged" or "skipped".
-        value: what was measured; None if nothing was.
-        threshold: in words, when it flags.
-        sentence: what it means here.
+        value: the measured value; None if nothing was measured.
+        threshold: in words, when the check flags.
+        sentence: what the value means for this model.
         source: where the check is from.
-        evidence: numbers behind it.
+        evidence: the numbers behind it.
     """
 
     number: int
@@ -65,11 +76,11 @@ class Check:
 
     @property
     def flagged(self) -> bool:
-        """Whether it gives a reason to doubt."""
+        """Whether the check gives a reason to doubt."""
         return self.status == "flagged"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values; None for what is not a finite number, which JSON has not."""
+        """Return plain values; None for numbers that are not finite, which JSON lacks."""
         found: dict[str, Any] = _finite(asdict(self))
         return found
 
@@ -83,7 +94,7 @@ def _finite(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Measurement:
     """What a check's function returns: whether it flags (None: not applicable), value, sentence."""
 
     flag: bool | None
@@ -93,35 +104,35 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Checker:
+class CheckDefinition:
     """One masking check, called with a subject.
 
     Attributes:
         number: 1 to 20.
-        title: for people.
-        threshold: in words, when it flags.
+        title: name for people.
+        threshold: in words, when the check flags.
         source: where the check is from.
-        function: what looks.
+        function: measures the subject.
     """
 
     number: int
     title: str
     threshold: str
     source: str
-    function: Callable[[Subject], Finding]
+    function: Callable[[Subject], Measurement]
 
     @property
     def name(self) -> str:
-        """For programs."""
+        """Identifier for programs: the function's name with hyphens."""
         return self.function.__name__.replace("_", "-")
 
     @property
     def reason(self) -> str:
-        """Why it tells anything."""
+        """Why the check tells anything."""
         return (self.function.__doc__ or "").strip()
 
     def __call__(self, subject: Subject) -> Check:
-        """Look at a model."""
+        """Make the check on a subject."""
         seed_everything(subject.seed * 100 + self.number)
         found = self.function(subject)
         return Check(
@@ -137,41 +148,63 @@ class Checker:
         )
 
 
-CHECKS: list[Checker] = []
+CHECKS: list[CheckDefinition] = []
 
 
 def _check(
     number: int, title: str, threshold: str, source: str
-) -> Callable[[Callable[[Subject], Finding]], Checker]:
+) -> Callable[[Callable[[Subject], Measurement]], CheckDefinition]:
     """Register a check; its name is the function's."""
 
-    def register(function: Callable[[Subject], Finding]) -> Checker:
-        CHECKS.append(Checker(number, title, threshold, source, function))
+    def register(function: Callable[[Subject], Measurement]) -> CheckDefinition:
+        CHECKS.append(CheckDefinition(number, title, threshold, source, function))
         return CHECKS[-1]
 
     return register
 
 
-@_check(1, "Deterministic forward", "normalised logits differ by > 1e-4, or #right differs", AA)
-def deterministic_forward(s: Subject) -> Finding:
-    """Five passes over the same images must agree."""
+@_check(
+    1,
+    "Deterministic forward",
+    "normalised logits differ by > 1e-4, #right differs, relative logits differ by > 0.01 in other "
+    "batches or with gradients on, or forward seeds a random generator",
+    AA,
+)
+def deterministic_forward(s: Subject) -> Measurement:
+    """Equal passes, one in other batches and one with gradients on must agree."""
     x, y = s.probe
-    runs = [s.logits(x) for _ in range(5)]
-    apart = torch.tensor([doubts.apart(run, runs[0]) for run in runs[1:]]).max().item()
-    right = [int((r.argmax(1) == y).sum()) for r in runs]
-    flag = not apart <= doubts.SAME or len(set(right)) > 1
-    said = "answers change from pass to pass: the model is random" if flag else "passes agree"
-    return Finding(flag, apart, said, {"right": right})
+    equal = [doubts.logits(s.model, x, s.batch_size) for _ in range(3)]
+    others = {
+        "depends on the rest of the batch": doubts.regrouped(s.model, x, s.batch_size),
+        "answers differently with gradients on": doubts.logits(
+            s.model, x, s.batch_size, gradients=True
+        ),
+    }
+    right = [int((run.argmax(1) == y).sum()) for run in (*equal, *others.values())]
+    apart = max(doubts.apart(equal[0], run) for run in equal[1:])
+    signs = []
+    if not apart <= doubts.SAME or len(set(right[: len(equal)])) > 1:
+        signs.append("is random")
+    else:
+        limit = doubts.rounding_of(s.model)
+        for sign, run in others.items():
+            if doubts.differ(equal[0], run, limit):
+                signs.append(sign)
+                apart = max(apart, doubts.apart(equal[0], run))
+    if seeds := seeds_of(s.model):
+        signs.append(f"seeds the random generator of {', '.join(seeds)} in its forward")
+    said = f"the model {' and '.join(signs)}" if signs else "passes agree"
+    return Measurement(bool(signs), apart, said, {"right": right})
 
 
 @_check(2, "Logits, not probabilities", "outputs in [0, 1] that sum to 1 within 1e-5", AA)
-def logits_not_probabilities(s: Subject) -> Finding:
+def logits_not_probabilities(s: Subject) -> Measurement:
     """Probabilities saturate and their gradients with them."""
     out = s.logits(s.probe[0])
     off = (out.sum(1) - 1).abs().max().item()
     flag = doubts.are_probabilities(out)
     said = "the model returns probabilities" if flag else "the model returns logits"
-    return Finding(flag, off, said, {"min": out.min().item(), "max": out.max().item()})
+    return Measurement(flag, off, said, {"min": out.min().item(), "max": out.max().item()})
 
 
 def _flat_share(s: Subject, x: Tensor, y: Tensor, objective: losses.Objective) -> float:
@@ -179,7 +212,7 @@ def _flat_share(s: Subject, x: Tensor, y: Tensor, objective: losses.Objective) -
 
 
 def blind_share(s: Subject) -> float:
-    """Return on what share of the images, or beside them, even a safe loss has no gradient."""
+    """Return the share of images at which, or beside which, even log-odds have no gradient."""
     x, y = s.probe
     return max(_flat_share(s, z, y, losses.log_odds) for z in (x, s.threat.random_start(x)))
 
@@ -190,7 +223,7 @@ def blind_share(s: Subject) -> float:
     "any image whose input gradient is zero, or NaN in a tenth",
     f"{AA}; {IOAF}",
 )
-def vanishing_gradients(s: Subject) -> Finding:
+def vanishing_gradients(s: Subject) -> Measurement:
     """Gradients of zero tell an attack nothing."""
     x, y = s.probe
     near = s.threat.random_start(x)
@@ -203,12 +236,64 @@ def vanishing_gradients(s: Subject) -> Finding:
     worst = max(shares.values())
     flag = worst > 0
     said = f"no gradient on up to {worst:.0%} of the images" if flag else "all images have one"
-    return Finding(flag, worst, said, {"shares": shares})
+    return Measurement(flag, worst, said, {"shares": shares})
 
 
-@_check(4, "Broken gradients", "graph broken, NaN or Inf in gradients or logits", IOAF)
-def broken_gradients(s: Subject) -> Finding:
-    """NaN stops an ascent, and a detached layer stops every gradient attack."""
+def _difference_error(s: Subject, x: Tensor, y: Tensor) -> float | None:
+    """Return how far gradients are from finite differences along them, relative to themselves.
+
+    The median over the images, for the stride where it is smallest: shorter strides drown in
+    rounding, longer ones leave the region where the model is linear. None if rounding, or
+    randomness that no seed repeats, hides the differences on nine tenths of the images.
+    """
+    with exact(x.device):
+        ratios: Tensor = s.map(lambda a, b: _difference_ratios(s, a, b), x, y)
+    errors = []
+    for ratio in ratios.unbind(1):
+        known = ratio[ratio.isfinite()]
+        if len(known) >= max(3, 0.1 * len(x)):
+            errors.append((known - 1).abs().median().item())
+    return min(errors, default=None)
+
+
+def _difference_ratios(s: Subject, x: Tensor, y: Tensor) -> Tensor:
+    """Return measured over predicted growth of the loss, (N, strides); NaN where noise hides it.
+
+    The steps are steepest ascent, clipped to the data range.
+    """
+
+    def seeded() -> None:
+        seed_everything(s.seed)  # a random model must draw the same in every pass
+
+    def measured(point: Tensor) -> tuple[Tensor, Tensor]:
+        seeded()
+        logits = forward_logits(s.model, point)
+        return losses.log_odds(logits, y).to(finest(x.device)), logits
+
+    seeded()
+    grad = input_gradient(s.model, x, y)[0].nan_to_num(0)
+    with torch.no_grad():
+        start, logits = measured(x)
+        noise = 64 * torch.finfo(torch.float32).eps * logits.abs().amax(1)
+        noise = torch.maximum(noise, 10 * (measured(x)[0] - start).abs())
+        ratios = []
+        for stride in STRIDES:
+            step = s.threat.clip(x + s.threat.steepest_step(grad, stride * s.threat.eps)) - x
+            growth = measured(x + step)[0] - start
+            predicted = (grad.to(growth) * step.to(growth)).flatten(1).sum(1)
+            ratios.append(torch.where(predicted > noise, growth / predicted, math.nan))
+    return torch.stack(ratios, 1)
+
+
+@_check(
+    4,
+    "Broken gradients",
+    "graph broken, NaN or Inf in gradients or logits, or gradients off by > half of themselves "
+    "from finite differences",
+    IOAF,
+)
+def broken_gradients(s: Subject) -> Measurement:
+    """NaN stops an ascent; a detached layer or a wrong backward blinds every gradient attack."""
     x, y = s.probe
     near = s.threat.random_start(x)
     grad = torch.cat([s.gradient(x, y), s.gradient(near, y)]).flatten(1)
@@ -217,19 +302,24 @@ def broken_gradients(s: Subject) -> Finding:
         "gradients": share_of((~grad.isfinite()).any(1)),
         "logits": share_of((~out.isfinite()).any(1)),
     }
-    worst = max(1.0 if s.detached else 0.0, *shares.values())
+    error = _difference_error(s, near, y)
+    contradicted = error is not None and error > CONTRADICTED
+    worst = max(1.0 if s.detached or contradicted else 0.0, *shares.values())
     if s.detached:
         said = "the output does not depend on the input through autograd"
+    elif contradicted:
+        said = f"finite differences contradict the gradient, which is off by {error:.0%}"
     elif worst:
         of_grads, of_logits = shares["gradients"], shares["logits"]
         said = f"NaN or Inf in {of_grads:.0%} of gradients, {of_logits:.1%} of logits"
     else:
         said = "all finite"
-    return Finding(worst > 0, worst, said, {**shares, "detached": s.detached})
+    evidence = {"detached": s.detached, "difference error": error, "contradicted": contradicted}
+    return Measurement(worst > 0, worst, said, {**shares, **evidence})
 
 
 @_check(5, "Optimisation inside forward", "autograd called in forward", AA)
-def optimisation_in_forward(s: Subject) -> Finding:
+def optimisation_in_forward(s: Subject) -> Measurement:
     """A forward that itself follows gradients adapts to the attack."""
     calls = 0
     # What grad and backward both end in, however they were imported.
@@ -247,16 +337,16 @@ def optimisation_in_forward(s: Subject) -> Finding:
     finally:
         torch.autograd._engine_run_backward = engine
     said = f"forward calls autograd {calls} times" if calls else "forward calls no autograd"
-    return Finding(calls > 0, float(calls), said)
+    return Measurement(calls > 0, float(calls), said)
 
 
 @_check(6, "One step beats many", "accuracy under FGSM < under PGD, by > .005", f"{C19}; {A18}")
-def one_step_beats_many(s: Subject) -> Finding:
+def one_step_beats_many(s: Subject) -> Measurement:
     """More steps must find at least as much; when one finds more, the gradients mislead."""
     fgsm, pgd = s.accuracy("fgsm"), s.accuracy(f"pgd-{s.budget.steps}")
     # The two are measured on the same images: half a point is five of a thousand.
     flag = fgsm < pgd - doubts.BEATEN
-    return Finding(flag, pgd - fgsm, f"FGSM leaves {fgsm:.1%}, PGD {pgd:.1%}")
+    return Measurement(flag, pgd - fgsm, f"FGSM leaves {fgsm:.1%}, PGD {pgd:.1%}")
 
 
 @_check(
@@ -265,11 +355,11 @@ def one_step_beats_many(s: Subject) -> Finding:
     "FGSM leaves > half of clean accuracy and PGD > 20 points less",
     "Kim et al. 2021; Wong et al. 2020",
 )
-def collapse(s: Subject) -> Finding:
+def collapse(s: Subject) -> Measurement:
     """Catastrophic overfitting: robust to the one-step attack only."""
     fgsm, pgd = s.accuracy("fgsm"), min(s.accuracy(n) for n in s.right if n.startswith("pgd"))
     flag = fgsm > 0.5 * s.accuracy("clean") and fgsm - pgd > 0.2
-    return Finding(flag, fgsm - pgd, f"FGSM leaves {fgsm:.1%}, PGD {pgd:.1%}")
+    return Measurement(flag, fgsm - pgd, f"FGSM leaves {fgsm:.1%}, PGD {pgd:.1%}")
 
 
 @_check(
@@ -278,21 +368,23 @@ def collapse(s: Subject) -> Finding:
     "Square or transfer leaves less than gradients, by > .002, or breaks > .02 that they do not",
     f"{AA}; {A18}; {C19}",
 )
-def black_box_beats_white_box(s: Subject) -> Finding:
+def black_box_beats_white_box(s: Subject) -> Measurement:
     """An attack without gradients must not find what gradients cannot."""
-    white = s.white_box
-    black = {n: s.accuracy(n) for n in s.right if n.startswith(("square", "transfer"))}
+    white, clean = s.white_box, s.right["clean"]
+    # Of an attack that was run on survivors alone, what it broke itself.
+    left = {n: clean & ~s.broke[n] for n in s.broke if n.startswith(("square", "transfer"))}
+    black = {n: share_of(rows) for n, rows in left.items()}
     if not black:
-        return Finding(None, None, "no black-box attack was run")
+        return Measurement(None, None, "no black-box attack was run")
     name = min(black, key=lambda n: black[n])
     best = share_of(white)
-    only = {n: int((white & ~s.right[n]).sum()) for n in black}
+    only = {n: int((white & ~rows).sum()) for n, rows in left.items()}
     said = f"{name} leaves {black[name]:.1%}, gradient attacks {best:.1%}"
     evidence: dict[str, Any] = {"accuracy": black, "broken only by it": only}
     if s.agreement is not None:
         said += f"; the substitute answers as the model on {s.agreement:.0%} of the images"
         evidence["substitute agrees"] = s.agreement
-    return Finding(
+    return Measurement(
         black[name] < best - 0.002 or max(only.values()) > doubts.MISSED * len(white),
         best - black[name],
         said,
@@ -306,7 +398,7 @@ def black_box_beats_white_box(s: Subject) -> Finding:
     "random points break an image that gradients do not",
     f"{C19}; {A18}",
 )
-def random_beats_gradient(s: Subject) -> Finding:
+def random_beats_gradient(s: Subject) -> Measurement:
     """Random search in a ball finds next to nothing where gradients work."""
     left = s.right[f"noise-{s.budget.noise}"]
     value = share_of(s.white_box & ~left)
@@ -314,7 +406,7 @@ def random_beats_gradient(s: Subject) -> Finding:
         f"{s.budget.noise:,} random points leave {share_of(left):.1%}, gradients "
         f"{share_of(s.white_box):.1%}, {value:.1%} fall to random points alone"
     )
-    return Finding(value > 0, value, said)
+    return Measurement(value > 0, value, said)
 
 
 @_check(
@@ -323,7 +415,7 @@ def random_beats_gradient(s: Subject) -> Finding:
     "accuracy grows with eps by > .02, is > .05 above chance at eps .5, or unbounded > 0",
     f"{C19}; {A18}",
 )
-def eps_sweep(s: Subject) -> Finding:
+def eps_sweep(s: Subject) -> Measurement:
     """A larger ball holds the smaller one; one without bounds holds every image."""
     x, y = s.probe
     span, linf = s.threat.span, isinstance(s.threat, Linf)
@@ -352,7 +444,8 @@ def eps_sweep(s: Subject) -> Finding:
     half = max(wide, default=0.0)
     flag = rise > 0.02 or half > chance + 0.05 or accuracy[-1] > 0
     said = f"accuracy without bounds {accuracy[-1]:.0%}, largest rise {rise:.1%}"
-    return Finding(flag, accuracy[-1], said, {"eps": radii, "accuracy": accuracy})
+    evidence = {"eps": radii, "accuracy": accuracy, "n": len(x)}
+    return Measurement(flag, accuracy[-1], said, evidence)
 
 
 @_check(
@@ -361,7 +454,7 @@ def eps_sweep(s: Subject) -> Finding:
     "twice the steps or restarts change accuracy by > .01, or loss still moves",
     f"{C19}; {IOAF}",
 )
-def convergence(s: Subject) -> Finding:
+def convergence(s: Subject) -> Measurement:
     """An attack that is still finding has not finished."""
     x, y = s.probe
     steps = [5, 10, 25, 50, 100]
@@ -385,7 +478,7 @@ def convergence(s: Subject) -> Finding:
         f"steps 50 to 100 find {late:.1%} more, a restart {restart:.1%}; the loss still moves by "
         f"{moving:.0%} of its range"
     )
-    return Finding(
+    return Measurement(
         flag,
         max(late, restart),
         said,
@@ -400,25 +493,25 @@ def convergence(s: Subject) -> Finding:
 
 
 def _late_movement(s: Subject) -> float:
-    """Return how far the mean loss moves in the last 10 of 50 steps, as share of its range."""
+    """Return how far the mean loss moves in the last 10 of 50 steps, as a share of its range."""
     course = s.climb.losses
     last, whole = course[-10:], max(course) - min(course)
     return (max(last) - min(last)) / whole if whole > 0 else 0.0
 
 
 @_check(12, "Silent success", "> 1% of images were broken on the way and right at the end", IOAF)
-def silent_success(s: Subject) -> Finding:
+def silent_success(s: Subject) -> Measurement:
     """An attack that returns its last iterate loses these; surestep's keep the best."""
     lost = share_of(s.climb.ever_wrong & ~s.climb.wrong)
-    return Finding(lost > 0.01, lost, f"{lost:.1%} were broken only on the way")
+    return Measurement(lost > 0.01, lost, f"{lost:.1%} were broken only on the way")
 
 
 @_check(13, "Cross entropy against margin", "the margin attack leaves > .05 less", AA)
-def losses_agree(s: Subject) -> Finding:
+def losses_agree(s: Subject) -> Measurement:
     """Scaled or smoothed logits blind one loss and not the other."""
     steps = s.budget.steps
     ce, other = s.accuracy(f"pgd-{steps}"), s.accuracy(f"pgd-{steps}-margin")
-    return Finding(
+    return Measurement(
         ce - other > 0.05, ce - other, f"cross entropy leaves {ce:.1%}, margin {other:.1%}"
     )
 
@@ -429,7 +522,7 @@ def losses_agree(s: Subject) -> Finding:
     "mean cosine of gradients at x and nearby < .2",
     "Andriushchenko & Flammarion 2020, GradAlign",
 )
-def gradient_alignment(s: Subject) -> Finding:
+def gradient_alignment(s: Subject) -> Measurement:
     """Where the loss is locally linear the gradient is the same nearby."""
     x, y = s.probe
     here = s.gradient(x, y).flatten(1)
@@ -438,7 +531,7 @@ def gradient_alignment(s: Subject) -> Finding:
     pgd = s.search(x, y, 10, pgd_step_size(s.threat.eps, 10)).x_adv - x
     to_pgd = F.cosine_similarity((s.fgsm(x, y) - x).flatten(1), pgd.flatten(1)).mean().item()
     said = f"cosine {cosine:.2f}; of the FGSM and PGD perturbations {to_pgd:.2f}"
-    return Finding(cosine < 0.2, cosine, said, {"fgsm_pgd": to_pgd})
+    return Measurement(cosine < 0.2, cosine, said, {"fgsm_pgd": to_pgd})
 
 
 @_check(
@@ -447,7 +540,7 @@ def gradient_alignment(s: Subject) -> Finding:
     "error of linear interpolation > half the mean loss",
     "Abad Rocamora et al. 2024, ELLE",
 )
-def local_linearity(s: Subject) -> Finding:
+def local_linearity(s: Subject) -> Measurement:
     """The loss between two points of the ball against the line between them."""
     x, y = s.probe
     a, b = s.threat.random_start(x), s.threat.random_start(x)
@@ -457,7 +550,7 @@ def local_linearity(s: Subject) -> Finding:
     error = (at[2] - (1 - share) * at[0] - share * at[1]).square().mean().item()
     scale = torch.stack(at).square().mean().item()
     value = 0.0 if scale == 0 else (error / scale) ** 0.5
-    return Finding(not value <= 0.5, value, f"relative error {value:.2f}", {"error": error})
+    return Measurement(not value <= 0.5, value, f"relative error {value:.2f}", {"error": error})
 
 
 @_check(
@@ -466,11 +559,13 @@ def local_linearity(s: Subject) -> Finding:
     "the FGSM step lowers the loss of > 5% of images",
     "Lin et al. 2024, AAER",
 )
-def abnormal_examples(s: Subject) -> Finding:
+def abnormal_examples(s: Subject) -> Measurement:
     """A step along the gradient that lowers the loss went over a ridge."""
     x, y = s.probe
     share = share_of(s.loss(s.fgsm(x, y), y) < s.loss(x, y))
-    return Finding(share > 0.05, share, f"on {share:.1%} of the images the step lowers the loss")
+    return Measurement(
+        share > 0.05, share, f"on {share:.1%} of the images the step lowers the loss"
+    )
 
 
 @_check(
@@ -479,20 +574,20 @@ def abnormal_examples(s: Subject) -> Finding:
     f"> 5% of images right at both ends are wrong at one of {BETWEEN} points between",
     "Kim et al. 2021",
 )
-def distorted_boundary(s: Subject) -> Finding:
+def distorted_boundary(s: Subject) -> Measurement:
     """Between an image and its FGSM point, both right, lies another class."""
     x, y = s.probe
     end = s.fgsm(x, y)
     both = (s.logits(x).argmax(1) == y) & (s.logits(end).argmax(1) == y)
     if not both.any():
-        return Finding(False, 0.0, "FGSM leaves no image right", {"right at both ends": 0})
+        return Measurement(False, 0.0, "FGSM leaves no image right", {"right at both ends": 0})
     left = both.nonzero().squeeze(1)
     for share in torch.linspace(0, 1, BETWEEN + 2).tolist()[1:-1]:
         between = x[left] + share * (end[left] - x[left])
         left = left[s.logits(between).argmax(1) == y[left]] if len(left) else left
     share = 1 - len(left) / int(both.sum())
     said = f"of {int(both.sum())} images right at both ends, {share:.1%} are wrong between"
-    return Finding(share > 0.05, share, said, {"right at both ends": int(both.sum())})
+    return Measurement(share > 0.05, share, said, {"right at both ends": int(both.sum())})
 
 
 @_check(
@@ -501,7 +596,7 @@ def distorted_boundary(s: Subject) -> Finding:
     "loss at eps / 3 > .9 of the loss at eps, on images FGSM leaves right",
     "Vivek & Babu 2020, arXiv 2002.00614",
 )
-def sat_properties(s: Subject) -> Finding:
+def sat_properties(s: Subject) -> Measurement:
     """What SAT-R1, R2 and R3 penalise: logits that disagree, a loss that does not grow."""
     x, y = s.probe
     step = s.fgsm_step(x, y)
@@ -529,7 +624,7 @@ def sat_properties(s: Subject) -> Finding:
         f"the loss at eps / 3 is {ratio:.2f} of that at eps; logits apart by "
         f"{apart['FGSM to I-FGSM']:.2f} (I-FGSM) and {apart['FGSM to R-FGSM']:.2f} (R-FGSM)"
     )
-    return Finding(ratio > 0.9, ratio, said, {"step": shares, "loss": course, **apart})
+    return Measurement(ratio > 0.9, ratio, said, {"step": shares, "loss": course, **apart})
 
 
 @_check(
@@ -538,19 +633,19 @@ def sat_properties(s: Subject) -> Finding:
     "PGD solves < 80% of problems that have a solution, or random as many",
     "Zimmermann et al. 2022",
 )
-def binarization(s: Subject) -> Finding:
+def binarization(s: Subject) -> Measurement:
     """A readout with a planted adversarial point: an attack that works must find one."""
     x, _ = s.probe
     some = x[: max(20, s.budget.probe // 5)]
     rates = binarization_rates(s.model, some, s.threat, s.batch_size)
     if rates is None:
-        return Finding(
+        return Measurement(
             None, None, "no problem could be posed: points within the ball have the same features"
         )
     pgd, noise, posed = rates
     flag = pgd < 0.8 or pgd <= noise
     said = f"of {posed} posed problems PGD solves {pgd:.0%}, random points {noise:.0%}"
-    return Finding(flag, pgd, said, {"pgd": pgd, "random": noise, "posed": posed})
+    return Measurement(flag, pgd, said, {"pgd": pgd, "random": noise, "posed": posed})
 
 
 @_check(
@@ -559,13 +654,13 @@ def binarization(s: Subject) -> Finding:
     "PGD over AutoAttack > 8 points, or PGD-10 over PGD > 3",
     "medians of 186 public runs: 5.2 and 0.7 points",
 )
-def gap_profile(s: Subject) -> Finding:
+def gap_profile(s: Subject) -> Measurement:
     """How much each stronger attack takes, against what is usual."""
     pgd, ten = s.accuracy(f"pgd-{s.budget.steps}"), s.accuracy("pgd-10")
     gaps = {"pgd-10 over pgd": ten - pgd}
     flag = ten - pgd > 0.03
     if "autoattack" in s.right:  # run on what the others left, so its share includes theirs
         gaps["pgd over all with autoattack"] = pgd - share_of(s.survivors)
-        flag |= gaps["pgd over all with autoattack"] > 0.08
+        flag |= gaps["pgd over all with autoattack"] > GAP
     said = ", ".join(f"{name} {100 * gap:.1f} points" for name, gap in gaps.items())
-    return Finding(flag, max(gaps.values()), said, gaps)
+    return Measurement(flag, max(gaps.values()), said, gaps)

@@ -1,7 +1,7 @@
-"""What an audit answers a flag with: attacks made for the way this model may hide.
+"""Escalation: the attacks that answer a flag, each made for one way of hiding gradients.
 
-Each answer is a generator of attacks: what it sets up, such as hooks on the model, holds while its
-attacks run, one after the other, on the images that nothing has broken so far.
+Each answer is a generator of attacks. What it sets up, such as hooks on the model, stays in place
+while its attacks run one after another on the images that nothing has broken so far.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from surestep.activations import with_a_way_through
 from surestep.attacks.core import share_of
-from surestep.auditing import escalation
-from surestep.auditing._subject import Subject
+from surestep.auditing import stand_ins
+from surestep.auditing._subject import Subject, gradient_free
 from surestep.auditing.checks import Check
 from surestep.evaluation.suite import Attack
 
@@ -24,11 +24,11 @@ BLINDING = {
     "black-box-beats-white-box",
     "optimisation-in-forward",
 }
-"""Checks that flag where a layer keeps gradients from the image."""
+"""Checks whose flag may mean that a layer keeps gradients from reaching the image."""
 
 
 class Planned(NamedTuple):
-    """An attack that is to be run: its name, why, and itself if the name does not say it."""
+    """An attack to run: its name, the reason, and the attack if the name does not define it."""
 
     name: str
     why: str
@@ -40,35 +40,40 @@ class Signs(NamedTuple):
 
     Attributes:
         flagged: names of the checks that flagged.
-        blind: share of images on which even a safe loss has no gradient.
+        no_gradient_share: share of images on which even log-odds have no gradient.
     """
 
     flagged: set[str]
-    blind: float
+    no_gradient_share: float
 
 
 Planning = Generator[Planned, None, None]
 Answer = Callable[[Subject, Signs], Planning]
 
 
-def escalate(s: Subject, checks: Sequence[Check], blind: float) -> list[dict[str, Any]]:
-    """Run what the flags call for, and say of each attack why it was run and what it left."""
-    signs = Signs({check.name for check in checks if check.flagged}, blind)
+def escalate(s: Subject, checks: Sequence[Check], no_gradient_share: float) -> list[dict[str, Any]]:
+    """Run the attacks that the flags call for; return why each was run and what it left."""
+    signs = Signs({check.name for check in checks if check.flagged}, no_gradient_share)
     steps: list[dict[str, Any]] = []
     for answer in ANSWERS:
-        # Closed at once where an attack fails: hooks must not outlive the audit.
+        # Close at once if an attack fails: hooks must not outlive the audit.
         with closing(answer(s, signs)) as planned:
             for name, why, attack in planned:
                 left = s.survivors
                 if not left.any():
                     return steps
-                s.attack([name] if attack is None else {name: attack}, left)
+                # Gradient attacks also try the images that only gradient-free ones broke: breaking
+                # those, too, shows that this attack has gradients that tell something.
+                seen = gradient_free(name) or name == "autoattack"
+                on = left if seen else left | s.only_without_gradients
+                s.attack([name] if attack is None else {name: attack}, on)
+                s.right[name] &= left
                 steps.append({"name": name, "why": why, "accuracy": share_of(s.survivors)})
     return steps
 
 
 def _own_way(s: Subject, signs: Signs) -> Planning:
-    """Go straight through layers that know a way through themselves."""
+    """Go straight through layers that define a way through themselves."""
     layers, steps = with_a_way_through(s.model), 2 * s.budget.steps
     if not layers:
         return
@@ -80,45 +85,45 @@ def _own_way(s: Subject, signs: Signs) -> Planning:
 def _undo_softmax(s: Subject, signs: Signs) -> Planning:
     """Attack the logarithm of what a model returns as probabilities."""
     if "logits-not-probabilities" in signs.flagged:
-        inverse = escalation.LogProbabilities(s.model)
+        inverse = stand_ins.LogProbabilities(s.model)
         yield Planned(
             "log-probabilities",
             "the model returns probabilities: attack their logarithm",
-            escalation.on_stand_in(inverse, s.threat, s.budget.steps),
+            stand_ins.on_stand_in(inverse, s.threat, s.budget.steps),
         )
 
 
 def _expect(s: Subject, signs: Signs) -> Planning:
     """Attack a random model's mean over passes."""
     if "deterministic-forward" in signs.flagged:
-        expected = escalation.Expected(s.model)
+        expected = stand_ins.Expected(s.model)
         yield Planned(
-            f"eot-{escalation.EOT_SAMPLES}",
-            "the model is random: attack its mean over passes",
-            escalation.on_stand_in(expected, s.threat, s.budget.steps),
+            f"eot-{stand_ins.EOT_SAMPLES}",
+            "passes of the model differ: attack its mean over them",
+            stand_ins.on_stand_in(expected, s.threat, s.budget.steps),
         )
 
 
 def _bpda(s: Subject, signs: Signs) -> Planning:
-    """Go straight through layers that no gradient flows through."""
-    if signs.blind == 0 and not signs.flagged & BLINDING:
+    """Go straight through layers that no gradient, or a wrong one, flows through."""
+    if signs.no_gradient_share == 0 and not signs.flagged & BLINDING:
         return
     some = s.probe[0][: min(64, s.batch_size)]
-    layers = escalation.flat_layers(s.model, some[:32])
+    layers = stand_ins.flat_layers(s.model, some[:32])
     if not layers:
         return
     wrapping = {id(m): name for name, m in s.model.named_modules()}[id(s.inner)] + "."
     names = ", ".join(name.removeprefix(wrapping) for name in layers)
-    with escalation.bpda(s.model, some, layers) as smooth:
+    with stand_ins.bpda(s.model, some, layers) as smooth:
         yield Planned(
             "bpda",
-            f"no gradient flows through {names}: straight through it",
-            escalation.on_stand_in(smooth, s.threat, s.budget.steps, s.budget.restarts),
+            f"no gradient, or a wrong one, flows through {names}: straight through it",
+            stand_ins.on_stand_in(smooth, s.threat, s.budget.steps, s.budget.restarts),
         )
 
 
 def _longer(s: Subject, signs: Signs) -> Planning:
-    """Search longer, with gradients and without, whatever it is that flagged."""
+    """Search longer, with gradients and without, whichever check flagged."""
     if signs.flagged:
         why = f"flagged: {', '.join(sorted(signs.flagged))}"
         restarts = f"x{s.budget.restarts}" if s.budget.restarts > 1 else ""
@@ -127,10 +132,10 @@ def _longer(s: Subject, signs: Signs) -> Planning:
 
 
 def _autoattack(s: Subject, signs: Signs) -> Planning:
-    """End with AutoAttack, where the budget has it."""
+    """End with AutoAttack if the budget includes it."""
     if s.budget.autoattack:
         yield Planned("autoattack", "part of this budget")
 
 
 ANSWERS: tuple[Answer, ...] = (_own_way, _undo_softmax, _expect, _bpda, _longer, _autoattack)
-"""In the order in which they are tried: those made for one way of hiding first."""
+"""In the order in which they run: those made for one way of hiding first."""

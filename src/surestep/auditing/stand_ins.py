@@ -1,6 +1,6 @@
-"""Stand-ins for a model whose gradients hide something, and attacks on them: what answers.py uses.
+"""Stand-ins for a model that hides its gradients, and attacks on them; escalation.py uses these.
 
-What they find is misclassified by the model itself.
+The points they find count only if the model itself misclassifies them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from surestep.attacks.core import in_turn, share_of
 from surestep.attacks.gradient import pgd
 from surestep.attacks.inputs import forward_logits
+from surestep.attacks.lending import forked_rng, seed_everything
+from surestep.auditing.checks import CONTRADICTED
 from surestep.devices import finest
 from surestep.evaluation.suite import Attack, Found, pgd_step_size
 from surestep.threat import ThreatModel
@@ -51,13 +53,13 @@ class Expected(nn.Module):
 
 
 def on_stand_in(stand_in: nn.Module, threat: ThreatModel, steps: int, restarts: int = 1) -> Attack:
-    """Return PGD (margin, then cross entropy) on a stand-in, judged on the model itself.
+    """Return PGD (margin, then cross entropy) on a stand-in, judged by the model itself.
 
     Args:
-        stand_in: what the gradients come from.
+        stand_in: the model that gradients are taken from.
         threat: norm, radius and data range.
-        steps: of PGD.
-        restarts: of each loss.
+        steps: PGD steps.
+        restarts: runs of each loss.
     """
 
     size = pgd_step_size(threat.eps, steps)
@@ -73,7 +75,7 @@ def on_stand_in(stand_in: nn.Module, threat: ThreatModel, steps: int, restarts: 
 
 
 def flat_layers(model: nn.Module, x: Tensor) -> list[str]:
-    """Return the names of the innermost layers through which no gradient flows.
+    """Return the names of the innermost layers through which no gradient, or a wrong one, flows.
 
     Args:
         model: in eval mode.
@@ -98,7 +100,7 @@ def flat_layers(model: nn.Module, x: Tensor) -> list[str]:
         for handle in handles:
             handle.remove()
     for name, (given, module) in seen.items():
-        if _is_flat(module, given):
+        if _is_flat(module, given) or _is_contradicted(module, given):
             flat.append(name)
     return [n for n in flat if not any(other.startswith(f"{n}.") for other in flat)]
 
@@ -108,7 +110,7 @@ def _is_flat(module: nn.Module, given: Tensor) -> bool:
         given = given.clone().requires_grad_()
         try:
             out = module(given)
-        except Exception:  # a layer that wants more than one argument
+        except Exception:  # a layer that takes more than one argument
             return False
         if not isinstance(out, Tensor) or not out.is_floating_point() or torch.equal(out, given):
             return isinstance(out, Tensor) and not out.requires_grad
@@ -117,21 +119,57 @@ def _is_flat(module: nn.Module, given: Tensor) -> bool:
         (grad,) = torch.autograd.grad((out * torch.randn_like(out)).sum(), given, allow_unused=True)
     if grad is None:
         return True
-    # A ReLU is flat on some inputs; a quantiser on practically all.
+    # A ReLU is flat on some inputs; a quantiser on nearly all of them.
     return share_of(grad != 0) < 1e-3 and bool((out != 0).any())
+
+
+def _is_contradicted(module: nn.Module, given: Tensor) -> bool:
+    """Tell whether finite differences contradict the gradient of a layer that keeps the shape.
+
+    Only such a layer can be passed as the identity: elsewhere even a wrong gradient may say more
+    than a network fitted to the layer.
+    """
+    if given.dtype not in (torch.float32, torch.float64):
+        return False
+    # Beside the activations: where several tie, max-pooling has no slope to compare with.
+    size = given.std().nan_to_num(0).clamp(min=1e-6)
+    with forked_rng(given.device), torch.enable_grad():
+        at = (given + 1e-2 * size * torch.randn_like(given)).requires_grad_()
+        step = 1e-5 * size * torch.randn_like(given)
+        weight = torch.randn_like(given)
+
+        def passed(z: Tensor) -> Tensor | None:
+            seed_everything(0)  # a random layer must draw the same in both passes
+            try:
+                out = module(z)
+            except Exception:  # a layer that takes more than one argument
+                return None
+            same = isinstance(out, Tensor) and out.dtype == z.dtype and out.shape == z.shape
+            return out if same else None
+
+        out, moved = passed(at), passed(at.detach() + step)
+        if out is None or moved is None or not out.requires_grad:
+            return False
+        (grad,) = torch.autograd.grad((out * weight).sum(), at, allow_unused=True)
+    if grad is None:
+        return False
+    predicted = (grad * step).flatten(1).sum(1)
+    growth = ((moved - out).detach() * weight).flatten(1).sum(1)
+    return bool((growth / predicted - 1).abs().nanmedian() > CONTRADICTED)
 
 
 @contextmanager
 def bpda(model: nn.Module, x: Tensor, names: list[str]) -> Iterator[nn.Module]:
     """Lend the model with a differentiable backward through the named layers (BPDA).
 
-    The forward stays as it is. Backward, a layer whose output has the shape of its input counts
-    as the identity (Athalye et al. 2018, section 4.1); else as a small network fitted to it.
+    The forward pass is unchanged. In the backward pass a layer whose output has the shape of its
+    input is treated as the identity (Athalye et al. 2018, section 4.1), any other as a small
+    network fitted to it.
 
     Args:
         model: in eval mode.
-        x: some images (N, ...), to fit on.
-        names: of layers, see ``flat_layers``.
+        x: some images (N, ...) to fit the networks on.
+        names: names of the layers, see ``flat_layers``.
     """
     handles = []
     for name in names:

@@ -1,35 +1,54 @@
-"""From what an audit found to its verdict. The rule is docs/audit.md's."""
+"""The verdict of an audit. docs/audit.md states the rule."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from surestep.auditing.checks import Check
+from surestep.auditing.checks import GAP, Check
 from surestep.evaluation import wilson_interval
 from surestep.evaluation.doubts import BY_CHANCE, MISSED
 from surestep.verdicts import INCONCLUSIVE, NOT_ROBUST, PSEUDO, ROBUST
 
 _BY_COUNT = ("random-beats-gradient", "one-step-beats-many")
+_MASKING = {
+    "deterministic-forward",
+    "logits-not-probabilities",
+    "optimisation-in-forward",
+    "collapse",
+    "losses-agree",
+    "abnormal-examples",
+    "distorted-boundary",
+}
+"""Checks whose flag explains a failed claim: gradients or losses hide, or training collapsed.
+
+The signs that gradient attacks are blind (``_signs``) explain it, too. The other checks also flag
+sound models: some at a single image.
+"""
+_SUSPECT = {"vanishing-gradients", "broken-gradients", "abnormal-examples", "binarization"}
+"""Checks of which one must flag, too, if the failure of an unbounded attack is to count."""
+_SOLVED = 0.8
+"""Share of the binarization test's problems that a working attack solves."""
 _HARDLY = 0.15
-"""Share of what a model knows above chance that is hardly more than guessing."""
+"""Share of the clean accuracy above chance that still counts as guessing."""
 _BLIND = 0.1
-"""Share of images without a gradient, above which what withstood gradients says little."""
+"""Share of images without a gradient above which surviving gradient attacks says little."""
 
 Verdict = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Findings:
+class AuditNumbers:
     """The numbers that a verdict rests on, shares in [0, 1].
 
     Attributes:
         clean: clean accuracy.
-        claims: accuracy under FGSM and PGD-10, as a weak report has it.
+        claims: accuracy under FGSM and under PGD-10, as a weak report would print it.
         found: accuracy after all attacks.
         interval: its 95% interval.
-        chance: share of the commonest label.
-        blind: share of images on which even a safe loss has no gradient.
+        chance: share of the most common label.
+        no_gradient_share: share of images on which even log-odds have no gradient.
+        missed: number of images that only gradient-free attacks broke.
         n: number of images.
     """
 
@@ -38,25 +57,26 @@ class Findings:
     found: float
     interval: tuple[float, float]
     chance: float
-    blind: float
+    no_gradient_share: float
+    missed: int
     n: int
 
     @property
     def floor(self) -> float:
-        """What is hardly more than guessing, for a model that knows as much as this one."""
+        """Accuracy that counts as guessing: chance plus 15% of the clean accuracy above chance."""
         return self.chance + _HARDLY * max(self.clean - self.chance, 0)
 
     @property
     def guesses(self) -> bool:
-        """Whether the model itself hardly does more: twice as well, or less for a few classes."""
+        """Whether clean accuracy is near chance: at most twice it, or less if classes are few."""
         return self.clean <= min(2 * self.chance, self.chance + _HARDLY * (1 - self.chance))
 
     @property
-    def looks(self) -> tuple[float, str]:
-        """The larger claim that looks like a defence, and its attack; 0 if none does.
+    def strongest_claim(self) -> tuple[float, str]:
+        """The larger claim that looks like a defence, and its attack; 0 if neither does.
 
-        FGSM alone is weak: an undefended model may keep some accuracy under it. Only where it
-        leaves half does it look like one.
+        FGSM alone is weak: an undefended model may keep some accuracy under it, so its claim
+        counts only if it leaves half of the clean accuracy.
         """
         fgsm, pgd = self.claims["fgsm"], self.claims["pgd-10"]
         return max(
@@ -71,13 +91,13 @@ class Findings:
         return f"{100 * low:.0f} to {100 * high:.0f}% at 95%"
 
 
-def judge(f: Findings, checks: Sequence[Check], budget: str) -> Verdict:
+def judge(f: AuditNumbers, checks: Sequence[Check], budget: str) -> Verdict:
     """Return the verdict and its sentence.
 
     Args:
-        f: what was found.
-        checks: the twenty.
-        budget: the name of the one spent.
+        f: the numbers.
+        checks: the twenty masking checks.
+        budget: name of the budget spent.
     """
     if f.guesses:
         return INCONCLUSIVE, (
@@ -86,18 +106,22 @@ def judge(f: Findings, checks: Sequence[Check], budget: str) -> Verdict:
         )
     flags = [check.title.lower() for check in checks if check.flagged]
     seen = f"flagged: {', '.join(flags)}" if flags else "no check flagged"
-    # Where nothing is wrong with the gradients, a claim that does not hold is only a weak one.
+    signs = _signs(f, checks)
+    # An undefended model also loses most of what a weak attack left, and most models flag some
+    # check: below the floor only a sign of masking makes the failed claim a pretence. Above it,
+    # losing half of the claim is itself unusual, so any flag will do.
+    masking = bool(signs) or any(check.flagged and _masks(check) for check in checks)
     return (
-        (_of_claims(f, seen) if flags else None)
-        or _of_doubts(f, checks, budget)
+        (_of_claims(f, seen) if masking or (flags and f.found > f.floor) else None)
+        or _of_signs(f, signs, budget)
         or _of_the_floor(f, seen)
     )
 
 
-def _of_claims(f: Findings, seen: str) -> Verdict | None:
-    """Judge whether half of what the model claims is left."""
+def _of_claims(f: AuditNumbers, seen: str) -> Verdict | None:
+    """Judge whether at least half of the strongest claim is left; None if it is."""
     _, high = f.interval
-    looks, name = f.looks
+    looks, name = f.strongest_claim
     claim = f"{looks:.1%} under {name}"
     if high < 0.5 * looks:
         return PSEUDO, (
@@ -112,25 +136,20 @@ def _of_claims(f: Findings, seen: str) -> Verdict | None:
     return None
 
 
-def _of_doubts(f: Findings, checks: Sequence[Check], budget: str) -> Verdict | None:
-    """Hold the verdict where an undefended model may be hidden too well for what was tried."""
-    doubts = [check.title.lower() for check in checks if check.flagged and _decisive(check, f.n)]
-    if f.blind > _BLIND:
-        doubts.append(f"no gradient on {f.blind:.0%} of the images")
-    if (missed := _missed(checks, f.n)) > MISSED:
-        doubts.append(f"at least {missed:.0%} of the images fall only to gradient-free attacks")
-    if f.found <= f.floor or not doubts:
+def _of_signs(f: AuditNumbers, signs: Sequence[str], budget: str) -> Verdict | None:
+    """Withhold "robust" where the attacks tried may have missed a weak model; else None."""
+    if f.found <= f.floor or not signs:
         return None
     more = {"quick": "standard", "standard": "thorough"}.get(budget)
     advice = f"--budget {more}" if more else "an attack written for this model"
     return INCONCLUSIVE, (
         f"{f.found:.1%} withstood everything tried, but gradient attacks are blind here "
-        f"({', '.join(doubts)}): {advice} would decide."
+        f"({', '.join(signs)}): {advice} would decide."
     )
 
 
-def _of_the_floor(f: Findings, seen: str) -> Verdict:
-    """Judge whether more is left than guessing would."""
+def _of_the_floor(f: AuditNumbers, seen: str) -> Verdict:
+    """Judge whether more is left than counts as guessing."""
     low, high = f.interval
     if low > f.floor:
         return ROBUST, (
@@ -148,21 +167,47 @@ def _of_the_floor(f: Findings, seen: str) -> Verdict:
     )
 
 
-def _decisive(check: Check, n: int) -> bool:
-    """Tell whether a check that flags says that gradient attacks mean nothing here."""
+def _signs(f: AuditNumbers, checks: Sequence[Check]) -> list[str]:
+    """Return, in words, the signs that gradient attacks are blind on this model."""
+    suspect = any(check.flagged and check.name in _SUSPECT for check in checks)
+    signs = [
+        check.title.lower() for check in checks if check.flagged and _decisive(check, f.n, suspect)
+    ]
+    if f.no_gradient_share > _BLIND:
+        signs.append(f"no gradient on {f.no_gradient_share:.0%} of the images")
+    if (missed := wilson_interval(f.missed, f.n)[0]) > MISSED:
+        signs.append(f"at least {missed:.0%} of the images fall only to gradient-free attacks")
+    return signs
+
+
+def _decisive(check: Check, n: int, suspect: bool) -> bool:
+    """Tell whether a check that flagged shows that gradient attacks say nothing here.
+
+    Args:
+        check: a check that flagged.
+        n: number of images.
+        suspect: whether one of the checks in ``_SUSPECT`` flagged.
+    """
+    evidence = check.evidence
     if check.name in _BY_COUNT:
         return check.value is not None and round(check.value * n) >= BY_CHANCE
-    # Without gradients, what attacks by gradients leave says nothing. Where some are NaN, the
-    # images that these blind are counted.
-    return check.name == "broken-gradients" and bool(check.evidence["detached"])
+    if check.name == "binarization":
+        # Surely fewer than a working attack solves, and no more than random points do. Three
+        # problems or fewer say nothing.
+        solved, posed = evidence["pgd"], evidence["posed"]
+        high = wilson_interval(round(solved * posed), posed)[1]
+        return posed > BY_CHANCE and high < _SOLVED and solved <= evidence["random"]
+    if check.name == "eps-sweep":
+        left, looked_at = evidence["accuracy"][-1], evidence["n"]
+        return suspect and wilson_interval(round(left * looked_at), looked_at)[0] > MISSED
+    # Without gradients, or with those of another function, surviving gradient attacks says
+    # nothing. NaN gradients are not decisive here: no_gradient_share counts their images.
+    wrong = evidence.get("detached") or evidence.get("contradicted")
+    return check.name == "broken-gradients" and bool(wrong)
 
 
-def _missed(checks: Sequence[Check], n: int) -> float:
-    """Return the share of images, at least, that an attack without gradients breaks alone."""
-    counts = [
-        count
-        for check in checks
-        if check.name == "black-box-beats-white-box" and check.flagged
-        for count in check.evidence.get("broken only by it", {}).values()
-    ]
-    return wilson_interval(max(counts), n)[0] if counts else 0.0
+def _masks(check: Check) -> bool:
+    """Tell whether a check that flagged explains a failed claim by masking."""
+    # In weak models PGD-10 often leaves more than PGD; a gap between PGD and AutoAttack is rare.
+    gap = check.evidence.get("pgd over all with autoattack", 0.0)
+    return check.name in _MASKING or (check.name == "gap-profile" and gap > GAP)

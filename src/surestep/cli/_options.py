@@ -43,10 +43,12 @@ def _option(name: str, field: FieldInfo) -> Decorator:
     if field.annotation is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
     default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
-    if default not in (None, "") and name not in ("method", "dataset"):
+    if name == "eps":  # see runs.resolve
+        text += " [default: the preset's; without one, 0.3 for mnist in linf, else to be given]"
+    elif default not in (None, ""):
         said = f"{default:g}" if isinstance(default, float) else default
         # A preset may set another value.
-        of_preset = name in FitSettings.model_fields or name in ("model", "eps")
+        of_preset = name in FitSettings.model_fields or name in ("model", "dataset")
         text += f" [default: the preset's, or {said}]" if of_preset else f" [default: {said}]"
     return click.option(flag, name, metavar=_metavar(field.annotation), help=text)
 

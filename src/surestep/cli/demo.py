@@ -25,7 +25,7 @@ _AUDITED = 100  # images: enough to detect masking, in about a minute
     type=click.IntRange(0, 2**32 - 1),
     default=0,
     show_default=True,
-    help="Seed of both trainings and audits.",
+    help="Seed of the trainings, attacks and audits.",
 )
 @click.option(
     "--n",
@@ -79,6 +79,7 @@ def demo(
                 threat,
                 ("fgsm", "pgd-100", "pgd-100-margin"),
                 n=n,
+                seed=seed,
                 **watched._asdict(),
             )
         click.echo(f"auditing {name}", err=True)

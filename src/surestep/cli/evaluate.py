@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,11 @@ from surestep.cli._target import (
     target_options,
 )
 from surestep.errors import UserError
+
+if TYPE_CHECKING:
+    from surestep.evaluation import Evaluation
+
+_FEW = 20  # images on which a good model may be no better than chance
 
 
 @click.command(short_help="Measure a model's accuracy on clean images and under attack.")
@@ -111,6 +116,12 @@ def evaluate(
             **watched._asdict(),
             **values,
         )
+    if _at_chance(result):
+        click.echo(
+            f"surestep: warning: clean accuracy {result.clean_accuracy:.1%} is at chance: are the "
+            "weights, --mean and --std, and the order of the labels those of the model?",
+            err=True,
+        )
     told = {**result.to_dict(), "run": target.name, **target.judged_on, **provenance()}
     curve = {
         f"worst case at eps {at['eps']:.4g}": {
@@ -125,6 +136,13 @@ def evaluate(
         show=partial(evaluation_table, {target.name: result}, curve),
         also=partial(report_target, html, plots, target, values["batch_size"], evaluation=told),
     )
+
+
+def _at_chance(result: Evaluation) -> bool:
+    """Tell whether clean accuracy is no better than that of always giving the commonest label."""
+    of_label = [row["n"] for row in result.per_class]
+    low, _ = result.intervals["clean"]
+    return result.n >= _FEW and len(of_label) > 1 and low <= max(of_label) / result.n
 
 
 def _ratios(texts: list[Any]) -> list[float]:

@@ -157,10 +157,21 @@ def _tell_defaults(config: RunConfig, settings: dict[str, Any]) -> None:
     """Print to stderr which defaults are used because there is no preset for the data set."""
     left = [name for name in ("model", "epochs", "lr") if name not in settings]
     if left:
-        taken = ", ".join(f"{name} {getattr(config, name)}" for name in left)
+        from surestep import runs
+        from surestep.methods import get
+
+        taken = [f"{name} {getattr(config, name)}" for name in left]
+        own = runs.build_method(config).params()
+        taken += [
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in own.items()
+            if name not in config.params
+        ]
+        colour = "cifar10" in get(config.method).presets
+        advice = ", such as cifar10 for colour images" if colour else ""
         click.echo(
-            f"{config.method} has no preset for {config.dataset}, using defaults: {taken}; "
-            "--preset NAME uses another data set's",
+            f"{config.method} has no preset for {config.dataset}, using defaults, most of them "
+            f"meant for MNIST: {', '.join(taken)}; --preset NAME uses another data set's{advice}",
             err=True,
         )
 

@@ -30,7 +30,7 @@ def as_pair(batch: Any) -> tuple[Tensor, Tensor]:
         count = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
         raise UserError(
             f"the data yield a {kind}{count}, expected a pair (x, y) of tensors: write a "
-            "collate_fn that returns one"
+            "collate_fn that returns one, and pass a DataLoader with it"
         )
     x, y = batch
     whole = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)

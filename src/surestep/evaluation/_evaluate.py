@@ -1,4 +1,4 @@
-"""Accuracy under attack, for anybody's model and data."""
+"""Accuracy under attack, for any model and data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from surestep.activations import with_a_way_through
-from surestep.attacks.lending import attacking, device_of, forked_rng, seed_everything
+from surestep.attacks.lending import attacking, check_module, device_of, forked_rng, seed_everything
 from surestep.data import Images
 from surestep.devices import memory_for
 from surestep.errors import SurestepWarning, UserError
@@ -36,7 +36,7 @@ def evaluate(
     model: nn.Module,
     data: Images | tuple[Tensor, Tensor] | Dataset | DataLoader,
     threat: ThreatModel,
-    attacks: Sequence[str] | Mapping[str, suite.Attack] | None = None,
+    attacks: Sequence[str] | Mapping[str, suite.Attack | suite.Run] | None = None,
     *,
     budget: str = "standard",
     batch_size: int = 500,
@@ -54,66 +54,68 @@ def evaluate(
     """Measure clean accuracy and accuracy under each attack.
 
     The model is judged in eval mode and left as it was found. An image counts as robust to an
-    attack when it is right clean and at the attack's point. Only images that are right clean are
-    attacked, cheap attacks first; AutoAttack only attacks what the others left, which cannot
-    change the worst case. The global random state is left as it was.
+    attack if the model is right both on the clean image and at the attack's point. Only images
+    that are right clean are attacked, cheap attacks first; AutoAttack attacks only what the others
+    left, which cannot change the worst case. The global random state is left as it was.
 
     Args:
         model: returns logits (N, K) for images in the threat model's range; alone, or first in a
             tuple, or as "logits" in a dict.
         data: a pair of tensors (x, y), a Dataset or a DataLoader of such pairs.
         threat: norm, radius and data range.
-        attacks: names, see ``surestep.evaluation.suite``, or ``suite.Attack`` by name; by default
-            those of the budget. Where layers know a way straight through them (MeanSparse), each
-            name that follows the gradient runs a second time as "NAME-bpda".
-        budget: "quick", "standard" or "thorough"; without ``attacks``.
-        batch_size: of the attacks.
-        n: only n images: the first ones; of tensors that are sorted by class, and of a Dataset,
-            n drawn from all, always the same. All by default. Warns where a DataLoader's first n
-            images share one class.
-        seed: of the random starts.
+        attacks: names, see ``surestep.evaluation.suite``, or a ``suite.Attack`` or a function of
+            (model, x, y) that returns x_adv, by name; its points are projected to the ball. By
+            default the attacks of the budget. If the model has layers that know a way straight
+            through them (MeanSparse), each name that follows the gradient also runs as "NAME-bpda".
+        budget: "quick", "standard" or "thorough"; ignored if ``attacks`` is given.
+        batch_size: number of images attacked at a time.
+        n: number of images, all by default: the first n; of tensors that are sorted by class, and
+            of a Dataset, n drawn from all, always the same. Warns if a DataLoader's first n images
+            share one class.
+        seed: of everything that attacks draw at random.
         eps: further radii, for the curve of accuracy against eps.
         precision: bfloat16 or float16 crafts the perturbations under autocast. Whether a point is
             misclassified is decided in float32 in any case.
-        preprocess: what the model needs done to the pixels first, such as ``models.Normalize``.
-        sources: models whose points the "transfer" attack tries, which take the same pixels (what
-            normalises is inside); without any, a small one is trained on the model's own answers.
+        preprocess: applied to the pixels before the model, such as ``models.Normalize``.
+        sources: models on which the "transfer" attack makes its points; they take the same pixels,
+            with any normalisation inside. Without sources, a small model is trained on the judged
+            model's answers.
         state: progress file; given again after a stop, the evaluation continues from there and
             ends with the same numbers.
-        progress: called after each batch with images done, images in all (0 if unknown) and the
-            worst-case accuracy so far.
+        progress: called after each batch with the number of images done, of all images (0 if
+            unknown) and the worst-case accuracy so far.
         tell: called with a few words when an attack begins on a batch.
-        doubt: look for signs that gradients say little of this model, at the price of a few passes
-            over 96 images, and warn of them unless nothing is left.
+        doubt: look for signs that attacks are misled by this model, which costs a few passes over
+            96 images, and warn of them unless nothing is left.
 
     Raises:
-        UserError: unknown attack or budget, no data, a state of another evaluation, or images,
-            labels or model that cannot be judged.
+        UserError: an unknown attack or budget, no data, a state file of another evaluation or one
+            that is in use, or images, labels or a model that cannot be judged.
     """
+    check_module(model)
     check_threat(threat)
-    attacks = [attacks] if isinstance(attacks, str) else attacks
-    if isinstance(attacks, Mapping) and (taken := {"clean", "worst case"} & set(attacks)):
-        raise UserError(f"{min(taken)!r} is what is found without attacks, and of all: rename it")
-    if isinstance(attacks, Mapping) and eps:
+    custom = suite.as_attacks(attacks) if isinstance(attacks, Mapping) else None
+    if custom is not None and (taken := {"clean", "worst case"} & custom.keys()):
+        raise UserError(
+            f"an attack cannot be called {min(taken)!r}, a name the result needs: rename it"
+        )
+    if custom is not None and eps:
         raise UserError("eps takes attacks by name: an Attack is made for one radius")
-    names = suite.budget(budget) if attacks is None else attacks
-    if not isinstance(names, Mapping) and with_a_way_through(model):
-        names = suite.and_through(names)
+    names = _names(attacks, budget, model)
     radii = [threat.with_eps(e) for e in eps]
     device, start = device_of(model), time.perf_counter()
-    given = list(sources)  # a substitute follows from the rest, but for the last digits
+    # Without the substitute: it follows from the rest, except for the last digits.
+    given = list(sources)
     judged = Adapted(model, preprocess)
     advice = f"lower batch_size ({batch_size})"
-    if "transfer" in names and not isinstance(names, Mapping) and not sources:
+    if custom is None and "transfer" in names and not sources:
         with forked_rng(device), memory_for("the substitute", advice):
             sources = _stand_in(judged, data, batch_size, threat, seed)
 
     def at(radius: ThreatModel, place: str | Path | None) -> Evaluation:
-        by_name = (
-            dict(names) if isinstance(names, Mapping) else suite.parse_all(names, radius, sources)
-        )
+        by_name = suite.parse_all(names, radius, sources) if custom is None else custom
         settings = {
-            "version": 2,
+            "version": 3,
             "attacks": list(by_name),
             "threat": radius.to_dict(),
             "batch_size": batch_size,
@@ -157,10 +159,24 @@ def evaluate(
     return replace(whole, curve=curve, seconds=time.perf_counter() - start)
 
 
+def _names(
+    attacks: str | Sequence[str] | Mapping[str, suite.Attack | suite.Run] | None,
+    budget: str,
+    model: nn.Module,
+) -> list[str]:
+    """Return the names of the attacks; those given by name also straight through layers."""
+    if isinstance(attacks, Mapping):
+        return list(attacks)
+    names = [attacks] if isinstance(attacks, str) else list(attacks or ())
+    suite.check_names(names)
+    names = list(suite.budget(budget)) if attacks is None else names
+    return suite.and_through(names) if with_a_way_through(model) else names
+
+
 def _stand_in(
     model: nn.Module, data: Any, batch_size: int, threat: ThreatModel, seed: int
 ) -> list[nn.Module]:
-    """Train a substitute on what the model answers to the first images; none without any."""
+    """Train a substitute on the model's answers to the first images; none if there is no image."""
     seed_everything(seed)
     batches, _ = batches_of(data, batch_size, _ASKED_ABOUT, device_of(model), threat.bounds)
     shown = [x for x, _ in batches]
@@ -170,7 +186,7 @@ def _stand_in(
 def _digests(
     model: nn.Module, preprocess: nn.Module | None, sources: Sequence[nn.Module]
 ) -> dict[str, Any]:
-    """Tell the models of an evaluation from others, for its state."""
+    """Return digests of the models of an evaluation, for its state."""
     return {
         "model": model_digest(model),
         "preprocess": "none" if preprocess is None else model_digest(preprocess),

@@ -1,7 +1,7 @@
 """The state of an evaluation on disk: one line per finished attack on a batch.
 
-Lines are appended and synced, so a killed evaluation loses at most the batch it was at. Each
-attack draws from a seed of its own per batch, so that what is done need not be drawn again.
+Lines are appended and synced, so a killed evaluation loses at most the attack it was running. Each
+attack has its own seed for each batch, so finished attacks need not be repeated.
 """
 
 from __future__ import annotations
@@ -14,43 +14,38 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 from torch import Tensor, nn
 
+from surestep import files
 from surestep.errors import UserError
 
 
-def digest(*tensors: Tensor) -> str:
-    """Return a short hash of tensors' shapes, types and values."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        plain = tensor.detach().cpu().contiguous()
-        found.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
-        found.update(plain.view(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
-    return found.hexdigest()[:16]
-
-
 def model_digest(model: nn.Module) -> str:
-    """Return a short hash of a model's weights, buffers, and what its layers are and tell."""
-    state = sorted((k, v) for k, v in model.state_dict().items() if isinstance(v, Tensor))
-    # A threshold or a rate is not a tensor; an address in memory says nothing.
+    """Return a short hash of a model's weights and buffers, and of its layers' types and texts."""
+    # Buffers that are not persistent are in no state_dict.
+    entries = {**dict(model.named_buffers(remove_duplicate=False)), **model.state_dict()}
+    state = sorted((k, v) for k, v in entries.items() if isinstance(v, Tensor))
+    # Thresholds and rates are no tensors but in the layers' texts. Addresses in memory vary.
     told = [
         f"{type(module).__qualname__} {re.sub(r'0x[0-9a-f]+', '', module.extra_repr())}"
         for module in model.modules()
     ]
     names = hashlib.sha256(" ".join([*(k for k, _ in state), *told]).encode()).hexdigest()[:16]
-    return f"{names}-{digest(*(v for _, v in state))}"
+    return f"{names}-{files.digest(*(v for _, v in state))}"
 
 
 class State:
-    """What has been found so far, by batch and attack; None for the path keeps nothing.
+    """The results so far, by batch and attack.
+
+    The file is locked until ``close``: two evaluations that append to it would lose lines.
 
     Args:
-        path: the file; continued if it exists.
-        settings: all that the results depend on.
+        path: the file; continued if it exists. With None, nothing is kept.
+        settings: everything that determines the results.
 
     Raises:
-        UserError: the file is of an evaluation with other settings, or cannot be used.
+        UserError: the file belongs to an evaluation with other settings, is in use by another
+            process, or cannot be used.
     """
 
     def __init__(self, path: str | Path | None, settings: Mapping[str, Any]) -> None:
@@ -62,18 +57,28 @@ class State:
         header = json.dumps(settings, sort_keys=True)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = self._read(path, header) if path.exists() else 0
-            self._file = path.open("r+" if kept else "w", encoding="utf-8")
+            path.touch()
+            self._file = path.open("r+", encoding="utf-8")
+            if not files.lock(self._file):
+                raise UserError(
+                    f"{path} is in use by another evaluation: wait for it, stop it, or name "
+                    "another file"
+                )
+            kept = self._read(path, header)
             self._file.truncate(kept)
             self._file.seek(kept)
             if not kept:
                 self._append(header)
         except OSError as e:
+            self.close()
             raise UserError(f"cannot use the state file {path}: {e.strerror or e}") from e
+        except UserError:
+            self.close()
+            raise
 
     def _read(self, path: Path, header: str) -> int:
-        """Take over the whole lines; return how many bytes they are."""
-        *lines, cut = path.read_bytes().split(b"\n")  # cut: by a stop amid a line
+        """Read the complete lines; return how many bytes they take."""
+        *lines, cut = path.read_bytes().split(b"\n")  # cut: the rest, if a line was interrupted
         if not lines:
             if header.encode().startswith(cut):
                 return 0
@@ -106,11 +111,11 @@ class State:
         return self._file is not None
 
     def get(self, batch: int, attack: str) -> dict[str, Any] | None:
-        """Return what ``put`` was given for this attack on this batch, if it was."""
+        """Return what ``put`` stored for this attack on this batch; None if it did not."""
         return self._done.get((batch, attack))
 
     def put(self, batch: int, attack: str, **found: Any) -> None:
-        """Keep what was found, on disk when this returns."""
+        """Store what an attack found; it is on disk when this returns."""
         if self._file is not None:
             self._append(json.dumps({"batch": batch, "attack": attack, **found}))
 
@@ -121,6 +126,7 @@ class State:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file."""
+        """Close and unlock the file."""
         if self._file is not None:
+            files.unlock(self._file)
             self._file.close()

@@ -1,7 +1,8 @@
-"""Signs that a worst case is too high: gradients that say little of the model.
+"""Signs that a worst case is too high, such as gradients that say little about the model.
 
-Attacks that cannot see leave images right that others would break. To look here costs a few
-passes; an audit looks closer, and attacks what it finds.
+Attacks that follow misleading gradients, or attack another function than the one that is judged,
+leave images right that other attacks would break. Looking for signs of that costs a few passes; an
+audit looks closer, and attacks what it finds.
 """
 
 from __future__ import annotations
@@ -19,20 +20,27 @@ from surestep.attacks.inputs import forward_logits
 from surestep.attacks.lending import attacking
 from surestep.devices import exact, finest
 from surestep.evaluation import suite
-from surestep.evaluation.adapt import Adapted
+from surestep.evaluation.adapt import Adapted, seeds_of
 from surestep.threat import ThreatModel
 
 LOOKED_AT = 96
-"""Images, right as they are, that are looked at."""
+"""Number of correctly classified clean images that are looked at."""
 BY_CHANCE = 3
-"""Images by which two attacks may differ by chance: fewer say nothing."""
+"""Fewest images that mean something: two attacks may differ on fewer by chance."""
 BEATEN = 0.005
 """Share of images by which one step may do better than many."""
 MISSED = 0.02
-"""Share of images that may be without a gradient, or fall to an attack without gradients alone."""
+"""Share of images that may lack a gradient, or that only an attack without gradients may break."""
 SAME = 1e-4
-"""How far apart, in length one, the logits of two passes may be."""
-_MANY = 10  # steps, which one step is not to beat
+"""Largest distance between the logits of two equal passes, scaled to length one."""
+ROUNDED, ROUNDED_IN_HALF = 0.01, 0.05
+"""Largest relative distance between logits that were computed in another order: in batches of
+another size, with gradients on, or on another machine. The second is for 16-bit weights."""
+BATCH_DEPENDENT = "an image's logits depend on the other images of its batch"
+OTHER_WITH_GRADIENTS = (
+    "it answers differently when gradients are on, so attacks climb another function"
+)
+_MANY = 10  # steps: an attack of so many should find more than a single step
 
 
 def of_model(
@@ -43,27 +51,28 @@ def of_model(
     attacks: Sequence[str],
     batch_size: int,
 ) -> list[str]:
-    """Say in words what may blind gradient attacks on a model.
+    """Describe what may mislead attacks on a model.
 
     Args:
         model: pixels in, logits out, in eval mode.
         x: images (N, ...) that are right as they are.
         y: labels (N,).
         threat: norm, radius and data range.
-        attacks: by name. Where none follows the gradient, that is not looked at; where some went
-            straight through layers that know such a way, it is, too.
+        attacks: by name. If none follows the gradient, gradients are not looked at; if some went
+            straight through layers that know such a way, these gradients are.
         batch_size: of the passes.
     """
-    found = []
-    with torch.no_grad(), exact(x.device):
-        first, second = (
-            in_parts(batch_size, lambda z: forward_logits(model, z), x) for _ in range(2)
+    follows = any(map(suite.follows, attacks))
+    first = logits(model, x, batch_size)
+    found = _of_passes(model, x, first, batch_size, follows)
+    if seeds := seeds_of(model):
+        found.append(
+            f"its forward seeds the random generator of {' and '.join(seeds)}, so what it draws is "
+            "the same in every pass"
         )
-    if not apart(first, second) <= SAME:
-        found.append("the model is random, and each point was judged by a single draw")
     if are_probabilities(first):
         found.append("it returns probabilities, whose gradients vanish where it is sure")
-    if any(map(suite.follows, attacks)):
+    if follows:
         bpda = any(name.endswith("-bpda") for name in attacks)
 
         def flat(z: Tensor, labels: Tensor) -> Tensor:
@@ -81,17 +90,61 @@ def of_model(
     return found
 
 
-def of_sources(sources: Sequence[nn.Module], x: Tensor, y: Tensor, batch_size: int) -> list[str]:
-    """Say in words which models for the transfer attack are wrong on most images themselves.
+def _of_passes(
+    model: nn.Module, x: Tensor, first: Tensor, batch_size: int, follows: bool
+) -> list[str]:
+    """Describe in what respect other passes over the images x do not give the ``first`` logits.
+
+    Where gradients are on and each image stands in another batch, most models give the same
+    logits, so that one pass settles it.
+    """
+    if apart(first, regrouped(model, x, batch_size, gradients=follows)) <= SAME:
+        return []
+    if not apart(first, logits(model, x, batch_size)) <= SAME:
+        return ["the model is random, and each point was judged by a single draw"]
+    found, limit = [], rounding_of(model)
+    if differ(first, regrouped(model, x, batch_size), limit):
+        found.append(BATCH_DEPENDENT)
+    if follows and differ(first, logits(model, x, batch_size, gradients=True), limit):
+        found.append(OTHER_WITH_GRADIENTS)
+    return found
+
+
+def logits(model: nn.Module, x: Tensor, batch_size: int, *, gradients: bool = False) -> Tensor:
+    """Return the logits (N, K) of images.
 
     Args:
-        sources: pixels in, logits out; maybe not in eval mode.
-        x: images (N, ...) that are right as they are.
+        model: pixels in, logits out, in eval mode.
+        x: images (N, ...).
+        batch_size: of the passes.
+        gradients: let the passes record a graph from the images, as in a gradient attack.
+    """
+
+    def run(z: Tensor) -> Tensor:
+        return forward_logits(model, z.detach().clone().requires_grad_(gradients)).detach()
+
+    # An image that was made in inference mode cannot require a gradient in it.
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients), exact(x.device):
+        return in_parts(batch_size, run, x)
+
+
+def regrouped(model: nn.Module, x: Tensor, batch_size: int, *, gradients: bool = False) -> Tensor:
+    """Return the logits (N, K) of images in reverse order and in batches half as large."""
+    half = max(1, min(batch_size, len(x)) // 2)
+    return logits(model, x.flip(0), half, gradients=gradients).flip(0)
+
+
+def of_sources(sources: Sequence[nn.Module], x: Tensor, y: Tensor, batch_size: int) -> list[str]:
+    """Describe which source models of the transfer attack misclassify most images themselves.
+
+    Args:
+        sources: pixels in, logits out; in any mode.
+        x: images (N, ...) that the judged model classifies correctly.
         y: labels (N,).
         batch_size: of the passes.
 
     Raises:
-        UserError: one fails on such images, or returns no logits.
+        UserError: a source fails on such images, or returns no logits.
     """
     found = []
     for number, source in enumerate(sources, 1):
@@ -107,11 +160,11 @@ def of_sources(sources: Sequence[nn.Module], x: Tensor, y: Tensor, batch_size: i
 
 
 def of_results(right: Mapping[str, Tensor], square: int | None = None) -> list[str]:
-    """Say in words where what attacks left shows that gradients mislead.
+    """Describe where the attacks' results show that gradients mislead.
 
     Args:
-        right: which images (N,) were right "clean", and by attack.
-        square: how many images AutoAttack's Square broke of those that gradients had left.
+        right: which images (N,) were right "clean", and under each attack, by its name.
+        square: number of images that AutoAttack's Square broke after its gradient attacks.
     """
     steps = {name: suite.ascent(name) for name in right}
     one = [right[name] for name, taken in steps.items() if taken == 1]
@@ -124,27 +177,51 @@ def of_results(right: Mapping[str, Tensor], square: int | None = None) -> list[s
             found.append("one step breaks more images than many")
     alone = {} if square is None else {"autoattack's square": square}
     seeing = {name: right[name] for name in right if suite.follows(name)}
-    # Nobody says that one step finds all there is.
+    # A single step is not expected to find everything.
     if any(steps[name] != 1 for name in seeing):
         left = torch.stack(list(seeing.values())).all(0)
         alone |= {k: int((left & ~right[k]).sum()) for k, taken in steps.items() if taken == 0}
     for name, count in alone.items():
-        # Random points find next to nothing; a search by answers alone finds a few.
+        # Random points break hardly any image; a search by queries alone breaks a few more.
         if count >= BY_CHANCE and (name.startswith("noise") or count > MISSED * n):
             found.append(f"{name} breaks {count:,} images that gradients do not")
     return found
 
 
 def apart(first: Tensor, second: Tensor) -> float:
-    """Return how far apart two passes' logits (N, K) are at most, brought to length one.
+    """Return the largest distance between two passes' logits (N, K), each scaled to length one.
 
-    What is not finite must be so in the same places.
+    It is infinite if other entries are finite in the second pass than in the first.
     """
     whole = first.isfinite()
     if not whole.equal(second.isfinite()):
         return float("inf")
     one, two = (F.normalize(z.where(whole, 0).to(finest(z.device)), dim=1) for z in (first, second))
     return (one - two).norm(dim=1).max().item()
+
+
+def unlike(first: Tensor, second: Tensor, limit: float) -> Tensor:
+    """Tell for which images (N,) two passes' logits (N, K) differ.
+
+    They do if they give another class, if other entries are finite, or if their distance is more
+    than ``limit`` times the longer of the two.
+    """
+    whole = first.isfinite()
+    one, two = (z.where(whole & z.isfinite(), 0).to(finest(z.device)) for z in (first, second))
+    far = (one - two).norm(dim=1) > limit * torch.maximum(one.norm(dim=1), two.norm(dim=1))
+    return far | (whole != second.isfinite()).any(1) | (first.argmax(1) != second.argmax(1))
+
+
+def differ(first: Tensor, second: Tensor, limit: float) -> bool:
+    """Tell whether two passes' logits (N, K) differ on more images than a few by chance."""
+    count = int(unlike(first, second, limit).sum())
+    return count >= BY_CHANCE and count > MISSED * len(first)
+
+
+def rounding_of(model: nn.Module) -> float:
+    """Return the ``limit`` for ``unlike`` that allows for the rounding of a model's weights."""
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    return ROUNDED_IN_HALF if half else ROUNDED
 
 
 def are_probabilities(out: Tensor) -> bool:
@@ -154,9 +231,9 @@ def are_probabilities(out: Tensor) -> bool:
 
 
 def is_flat(grad: Tensor) -> Tensor:
-    """Tell which images (N,) have a gradient (N, ...) of zeros, or of NaN in a tenth of it.
+    """Tell which images (N,) have a gradient (N, ...) of zeros, or of NaN in a tenth of the pixels.
 
-    An attack can go nowhere by it, or not there.
+    A zero gradient gives an attack no direction, and it cannot move pixels whose gradient is NaN.
     """
     flat = grad.flatten(1)
     return flat.eq(0).all(1) | (flat.isnan().float().mean(1) >= 0.1)

@@ -17,12 +17,14 @@ from surestep.attacks.lending import forked_rng, seed_everything
 from surestep.devices import autocast, exact
 from surestep.errors import UserError
 from surestep.evaluation import doubts, suite
-from surestep.evaluation._state import State, digest
+from surestep.evaluation._state import State
 from surestep.evaluation.result import Evaluation, wilson_interval
 from surestep.evaluation.suite import Found
+from surestep.files import digest
 from surestep.threat import ThreatModel
 
-_ROUNDED = 0.01  # share of images on which machines may differ
+_ROUNDED = 0.01  # share of images that rounding on another machine may misclassify
+_KEPT = 16  # images of the first batch whose logits the state keeps
 
 
 class Judge:
@@ -44,7 +46,7 @@ class Judge:
         self.order = sorted(attacks, key=lambda k: (attacks[k].survivors, attacks[k].passes))
         self.right: dict[str, list[Tensor]] = {name: [] for name in ("clean", *attacks)}
         self.first_wrong: dict[str, list[Tensor]] = {
-            name: [] for name, attack in attacks.items() if attack.looks
+            name: [] for name, attack in attacks.items() if attack.points_tried
         }
         self.parts = {
             name: dict.fromkeys(attack.run, 0)
@@ -59,7 +61,7 @@ class Judge:
         self.doubts: list[str] | None = None
 
     def batch(self, x: Tensor, y: Tensor) -> None:
-        """Run every attack on a batch, but those that the state already knows."""
+        """Run every attack on a batch, except those whose results the state holds."""
         check_inputs(self.model, x, y, self.threat)
         clean = self._clean(x, y)
         worst = clean.clone()
@@ -90,7 +92,7 @@ class Judge:
         self.number += 1
 
     def _keep_some(self, x: Tensor, y: Tensor, clean: Tensor) -> None:
-        """Keep the first images that are right, for ``look``."""
+        """Keep the first correctly classified images for ``look``."""
         wanted = doubts.LOOKED_AT - sum(len(labels) for _, labels in self.some)
         same = not self.some or self.some[0][0].shape[1:] == x.shape[1:]
         if wanted > 0 and same and clean.any():
@@ -98,7 +100,7 @@ class Judge:
             self.some.append((x[rows], y[rows]))
 
     def look(self, sources: Sequence[nn.Module], batch_size: int) -> None:
-        """Look for what may blind attacks, on some of the images that are right."""
+        """Look for what may mislead attacks, on the images that were kept for this."""
         self.doubts = []
         if self.some:
             x, y = (torch.cat(parts) for parts in zip(*self.some, strict=True))
@@ -113,9 +115,11 @@ class Judge:
         known = self.state.get(self.number, "clean")
         if known is None:
             with self._seeded("clean", x.device):
-                clean = self._right(x, y)
+                out = self._logits(x)
+            clean = ~misclassified(out, y).cpu()
             wrong = (~clean).nonzero().squeeze(1).tolist()
-            self.state.put(self.number, "clean", wrong=wrong, data=fingerprint)
+            some = {"logits": _rounded(out[:_KEPT])} if self.number == 0 else {}
+            self.state.put(self.number, "clean", wrong=wrong, data=fingerprint, **some)
             return clean
         if known["data"] != fingerprint:
             raise UserError(
@@ -125,29 +129,53 @@ class Judge:
         clean = torch.ones(len(x), dtype=torch.bool)
         clean[torch.tensor(known["wrong"], dtype=torch.int64)] = False
         if self.number == 0:
-            with self._seeded("clean", x.device):
-                again, once_more = self._right(x, y), self._right(x, y)
-            # Another machine may round an image or two to the other side; a random model that has
-            # its own generator draws anew.
-            other = int((again != clean).sum())
-            if other > max(2, _ROUNDED * len(x)) and again.equal(once_more):
-                raise UserError(
-                    f"the model answers otherwise on {other} of {len(x)} images than when the "
-                    "state file was written, though its weights are the same: give the code that "
-                    "it was then, or another state file"
-                )
+            self._check_model(x, y, clean, torch.tensor(known["logits"]))
         return clean
 
+    def _check_model(self, x: Tensor, y: Tensor, clean: Tensor, kept: Tensor) -> None:
+        """Refuse a model whose code or attributes changed since the state file was written.
+
+        Args:
+            x: the images (N, ...) of the first batch.
+            y: their labels (N,).
+            clean: which of them (N,) were right.
+            kept: logits of the first of them.
+
+        Raises:
+            UserError: the model gives other logits, or misclassifies other images.
+        """
+        with self._seeded("clean", x.device):
+            out, again = self._logits(x), self._logits(x)
+        now, limit = out[: len(kept)].cpu(), doubts.rounding_of(self.model)
+        same = kept.shape == now.shape
+        moved = int(doubts.unlike(kept.to(now.dtype), now, limit).sum()) if same else len(kept)
+        turned = int((clean == misclassified(out, y).cpu()).sum())
+        # Another machine may round an image or two to the other side of a boundary or a threshold.
+        # A random model that has its own generator draws anew: its passes differ from each other.
+        if doubts.apart(out, again) <= doubts.SAME and (
+            moved > len(kept) // 8 or turned > max(2, _ROUNDED * len(x))
+        ):
+            told = (
+                f"it classifies {turned} of {len(x)} images differently"
+                if turned
+                else f"its logits differ on {moved} of {len(kept)} images"
+            )
+            raise UserError(
+                f"the model changed since the state file was written, though its weights are the "
+                f"same ({told}): restore its code and attributes, or give another state file"
+            )
+
     def _attack(self, name: str, x: Tensor, y: Tensor, targets: Tensor) -> dict[str, Any]:
-        """Run one attack, part by part if it has some, on the images ``targets`` (N,) of a batch.
+        """Run one attack, part by part if it has parts, on the images ``targets`` (N,) of a batch.
 
         Returns:
-            The images that it ``broke``, after how many ``steps`` each (of an iterative attack),
-            how many each of its ``parts`` broke, and the ``seconds`` that all took.
+            The indices of the ``broken`` images, the number of ``steps`` that each took (empty if
+            the attack is not iterative), how many each of the ``parts`` broke, and the ``seconds``
+            of the whole.
         """
         attack = self.attacks[name]
         if not isinstance(attack.run, Mapping):
-            return self._run(name, attack.run, attack.looks, x, y, targets)
+            return self._run(name, attack.run, attack.points_tried, x, y, targets)
         broken: list[int] = []
         parts, seconds, left = {}, 0.0, targets.clone()
         for part, run in attack.run.items():
@@ -166,18 +194,22 @@ class Judge:
         self,
         name: str,
         run: suite.Run,
-        looks: int | None,
+        points_tried: int | None,
         x: Tensor,
         y: Tensor,
         targets: Tensor,
     ) -> dict[str, Any]:
-        """Run an attack, or a part of one, on the images ``targets`` (N,) of a batch."""
+        """Run an attack, or a part of one, on the images ``targets`` (N,) of a batch.
+
+        Returns:
+            As ``_attack``, without ``parts``.
+        """
         if self.tell:
             self.tell(f"{name} on images {self.done + 1:,} to {self.done + len(x):,}")
         begin = time.perf_counter()
         broken: list[int] = []
         steps: list[int] = []
-        # The targets; others only to fill up to a batch size met before.
+        # The targets, and other images only to fill up a batch size that is met more often.
         attacked = round_up(int(targets.sum()), len(x))
         rows = targets.int().argsort(descending=True, stable=True)[:attacked]
         if len(rows):
@@ -186,35 +218,48 @@ class Judge:
                 with autocast(x.device, self.precision):
                     found = run(self.model, x[at], y[at])
                 found = Found(found) if isinstance(found, Tensor) else found
+                if not isinstance(found, Found) or found.x_adv.shape != x[at].shape:
+                    what = (
+                        f"points of shape {tuple(found.x_adv.shape)}"
+                        if isinstance(found, Found)
+                        else f"a {type(found).__name__}"
+                    )
+                    raise UserError(
+                        f"the attack {name!r} returned {what}, expected a tensor x_adv of shape "
+                        f"{tuple(x[at].shape)}: return one point for each image"
+                    )
                 # Whatever an attack returns, only a point of the threat model counts.
                 x_adv = torch.where(found.x_adv.isfinite(), found.x_adv, x[at])
                 wrong = targets[rows] & ~self._right(self.threat.project(x_adv, x[at]), y[at])
             broken = rows[wrong].tolist()
             if found.first_wrong is not None:
-                # Crafted in low precision, broken in full: by the last point then.
-                last = (looks or 1) - 1
+                # A point that is wrong in full precision alone counts as the attack's last one.
+                last = (points_tried or 1) - 1
                 first = found.first_wrong.cpu()[wrong]
                 steps = torch.where(first < 0, last, first).tolist()
         return {"broken": broken, "steps": steps, "seconds": time.perf_counter() - begin}
 
     @contextlib.contextmanager
     def _seeded(self, name: str, device: torch.device) -> Iterator[None]:
-        """Seed what is random, so that the same is found whatever ran before, or was resumed.
+        """Seed all generators, so that results depend neither on what ran before nor on resuming.
 
-        The state is as before afterwards: data may be drawn at random between the attacks.
+        The random state is restored afterwards, since data may be drawn at random between attacks.
         """
         with forked_rng(device):
             seed_everything(zlib.crc32(f"{self.seed}/{self.number}/{name}".encode()))
             yield
 
-    @torch.no_grad()
     def _right(self, x: Tensor, y: Tensor) -> Tensor:
+        return ~misclassified(self._logits(x), y).cpu()
+
+    @torch.no_grad()
+    def _logits(self, x: Tensor) -> Tensor:
         # Whatever precision the caller's code runs in.
         with exact(x.device):
-            return ~misclassified(forward_logits(self.model, x), y).cpu()
+            return forward_logits(self.model, x)
 
     def result(self) -> Evaluation:
-        """Count; the time that all took is for the caller to say.
+        """Return the counts; ``seconds`` is that of the attacks, for the caller to replace.
 
         Raises:
             UserError: there was no image.
@@ -268,19 +313,19 @@ class Judge:
     def _doubts(self, right: Mapping[str, Tensor]) -> list[str]:
         if self.doubts is None:
             return []
-        # An attack on survivors cannot be compared with those that were run on all.
+        # An attack on the survivors cannot be compared with those that ran on all images.
         left = {k: v for k, v in right.items() if k == "clean" or not self.attacks[k].survivors}
         parts = [self.parts[name] for name in self.order if name in self.parts]
-        # The last AutoAttack's Square: with "-bpda" in the suite only that one had whole gradients.
+        # Square of the last AutoAttack: where "-bpda" ran, too, only that one had all gradients.
         square = [some["square"] for some in parts if "square" in some]
         return self.doubts + doubts.of_results(left, square[-1] if square else None)
 
     def _by_step(self, name: str, clean: int) -> list[float] | None:
-        looks = self.attacks[name].looks
-        if looks is None:
+        points = self.attacks[name].points_tried
+        if points is None:
             return None
         steps = torch.cat(self.first_wrong[name])
-        broken = torch.bincount(steps[steps >= 0], minlength=looks).cumsum(0)
+        broken = torch.bincount(steps[steps >= 0], minlength=points).cumsum(0)
         return [(clean - b) / self.done for b in broken.tolist()]
 
     def _by_part(self, name: str, right: int) -> dict[str, float] | None:
@@ -291,3 +336,8 @@ class Judge:
             left -= broken
             after[part] = left / self.done
         return after
+
+
+def _rounded(out: Tensor) -> list[list[float]]:
+    """Return logits (N, K) with about float32's digits, for JSON."""
+    return [[float(f"{value:.7g}") for value in row] for row in out.tolist()]

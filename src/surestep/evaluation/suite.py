@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ BUDGETS: dict[str, tuple[str, ...]] = {
         *("pgd-100x5", "pgd-100x5-margin", "pgd-100-dlr", "square", "autoattack"),
     ),
 }
-"""Attacks by budget. AutoAttack runs on the images that the others left."""
+"""Attacks by budget. AutoAttack runs on the images that the other attacks left."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Found:
 
     Attributes:
         x_adv: its points, shaped as the images.
-        first_wrong: of an iterative attack, after how many steps each image was first
+        first_wrong: for an iterative attack, the number of steps after which each image was first
             misclassified (N,), -1 for never; else None.
     """
 
@@ -52,18 +53,49 @@ class Attack:
     """An attack of an evaluation.
 
     Attributes:
-        run: maps (model, x, y) to what it found, or to the points alone; or, of an attack of
-            several parts, these by name: each runs on what the earlier ones left.
-        passes: about how many forward passes an image costs that withstands it (a gradient
-            counts as two); the order of an evaluation goes by it.
-        survivors: run it only on what the other attacks left; its accuracy is then theirs together.
-        looks: how many points an iterative attack tries, the start included.
+        run: maps (model, x, y) to what it found, or to the points alone. An attack of several
+            parts has these by name; each part runs on what the earlier ones left.
+        passes: approximate number of forward passes for an image that withstands the attack (a
+            gradient counts as two); an evaluation runs attacks in this order.
+        survivors: run it only on what the other attacks left; its accuracy then includes theirs.
+        points_tried: number of points that an iterative attack tries, including its start.
     """
 
     run: Run | Mapping[str, Run]
     passes: float = 1
     survivors: bool = False
-    looks: int | None = None
+    points_tried: int | None = None
+
+
+def as_attacks(given: Mapping[str, Any]) -> dict[str, Attack]:
+    """Return attacks by name, with plain functions of (model, x, y) wrapped.
+
+    Raises:
+        UserError: one is neither an ``Attack`` nor a function.
+    """
+    for name, one in given.items():
+        if isinstance(one, type) or not (isinstance(one, Attack) or callable(one)):
+            raise UserError(
+                f"the attack {name!r} is {one!r}, expected a function of (model, x, y) that "
+                "returns x_adv, or an Attack: surestep's own are "
+                "surestep.evaluation.suite.parse(NAME, threat)"
+            )
+    return {n: one if isinstance(one, Attack) else Attack(one) for n, one in given.items()}
+
+
+def check_names(names: Sequence[Any]) -> None:
+    """Refuse a list of attacks that holds other things than names.
+
+    Raises:
+        UserError: one is no text.
+    """
+    for one in names:
+        if not isinstance(one, str):
+            called = getattr(one, "__name__", "mine")
+            raise UserError(
+                f"attacks holds {one!r}, expected names such as 'pgd-100': give an attack of your "
+                f"own by name, attacks={{{called!r}: ...}}"
+            )
 
 
 def pgd_step_size(eps: float, steps: int) -> float:
@@ -76,13 +108,13 @@ def pgd_step_size(eps: float, steps: int) -> float:
 
 @dataclass(frozen=True)
 class Spec:
-    """What the name of an attack says, and what it is made for.
+    """The parts of an attack's name, and what the attack is made for.
 
     Attributes:
         kind: the first part of the name.
-        count: the number after it, of steps, samples or queries; 0 where there is none.
-        restarts: after an x.
-        loss: at the end.
+        count: the number after it, of steps, samples or queries; 0 if there is none.
+        restarts: the number after an x, 1 if there is none.
+        loss: the last part, "ce" if there is none.
         threat: norm, radius and data range.
         sources: models for "transfer".
     """
@@ -96,18 +128,18 @@ class Spec:
 
 
 def parse(name: str, threat: ThreatModel, sources: Sequence[nn.Module] = ()) -> Attack:
-    """Return the attack of a name.
+    """Return the attack with a name.
 
     Args:
         name: such as "fgsm", "pgd-100", "pgd-20x2" (two restarts), "pgd-100-margin", "noise-10",
-            "square-1000", "autoattack". At the end of one that follows the gradient "-bpda" sends
-            this straight through layers that know such a way, see ``and_through``.
+            "square-1000", "autoattack". If it follows the gradient, "-bpda" at the end sends the
+            gradient straight through layers that know such a way, see ``and_through``.
         threat: norm, radius and data range.
         sources: models for "transfer".
 
     Raises:
-        UserError: the name is none of these, transfer has no source, or an attack of foolbox's
-            is in another norm or foolbox not installed.
+        UserError: the name is unknown, "transfer" has no source, or an attack from foolbox does
+            not have the threat model's norm or foolbox is not installed.
     """
     match = _NAME.fullmatch(name)
     kind = KINDS[match["kind"]] if match else None
@@ -127,10 +159,10 @@ def parse(name: str, threat: ThreatModel, sources: Sequence[nn.Module] = ()) -> 
 
 
 def and_through(names: Iterable[str]) -> list[str]:
-    """Return attacks and, after each that follows the gradient, the same with "-bpda".
+    """Return the attacks and, after each that follows the gradient, the same with "-bpda".
 
-    Layers such as MeanSparse's pass no gradient in places, which stops the former and not the
-    latter (backward pass differentiable approximation, Athalye et al. 2018).
+    Layers such as MeanSparse's pass no gradient in places, which misleads the first but not the
+    second (backward pass differentiable approximation, Athalye et al. 2018).
     """
     every: list[str] = []
     for name in names:
@@ -139,9 +171,9 @@ def and_through(names: Iterable[str]) -> list[str]:
 
 
 def ascent(name: str) -> int | None:
-    """Return how many steps up the gradient an attack takes, by its name; 0 if it follows none.
+    """Return how many gradient steps an attack takes, by its name; 0 if it follows no gradient.
 
-    None of what looks for points in another way, and of what is no name.
+    It is None for an attack that searches in another way, and for an unknown name.
     """
     match = _NAME.fullmatch(name)
     if match is None:
@@ -152,28 +184,35 @@ def ascent(name: str) -> int | None:
 
 
 def follows(name: str) -> bool:
-    """Tell whether an attack follows the model's gradient, by its name."""
+    """Tell from its name whether an attack follows the model's gradient."""
     match = _NAME.fullmatch(name)
     return match is not None and KINDS[match["kind"]].follows
 
 
 def _through(attack: Attack) -> Attack:
-    """Return an attack whose gradients pass layers that know a way straight through them."""
-
-    def through(run: Run) -> Run:
-        def straight(model: nn.Module, x: Tensor, y: Tensor) -> Found | Tensor:
-            with straight_through(model):
-                return run(model, x, y)
-
-        return straight
-
+    """Return the attack with gradients that go straight through layers that know such a way."""
     if isinstance(attack.run, Mapping):
-        return replace(attack, run={name: through(run) for name, run in attack.run.items()})
-    return replace(attack, run=through(attack.run))
+        parts = {name: partial(_straight, run) for name, run in attack.run.items()}
+        return replace(attack, run=parts)
+    return replace(attack, run=partial(_straight, attack.run))
 
 
-def _one(run: Callable[[nn.Module, Tensor, Tensor], Tensor], passes: float) -> Attack:
-    return Attack(lambda m, x, y: Found(run(m, x, y)), passes)
+def _straight(run: Run, model: nn.Module, x: Tensor, y: Tensor) -> Found | Tensor:
+    with straight_through(model):
+        return run(model, x, y)
+
+
+def _plain(
+    attack: Callable[..., Tensor], threat: ThreatModel, passes: float, **options: Any
+) -> Attack:
+    """Return an attack that is one function of (model, x, y, threat) and options."""
+    return Attack(partial(_points, attack, threat=threat, **options), passes)
+
+
+def _points(
+    attack: Callable[..., Tensor], model: nn.Module, x: Tensor, y: Tensor, **options: Any
+) -> Found:
+    return Found(attack(model, x, y, **options))
 
 
 def _iterative(spec: Spec) -> Attack:
@@ -181,7 +220,7 @@ def _iterative(spec: Spec) -> Attack:
     size = pgd_step_size(eps, steps) if spec.kind == "pgd" else eps / steps
 
     def run(model: nn.Module, x: Tensor, y: Tensor) -> Found:
-        # Of two classes there is no dlr loss, and the margin is what it would scale.
+        # The dlr loss, which scales the margin, needs three classes.
         two = spec.loss == "dlr" and count_classes(model, x) < 3
         best = search(
             model,
@@ -198,7 +237,7 @@ def _iterative(spec: Spec) -> Attack:
         )
         return Found(best.x_adv, best.first_wrong)
 
-    return Attack(run, 2 * steps * spec.restarts, looks=(steps + 1) * spec.restarts)
+    return Attack(run, 2 * steps * spec.restarts, points_tried=(steps + 1) * spec.restarts)
 
 
 def _autoattack(spec: Spec) -> Attack:
@@ -214,33 +253,25 @@ def _transfer(spec: Spec) -> Attack:
 
 def _cw_l2(spec: Spec) -> Attack:
     nearest.check(spec.kind, spec.threat)
-    return _one(
-        lambda m, x, y: nearest.cw_l2(m, x, y, spec.threat, spec.count),
-        2 * nearest.SEARCHES * spec.count,
-    )
+    passes = 2 * nearest.SEARCHES * spec.count
+    return _plain(nearest.cw_l2, spec.threat, passes, steps=spec.count)
 
 
 def _deepfool(spec: Spec) -> Attack:
     nearest.check(spec.kind, spec.threat)
-    return _one(
-        lambda m, x, y: nearest.deepfool(m, x, y, spec.threat, spec.count),
-        2 * nearest.CANDIDATES * spec.count,
-    )
+    passes = 2 * nearest.CANDIDATES * spec.count
+    return _plain(nearest.deepfool, spec.threat, passes, steps=spec.count)
 
 
 def transfer(sources: Sequence[nn.Module], threat: ThreatModel) -> Attack:
     """Return the attack that makes its points on other models: PGD and MI-FGSM on each source.
 
-    A model with masked gradients falls to points that were made elsewhere (Athalye et al. 2018).
+    Points made elsewhere break a model with masked gradients (Athalye et al. 2018).
 
     Args:
         sources: models for the same pixels.
         threat: norm, radius and data range.
     """
-
-    def run(model: nn.Module, x: Tensor, y: Tensor) -> Found:
-        return Found(in_turn(model, x, y, makers))
-
     size = pgd_step_size(threat.eps, 50)
     makers = [
         make
@@ -250,7 +281,7 @@ def transfer(sources: Sequence[nn.Module], threat: ThreatModel) -> Attack:
             partial(attacks.mi_fgsm, s, threat=threat, steps=20, loss="margin"),
         )
     ]
-    return Attack(run, 140 * len(sources))
+    return Attack(partial(_points, in_turn, attacks=makers), 140 * len(sources))
 
 
 def parse_all(
@@ -259,7 +290,7 @@ def parse_all(
     """Return several attacks by their names.
 
     Raises:
-        UserError: one is unknown, or there is none.
+        UserError: a name is unknown, or there is none.
     """
     found = {name: parse(name, threat, sources) for name in names}
     if not found:
@@ -278,16 +309,16 @@ def budget(name: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Kind:
-    """How the attacks of a kind are written and made.
+    """How the attacks of a kind are named and made.
 
     Attributes:
-        make: of what the name says.
-        counts: what the number after the kind counts; nothing where it takes none.
-        usual: that number where it is not written; None if it must be.
-        restarts: takes xRESTARTS.
-        loss: takes -LOSS.
-        ascent: how many steps up the model's gradient it takes, 0 if it follows none; None where
-            the name says it, or where it looks for points in another way.
+        make: makes the attack from the parts of its name.
+        counts: what the number after the kind counts; empty if it takes no number.
+        usual: the default of that number; None if it must be given.
+        restarts: whether the name may have xRESTARTS.
+        loss: whether the name may have -LOSS.
+        ascent: number of steps along the model's gradient, 0 if it follows none; None if the name
+            tells it, or if it searches in another way.
     """
 
     make: Callable[[Spec], Attack]
@@ -303,40 +334,28 @@ class Kind:
         return self.ascent != 0
 
     def written(self, name: str) -> str:
-        """Return how it is written, for people."""
+        """Return the pattern of its names, for people."""
         number = f"-{self.counts}" if self.counts else ""
         number = f"[{number}]" if self.usual else number
         return name + number + "[xRESTARTS]" * self.restarts + "[-LOSS]" * self.loss
 
 
 KINDS: dict[str, Kind] = {
-    "fgsm": Kind(
-        lambda s: _one(lambda m, x, y: attacks.fgsm(m, x, y, s.threat, s.loss), 2),
-        loss=True,
-        ascent=1,
-    ),
-    "r-fgsm": Kind(
-        lambda s: _one(lambda m, x, y: attacks.r_fgsm(m, x, y, s.threat, loss=s.loss), 2),
-        loss=True,
-        ascent=1,
-    ),
+    "fgsm": Kind(lambda s: _plain(attacks.fgsm, s.threat, 2, loss=s.loss), loss=True, ascent=1),
+    "r-fgsm": Kind(lambda s: _plain(attacks.r_fgsm, s.threat, 2, loss=s.loss), loss=True, ascent=1),
     "i-fgsm": Kind(_iterative, "STEPS", loss=True),
     "mi-fgsm": Kind(_iterative, "STEPS", loss=True),
     "noise": Kind(
-        lambda s: _one(lambda m, x, y: attacks.random_noise(m, x, y, s.threat, s.count), s.count),
+        lambda s: _plain(attacks.random_noise, s.threat, s.count, samples=s.count),
         "SAMPLES",
         ascent=0,
     ),
     "pgd": Kind(_iterative, "STEPS", restarts=True, loss=True),
-    "apgd-ce": Kind(
-        lambda s: _one(lambda m, x, y: autoattack.apgd_ce(m, x, y, s.threat), 200), ascent=100
-    ),
-    "apgd-t": Kind(
-        lambda s: _one(lambda m, x, y: autoattack.apgd_t(m, x, y, s.threat), 1800), ascent=100
-    ),
-    "fab-t": Kind(lambda s: _one(lambda m, x, y: autoattack.fab_t(m, x, y, s.threat), 2700)),
+    "apgd-ce": Kind(lambda s: _plain(autoattack.apgd_ce, s.threat, 200), ascent=100),
+    "apgd-t": Kind(lambda s: _plain(autoattack.apgd_t, s.threat, 1800), ascent=100),
+    "fab-t": Kind(lambda s: _plain(autoattack.fab_t, s.threat, 2700)),
     "square": Kind(
-        lambda s: _one(lambda m, x, y: autoattack.square(m, x, y, s.threat, s.count), s.count),
+        lambda s: _plain(autoattack.square, s.threat, s.count, queries=s.count),
         "QUERIES",
         autoattack.QUERIES,
         ascent=0,

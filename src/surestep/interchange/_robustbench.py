@@ -1,4 +1,4 @@
-"""RobustBench's ``model_info`` files: written from an evaluation, read in all their variants."""
+"""RobustBench's ``model_info`` files: write one from an evaluation, read all their variants."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ KEYS = (
 """The keys of an entry, in RobustBench's order."""
 
 TEST_SETS = {"mnist": 10_000, "cifar10": 10_000, "cifar100": 10_000, "imagenet": 5_000}
-"""Images in the test set by dataset; of ImageNet those that RobustBench evaluates on."""
+"""Number of test images by dataset; for ImageNet, of the subset that RobustBench uses."""
 
 _NORMS = {"linf": "Linf", "l2": "L2"}
-# What people write where there is no number.
+# What entries hold in place of a missing number.
 _ABSENT = ("", "-", "--", "?", "n/a", "na", "nan", "none", "null", "unknown", "unaltered")
 _ACCURACIES = ("clean_acc", "autoattack_acc", "AA", "reported", "external")
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """An entry of RobustBench. Accuracies are shares in [0, 1], None where the file has none.
+    """An entry of RobustBench. Accuracies are fractions in [0, 1], or None if the file has none.
 
     Attributes:
         link: to the paper.
-        name: its title.
+        name: title of the paper.
         authors: in one line.
-        additional_data: whether data beside the training set were used; None if not stated.
+        additional_data: whether data besides the training set were used; None if not stated.
         number_forward_passes: per prediction; None if not stated.
         dataset: such as "cifar10".
         venue: where and when it was published.
@@ -48,9 +48,9 @@ class ModelInfo:
         reported: robust accuracy by the authors' own evaluation.
         autoattack_accuracy: under AutoAttack.
         external: robust accuracy by a stronger evaluation; RobustBench ranks by it if there is one.
-        footnote: of the leaderboard.
-        unreliable: whether AutoAttack is thought to overestimate this model.
-        norm: "linf" or "l2" by the folder it was read from; None for others.
+        footnote: shown on the leaderboard.
+        unreliable: whether AutoAttack is thought to overestimate this model's robustness.
+        norm: "linf" or "l2", from the folder it was read from; None for other folders.
     """
 
     link: str
@@ -74,18 +74,18 @@ class ModelInfo:
 def format_eps(eps: float) -> str:
     """Return a radius as RobustBench writes it: "8/255" for 8/255, else a decimal.
 
-    0.2 is 51/255 too: of the two spellings the shorter is taken, which is what people mean.
+    Where a radius has both spellings, the shorter is taken: 0.2 rather than 51/255.
 
     Args:
-        eps: the radius, pixels in [0, 1]; one that went through float32 is recognised.
+        eps: the radius, pixels in [0, 1]; it may have been rounded to float32.
 
     Raises:
-        UserError: it is not a finite number >= 0.
+        UserError: ``eps`` is not a finite number >= 0.
     """
     if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
         raise UserError(f"eps {shorten(eps)} is not a radius: give a number >= 0, such as 8/255")
     decimal = repr(float(f"{eps:.7g}"))
-    k = round(min(eps, 1e6) * 255)  # which would be infinite for the largest floats
+    k = round(min(eps, 1e6) * 255)  # eps * 255 would overflow for the largest floats
     fraction = f"{k}/255"
     if math.isclose(eps, k / 255, rel_tol=1e-6) and len(fraction) < len(decimal):
         return fraction
@@ -96,7 +96,7 @@ def parse_eps(text: str) -> float:
     """Return the radius that ``format_eps`` or a person wrote: "8/255", "0.031".
 
     Raises:
-        UserError: it is no such number >= 0.
+        UserError: the text is not such a number, or the number is not finite and >= 0.
     """
     above, *below = text.split("/")
     try:
@@ -104,7 +104,7 @@ def parse_eps(text: str) -> float:
     except (ValueError, ZeroDivisionError):
         eps = math.nan
     if len(below) > 1 or not 0 <= eps < math.inf:
-        raise UserError(f"eps {shorten(text)} is not a radius: expected such as 8/255 or 0.5")
+        raise UserError(f"eps {shorten(text)} is not a radius: give one such as 8/255 or 0.5")
     return eps
 
 
@@ -122,12 +122,14 @@ def to_model_info(
     reported: float | None = None,
     test_set_size: int | None = None,
     allow_subset: bool = False,
+    allow_doubts: bool = False,
 ) -> dict[str, Any]:
     """Return an evaluation as an entry of RobustBench.
 
-    Where AutoAttack ran on the survivors of other attacks, its accuracy is that of all of them
-    together: never above AutoAttack's own, at times below. Where layers that mask gradients were
-    attacked both ways (MeanSparse), it is the lower one.
+    If AutoAttack ran only on the images that survived other attacks, its accuracy here is that
+    under all of these attacks together: never above AutoAttack's own, at times below. If layers
+    that mask gradients (MeanSparse) were attacked both as they are and with BPDA, the lower
+    accuracy is taken.
 
     Args:
         evaluation: as from ``Evaluation.to_dict`` or ``load``, with attack "autoattack".
@@ -137,22 +139,24 @@ def to_model_info(
         venue: such as "ICML 2020" or "arXiv, Feb 2020".
         architecture: such as "ResNet-18".
         dataset: RobustBench knows cifar10, cifar100 and imagenet.
-        additional_data: whether data beside the training set were used.
+        additional_data: whether data besides the training set were used.
         number_forward_passes: per prediction.
-        reported: robust accuracy in the paper, a share in [0, 1]; left empty by default.
-        test_set_size: number of images; known for mnist, cifar10, cifar100 and imagenet.
-        allow_subset: take an evaluation on fewer images than the whole test set.
+        reported: robust accuracy in the paper, a fraction in [0, 1]; left empty by default.
+        test_set_size: number of test images; known for mnist, cifar10, cifar100 and imagenet.
+        allow_subset: accept an evaluation on fewer images than the whole test set.
+        allow_doubts: accept an evaluation that says why its accuracy may be too high; the entry
+            then repeats it as its footnote.
 
     Raises:
-        UserError: the evaluation is invalid, lacks AutoAttack or the rest of the test set, or its
-            pixels are not in [0, 1]; or a value is not what is described above.
+        UserError: the evaluation is invalid, is not of the whole test set, lacks AutoAttack, has
+            doubts or pixels outside [0, 1]; or an argument is not as described above.
     """
     validate(evaluation)
     if evaluation["format"] != "surestep-evaluation":
         raise UserError(f"a {evaluation['format']} has no RobustBench entry: give an evaluation")
     if (split := evaluation.get("split", "test")) != "test":
         raise UserError(
-            f"the evaluation is of {split} images, which a training run may have selected by: "
+            f"the evaluation is of {split} images, by which training may have selected weights: "
             "evaluate on test images"
         )
     accuracies = evaluation["robust_accuracy"]
@@ -176,7 +180,9 @@ def to_model_info(
     if reported is not None and not (
         isinstance(reported, int | float) and not isinstance(reported, bool) and 0 <= reported <= 1
     ):
-        raise UserError(f"reported is {shorten(reported)}, expected a share in [0, 1], such as 0.5")
+        raise UserError(
+            f"reported is {shorten(reported)}, expected a fraction in [0, 1], such as 0.5"
+        )
     dataset = _folder(dataset)
     judged_on = evaluation.get("dataset", dataset).partition(":")[0]
     if judged_on in TEST_SETS and judged_on != dataset:
@@ -184,6 +190,14 @@ def to_model_info(
             f"the evaluation is of {judged_on}: give dataset={judged_on!r}, not {dataset!r}"
         )
     _check_size(evaluation["n"], dataset, test_set_size, allow_subset)
+    robust = min(accuracies[k] for k in ("autoattack", "autoattack-bpda") if k in accuracies)
+    doubts = "; ".join(evaluation.get("doubts", ())) if robust > 0 else ""
+    if doubts and not allow_doubts:
+        raise UserError(
+            f"the evaluation's robust accuracy may be too high ({doubts}): audit the model, or "
+            "give allow_doubts=True, which adds a footnote"
+        )
+    footnote = {"footnote": f"may be too high: {doubts}"} if doubts else {}
     return {
         "link": link,
         "name": name,
@@ -196,9 +210,8 @@ def to_model_info(
         "eps": format_eps(evaluation["threat"]["eps"]),
         "clean_acc": _percent(evaluation["clean_accuracy"]),
         "reported": "" if reported is None else _percent(reported),
-        "autoattack_acc": _percent(
-            min(accuracies[k] for k in ("autoattack", "autoattack-bpda") if k in accuracies)
-        ),
+        "autoattack_acc": _percent(robust),
+        **footnote,
     }
 
 
@@ -209,7 +222,7 @@ def _check_size(n: int, dataset: str, size: int | None, allow_subset: bool) -> N
             raise UserError(f"the size of {dataset}'s test set is unknown: give test_set_size")
     elif n > size:
         raise UserError(
-            f"the evaluation has {n} images, {dataset}'s test set {size}: evaluate on the test set"
+            f"the evaluation has {n} images, {dataset}'s test set only {size}: evaluate on that"
         )
     elif n < size and not allow_subset:
         raise UserError(
@@ -224,7 +237,7 @@ def _percent(share: float) -> str:
 
 def _folder(dataset: str) -> str:
     if not re.fullmatch(r"\w[\w.-]*", dataset, re.ASCII):
-        raise UserError(f"dataset {shorten(dataset)} is not a name of a folder: such as 'cifar10'")
+        raise UserError(f"dataset {shorten(dataset)} is not a folder name: give one like 'cifar10'")
     return dataset
 
 
@@ -234,7 +247,7 @@ def model_info_path(dataset: str, norm: str, name: str, year: int, first_word: s
     Args:
         dataset: such as "cifar10".
         norm: "linf" or "l2".
-        name: surname of the first author; accents and spaces go.
+        name: surname of the first author; accents and spaces are removed.
         year: four digits.
         first_word: of the title; a variant's suffix may follow, as in "Fixing_R18".
 
@@ -255,7 +268,7 @@ def _word(what: str, text: str) -> str:
     plain = unicodedata.normalize("NFKD", text)
     word = re.sub(r"[^A-Za-z0-9_-]", "", plain).strip("-_")
     if not word:
-        raise UserError(f"{what} {shorten(text)} has no letter for a file's name")
+        raise UserError(f"{what} {shorten(text)} has no letter for a file name: give another")
     return word[0].upper() + word[1:]
 
 
@@ -268,27 +281,27 @@ def write_model_info(
     suffix: str = "",
     overwrite: bool = False,
 ) -> Path:
-    """Write an entry to its place below a folder, such as a checkout of RobustBench.
+    """Write an entry to its place under a folder, such as a checkout of RobustBench.
 
     The file is named after the first author's surname (the last word before the first comma), the
     year and the first word of the title.
 
     Args:
         info: as from ``to_model_info``.
-        folder: where ``model_info`` is, or shall be.
-        norm: "linf" or "l2": an entry does not say.
+        folder: the folder that holds ``model_info``, or will.
+        norm: "linf" or "l2", since an entry does not state it.
         year: of publication; by default the one in the venue.
-        suffix: tells models of one paper apart, such as "R18".
-        overwrite: replace a file that is there.
+        suffix: distinguishes models of one paper, such as "R18".
+        overwrite: replace an existing file.
 
     Returns:
         The file.
 
     Raises:
-        UserError: ``info`` is no such entry, has no name for its file, or the file exists or
+        UserError: ``info`` is not such an entry or yields no file name, or the file exists or
             cannot be written.
     """
-    # Where it is needed only: it imports torch, which reading entries does without.
+    # Imported only here, because it imports torch, which reading entries does not need.
     from surestep.files import make_folder, write_atomically
 
     missing = [key for key in KEYS if key not in info]
@@ -298,7 +311,7 @@ def write_model_info(
     if year is None:
         years = re.findall(r"\b(?:19|20)\d\d\b", known.venue)
         if len(years) != 1:
-            raise UserError(f"venue {shorten(known.venue)} does not tell the year: give year")
+            raise UserError(f"venue {shorten(known.venue)} does not name one year: give year")
         year = int(years[0])
     surname = (known.authors.split(",")[0].split() or [""])[-1]
     first = (known.name.split() or [""])[0]
@@ -316,15 +329,15 @@ def read_model_info(path: str | Path) -> ModelInfo:
     """Read an entry of RobustBench.
 
     Its files vary: keys are missing, null, empty or words such as "n/a"; AutoAttack's accuracy is
-    "AA" in old ones. A string is in percent. A number is a share, as RobustBench's own
-    ``benchmark`` writes it, unless an accuracy of the file is above 1: then all numbers are in
-    percent. Keys unknown here are ignored.
+    "AA" in old ones. A string is in percent. A number is a fraction, as RobustBench's own
+    ``benchmark`` writes it, unless an accuracy in the file is above 1: then all numbers are in
+    percent. Unknown keys are ignored.
 
     Args:
         path: the file.
 
     Raises:
-        UserError: it is missing, is not a JSON object, or a value cannot be understood.
+        UserError: the file is missing or not a JSON object, or a value cannot be understood.
     """
     path = Path(path)
     info = read_json(path)

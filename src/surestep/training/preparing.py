@@ -287,8 +287,8 @@ def _check_data(method: Method, inside: Images | None, train: Any, held_out: Any
         )
     if method.needs_index and inside is None:
         raise UserError(
-            f"{method.slug} keeps a perturbation for each image: give images in memory, a "
-            "pair of tensors (x, y), instead of a Dataset or DataLoader"
+            f"{method.slug} needs each image's position in the data set: give images in memory, "
+            "a pair of tensors (x, y), instead of a Dataset or DataLoader"
         )
 
 

@@ -167,9 +167,11 @@ def _names(
     """Return the names of the attacks; those given by name also straight through layers."""
     if isinstance(attacks, Mapping):
         return list(attacks)
-    names = [attacks] if isinstance(attacks, str) else list(attacks or ())
-    suite.check_names(names)
-    names = list(suite.budget(budget)) if attacks is None else names
+    if attacks is None:
+        names = list(suite.budget(budget))
+    else:
+        names = [attacks] if isinstance(attacks, str) else list(attacks)
+        suite.check_names(names)
     return suite.and_through(names) if with_a_way_through(model) else names
 
 

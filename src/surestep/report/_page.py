@@ -283,7 +283,7 @@ def _comparison(report: Report) -> dict[str, Any] | None:
         }
         for row in rows
     ]
-    titles = [title[0].upper() + title[1:] for title in map(COLUMNS.__getitem__, columns)]
+    titles = [COLUMNS[c][0].upper() + COLUMNS[c][1:] for c in columns]
     seeds = [len(row.get("seeds") or ()) for row in rows]
     if len(set(seeds)) > 1:
         titles = ["Seeds", *titles]

@@ -23,6 +23,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _smaller_parts_of_an_audit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer questions to the substitute, fewer points of binarization: the nets are tiny."""
+    monkeypatch.setattr("surestep.evaluation.substitute.STEPS", 80)
+    monkeypatch.setattr("surestep.auditing.binarization.INNER", 199)
+
+
 @pytest.fixture
 def nothing_stays_compiled() -> Iterator[None]:
     """What torch.compile remembers ends with the test."""

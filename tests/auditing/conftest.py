@@ -39,10 +39,15 @@ def net(images: tuple[Tensor, Tensor]) -> nn.Module:
 
 
 @pytest.fixture
-def run(images, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Audit]:
-    """Audit a model on the images, with a budget of seconds."""
+def small_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quick audit takes seconds."""
     small = budgets.Budget(20, 20, 60, 30, 1, 200, autoattack=False)
     monkeypatch.setitem(budgets.BUDGETS, "quick", small)
+
+
+@pytest.fixture
+def run(images, small_budget: None) -> Callable[..., Audit]:
+    """Audit a model on the images, with the small budget."""
 
     def call(model: nn.Module, eps: float = 0.3, data=images, **more) -> Audit:
         return audit(model, data, surestep.Linf(eps), budget="quick", **more)

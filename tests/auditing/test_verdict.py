@@ -51,6 +51,9 @@ MASKS = {
     "nan gradients": lambda net: nn.Sequential(Layer(lambda x: x + 0 * (x - x).sqrt()), net),
 }
 
+UNSEEN = {"quantised", "detached", "no gradient at all", "nan gradients"}
+"""What gradient attacks cannot see at all."""
+
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_hidden_or_not_a_weak_model_is_not_called_robust(run, net, mask):
@@ -59,14 +62,9 @@ def test_hidden_or_not_a_weak_model_is_not_called_robust(run, net, mask):
     assert found.found_accuracy < 0.1
     assert found.verdict in ("pseudo-robust", "not robust")
     assert found.verdict == ("pseudo-robust" if found.claims["pgd-10"] > 0.5 else "not robust")
-
-
-@pytest.mark.parametrize("mask", ["quantised", "detached", "no gradient at all", "nan gradients"])
-def test_what_gradient_attacks_cannot_see_is_pseudo_robust(run, net, mask):
-    found = run(MASKS[mask](net))
-    assert found.verdict == "pseudo-robust"
-    assert found.claims["pgd-10"] > 0.8
-    assert {"vanishing-gradients", "broken-gradients"} & {c.name for c in found.flagged}
+    if mask in UNSEEN:
+        assert found.claims["pgd-10"] > 0.8
+        assert {"vanishing-gradients", "broken-gradients"} & {c.name for c in found.flagged}
 
 
 @pytest.mark.parametrize("mask", ["quantised", "detached", "thermometer"])
@@ -294,6 +292,7 @@ def test_no_pass_has_more_images_than_asked_for(run, net, mask, monkeypatch):
     assert found.n == 60
 
 
+@pytest.mark.usefixtures("small_budget")
 def test_in_another_data_range(net, images):
     x, y = images
     centred = nn.Sequential(Layer(lambda z: (z + 1) / 2), net)
@@ -593,6 +592,7 @@ def test_autoattack_comes_last_and_on_what_is_left(net, images, monkeypatch):
     assert seen == [left]
 
 
+@pytest.mark.usefixtures("small_budget")
 def test_declared_preprocessing_is_normalisation_inside(net, images):
     norm = surestep.models.Normalize([0.3], [0.2])
     x, y = images

@@ -8,6 +8,7 @@ import datetime
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tabulate import tabulate
 
 if TYPE_CHECKING:
     from surestep.config import RunConfig
@@ -105,11 +108,17 @@ def main(rows: list[Row], *, out: str, steps: int, n: int, data: str | None = No
     parser.add_argument("--only", nargs="*", default=[], help="rows to run, as METHOD/RECIPE")
     parser.add_argument("--set", default="{}", help="JSON of settings to change, for searches")
     parser.add_argument("--data", default=data, help="location of the data set")
+    parser.add_argument(
+        "--table", action="store_true", help="run nothing: print means over the seeds of --out"
+    )
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.row:
         row = Row(**json.loads(args.row))
         print(json.dumps(train_and_judge(row, steps, args.n, args.data)))
+        return
+    if args.table:
+        print(means(read(args.out)))
         return
     done = {(r["method"], r["recipe"], int(r["seed"])) for r in read(args.out)}
     changes = json.loads(args.set)
@@ -120,6 +129,26 @@ def main(rows: list[Row], *, out: str, steps: int, n: int, data: str | None = No
     ]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda row: _run_and_record(row, args), todo))
+
+
+def means(rows: list[dict[str, str]]) -> str:
+    """Return a table: per method and recipe, means over the seeds and their standard deviations.
+
+    Accuracies are in percent; the last column has the worst case of each seed.
+    """
+    seeds: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        seeds.setdefault((row["method"], row["recipe"]), []).append(row)
+    lines = []
+    for (method, recipe), alike in seeds.items():
+        found = {name: [100 * float(r[name]) for r in alike] for name in FIELDS[8:13]}
+        texts = [
+            f"{statistics.mean(v):.1f}" + (f" ± {statistics.stdev(v):.1f}" if len(v) > 1 else "")
+            for v in found.values()
+        ]
+        each = ", ".join(f"{v:.1f}" for v in found["worst_case"])
+        lines.append([f"{method}/{recipe}", len(alike), *texts, each])
+    return tabulate(lines, ["row", "seeds", *FIELDS[8:13], "each seed"], disable_numparse=True)
 
 
 def _run_and_record(row: Row, args: argparse.Namespace) -> None:

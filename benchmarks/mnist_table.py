@@ -2,6 +2,7 @@
 
     python benchmarks/mnist_table.py                           # all rows, two at a time
     python benchmarks/mnist_table.py --only sat-r2/mnist-fast  # some of them
+    python benchmarks/mnist_table.py --table                   # means over seeds, of rows there are
 
 Rows already in benchmarks/results/mnist.csv are skipped, so a stopped table continues where it was.
 Every run has one core and one thread, so that seconds are comparable.

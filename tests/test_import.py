@@ -85,6 +85,12 @@ def test_a_public_name_is_at_home_where_it_says():
     assert issubclass(surestep.Linf, surestep.ThreatModel)
 
 
+@pytest.mark.parametrize("room", ["config", "errors", "threat"])
+def test_rooms_that_the_documentation_names(room):
+    assert surestep.__getattr__(room).__name__ == f"surestep.{room}"
+    assert room in surestep.__all__
+
+
 def test_an_unknown_name():
     with pytest.raises(AttributeError, match="module 'surestep' has no attribute 'fitt'"):
         surestep.fitt  # noqa: B018

@@ -16,6 +16,7 @@ from surestep.devices import has_bf16
 from surestep.errors import UserError
 from surestep.models.hypersphere import HypersphereHead
 from surestep.posthoc.mean_sparse import layers
+from surestep.training import TrainStep
 from surestep.training.run_folder import RunFolder
 
 DEFAULT = {name: field.default for name, field in RunConfig.model_fields.items()}
@@ -228,7 +229,9 @@ class TestFolders:
     def test_train_and_load(self, config, tmp_path):
         result = runs.train(config, tmp_path / "run", quiet=True)
         assert result.out == tmp_path / "run"
+        state = torch.get_rng_state()
         run = runs.load(tmp_path / "run", "cpu")
+        assert torch.equal(torch.get_rng_state(), state)
         assert run.folder == tmp_path / "run"
         assert run.threat == surestep.Linf(0.3)
         assert not run.model.training
@@ -362,6 +365,25 @@ class TestWeightsToBeginWith:
             torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
         file.unlink()  # the run has weights of its own by now
         runs.train(runs.resolve(values), second, resume=True, quiet=True)
+
+    def test_a_run_stopped_before_its_first_checkpoint_begins_with_them_again(
+        self, values, tmp_path, monkeypatch
+    ):
+        file = tmp_path / "w.safetensors"
+        given = runs.resolve({"method": "fgsm", **values})
+        model = runs.build_model(given, runs.load_data(given, "test", 1))
+        with torch.no_grad():
+            model.get_parameter(next(iter(dict(model.named_parameters())))).fill_(0.125)
+        files.save_weights(file, model)
+        config = runs.resolve({"method": "fgsm", "lr": 1e-12, "weights": str(file), **values})
+        with monkeypatch.context() as patch:
+            patch.setattr(TrainStep, "__call__", lambda *_: {}["a crash"])
+            with pytest.raises(KeyError):
+                runs.train(config, tmp_path / "run", quiet=True)
+        runs.train(config, tmp_path / "run", resume=True, quiet=True)
+        after = runs.load(tmp_path / "run", "cpu").model.state_dict()
+        for name, value in model.named_parameters():
+            torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
 
     def test_what_cannot_be_taken(self, values, tmp_path):
         values |= {"method": "fgsm"}

@@ -12,6 +12,7 @@ _HOMES = {
     "Linf": "surestep.threat",
     "L2": "surestep.threat",
     "ThreatModel": "surestep.threat",
+    "SurestepWarning": "surestep.errors",
     "UserError": "surestep.errors",
     "audit": "surestep.auditing",
     "Audit": "surestep.auditing",
@@ -23,8 +24,8 @@ _HOMES = {
     "Run": "surestep.runs",
 }
 _ROOMS = (
-    *("attacks", "auditing", "comparing", "data", "evaluation", "interchange"),
-    *("methods", "models", "posthoc", "report", "runs", "training"),
+    *("attacks", "auditing", "comparing", "config", "data", "errors", "evaluation"),
+    *("interchange", "methods", "models", "posthoc", "report", "runs", "threat", "training"),
 )
 
 __all__ = [
@@ -34,13 +35,16 @@ __all__ = [
     "FitResult",
     "Linf",
     "Run",
+    "SurestepWarning",
     "ThreatModel",
     "UserError",
     "attacks",
     "audit",
     "auditing",
     "comparing",
+    "config",
     "data",
+    "errors",
     "evaluate",
     "evaluation",
     "fit",
@@ -51,6 +55,7 @@ __all__ = [
     "posthoc",
     "report",
     "runs",
+    "threat",
     "training",
 ]
 
@@ -59,7 +64,9 @@ if TYPE_CHECKING:
         attacks,
         auditing,
         comparing,
+        config,
         data,
+        errors,
         evaluation,
         interchange,
         methods,
@@ -67,10 +74,11 @@ if TYPE_CHECKING:
         posthoc,
         report,
         runs,
+        threat,
         training,
     )
     from surestep.auditing import Audit, audit
-    from surestep.errors import UserError
+    from surestep.errors import SurestepWarning, UserError
     from surestep.evaluation import Evaluation, evaluate
     from surestep.runs import Run, load
     from surestep.threat import L2, Linf, ThreatModel

@@ -82,6 +82,19 @@ def gather(rows: Tensor) -> Tensor:
     return torch.cat(parts).to(rows.device)
 
 
+@torch.no_grad()
+def share_first(tensors: Sequence[Tensor]) -> None:
+    """Copy the first process's tensors to all, in place: one message a type."""
+    if count() == 1:
+        return
+    for dtype in dict.fromkeys(t.dtype for t in tensors):
+        alike = [t for t in tensors if t.dtype == dtype]
+        told = torch.cat([t.reshape(-1) for t in alike])
+        dist.broadcast(told, 0)
+        for own, part in zip(alike, told.split([t.numel() for t in alike]), strict=True):
+            own.copy_(part.view_as(own))
+
+
 def _sendable(tensor: Tensor) -> Tensor:
     """Return the tensor on a device that the backend can send from: NCCL sends GPU tensors only.
 
@@ -94,4 +107,4 @@ def _sendable(tensor: Tensor) -> Tensor:
 
 def own(rows: Tensor) -> Tensor:
     """Return this process's part of what ``gather`` returned."""
-    return rows.chunk(count())[rank()]
+    return rows.tensor_split(count())[rank()]

@@ -19,7 +19,7 @@ from torch import nn
 
 from surestep import data, files, methods, models, posthoc, threat
 from surestep.attacks.inputs import count_classes
-from surestep.attacks.lending import device_of
+from surestep.attacks.lending import device_of, forked_rng
 from surestep.config import FitSettings, RunConfig, parse, read_yaml
 from surestep.data import Images
 from surestep.devices import pick_device
@@ -28,7 +28,7 @@ from surestep.evaluation import evaluate, suite
 from surestep.methods import Method
 from surestep.posthoc import insert
 from surestep.threat import ThreatModel
-from surestep.training import FitResult, fit
+from surestep.training import FitResult, checkpoint, fit
 from surestep.training.run_folder import RunFolder
 
 _MEANT = ("dataset", "norm")
@@ -237,7 +237,6 @@ def build_model(config: RunConfig, images: Images, *, begin: bool = False) -> nn
         begin: load the initial weights that the settings name, if any.
     """
     pretrained = begin and config.weights == "pretrained"
-    torch.manual_seed(config.seed)
     shape = images.image_shape
     if len(shape) != 3:
         raise UserError(
@@ -246,19 +245,21 @@ def build_model(config: RunConfig, images: Images, *, begin: bool = False) -> nn
         )
     # Mean 0 and std 1 turn normalisation off; None selects the architecture's own.
     mean, std = (None, None) if config.normalize else ((0.0,) * shape[0], (1.0,) * shape[0])
-    model = models.create(
-        config.model,
-        images.num_classes,
-        in_channels=shape[0],
-        image_size=shape[-1],
-        mean=mean,
-        std=std,
-        pretrained=pretrained,
-    )
-    if begin and config.weights is not None and not pretrained:
-        files.load_any_weights(Path(config.weights), model)
-    if config.head == "hypersphere":
-        model = models.on_hypersphere(model, config.head_scale)
+    with forked_rng(torch.device("cpu")):  # the caller's random state stays as it was
+        torch.manual_seed(config.seed)
+        model = models.create(
+            config.model,
+            images.num_classes,
+            in_channels=shape[0],
+            image_size=shape[-1],
+            mean=mean,
+            std=std,
+            pretrained=pretrained,
+        )
+        if begin and config.weights is not None and not pretrained:
+            files.load_any_weights(Path(config.weights), model)
+        if config.head == "hypersphere":
+            model = models.on_hypersphere(model, config.head_scale)
     if config.mean_sparse is not None:
         model = insert(model, images.pixels(slice(0, 1)), config.mean_sparse)
     return model
@@ -389,7 +390,13 @@ def train(
     begun = read_yaml(run.config) if run and resume else None
     written = from_anywhere(config, begun).model_dump(mode="json")
     described = {k: v for k, v in written.items() if k not in FitSettings.model_fields}
-    model = build_model(config, images, begin=not resume)
+    # A run that was stopped before its first checkpoint begins anew.
+    goes_on = (
+        run is not None
+        and resume
+        and (checkpoint.found(run.checkpoints) or run.ended(config.epochs))
+    )
+    model = build_model(config, images, begin=not goes_on)
     if tell:
         tell()
     return fit(

@@ -96,6 +96,10 @@ class ThreatModel(ABC):
         return self.project(point + self.steepest_step(grad, size), x)
 
     @abstractmethod
+    def shrink(self, delta: Tensor, radius: float) -> Tensor:
+        """Bring perturbations (N, ...) into the ball of ``radius``, whatever the data range."""
+
+    @abstractmethod
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Bring ``x_adv`` back into the ball around ``x`` and into the data range.
 
@@ -141,6 +145,10 @@ class Linf(ThreatModel):
         """Return ``size * sign(grad)`` (Goodfellow et al. 2015, section 4)."""
         return size * grad.sign()
 
+    def shrink(self, delta: Tensor, radius: float) -> Tensor:
+        """Clip each pixel to [-radius, radius]."""
+        return delta.clamp(-radius, radius)
+
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Clip each pixel to [x - eps, x + eps] and to the data range."""
         return self.around(x)(x_adv)
@@ -177,6 +185,11 @@ class L2(ThreatModel):
         direction = grad / torch.where(scale > 0, scale, 1)
         norm = per_sample(direction.flatten(1).norm(dim=1), grad)
         return size * direction / norm.clamp(min=1)
+
+    def shrink(self, delta: Tensor, radius: float) -> Tensor:
+        """Scale each perturbation that is longer to norm ``radius``."""
+        norm = per_sample(delta.flatten(1).norm(dim=1), delta)
+        return delta * (radius / norm).clamp(max=1)
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Scale the perturbation back to norm eps, then clip to the data range."""

@@ -188,6 +188,15 @@ def test_iaat_radii(make_task):
     assert cases == {"wrong", "grows", "stays", "shrinks"}
 
 
+@pytest.mark.parametrize("threat", [Linf(0.9), L2(9.0)])
+def test_a_universal_perturbation_may_be_longer_than_half_the_data_range(make_task, threat):
+    task, method = make_task("mlp"), methods.get("fgsm-uap")(threat)
+    for _ in range(3):
+        method(task.net, task.x, task.y, task.index)
+    longest = method._u.abs().max() if isinstance(threat, Linf) else method._u.norm()
+    assert float(longest) == pytest.approx(1.25 * threat.eps)
+
+
 @pytest.mark.parametrize("slug", ["fgsm-uap", "fgsm-cuap"])
 def test_universal_perturbations(slug, make_task):
     task = make_task("mlp")

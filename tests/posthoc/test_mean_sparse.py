@@ -242,6 +242,15 @@ class Tokens(nn.Module):
         return self.down(self.act(self.up(x.squeeze(1)))).mean(1)
 
 
+def test_a_pair_is_taken_and_a_hardened_model_is_not(trained, images):
+    pair = (images.x, images.y)
+    options = {"thresholds": [0.2], "attacks": ["fgsm"], "n": 10}
+    found = posthoc.harden(trained, pair, pair, Linf(0.1), **options)
+    assert [row["threshold"] for row in found.search] == [0.0, 0.2]
+    with pytest.raises(UserError, match="the model has MeanSparse layers already: harden the one"):
+        posthoc.harden(found.model, pair, pair, Linf(0.1), **options)
+
+
 def test_channels_of_tokens_are_last(images):
     model = Tokens().eval()
     (mean, std) = posthoc.measure(model, images, 11)["act"]

@@ -65,7 +65,7 @@ def r_fgsm(
 def i_fgsm(
     model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, steps: int = 10, loss: str = "ce"
 ) -> Tensor:
-    """Take ``steps`` steps of eps / steps from x itself (Kurakin et al. 2017).
+    """Take ``steps`` steps of eps / steps from x itself; keep the best point (Kurakin et al. 2017).
 
     Raises:
         UserError: on invalid images, labels, steps or loss.
@@ -84,6 +84,8 @@ def mi_fgsm(
 ) -> Tensor:
     """I-FGSM with momentum: L1-normalised gradients accumulated with ``decay`` (Dong et al. 2018).
 
+    As ``i_fgsm``, it keeps the best of its points, not the last.
+
     Raises:
         UserError: on invalid images, labels, steps or loss.
     """
@@ -98,6 +100,14 @@ def mi_fgsm(
         start_radius=0.0,
         decay=decay,
     )
+
+
+def pgd_step_size(eps: float, steps: int) -> float:
+    """Return the usual step size of PGD: 2.5 eps / steps, but at least eps / 30.
+
+    At eps 0.3 this is 0.01 for PGD-100, at eps 8/255 it is 2/255 for PGD-10.
+    """
+    return eps * max(2.5 / max(steps, 1), 1 / 30)
 
 
 def pgd(
@@ -122,7 +132,8 @@ def pgd(
         y: labels (N,).
         threat: norm, radius and data range.
         steps: gradient steps of each restart.
-        step_size: in pixel units; a quarter of eps by default, or 2.5 eps / steps if that is less.
+        step_size: in pixel units; by default 2.5 eps / steps, but at least eps / 30, as in
+            ``surestep.evaluate``.
         restarts: how many random starts; per sample the strongest result is kept.
         loss: "ce", "margin" or "dlr".
         start_radius: of the random start; eps by default, 0 to start at x.
@@ -142,7 +153,7 @@ def pgd(
         y,
         threat,
         steps,
-        min(threat.eps / 4, 2.5 * threat.eps / max(steps, 1)) if step_size is None else step_size,
+        pgd_step_size(threat.eps, steps) if step_size is None else step_size,
         restarts,
         loss,
         start_radius=start_radius,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from surestep.devices import drop_casts_without_gradients
 from surestep.errors import UserError
 
 _INSIDE = "_orig_mod"
@@ -160,6 +161,8 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 def attacking(model: nn.Module, *, train_mode: bool = False) -> Iterator[nn.Module]:
     """Lend the unwrapped ``model`` to an attack and give it back as it was.
 
+    That includes autocast's casts of the weights, if a later pass would get no gradient by them.
+
     Args:
         model: any module; of a DistributedDataParallel one, the module inside is lent, since
             an attack must not take part in gradient synchronisation.
@@ -183,3 +186,4 @@ def attacking(model: nn.Module, *, train_mode: bool = False) -> Iterator[nn.Modu
     finally:
         for module in changed:
             module.training = not train_mode
+        drop_casts_without_gradients(device_of(inner))

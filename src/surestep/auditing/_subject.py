@@ -22,6 +22,7 @@ from surestep.attacks.core import (
     misclassified,
     share_of,
 )
+from surestep.attacks.gradient import pgd_step_size
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.losses import Objective, log_odds
 from surestep.auditing.budgets import Budget
@@ -29,7 +30,7 @@ from surestep.clock import SECONDS_BETWEEN_LINES, Every
 from surestep.devices import autocast, has_bf16
 from surestep.evaluation import Adapted, evaluate, suite
 from surestep.evaluation.doubts import apart
-from surestep.evaluation.suite import Attack, pgd_step_size
+from surestep.evaluation.suite import Attack
 from surestep.threat import ThreatModel
 
 

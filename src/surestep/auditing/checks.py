@@ -19,6 +19,7 @@ from torch import Tensor
 
 from surestep.attacks import losses
 from surestep.attacks.core import Ascent, input_gradient, share_of
+from surestep.attacks.gradient import pgd_step_size
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.lending import seed_everything
 from surestep.auditing._subject import Subject
@@ -26,7 +27,6 @@ from surestep.auditing.binarization import binarization_rates
 from surestep.devices import autocast, exact, finest
 from surestep.evaluation import doubts, evaluate, suite
 from surestep.evaluation.adapt import seeds_of
-from surestep.evaluation.suite import pgd_step_size
 from surestep.threat import Linf, per_sample
 
 BETWEEN = 100
@@ -557,7 +557,7 @@ def local_linearity(s: Subject) -> Measurement:
     16,
     "Abnormal examples",
     "the FGSM step lowers the loss of > 5% of images",
-    "Lin et al. 2024, AAER",
+    "Lin et al. 2023, AAER",
 )
 def abnormal_examples(s: Subject) -> Measurement:
     """A step along the gradient that lowers the loss went over a ridge."""
@@ -652,7 +652,7 @@ def binarization(s: Subject) -> Measurement:
     20,
     "Profile of gaps",
     "PGD over AutoAttack > 8 points, or PGD-10 over PGD > 3",
-    "medians of 186 public runs: 5.2 and 0.7 points",
+    "medians of the 186 runs of the FastAT benchmark, arXiv 2604.22853: 5.2 and 0.7 points",
 )
 def gap_profile(s: Subject) -> Measurement:
     """How much each stronger attack takes, against what is usual."""

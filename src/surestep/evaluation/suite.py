@@ -14,7 +14,7 @@ from surestep import attacks
 from surestep.activations import straight_through
 from surestep.attacks import autoattack, nearest
 from surestep.attacks.core import in_turn
-from surestep.attacks.gradient import search
+from surestep.attacks.gradient import pgd_step_size, search
 from surestep.attacks.inputs import count_classes
 from surestep.errors import UserError, look_up
 from surestep.evaluation.adapt import Adapted
@@ -96,14 +96,6 @@ def check_names(names: Sequence[Any]) -> None:
                 f"attacks holds {one!r}, expected names such as 'pgd-100': give an attack of your "
                 f"own by name, attacks={{{called!r}: ...}}"
             )
-
-
-def pgd_step_size(eps: float, steps: int) -> float:
-    """Return the step size of PGD in an evaluation: 2.5 eps / steps, but at least eps / 30.
-
-    At eps 0.3 this is the usual 0.01 for PGD-100, at eps 8/255 the usual 2/255 for PGD-10.
-    """
-    return eps * max(2.5 / steps, 1 / 30)
 
 
 @dataclass(frozen=True)

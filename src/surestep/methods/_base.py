@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -34,7 +35,6 @@ from torch import Tensor, nn
 
 from surestep import processes
 from surestep.attacks.inputs import check_inputs, forward_logits
-from surestep.devices import drop_casts_without_gradients
 from surestep.errors import SurestepWarning, UserError
 from surestep.methods._dropout import dropping
 from surestep.methods._memory import Draw
@@ -169,9 +169,9 @@ class Preset:
     normalize: bool = True
 
 
-def of_eps(share: float) -> Any:
-    """Return a dataclass field whose default is a share of eps, for lengths such as ``alpha``."""
-    return field(default=None, metadata={"of_eps": share})
+def of_eps(share: float, *, most: float = math.inf) -> Any:
+    """Return a dataclass field for a length: by default a share of eps, and at most ``most``."""
+    return field(default=None, metadata={"of_eps": lambda eps: min(share * eps, most)})
 
 
 @dataclass
@@ -228,7 +228,7 @@ class Method(ABC):
         self.draw: Draw | None = None
         for one in fields(self):
             if getattr(self, one.name) is None and "of_eps" in one.metadata:
-                setattr(self, one.name, one.metadata["of_eps"] * self.threat.eps)
+                setattr(self, one.name, one.metadata["of_eps"](self.threat.eps))
         for name, kinds in kinds_of(type(self)).items():
             expected = " or ".join(_WORDS[kind] for kind in kinds)
             self.require(_fits(getattr(self, name), kinds), name, expected)
@@ -239,7 +239,7 @@ class Method(ABC):
         self.require(self.margin >= 0, "margin", ">= 0")
         self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
         self.validate()
-        self._full = (self.threat, {k: v for k in self.lengths if (v := getattr(self, k, None))})
+        self._full: tuple[ThreatModel, dict[str, float]] | None = None
 
     def __call__(
         self,
@@ -265,9 +265,7 @@ class Method(ABC):
                 (later batches are not checked: that would wait for the device at each step); a
                 method that ``needs_index`` got none.
         """
-        update = self.prepare(model, x, y, index, draw)
-        drop_casts_without_gradients(x.device)
-        return self.take(model, update)
+        return self.take(model, self.prepare(model, x, y, index, draw))
 
     def prepare(
         self,
@@ -318,6 +316,9 @@ class Method(ABC):
         Use this to change the radius of an existing method. Assigning ``threat`` does not: parts
         of the method hold copies of it.
         """
+        if self._full is None:
+            lengths = {k: v for k in self.lengths if (v := getattr(self, k, None))}
+            self._full = self.threat, lengths
         threat, lengths = self._full
         self.threat = threat if share == 1 else threat.with_eps(share * threat.eps)
         for name, length in lengths.items():
@@ -405,7 +406,7 @@ class Method(ABC):
 PARTS = ("label_smoothing", "margin", "dropout")
 """Hyperparameters that every method has."""
 _LEAST = {"lam": 0, "alpha": 0, "steps": 1}
-"""Lower bounds of hyperparameters whose names mean the same in every method."""
+"""Lower bounds of hyperparameters by name, in every method that has them."""
 _WORDS = {
     float: "a finite number",
     int: "a whole number",
@@ -473,7 +474,9 @@ def once(function: Callable[..., T]) -> Callable[..., T]:
     return call
 
 
-def stepping(craft: Callable[Concatenate[nn.Module, P], Update]) -> Callable[..., StepResult]:
+def stepping(
+    craft: Callable[Concatenate[nn.Module, P], Update],
+) -> Callable[Concatenate[nn.Module, P], StepResult]:
     """Return the functional form of a method: a function that crafts an update and takes it."""
 
     @functools.wraps(craft)
@@ -481,7 +484,8 @@ def stepping(craft: Callable[Concatenate[nn.Module, P], Update]) -> Callable[...
         return craft(model, *args, **kwargs).take(model)
 
     step.__name__ = craft.__name__.replace("_update", "_loss")
-    step.__annotations__ = {**craft.__annotations__, "return": StepResult}
+    signature = inspect.signature(craft).replace(return_annotation=StepResult)
+    step.__signature__ = signature  # type: ignore[attr-defined]
     return step
 
 

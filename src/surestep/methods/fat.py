@@ -22,7 +22,7 @@ from surestep.threat import per_sample
 @register("fat")
 @dataclass
 class FAT(PGD):
-    """FAT: PGD that stops, image by image, ``tau`` steps after the first misclassification.
+    """FAT: PGD that stops, image by image, at the (``tau`` + 1)-th point that is misclassified.
 
     All images go through all steps, so that no step waits for the device; images whose attack has
     ended stay where they are.

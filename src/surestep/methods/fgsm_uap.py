@@ -67,13 +67,7 @@ class FGSMUAP(Method):
         count = per_sample(processes.mean(member.sum(0)), x)
         present = count > 0
         m = torch.where(present, total / torch.where(present, count, 1) + self.decay * m, m)
-        moved = u + threat.steepest_step(m, self.alpha)
-        free = threat.with_eps(self.alpha)
-        zero = torch.zeros_like(u)
-        # Clip to a ball of alpha, whatever the data range: so project around the range's middle.
-        low, high = threat.bounds
-        middle = zero + (low + high) / 2
-        moved = free.project(middle + moved, middle) - middle
+        moved = threat.shrink(u + threat.steepest_step(m, self.alpha), self.alpha)
         self._u, self._m = torch.where(present, moved, u), m
 
         def loss(logits: Tensor) -> Terms:

@@ -356,7 +356,7 @@ class SATR2(SAT):
     paper = "Vivek & Babu 2020, arXiv 2002.00614"
 
     lam: float = 5.0
-    alpha: float = 0.01
+    alpha: float = of_eps(1 / 4, most=0.01)
     project: bool = False
     fraction: float = 1.0
     every: int = 1
@@ -394,7 +394,7 @@ class SATR3(SAT):
 
     lam: float = 1.0
     tau: float = 0.4
-    alpha: float = 0.01
+    alpha: float = of_eps(1 / 4, most=0.01)
     eps_low: float = of_eps(1 / 3)
     project: bool = False
     per_sample: bool = False

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from surestep.attacks.lending import device_of, uncompiled
-from surestep.data import Images
+from surestep.data import Images, as_images
 from surestep.devices import memory_for
 from surestep.errors import UserError
 from surestep.evaluation import evaluate
@@ -42,7 +42,7 @@ class Hardened:
 
 def harden(
     model: nn.Module,
-    train: Images,
+    train: Images | tuple[Tensor, Tensor],
     validation: Any,
     threat: ThreatModel,
     *,
@@ -56,8 +56,8 @@ def harden(
     """Sparsify activations around their means, with the threshold that withstands attacks best.
 
     Args:
-        model: a trained model, which is left unchanged.
-        train: images over which means and standard deviations are measured.
+        model: a trained model without MeanSparse layers, which is left unchanged.
+        train: images in memory over which means and standard deviations are measured.
         validation: images on which the threshold is selected; never test images.
         threat: norm, radius and data range.
         thresholds: thresholds to try; 0 is always tried, and the smallest wins a tie.
@@ -68,13 +68,17 @@ def harden(
         progress: called with each row of the search.
 
     Raises:
-        UserError: the model has no activation modules, a threshold is negative, or memory is full.
+        UserError: the model has no activation modules or is hardened already, a threshold is
+            negative, or memory is full.
     """
     if any(t < 0 for t in thresholds):
         raise UserError(
             f"thresholds {list(thresholds)}: give standard deviations >= 0, such as 0.2"
         )
     dense = uncompiled(model)
+    if layers(dense):
+        raise UserError("the model has MeanSparse layers already: harden the one without them")
+    train = as_images(train)
     with memory_for("measuring activations", f"lower batch_size ({batch_size})"):
         statistics = measure(dense, train, batch_size)
     image = train.pixels(slice(0, 1)).to(device_of(dense))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from surestep.activations import activations
 from surestep.attacks.lending import attacking, device_of, uncompiled
-from surestep.data import Images
+from surestep.data import Images, as_images
 from surestep.devices import finest
 from surestep.errors import UserError
 
@@ -99,13 +99,13 @@ def _watching(
 
 
 def measure(
-    model: nn.Module, images: Images, batch_size: int = 500
+    model: nn.Module, images: Images | tuple[Tensor, Tensor], batch_size: int = 500
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return mean and standard deviation of each channel before each activation, over all images.
 
     Args:
         model: run in eval mode and left as it was.
-        images: usually the training images.
+        images: in memory, usually the training images.
         batch_size: images in a forward pass.
 
     Returns:
@@ -113,7 +113,7 @@ def measure(
         (float32 on mps).
     """
     model = uncompiled(model)  # compiled code ignores hooks that are added later
-    device = device_of(model)
+    device, images = device_of(model), as_images(images)
     met: set[str] = set()
     counts: dict[str, int] = {}
     found: dict[str, tuple[Tensor, Tensor]] = {}

@@ -82,7 +82,8 @@ def fit(
         method: what a step minimises.
         out: run folder for ``config.yaml``, ``environment.json``, ``metrics.jsonl``,
             ``model.safetensors`` and ``checkpoints/``; None writes nothing.
-        validation: held-out data; by default a tenth of ``data``, at most ``val_images``. Images
+        validation: held-out data, of which at most ``val_images`` are attacked; by default a
+            tenth of ``data``, at most as many. Images
             held out of a Dataset go through its transforms: pass ``validation`` if these are
             random.
         resume: continue from the newest checkpoint in ``out``. The result is bit-identical to
@@ -118,6 +119,11 @@ def fit(
     if unwrapped(model) is not model:
         raise UserError("the model is wrapped in DistributedDataParallel: give the module inside")
     config = parse(FitSettings, settings)
+    if config.optimizer != "sgd" and "lr" not in settings:
+        raise UserError(
+            f"optimizer {config.optimizer!r} needs a learning rate of its own: give lr, such as "
+            f"1e-3; the default, {config.lr:g}, is meant for sgd"
+        )
     if compiled_whole(model):
         config = config.model_copy(update={"compile": True})
     # Settings that change a method change a copy of it, never the caller's.
@@ -136,6 +142,8 @@ def fit(
         "params": method.params(),
         "norm": threat.to_dict()["norm"],
         "eps": float(threat.eps),
+        "bounds": list(threat.bounds),
+        "margin": float(method.margin),
     }
     if run and resume:
         config = run.as_begun(config)

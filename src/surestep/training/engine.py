@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from surestep import processes
 from surestep.attacks.lending import (
     attacking,
     buffers_kept,
@@ -22,7 +24,7 @@ from surestep.attacks.lending import (
     unwrapped,
 )
 from surestep.data import augment
-from surestep.devices import autocast, drop_casts_without_gradients, has_bf16
+from surestep.devices import autocast, has_bf16
 from surestep.errors import UserError, look_up, unknown_name
 from surestep.methods import Method, StepResult
 from surestep.training.averaging import WeightAverage
@@ -209,17 +211,19 @@ class TrainStep:
     ) -> StepResult:
         """Take one step on images x (N, ...) in the data range with labels y (N,).
 
-        Does not wait for the device, except on the first batch, which is checked.
+        Does not wait for the device, except on the first batch, which is checked, and in NuAT.
         """
         if self._unsettled:
             self._settle(x)
+        if isinstance(self.model, DistributedDataParallel):
+            # Before the attack: it is made on the batch statistics that the update begins with.
+            processes.share_first(list(self.model.buffers()))
         x = self.engine.place_images(x)
         awp = self.awp if self.perturbing else None
         probe = nullcontext() if awp is None else buffers_kept(self.model)
         # One autocast context: attack and update share the cast weights.
         with probe, self.engine.autocast(self.device):
             update = self.method.prepare(self.model, x, y, index, draw)
-            drop_casts_without_gradients(self.device)
             result = self.method.take(self.model, update)
         self._backward(result)
         if awp is not None:
@@ -273,6 +277,7 @@ def make_step(
     if isinstance(engine, str):
         engine = Engine.choose(engine, device=parameter.device)
     engine.place(model)
+    match_layout(optimizer)
     return TrainStep(
         model, method, optimizer, engine, clip_grad=clip_grad, average=average, awp=awp
     )

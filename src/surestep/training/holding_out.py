@@ -46,6 +46,8 @@ def split(data: Any, validation: Any, wanted: int, seed: int) -> tuple[Any, Any]
     loader = isinstance(data, DataLoader)
     data = data if loader or isinstance(data, Dataset) else as_images(data)
     if not wanted:
+        if validation is not None:
+            raise UserError("val_images 0 means no validation: leave validation or val_images out")
         return data, None
     if validation is not None:
         held_out = isinstance(validation, DataLoader | Dataset)

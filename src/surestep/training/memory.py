@@ -119,6 +119,7 @@ def fit_into(
     shape: torch.Size,
     batch_size: int,
     gibibytes: float,
+    copies: int = 0,
 ) -> nn.Module:
     """Return the model, wrapped in ``Frugal`` if its training steps would exceed a memory limit.
 
@@ -131,6 +132,7 @@ def fit_into(
         shape: shape of one image.
         batch_size: images per step in this process.
         gibibytes: the limit on weights, their gradients and momenta, and activations.
+        copies: further tensors as large as the weights that training keeps.
 
     Raises:
         UserError: even ``Frugal`` would exceed the limit; names what would lower the need.
@@ -138,9 +140,9 @@ def fit_into(
     limit = gibibytes * 2**30
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     images = method.peak_images(batch_size)
-    # 4x the weights: themselves, gradients, momenta, and a copy for autocast or averaging. 8x the
-    # images: what an attack keeps (starts, gradients, signs, points and their clipped copies).
-    fixed = 4 * weights + 8 * images * 4 * math.prod(shape)
+    # 4x the weights: themselves, gradients, momenta, and autocast's copy. 8x the images: what an
+    # attack keeps (starts, gradients, signs, points and their clipped copies).
+    fixed = (4 + copies) * weights + 8 * images * 4 * math.prod(shape)
     device = device_of(model)
     x = torch.zeros(_PROBE, *shape, device=device)
     each = _BACKWARD * _kept_by_image(model, x, engine)

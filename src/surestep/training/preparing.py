@@ -208,7 +208,9 @@ def prepare(
         # Only for the step: validation batches shrink, and each size would be compiled anew.
         stepped = model if compiled_whole(model) else cast(nn.Module, torch.compile(bare))
     if config.max_memory:
-        stepped = _in_parts(bare, method, engine, shape, batch, config.max_memory)
+        # Beside what every run has: Adam's second moments, the average, the weights before AWP.
+        copies = sum(map(bool, (config.optimizer != "sgd", average, config.awp)))
+        stepped = _in_parts(bare, method, engine, shape, batch, config.max_memory, copies)
         if isinstance(stepped, Frugal):
             judged_at_once = min(judged_at_once, stepped.images)
     # The same in each process, so that all make equally many collective calls.
@@ -337,8 +339,11 @@ def _count_steps(source: Source, method: Method, config: FitSettings) -> int:
 
 def _batch_of(train: Any, config: FitSettings, accelerator: Accelerator) -> tuple[int, str]:
     """Return the images per step in this process, and the setting that gives them, in words."""
-    if isinstance(train, DataLoader) and train.batch_size:
-        return train.batch_size, f"the DataLoader's batch_size ({train.batch_size})"
+    if isinstance(train, DataLoader):
+        # A batch sampler of one's own may tell its size.
+        size = train.batch_size or getattr(train.batch_sampler, "batch_size", None)
+        if size:
+            return size, f"the DataLoader's batch_size ({size})"
     batch = math.ceil(config.batch_size / accelerator.num_processes)
     return batch, f"batch_size ({config.batch_size})"
 
@@ -428,7 +433,8 @@ def _sharing_gradients(model: nn.Module, device: torch.device) -> nn.Module:
     shows each process its own GPU only: that one is number 0 in all of them.
     """
     own = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=own)
+    # The step itself shares the buffers, before the attack.
+    return DistributedDataParallel(model, device_ids=own, broadcast_buffers=False)
 
 
 def _in_parts(
@@ -438,6 +444,7 @@ def _in_parts(
     shape: torch.Size | None,
     batch: int,
     limit: float,
+    copies: int,
 ) -> nn.Module:
     """Return the network, recomputing activations if needed to keep a step within the limit."""
     if shape is None:
@@ -446,4 +453,4 @@ def _in_parts(
             "from these data: give a Dataset whose items are pairs of tensors, or a smaller batch "
             "instead"
         )
-    return fit_into(model, method, engine, shape, batch, limit)
+    return fit_into(model, method, engine, shape, batch, limit, copies)

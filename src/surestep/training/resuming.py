@@ -107,11 +107,12 @@ class Checkpoints:
                 train_seconds=rows[-1]["train_seconds"],
                 history=rows,
             )
-        if len(rows) > 1:
+        if rows:
             raise UserError(
                 f"cannot resume {self.run.folder}: it has {len(rows)} epochs and no "
                 f"checkpoint; train it anew with --config {self.run.config} and another --out"
             )
+        self.say(f"{self.run.folder} has no checkpoint yet: it starts anew")
         return RunState()
 
     def _check_data(self, begun: int, steps: int, images: int | None) -> None:

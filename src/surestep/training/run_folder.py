@@ -236,6 +236,7 @@ class RunFolder:
         """
         # A setting that did not exist when the run started counts as its default.
         defaults = {k: f.default for k, f in RunConfig.model_fields.items()}
+        defaults["bounds"] = [0.0, 1.0]
         known = {f.name: f.default for f in fields(methods.get(str(settings["method"])))}
         defaults |= {k: known[k] for k in methods.PARTS if k in settings}
         begun = {**{k: defaults.get(k) for k in settings}, **read_yaml(self.config)}

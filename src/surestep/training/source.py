@@ -91,7 +91,7 @@ class LoaderSource:
         """Return the batches (x, y, None); those before ``skip`` are loaded and discarded.
 
         Raises:
-            UserError: a batch is not a pair, or a stream ends early.
+            UserError: a batch is not a pair, or the loader ends before its length.
         """
         shared = isinstance(self.loader, DataLoaderShard)
         for part in [self.loader] if shared else [*self._parts(), self.loader.dataset]:
@@ -110,10 +110,10 @@ class LoaderSource:
             with random.used():
                 batch = next(batches, None)
             if batch is None:
-                if self._most is not None:
+                if made < self.steps_per_epoch:
                     raise UserError(
-                        f"the DataLoader ended after {made} of {self._most} batches of an epoch: "
-                        "give fewer steps_per_epoch, or a longer stream"
+                        f"the DataLoader ended after {made} of {self.steps_per_epoch} batches of "
+                        "an epoch: give fewer steps_per_epoch, or a longer stream"
                     )
                 return
             made += 1

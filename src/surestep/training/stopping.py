@@ -13,6 +13,7 @@ from typing import NoReturn
 import torch
 
 from surestep import processes
+from surestep.errors import UserError
 
 ASK_EVERY = 10
 """Steps between exchanges of stop requests: all processes must stop after the same step."""
@@ -20,9 +21,16 @@ ASK_EVERY = 10
 _ECHO = 1.0
 """Seconds within which a second Ctrl-C is an echo: launchers forward the one they receive."""
 
+_FAILED = 1000
+"""What a process that failed tells instead of a signal's number."""
+
 
 class Asked(BaseException):
     """Raised on a request to stop, where that takes effect at once."""
+
+
+class FailedElsewhere(UserError):
+    """Raised where another process failed."""
 
 
 class StopRequest:
@@ -85,9 +93,23 @@ class StopRequest:
             return self.number != 0
         return step % ASK_EVERY == 0 and self._by_any(device)
 
-    def together(self, device: torch.device) -> None:
-        """Raise `Asked` in all processes if one has a request; all must call this equally often."""
-        if processes.count() > 1 and self._by_any(device):
+    def together(self, device: torch.device, *, failed: bool = False) -> None:
+        """Raise in all processes if one has a request or failed; all must call this equally often.
+
+        Args:
+            device: of this process.
+            failed: this process failed. It raises its own error after this, its last call.
+
+        Raises:
+            Asked: one has a request.
+            FailedElsewhere: another one failed.
+        """
+        if processes.count() == 1:
+            return
+        told = processes.largest(_FAILED if failed else self.number, device)
+        if told == _FAILED and not failed:
+            raise FailedElsewhere("held-out images of another process cannot be judged")
+        if told and not failed:
             raise Asked
 
     def _by_any(self, device: torch.device) -> bool:

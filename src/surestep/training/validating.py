@@ -12,7 +12,7 @@ from surestep.data import Images, some
 from surestep.errors import UserError
 from surestep.evaluation import evaluate
 from surestep.training.preparing import Job
-from surestep.training.stopping import StopRequest
+from surestep.training.stopping import FailedElsewhere, StopRequest
 
 COLLAPSE = 0.20
 """Drop of robust accuracy between two epochs that counts as collapse (Kim et al. 2021)."""
@@ -38,8 +38,6 @@ def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
         asked += 1
         stop.together(job.device)
 
-    trouble: UserError | None = None
-    counts = [0] * (2 + len(attacks))
     with stop.at_once():
         try:
             found = evaluate(
@@ -55,25 +53,26 @@ def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
                 progress=ask,
                 doubt=False,
             )
-            n, seconds = found.n, found.seconds
-            counts = [int(found.right[name].sum()) for name in ("clean", *attacks, "worst case")]
-        except UserError as e:
-            # Raised here, it would leave the other processes waiting for this one to call `ask`.
-            trouble, n, seconds = e, 0, 0.0
-        # `ask` is collective: a process with a smaller part must call it as often as the largest.
-        while asked < math.ceil(largest / batch_size):
+            # `ask` is collective: a process with a smaller part must call it as often as the
+            # largest. Once more, it tells of a failure after the last batch.
+            for _ in range(asked, math.ceil(largest / batch_size)):
+                ask()
             ask()
+        except FailedElsewhere:
+            raise
+        except UserError:
+            stop.together(job.device, failed=True)  # they would wait for this one to call `ask`
+            raise
+    counts = [int(found.right[name].sum()) for name in ("clean", *attacks, "worst case")]
     # Sum over processes, so that all select the same epoch: kernels may round differently.
-    failed, judged, *right = processes.sums([int(trouble is not None), n, *counts], job.device)
-    if failed:
-        raise trouble or UserError("held-out images of another process cannot be judged")
+    judged, *right = processes.sums([found.n, *counts], job.device)
     clean, *under, worst = (one / judged for one in right)
     return {
-        "val_n": judged if largest else n,
+        "val_n": judged if largest else found.n,
         "val_clean": clean,
         "val_worst_case": worst,
         **{f"val_{name}": share for name, share in zip(attacks, under, strict=True)},
-        "val_seconds": seconds,
+        "val_seconds": found.seconds,
     }
 
 

@@ -1,0 +1,132 @@
+"""Runs that are set up, begin or end in unusual ways."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+
+import surestep
+from surestep import UserError, methods, processes
+from surestep.config import FitSettings
+from surestep.training import make_optimizer, make_step, stopping
+from surestep.training.engine import Engine
+from surestep.training.preparing import _batch_of
+
+
+class Promises(BatchSampler):
+    """Says that it has more batches than it yields."""
+
+    def __len__(self):
+        return super().__len__() + 2
+
+
+def test_a_loader_that_yields_less_than_its_length(tiny):
+    """Otherwise the schedule would never reach its end, and a resume would miscount."""
+    data = TensorDataset(*tiny.data())
+    loader = DataLoader(data, batch_sampler=Promises(RandomSampler(data), 16, drop_last=True))
+    with pytest.raises(UserError, match="ended after 4 of 6 batches of an epoch: give fewer step"):
+        tiny.train(data=loader, validation=tiny.data(8))
+    fitted = tiny.train(data=loader, validation=tiny.data(8), steps_per_epoch=4, epochs=1)
+    assert fitted.history[-1]["step"] == 4
+
+
+def test_the_batch_of_a_batch_sampler_is_known(tiny):
+    data = TensorDataset(*tiny.data())
+    loader = DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 24, drop_last=True))
+    assert loader.batch_size is None
+    size, said = _batch_of(loader, FitSettings(), Accelerator(cpu=True))
+    assert (size, said) == (24, "the DataLoader's batch_size (24)")
+
+
+def test_validation_that_would_be_left_out_is_refused(tiny):
+    with pytest.raises(UserError, match="val_images 0 means no validation: leave validation or"):
+        tiny.train(validation=tiny.data(8), val_images=0)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_sgds_learning_rate_is_not_for_others(tiny, name):
+    with pytest.raises(UserError, match=f"optimizer '{name}' needs a learning rate of its own"):
+        surestep.fit(tiny.net(), tiny.data(), tiny.method("fgsm"), optimizer=name)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (lambda: methods.FGSM(surestep.Linf(0.1), margin=2.0), r"with margin 2\.0"),
+        (lambda: methods.FGSM(surestep.Linf(0.1, bounds=(-1.0, 1.0))), r"with bounds \[-1\.0, 1"),
+    ],
+)
+def test_a_run_goes_on_with_margin_and_data_range_as_begun(tiny, stopping, tmp_path, changed, said):
+    def train(method, **place):
+        data = DataLoader(TensorDataset(*tiny.data()), 10)
+        return tiny.train(method, data=data, val_images=0, out=tmp_path / "run", **place)
+
+    stopping(8, lambda: train(methods.FGSM(surestep.Linf(0.1))))
+    with pytest.raises(UserError, match=said):
+        train(changed(), resume=True)
+    train(methods.FGSM(surestep.Linf(0.1)), resume=True)
+
+
+def test_an_optimizer_with_state_follows_the_weights_into_another_layout(tiny):
+    """Fused kernels walk weights and momenta side by side in memory."""
+    x, y = tiny.data(16)
+
+    def trained(fused):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 3))
+        optimizer = make_optimizer("sgd", net.parameters(), lr=0.1)
+        optimizer.param_groups[0]["fused"] = fused
+        for engine in (Engine(), Engine(channels_last=True)):
+            step = make_step(net, methods.Standard(tiny.threat), optimizer, engine)
+            for _ in range(3):
+                step(x, y)
+        return [p.detach() for p in net.parameters()]
+
+    for one, other in zip(trained(True), trained(False), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_length_that_is_set_after_construction_counts():
+    method = methods.get("sat-r2")(surestep.Linf(0.3))
+    method.alpha = 0.1
+    method.set_strength(0.5)
+    assert (method.alpha, method.threat.eps) == (0.05, 0.15)
+    method.set_strength(1.0)
+    assert (method.alpha, method.threat.eps) == (0.1, 0.3)
+    assert copy.deepcopy(method).alpha == 0.1
+
+
+def test_of_processes_that_validate_one_that_fails_is_heard(monkeypatch):
+    """It tells the others where they would wait for it, and raises its own error there."""
+    stop, told = stopping.StopRequest(), []
+
+    def largest(value, device):
+        told.append(value)
+        return max(value, *others)
+
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "largest", largest)
+    device = torch.device("cpu")
+    others = [0, 0]
+    stop.together(device)
+    stop.together(device, failed=True)  # nothing is raised: its own error is on its way
+    others = [stopping._FAILED, 0]
+    with pytest.raises(stopping.FailedElsewhere, match="of another process cannot be judged"):
+        stop.together(device)
+    stop.together(device, failed=True)
+    others = [15, 0]
+    with pytest.raises(stopping.Asked):
+        stop.together(device)
+    assert told == [0, stopping._FAILED, 0, stopping._FAILED, 0]
+
+
+@pytest.mark.parametrize(("eps", "alpha"), [(0.3, 0.01), (8 / 255, 2 / 255), (0.001, 0.00025)])
+@pytest.mark.parametrize("slug", ["sat-r2", "sat-r3"])
+def test_the_random_step_of_sat_fits_any_radius(slug, eps, alpha):
+    """The published lengths at the published radii, and never beyond eps."""
+    assert methods.get(slug)(surestep.Linf(eps)).alpha == pytest.approx(alpha)

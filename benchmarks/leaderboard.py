@@ -180,9 +180,8 @@ COMBINED: dict[str, dict[str, Any]] = {
 }
 """SAT combined with parts that work with any method, or built on another single step."""
 CHANGED = {
-    **dict.fromkeys(
-        ("n-fgsm", "sat-r2 on n-fgsm", "eat", "iaat", "converge-smooth"), "2026-11-29T16:46"
-    ),
+    **dict.fromkeys(("n-fgsm", "sat-r2 on n-fgsm", "eat", "converge-smooth"), "2026-11-29T16:46"),
+    "iaat": "2026-11-29T22:05",
     **dict.fromkeys(("aaer", "sads", "gat", "r-mgm", "nuat"), "2026-11-29T17:09"),
 }
 """When an entry's mathematics last changed (UTC): older rows are marked and measured anew."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
 from torch import nn
+
+from surestep.auditing import budgets
 
 # Seconds say nothing of a test that shares its cores with others.
 settings.register_profile("any machine", deadline=None)
@@ -24,10 +27,23 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _no_power_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Crashes here are of the process, not of the machine: do not wait for the disk."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture(autouse=True)
 def _smaller_parts_of_an_audit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer questions to the substitute, fewer points of binarization: the nets are tiny."""
     monkeypatch.setattr("surestep.evaluation.substitute.STEPS", 80)
     monkeypatch.setattr("surestep.auditing.binarization.INNER", 199)
+
+
+@pytest.fixture
+def small_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an audit is not the subject, what a quick one spends is little."""
+    small = budgets.Budget(5, 5, 20, 10, 1, 30, autoattack=False)
+    monkeypatch.setitem(budgets.BUDGETS, "quick", small)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import surestep
 from surestep import L2, Linf, UserError, devices, methods, posthoc
 from surestep.attacks.lending import forked_rng
-from surestep.auditing import budgets, stand_ins
+from surestep.auditing import stand_ins
 from surestep.data import as_images, augment
 from surestep.data._splits import divide, mixed
 from surestep.training import randomness
@@ -71,9 +71,8 @@ def test_a_step_of_every_method(slug, without_float64, net, images):
             method(net, x, y, torch.arange(len(x))).loss.backward()
 
 
-def test_evaluation_and_audit(without_float64, monkeypatch, net, images):
-    small = budgets.Budget(20, 20, 60, 12, 1, 200, autoattack=False)
-    monkeypatch.setitem(budgets.BUDGETS, "quick", small)
+@pytest.mark.usefixtures("small_budget")
+def test_evaluation_and_audit(without_float64, net, images):
     task = (net, images, Linf(0.1))
     before = surestep.evaluate(*task, budget="quick"), surestep.audit(*task, budget="quick")
     with without_float64():

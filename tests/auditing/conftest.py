@@ -40,7 +40,7 @@ def net(images: tuple[Tensor, Tensor]) -> nn.Module:
 
 @pytest.fixture
 def small_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A quick audit takes seconds."""
+    """A quick audit takes a second, and still comes to the right verdict."""
     small = budgets.Budget(20, 20, 60, 30, 1, 200, autoattack=False)
     monkeypatch.setitem(budgets.BUDGETS, "quick", small)
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import surestep
+from surestep.attacks.gradient import pgd_step_size
 from surestep.auditing import CHECKS, budgets, checks
 from surestep.auditing._subject import Subject
 from surestep.evaluation import Adapted
-from surestep.evaluation.suite import pgd_step_size
 
 BY_NAME = {check.name: check for check in CHECKS}
 
@@ -37,11 +37,11 @@ def ask(images):
     Of each the share of images that it left right, the first ones; below 0 the last ones.
     """
 
-    def call(name, model, eps=0.05, **right):
+    def call(name, model, eps=0.05, norm=surestep.Linf, **right):
         x, y = images
         budget = budgets.Budget(20, 20, 60, 30, 1, 200, autoattack=False)
         torch.manual_seed(0)
-        s = Subject(Adapted(model).eval(), x, y, surestep.Linf(eps), budget, 0, 25, lambda _: None)
+        s = Subject(Adapted(model).eval(), x, y, norm(eps), budget, 0, 25, lambda _: None)
         s.right["clean"] = s.logits(x).argmax(1) == y
         for attack, share in right.items():
             left = torch.arange(len(x)) < round(abs(share) * len(x))
@@ -319,6 +319,17 @@ def test_what_flags_a_sweep(ask, net, monkeypatch, accuracy, flagged):
     assert (found.status == "flagged") is flagged
 
 
+def test_a_ball_that_holds_every_image(ask, net, monkeypatch):
+    """In L2 its radius is the diagonal of 64 pixels; nothing is said there of half the range."""
+    left = iter([0.9, 0.9, 0.9, 0.9, 0.9, 0.0])
+    monkeypatch.setattr(
+        checks, "evaluate", lambda *_, **__: SimpleNamespace(worst_case_accuracy=next(left))
+    )
+    found = ask("eps-sweep", net, 0.5, surestep.L2)
+    assert found.evidence["eps"] == [0.125, 0.25, 0.375, 0.5, 0.75, 8.0]
+    assert found.status == "passed"
+
+
 @pytest.mark.parametrize(
     ("steps", "again", "moving", "flagged"),
     [
@@ -427,9 +438,17 @@ def test_what_is_broken_only_on_the_way(ask, net, monkeypatch):
     assert moved == pytest.approx((0.9 - 0.82) / 0.9, rel=1e-4)
 
 
-@pytest.mark.parametrize(("band", "flagged"), [((0.49, 0.515), True), ((0.999, 1.001), False)])
-def test_a_narrow_band_on_the_line_is_seen(monkeypatch, band, flagged):
-    """Twenty points would step over the first one; the second holds the end itself."""
+@pytest.mark.parametrize(
+    ("band", "count", "value", "flagged"),
+    [
+        ((0.49, 0.515), 100, 1.0, True),
+        ((0.49, 0.515), 6, 0.06, True),
+        ((0.49, 0.515), 4, 0.04, False),
+        ((0.999, 1.001), 100, 0.0, False),
+    ],
+)
+def test_a_narrow_band_on_the_line_is_seen(monkeypatch, band, count, value, flagged):
+    """Twenty points would step over the first one; the last holds the end itself."""
     low, high = band
 
     def forward(x):
@@ -437,13 +456,15 @@ def test_a_narrow_band_on_the_line_is_seen(monkeypatch, band, flagged):
         inside = ((share > low) & (share < high)).float()
         return torch.stack([1 - 2 * inside, 0 * inside], 1)
 
-    x, y = torch.full((10, 1, 4, 4), 0.5), torch.zeros(10, dtype=torch.int64)
-    budget = budgets.Budget(20, 20, 60, 30, 1, 200, autoattack=False)
+    x, y = torch.full((100, 1, 4, 4), 0.5), torch.zeros(100, dtype=torch.int64)
+    x[count:] = 0.1  # from where the line does not meet the band
+    budget = budgets.Budget(20, 20, 60, 100, 1, 200, autoattack=False)
     s = Subject(Layer(forward), x, y, surestep.Linf(0.05), budget, 0, 25, lambda _: None)
-    s.right["clean"] = torch.ones(10, dtype=torch.bool)
+    s.right["clean"] = torch.ones(100, dtype=torch.bool)
     monkeypatch.setattr(Subject, "fgsm", lambda self, x, y: x + 0.05)
     found = BY_NAME["distorted-boundary"](s)
-    assert (found.status, found.value) == ("flagged" if flagged else "passed", float(flagged))
+    assert found.value == pytest.approx(value)
+    assert found.status == ("flagged" if flagged else "passed")
 
 
 def test_a_few_images_that_only_a_black_box_breaks(ask, net):
@@ -534,9 +555,21 @@ def test_how_far_gradients_may_turn(ask, net, monkeypatch, cosine, flagged):
     assert (found.status == "flagged") is flagged
 
 
-@pytest.mark.parametrize(("rates", "flagged"), [((0.9, 0.9, 20), True), ((0.9, 0.5, 20), False)])
-def test_binarization_that_random_points_solve_as_well(ask, net, monkeypatch, rates, flagged):
-    monkeypatch.setattr(checks, "binarization_rates", lambda *_: rates)
+@pytest.mark.parametrize(("lost", "flagged"), [(2, True), (1, False)])
+def test_how_many_are_broken_only_on_the_way(ask, net, monkeypatch, lost, flagged):
+    """One of a hundred is no sign."""
+    way = SimpleNamespace(ever_wrong=torch.arange(100) < lost, wrong=torch.zeros(100).bool())
+    monkeypatch.setattr(Subject, "climb", way)
+    assert (ask("silent-success", net).status == "flagged") is flagged
+
+
+@pytest.mark.parametrize(
+    ("pgd", "noise", "flagged"),
+    [(0.9, 0.9, True), (0.9, 0.5, False), (0.81, 0.5, False), (0.79, 0.5, True)],
+)
+def test_how_many_problems_are_solved(ask, net, monkeypatch, pgd, noise, flagged):
+    """Four fifths at least, and more than random points solve."""
+    monkeypatch.setattr(checks, "binarization_rates", lambda *_: (pgd, noise, 20))
     assert (ask("binarization", net).status == "flagged") is flagged
 
 

@@ -45,6 +45,12 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", offline)
 
 
+@pytest.fixture(autouse=True)
+def _no_report_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its page takes longer than a run of two epochs; ``finished`` has one, see test_report.py."""
+    monkeypatch.setattr("surestep.cli.train._report", lambda *_: None)
+
+
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     """Run the command line in this process; return exit code, stdout and stderr."""

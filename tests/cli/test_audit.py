@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from surestep import UserError, evaluation, files, models, targets
-from surestep.auditing import budgets
 from surestep.data import Images
+
+pytestmark = pytest.mark.usefixtures("small_budget")
 
 MODEL = """
 import torch
@@ -62,12 +63,6 @@ def make():
     layers = [torch.nn.Linear(784, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, 10)]
     return torch.nn.Sequential(torch.nn.Flatten(), *layers)
 """
-
-
-@pytest.fixture(autouse=True)
-def small_budget(monkeypatch):
-    small = budgets.Budget(5, 5, 20, 10, 1, 30, autoattack=False)
-    monkeypatch.setitem(budgets.BUDGETS, "quick", small)
 
 
 @pytest.fixture(scope="module")

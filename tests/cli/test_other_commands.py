@@ -166,6 +166,7 @@ class TestDemo:
         monkeypatch.setattr(surestep, "audit", lambda *_, **__: audited)
         return tiny
 
+    @pytest.mark.usefixtures("small_budget")
     def test_table_sentence_and_json(self, cli, tiny, tmp_path):
         code, out, err = cli("demo", "--n", "20", "--json", tmp_path / "demo.json", "--seed", "3")
         assert code == 0, err

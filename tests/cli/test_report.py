@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from surestep.auditing import budgets
 from surestep.cli._report import write_report
 
 for package in ("altair", "vl_convert", "jinja2"):
     pytest.importorskip(package)
+
+pytestmark = pytest.mark.usefixtures("small_budget")
 
 FACTORY = """
 import torch
@@ -32,9 +33,8 @@ class Detached(torch.nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def small_budget(monkeypatch):
-    small = budgets.Budget(5, 5, 20, 10, 1, 30, autoattack=False)
-    monkeypatch.setitem(budgets.BUDGETS, "quick", small)
+def _no_report_of_training():
+    """Here there is one."""
 
 
 def text_of(path):

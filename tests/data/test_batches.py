@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from surestep.data import Batches, Images, as_images, augment
 from surestep.data._ahead import read_ahead
+from surestep.data._splits import divide, mixed
+from surestep.training.holding_out import hold_out
 
 CROP_FLIP = augment.get("crop-flip")
 
@@ -85,6 +87,11 @@ def test_the_order_is_the_same_in_every_version():
     # A change here changes every published run: do not update it lightly.
     order = next(Batches(numbered(8), 8, seed=0).epoch(0))[2]
     assert order.tolist() == ORDER
+    assert mixed(8).tolist() == [6, 4, 3, 2, 1, 0, 7, 5]
+    assert divide(20, "test", what="data").tolist() == [12, 13]
+    assert divide(20, "validation", what="data").tolist() == [2, 5]
+    assert divide(20, "test", what="data", keys=list(map(str, range(20)))).tolist() == [9, 18]
+    assert hold_out(20, 4, seed=0)[1].tolist() == [4, 5]
 
 
 ORDER = [4, 1, 5, 0, 6, 7, 2, 3]
@@ -94,7 +101,16 @@ def test_augmentation_differs_from_step_to_step_and_repeats():
     batches = Batches(numbered(64), 16, augment=CROP_FLIP, shuffle=False)
     same(batches.epoch(0), batches.epoch(0))
     draws = [batches.draw(e, s) for e in (0, 1) for s in range(4)]
-    assert len({tuple(d.dy.tolist()) for d in draws if d is not None}) == 8
+    draws.append(Batches(numbered(64), 16, seed=1, augment=CROP_FLIP).draw(0, 0))
+    assert len({tuple(d.dy.tolist()) for d in draws if d is not None}) == 9
+
+
+def test_the_crops_and_flips_are_the_same_in_every_version():
+    draw = Batches(numbered(8), 8, augment=CROP_FLIP, seed=0).draw(0, 0)
+    assert draw is not None
+    assert draw.dy.tolist() == [-1, 1, 1, 4, 2, -1, -1, 3]
+    assert draw.dx.tolist() == [-3, 2, 0, -3, 0, -3, 0, -2]
+    assert draw.flip.tolist() == [True, True, True, True, False, False, True, False]
 
 
 def test_the_draw_is_the_one_the_batch_got():

@@ -126,6 +126,17 @@ def test_image_size(tmp_path, refused):
     assert data.load(place, "test", image_size=5).image_shape == (3, 5, 5)
 
 
+def test_of_a_wide_picture_the_middle_is_taken(tmp_path):
+    """Red quarters at both ends of it, which squeezing would leave in."""
+    picture = Image.new("RGB", (8, 4), (0, 0, 255))
+    for left in (0, 6):
+        picture.paste((255, 0, 0), (left, 0, left + 2, 4))
+    (tmp_path / "test" / "a").mkdir(parents=True)
+    picture.save(tmp_path / "test" / "a" / "0.png")
+    red, _, blue = data.load(f"folder:{tmp_path}", "test", image_size=4).x[0]
+    assert (int(red.max()), int(blue.min())) == (0, 255)
+
+
 def test_mistakes(tmp_path, refused):
     def load(split="test"):
         return data.load(f"folder:{tmp_path}/set", split)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import surestep
 from surestep.errors import SurestepWarning, UserError
-from surestep.evaluation import Adapted, doubts, evaluate
+from surestep.evaluation import Adapted, doubts, evaluate, suite
 from surestep.evaluation.suite import Attack
 
 THREAT = surestep.Linf(0.05)
@@ -360,6 +360,24 @@ def test_what_attacks_left_is_looked_at(told, monkeypatch):
     with pytest.warns(SurestepWarning):
         found = evaluate(model, (x, y), surestep.Linf(0.2), ["fgsm", "pgd-50", "noise-3"])
     assert found.doubts == [*FEWER, "noise-3 breaks 3 images that gradients do not"]
+
+
+def test_square_after_the_gradients_of_autoattack_is_looked_at(told, monkeypatch):
+    """And not what AutoAttack left of the others' images: no gradient broke these three."""
+    x = torch.stack([torch.zeros(200), torch.arange(200) / 1000], 1)
+    y = torch.zeros(200, dtype=torch.int64)
+    monkeypatch.setattr(doubts, "of_model", lambda *_, **__: [])
+    broken = {"pgd-50": set(range(9)), "noise-3": {196, 197, 198}, "apgd-ce": {20}}
+    model = told(**broken, square=set(range(100, 120)))
+    pgd, noise, apgd, square = (suite.parse(name, THREAT) for name in (*broken, "square"))
+    whole = Attack({"apgd-ce": apgd.run, "square": square.run}, survivors=True)
+    given = {"pgd-50": pgd, "noise-3": noise, "autoattack": whole}
+    with pytest.warns(SurestepWarning):
+        found = evaluate(model, (x, y), surestep.Linf(0.2), given)
+    assert found.doubts == [
+        "autoattack's square breaks 20 images that gradients do not",
+        "noise-3 breaks 3 images that gradients do not",
+    ]
 
 
 def test_sources(net, images):

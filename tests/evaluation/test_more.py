@@ -217,38 +217,34 @@ def test_a_point_outside_the_threat_model_does_not_count(told):
     assert run(float("nan")).worst_case_accuracy == 1
 
 
+def breakable(net, x, y, eps):
+    """Which images of a linear model in [-1, 1] have a wrong point within eps: some margin < 0."""
+    w = net.weight[y][:, None] - net.weight[None]
+    low, high = (x - eps).clamp(-1, 1)[:, None], (x + eps).clamp(-1, 1)[:, None]
+    least = torch.where(w > 0, w * low, w * high).sum(2) + net.bias[y][:, None] - net.bias
+    return (least < 0).any(1)
+
+
 class TestAutoAttack:
     def test_any_shape_and_range(self, images):
         """Vectors in [-1, 1] are attacked like images in [0, 1]."""
-        x, y = images
         torch.manual_seed(0)
         net = nn.Linear(64, 4)
-        flat = (x * 2 - 1).flatten(1)
+        flat = (images[0][:30] * 2 - 1).flatten(1)
         y = net(flat).argmax(1).detach()
-        threat = surestep.Linf(0.02, (-1.0, 1.0))
+        threat = surestep.Linf(0.05, (-1.0, 1.0))
+        truth = breakable(net, flat, y, 0.05)
+        assert 10 < int(truth.sum()) < 25
         state = torch.get_rng_state()
-        for attack in (
-            attacks.autoattack.autoattack,
-            attacks.autoattack.apgd_t,
-            attacks.autoattack.fab_t,
-            attacks.autoattack.apgd_ce,
-            lambda *a: attacks.autoattack.square(*a, 200),
-        ):
-            x_adv = attack(net, flat, y, threat)
+        for name, count in (("apgd_ce", 20), ("apgd_t", 20), ("fab_t", 10), ("square", 200)):
+            x_adv = getattr(autoattack, name)(net, flat, y, threat, count)
             assert x_adv.shape == flat.shape
-            assert (x_adv - flat).abs().max() <= torch.tensor(0.02)
+            assert (x_adv - flat).abs().max() <= torch.tensor(0.05)
             assert x_adv.abs().max() <= 1
-            # Of a linear model the truth is known: margin_j - eps * |w_y - w_j|_1 < 0.
-            w = net.weight[y][:, None] - net.weight[None]
-            gain = net(flat).gather(1, y[:, None]) - net(flat)
-            low = (flat - 0.02).clamp(-1, 1)[:, None]
-            high = (flat + 0.02).clamp(-1, 1)[:, None]
-            reach = gain - (w * flat[:, None]).sum(2) + torch.where(w > 0, w * low, w * high).sum(2)
-            truth = (reach < 0).any(1)
             broken = net(x_adv).argmax(1) != y
             assert not (broken & ~truth).any()
-            if attack is attacks.autoattack.autoattack:
-                assert broken.sum() >= 0.95 * truth.sum() > 0
+            least = 0.9 if name.endswith("_t") else 0.6
+            assert broken.sum() >= least * truth.sum(), name
         # The package seeds the global state; drawing one number for it each time is all it may see.
         torch.set_rng_state(state)
         torch.randint(2**31 - 1, (5,))
@@ -258,14 +254,16 @@ class TestAutoAttack:
             attacks.autoattack.square(net, flat, y, threat, 5)
         assert torch.equal(torch.rand(3), expected)
 
-    @pytest.mark.parametrize("classes", [2, 3])
-    def test_few_classes(self, images, classes):
+    def test_with_three_classes_the_margin_is_climbed(self, images):
+        """The targeted DLR loss does not exist there; cross entropy breaks 28 of these 32."""
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
-        x, _ = images
-        y = net(x).argmax(1).detach()
-        x_adv = attacks.autoattack.autoattack(net, x[:20], y[:20], surestep.Linf(0.1))
-        assert (net(x_adv).argmax(1) != y[:20]).any()
+        net = nn.Linear(64, 3)
+        flat = (images[0][:45] * 2 - 1).flatten(1)
+        y = net(flat).argmax(1).detach()
+        x_adv = autoattack.apgd_t(net, flat, y, surestep.Linf(0.07, (-1.0, 1.0)), 10)
+        truth = breakable(net, flat, y, 0.07)
+        assert int(truth.sum()) == 32
+        assert torch.equal(net(x_adv).argmax(1) != y, truth)
 
     def test_missing_package(self, net, images, monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, "pyautoattack", None)
@@ -457,10 +455,13 @@ def test_autoattack_is_as_strong_as_the_standard_version(net, images, monkeypatc
     x = images[0][:4]
     ten = nn.Sequential(nn.Flatten(), nn.Linear(64, 12))  # targets are nine at most
     autoattack.autoattack(ten, x, ten(x).argmax(1), THREAT)
+    standard.fab.targeted = True  # as it sets for fab-t when it runs
     theirs = (standard.apgd, standard.apgd_targeted, standard.fab, standard.square)
     for ours, known in zip(made, theirs, strict=True):
-        for name in ("n_iter", "n_restarts", "n_target_classes", "n_queries", "p_init", "norm"):
-            assert getattr(ours, name, None) == getattr(known, name, None), (type(known), name)
+        for name, value in vars(known).items():
+            if type(value) in (int, float, bool, str) and name not in ("device", "seed"):
+                assert getattr(ours, name) == value, (type(known), name)
+        assert ours.n_restarts == 1
 
 
 def test_preprocessing_reaches_the_curve_and_the_substitute(net, images):
@@ -484,6 +485,7 @@ def test_full_memory_in_a_forward_pass_is_no_fault_of_the_model(net, images):
         evaluate(net, images, THREAT, ["fgsm"], batch_size=40)
 
 
+@pytest.mark.usefixtures("small_budget")
 class TestSortedByClass:
     @pytest.fixture
     def ordered(self):
@@ -543,6 +545,7 @@ def test_a_loader_of_bytes_or_doubles_is_the_same_as_of_pixels(net, images):
         assert torch.equal(found.right["fgsm"], whole.right["fgsm"])
 
 
+@pytest.mark.usefixtures("small_budget")
 def test_one_process_judges_a_distributed_model_by_itself(net, images):
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import surestep
+from surestep import attacks
 from surestep.errors import SurestepWarning, UserError
 from surestep.evaluation import evaluate, suite
 
@@ -152,13 +153,16 @@ def test_transfer_finds_on_the_source_what_breaks_the_model(net, images):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return net(x.detach())
 
-    x, y = images
+    (x, y), threat = images, surestep.Linf(0.13)
     net.eval()
-    found = suite.parse("transfer", THREAT, [net]).run(Hidden(), x, y).x_adv
-    white = suite.parse("pgd-50", THREAT).run(net, x, y).x_adv
+    torch.manual_seed(0)
+    found = suite.parse("transfer", threat, [net]).run(Hidden(), x, y).x_adv
+    torch.manual_seed(0)
+    halves = attacks.pgd(net, x, y, threat, 50), attacks.mi_fgsm(net, x, y, threat, 20, 1, "margin")
     with torch.no_grad():
-        clean, left, direct = ((net(z).argmax(1) == y).sum() for z in (x, found, white))
-    assert left <= direct < clean
+        clean, left, pgd, mi = (net(z).argmax(1) == y for z in (x, found, *halves))
+    assert torch.equal(left, pgd & mi)
+    assert int(left.sum()) < int(mi.sum()) < int(pgd.sum()) < int(clean.sum())
 
 
 def test_steps_of_success(net, images):

@@ -269,7 +269,8 @@ def test_a_true_evaluation_passes(linear: tuple[nn.Module, torch.Tensor]) -> Non
     interchange.validate(json.loads(json.dumps(found.to_dict())))
 
 
-@pytest.mark.parametrize("right", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("small_budget")
+@pytest.mark.parametrize("right", [0, 1])
 def test_a_true_audit_passes(linear: tuple[nn.Module, torch.Tensor], right: int) -> None:
     model, x = linear
     y = (model(x).argmax(1) + 1 - right) % 3  # with no image right, checks have no value

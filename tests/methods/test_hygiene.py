@@ -177,6 +177,23 @@ def test_dropout_and_other_threats(build, slug, make_task):
         assert len({float(value.detach()) for value in losses}) == 2
 
 
+def test_in_a_round_ball_every_move_is_a_step_of_its_norm(build, slug, make_task, monkeypatch):
+    """Once L2's steps have length 0, random ones with them, no image moves anywhere."""
+    task, params = make_task("mlp"), build(slug).params()
+    still = {"sigma": 0.0} if "sigma" in params else {}
+    method = methods.get(slug)(L2(0.5), **{**params, **still})
+    monkeypatch.setattr(L2, "steepest_step", lambda self, grad, size: torch.zeros_like(grad))
+    seen = []
+    task.net.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    for step in range(3):  # of methods that remember the first has nothing to start from
+        method.progress = methods.Progress(step, steps_per_epoch=4)
+        result = method(task.net, task.x, task.y, task.index)
+        torch.testing.assert_close(result.x_adv, task.x, rtol=0, atol=1e-12)
+    known = torch.cat([task.x, torch.full_like(task.x[:1], 0.5)])  # LIET asks about grey
+    apart = (torch.cat(seen)[:, None] - known).abs().flatten(2).amax(2)
+    assert float(apart.amin(1).max()) < 1e-12
+
+
 def test_another_data_range(build, slug, make_task):
     """The same batch in [-1, 1], with the radius and the weights to match, gives the same loss."""
     task = make_task("mlp")
@@ -205,20 +222,28 @@ def test_bf16_autocast_gives_a_float32_loss(method, make_task):
     assert all(p.grad.dtype == torch.float32 for p in task.net.parameters())
 
 
+SPOILT = {
+    "bytes": (lambda x, y: (255 * x, y), "x has values"),
+    "nan": (lambda x, y: (x * float("nan"), y), "nan"),
+    "uint8": (lambda x, y: ((255 * x).to(torch.uint8), y), "torch.uint8"),
+    "high labels": (lambda x, y: (x, y + 4), "4 classes"),
+    "low labels": (lambda x, y: (x, y - 4), "labels from -"),
+    "labels that are no integers": (lambda x, y: (x, y.float()), "torch.float32"),
+    "shape": (lambda x, y: (x[..., :3], y), r"\(1, 4, 3\)"),
+}
+
+
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("slug", "kind"),
     [
-        (lambda x, y: (255 * x, y), "x has values"),
-        (lambda x, y: (x * float("nan"), y), "nan"),
-        (lambda x, y: ((255 * x).to(torch.uint8), y), "torch.uint8"),
-        (lambda x, y: (x, y + 4), "4 classes"),
-        (lambda x, y: (x, y - 4), "labels from -"),
-        (lambda x, y: (x, y.float()), "torch.float32"),
-        (lambda x, y: (x[..., :3], y), r"\(1, 4, 3\)"),
+        # All have the same look at it, but that UAT takes images without a label.
+        *((slug, kind) for slug in ("sat-r2", "uat") for kind in SPOILT),
+        *((slug, "high labels") for slug in methods.names() if slug not in ("sat-r2", "uat")),
     ],
+    indirect=["slug"],
 )
-def test_the_first_batch_is_checked(method, make_task, spoil, words):
-    task = make_task("mlp")
+def test_the_first_batch_is_checked(method, make_task, kind):
+    task, (spoil, words) = make_task("mlp"), SPOILT[kind]
     before = state(task.net)
     for _ in range(2):  # a refused batch does not count as checked
         with pytest.raises(UserError, match=rf"\A.*{words}.*\Z"):

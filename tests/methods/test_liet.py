@@ -52,6 +52,18 @@ def test_templates_are_renewed_every_so_many_steps(make_task):
     assert made == [True, True, False, False, True, False]
 
 
+def test_templates_are_the_mean_over_the_processes(make_task, monkeypatch):
+    """Each has batch statistics of its own, but labels start at the same template in all."""
+    task, made = make_task("conv"), []
+    for shared in (1.0, 2.0):
+        monkeypatch.setattr("surestep.processes.mean", lambda value, shared=shared: shared * value)
+        method = methods.get("liet")(Linf(EPS))
+        at(method, 0)(copy.deepcopy(task.net), task.x, task.y)
+        made.append(method.state_dict()["templates"])
+    assert bool(made[0].any())
+    torch.testing.assert_close(made[1], 2 * made[0])
+
+
 @pytest.mark.parametrize("before", [0, 1, 2])
 def test_a_resume_keeps_the_templates(make_task, before):
     """Also of a checkpoint taken before the first step, and with the weights moved on since."""

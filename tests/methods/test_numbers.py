@@ -23,6 +23,10 @@ DEFAULTS = [
     ("converge-smooth", "weight", 1.0),
     ("sat-r3", "lam", 1.0),
     ("trades", "beta", 6.0),
+    ("iaat", "gamma", 1.9 / 8),
+    ("iaat", "beta", 0.1),
+    ("iaat", "rest", 0.1),
+    ("gat", "late_from", 0.86),
 ]
 
 

@@ -124,11 +124,20 @@ def test_masked_robustness_does_not_count(trained, images):
     assert not any(layer.straight_through for layer in layers(hard))
 
 
-def test_the_threshold_with_the_best_worst_case_is_taken(trained, images):
+def test_the_threshold_with_the_best_worst_case_is_taken(trained, images, monkeypatch):
+    """Means are of the training images; the attacks' source is the model without dead zones."""
+    train, validation = images.subset(torch.arange(35)), images.subset(torch.arange(35, 70))
+    judged = []
+
+    def spy(model, data, *args, **options):
+        judged.append((data, *options["sources"]))
+        return evaluate(model, data, *args, **options)
+
+    monkeypatch.setattr("surestep.posthoc.hardening.evaluate", spy)
     found = posthoc.harden(
         trained,
-        images,
-        images,
+        train,
+        validation,
         Linf(0.05),
         thresholds=(0.2, 50.0),
         attacks=("pgd-10", "square-50"),
@@ -139,6 +148,11 @@ def test_the_threshold_with_the_best_worst_case_is_taken(trained, images):
     assert found.threshold == first != 50.0
     assert all(layer.threshold == found.threshold for layer in layers(found.model))
     assert not layers(trained)
+    assert all(data is validation and source is trained for data, source in judged)
+    ((mean, std),) = posthoc.measure(trained, train).values()
+    (layer,) = layers(found.model)
+    torch.testing.assert_close(layer.mean, mean.float(), rtol=0, atol=0)
+    torch.testing.assert_close(layer.std, std.float(), rtol=0, atol=0)
 
 
 class Swapped(nn.Module):

@@ -157,17 +157,26 @@ def test_evidence_unfolds(show):
     assert words.is_visible()
 
 
-@pytest.mark.parametrize("width", [390, 320, 768])
-def test_no_sideways_scrolling(show, width):
-    page = show(viewport={"width": width, "height": 844})
-    assert page.evaluate("document.documentElement.scrollWidth") == width
-    for details in page.locator("details").all():
-        details.evaluate("e => { e.open = true; }")
-    assert page.evaluate("document.documentElement.scrollWidth") == width
-    for plot in page.locator(".plot").all():
-        svg = plot.locator("svg.marks").bounding_box()
-        assert svg["x"] >= 0
-        assert svg["x"] + svg["width"] <= width
+def test_no_sideways_scrolling(show):
+    page = show(viewport={"width": 768, "height": 844})
+    for width in (768, 390, 320):
+        page.set_viewport_size({"width": width, "height": 844})
+        for is_open in ("false", "true"):
+            for details in page.locator("details").all():
+                details.evaluate(f"e => {{ e.open = {is_open}; }}")
+            page.wait_for_function(
+                "width => document.documentElement.scrollWidth === width", arg=width
+            )
+        # The plots are drawn again, narrower.
+        page.wait_for_function(
+            "width => [...document.querySelectorAll('.plot')].every("
+            "p => p.querySelector('svg.marks')?.getBoundingClientRect().right <= width)",
+            arg=width,
+        )
+        for plot in page.locator(".plot").all():
+            svg = plot.locator("svg.marks").bounding_box()
+            assert svg["x"] >= 0
+            assert svg["x"] + svg["width"] <= width
 
 
 def test_turning_the_phone_draws_again(show):

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+import itertools
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +14,9 @@ from families import merged
 from torch import Tensor, nn
 
 import surestep
-from surestep import methods
+from surestep import files, methods
 from surestep.methods import Method
-from surestep.training import FitResult, TrainStep
+from surestep.training import FitResult, TrainStep, checkpoint
 
 TIMES = {"images_per_second", "train_seconds", "val_seconds"}
 THREAT = surestep.Linf(0.1)
@@ -56,7 +56,19 @@ def make_method(slug: str, threat: surestep.ThreatModel = THREAT, **params: Any)
 
 @contextmanager
 def nothing_random() -> Iterator[None]:
-    """Let every random draw of a step give the same: two processes draw apart otherwise."""
+    """Let the random draws of a step be constants: two processes draw apart otherwise.
+
+    Those of uniform points differ within a step: between two that are one there is no line.
+    """
+    take, shares = TrainStep.__call__, itertools.repeat(0.7)
+
+    def step(self: TrainStep, *batch: Any) -> Any:
+        nonlocal shares
+        shares = itertools.cycle((0.7, 0.1, 0.9))
+        try:
+            return take(self, *batch)
+        finally:
+            shares = itertools.repeat(0.7)
 
     def constant(draw: Callable[..., Tensor], share: float) -> Callable[..., Tensor]:
         def drawn(*args: Any, **kwargs: Any) -> Tensor:
@@ -73,11 +85,12 @@ def nothing_random() -> Iterator[None]:
         # Initial weights are drawn with a generator, if only None.
         if kwargs:
             return uniform(self, low, high, **kwargs)
-        return self.fill_(low + 0.7 * (high - low))
+        return self.fill_(low + next(shares) * (high - low))
 
     with pytest.MonkeyPatch.context() as patch:
         for name, share in (("randn_like", 0.3), ("rand_like", 0.7), ("randn", 0.3), ("rand", 0.7)):
             patch.setattr(torch, name, constant(getattr(torch, name), share))
+        patch.setattr(TrainStep, "__call__", step)
         patch.setattr(Tensor, "uniform_", constant_uniform)
         patch.setattr(Tensor, "bernoulli_", lambda self, p=0.5: self.fill_(1.0))
         for name in ("dropout", "dropout2d"):
@@ -131,10 +144,37 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
-@pytest.fixture(autouse=True)
-def _no_power_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Crashes here are of the process, not of the machine: do not wait for the disk."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
+def state_of(folder: Path) -> dict[str, Any]:
+    """Return the newest checkpoint without the times in it."""
+    state = files.load_tree(checkpoint.found(folder / "checkpoints")[-1])
+    state["progress"] = {k: v for k, v in state["progress"].items() if "seconds" not in k}
+    del state["progress"]["history"]
+    return state
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two trees of tensors and other values are the same to the last bit."""
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return the folder of an uninterrupted run; each is made once."""
+    made: dict[str, Path] = {}
+
+    def run(name: str, train: Callable[..., Any]) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("whole") / "run"
+            train(out=made[name])
+        return made[name]
+
+    return run
 
 
 @pytest.fixture
@@ -149,6 +189,8 @@ def tiny() -> SimpleNamespace:
         without_times=without_times,
         weights=weights,
         same_weights=same_weights,
+        state_of=state_of,
+        equal=equal,
         threat=THREAT,
         Stopped=Stopped,
         nothing_random=nothing_random,

@@ -88,6 +88,7 @@ def test_a_network_that_comes_compiled(tiny, tmp_path):
         tiny.train("sat-r2", model=given, max_memory=1.0)
 
 
+@pytest.mark.usefixtures("small_budget")
 def test_judging_a_compiled_network(tiny):
     model, (x, y) = tiny.net().eval(), tiny.data()
     compiled = torch.compile(model, backend="aot_eager")

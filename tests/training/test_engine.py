@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import surestep
 from surestep import devices, methods
+from surestep.attacks import fgsm
 from surestep.data import Batches, as_images
 from surestep.devices import has_bf16
 from surestep.errors import UserError
@@ -203,32 +205,45 @@ def perturb_by_hand(model: nn.Module, x: Tensor, y: Tensor, threat: surestep.Lin
     return threat.project(x + threat.eps * grad.sign(), x)
 
 
-@pytest.mark.parametrize("method", ["standard", "fgsm"])
-@pytest.mark.parametrize("out", [False, True])
-def test_fit_is_a_plain_loop_bit_for_bit(tiny, tmp_path, method, out):
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("standard", {}),
+        ("fgsm", {}),
+        ("standard", {"momentum": 0.5, "weight_decay": 0.1, "clip_grad": 0.01}),
+        *(("standard", {"optimizer": name, "weight_decay": 0.1}) for name in ("adam", "adamw")),
+    ],
+)
+def test_fit_is_a_plain_loop_bit_for_bit(tiny, tmp_path, method, settings):
     x, y = tiny.data()
     model = tiny.net().train()
     # Fused as in fit: the other kernels round differently.
-    optimizer = torch.optim.SGD(
-        model.parameters(), 0.05, momentum=0.9, weight_decay=5e-4, fused=True
-    )
+    options = {"lr": 0.05, "weight_decay": settings.get("weight_decay", 5e-4), "fused": True}
+    optimizer = {
+        "sgd": functools.partial(torch.optim.SGD, momentum=settings.get("momentum", 0.9)),
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+    }[settings.get("optimizer", "sgd")](model.parameters(), **options)
     losses = []
     for xb, yb, _ in Batches(as_images((x, y)), 12, seed=3).epoch(0):
         xb = perturb_by_hand(model, xb, yb, tiny.threat) if method == "fgsm" else xb
         loss = F.cross_entropy(model(xb), yb)
         optimizer.zero_grad()
         loss.backward()
+        if most := settings.get("clip_grad"):
+            nn.utils.clip_grad_norm_(model.parameters(), most)
         optimizer.step()
         losses.append(loss.item())
     assert len(losses) == 5
     fitted = tiny.train(
         method,
-        out=tmp_path / "run" if out else None,
+        out=tmp_path / "run" if method == "fgsm" else None,
         epochs=1,
         batch_size=12,
         seed=3,
         schedule="constant",
         val_images=0,
+        **settings,
     )
     for name, value in model.state_dict().items():
         torch.testing.assert_close(fitted.model.state_dict()[name], value, rtol=0, atol=0)
@@ -390,10 +405,15 @@ def test_casts_that_lost_their_gradients_are_made_again(tiny, monkeypatch):
             # In a loop of one's own, too.
             with engine.autocast(torch.device("cpu")):
                 method(net, x, y)
-            found.append(len(cleared))
+                found.append(len(cleared))
+                # And after an attack by itself.
+                fgsm(net, x, y, tiny.threat)
+                found.append(len(cleared) - found[-1])
             cleared.clear()
-    usual, more = found[:4], found[4:]  # autocast clears by itself when it ends
-    assert [b - a for a, b in zip(usual, more, strict=True)] == [0, 0, 1, 1]
+    usual, more = found[:6], found[6:]  # autocast clears by itself when it ends
+    again = [b - a for a, b in zip(usual, more, strict=True)]
+    assert again[:3] == [0, 0, 0]
+    assert min(again[3:]) >= 1
 
 
 @pytest.mark.parametrize("method", methods.names())
@@ -449,6 +469,15 @@ def test_a_model_that_views_is_trained_contiguous(engine, kind, monkeypatch):
     other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
     placed = Engine.choose("fast")
     assert placed.suited(placed.place(other), torch.Size([3, 8, 8])) == placed
+
+
+def test_only_a_tuned_engine_keeps_freed_memory(tiny, monkeypatch):
+    asked = []
+    monkeypatch.setattr(engine_room, "keep_freed_memory", lambda: asked.append(1))
+    Engine().place(tiny.net())
+    assert not asked
+    FAST32.place(tiny.net())
+    assert asked
 
 
 @pytest.mark.parametrize(

@@ -130,3 +130,10 @@ def test_of_processes_that_validate_one_that_fails_is_heard(monkeypatch):
 def test_the_random_step_of_sat_fits_any_radius(slug, eps, alpha):
     """The published lengths at the published radii, and never beyond eps."""
     assert methods.get(slug)(surestep.Linf(eps)).alpha == pytest.approx(alpha)
+
+
+def test_a_copy_of_a_method_still_asks_for_its_progress(tiny):
+    method, net = copy.deepcopy(methods.get("nuat")(tiny.threat)), tiny.net()
+    method(net, *tiny.data(8))
+    with pytest.warns(surestep.SurestepWarning, match="its progress is not set"):
+        method(net, *tiny.data(8))

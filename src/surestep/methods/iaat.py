@@ -23,9 +23,10 @@ class IAAT(PGD):
     """IAAT: a radius grows if the image withstands a larger one, and shrinks if it fails as is.
 
     PGD runs at eps and its perturbation is scaled to the image's radius, so no radius exceeds eps;
-    the authors run the attack at each image's own radius. For the first ``rest`` of training the
-    radius is eps where the clean image is classified correctly and 0 elsewhere. Then it moves
-    ``beta`` of the way to its target: ``gamma`` more or less, 0 if the clean image is wrong.
+    the authors run the attack at each image's own radius. For the first ``rest`` of training, at
+    least an epoch, the radius is eps where the clean image is classified correctly and 0 elsewhere.
+    Then it moves ``beta`` of the way to its target: ``gamma`` more or less, 0 if the clean image is
+    wrong.
     """
 
     summary = "PGD; each image has a radius of its own, which grows while the image withstands it"
@@ -65,7 +66,7 @@ class IAAT(PGD):
         with attacking(model) as inner, torch.no_grad():
             logits = forward_logits(inner, torch.cat([at(more), at(radius), x]))
         grows, stays, right = (~misclassified(logits, y.repeat(3))).chunk(3)
-        if self.progress.done < self.rest:
+        if self.progress.done < self.rest or self.progress.epoch == 0:
             radius = right.to(radius.dtype)
         else:
             target = right * torch.where(grows, more, torch.where(stays, radius, less))

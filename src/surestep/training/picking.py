@@ -14,7 +14,7 @@ from surestep import processes
 from surestep.attacks.inputs import count_classes
 from surestep.attacks.lending import device_of, forked_rng
 from surestep.devices import out_of_memory
-from surestep.methods import Method
+from surestep.methods import Method, Progress
 from surestep.training.engine import Engine, make_optimizer, make_step
 
 MIN_STEPS = 100
@@ -123,12 +123,9 @@ def _time(
 ) -> float:
     """Return the seconds per step: the best of two cycles or more, after a warm-up cycle."""
     net, chosen = copy.deepcopy(model), Engine.choose(*engine, x.device)
-    step = make_step(
-        net,
-        copy.deepcopy(method),
-        make_optimizer("sgd", net.parameters(), lr=0.0),
-        chosen,
-    )
+    method = copy.deepcopy(method)
+    method.progress = Progress(images=len(x))
+    step = make_step(net, method, make_optimizer("sgd", net.parameters(), lr=0.0), chosen)
 
     def cycle() -> float:
         start = time.perf_counter()

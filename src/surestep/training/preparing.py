@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import re
 from collections.abc import Iterator
@@ -433,8 +434,11 @@ def _sharing_gradients(model: nn.Module, device: torch.device) -> nn.Module:
     shows each process its own GPU only: that one is number 0 in all of them.
     """
     own = [device.index] if device.type == "cuda" else None
-    # The step itself shares the buffers, before the attack.
-    return DistributedDataParallel(model, device_ids=own, broadcast_buffers=False)
+    # The step itself shares the buffers, before the attack. torch 2.13 renamed the option.
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in known)
+    options: dict[str, Any] = {name: False}
+    return DistributedDataParallel(model, device_ids=own, **options)
 
 
 def _in_parts(

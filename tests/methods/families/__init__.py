@@ -26,6 +26,8 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
+from surestep import methods
+
 MODULES = [
     import_module(f"{__name__}.{m.name}") for m in iter_modules(__path__) if m.name != "maths"
 ]
@@ -39,3 +41,10 @@ def merged(name: str) -> dict[str, Any]:
 def joined(name: str) -> list[Any]:
     """Return the families' lists of a name, one after the other."""
     return [item for module in MODULES for item in getattr(module, name, ())]
+
+
+def remembering() -> list[str]:
+    """Return the methods that have a state of their own, which a resume must bring back."""
+    kinds = {slug: methods.get(slug) for slug in methods.names()}
+    plain = methods.Method.state_dict
+    return [s for s, k in kinds.items() if k.kept or k.kept_rows or k.state_dict is not plain]

@@ -70,7 +70,7 @@ def tdat(net, x, y, smoothing, lam=0.65, relax=0.6, least=0.15, done=0.0):
     return torch.cat([start, x_adv]), loss, slice(len(x), None)
 
 
-def converge_smooth(net, x, y, smoothing, **_):
+def converge_smooth(net, x, y, smoothing):
     """In the first epoch there is nothing to compare with: the clean images only come along."""
     start = x + torch.empty_like(x).uniform_(-EPS, EPS)
     x_adv = ball(start + 1.25 * EPS * train_signs(net, start, y), x)
@@ -98,7 +98,6 @@ CASES = {
     "tdat half": (tdat, {"lam": 2.0, "progress": HALF}, {"done": 0.5}),
     "tdat late": (tdat, {"relax": 0.5, "least": 0.2, "progress": LATE}, {"done": 0.9}),
     "converge-smooth": (converge_smooth, {}, {}),
-    "converge-smooth batch": (converge_smooth, {"compare": "batch", "weight": 3.0}, {}),
 }
 BY_HAND = [
     ("gat", {}, 3.5, 3, 2),

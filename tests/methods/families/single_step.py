@@ -197,7 +197,7 @@ CASES = {
     "eat clean": (eat, {"clean": 0.2}, {}),
 }
 APART = {"aaer": {"lam_spread": 0.0}}  # which compares the means of the batch
-SMALL = {"elle": {"lam": 10.0}, "elle-a": {"lam": 10.0}}
+SMALL = {"elle": {"lam": 300.0}, "elle-a": {"lam": 300.0}}
 BY_HAND = [
     ("zerograd", {}, 2, 2, 1),
     ("multigrad", {}, 4, 4, 1),

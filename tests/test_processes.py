@@ -17,15 +17,23 @@ def _second_of_two_shown_one_gpu_each(monkeypatch):
     monkeypatch.setattr(processes, "count", lambda: 2)
 
 
+@pytest.mark.parametrize("torch_has", ["forward_sync_buffers", "broadcast_buffers"])
 @pytest.mark.parametrize(("device", "own"), DEVICES)
-def test_gradients_are_shared_on_the_gpu_that_the_model_is_on(monkeypatch, device, own):
+def test_gradients_are_shared_on_the_gpu_that_the_model_is_on(monkeypatch, device, own, torch_has):
     made = []
-    monkeypatch.setattr(
-        preparing, "DistributedDataParallel", lambda model, **named: made.append((model, named))
-    )
+
+    def older(model, device_ids=None, broadcast_buffers=True):
+        made.append((model, device_ids, broadcast_buffers))
+
+    def newer(model, device_ids=None, broadcast_buffers=None, forward_sync_buffers=None):
+        assert broadcast_buffers is None, "deprecated"
+        made.append((model, device_ids, forward_sync_buffers))
+
+    known = newer if torch_has == "forward_sync_buffers" else older
+    monkeypatch.setattr(preparing, "DistributedDataParallel", known)
     net = nn.Linear(2, 2)
     preparing._sharing_gradients(net, torch.device(device))
-    assert made == [(net, {"device_ids": own})]
+    assert made == [(net, own, False)]
 
 
 @pytest.mark.parametrize(("device", "own"), DEVICES)

@@ -90,4 +90,3 @@ PUBLISHED = [
         },
     ),
 ]
-IN_PART = ("iaat",)  # images that are wrong as they are stay

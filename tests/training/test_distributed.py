@@ -272,7 +272,7 @@ def torchrun(script: Path, *args: object) -> None:
     families = Path(__file__).parent.parent / "methods"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(families)}
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=240, check=False
+        command, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     if done.returncode:
         raise RuntimeError(done.stderr[-4000:])

@@ -131,6 +131,13 @@ def main(rows: list[Row], *, out: str, steps: int, n: int, data: str | None = No
         list(pool.map(lambda row: _run_and_record(row, args), todo))
 
 
+def spread(rows: list[dict[str, str]], key: str, scale: float) -> str:
+    """Return a column's mean, with the standard deviation if there are several rows."""
+    values = [scale * float(row[key]) for row in rows]
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
 def means(rows: list[dict[str, str]]) -> str:
     """Return a table: per method and recipe, means over the seeds and their standard deviations.
 
@@ -139,16 +146,12 @@ def means(rows: list[dict[str, str]]) -> str:
     seeds: dict[tuple[str, str], list[dict[str, str]]] = {}
     for row in rows:
         seeds.setdefault((row["method"], row["recipe"]), []).append(row)
-    lines = []
+    shares, lines = ("clean", "fgsm", "pgd", "pgd_margin", "worst_case"), []
     for (method, recipe), alike in seeds.items():
-        found = {name: [100 * float(r[name]) for r in alike] for name in FIELDS[8:13]}
-        texts = [
-            f"{statistics.mean(v):.1f}" + (f" ± {statistics.stdev(v):.1f}" if len(v) > 1 else "")
-            for v in found.values()
-        ]
-        each = ", ".join(f"{v:.1f}" for v in found["worst_case"])
-        lines.append([f"{method}/{recipe}", len(alike), *texts, each])
-    return tabulate(lines, ["row", "seeds", *FIELDS[8:13], "each seed"], disable_numparse=True)
+        each = ", ".join(f"{100 * float(r['worst_case']):.1f}" for r in alike)
+        found = [spread(alike, name, 100) for name in shares]
+        lines.append([f"{method}/{recipe}", len(alike), *found, each])
+    return tabulate(lines, ["row", "seeds", *shares, "each seed"], disable_numparse=True)
 
 
 def _run_and_record(row: Row, args: argparse.Namespace) -> None:

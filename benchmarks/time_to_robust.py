@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _table import FIELDS, QUICK, Row, append, machine, read, run_alone, train_and_judge
+from _table import FIELDS, QUICK, Row, append, machine, read, run_alone, spread, train_and_judge
 
 
 @dataclass(frozen=True)
@@ -122,13 +122,6 @@ def name_of(row: dict[str, str]) -> str:
 
 def mean(rows: list[dict[str, str]], key: str) -> float:
     return statistics.mean(float(row[key]) for row in rows)
-
-
-def spread(rows: list[dict[str, str]], key: str, scale: float) -> str:
-    """Return a column's mean, with the standard deviation if there are several rows."""
-    values = [scale * float(row[key]) for row in rows]
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}"
 
 
 def main() -> None:

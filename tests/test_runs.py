@@ -373,7 +373,7 @@ class TestWeightsToBeginWith:
         given = runs.resolve({"method": "fgsm", **values})
         model = runs.build_model(given, runs.load_data(given, "test", 1))
         with torch.no_grad():
-            model.get_parameter(next(iter(dict(model.named_parameters())))).fill_(0.125)
+            next(model.parameters()).fill_(0.125)
         files.save_weights(file, model)
         config = runs.resolve({"method": "fgsm", "lr": 1e-12, "weights": str(file), **values})
         with monkeypatch.context() as patch:

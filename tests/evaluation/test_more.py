@@ -254,6 +254,17 @@ class TestAutoAttack:
             attacks.autoattack.square(net, flat, y, threat, 5)
         assert torch.equal(torch.rand(3), expected)
 
+    @pytest.mark.parametrize("classes", [2, 4])
+    def test_the_whole_of_it_breaks_what_can_be_broken(self, images, classes):
+        torch.manual_seed(0)
+        net = nn.Linear(64, classes)
+        flat = (images[0][:20] * 2 - 1).flatten(1)
+        y = net(flat).argmax(1).detach()
+        x_adv = autoattack.autoattack(net, flat, y, surestep.Linf(0.1, (-1.0, 1.0)))
+        truth, broken = breakable(net, flat, y, 0.1), net(x_adv).argmax(1) != y
+        assert not (broken & ~truth).any()
+        assert broken.sum() >= 0.95 * truth.sum() > 0
+
     def test_with_three_classes_the_margin_is_climbed(self, images):
         """The targeted DLR loss does not exist there; cross entropy breaks 28 of these 32."""
         torch.manual_seed(0)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.attacks.core import in_turn, share_of
-from surestep.attacks.gradient import pgd, pgd_step_size
+from surestep.attacks.gradient import pgd
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.lending import forked_rng, seed_everything
 from surestep.auditing.checks import CONTRADICTED
@@ -61,10 +61,8 @@ def on_stand_in(stand_in: nn.Module, threat: ThreatModel, steps: int, restarts: 
         steps: PGD steps.
         restarts: runs of each loss.
     """
-
-    size = pgd_step_size(threat.eps, steps)
     tries = [
-        partial(pgd, stand_in, threat=threat, steps=steps, step_size=size, loss=loss)
+        partial(pgd, stand_in, threat=threat, steps=steps, loss=loss)
         for loss in ("margin", "ce") * restarts
     ]
 

@@ -264,12 +264,11 @@ def transfer(sources: Sequence[nn.Module], threat: ThreatModel) -> Attack:
         sources: models for the same pixels.
         threat: norm, radius and data range.
     """
-    size = pgd_step_size(threat.eps, 50)
     makers = [
         make
         for s in map(Adapted, sources)
         for make in (
-            partial(attacks.pgd, s, threat=threat, steps=50, step_size=size),
+            partial(attacks.pgd, s, threat=threat, steps=50),
             partial(attacks.mi_fgsm, s, threat=threat, steps=20, loss="margin"),
         )
     ]

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from surestep.attacks import pgd
 from surestep.attacks.core import input_gradient
-from surestep.attacks.gradient import pgd_step_size
 from surestep.attacks.inputs import check_inputs, forward_logits
 from surestep.attacks.lending import attacking, forked_rng
 from surestep.attacks.losses import cross_entropy
@@ -155,7 +154,7 @@ def _examples(
     """Attack the images and encode the results as pictures; none unless x is (N, 1 or 3, H, W)."""
     if x.dim() != 4 or x.shape[1] not in (1, 3):
         return []
-    x_adv = pgd(model, x, y, threat, steps, pgd_step_size(threat.eps, steps))
+    x_adv = pgd(model, x, y, threat, steps)
     with torch.no_grad():
         clean, attacked = (forward_logits(model, v).softmax(1).cpu() for v in (x, x_adv))
     delta = (x_adv - x).cpu()

@@ -83,9 +83,8 @@ def fit(
         out: run folder for ``config.yaml``, ``environment.json``, ``metrics.jsonl``,
             ``model.safetensors`` and ``checkpoints/``; None writes nothing.
         validation: held-out data, of which at most ``val_images`` are attacked; by default a
-            tenth of ``data``, at most as many. Images
-            held out of a Dataset go through its transforms: pass ``validation`` if these are
-            random.
+            tenth of ``data``, at most as many. Images held out of a Dataset go through its
+            transforms: pass ``validation`` if these are random.
         resume: continue from the newest checkpoint in ``out``. The result is bit-identical to
             that of an uninterrupted run, unless the number of processes changes. (On a GPU, only
             with deterministic kernels: call ``torch.use_deterministic_algorithms(True)``, with

@@ -288,9 +288,8 @@ class Trainer:
 
     def _share_buffers(self) -> None:
         """Copy the first process's buffers (batch statistics) to all: its weights are kept."""
-        if self.job.accelerator.num_processes > 1:
-            for module in dict.fromkeys((self.job.model, self.job.judged)):
-                processes.share_first(list(module.buffers()))
+        for module in dict.fromkeys((self.job.model, self.job.judged)):
+            processes.share_first(list(module.buffers()))
 
     def _end(self) -> None:
         """Wait until the first process is done writing: a launcher may end all when one exits."""

@@ -107,9 +107,11 @@ class StopRequest:
         if processes.count() == 1:
             return
         told = processes.largest(_FAILED if failed else self.number, device)
-        if told == _FAILED and not failed:
+        if failed:
+            return
+        if told == _FAILED:
             raise FailedElsewhere("held-out images of another process cannot be judged")
-        if told and not failed:
+        if told:
             raise Asked
 
     def _by_any(self, device: torch.device) -> bool:

@@ -167,6 +167,22 @@ class TestTraining:
         with pytest.raises(UserError, match=r"code of fgsm has changed since .*fgsm-seed0 "):
             compare(["fgsm"], 1, out=tmp_path, **SHORT)
 
+    def test_a_plug_in_that_was_changed_while_its_run_was_stopped(
+        self, world, tmp_path, monkeypatch
+    ):
+        code, folder = ["one"], tmp_path / "fgsm-seed0"
+        monkeypatch.setattr(_run, "code_of", lambda method: code[0])
+        world.ends = {"fgsm-seed0": (1, 0, "a fault")}
+        for code[0] in ("one", "two"):  # nothing was trained by the first: the fault is mended
+            with pytest.raises(RuntimeError, match="a fault"):
+                compare(["fgsm"], 1, out=tmp_path, **SHORT)
+        (folder / "checkpoints" / "step-00000003.safetensors").touch()
+        with pytest.raises(RuntimeError, match="a fault"):
+            compare(["fgsm"], 1, out=tmp_path, **SHORT)
+        code[0] = "three"
+        with pytest.raises(UserError, match=r"code of fgsm has changed since .*fgsm-seed0 "):
+            compare(["fgsm"], 1, out=tmp_path, **SHORT)
+
     def test_the_code_of_a_method(self, monkeypatch):
         assert _run.code_of("fgsm") is None
         monkeypatch.setattr(methods.get("fgsm"), "__module__", __name__)
@@ -305,6 +321,10 @@ class TestVerdicts:
         world.found = 0.125
         found = compare(["sat-r2"], 1, out=tmp_path, **SHORT)
         assert any("leave less than the worst case: sat-r2 12.5%" in n for n in found.notes)
+        # Of each seed what is left, which no mean may exceed.
+        world.found, world.through = 0.505, {"pgd-100": 0.9}  # seed 1's worst case is 0.51
+        found = compare(["sat-r2"], 2, out=tmp_path / "two", **SHORT)
+        assert any("leave less than the worst case: sat-r2 50.2%" in n for n in found.notes)
 
 
 class TestAgain:
@@ -598,11 +618,19 @@ class TestRunFolders:
         said = "Runs used different engines or precisions: their seconds are not comparable"
         assert f"{said} {told}." in found.notes
         # Of one seed twice, it is what is compared.
-        ways = compare_runs([folders[0], run_of("d", engine="reference", precision="fp32")])
+        other = run_of("d", engine="reference", precision="fp32")
+        ways = compare_runs([folders[0], other])
         assert [row.method for row in ways.rows] == [
             "sat-r2 (fast bf16)",
             "sat-r2 (reference fp32)",
         ]
+        for order in ([0, 2, 1], [1, 2, 0], [2, 1, 0]):
+            three = [*folders, other]
+            mixed = compare_runs([three[k] for k in order])
+            assert {row.method: sorted(row.seeds) for row in mixed.rows} == {
+                "sat-r2 (fast bf16)": [0],
+                "sat-r2 (reference fp32)": [0, 1],
+            }
         alike = compare_runs([folders[0], run_of("c", seed=2, engine="fast", precision="bf16")])
         assert not any("engines or precisions" in note for note in alike.notes)
 

@@ -137,6 +137,15 @@ class TestResolve:
         assert config.params == {"lam": 1.0, "tau": 0.6, "alpha": 0.01, "eps_low": 0.1}
         assert runs.resolve({"params": None}, "mnist") == runs.resolve({}, "mnist")
 
+    def test_an_optimizer_and_its_learning_rate_may_come_from_two_places(self):
+        rate = {"lr": 1e-3}
+        assert runs.resolve(rate, "mnist", {"optimizer": "adam"}).optimizer == "adam"
+        assert runs.resolve({}, "mnist", {"optimizer": "adam", **rate}).lr == 1e-3
+        adamw = {"method": "rs-fgsm", "optimizer": "adamw"}
+        assert runs.resolve(adamw, "mnist").lr == 0.005
+        with pytest.raises(UserError, match="optimizer adam needs"):
+            runs.resolve({"optimizer": "adam"}, "mnist", rate)
+
     def test_ratios(self):
         config = runs.resolve({"eps": "8/255", "params": {"alpha": "2 / 255"}}, "none")
         assert (config.eps, config.params["alpha"]) == (8 / 255, 2 / 255)
@@ -150,6 +159,8 @@ class TestResolve:
             ({"epoch": 3}, "none", "did you mean 'epochs'"),
             ({"epoch": 3}, "mnist", "did you mean 'epochs'"),
             ({"eps": "8/0"}, None, "ratio such as 8/255"),
+            ({"optimizer": "adam"}, "mnist", "optimizer adam needs .* meant for sgd"),
+            ({"method": "rs-fgsm", "optimizer": "sgd"}, "mnist", "optimizer sgd needs .* meant for adam"),
         ],
     )
     def test_a_mistake(self, values, preset, said):
@@ -385,6 +396,20 @@ class TestWeightsToBeginWith:
         for name, value in model.named_parameters():
             torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
 
+    def test_of_a_model_with_either_head(self, values, tmp_path):
+        given = runs.resolve({"method": "fgsm", "head": "hypersphere", **values})
+        images = runs.load_data(given, "test", 1)
+        for head in ("hypersphere", "linear"):
+            old = runs.build_model(given.model_copy(update={"head": head, "seed": 7}), images)
+            files.save_weights(tmp_path / f"{head}.safetensors", old)
+            named = given.model_copy(update={"weights": str(tmp_path / f"{head}.safetensors")})
+            new = runs.build_model(named, images, begin=True)
+            assert isinstance(new.head, HypersphereHead)
+            after = new.state_dict()
+            for name, value in old.state_dict().items():
+                if head == "hypersphere" or not name.startswith("head."):
+                    assert torch.equal(after[name], value)
+
     def test_what_cannot_be_taken(self, values, tmp_path):
         values |= {"method": "fgsm"}
         runs.train(runs.resolve(values), tmp_path / "first", quiet=True)
@@ -436,7 +461,7 @@ def test_weights_are_chosen_on_validation_images_alone(monkeypatch, tmp_path):
     ((train, validation),) = judged
     assert train is digits["train"]
     assert validation is digits["validation"]
-    assert asked == ["train", "validation", "test"]
+    assert asked == ["test", "train", "validation"]
     assert (found["before"], found["after"]) == ({"sparse": False}, {"sparse": True})
     assert (found["saved"], found["lost"]) == (2, 1)
 

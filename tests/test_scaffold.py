@@ -44,6 +44,13 @@ def test_words_of_python(tmp_path, slug):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("slug", ["cost", "method", "tensor", "update"])
+def test_names_that_its_module_imports(tmp_path, slug):
+    with pytest.raises(UserError, match="is a name that every method uses"):
+        scaffold.method(slug, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_in_a_checkout(tmp_path):
     """The generic tests find the new method by themselves, and it passes them."""

@@ -224,8 +224,9 @@ def load_any_weights(path: Path, model: nn.Module) -> None:
             f"{path} holds more than tensors, and loading it could run code: save "
             "model.state_dict() or a safetensors file instead"
         ) from e
-    except (RuntimeError, OSError, EOFError, ValueError) as e:
-        raise UserError(f"{path} cannot be read as weights: {' '.join(str(e).split())}") from e
+    except Exception as e:  # a damaged pickle can raise anything
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise UserError(f"{path} cannot be read as weights: {reason}") from e
     for key in _ENTRIES:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]

@@ -84,7 +84,8 @@ def resolve(
 
     Raises:
         UserError: an unknown name or an invalid value; no eps, if there is no default for this
-            data set and norm; a head scale or margin for a head that is not a hypersphere.
+            data set and norm; a head scale or margin for a head that is not a hypersphere; another
+            optimizer with the learning rate that was meant for SGD.
     """
     own, file = values, file or {}
     values = {**file, **own, "params": own.get("params") or {}}
@@ -98,7 +99,7 @@ def resolve(
     elsewhere = preset == "none" and name != "mnist" and name in data.names()
     if "eps" not in values and (elsewhere or norm == "l2"):
         place = str(values.get("data") or dataset.partition(":")[2])
-        if name in ("npz", "folder") and place and not Path(place).exists():
+        if name in ("npz", "folder") and place and not Path(_absolute(place)).exists():
             raise UserError(f"{place} does not exist: give the location of the data set, --data")
         raise UserError(
             f"no radius is known for {method} on {dataset} in {norm}: give --eps, such as 8/255"
@@ -112,6 +113,7 @@ def resolve(
         layers.append((chosen.params, chosen.eps))
     config = parse(RunConfig, {**below, **values})
     _check_head(config, own)
+    _check_rate(below, file, own)
     if file:
         before = parse(RunConfig, {**below, **file, "params": file.get("params") or {}})
         # If the file has no eps, the radius that its lengths are for is unknown: do not scale them.
@@ -147,6 +149,26 @@ def _check_head(config: RunConfig, given: Mapping[str, Any]) -> None:
                 f"{name} {given[name]} applies only to a hypersphere head, but head is "
                 f"{config.head}: give --head hypersphere, or leave it out"
             )
+
+
+def _check_rate(*layers: Mapping[str, Any]) -> None:
+    """Refuse a learning rate of SGD for Adam, or of Adam for SGD.
+
+    Args:
+        layers: settings; each overrides those before it.
+
+    Raises:
+        UserError: the last optimizer and the last learning rate were not meant for each other.
+    """
+    optimizer = meant = RunConfig.model_fields["optimizer"].default
+    for layer in layers:
+        optimizer = layer.get("optimizer", optimizer)
+        meant = optimizer if "lr" in layer else meant
+    if (optimizer == "sgd") != (meant == "sgd"):
+        raise UserError(
+            f"optimizer {optimizer} needs a learning rate of its own: give --lr, too (the one of "
+            f"the preset or file is meant for {meant})"
+        )
 
 
 def usual_preset(method: str, dataset: str, eps: Any = None) -> str | None:
@@ -256,13 +278,25 @@ def build_model(config: RunConfig, images: Images, *, begin: bool = False) -> nn
             std=std,
             pretrained=pretrained,
         )
-        if begin and config.weights is not None and not pretrained:
-            files.load_any_weights(Path(config.weights), model)
-        if config.head == "hypersphere":
-            model = models.on_hypersphere(model, config.head_scale)
+        named = config.weights if begin and not pretrained else None
+        model = _with_head(model, config, None if named is None else Path(_absolute(named)))
     if config.mean_sparse is not None:
         model = insert(model, images.pixels(slice(0, 1)), config.mean_sparse)
     return model
+
+
+def _with_head(model: nn.Module, config: RunConfig, weights: Path | None) -> nn.Module:
+    """Return the model with the run's head, and with weights from a model with either head."""
+    sphere = config.head == "hypersphere"
+    if weights is not None:
+        try:
+            files.load_any_weights(weights, model)
+        except UserError:
+            if not sphere:
+                raise
+            model, sphere = models.on_hypersphere(model, config.head_scale), False
+            files.load_any_weights(weights, model)
+    return models.on_hypersphere(model, config.head_scale) if sphere else model
 
 
 def harden(
@@ -312,6 +346,9 @@ def harden(
     assert place is not None
     files.make_folder(place.folder.parent)  # fails before the work rather than after it
     options: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
+    # What is missing or misspelt is told before the search, which may take hours.
+    test = load_data(run.config, "test")
+    suite.parse_all(attacks or posthoc.JUDGES, run.threat, [run.model])
     found = posthoc.harden(
         run.model,
         load_data(run.config, "train"),
@@ -323,7 +360,6 @@ def harden(
         progress=progress,
         **options,
     )
-    test = load_data(run.config, "test")
     before, after = (
         evaluate(
             model, test, run.threat, attacks or posthoc.JUDGES, n=n, sources=[run.model], **options
@@ -369,7 +405,7 @@ def train(
         suite.parse_all(config.val_attacks, method.threat)
     models.check_name(config.model)
     images = load_data(config, "train")
-    sources = [load(folder, config.device).model for folder in config.sources]
+    sources = [load(_absolute(folder), config.device).model for folder in config.sources]
     for folder, source in zip(config.sources, sources, strict=True):
         classes = count_classes(source, images.pixels(slice(0, 1)).to(device_of(source)))
         if classes != images.num_classes:

@@ -186,6 +186,8 @@ def method(slug: str, where: str | Path = ".") -> list[Path]:
     module = slug.replace("-", "_")
     if keyword.iskeyword(module):
         raise UserError(f"{slug!r} is a Python keyword: choose another name")
+    if slug in ("cost", "method", "tensor", "update"):  # its class would hide an import
+        raise UserError(f"{slug!r} is a name that every method uses: choose another one")
     words = {
         "slug": slug,
         "title": slug.upper() if len(slug) <= 4 else slug.replace("-", " ").capitalize(),

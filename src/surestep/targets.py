@@ -104,9 +104,7 @@ def open_target(
     if statistics and normalises:
         raise UserError(f"{name} normalises its images itself: leave mean and std out")
     target, of_run = pick_device(device), folder.is_dir()
-    preprocess = None
-    if statistics and not _is_architecture(name):  # those are built with it inside
-        preprocess = models.Normalize(*statistics).to(target)
+    preprocess = models.Normalize(*statistics).to(target) if statistics else None
     asked = {"dataset": dataset, "data": place, "image_size": image_size, "norm": norm, "eps": eps}
     config = _as_run(name, weights, asked) if of_run else _as_asked(name, weights, asked)
     images, limits = runs.load_data(config, split, n), runs.build_threat(config)
@@ -116,7 +114,7 @@ def open_target(
         numbered = _as_numbered(name, classes, images)
         model = runs.load(folder, device).model
     else:
-        model = _load(name, weights, images, classes, statistics)
+        model = _load(name, weights, images, classes, bare=statistics is not None)
         numbered = _as_numbered(name, classes or _names_of(model), images)
     notes = [_outputs(name, model, numbered)]
     if numbered is not images:
@@ -282,11 +280,15 @@ def _load(
     weights: str | None,
     images: Images,
     classes: Sequence[str] = (),
-    statistics: Statistics | None = None,
+    *,
+    bare: bool = False,
 ) -> nn.Module:
-    """Load a model that is no run folder; an architecture gets ``classes``, or else the data's."""
+    """Load a model that is no run folder; an architecture gets ``classes``, or else the data's.
+
+    If ``bare``, images are normalised before the model, so an architecture does not do it inside.
+    """
     if _is_architecture(name) and weights is not None:
-        return _architecture(name, Path(weights), images, len(classes), statistics)
+        return _architecture(name, Path(weights), images, len(classes), bare=bare)
     if models.in_file(name):
         model = models.from_file(name)
         if weights is not None:
@@ -305,10 +307,11 @@ def _load(
 
 
 def _architecture(
-    name: str, weights: Path, images: Images, outputs: int, statistics: Statistics | None
+    name: str, weights: Path, images: Images, outputs: int, *, bare: bool
 ) -> nn.Module:
     shape = images.image_shape
-    mean, std = statistics or (None, None)
+    # Mean 0 and std 1 turn normalisation off; None selects the architecture's own.
+    mean, std = ((0.0,) * shape[0], (1.0,) * shape[0]) if bare else (None, None)
     model = models.create(
         name,
         outputs or images.num_classes,
@@ -317,7 +320,15 @@ def _architecture(
         mean=mean,
         std=std,
     )
-    files.load_any_weights(weights, model)
+    try:
+        files.load_any_weights(weights, model)
+    except UserError as e:
+        if bare and "normalize.mean" in str(e):
+            raise UserError(
+                f"{weights} holds the mean and std that its model normalises with: leave mean and "
+                "std out"
+            ) from e
+        raise
     return model
 
 

@@ -79,6 +79,9 @@ def weights(finished, tmp_path_factory):
     torch.save(model, tmp_path / "pickled.pt")
     (tmp_path / "torn.pt").write_bytes((tmp_path / "plain.pt").read_bytes()[:900])
     (tmp_path / "page.pt").write_text("<!DOCTYPE html><title>Sign in</title>")
+    (tmp_path / "rows.pt").write_text("epoch,loss\n1,2.3\n")
+    inside = models.create("cnn-small", 10, mean=[0.4], std=[0.3])
+    torch.save(inside.state_dict(), tmp_path / "inside.pt")
     (tmp_path / "dated.py").write_text(DATED)
     example = torch.rand(2, 1, 28, 28)
     with warnings.catch_warnings():  # deprecated, and still what people have
@@ -154,6 +157,17 @@ def test_normalisation_outside_is_normalisation_inside(done, weights, on):
     assert (one["verdict"], one["attacks"]) == (other["verdict"], other["attacks"])
 
 
+def test_normalisation_outside_of_an_architecture(done, weights, on):
+    """As of the same network from a file."""
+    how = ("--weights", weights / "plain.pt", "--mean", "0.4", "--std", "0.3", "--attacks", "fgsm")
+    one, other = (
+        json.loads(done("evaluate", model, *how, *on))
+        for model in ("cnn-small", f"{weights}/net.py:make")
+    )
+    assert one["robust_accuracy"] == other["robust_accuracy"]
+    assert one["per_class"] == other["per_class"]
+
+
 def test_images_of_other_sizes(done, refused, weights, tmp_path):
     for k in range(4):
         for name in "ab":
@@ -194,6 +208,12 @@ def test_a_file_with_dataclasses(done, weights, on):
         ("{0}/net.py:make", ("--weights", "{0}/pickled.pt"), "could run code"),
         ("{0}/net.py:make", ("--weights", "{0}/torn.pt"), "cannot be read as weights"),
         ("{0}/net.py:make", ("--weights", "{0}/page.pt"), "is not a file of weights"),
+        ("{0}/net.py:make", ("--weights", "{0}/rows.pt"), "cannot be read as weights"),
+        (
+            "cnn-small",
+            ("--weights", "{0}/inside.pt", "--mean", "0.4", "--std", "0.3"),
+            "inside.pt holds the mean and std that its model normalises with: leave mean and std",
+        ),
         ("{0}/script.ts", ("--weights", "{0}/plain.pt"), "has its own weights"),
         ("{0}/net.py:make", ("--mean", "0.1"), "mean and std go together"),
         ("{0}/net.py:make", ("--mean", "a", "--std", "1"), "give numbers, one per channel"),

@@ -60,6 +60,19 @@ class TestHarden:
         assert {count for *_, count in asked} == {1}
         assert ["transfer" in attacks for attacks, *_ in asked] == [False, False, True, True]
 
+    def test_data_without_a_test_split_are_told_first(
+        self, refused, finished, tmp_path, monkeypatch
+    ):
+        def no_test(config, split, n=None):
+            if split == "test":
+                raise UserError("it has no test split")
+            return runs.data.load(config.dataset, split, root=config.data, n=n)
+
+        monkeypatch.setattr(runs, "load_data", no_test)
+        monkeypatch.setattr(runs.posthoc, "harden", lambda *_, **__: pytest.fail("it searched"))
+        line = refused("harden", finished, "--mean-sparse", "--out", tmp_path / "out")
+        assert "it has no test split" in line
+
     @pytest.mark.parametrize(
         ("args", "words"),
         [

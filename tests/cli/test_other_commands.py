@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import surestep
-from surestep import methods
+from surestep import UserError, devices, methods
 
 COMMANDS = ("train", "evaluate", "audit", "compare", "harden", "demo", "methods", "env")
 HEAVY = "torch numpy accelerate safetensors torchvision PIL tensorboard timm datasets"
@@ -103,6 +103,15 @@ class TestEnv:
         lines = dict(line.split(maxsplit=1) for line in done("env").splitlines())
         assert lines["surestep"] == surestep.__version__
         assert lines["torch"]
+
+    def test_a_device_that_fails_is_a_fact(self, done, monkeypatch):
+        def fails(name=None):
+            raise UserError("device 'cuda' cannot be used here (no kernel image)")
+
+        monkeypatch.setattr(devices, "pick_device", fails)
+        facts = json.loads(done("env", "--json", "-"))
+        assert "no kernel image" in facts["device"]
+        assert facts["torch"] == torch.__version__
 
 
 class TestProcess:

@@ -30,7 +30,19 @@ def test_named_splits(tmp_path):
 
 def test_labels_from_one_are_refused(tmp_path):
     place = save(tmp_path, x=np.zeros((20, 4, 4)), y=Y + 1)
-    with pytest.raises(UserError, match=r"set\.npz has labels 1 to 4: number them from 0"):
+    with pytest.raises(UserError, match=r"labels of 4 classes, 1 to 4: number them from 0"):
+        data.load(place)
+
+
+def test_labels_with_gaps_are_refused(tmp_path):
+    place = save(tmp_path, x=np.zeros((20, 4, 4)), y=255 * (Y > 1))
+    with pytest.raises(UserError, match=r"labels of 2 classes, 0 to 255: .* without gaps"):
+        data.load(place)
+
+
+def test_a_single_label_for_all(tmp_path):
+    place = save(tmp_path, x=np.zeros((20, 4, 4)), y=np.array(0))
+    with pytest.raises(UserError):
         data.load(place)
 
 
@@ -66,7 +78,7 @@ def test_without_validation_arrays_a_tenth_is_held_out(tmp_path):
 @pytest.mark.parametrize("whole", [True, False])
 def test_images_without_a_label_are_all_for_training(tmp_path, whole):
     x = RNG.integers(0, 256, (40, 1, 3, 3), dtype=np.uint8)
-    y = np.where(np.arange(40) % 2, -1, np.arange(40) % 4)
+    y = np.where(np.arange(40) % 2, -1, np.arange(40) // 2 % 4)
     arrays = {"x": x, "y": y} if whole else {"x_train": x, "y_train": y, "x_test": x, "y_test": Y}
     if not whole:
         arrays["x_test"] = x[:20]

@@ -259,6 +259,14 @@ def test_a_history_alone(history):
     assert f"{100 * best:.1f}% of held-out images remain correctly classified" in page.text
 
 
+@pytest.mark.parametrize("select", ["best", "last"])
+def test_the_epoch_whose_weights_are_kept(history, select):
+    rows = [{**history[0], "epoch": k, "val_worst_case": v} for k, v in ((1, 0.75), (2, 0.125))]
+    page = Page(Report("one", history=rows, config={"select": select}).to_html())
+    told = {"best": "In the best epoch (1), 75.0%", "last": "In the last epoch (2), 12.5%"}
+    assert told[select] in page.text
+
+
 def test_a_history_without_validation(history):
     rows = [{k: v for k, v in row.items() if not k.startswith("val_")} for row in history]
     assert "not judged" not in Page(Report("one", history=rows).to_html()).text

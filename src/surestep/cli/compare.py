@@ -125,7 +125,9 @@ def compare(
     counted = _seeds(seeds)
 
     from surestep import comparing
+    from surestep.training.engine import keep_freed_memory
 
+    keep_freed_memory()  # this process judges all runs
     if style in ("md", "latex"):
         comparing.need_tabulate()  # before the work, not after it
     common: dict[str, Any] = {

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from surestep.cli._options import hand_over, json_option
+from surestep.errors import UserError
 
 
 @click.command(short_help="Describe this machine and installation, for bug reports.")
@@ -17,14 +18,16 @@ def env(json_file: str | None) -> None:
     from surestep.devices import pick_device
     from surestep.training import Engine
 
-    device = pick_device()
-    engine = Engine.choose(device=device)
-    memory = "channels_last" if engine.channels_last else "contiguous"
-    facts: dict[str, Any] = {
-        **environment.describe(),
-        "device": str(device),
-        "engine": f"{str(engine.precision).removeprefix('torch.')}, {memory}",
-    }
+    try:
+        device = pick_device()
+    except UserError as e:  # a GPU that is there but fails: what a report may be about
+        found = {"device": str(e)}
+    else:
+        engine = Engine.choose(device=device)
+        memory = "channels_last" if engine.channels_last else "contiguous"
+        precision = str(engine.precision).removeprefix("torch.")
+        found = {"device": str(device), "engine": f"{precision}, {memory}"}
+    facts: dict[str, Any] = {**environment.describe(), **found}
 
     def show() -> None:
         for key, value in facts.items():

@@ -147,7 +147,7 @@ def _of_audits(ended: Mapping[str, Sequence[_Ended]]) -> list[str]:
     for name, group in ended.items():
         found = [(run.audit["found_accuracy"], run.worst_case) for run in group if run.audit]
         if any(left < worst for left, worst in found):
-            below.append(f"{name} {statistics.fmean(left for left, _ in found):.1%}")
+            below.append(f"{name} {statistics.fmean(map(min, found)):.1%}")
     if not below:
         return []
     return [f"The audit's attacks leave less than the worst case: {', '.join(below)}."]

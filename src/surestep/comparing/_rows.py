@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from surestep.comparing._run import Entrant
@@ -20,16 +20,10 @@ def group_by_row(entrants: list[Entrant]) -> dict[str, list[Entrant]]:
         UserError: two runs are the same, which would make the standard deviation too small.
     """
     groups: list[list[Entrant]] = []
-    for entrant in entrants:
-        for group in groups:
-            # A seed that occurs twice means that engines or precisions are compared: separate rows.
-            twice = [j for j in group if j.config.seed == entrant.config.seed]
-            other_way = any(way(j.config) != way(entrant.config) for j in twice)
-            if _settings(group[0].config) == _settings(entrant.config) and not other_way:
-                group.append(entrant)
-                break
-        else:
-            groups.append([entrant])
+    for group in _alike(entrants, _settings):
+        # A seed that occurs twice means that engines or precisions are compared: separate rows.
+        twice = len({entrant.config.seed for entrant in group}) < len(group)
+        groups += _alike(group, way) if twice else [group]
     for group in groups:
         seen: dict[int, str] = {}
         for entrant in group:
@@ -40,6 +34,19 @@ def group_by_row(entrants: list[Entrant]) -> dict[str, list[Entrant]]:
                 )
             seen[entrant.config.seed] = entrant.name
     return dict(zip(_row_names(groups), groups, strict=True))
+
+
+def _alike(entrants: list[Entrant], of: Callable[[RunConfig], object]) -> list[list[Entrant]]:
+    """Return the entrants in groups for which ``of`` their settings is the same."""
+    groups: list[list[Entrant]] = []
+    for entrant in entrants:
+        for group in groups:
+            if of(group[0].config) == of(entrant.config):
+                group.append(entrant)
+                break
+        else:
+            groups.append([entrant])
+    return groups
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

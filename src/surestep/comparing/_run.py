@@ -227,7 +227,12 @@ def bring_to_end(
         tell(f"training {told}")
         code = code_of(entrant.config.method)  # read now: it may be edited during the training
         outcome = outcome | {"code": code}
-        trained = _train(entrant, tell)
+        try:
+            trained = _train(entrant, tell)
+        except BaseException:
+            if checkpoint.found(RunFolder(entrant.folder).checkpoints):
+                _write(entrant, outcome)  # a resume must not mix two versions of the code
+            raise
     weights = _digest(RunFolder(entrant.folder).weights.read_bytes())
     if weights != outcome["weights"]:  # newly trained, or not the ones that were judged
         outcome = outcome | {"weights": weights, "peak_memory_mb": trained}
@@ -317,7 +322,7 @@ def _train(entrant: Entrant, tell: Tell) -> float | None:
         code, peak, error = _measured(["train", *arguments], tell)
     if code in (130, -2):  # by its own handler, or before that was installed
         raise KeyboardInterrupt
-    if code < 0 or code > 128:  # above 128: by its own handler
+    if code < 0 or 128 < code < 192:  # above 128: by its own handler; Windows has larger codes
         number = -code if code < 0 else code - 128
         raise Failed(f"the training was killed by signal {number}", fault=False)
     if code:

@@ -37,7 +37,8 @@ def load(split: Split, path: str | Path) -> Images:
 
     Raises:
         UserError: a missing file, key or channel dimension; a damaged or pickled file; training
-            labels that do not start at 0; pixels or labels that `surestep.data.as_images` refuses.
+            labels that do not start at 0 or leave numbers out; pixels or labels that
+            `surestep.data.as_images` refuses.
     """
     path = Path(path)
     try:
@@ -67,7 +68,7 @@ def _load(archive: Any, split: Split, path: Path) -> Images:
                     f"{path} has no array {key!r}: it has {', '.join(archive.files) or 'none'}; "
                     "expected x_train, y_train, x_test, y_test [, x_val, y_val], or x and y"
                 )
-        return archive[f"x{part}"], archive[f"y{part}"]
+        return archive[f"x{part}"], np.atleast_1d(archive[f"y{part}"])
 
     whole = "x" in archive
     held_out = not whole and "x_val" not in archive and split != "test"
@@ -112,9 +113,16 @@ def _channels_first(x: np.ndarray, path: Path) -> np.ndarray:
 
 
 def _check_from_zero(y: np.ndarray, path: Path) -> None:
-    """Refuse training labels that start above 0, which would make a class without images."""
-    if y.dtype.kind in "iu" and (known := y[y >= 0]).size and known.min() > 0:
-        raise UserError(f"{path} has labels {known.min()} to {known.max()}: number them from 0")
+    """Refuse training labels that do not start at 0 or that leave numbers out.
+
+    They would make classes without images.
+    """
+    known = np.unique(y[y >= 0]) if y.dtype.kind in "iu" else np.empty(0)
+    if known.size and known.size <= known[-1]:
+        raise UserError(
+            f"{path} has training labels of {known.size} classes, {known[0]} to {known[-1]}: "
+            "number them from 0, without gaps"
+        )
 
 
 def _classes(*labels: np.ndarray) -> int | None:

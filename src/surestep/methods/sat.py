@@ -7,9 +7,10 @@ measurable difference between such a model and a robust one. There is no clean t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -246,10 +247,6 @@ class SAT(OnSingleStep):
     """
 
     kept = ("_count",)
-    update: ClassVar[Callable[..., Update]]
-    """Makes the update of a step that regularises."""
-    own: ClassVar[tuple[str, ...]]
-    """Hyperparameters that are specific to this ``update``."""
 
     lam: float
     fraction: float | None
@@ -267,18 +264,18 @@ class SAT(OnSingleStep):
         self._count += 1
         if self._count % self.every:
             return Update(self.between(model, x, y), self.plain_loss(y))
-        own = {name: getattr(self, name) for name in self.own}
-        return type(self).update(
-            model,
-            x,
-            y,
-            self.threat,
-            lam=self.every * self.lam,
-            fraction=self._fraction(len(x)),
-            base=self.base,
-            criterion=self.criterion,
-            **own,
-        )
+        common = {
+            "threat": self.threat,
+            "lam": self.every * self.lam,
+            "fraction": self._fraction(len(x)),
+            "base": self.base,
+            "criterion": self.criterion,
+        }
+        return self.regularise(model, x, y, common)
+
+    @abstractmethod
+    def regularise(self, model: nn.Module, x: Tensor, y: Tensor, common: dict[str, Any]) -> Update:
+        """Return the update of a step that regularises; ``common`` is what all three pass on."""
 
     def between(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return the points (N, ...) that a step without the regularizer trains on."""
@@ -308,8 +305,6 @@ class SAT(OnSingleStep):
 class SATR1(SAT):
     """SAT-R1: FGSM and I-FGSM must lead to the same logits. See ``sat_r1_update``."""
 
-    update = staticmethod(sat_r1_update)
-    own = ("steps",)
     summary = "FGSM and I-FGSM must agree, on one image of each batch"
     paper = "Vivek & Babu 2020, arXiv 2002.00614"
 
@@ -339,6 +334,10 @@ class SATR1(SAT):
         "cifar10-speed": recipe(CIFAR_SPEED, lam=0.2, steps=3),
     }
 
+    def regularise(self, model: nn.Module, x: Tensor, y: Tensor, common: dict[str, Any]) -> Update:
+        """Let FGSM and I-FGSM agree."""
+        return sat_r1_update(model, x, y, steps=self.steps, **common)
+
     def cost(self, batch_size: int) -> Cost:
         """FGSM on all; for the regularised share, K - 1 more steps and a second view."""
         share = self.share(batch_size)
@@ -350,8 +349,6 @@ class SATR1(SAT):
 class SATR2(SAT):
     """SAT-R2: FGSM and R-FGSM must lead to the same logits. See ``sat_r2_update``."""
 
-    update = staticmethod(sat_r2_update)
-    own = ("alpha", "project")
     summary = "FGSM from the image and from a point beside it must agree"
     paper = "Vivek & Babu 2020, arXiv 2002.00614"
 
@@ -372,6 +369,10 @@ class SATR2(SAT):
         "cifar10-speed": recipe(CIFAR_SPEED, lam=25.0, alpha=2 / 255),
     }
 
+    def regularise(self, model: nn.Module, x: Tensor, y: Tensor, common: dict[str, Any]) -> Update:
+        """Let FGSM and R-FGSM agree."""
+        return sat_r2_update(model, x, y, alpha=self.alpha, project=self.project, **common)
+
     def cost(self, batch_size: int) -> Cost:
         """Both views of the regularised share go through the attack and the update."""
         views = 1 + self.share(batch_size)
@@ -386,8 +387,6 @@ class SATR3(SAT):
     ``eps_low`` is a third of eps by default, the paper's share on MNIST (a quarter on CIFAR-10).
     """
 
-    update = staticmethod(sat_r3_update)
-    own = ("tau", "alpha", "eps_low", "project", "per_sample")
     summary = "the loss must grow along the FGSM direction"
     paper = "Vivek & Babu 2020, arXiv 2002.00614"
     lengths = ("alpha", "eps_low")
@@ -435,6 +434,20 @@ class SATR3(SAT):
             model, x, y, self.base, self.alpha, self.project, (self.base.size,)
         )
         return far
+
+    def regularise(self, model: nn.Module, x: Tensor, y: Tensor, common: dict[str, Any]) -> Update:
+        """Let the loss grow with the step's length."""
+        return sat_r3_update(
+            model,
+            x,
+            y,
+            tau=self.tau,
+            alpha=self.alpha,
+            eps_low=self.eps_low,
+            project=self.project,
+            per_sample=self.per_sample,
+            **common,
+        )
 
     def cost(self, batch_size: int) -> Cost:
         """One gradient, two points for the regularised share."""

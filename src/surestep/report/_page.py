@@ -107,11 +107,12 @@ def _verdict(report: Report) -> dict[str, str] | None:
         return {"name": "not audited", "kind": "unsure", "sentence": sentence}
     held_out = [r for r in report.history or () if number(r.get("val_worst_case")) is not None]
     if held_out:
-        best = max(held_out, key=lambda r: r["val_worst_case"])
+        last = (report.config or {}).get("select") == "last"
+        kept = held_out[-1] if last else max(held_out, key=lambda r: r["val_worst_case"])
         sentence = (
-            f"In the best epoch ({best.get('epoch')}), {percent(best['val_worst_case'])} of "
-            "held-out images remain correctly classified under the attacks of the validation. The "
-            "model has not been judged on test data yet."
+            f"In the {'last' if last else 'best'} epoch ({kept.get('epoch')}), "
+            f"{percent(kept['val_worst_case'])} of held-out images remain correctly classified "
+            "under the attacks of the validation. The model has not been judged on test data yet."
         )
         return {"name": "not judged", "kind": "unsure", "sentence": sentence}
     return None

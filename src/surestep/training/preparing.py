@@ -181,14 +181,7 @@ def prepare(
     bare.to(device)
     if not bare.training:  # otherwise keep layers that the user has put into eval mode
         bare.train()
-    # Check dropout now: later, --overwrite would already have deleted the old run.
-    with dropping(bare, method.dropout):
-        pass
-    shape = _look_at(train, bare, method, device, unlabelled=method.takes_unlabelled)
-    if held_out is not None:
-        # Wrapped as in validation for a Dataset or DataLoader.
-        judged = bare if isinstance(held_out, Images) else Adapted(bare)
-        _look_at(held_out, judged, method, device, unlabelled=False)
+    shape = _try(bare, method, train, held_out, device)
     guard = Guard(bare, size, config.max_memory, _remembered(method, inside))
     pick = None
     # With a memory limit there is no room for trials, and little to choose.
@@ -204,7 +197,7 @@ def prepare(
         momentum=config.momentum,
         weight_decay=config.weight_decay,
     )
-    stepped, judged_at_once = bare, min(MOST, method.peak_images(batch))
+    stepped = bare
     if config.compile:
         # Only for the step: validation batches shrink, and each size would be compiled anew.
         stepped = model if compiled_whole(model) else cast(nn.Module, torch.compile(bare))
@@ -212,8 +205,8 @@ def prepare(
         # Beside what every run has: Adam's second moments, the average, the weights before AWP.
         copies = sum(map(bool, (config.optimizer != "sgd", average, config.awp)))
         stepped = _in_parts(bare, method, engine, shape, batch, config.max_memory, copies)
-        if isinstance(stepped, Frugal):
-            judged_at_once = min(judged_at_once, stepped.images)
+    fits = stepped.images if isinstance(stepped, Frugal) else MOST
+    judged_at_once = min(MOST, method.peak_images(batch), fits)
     # The same in each process, so that all make equally many collective calls.
     judged_at_once = -processes.largest(-judged_at_once, device)
     if accelerator.num_processes > 1:
@@ -358,6 +351,28 @@ def _remembered(method: Method, images: Images | None) -> str:
         f"; {method.slug} keeps a perturbation for each of {len(images):,} images, "
         f"{gibibytes:.2g} GiB or more"
     )
+
+
+def _try(
+    model: nn.Module, method: Method, train: Any, held_out: Any, device: torch.device
+) -> torch.Size | None:
+    """Check that the model takes the data and the method's dropout.
+
+    Returns:
+        The shape of a training image; None if none can be read.
+
+    Raises:
+        UserError: it does not.
+    """
+    # Now: later, --overwrite would already have deleted the old run.
+    with dropping(model, method.dropout):
+        pass
+    shape = _look_at(train, model, method, device, unlabelled=method.takes_unlabelled)
+    if held_out is not None:
+        # Wrapped as in validation for a Dataset or DataLoader.
+        judged = model if isinstance(held_out, Images) else Adapted(model)
+        _look_at(held_out, judged, method, device, unlabelled=False)
+    return shape
 
 
 def _look_at(

@@ -160,7 +160,11 @@ class TestResolve:
             ({"epoch": 3}, "mnist", "did you mean 'epochs'"),
             ({"eps": "8/0"}, None, "ratio such as 8/255"),
             ({"optimizer": "adam"}, "mnist", "optimizer adam needs .* meant for sgd"),
-            ({"method": "rs-fgsm", "optimizer": "sgd"}, "mnist", "optimizer sgd needs .* meant for adam"),
+            (
+                {"method": "rs-fgsm", "optimizer": "sgd"},
+                "mnist",
+                "optimizer sgd needs .* meant for adam",
+            ),
         ],
     )
     def test_a_mistake(self, values, preset, said):

@@ -258,3 +258,10 @@ def test_an_unknown_norm_names_the_nearest(wrong, nearest):
         threat.make(wrong, 0.1)
     with pytest.raises(UserError, match=one_line("norm", "'zzz'", "known are l2, linf")):
         threat.make("zzz", 0.1)
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.25])
+def test_nothing_shrinks_to_nan(radius):
+    delta = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    shrunk = L2(0.5).shrink(delta, radius)
+    torch.testing.assert_close(shrunk, torch.tensor([[0.0, 0.0], [0.6, 0.8]]) * radius)

@@ -60,6 +60,11 @@ class ThreatModel(ABC):
         """Clip to the data range only (no norm ball)."""
         return x.clamp(*self.bounds)
 
+    def bounds_in(self, dtype: torch.dtype) -> tuple[float, float]:
+        """Return the data range as rounded to a dtype, which is where ``clip`` ends."""
+        low, high = torch.tensor(self.bounds, dtype=dtype).tolist()
+        return low, high
+
     def random_start(self, x: Tensor, radius: float | None = None) -> Tensor:
         """Draw a start uniformly from the ball of ``radius`` (default eps), then project it.
 
@@ -189,7 +194,7 @@ class L2(ThreatModel):
     def shrink(self, delta: Tensor, radius: float) -> Tensor:
         """Scale each perturbation that is longer to norm ``radius``."""
         norm = per_sample(delta.flatten(1).norm(dim=1), delta)
-        return delta * (radius / norm).clamp(max=1)
+        return delta * torch.where(norm > radius, radius / norm, 1)
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Scale the perturbation back to norm eps, then clip to the data range."""

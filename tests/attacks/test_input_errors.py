@@ -9,6 +9,7 @@ from torch import nn
 
 import surestep
 from surestep import Linf, UserError, attacks
+from surestep.attacks.inputs import check_inputs
 
 
 def refusal(*words):
@@ -142,3 +143,13 @@ def test_what_fails_in_torchscript(images, threat):
         attacks.fgsm(net, *images(), threat)
     with pytest.raises(UserError, match=refusal("mat1 and mat2 shapes")):
         surestep.evaluate(net, images(), threat, ["fgsm"])
+
+
+def test_the_ends_of_a_data_range_that_float32_has_not():
+    """What clamp returns is inside, though it is above 2.64 in float64."""
+    threat = Linf(0.1, bounds=(-2.1179, 2.64))
+    x = torch.tensor([[9.0, -9.0, 0.0]]).clamp(*threat.bounds)
+    net = torch.nn.Linear(3, 2)
+    check_inputs(net, x, torch.tensor([0]), threat)
+    with pytest.raises(UserError, match="x has values in"):
+        check_inputs(net, x * 1.0001, torch.tensor([0]), threat)

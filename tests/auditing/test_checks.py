@@ -31,7 +31,13 @@ class Layer(nn.Module):
 
 
 @pytest.fixture
-def ask(images):
+def in_order(monkeypatch):
+    """The probe has its images in the order of the data, as the plain loops do."""
+    monkeypatch.setattr("surestep.auditing._subject.mixed", torch.arange)
+
+
+@pytest.fixture
+def ask(images, in_order):
     """Return ``ask(name, model)``: the outcome of one check, on attacks' results as given.
 
     Of each the share of images that it left right, the first ones; below 0 the last ones.
@@ -398,6 +404,7 @@ def test_the_page_of_checks_is_up_to_date():
     assert [check.number for check in CHECKS] == list(range(1, 21))
 
 
+@pytest.mark.usefixtures("in_order")
 def test_the_climb_is_that_of_a_plain_loop(net, images):
     x, y = (part[:20] for part in images)
     budget = budgets.Budget(20, 20, 60, 30, 1, 200, autoattack=False)
@@ -602,3 +609,24 @@ def test_a_check_finds_the_same_whichever_ran_before(net, images):
         return [BY_NAME[name](s) for name in names][-1]
 
     assert found("local-linearity") == found("gradient-alignment", "local-linearity")
+
+
+@pytest.mark.parametrize(
+    ("gap", "limit", "over"),
+    [(0.88 - 0.85, 0.03, False), (0.95 - 0.94, 0.01, False), (0.88 - 0.84, 0.03, True)],
+)
+def test_a_difference_of_shares_is_not_above_its_limit_by_rounding(gap, limit, over):
+    assert checks._over(gap, limit) is over
+
+
+def test_a_close_look_at_sorted_images_sees_every_class(net, images):
+    x, y = images
+    order = y.argsort(stable=True)
+    budget = budgets.Budget(20, 20, 60, 12, 1, 200, autoattack=False)
+    s = Subject(
+        Adapted(net), x[order], y[order], surestep.Linf(0.05), budget, 0, 25, lambda _: None
+    )
+    s.right["clean"] = torch.arange(60) > 0
+    shown, labels = s.probe
+    assert (len(shown), set(labels.tolist())) == (12, {0, 1, 2})
+    assert not any(torch.equal(one, s.x[0]) for one in shown)

@@ -90,7 +90,7 @@ def test_straight_through_keeps_the_forward_and_gives_a_gradient(net, images):
         z = x.clone().requires_grad_()
         out = smooth(z)
         (grad,) = torch.autograd.grad(out.sum(), z)
-        assert torch.allclose(out, plain, atol=1e-5)
+        assert torch.equal(out, plain)
     # The gradient of what follows, at the quantised point.
     q = quantise(x).requires_grad_()
     (expected,) = torch.autograd.grad(net(q).sum(), q)
@@ -110,6 +110,45 @@ def test_a_layer_that_changes_shape_gets_a_fitted_network(images):
     # More light, more comparisons hold: about ten per unit of light.
     assert grad.mean() > 5
     assert (grad > 0).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_follows_a_fitted_layer_gets_its_type(images, dtype):
+    x = images[0].to(dtype)
+    codes = Layer(lambda z: (z > 0.5).to(z.dtype).repeat(1, 2, 1, 1))
+    model = nn.Sequential(codes, nn.Flatten(), nn.Linear(128, 3)).to(dtype)
+    plain = model(x)
+    with stand_ins.bpda(model, x, ["0"]) as smooth:
+        assert torch.equal(smooth(x), plain)
+
+
+def test_codes_that_are_whole_numbers_are_not_replaced(run, images):
+    """What follows takes nothing else; gradient-free attacks are left."""
+    torch.manual_seed(0)
+    codes = Layer(lambda z: (z.flatten(1) > 0.5).long())
+    model = nn.Sequential(codes, nn.Embedding(2, 2), nn.Flatten(), nn.Linear(128, 3))
+    assert stand_ins.flat_layers(model, images[0]) == []
+    found = run(model, data=(images[0], model(images[0]).argmax(1)))
+    assert found.verdict != "robust"
+
+
+def test_a_fit_that_fails_leaves_no_hook(images, net, monkeypatch):
+    calls = []
+
+    def fail(given, out):
+        if calls:
+            raise RuntimeError("no memory")
+        calls.append(given)
+        return lambda z: z
+
+    monkeypatch.setattr(stand_ins, "_surrogate", fail)
+    model = nn.Sequential(Layer(lambda z: z.round()), Layer(lambda z: z.round()), net)
+    with (
+        pytest.raises(RuntimeError, match="no memory"),
+        stand_ins.bpda(model, images[0], ["0", "1"]),
+    ):
+        pass
+    assert not any(m._forward_hooks for m in model.modules())
 
 
 def test_expectation_over_passes(net, images):

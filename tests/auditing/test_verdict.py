@@ -793,3 +793,18 @@ def test_a_model_hardly_better_than_guessing_is_not_judged():
     """Right on 20% of clean images where chance is 10%."""
     assert said_of(0.1, claims=(0.1, 0.1), clean=0.2)[0] == "inconclusive"
     assert said_of(0.1, claims=(0.1, 0.1), clean=0.3)[0] == "not robust"
+
+
+def test_images_of_several_sizes_are_refused(net):
+    class Sizes(torch.utils.data.Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, k):
+            return torch.rand(1, 8 + k, 8), 0
+
+    loader = torch.utils.data.DataLoader(Sizes(), 1)
+    with pytest.raises(
+        UserError, match=r"\(1, 8, 8\) and \(1, 9, 8\): an audit takes images of one"
+    ):
+        surestep.audit(net, loader, surestep.Linf(0.1))

@@ -397,3 +397,19 @@ def test_a_source_that_fails(net, images):
         doubts.of_sources([narrow], *images, 40)
     # Which is not looked at where no attack asks for it.
     assert evaluate(net, images, THREAT, ["fgsm"], sources=[narrow]).doubts == []
+
+
+def test_sorted_images_are_looked_at_in_every_batch(net, images, monkeypatch):
+    x, y = images
+    order, seen = y.argsort(stable=True), []
+    monkeypatch.setattr(doubts, "LOOKED_AT", 9)
+    monkeypatch.setattr(doubts, "of_model", lambda m, x, y, *_: seen.extend(x) or [])
+    evaluate(net, (x[order], y[order]), THREAT, ["fgsm"], batch_size=30)
+    places = [int((x[order] == one).flatten(1).all(1).nonzero()) for one in seen]
+    assert [place // 30 for place in places] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_probabilities_of_half_precision(net, images):
+    model = Changed(net, lambda x: x.bfloat16(), lambda z: z.softmax(1)).bfloat16()
+    with pytest.warns(SurestepWarning, match="it returns probabilities"):
+        evaluate(model, images, THREAT, ["fgsm"])

@@ -675,6 +675,51 @@ def test_a_point_that_only_float32_sees_as_wrong_was_found_by_the_last_step(told
     assert row["by_step"] == pytest.approx([1, 1, 1, 2 / 3])
 
 
+def test_an_attack_that_returns_points_alone_found_them_by_its_last_step(told):
+    model = told(a={1})
+    x = torch.stack([torch.zeros(3), torch.arange(3) / 1000], 1)
+    hit = torch.tensor([[0.0, 0.0], [0.1, 0.0], [0.0, 0.0]])
+    move = lambda m, x, y: x + hit[: len(x)]  # noqa: E731
+    y = torch.zeros(3, dtype=torch.int64)
+    for run in (move, {"part": move}):
+        attack = Attack(run, points_tried=4)
+        found = surestep.evaluate(model, (x, y), surestep.Linf(0.2), {"late": attack})
+        (row,) = found.attacks
+        assert row["by_step"] == pytest.approx([1, 1, 1, 2 / 3])
+
+
+@pytest.mark.parametrize("part", ["apgd_ce", "apgd_t", "fab_t", "square"])
+@pytest.mark.parametrize("threat", [surestep.Linf(0.1), surestep.L2(0.5)])
+def test_autoattack_on_logits_in_float64(part, threat, images):
+    class Doubles(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Linear(64, 5).double()
+
+        def forward(self, x):
+            return self.net(x.flatten(1).double())
+
+    model, (x, _) = Doubles(), images
+    y = model(x).argmax(1)
+    x_adv = getattr(autoattack, part)(model, x, y, threat, 5)
+    assert x_adv.dtype == torch.float32
+    assert (model(x_adv).argmax(1) != y).any()
+
+
+@pytest.mark.parametrize("threat", [surestep.Linf(0.1), surestep.L2(0.5)])
+def test_square_moves_squares_of_images_without_a_channel(threat, images):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    x = images[0][:, 0]
+    y = net(x).argmax(1)
+    torch.manual_seed(1)
+    flat = autoattack.square(net, x, y, threat, 30)
+    torch.manual_seed(1)
+    whole = autoattack.square(net, x[:, None], y, threat, 30)
+    assert torch.equal(flat, whole[:, 0])
+
+
 def test_transfer_climbs_the_margin_with_momentum_too(net, monkeypatch):
     calls = []
     monkeypatch.setattr(suite.attacks, "mi_fgsm", lambda *a, **k: calls.append(k["loss"]) or a[1])

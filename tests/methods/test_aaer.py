@@ -47,6 +47,16 @@ def test_its_parts_are_the_number_the_fall_and_the_spread(make_task):
     assert ce + 0.7 * penalty == pytest.approx(float(loss.detach()), rel=1e-9)
 
 
+def test_a_second_pass_keeps_the_examples_that_were_abnormal(make_task):
+    """AWP moves the weights so that no loss falls: what falls is decided at the first."""
+    task = make_task("mlp")
+    update = methods.get("aaer")(Linf(0.1)).prepare(task.net, task.x, task.y)
+    first = half_abnormal(task, update.points)
+    _, terms = update.loss(first)
+    _, again = update.loss(first.detach() - 60 * torch.nn.functional.one_hot(task.y, 4))
+    assert float(terms["abnormal"]) == float(again["abnormal"]) == 0.5
+
+
 @pytest.mark.parametrize("perturbation", ["rs-fgsm", "n-fgsm noise=0"])
 def test_nothing_is_abnormal_where_nothing_moves(make_task, perturbation):
     """Loss and logits before and after are of one function, batch norm's mode included."""

@@ -66,7 +66,9 @@ def test_the_mean_weights_survive_a_resume(make_task):
     made[1].load_state_dict(copy.deepcopy(made[0].state_dict()))
     with torch.no_grad():
         task.net[-1].weight *= 2
-    for method in made:
+    # Wrapped, so that its parameters have other names.
+    for method, net in zip(made, (task.net, torch.nn.Sequential(task.net)), strict=True):
         method.progress = methods.Progress(step=3, steps_per_epoch=2, epochs=4, lr=0.1)
-        losses.append(method(copy.deepcopy(task.net), task.x, task.y).loss.detach())
+        losses.append(method(copy.deepcopy(net), task.x, task.y).loss.detach())
     assert torch.equal(*losses)
+    assert made[1].state_dict()["centre"]

@@ -52,6 +52,17 @@ def test_templates_are_renewed_every_so_many_steps(make_task):
     assert made == [True, True, False, False, True, False]
 
 
+def test_templates_are_made_no_more_images_at_a_time_than_a_batch(make_task):
+    task, sizes, made = make_task("conv"), [], []
+    for n in (6, 3):
+        method, net = methods.get("liet")(Linf(EPS)), copy.deepcopy(task.net)
+        net.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+        at(method, 0)(net, task.x[:n], task.y[:n])
+        made.append(method.state_dict()["templates"].sign())
+    assert torch.equal(*made)
+    assert sizes == [1, 1, 4, 6, 12, 1, 1, 3, 1, 3, 6]
+
+
 def test_templates_are_the_mean_over_the_processes(make_task, monkeypatch):
     """Each has batch statistics of its own, but labels start at the same template in all."""
     task, made = make_task("conv"), []

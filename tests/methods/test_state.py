@@ -292,6 +292,18 @@ def test_free_steps_along_the_gradient_of_the_update(make_task):
     torch.testing.assert_close(kept, delta, **EXACT)
 
 
+def test_free_forgets_a_pending_step_when_it_loads(make_task):
+    task = make_task("conv")
+    method = methods.get("free")(Linf(EPS))
+    for _ in range(2):
+        method(task.net, task.x, task.y).loss.backward()
+    kept = copy.deepcopy(method.state_dict())
+    method(task.net, task.x, task.y).loss.backward()
+    method.load_state_dict(kept)
+    points = method(task.net, task.x, task.y).x_adv
+    torch.testing.assert_close(points, ball(task.x + kept["delta"], task.x), **EXACT)
+
+
 def test_free_takes_each_batch_several_times(tmp_path, make_task):
     import surestep
 
@@ -513,6 +525,22 @@ def test_eat_leaves_its_models_in_eval_mode(make_task):
     other.register_forward_pre_hook(lambda m, _: modes.append(m.training))
     step(method, task)
     assert modes == [False, False]
+
+
+def test_eat_attacks_models_that_take_contiguous_images_only(make_task):
+    task, shapes = make_task("conv"), []
+
+    class Views(torch.nn.Module):
+        def forward(self, x):
+            shapes.append(x.view(len(x), -1).shape)
+            return torch.cat([x.view(len(x), -1)[:, :4]], dim=1)
+
+    method = methods.get("eat")(Linf(EPS))
+    method.sources = [Views()]
+    method.progress = at(1)
+    task.x = task.x.contiguous(memory_format=torch.channels_last)
+    step(method, task)
+    assert len(shapes) == 2
 
 
 def test_uat_never_looks_at_other_labels(make_task):

@@ -137,3 +137,52 @@ def test_a_copy_of_a_method_still_asks_for_its_progress(tiny):
     method(net, *tiny.data(8))
     with pytest.warns(surestep.SurestepWarning, match="its progress is not set"):
         method(net, *tiny.data(8))
+
+
+def test_a_radius_that_was_set_stays_through_a_warm_up(tiny, monkeypatch):
+    seen, craft = [], methods.SATR2.craft
+    method = methods.get("sat-r2")(tiny.threat)
+    method.set_strength(0.5)
+
+    def watched(self, *args):
+        seen.append(self.threat.eps)
+        return craft(self, *args)
+
+    monkeypatch.setattr(methods.SATR2, "craft", watched)
+    tiny.train(method, epochs=1, eps_warmup=0.4)  # 2 of 5 steps
+    assert seen[-3:] == [0.5 * tiny.threat.eps] * 3
+    assert seen[0] < seen[-1]
+
+
+def test_the_random_step_of_sat_follows_the_data_range():
+    bytes_ = surestep.Linf(76.5, bounds=(0.0, 255.0))
+    assert methods.get("sat-r2")(bytes_).alpha == pytest.approx(2.55)
+
+
+def test_the_largest_pass_of_pap_is_its_attack(tiny):
+    method, sizes = methods.get("pap")(tiny.threat, fraction=0.5, steps=4), []
+    net = tiny.net()
+    net.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    for _ in range(2):
+        method(net, *tiny.data(8))
+    assert max(sizes) == method.peak_images(8) == 28
+
+
+def test_weights_of_three_dimensional_convolutions():
+    class Video(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv3d(1, 2, (1, 3, 3)), nn.Linear(2 * 16, 3)
+            self.flat = nn.Conv2d(3, 3, 3)
+
+        def forward(self, x):
+            return self.head(self.conv(x[:, None, :1]).flatten(1))
+
+    model = Engine.choose("fast").place(Video())
+    assert model.flat.weight.is_contiguous(memory_format=torch.channels_last)
+    x, y = torch.rand(16, 1, 6, 6), torch.arange(16) % 3
+    fitted = surestep.fit(
+        model, (x, y), methods.get("fgsm")(surestep.Linf(0.1)), epochs=1, batch_size=8,
+        val_images=0, engine="fast", quiet=True,
+    )  # fmt: skip
+    assert fitted.history[-1]["loss"] > 0

@@ -65,7 +65,7 @@ def apgd_t(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, steps: i
             size = 2.5 * threat.eps / steps
             return _unscale(
                 pgd(model, x, y, threat, steps, size, 5, "margin", stop_when_wrong=True), threat
-            ).view_as(z)
+            ).reshape(z.shape)
         attack = APGDAttack_targeted(
             predict, n_iter=steps, n_target_classes=min(9, classes - 1), logger=_SILENT, **shared
         )
@@ -104,7 +104,7 @@ def square(
         UserError: on invalid images or labels, a norm other than L-inf and L2, or in L2 samples
             that have no squares: vectors, or images of less than 5 x 5 pixels.
     """
-    if isinstance(threat, L2) and (x.dim() != 4 or min(x.shape[2:]) < _SMALLEST):
+    if isinstance(threat, L2) and (x.dim() not in (3, 4) or min(x.shape[-2:]) < _SMALLEST):
         raise UserError(
             f"Square (part of AutoAttack and of every audit) needs images of {_SMALLEST} x "
             f"{_SMALLEST} pixels or more in the l2 norm, not samples of shape "
@@ -174,6 +174,8 @@ def _run(
     if threat.eps == 0:
         return x.detach().clone()
     z = _unscale(x.detach(), threat)
+    if z.dim() == 3 and min(z.shape[1:]) >= _SMALLEST:  # images without a channel
+        z = z[:, None]
     z = z if z.dim() == 4 else z.reshape(len(z), 1, 1, -1)
     # Drawn before the fork: the seed of the whole evaluation decides it.
     seed = int(torch.randint(2**31 - 1, ()))
@@ -189,9 +191,9 @@ def _run(
         warnings.simplefilter("ignore")
 
         def predict(z: Tensor) -> Tensor:
-            return forward_logits(
-                inner, threat.bounds[0] + z.reshape(-1, *x.shape[1:]) * threat.span
-            )
+            pixels = threat.bounds[0] + z.reshape(-1, *x.shape[1:]) * threat.span
+            # FAB mixes the logits' type with the images'.
+            return forward_logits(inner, pixels).to(x.dtype)
 
         if gradients:  # in one line what the package would say with a traceback
             input_gradient(inner, x[:1], y[:1])

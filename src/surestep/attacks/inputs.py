@@ -81,6 +81,7 @@ def check_inputs(
             f"x is {x.dtype} of shape {tuple(x.shape)}, expected floating point images (N, ...) "
             f"in [{low:g}, {high:g}]: of uint8 images take x.float() / 255"
         )
+    low, high = threat.bounds_in(x.dtype)
     lowest, highest = (float(v) for v in torch.aminmax(x.detach()))
     # Written so that NaN fails it too.
     if not (lowest >= low and highest <= high):

@@ -110,7 +110,8 @@ def _run(attack: Any, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatMode
     # It calls backward, which would add to the user's gradients. And it keeps the nearest point
     # that is wrong, be it by a hair that is there in low precision only.
     with attacking(model) as inner, frozen(inner), torch.enable_grad(), exact(x.device):
-        called = foolbox.PyTorchModel(_Logits(inner), bounds=threat.bounds, device=x.device)
+        bounds = threat.bounds_in(x.dtype)
+        called = foolbox.PyTorchModel(_Logits(inner), bounds=bounds, device=x.device)
         found = attack(called, x.detach(), y, epsilons=None)[0].detach()
     # DeepFool divides by gradients, which may be zero.
     return threat.project(torch.where(found.isfinite(), found, x), x)

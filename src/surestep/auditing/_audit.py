@@ -157,6 +157,12 @@ def audit(
         batches = list(batches_of(data, batch_size, n, device, threat.bounds)[0])
         if not batches:
             raise UserError("there is no image to audit on")
+        sizes = {tuple(images.shape[1:]) for images, _ in batches}
+        if len(sizes) > 1:
+            raise UserError(
+                f"images of several sizes, such as {' and '.join(map(str, sorted(sizes)[:2]))}: an "
+                "audit takes images of one size, resize them"
+            )
         for batch in batches:
             check_inputs(adapted, *batch, threat)
         x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))

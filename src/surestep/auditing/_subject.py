@@ -27,6 +27,7 @@ from surestep.attacks.inputs import forward_logits
 from surestep.attacks.losses import Objective, log_odds
 from surestep.auditing.budgets import Budget
 from surestep.clock import SECONDS_BETWEEN_LINES, Every
+from surestep.data import mixed
 from surestep.devices import autocast, has_bf16
 from surestep.evaluation import Adapted, evaluate, suite
 from surestep.evaluation.doubts import apart
@@ -232,11 +233,13 @@ class Subject:
 
     @property
     def probe(self) -> tuple[Tensor, Tensor]:
-        """The first images that are right clean, and their labels; all if none is right."""
-        rows = self.right["clean"].nonzero().squeeze(1)[: self.budget.probe]
-        at = (rows if len(rows) else torch.arange(len(self.x))[: self.budget.probe]).to(
-            self.x.device
-        )
+        """Some images that are right clean, and their labels; any if none is right.
+
+        A fixed draw in random order: the data may be sorted by class, and checks look at parts.
+        """
+        rows = self.right["clean"].nonzero().squeeze(1)
+        rows = rows if len(rows) else torch.arange(len(self.x))
+        at = rows[mixed(len(rows))[: self.budget.probe]].to(self.x.device)
         return self.x[at], self.y[at]
 
     @cached_property

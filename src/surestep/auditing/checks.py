@@ -151,6 +151,11 @@ class CheckDefinition:
 CHECKS: list[CheckDefinition] = []
 
 
+def _over(gap: float, limit: float) -> bool:
+    """Tell whether a difference of shares is above a limit, beyond rounding (.88 - .85 > .03)."""
+    return gap > limit + 1e-9
+
+
 def _check(
     number: int, title: str, threshold: str, source: str
 ) -> Callable[[Callable[[Subject], Measurement]], CheckDefinition]:
@@ -197,12 +202,17 @@ def deterministic_forward(s: Subject) -> Measurement:
     return Measurement(bool(signs), apart, said, {"right": right})
 
 
-@_check(2, "Logits, not probabilities", "outputs in [0, 1] that sum to 1 within 1e-5", AA)
+@_check(
+    2,
+    "Logits, not probabilities",
+    "outputs in [0, 1] that sum to 1 within 1e-5 (16-bit weights: .02)",
+    AA,
+)
 def logits_not_probabilities(s: Subject) -> Measurement:
     """Probabilities saturate and their gradients with them."""
     out = s.logits(s.probe[0])
     off = (out.sum(1) - 1).abs().max().item()
-    flag = doubts.are_probabilities(out)
+    flag = doubts.are_probabilities(s.model, out)
     said = "the model returns probabilities" if flag else "the model returns logits"
     return Measurement(flag, off, said, {"min": out.min().item(), "max": out.max().item()})
 
@@ -345,7 +355,7 @@ def one_step_beats_many(s: Subject) -> Measurement:
     """More steps must find at least as much; when one finds more, the gradients mislead."""
     fgsm, pgd = s.accuracy("fgsm"), s.accuracy(f"pgd-{s.budget.steps}")
     # The two are measured on the same images: half a point is five of a thousand.
-    flag = fgsm < pgd - doubts.BEATEN
+    flag = _over(pgd - fgsm, doubts.BEATEN)
     return Measurement(flag, pgd - fgsm, f"FGSM leaves {fgsm:.1%}, PGD {pgd:.1%}")
 
 
@@ -358,7 +368,7 @@ def one_step_beats_many(s: Subject) -> Measurement:
 def collapse(s: Subject) -> Measurement:
     """Catastrophic overfitting: robust to the one-step attack only."""
     fgsm, pgd = s.accuracy("fgsm"), min(s.accuracy(n) for n in s.right if n.startswith("pgd"))
-    flag = fgsm > 0.5 * s.accuracy("clean") and fgsm - pgd > 0.2
+    flag = fgsm > 0.5 * s.accuracy("clean") and _over(fgsm - pgd, 0.2)
     return Measurement(flag, fgsm - pgd, f"FGSM leaves {fgsm:.1%}, PGD {pgd:.1%}")
 
 
@@ -385,7 +395,7 @@ def black_box_beats_white_box(s: Subject) -> Measurement:
         said += f"; the substitute answers as the model on {s.agreement:.0%} of the images"
         evidence["substitute agrees"] = s.agreement
     return Measurement(
-        black[name] < best - 0.002 or max(only.values()) > doubts.MISSED * len(white),
+        _over(best - black[name], 0.002) or max(only.values()) > doubts.MISSED * len(white),
         best - black[name],
         said,
         evidence,
@@ -442,7 +452,7 @@ def eps_sweep(s: Subject) -> Measurement:
     chance = s.y.bincount().max().item() / len(s.y)
     wide = [a for r, a in zip(radii, accuracy, strict=True) if linf and r >= span / 2]
     half = max(wide, default=0.0)
-    flag = rise > 0.02 or half > chance + 0.05 or accuracy[-1] > 0
+    flag = _over(rise, 0.02) or _over(half - chance, 0.05) or accuracy[-1] > 0
     said = f"accuracy without bounds {accuracy[-1]:.0%}, largest rise {rise:.1%}"
     evidence = {"eps": radii, "accuracy": accuracy, "n": len(x)}
     return Measurement(flag, accuracy[-1], said, evidence)
@@ -473,7 +483,7 @@ def convergence(s: Subject) -> Measurement:
         by_restart.append(share_of(left))
     moving = _late_movement(s)
     late, restart = by_step[-2] - by_step[-1], by_restart[0] - by_restart[1]
-    flag = late > 0.01 or restart > 0.01 or moving > 0.05
+    flag = _over(late, 0.01) or _over(restart, 0.01) or moving > 0.05
     said = (
         f"steps 50 to 100 find {late:.1%} more, a restart {restart:.1%}; the loss still moves by "
         f"{moving:.0%} of its range"
@@ -512,7 +522,7 @@ def losses_agree(s: Subject) -> Measurement:
     steps = s.budget.steps
     ce, other = s.accuracy(f"pgd-{steps}"), s.accuracy(f"pgd-{steps}-margin")
     return Measurement(
-        ce - other > 0.05, ce - other, f"cross entropy leaves {ce:.1%}, margin {other:.1%}"
+        _over(ce - other, 0.05), ce - other, f"cross entropy leaves {ce:.1%}, margin {other:.1%}"
     )
 
 
@@ -658,9 +668,9 @@ def gap_profile(s: Subject) -> Measurement:
     """How much each stronger attack takes, against what is usual."""
     pgd, ten = s.accuracy(f"pgd-{s.budget.steps}"), s.accuracy("pgd-10")
     gaps = {"pgd-10 over pgd": ten - pgd}
-    flag = ten - pgd > 0.03
+    flag = _over(ten - pgd, 0.03)
     if "autoattack" in s.right:  # run on what the others left, so its share includes theirs
         gaps["pgd over all with autoattack"] = pgd - share_of(s.survivors)
-        flag |= gaps["pgd over all with autoattack"] > GAP
+        flag |= _over(gaps["pgd over all with autoattack"], GAP)
     said = ", ".join(f"{name} {100 * gap:.1f} points" for name, gap in gaps.items())
     return Measurement(flag, max(gaps.values()), said, gaps)

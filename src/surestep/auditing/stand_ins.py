@@ -110,8 +110,10 @@ def _is_flat(module: nn.Module, given: Tensor) -> bool:
             out = module(given)
         except Exception:  # a layer that takes more than one argument
             return False
-        if not isinstance(out, Tensor) or not out.is_floating_point() or torch.equal(out, given):
-            return isinstance(out, Tensor) and not out.requires_grad
+        if not isinstance(out, Tensor) or not out.is_floating_point():
+            return False  # integers have no gradient, and what follows takes nothing else
+        if torch.equal(out, given):
+            return not out.requires_grad
         if not out.requires_grad:
             return True
         (grad,) = torch.autograd.grad((out * torch.randn_like(out)).sum(), given, allow_unused=True)
@@ -170,44 +172,31 @@ def bpda(model: nn.Module, x: Tensor, names: list[str]) -> Iterator[nn.Module]:
         names: names of the layers, see ``flat_layers``.
     """
     handles = []
-    for name in names:
-        module = model.get_submodule(name)
-        given: list[Tensor] = []
-        out: list[Tensor] = []
-
-        def note(
-            _m: nn.Module,
-            args: tuple[Any, ...],
-            result: Tensor,
-            given: list[Tensor] = given,
-            out: list[Tensor] = out,
-        ) -> None:
-            given.append(args[0].detach())
-            out.append(result.detach())
-
-        handle = module.register_forward_hook(note)
-        with torch.no_grad():
-            forward_logits(model, x)
-        handle.remove()
-        smooth = _surrogate(given[0], out[0])
-        if smooth is None:
-            continue
-
-        def replace(
-            _m: nn.Module,
-            args: tuple[Any, ...],
-            result: Tensor,
-            smooth: Callable[[Tensor], Tensor] = smooth,
-        ) -> Tensor:
-            soft = smooth(args[0])
-            return soft + (result - soft).detach()
-
-        handles.append(module.register_forward_hook(replace))
     try:
+        for name in names:
+            module = model.get_submodule(name)
+            seen: list[tuple[Tensor, Tensor]] = []
+
+            def note(_m: nn.Module, args: Any, out: Tensor, seen: list[Any] = seen) -> None:
+                seen.append((args[0].detach(), out.detach()))
+
+            with module.register_forward_hook(note), torch.no_grad():
+                forward_logits(model, x)
+            smooth = _surrogate(*seen[0])
+            if smooth is not None:
+                handles.append(module.register_forward_hook(partial(_backward_through, smooth)))
         yield model
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _backward_through(
+    smooth: Callable[[Tensor], Tensor], _module: nn.Module, args: tuple[Any, ...], out: Tensor
+) -> Tensor:
+    """Return a layer's output unchanged, to the bit, with the gradient of ``smooth``."""
+    soft = smooth(args[0])
+    return out.detach() + (soft - soft.detach()).to(out.dtype)
 
 
 def _surrogate(given: Tensor, out: Tensor) -> Callable[[Tensor], Tensor] | None:

@@ -15,7 +15,7 @@ from surestep.data import augment
 from surestep.data._batches import Batches, as_pair, as_pixels
 from surestep.data._images import UNLABELLED, Images, as_images, number_names
 from surestep.data._random import seed_of
-from surestep.data._splits import check_split, some
+from surestep.data._splits import check_split, mixed, some
 from surestep.errors import UserError, look_up
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "augment",
     "describe",
     "load",
+    "mixed",
     "names",
     "number_names",
     "seed_of",

@@ -133,11 +133,11 @@ def evaluate(
             memory_for("an attack", advice),
         ):
             seed_everything(seed)
-            batches, total = batches_of(data, batch_size, n, device, radius.bounds)
+            batches, judge.total = batches_of(data, batch_size, n, device, radius.bounds)
             for x, y in batches:
                 judge.batch(x, y)
                 if progress:
-                    progress(judge.done, total, judge.survivors / judge.done)
+                    progress(judge.done, judge.total, judge.survivors / judge.done)
             if doubt and radius is threat:
                 judge.look(given if "transfer" in names else [], batch_size)
         return judge.result()

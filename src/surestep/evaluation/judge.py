@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from surestep.attacks.core import misclassified, round_up, share_of
 from surestep.attacks.inputs import check_inputs, forward_logits
 from surestep.attacks.lending import forked_rng, seed_everything
+from surestep.data import mixed
 from surestep.devices import autocast, exact
 from surestep.errors import UserError
 from surestep.evaluation import doubts, suite
@@ -57,6 +59,7 @@ class Judge:
         self.labels: list[Tensor] = []
         self.worst: list[Tensor] = []
         self.done = self.survivors = self.number = 0
+        self.total = 0  # 0: unknown
         self.some: list[tuple[Tensor, Tensor]] = []
         self.doubts: list[str] | None = None
 
@@ -77,7 +80,9 @@ class Judge:
             self.right[name].append(ok)
             if name in self.first_wrong:
                 steps = torch.full((len(x),), -1)
-                steps[broken] = torch.tensor(known["steps"], dtype=torch.int64)
+                # An attack that returns points alone does not tell the step: its last one.
+                last = (self.attacks[name].points_tried or 1) - 1
+                steps[broken] = torch.tensor(known["steps"] or last)
                 self.first_wrong[name].append(steps)
             for part, count in known.get("parts", {}).items():
                 self.parts[name][part] += count
@@ -92,11 +97,14 @@ class Judge:
         self.number += 1
 
     def _keep_some(self, x: Tensor, y: Tensor, clean: Tensor) -> None:
-        """Keep the first correctly classified images for ``look``."""
+        """Keep some correctly classified images for ``look``, of each batch if data are sorted."""
         wanted = doubts.LOOKED_AT - sum(len(labels) for _, labels in self.some)
+        if self.total:
+            wanted = min(wanted, math.ceil(doubts.LOOKED_AT * len(x) / self.total))
         same = not self.some or self.some[0][0].shape[1:] == x.shape[1:]
         if wanted > 0 and same and clean.any():
-            rows = clean.nonzero().squeeze(1)[:wanted].to(x.device)
+            rows = clean.nonzero().squeeze(1)
+            rows = rows[mixed(len(rows))[:wanted]].to(x.device)
             self.some.append((x[rows], y[rows]))
 
     def look(self, sources: Sequence[nn.Module], batch_size: int) -> None:

@@ -174,8 +174,15 @@ class Preset:
 
 
 def of_eps(share: float, *, most: float = math.inf) -> Any:
-    """Return a dataclass field for a length: by default a share of eps, and at most ``most``."""
-    return field(default=None, metadata={"of_eps": lambda eps: min(share * eps, most)})
+    """Return a dataclass field for a length: by default a share of eps.
+
+    It is at most ``most``, which is meant for pixels in [0, 1] and scales with the data range.
+    """
+
+    def default(threat: ThreatModel) -> float:
+        return min(share * threat.eps, most * threat.span)
+
+    return field(default=None, metadata={"of_eps": default})
 
 
 @dataclass
@@ -229,10 +236,11 @@ class Method(ABC):
         check_threat(self.threat)
         self._inputs_checked = False
         self.progress = _NOT_TOLD
+        self.strength = 1.0
         self.draw: Draw | None = None
         for one in fields(self):
             if getattr(self, one.name) is None and "of_eps" in one.metadata:
-                setattr(self, one.name, one.metadata["of_eps"](self.threat.eps))
+                setattr(self, one.name, one.metadata["of_eps"](self.threat))
         for name, kinds in kinds_of(type(self)).items():
             expected = " or ".join(_WORDS[kind] for kind in kinds)
             self.require(_fits(getattr(self, name), kinds), name, expected)
@@ -318,8 +326,9 @@ class Method(ABC):
         """Scale eps and the hyperparameters in ``lengths`` to ``share`` of their full values.
 
         Use this to change the radius of an existing method. Assigning ``threat`` does not: parts
-        of the method hold copies of it.
+        of the method hold copies of it. A later call replaces an earlier one.
         """
+        self.strength = share
         if self._full is None:
             lengths = {k: v for k in self.lengths if (v := getattr(self, k, None))}
             self._full = self.threat, lengths
@@ -420,6 +429,7 @@ _WORDS = {
 }
 
 
+@functools.cache
 def kinds_of(cls: type[Method]) -> dict[str, tuple[type, ...]]:
     """Return the types that each hyperparameter may have.
 
@@ -460,6 +470,16 @@ def relaxed_cross_entropy(logits: Tensor, y: Tensor, share: float) -> Tensor:
     true = log_p.gather(1, y[:, None]).squeeze(1)
     wrong = (log_p.sum(1) - true) / (logits.shape[1] - 1)
     return -(share * true + (1 - share) * wrong)
+
+
+def carried(last: Tensor, x: Tensor) -> Tensor | None:
+    """Return the last batch's rows for the images x (N, ...); None if none fit them.
+
+    Rows repeat if the last batch was smaller.
+    """
+    if not len(last) or last.shape[1:] != x.shape[1:]:
+        return None
+    return last.to(x)[torch.arange(len(x), device=x.device) % len(last)]
 
 
 def once(function: Callable[..., T]) -> Callable[..., T]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from surestep.attacks.core import input_gradient
 from surestep.attacks.lending import attacking
 from surestep.attacks.losses import cross_entropy
-from surestep.methods._base import Cost, Terms, Update, register
+from surestep.methods._base import Cost, Terms, Update, once, register
 from surestep.methods._presets import CIFAR100_ZOO, CIFAR_ZOO, MNIST_ZOO, recipe
 from surestep.methods._single_step import OnSingleStep, unchanged
 
@@ -67,10 +67,12 @@ class AAER(OnSingleStep):
             grad, _, was = input_gradient(inner, start, y, base.objective)
         before = cross_entropy(was, y)
         x_adv = base.finish(start + self.threat.steepest_step(grad, base.size), x)
+        # At the weights of the attack: AWP's second pass is at others, where the loss is higher.
+        fallen = once(lambda after: (after < before).to(after.dtype).detach())
 
         def loss(logits: Tensor) -> Terms:
             ce, after = self.criterion(logits, y), cross_entropy(logits, y)
-            abnormal = (after < before).to(ce.dtype).detach()
+            abnormal = fallen(after)
             spread = (logits - was).square().sum(1)
             count, others = abnormal.sum(), (1 - abnormal).sum()
             fall = (abnormal * (before - after.detach())).sum() / count.clamp(min=1)

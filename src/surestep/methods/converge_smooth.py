@@ -65,7 +65,7 @@ class ConvergeSmooth(Method):
         self._epoch, self._lr = 0, 0.0
         # No drop of the learning rate in this epoch / the last; for E-CS the start counts as one.
         self._steady = self._calm = self.compare == "batch"
-        self._centre: dict[str, Tensor] = {}
+        self._centre: list[Tensor] = []
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Append the clean images to the wrapped method's update."""
@@ -75,10 +75,9 @@ class ConvergeSmooth(Method):
         self._turn(model)
         n = len(inner.points)
         sign = once(self._sign)
-        weights = dict(_weights(model)) if self._centre else {}
-        # After a checkpoint is loaded they are on the CPU.
-        self._centre = {k: c.to(weights[k]) for k, c in self._centre.items() if k in weights}
-        centre = [(weights[k], c) for k, c in self._centre.items()]
+        # After a checkpoint is loaded the centre is on the CPU.
+        weights = list(unwrapped(model).parameters()) if self._centre else []
+        self._centre = [c.to(w) for c, w in zip(self._centre, weights, strict=True)]
 
         def loss(logits: Tensor) -> Terms:
             own, terms = inner.loss(logits[:n])
@@ -86,7 +85,8 @@ class ConvergeSmooth(Method):
             jump = sign(clean.detach()).to(clean.dtype) * clean
             total = own + self.weight * jump
             if self.pull:
-                apart = [(p - c).square().sum() for p, c in centre]
+                pairs = zip(weights, self._centre, strict=True)
+                apart = [(w - c).square().sum() for w, c in pairs]
                 total = total + self.pull * sum(apart, torch.zeros_like(own))
             return total, {**terms, "clean": clean, "jump": jump}
 
@@ -122,11 +122,9 @@ class ConvergeSmooth(Method):
             zero = torch.zeros_like(total)
             self._sums = torch.stack([zero, zero, total / count.clamp(min=1), mean])
         if self.pull:
-            share = 1 / self._epoch
-            for name, weight in _weights(model):
-                now = weight.detach()
-                held = self._centre.get(name, now).to(now)
-                self._centre[name] = torch.lerp(held, now, share)
+            now = [w.detach() for w in unwrapped(model).parameters()]
+            pairs = zip(self._centre or now, now, strict=True)
+            self._centre = [torch.lerp(c.to(w), w, 1 / self._epoch) for c, w in pairs]
 
     @property
     def cycle(self) -> int:
@@ -146,7 +144,3 @@ class ConvergeSmooth(Method):
         """The wrapped method's cost, and one more image (the clean one) in the update."""
         own = self.base.cost(batch_size)
         return Cost(own.forward + 1, own.input_grad + 1, own.weight_grad + 1)
-
-
-def _weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return list(unwrapped(model).named_parameters())

@@ -52,9 +52,11 @@ class EAT(OnSingleStep):
         attacked = self.sources[turn - 1].to(x.device) if turn else model
         # Fixed models are attacked in eval mode, even by a perturbation that uses train mode.
         train_mode = not turn and self.base.train_mode
+        # The engine chose the memory format for the model; another may not take it.
+        images = x.contiguous() if turn else x
         with attacking(attacked, train_mode=train_mode) as inner, torch.no_grad():
-            predicted = forward_logits(inner, x).argmax(1)
-        x_adv = self.base.step_on(attacked, x, predicted, train_mode)
+            predicted = forward_logits(inner, images).argmax(1)
+        x_adv = self.base.step_on(attacked, images, predicted, train_mode)
 
         def loss(logits: Tensor) -> Terms:
             at_clean, at_adv = (self.criterion(part, y) for part in logits.chunk(2))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from surestep import processes
 from surestep.attacks.inputs import forward_logits
-from surestep.attacks.lending import attacking, uncompiled
+from surestep.attacks.lending import attacking, interpreted, uncompiled
 from surestep.attacks.losses import cross_entropy
 from surestep.methods._base import Cost, one_hot, register
 from surestep.methods.fgsm_uap import FGSMUAP
@@ -43,17 +43,19 @@ class FGSMFUAP(FGSMUAP):
 
     def choose(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, int]:
         """Pick with the layer, then train it on the losses of the picks."""
-        with attacking(model) as lent, torch.no_grad():
-            inner = uncompiled(lent)  # compiled code ignores hooks added later
+        # Compiled code ignores hooks that are added later.
+        with attacking(model) as lent, interpreted(lent), torch.no_grad():
+            inner = uncompiled(lent)
             linear = [m for m in inner.modules() if isinstance(m, nn.Linear)]
             seen: list[Tensor] = []
             hooks = [m.register_forward_pre_hook(lambda _, a: seen.append(a[0])) for m in linear]
             try:
-                seen.insert(0, forward_logits(inner, self.threat.random_start(x)))
+                logits = forward_logits(inner, self.threat.random_start(x))
             finally:
                 for hook in hooks:
                     hook.remove()
-            features = F.normalize(seen[-1].flatten(1).to(x.dtype), dim=1)
+            last = seen[-1] if seen else logits
+            features = F.normalize(last.flatten(1).to(x.dtype), dim=1)
             if self._layer.shape != (self.count, features.shape[1]):
                 # From a fixed seed, so that it is the same in every process.
                 own, shape = torch.Generator().manual_seed(0), (self.count, features.shape[1])

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surestep import processes
-from surestep.methods._base import Cost, Method, Terms, Update, register
+from surestep.methods._base import Cost, Method, Terms, Update, carried, register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.threat import ThreatModel
 
@@ -28,6 +27,7 @@ class Free(Method):
 
     summary = "several steps on each batch; one backward pass updates weights and perturbation"
     paper = "Shafahi et al. 2019, arXiv 1904.12843"
+    kept_rows = ("_delta",)
     presets = {
         "mnist": recipe(MNIST_ZOO, replays=8, settings={"epochs": 2}),
         "cifar10": recipe(CIFAR_RESNET, replays=8, settings={"epochs": 12}),
@@ -38,17 +38,14 @@ class Free(Method):
     def validate(self) -> None:
         """Check the replays."""
         self.require(self.replays >= 1, "replays", ">= 1")
-        self._delta: Tensor | None = None
+        self._delta = torch.zeros(0)
         self._pending: tuple[ThreatModel, Tensor, Tensor] | None = None
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Apply the current perturbation; it takes its step at the next call, after backward."""
         self._advance()
-        delta = torch.zeros_like(x) if self._delta is None else self._delta.to(x)
-        if delta.shape != x.shape:  # a batch of another size
-            rows = torch.arange(len(x), device=x.device) % len(delta)
-            delta = delta[rows] if delta.shape[1:] == x.shape[1:] else torch.zeros_like(x)
-        points = self.threat.project(x + delta, x).requires_grad_()
+        last = carried(self._delta, x)
+        points = self.threat.project(x if last is None else x + last, x).requires_grad_()
         self._pending, plain = (self.threat, x, points), self.plain_loss(y)
 
         def loss(logits: Tensor) -> Terms:
@@ -74,11 +71,11 @@ class Free(Method):
         return Cost(1, 1, 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the perturbations of all processes."""
+        """Return the perturbations after their pending step."""
         self._advance()
-        return {} if self._delta is None else {"delta": processes.gather(self._delta)}
+        return super().state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore this process's part."""
-        if "delta" in state:
-            self._delta = processes.own(state["delta"]).clone()
+        """Restore the perturbations; a step that was pending is dropped."""
+        self._pending = None
+        super().load_state_dict(state)

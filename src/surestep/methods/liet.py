@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep import processes
-from surestep.attacks.core import input_gradient
+from surestep.attacks.core import in_parts, input_gradient
 from surestep.attacks.inputs import count_classes
 from surestep.attacks.lending import attacking
 from surestep.methods._base import Cost, Method, Terms, Update, one_hot, register
@@ -121,10 +121,15 @@ class LIET(Method):
         self._made = self.progress.step
         classes = len(held) if fits else count_classes(model, x)
         low, high = self.threat.bounds
-        grey = torch.full_like(x[:1], (low + high) / 2).expand(classes, *x.shape[1:])
+        grey = torch.full_like(x[:1], (low + high) / 2)
         with attacking(model) as inner:
-            labels = torch.arange(classes, device=x.device)
-            grad = input_gradient(inner, grey, labels)[0]
+
+            def at_grey(labels: Tensor) -> Tensor:
+                images = grey.expand(len(labels), *x.shape[1:])
+                return input_gradient(inner, images, labels)[0]
+
+            # There may be more classes than images in a batch, and memory for no more.
+            grad = in_parts(len(x), at_grey, torch.arange(classes, device=x.device))
         # Batch norm's buffers differ between processes, but templates must not.
         self._templates = processes.mean(grad)
 

@@ -99,6 +99,10 @@ class PAP(Method):
         share = regularised_images(batch_size, self.fraction) / batch_size
         return Cost.of(attack=1 + (self.steps + 1) * share, update=1 + 2 * share)
 
+    def peak_images(self, batch_size: int) -> int:
+        """Count the images of the attack, which are more than the update's."""
+        return batch_size + (self.steps + 1) * regularised_images(batch_size, self.fraction)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the pipelines of all processes, and the number of steps they have taken."""
         held = {k: processes.gather(v) for k, v in self._held.items()}

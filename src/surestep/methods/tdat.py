@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from surestep.attacks.core import input_gradient
 from surestep.attacks.lending import attacking
-from surestep.methods._base import Cost, Method, Terms, Update, register, relaxed_cross_entropy
+from surestep.methods._base import (
+    Cost,
+    Method,
+    Terms,
+    Update,
+    carried,
+    register,
+    relaxed_cross_entropy,
+)
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 
 
@@ -59,12 +67,8 @@ class TDAT(Method):
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Step from the previous batch's perturbation (random at first)."""
-        threat, last = self.threat, self._delta
-        if len(last) and last.shape[1:] == x.shape[1:]:
-            rows = torch.arange(len(x), device=x.device) % len(last)
-            start = threat.project(x + last.to(x)[rows], x)
-        else:
-            start = threat.random_start(x)
+        threat, last = self.threat, carried(self._delta, x)
+        start = threat.random_start(x) if last is None else threat.project(x + last, x)
         with attacking(model) as inner:
             grad, _, _ = input_gradient(inner, start, y, self.relaxed)
         x_adv = threat.ascend(start, grad, threat.eps, x)

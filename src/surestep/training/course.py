@@ -19,6 +19,6 @@ def follow(job: Job, step: int) -> None:
     at = Progress(step, steps, job.total / steps, job.images, lr, job.labelled)
     job.method.progress = at
     if config.eps_warmup:
-        job.method.set_strength(warm_up(step, config.eps_warmup * steps))
+        job.method.set_strength(job.strength * warm_up(step, config.eps_warmup * steps))
     job.take_step.averaging = at.done >= (config.swa or 0)
     job.take_step.perturbing = step >= config.awp_from * steps

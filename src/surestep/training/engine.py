@@ -92,8 +92,10 @@ class Engine:
         if self.tuned:
             keep_freed_memory()
         if self.channels_last:
-            # torch's own stubs leave this overload out.
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            # Tensor by tensor: Module.to fails on weights of 3-D convolutions.
+            for tensor in (*model.parameters(), *model.buffers()):
+                if tensor.dim() == 4:
+                    tensor.data = tensor.data.to(memory_format=torch.channels_last)
         return model
 
     def suited(self, model: nn.Module, shape: torch.Size) -> Engine:
@@ -119,6 +121,7 @@ class Engine:
             ):
                 inner(x)
         except RuntimeError:
+            # torch's own stubs leave this overload out.
             model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
             return replace(self, channels_last=False)
         return self

@@ -89,6 +89,7 @@ class Job:
         model: the network itself, on its device, in train mode.
         method: what a step minimises; the run's own copy.
         threat: the method's threat model at full eps, to which the method itself may warm up.
+        strength: the method's strength there, if the user has set one; else 1.
         config: the settings, with the engine and the precision that were picked.
         accelerator: the processes of the run.
         device: the device of this process.
@@ -111,6 +112,7 @@ class Job:
     model: nn.Module
     method: Method
     threat: ThreatModel
+    strength: float
     config: FitSettings
     accelerator: Accelerator
     device: torch.device
@@ -215,6 +217,7 @@ def prepare(
         model=bare,
         method=method,
         threat=method.threat,
+        strength=method.strength,
         config=config,
         accelerator=accelerator,
         device=device,

@@ -10,6 +10,9 @@ from typing import Any
 
 DIVERGED = "diverged"
 """Verdict of a row whose loss became NaN; such a row counts in no mean."""
+BESIDE = "2026-11-29T17"
+"""Rows of this time and later, without an estimate of their own, were measured beside other work
+and took up to 40% longer than others of their kind."""
 NAMED = ("sat-r1", "sat-r2", "sat-r3", "fgsm", "rs-fgsm", "n-fgsm", "pgd", "trades", "free")
 """Entries that the plot labels even if they are not on the front."""
 
@@ -21,9 +24,11 @@ def means(
 ) -> list[Means]:
     """Return one line per entry, the best worst case first; time is relative to standard training.
 
-    Times are divided by those of the standard rows of the same board, radius and kind of machine;
-    rows from a machine without such a row count for accuracy only. Of rows with the same radius
-    and seed the last one counts, and one that is ``outdated`` only where an entry has no others.
+    Times are divided by those of standard training: as estimated in the row's own process, or, in
+    older rows, of the standard rows of the same board, radius and kind of machine. Rows without
+    either count for accuracy only, as do those that were measured beside other work. Of rows with
+    the same radius and seed the last one counts, and one that is ``outdated`` only where an entry
+    has no others.
     """
     groups: dict[str, list[dict[str, str]]] = {}
     for one in found:
@@ -40,11 +45,7 @@ def means(
             continue
         worst = [100 * float(r["worst_case"]) for r in mine]
         verdicts = [r["verdict"] for r in latest]
-        ratios = [
-            float(r["train_seconds"]) / statistics.mean(plain[r["machine"]])
-            for r in mine
-            if r["machine"] in plain
-        ]
+        ratios = [ratio for r in mine if (ratio := _ratio(r, plain))]
         lines.append(
             {
                 "entry": entry,
@@ -68,6 +69,15 @@ def means(
     return sorted(lines, key=lambda line: -line["worst"])
 
 
+def _ratio(row: dict[str, str], plain: Mapping[str, Sequence[float]]) -> float | None:
+    """Return a row's time relative to standard training; None if that is unknown."""
+    if row.get("standard_seconds"):
+        return float(row["train_seconds"]) / float(row["standard_seconds"])
+    if row["machine"] not in plain or row["date"] >= BESIDE:
+        return None
+    return float(row["train_seconds"]) / statistics.mean(plain[row["machine"]])
+
+
 def table(lines: list[Means]) -> str:
     """Return the lines as a Markdown table; masked entries are marked."""
     text = (
@@ -89,7 +99,7 @@ def table(lines: list[Means]) -> str:
 
 def against(lines: list[Means]) -> str:
     """Name the best SAT methods, alone and with parts, and their distance to the best other one."""
-    sound = [line for line in lines if not line["masked"]]
+    sound = [line for line in lines if not (line["masked"] or line["outdated"])]
     sat = [line for line in sound if line["entry"].startswith("sat-")]
     groups = {
         "The best SAT alone": [line for line in sat if " " not in line["entry"]],
@@ -100,7 +110,8 @@ def against(lines: list[Means]) -> str:
     if "the best of the rest" not in best or len(best) == 1:
         return ""
     text = "; ".join(
-        f"{name}: **{line['entry']}**, {line['worst']:.1f} at {line['ratio']:.2f} times the time"
+        f"{name}: **{line['entry']}**, {line['worst']:.1f}"
+        + ("" if math.isnan(line["ratio"]) else f" at {line['ratio']:.2f} times the time")
         for name, line in best.items()
     )
     lead = sat[0]["worst"] - best["the best of the rest"]["worst"]
@@ -120,7 +131,8 @@ def plot(lines: list[Means], path: Path) -> None:
     ]
     front: list[Means] = []
     for line in sorted(shown, key=lambda line: (line["ratio"], -line["worst"])):
-        if not line["masked"] and line["worst"] > (front[-1]["worst"] if front else -1):
+        sound = not (line["masked"] or line["outdated"])
+        if sound and line["worst"] > (front[-1]["worst"] if front else -1):
             front.append(line)
     data = [
         {

@@ -106,7 +106,6 @@ def main(rows: list[Row], *, out: str, steps: int, n: int, data: str | None = No
     parser.add_argument("--n", type=int, default=n, help="test images")
     parser.add_argument("--out", type=Path, default=Path(out), help="the CSV")
     parser.add_argument("--only", nargs="*", default=[], help="rows to run, as METHOD/RECIPE")
-    parser.add_argument("--set", default="{}", help="JSON of settings to change, for searches")
     parser.add_argument("--data", default=data, help="location of the data set")
     parser.add_argument(
         "--table", action="store_true", help="run nothing: print means over the seeds of --out"
@@ -121,9 +120,8 @@ def main(rows: list[Row], *, out: str, steps: int, n: int, data: str | None = No
         print(means(read(args.out)))
         return
     done = {(r["method"], r["recipe"], int(r["seed"])) for r in read(args.out)}
-    changes = json.loads(args.set)
     todo = [
-        Row(r.method, r.recipe, r.seed, {**r.changes, **changes})
+        r
         for r in rows
         if r.key not in done and (not args.only or f"{r.method}/{r.recipe}" in args.only)
     ]
@@ -174,6 +172,7 @@ def run_alone(row: Row, *words: str, threads: int, **options: Any) -> dict[str, 
         options: further options by name; those that are None are left out.
     """
     named = [w for k, v in options.items() if v is not None for w in (f"--{k}", str(v))]
+    begun = origin()  # now: the code may have changed by the end
     ran = subprocess.run(
         [sys.executable, sys.argv[0], "--row", json.dumps(asdict(row)), *words, *named],
         capture_output=True,
@@ -185,7 +184,7 @@ def run_alone(row: Row, *words: str, threads: int, **options: Any) -> dict[str, 
         print(f"FAILED {row}: {ran.stderr[-2000:]}", flush=True)
         return None
     return {
-        **origin(),
+        **begun,
         **json.loads(ran.stdout.splitlines()[-1]),
         "command": "python " + " ".join(sys.argv),
     }
@@ -212,14 +211,21 @@ def read(out: Path) -> list[dict[str, str]]:
 
 def origin() -> dict[str, str]:
     """Return the origin of a measurement: commit, machine and date."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
     return {
-        "commit": subprocess.run(
-            command, capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "commit": commit(),
         "machine": machine(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M"),
     }
+
+
+def commit() -> str:
+    """Return the commit of the code, with "-dirty" if it has changed since."""
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+
+    changed = git("diff", "--quiet", "HEAD", "--", "src", "benchmarks/*.py").returncode == 1
+    return git("rev-parse", "--short", "HEAD").stdout.strip() + "-dirty" * changed
 
 
 def machine() -> str:

@@ -99,7 +99,8 @@ def our_step(
     slug, params = spec(name)
     method = methods.build(slug, Linf(EPS), params)
     method.progress = methods.Progress(images=batch)
-    optimizer = make_optimizer("sgd", model.parameters(), lr=0.01)
+    # With the peers' weight decay.
+    optimizer = make_optimizer("sgd", model.parameters(), lr=0.01, weight_decay=5e-4)
     chosen = Engine.choose(engine, device=device)
     if max_memory:
         shape = torch.Size([channels, size, size])

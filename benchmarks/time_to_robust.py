@@ -9,10 +9,11 @@ The MNIST race trains LeNet+ at eps 0.3, the CIFAR-10 race a slim PreActResNet a
 passes a threshold if the mean of its seeds' worst cases does: per image over FGSM and PGD-100 on
 cross entropy and on the margin, from a full-radius start, on test images. Seconds are those of the
 training steps, on all cores, with the same engine for all; no validation runs, and nothing is
-selected. Each run has its own process. Run it on an idle machine: each seed runs all recipes in
-turn, so that slow minutes affect all of them. Robustness does not depend on the kind of machine, so
-all rows count for accuracy. Seconds are reported separately for each machine, and only of rows that
-had all cores (--threads 1 is for training two seeds side by side, for their accuracy).
+selected. Each run has its own process. Run it on an idle machine; each seed runs all the recipes
+asked for in turn, so that slow minutes affect all of them. Robustness does not depend on the kind
+of machine, so all rows count for accuracy. Seconds are reported separately for each machine, and
+only of rows that had all cores (--threads 1 is for training two seeds side by side, for their
+accuracy).
 """
 
 from __future__ import annotations
@@ -147,14 +148,14 @@ def main() -> None:
     if args.table:
         return table(rows, race)
     here = [row for row in rows if row["machine"] == machine()]
-    done = {(name_of(row), int(row["seed"])) for row in here}
+    done = {(name_of(r), int(r["seed"]), int(r["threads"]), int(r["n"])) for r in here}
     for seed in args.seeds:
         for name in only:
-            if (name, seed) in done:
+            n = args.n or race.n
+            if (name, seed, args.threads, n) in done:
                 continue
             method, recipe = name.split("/")[:2]
             row = Row(method, recipe, seed, {**QUICK, **race.recipes[name]})
-            n = args.n or race.n
             result = run_alone(row, threads=args.threads, n=n, data=args.data)
             if result:
                 append(args.out, FIELDS, result)

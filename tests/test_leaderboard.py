@@ -41,7 +41,7 @@ def line(entry, seed, worst, verdict, seconds, machine="one"):
             "fgsm": "0.8",
         },
         **{"found": "0.5", "worst_case": str(worst), "verdict": verdict},
-        **{"train_seconds": str(seconds), "machine": machine},
+        **{"train_seconds": str(seconds), "machine": machine, "date": "2026-11-23"},
     }
 
 
@@ -92,6 +92,30 @@ def test_seconds_are_held_against_standard_training_on_the_same_machine():
     (one, _), (alone,) = page.means(rows), page.means(rows[4:])
     assert (one["ratio"], one["seeds"]) == (2.5, 3)
     assert math.isnan(alone["ratio"])
+
+
+def test_seconds_are_held_against_an_estimate_of_their_own_process():
+    rows = [
+        line("standard", 0, 0.0, "not robust", 40),
+        {**line("one", 0, 0.8, "robust", 90), "standard_seconds": "30", "date": "2026-11-30T01:00"},
+        {**line("two", 0, 0.6, "robust", 90), "standard_seconds": "", "date": "2026-11-29T18:00"},
+    ]
+    one, two, _ = page.means(rows)
+    assert one["ratio"] == 3.0
+    assert math.isnan(two["ratio"])  # measured beside other work
+    assert "| two | 1 | 5 |  |" in page.table([two])
+
+
+def test_rows_of_a_method_as_it_was_lead_nothing(monkeypatch):
+    monkeypatch.setattr(board, "CHANGED", {"old": "2026-11-29"})
+    rows = [
+        line("standard", 0, 0.0, "not robust", 40),
+        line("sat-r2", 0, 0.7, "robust", 80),
+        line("old", 0, 0.9, "robust", 60),
+        {**line("new", 0, 0.8, "robust", 0), "machine": "without a standard row"},
+    ]
+    text = page.against(page.means(rows, board.outdated))
+    assert "the best of the rest: **new**, 80.0. SAT's distance to it: -10.0" in text
 
 
 def test_a_row_is_run_again_when_its_settings_change():

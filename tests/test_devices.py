@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -251,6 +252,9 @@ def test_images_that_would_fill_the_device_stay_on_the_host(monkeypatch):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 2e9))
         assert _batches._has_room(torch.device("cuda"), images) is room
     assert _batches._has_room(torch.device("cpu"), images)
+    assert _batches._has_room(torch.device("mps"), images)
+    large = SimpleNamespace(x=SimpleNamespace(nbytes=2**31))
+    assert not _batches._has_room(torch.device("mps"), large)
 
 
 class TestExact:

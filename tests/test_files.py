@@ -9,6 +9,7 @@ import stat
 from collections import OrderedDict
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -431,3 +432,21 @@ def test_safetensors_of_a_wrapped_model(tmp_path):
     safetensors.torch.save_file({"weight": torch.zeros(2, 2)}, tmp_path / "w.safetensors")
     with pytest.raises(UserError, match="missing bias"):
         files.load_any_weights(tmp_path / "w.safetensors", nn.Linear(2, 2))
+
+
+def test_on_windows_a_file_that_is_open_elsewhere_is_waited_for(tmp_path, monkeypatch):
+    tried = []
+
+    def replace(part, path):
+        tried.append(path)
+        if len(tried) < 3:
+            raise PermissionError("in use")
+
+    monkeypatch.setattr(files, "time", SimpleNamespace(sleep=tried.append))
+    monkeypatch.setattr(files, "os", SimpleNamespace(name="nt", replace=replace))
+    files._replace(tmp_path / "part", tmp_path / "whole")
+    assert tried == [tmp_path / "whole", 0.1, tmp_path / "whole"]
+    monkeypatch.setattr(files, "os", SimpleNamespace(name="posix", replace=lambda *_: replace(*_)))
+    tried.clear()
+    with pytest.raises(PermissionError):
+        files._replace(tmp_path / "part", tmp_path / "whole")

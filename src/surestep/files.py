@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pickle
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -56,7 +57,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(part, path)
+        _replace(part, path)
         # The file is in place by now: Windows cannot open folders, some network drives cannot sync
         # them, and neither matters.
         with contextlib.suppress(OSError):
@@ -74,6 +75,16 @@ def write_atomically(path: Path, content: bytes | str) -> None:
                 "then try again (continue a run with --resume)"
             ) from e
         raise UserError(f"cannot write {path}: {e.strerror or e}") from e
+
+
+def _replace(part: Path, path: Path) -> None:
+    """Rename a file; on Windows wait for programs that have the old one open for a moment."""
+    for seconds in (0.1, 0.4, 1.5) if os.name == "nt" else ():
+        try:
+            return os.replace(part, path)
+        except PermissionError:
+            time.sleep(seconds)
+    os.replace(part, path)
 
 
 def lock(file: IO[Any]) -> bool:

@@ -91,8 +91,10 @@ def share_first(tensors: Sequence[Tensor]) -> None:
         alike = [t for t in tensors if t.dtype == dtype]
         told = torch.cat([t.reshape(-1) for t in alike])
         dist.broadcast(told, 0)
-        for own, part in zip(alike, told.split([t.numel() for t in alike]), strict=True):
-            own.copy_(part.view_as(own))
+        if rank():
+            parts = told.split([t.numel() for t in alike])
+            shaped = [part.view_as(own) for own, part in zip(alike, parts, strict=True)]
+            torch._foreach_copy_(alike, shaped)
 
 
 def _sendable(tensor: Tensor) -> Tensor:

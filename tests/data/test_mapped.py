@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from surestep.data import Batches, Images, as_images, augment
+from surestep.evaluation.batches import batches_of
 
 
 @pytest.fixture
@@ -92,3 +93,12 @@ def test_training(stored):
     rows = [[v for k, v in r.history[-1].items() if k not in drop] for r in (one, other)]
     assert rows[0] == rows[1]
     assert isinstance(as_images((mapped, y)), Images)
+
+
+def test_judging_a_mapped_part_does_not_read_the_rest(tmp_path, monkeypatch):
+    np.save(tmp_path / "x.npy", np.full((40, 1, 4, 4), 0.5, np.float32))
+    mapped = as_images((np.load(tmp_path / "x.npy", mmap_mode="r"), np.arange(40) % 2))
+    monkeypatch.setattr("surestep.data._images._check_pixels", lambda *_: pytest.fail("it reads"))
+    batches, n = batches_of(mapped.subset(torch.arange(6)), 4, None, torch.device("cpu"))
+    assert n == 6
+    assert [len(x) for x, _ in batches] == [4, 2]

@@ -68,6 +68,17 @@ def test_measuring_leaves_the_model(trained, images):
 
 
 @pytest.mark.usefixtures("nothing_stays_compiled")
+def test_parts_that_are_compiled_are_measured(trained, images):
+    expected = posthoc.measure(trained, images)
+    model = nn.Sequential(copy.deepcopy(trained))
+    model[0].compile(backend="eager")
+    model(images.x)
+    found = posthoc.measure(model, images)
+    assert found.keys() == {"0.2"}
+    assert torch.equal(found["0.2"][0], expected["2"][0])
+
+
+@pytest.mark.usefixtures("nothing_stays_compiled")
 def test_of_a_compiled_model_the_module_inside_is_measured(trained, images):
     expected = posthoc.measure(trained, images)
     compiled = torch.compile(trained, backend="eager")

@@ -143,3 +143,12 @@ def test_until_the_average_begins_the_weights_themselves_are_judged(tiny, monkey
     tiny.train("fgsm", model=net, swa=0.75, epochs=4, on_epoch=keep)
     assert all(torch.equal(judged[0][k], trained[0][k]) for k in first)
     assert not all(torch.equal(judged[0][k], first[k]) for k in first)
+
+
+def test_a_plain_mean_leaves_other_buffers_alone(tiny):
+    net = tiny.net()
+    net.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+    average = WeightAverage(net, None)
+    for _ in range(3):
+        average.update(net)
+    assert torch.equal(average.model.mask, net.mask)

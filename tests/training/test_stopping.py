@@ -77,6 +77,7 @@ def same(tiny: Any, out: Path, whole: Path) -> None:
             ["images", "average and state", "Dataset", "DataLoader", "replayed"], [1, 3, 5, 6, 10]
         ),
         ("workers", 3),
+        ("persistent workers", 7),
     ],
 )
 def test_a_run_goes_on_where_it_was(tiny, asking, whole, tmp_path, kind, after):
@@ -85,6 +86,9 @@ def test_a_run_goes_on_where_it_was(tiny, asking, whole, tmp_path, kind, after):
         if kind in ("Dataset", "workers"):
             data = Noisy(*tiny.data(58))
             settings["workers"] = 2 * (kind == "workers")
+        elif kind == "persistent workers":
+            rest = {"num_workers": 1, "persistent_workers": True}
+            data = DataLoader(Noisy(*tiny.data(50)), 10, **rest)
         elif kind in ("DataLoader", "replayed"):
             own = torch.Generator().manual_seed(3)
             data = DataLoader(Noisy(*tiny.data(50)), 10, shuffle=True, generator=own)
@@ -297,8 +301,10 @@ class TestCtrlC:
         assert stop.number == signal.SIGTERM
 
 
-def test_workers_outlive_a_signal_to_the_whole_group(tiny, tmp_path):
+@pytest.mark.parametrize("kind", ["Dataset", "DataLoader", "validation"])
+def test_workers_outlive_a_signal_to_the_whole_group(tiny, tmp_path, kind):
     """As a cluster's manager sends it; each worker tells, after it, that it is still there."""
+    begun = tmp_path / "begun"
 
     class Killing(Noisy):
         def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
@@ -307,9 +313,16 @@ def test_workers_outlive_a_signal_to_the_whole_group(tiny, tmp_path):
                     os.kill(os.getpid(), number)
             return super().__getitem__(index)
 
-    data = Killing(*tiny.data(40))
-    result = tiny.train(data=data, validation=tiny.data(8), epochs=1, workers=2)
+    data, validation = Killing(*tiny.data(40)), tiny.data(8)
+    loader = DataLoader(data, 10, num_workers=1, worker_init_fn=lambda _: begun.touch())
+    if kind == "DataLoader":
+        data = loader
+    elif kind == "validation":
+        data, validation = tiny.data(40), loader
+    result = tiny.train(data=data, validation=validation, epochs=1, workers=2 * (kind == "Dataset"))
     assert result.history[0]["step"] == 4
+    assert begun.exists() is (kind != "Dataset")  # the loader's own function is called, too
+    assert loader.worker_init_fn.__name__ == "<lambda>"
 
 
 def test_a_loader_is_told_its_epoch(tiny, asking, tmp_path):

@@ -186,5 +186,10 @@ class Batches:
 
 
 def _has_room(device: torch.device, images: Images) -> bool:
-    """Tell whether the images take less than half of a GPU's free memory; True on other devices."""
+    """Tell whether the images take less than half of a GPU's free memory; True on the CPU.
+
+    On Apple's GPUs, less than 2 GiB: they share the CPU's memory, and index larger tensors wrongly.
+    """
+    if device.type == "mps":
+        return images.x.nbytes < 2**31
     return device.type != "cuda" or images.x.nbytes < torch.cuda.mem_get_info(device)[0] / 2

@@ -53,8 +53,8 @@ def stack(
         arrays.append(array)
     channels = max(array.shape[2] for array in arrays)
     whole = np.empty((len(arrays), channels, *arrays[0].shape[:2]), np.uint8)
-    for place, array in zip(whole, arrays, strict=True):
-        place[:] = array.transpose(2, 0, 1)  # a grey picture fills all three channels
+    for place in whole[::-1]:  # the memory of an array is free as soon as it has been copied
+        place[:] = arrays.pop().transpose(2, 0, 1)  # a grey picture fills all three channels
     return torch.from_numpy(whole)
 
 

@@ -83,10 +83,9 @@ def load(split: Split, name: str, *, image_size: int | None = None, n: int | Non
     # others may still have colour.
     if classes and n is not None and (x := read(order[:n])).shape[1] == 3:
         return Images(x, torch.tensor(labels), tuple(classes), name)
-    x = read(torch.arange(len(rows)))
-    y = torch.tensor(labels)
+    x, y = read(order), torch.tensor(labels)
     classes = classes or number_names(int(y.max()) + 1)
-    return Images(x[order], y[order], tuple(classes), name)
+    return Images(x, y, tuple(classes), name)
 
 
 def _stored_split(name: str, split: Split, available: list[str]) -> str | None:

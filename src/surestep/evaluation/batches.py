@@ -37,7 +37,10 @@ def batches_of(
         data = DataLoader(data, batch_size)
     if isinstance(data, DataLoader):
         return _first(data, n, device, bounds), n or 0
-    images = as_images(data) if bounds == (0.0, 1.0) else _in_range(data, bounds)
+    if isinstance(data, Images) and data.rows is not None:
+        images = data  # memory-mapped: a check of all pixels would read the whole file
+    else:
+        images = as_images(data) if bounds == (0.0, 1.0) else _in_range(data, bounds)
     images = images if n is None else images.first(n)
     if bool((images.y < 0).any()):
         raise UserError(f"{images.name} has images without a label (y of -1): leave them out")

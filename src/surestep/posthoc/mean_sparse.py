@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from surestep.activations import activations
-from surestep.attacks.lending import attacking, device_of, uncompiled
+from surestep.attacks.lending import attacking, device_of, interpreted, uncompiled
 from surestep.data import Images, as_images
 from surestep.devices import finest
 from surestep.errors import UserError
@@ -91,7 +91,8 @@ def _watching(
     ]
     handles += [m.register_forward_hook(made) for m in model.modules() if isinstance(m, nn.Linear)]
     try:
-        with attacking(model) as inner, torch.no_grad():
+        # Compiled parts would ignore the hooks.
+        with attacking(model) as inner, interpreted(inner), torch.no_grad():
             yield inner
     finally:
         for handle in handles:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from surestep.attacks.lending import copy_all
 from surestep.errors import UserError
@@ -52,9 +53,12 @@ class WeightAverage:
         ]
         # Batch norm's statistics are already moving averages over about the last ten steps. A
         # plain mean of the weights reaches further back, so it needs the mean of these, too.
+        # Other buffers, such as an attention mask of -inf, have no mean.
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+        statistics = {id(b) for m in norms for b in m.buffers() if b.is_floating_point()}
         copied: list[tuple[Tensor, Tensor]] = []
         for pair in zip(self.model.buffers(), model.buffers(), strict=True):
-            mean = self.decay is None and pair[1].is_floating_point()
+            mean = self.decay is None and id(pair[1]) in statistics
             (averaged if mean else copied).append(pair)
         # One fused operation for hundreds of small tensors, where the device has one.
         means, now = (list(side) for side in zip(*averaged, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,8 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     path = folder / f"step-{step:08d}.safetensors"
     files.save_tree(path, state)
     for old in found(folder)[:-_KEPT]:
-        old.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # such as while another program reads it
+            old.unlink()
     return path
 
 

@@ -10,6 +10,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from surestep.clock import SECONDS_BETWEEN_LINES, Every
 
 _SECONDS_BETWEEN = 0.5
+_SECONDS_UNSEEN = 10.0
+"""The numbers are read all the same now and then, since a diverged run should stop."""
 
 
 class Display:
@@ -27,7 +29,8 @@ class Display:
             disable=quiet or not self.console.is_terminal,
         )
         self.task = self.bar.add_task("", total=total_steps, info="")
-        self._numbers = Every(_SECONDS_BETWEEN, at_once=True)
+        live = self.console.is_terminal and not quiet
+        self._numbers = Every(_SECONDS_BETWEEN if live else _SECONDS_UNSEEN, at_once=True)
         self._line = Every(SECONDS_BETWEEN_LINES)
 
     def __enter__(self) -> Display:

@@ -122,7 +122,8 @@ class Trainer:
             hits = (result.logits.argmax(1) == y).float().mean() / job.labelled
             values = {"loss": result.loss, **result.terms, "adv_accuracy": hits}
             sums.add(self.at.step, len(x), values)
-            if self.display.due():
+            # Of several processes only the first shows anything.
+            if self.display.due() and job.accelerator.is_main_process:
                 self._show(sums)
             self._pause(sums)
         self._check_finite(sums, weights=True)

@@ -35,7 +35,7 @@ from surestep.training.engine import Engine, TrainStep, make_optimizer, make_ste
 from surestep.training.holding_out import split
 from surestep.training.memory import Frugal, fit_into
 from surestep.training.picking import MIN_STEPS, Pick, pick_engine
-from surestep.training.source import Replayed, Source, first_of, make_source
+from surestep.training.source import Replayed, Source, first_of, make_source, outliving
 
 MOST = 500
 """Maximum number of images that validation attacks at a time."""
@@ -173,6 +173,7 @@ def prepare(
     rank = accelerator.process_index
     seed_everything(seed_of("process", config.seed, rank) if rank else config.seed)
     train, held_out = split(data, validation, config.val_images, config.seed)
+    held_out = outliving(held_out)
     inside = train if isinstance(train, Images) else None
     _check_data(method, inside, train, held_out)
     loading = {"workers": workers, "steps": steps_per_epoch}

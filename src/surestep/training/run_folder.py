@@ -146,7 +146,7 @@ class RunFolder:
         try:
             if overwrite and self.folder.exists():
                 with self.held() if self.config.is_file() else nullcontext():
-                    shutil.rmtree(self.folder)
+                    self._empty()
             self.folder.mkdir(parents=True, exist_ok=True)
             self._claim(text)
         except FileExistsError as e:
@@ -156,6 +156,17 @@ class RunFolder:
         except OSError as e:
             reason = e.strerror or e
             raise UserError(f"cannot make the run folder {self.folder}: {reason}") from e
+
+    def _empty(self) -> None:
+        """Delete what is in the folder, ``config`` last: without it, it is no run any more.
+
+        The folder itself stays: network drives keep a file in it while ``config`` is held open.
+        """
+        for entry in sorted(self.folder.iterdir(), key=lambda path: path == self.config):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
 
     @contextmanager
     def held(self) -> Iterator[None]:

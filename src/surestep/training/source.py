@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -104,6 +106,10 @@ class LoaderSource:
     def _batches(self, random: OwnRandom) -> Iterator[Batch]:
         # Order and transforms must not depend on what the steps in between draw.
         made = 0
+        inner: Any = getattr(self.loader, "base_dataloader", self.loader)  # of Accelerate's
+        if getattr(inner, "persistent_workers", False):
+            # Start them anew, with this epoch's seed and data set, as a resume would.
+            inner._iterator = None
         with random.used():
             batches = iter(self.loader)
         while self._most is None or made < self._most:
@@ -211,13 +217,24 @@ def first_of(data: Any) -> tuple[Tensor, Tensor] | None:
     return as_pair(batch)
 
 
-def _deaf(_: int) -> None:
-    """Make a worker ignore signals to the process group: the run needs it to finish its step.
+def outliving(data: Any) -> Any:
+    """Return a DataLoader whose workers ignore signals to the process group; other data as given.
 
-    When the run ends, it shuts its workers down, or they notice that it is gone.
+    The run needs its workers to finish a step and save. When it ends, it shuts them down, or they
+    notice that it is gone.
     """
+    if not isinstance(data, DataLoader) or not data.num_workers:
+        return data
+    data = copy.copy(data)  # leave the user's own alone
+    data.worker_init_fn = functools.partial(_deaf, data.worker_init_fn)
+    return data
+
+
+def _deaf(then: Callable[[int], None] | None, worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if then is not None:
+        then(worker)
 
 
 def make_source(
@@ -283,7 +300,6 @@ def make_source(
             drop_last=True,
             pin_memory=device.type == "cuda",
             num_workers=workers,
-            worker_init_fn=_deaf,
         )
     elif world > 1 and type(data).__iter__ not in (DataLoader.__iter__, DataLoaderShard.__iter__):
         raise UserError(
@@ -307,6 +323,7 @@ def make_source(
         )
     if world > 1:
         _warn_of_an_order_of_its_own(data)
+    data = outliving(data)
     return LoaderSource(prepare(data) if world > 1 else data, device, bounds, steps)
 
 

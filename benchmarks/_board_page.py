@@ -10,7 +10,7 @@ from typing import Any
 
 DIVERGED = "diverged"
 """Verdict of a row whose loss became NaN; such a row counts in no mean."""
-BESIDE = "2026-11-29T17"
+BESIDE_OTHER_WORK = "2026-11-29T17"
 """Rows of this time and later, without an estimate of their own, were measured beside other work
 and took up to 40% longer than others of their kind."""
 NAMED = ("sat-r1", "sat-r2", "sat-r3", "fgsm", "rs-fgsm", "n-fgsm", "pgd", "trades", "free")
@@ -73,7 +73,7 @@ def _ratio(row: dict[str, str], plain: Mapping[str, Sequence[float]]) -> float |
     """Return a row's time relative to standard training; None if that is unknown."""
     if row.get("standard_seconds"):
         return float(row["train_seconds"]) / float(row["standard_seconds"])
-    if row["machine"] not in plain or row["date"] >= BESIDE:
+    if row["machine"] not in plain or row["date"] >= BESIDE_OTHER_WORK:
         return None
     return float(row["train_seconds"]) / statistics.mean(plain[row["machine"]])
 

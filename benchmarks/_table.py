@@ -194,6 +194,8 @@ def append(out: Path, names: list[str], row: dict[str, Any]) -> None:
     """Append a row to a CSV; a new file starts with a header."""
     out.parent.mkdir(parents=True, exist_ok=True)
     new = not out.exists()
+    if not new and out.read_text("utf-8").partition("\n")[0] != ",".join(names):
+        raise SystemExit(f"{out} has other columns than these rows: give another --out")
     with out.open("a", newline="") as f:
         writer = csv.DictWriter(f, names, extrasaction="ignore", lineterminator="\n")
         if new:

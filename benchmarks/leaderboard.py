@@ -26,6 +26,7 @@ that it trains on 40,000 images, since surestep holds out a fifth.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -265,24 +266,25 @@ def standard_seconds(config: RunConfig, device: torch.device) -> float:
     of the clock.
     """
     from surestep import methods, runs
+    from surestep.data import Batches, augment
     from surestep.training import make_optimizer, make_step
 
     images = runs.load_data(config, "train")
-    batch = images.first(config.batch_size)
-    model = runs.build_model(config, batch).to(device).train()
+    model = runs.build_model(config, images).to(device).train()
     optimizer = make_optimizer(
         config.optimizer, model.parameters(), lr=config.lr, weight_decay=config.weight_decay
     )
     method = methods.get("standard")(runs.build_threat(config))
     step = make_step(model, method, optimizer, "fast")
-    x, y = (part.to(device) for part in batch.tensors())
+    change = augment.get(config.augment)
+    batches = Batches(images, config.batch_size, augment=change, device=device)
     clock = time.process_time if device.type == "cpu" else time.perf_counter
-    taken = []
-    for _ in range(35):
-        begin = clock()
+    taken, begin = [], clock()
+    for x, y, _ in itertools.islice(batches.epoch(0), 35):
         float(step(x, y).loss)  # waits for the device
         taken.append(clock() - begin)
-    return statistics.median(taken[5:]) * config.epochs * (len(images) // config.batch_size)
+        begin = clock()
+    return statistics.median(taken[5:]) * config.epochs * batches.steps_per_epoch
 
 
 def train_judge_audit(name: str, row: Row, data: str | None) -> dict[str, Any]:

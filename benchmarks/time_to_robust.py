@@ -154,7 +154,11 @@ def main() -> None:
     if args.table:
         return table(rows, race)
     here = [row for row in rows if row["machine"] == machine()]
-    done = {(name_of(r), int(r["seed"]), int(r["threads"]), int(r["n"])) for r in here}
+    done = {
+        (name_of(r), int(r["seed"]), int(r["threads"]), int(r["n"]))
+        for r in here
+        if r["train_seconds"]
+    }
     for seed in args.seeds:
         for name in only:
             n = args.n or race.n

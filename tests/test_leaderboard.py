@@ -9,6 +9,7 @@ from dataclasses import replace
 import _board_page as page
 import leaderboard as board
 import pytest
+from _table import append, read
 
 from surestep import methods, runs
 from surestep.attacks import autoattack
@@ -211,3 +212,12 @@ def test_a_seed_that_diverged_is_named_and_counts_in_no_mean():
     assert (one["worst"], one["spread"], one["seeds"]) == (pytest.approx(80), None, 1)
     assert one["verdict"] == "robust (1), diverged (1)"
     assert [found["entry"] for found in page.means([gone])] == []
+
+
+def test_rows_of_other_columns_are_not_mixed(tmp_path):
+    out = tmp_path / "rows.csv"
+    append(out, ["one", "two"], {"one": 1, "two": 2})
+    append(out, ["one", "two"], {"one": 3, "two": 4, "more": 5})
+    assert read(out)[1] == {"one": "3", "two": "4"}
+    with pytest.raises(SystemExit, match="other columns"):
+        append(out, ["one", "three", "two"], {"one": 1})

@@ -110,7 +110,7 @@ class FitSettings(BaseModel):
     engine: Literal["auto", "fast", "reference"] = Field(
         "auto",
         description="How steps are computed: fast (channels_last, autocast), reference (plain) or "
-        "auto, the faster one in a short measurement",
+        "auto: the faster one in a short measurement (fast for data not in memory)",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="Precision of the forward pass (losses are always fp32)"

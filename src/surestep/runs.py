@@ -5,6 +5,7 @@ This is what the command line does, callable from Python.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import shutil
@@ -161,13 +162,15 @@ def _check_rate(*layers: Mapping[str, Any]) -> None:
         UserError: the last optimizer and the last learning rate were not meant for each other.
     """
     optimizer = meant = RunConfig.model_fields["optimizer"].default
+    rate = RunConfig.model_fields["lr"].default
     for layer in layers:
         optimizer = layer.get("optimizer", optimizer)
-        meant = optimizer if "lr" in layer else meant
+        if "lr" in layer:
+            meant, rate = optimizer, layer["lr"]
     if (optimizer == "sgd") != (meant == "sgd"):
         raise UserError(
-            f"optimizer {optimizer} needs a learning rate of its own: give --lr, too (the one of "
-            f"the preset or file is meant for {meant})"
+            f"optimizer {optimizer} needs a learning rate of its own: give --lr, too (the present "
+            f"one, {rate}, is meant for {meant})"
         )
 
 
@@ -287,16 +290,18 @@ def build_model(config: RunConfig, images: Images, *, begin: bool = False) -> nn
 
 def _with_head(model: nn.Module, config: RunConfig, weights: Path | None) -> nn.Module:
     """Return the model with the run's head, and with weights from a model with either head."""
-    sphere = config.head == "hypersphere"
-    if weights is not None:
-        try:
-            files.load_any_weights(weights, model)
-        except UserError:
-            if not sphere:
-                raise
-            model, sphere = models.on_hypersphere(model, config.head_scale), False
-            files.load_any_weights(weights, model)
-    return models.on_hypersphere(model, config.head_scale) if sphere else model
+    if config.head == "hypersphere":
+        plain = copy.deepcopy(model) if weights else model
+        model = models.on_hypersphere(model, config.head_scale)
+        if weights is not None:
+            try:
+                files.load_any_weights(weights, model)
+            except UserError:
+                files.load_any_weights(weights, plain)
+                return models.on_hypersphere(plain, config.head_scale)
+    elif weights is not None:
+        files.load_any_weights(weights, model)
+    return model
 
 
 def harden(

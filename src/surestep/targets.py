@@ -108,6 +108,11 @@ def open_target(
     asked = {"dataset": dataset, "data": place, "image_size": image_size, "norm": norm, "eps": eps}
     config = _as_run(name, weights, asked) if of_run else _as_asked(name, weights, asked)
     images, limits = runs.load_data(config, split, n), runs.build_threat(config)
+    if statistics and {len(part) for part in statistics} != {images.image_shape[0]}:
+        raise UserError(
+            f"mean and std have {len(statistics[0])} and {len(statistics[1])} values: give one of "
+            f"each for every channel, here {images.image_shape[0]}"
+        )
     file = RunFolder(folder).weights if of_run else Path(weights or "")
     classes = files.read_signature(file).classes if _has_header(file) else ()
     if of_run:

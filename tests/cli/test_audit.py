@@ -217,6 +217,7 @@ def test_a_file_with_dataclasses(done, weights, on):
         ("{0}/script.ts", ("--weights", "{0}/plain.pt"), "has its own weights"),
         ("{0}/net.py:make", ("--mean", "0.1"), "mean and std go together"),
         ("{0}/net.py:make", ("--mean", "a", "--std", "1"), "give numbers, one per channel"),
+        ("{0}/net.py:make", ("--mean", "1,2", "--std", "1,2"), "every channel, here 1"),
         ("hf:nothing", ("--mean", "0.5", "--std", "0.2"), "normalises its images itself"),
         ("timm:nothing", ("--mean", "0.5", "--std", "0.2"), "normalises its images itself"),
         ("timm:nothing", (), "timm"),

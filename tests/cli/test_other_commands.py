@@ -192,7 +192,7 @@ class TestDemo:
             assert (result["audit"]["n"], result["audit"]["budget"]) == (20, "quick")
             assert f"{result['audit']['verdict']}, " in rows["audit, 20 images"]
             assert result["audit"]["sentence"] in out
-        assert (found["fgsm"]["passes_per_image"], found["sat-r2"]["passes_per_image"]) == (5, 10)
+        assert (found["fgsm"]["passes"], found["sat-r2"]["passes"]) == (5, 10)
         for name, key in (("clean", "clean_accuracy"), ("worst case", "worst_case_accuracy")):
             for result in found.values():
                 assert f"{result[key]:.1%} (" in rows[name]

@@ -237,7 +237,7 @@ class TestWhatItSays:
         assert cli("train", *small, *args, "--out", tmp_path / "run") == (0, "", "")
         result = json.loads((tmp_path / "new" / "r.json").read_text())
         assert result["method"] == "sat-r2"
-        assert result["selected_epoch"] == 1
+        assert result["best_epoch"] == 1
         assert result["train_seconds"] > 0
         assert result["validation"]["val_n"] == 100
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from surestep import UserError
 from surestep.data import Batches, Images, as_images, augment
 from surestep.evaluation.batches import batches_of
 
@@ -102,3 +103,10 @@ def test_judging_a_mapped_part_does_not_read_the_rest(tmp_path, monkeypatch):
     batches, n = batches_of(mapped.subset(torch.arange(6)), 4, None, torch.device("cpu"))
     assert n == 6
     assert [len(x) for x, _ in batches] == [4, 2]
+
+
+def test_mapped_images_are_pixels_in_0_to_1(tmp_path):
+    np.save(tmp_path / "x.npy", np.full((4, 1, 4, 4), 0.5, np.float32))
+    mapped = as_images((np.load(tmp_path / "x.npy", mmap_mode="r"), np.arange(4) % 2))
+    with pytest.raises(UserError, match="give float32 tensors"):
+        batches_of(mapped, 4, None, torch.device("cpu"), (0.0, 255.0))

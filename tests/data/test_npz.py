@@ -42,7 +42,7 @@ def test_labels_with_gaps_are_refused(tmp_path):
 
 def test_a_single_label_for_all(tmp_path):
     place = save(tmp_path, x=np.zeros((20, 4, 4)), y=np.array(0))
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="20 images but y has 1 label"):
         data.load(place)
 
 

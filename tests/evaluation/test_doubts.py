@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import surestep
 from surestep.errors import SurestepWarning, UserError
@@ -413,3 +413,21 @@ def test_probabilities_of_half_precision(net, images):
     model = Changed(net, lambda x: x.bfloat16(), lambda z: z.softmax(1)).bfloat16()
     with pytest.warns(SurestepWarning, match="it returns probabilities"):
         evaluate(model, images, THREAT, ["fgsm"])
+
+
+def test_a_loader_of_fewer_images_than_asked_for(net, images, monkeypatch):
+    seen = []
+    monkeypatch.setattr(doubts, "of_model", lambda m, x, y, *_: seen.extend(x) or [])
+    loader = DataLoader(TensorDataset(*images), 9)
+    evaluate(net, loader, THREAT, ["fgsm"], n=10_000)
+    assert len(seen) == 80  # all that are right
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_an_attack_of_ones_own_may_say_that_it_follows_gradients(net, images, follows):
+    own = {"own": Attack(lambda model, x, y: x, follows=follows)}
+    model = Changed(net, lambda x: (x * 50).round() / 50)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = evaluate(model, images, THREAT, own)
+    assert found.doubts == ([BLIND] if follows else [])

@@ -9,6 +9,8 @@ from families import joined
 
 from surestep import L2, Linf, UserError, methods
 from surestep.config import FitSettings
+from surestep.errors import SurestepWarning
+from surestep.methods._base import METHODS
 
 E8, STEP2 = 8 / 255, 2 / 255
 PUBLISHED, REFUSED = joined("PUBLISHED"), joined("REFUSED")
@@ -152,3 +154,47 @@ def test_a_state_that_lacks_something_leaves_it_as_it_is(slug):
     before = method.state_dict()
     method.load_state_dict({})
     assert str(method.state_dict()) == str(before)
+
+
+@pytest.fixture
+def scratch(monkeypatch):
+    """What a test registers is gone afterwards."""
+    monkeypatch.setattr("surestep.methods._base.METHODS", dict(METHODS))
+
+
+@pytest.mark.usefixtures("scratch")
+def test_lengths_are_named():
+    @dataclass
+    class Mine(methods.Standard):
+        radius: float = methods.of_eps(0.5)
+
+    with pytest.raises(UserError, match="radius of the method 'mine' is a length: name it in"):
+        methods.register("mine")(Mine)
+    Mine.lengths = ("radios",)
+    with pytest.raises(UserError, match="radius of the method 'mine' is a length"):
+        methods.register("mine")(Mine)
+    Mine.lengths = ("radius", "radios")
+    with pytest.raises(UserError, match="has no 'radios', which its lengths name"):
+        methods.register("mine")(Mine)
+    Mine.lengths = ("radius",)
+    mine = methods.register("mine")(Mine)(Linf(0.1))
+    mine.set_strength(0.5)
+    assert mine.radius == pytest.approx(0.025)
+
+
+def test_a_perturbation_with_state_or_schedule_is_refused(monkeypatch):
+    monkeypatch.setattr(methods.NFGSM, "kept", ("_mean",))
+    with pytest.raises(UserError, match="is not a single-step method without schedule or state"):
+        methods.SATR2(Linf(0.1), perturbation="n-fgsm")
+
+
+def test_a_plug_in_whose_cost_fails_does_not_break_the_list(monkeypatch):
+    class Broken(methods.Standard):
+        def cost(self, batch_size):
+            return 1 / 0
+
+    Broken.slug = "broken"
+    monkeypatch.setitem(METHODS, "broken", Broken)
+    with pytest.warns(SurestepWarning, match="the passes of broken are unknown"):
+        rows = methods.overview()
+    assert (rows[-1]["name"], rows[-1]["passes"]) == ("broken", None)

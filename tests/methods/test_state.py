@@ -538,8 +538,9 @@ def test_eat_attacks_models_that_take_contiguous_images_only(make_task):
     method = methods.get("eat")(Linf(EPS))
     method.sources = [Views()]
     method.progress = at(1)
-    task.x = task.x.contiguous(memory_format=torch.channels_last)
-    step(method, task)
+    last = {"memory_format": torch.channels_last}
+    task.x = task.x.contiguous(**last)
+    assert step(method, task).x_adv.is_contiguous(**last)
     assert len(shapes) == 2
 
 

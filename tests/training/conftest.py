@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import merged
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import surestep
 from surestep import files, methods
@@ -109,7 +110,7 @@ def train(
     """Run ``fit`` on something tiny: 5 steps an epoch, 6 images held out."""
     defaults = {
         "epochs": 2,
-        "batch_size": 10,
+        **({} if isinstance(data, DataLoader) else {"batch_size": 10}),
         "lr": 0.05,
         "engine": "reference",
         "val_attacks": ("fgsm", "pgd-2"),

@@ -148,7 +148,10 @@ def test_until_the_average_begins_the_weights_themselves_are_judged(tiny, monkey
 def test_a_plain_mean_leaves_other_buffers_alone(tiny):
     net = tiny.net()
     net.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+    net.norm = nn.InstanceNorm2d(2, track_running_stats=True)
     average = WeightAverage(net, None)
-    for _ in range(3):
+    for mean in (1.0, 2.0, 6.0):
+        net.norm.running_mean.fill_(mean)
         average.update(net)
     assert torch.equal(average.model.mask, net.mask)
+    assert average.model.norm.running_mean.tolist() == pytest.approx([3, 3])

@@ -34,6 +34,7 @@ from surestep import data, files, methods
 from surestep.config import FitSettings
 from surestep.errors import UserError
 from surestep.evaluation import Evaluation
+from surestep.methods._base import METHODS
 from surestep.training import (
     TrainingDiverged,
     TrainStep,
@@ -571,11 +572,15 @@ class TestResume:
             tiny.train(out=where and tmp_path / where, resume=True)
         assert not list(tmp_path.iterdir())
 
-    def test_the_speed_is_that_of_the_steps_taken_since(self, tiny, stopping, tmp_path):
+    def test_the_speed_is_that_of_the_steps_taken_since(
+        self, tiny, stopping, tmp_path, monkeypatch
+    ):
         class Slow(methods.Standard):
             def craft(self, *batch: Any) -> Any:
                 time.sleep(0.05)
                 return super().craft(*batch)
+
+        monkeypatch.setitem(METHODS, Slow.slug, Slow)
 
         def train(**place: Any) -> Any:
             return tiny.train(Slow(tiny.threat), checkpoint_every=3, **place)

@@ -14,6 +14,7 @@ import surestep
 from surestep import UserError, methods, processes
 from surestep.config import FitSettings
 from surestep.training import make_optimizer, make_step, stopping
+from surestep.training.display import Display
 from surestep.training.engine import Engine
 from surestep.training.preparing import _batch_of
 
@@ -186,3 +187,43 @@ def test_weights_of_three_dimensional_convolutions():
         val_images=0, engine="fast", quiet=True,
     )  # fmt: skip
     assert fitted.history[-1]["loss"] > 0
+
+
+def test_a_run_folder_wants_a_registered_method(tiny, tmp_path):
+    class Mine(methods.SATR2):
+        pass
+
+    method = Mine(tiny.threat)
+    assert method.slug == "Mine"  # and not its parent's
+    with pytest.raises(UserError, match="but Mine has no name: put @surestep"):
+        tiny.train(method, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    fitted = tiny.train(method, epochs=1)
+    assert isinstance(fitted.method, Mine)
+    assert fitted.method is not method
+
+
+def test_a_description_must_tell_the_method(tiny, tmp_path):
+    with pytest.raises(UserError, match="describe needs the entries method and params"):
+        tiny.train(out=tmp_path / "run", describe={"note": "x"})
+
+
+@pytest.mark.parametrize("given", [16, 5])
+def test_a_loader_has_its_own_batch_size(tiny, given):
+    loader = DataLoader(TensorDataset(*tiny.data(20)), 10)
+    with pytest.raises(UserError, match=f"batch_size {given} has no effect: .* its own, 10"):
+        tiny.train(data=loader, val_images=0, batch_size=given)
+    tiny.train(data=loader, val_images=0, batch_size=20, epochs=1)  # of two processes together
+
+
+@pytest.mark.parametrize("term", ["loss", "lr", "val_clean"])
+def test_terms_do_not_take_the_names_of_the_log(tiny, term):
+    def loss(logits):
+        return logits.sum(), {term: logits.sum()}
+
+    with pytest.raises(UserError, match=f"the term '{term}' has a name that training logs"):
+        methods.Update(tiny.data(4)[0], loss).take(tiny.net())
+
+
+def test_numbers_that_nobody_sees_are_read_rarely():
+    assert Display(10, quiet=True)._numbers.seconds == 10

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from surestep import UserError
-from surestep.training import TrainStep, checkpoint, loop, stopping, validating
+from surestep.training import TrainStep, checkpoint, loop, source, stopping, validating
 
 ENDS = {signal.SIGTERM: (SystemExit, "143"), signal.SIGINT: (KeyboardInterrupt, None)}
 
@@ -345,3 +346,15 @@ def test_a_loader_is_told_its_epoch(tiny, asking, tmp_path):
     seen.clear()
     train(out=tmp_path / "run", resume=True)
     assert sorted(set(seen)) == [1, 2]
+
+
+def test_workers_of_a_loader_that_accelerate_has_wrapped(tiny):
+    """The loader inside starts them; the user's own stays as it is."""
+    inner = DataLoader(Noisy(*tiny.data(20)), 10, num_workers=1, persistent_workers=True)
+    inner._iterator = "of the user"
+    shard = prepare_data_loader(inner, put_on_device=False)
+    copied = source.outliving(shard)
+    assert copied.base_dataloader.worker_init_fn.func is source._deaf
+    assert copied.base_dataloader._iterator is None
+    assert shard.base_dataloader.worker_init_fn is inner.worker_init_fn is None
+    inner._iterator = None

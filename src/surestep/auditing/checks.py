@@ -597,7 +597,7 @@ def distorted_boundary(s: Subject) -> Measurement:
         left = left[s.logits(between).argmax(1) == y[left]] if len(left) else left
     share = 1 - len(left) / int(both.sum())
     said = f"of {int(both.sum())} images right at both ends, {share:.1%} are wrong between"
-    return Measurement(share > 0.05, share, said, {"right at both ends": int(both.sum())})
+    return Measurement(_over(share, 0.05), share, said, {"right at both ends": int(both.sum())})
 
 
 @_check(

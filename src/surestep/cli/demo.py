@@ -93,7 +93,7 @@ def demo(
     told = {
         name: {
             **results[name].to_dict(),
-            "passes_per_image": costs[name],
+            "passes": costs[name],
             "train_seconds": seconds[name],
             "audit": audits[name].to_dict(),
         }

@@ -65,7 +65,8 @@ def methods(name: str | None, new_name: str | None, where: str, json_file: str |
             table.add_column(column, justify="right" if column == "passes" else "left")
         for row in rows:
             presets = ", ".join(row["presets"])
-            table.add_row(row["name"], f"{row['passes']:.3g}", row["summary"], presets)
+            passes = f"{row['passes']:.3g}" if row["passes"] else "–"
+            table.add_row(row["name"], passes, row["summary"], presets)
         console.print(table)
         console.print("\n`surestep methods NAME` shows a method's card.", highlight=False)
 

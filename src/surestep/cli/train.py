@@ -145,7 +145,7 @@ def train(
     told = {
         "run": str(out),
         "method": config.method,
-        "selected_epoch": result.best_epoch,
+        "best_epoch": result.best_epoch,
         "train_seconds": result.train_seconds,
         "validation": {k: v for k, v in last.items() if k.startswith("val_")},
         "masked_epochs": [row["epoch"] for row in result.history if row.get("collapse")],

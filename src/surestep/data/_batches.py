@@ -186,7 +186,7 @@ class Batches:
 
 
 def _has_room(device: torch.device, images: Images) -> bool:
-    """Tell whether the images take less than half of a GPU's free memory; True on the CPU.
+    """Tell whether the images take less than half of a GPU's free memory; elsewhere True.
 
     On Apple's GPUs, less than 2 GiB: they share the CPU's memory, and index larger tensors wrongly.
     """

@@ -36,11 +36,13 @@ def batches_of(
         data = Subset(data, some(whole, n).tolist()) if n is not None and n < whole else data
         data = DataLoader(data, batch_size)
     if isinstance(data, DataLoader):
-        return _first(data, n, device, bounds), n or 0
-    if isinstance(data, Images) and data.rows is not None:
-        images = data  # memory-mapped: a check of all pixels would read the whole file
-    else:
-        images = as_images(data) if bounds == (0.0, 1.0) else _in_range(data, bounds)
+        held = len(data.dataset) if n is not None and isinstance(data.dataset, Sized) else n
+        return _first(data, n, device, bounds), min(n or 0, held or 0)
+    if bounds != (0.0, 1.0):
+        images = _in_range(data, bounds)
+    else:  # a check of all pixels would read a memory-mapped file whole
+        mapped = isinstance(data, Images) and data.rows is not None
+        images = data if mapped else as_images(data)
     images = images if n is None else images.first(n)
     if bool((images.y < 0).any()):
         raise UserError(f"{images.name} has images without a label (y of -1): leave them out")

@@ -50,6 +50,7 @@ def of_model(
     threat: ThreatModel,
     attacks: Sequence[str],
     batch_size: int,
+    own: bool = False,
 ) -> list[str]:
     """Describe what may mislead attacks on a model.
 
@@ -61,8 +62,9 @@ def of_model(
         attacks: by name. If none follows the gradient, gradients are not looked at; if some went
             straight through layers that know such a way, these gradients are.
         batch_size: of the passes.
+        own: whether an attack that surestep does not know follows the gradient.
     """
-    follows = any(map(suite.follows, attacks))
+    follows = own or any(map(suite.follows, attacks))
     first = logits(model, x, batch_size)
     found = _of_passes(model, x, first, batch_size, follows)
     if seeds := seeds_of(model):

@@ -97,10 +97,13 @@ class Judge:
         self.number += 1
 
     def _keep_some(self, x: Tensor, y: Tensor, clean: Tensor) -> None:
-        """Keep some correctly classified images for ``look``, of each batch if data are sorted."""
-        wanted = doubts.LOOKED_AT - sum(len(labels) for _, labels in self.some)
-        if self.total:
-            wanted = min(wanted, math.ceil(doubts.LOOKED_AT * len(x) / self.total))
+        """Keep some correctly classified images for ``look``.
+
+        Of all batches, since the data may be sorted by class; what one lacks the next makes up for.
+        """
+        so_far = (self.done + len(x)) / self.total if self.total else 1.0
+        quota = min(doubts.LOOKED_AT, math.ceil(doubts.LOOKED_AT * so_far))
+        wanted = quota - sum(len(labels) for _, labels in self.some)
         same = not self.some or self.some[0][0].shape[1:] == x.shape[1:]
         if wanted > 0 and same and clean.any():
             rows = clean.nonzero().squeeze(1)
@@ -113,8 +116,9 @@ class Judge:
         if self.some:
             x, y = (torch.cat(parts) for parts in zip(*self.some, strict=True))
             with self._seeded("doubts", x.device):
+                own = any(attack.follows for attack in self.attacks.values())
                 self.doubts += doubts.of_model(
-                    self.model, x, y, self.threat, list(self.attacks), batch_size
+                    self.model, x, y, self.threat, list(self.attacks), batch_size, own
                 )
                 self.doubts += doubts.of_sources(sources, x, y, batch_size)
 

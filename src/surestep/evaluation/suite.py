@@ -59,12 +59,15 @@ class Attack:
             gradient counts as two); an evaluation runs attacks in this order.
         survivors: run it only on what the other attacks left; its accuracy then includes theirs.
         points_tried: number of points that an iterative attack tries, including its start.
+        follows: for an attack of your own: whether it follows the model's gradient. If so, an
+            evaluation looks for gradients that are lost (``doubts``).
     """
 
     run: Run | Mapping[str, Run]
     passes: float = 1
     survivors: bool = False
     points_tried: int | None = None
+    follows: bool = False
 
 
 def as_attacks(given: Mapping[str, Any]) -> dict[str, Attack]:

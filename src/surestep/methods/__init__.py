@@ -19,9 +19,12 @@ from surestep.methods._base import (
     StepResult,
     Update,
     of_eps,
+    once,
     register,
 )
+from surestep.methods._memory import Memory
 from surestep.methods._registry import build, card, get, names, overview, preset, recipe_of, settle
+from surestep.methods._single_step import OnSingleStep, SingleStep
 from surestep.methods.fgsm import FGSM
 from surestep.methods.n_fgsm import NFGSM
 from surestep.methods.pgd import PGD
@@ -51,9 +54,12 @@ __all__ = [
     "SATR3",
     "TRADES",
     "Cost",
+    "Memory",
     "Method",
+    "OnSingleStep",
     "Preset",
     "Progress",
+    "SingleStep",
     "Standard",
     "StepResult",
     "Update",
@@ -62,6 +68,7 @@ __all__ = [
     "get",
     "names",
     "of_eps",
+    "once",
     "overview",
     "preset",
     "recipe_of",

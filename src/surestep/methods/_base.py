@@ -53,7 +53,8 @@ class StepResult(NamedTuple):
 
     Attributes:
         loss: scalar, to be minimised; the only field with an autograd graph.
-        terms: the parts of the loss by name, detached scalars, for logging.
+        terms: the parts of the loss by name, detached scalars, for logging. The names that the
+            training loop logs itself (``RESERVED``, ``val_...``) are refused.
         x_adv: the images that ``logits`` belong to (N, ...), detached.
         logits: at ``x_adv`` in the update's forward pass, (N, K), detached.
     """
@@ -64,6 +65,11 @@ class StepResult(NamedTuple):
     logits: Tensor
 
 
+RESERVED = {
+    *("loss", "epoch", "step", "lr", "adv_accuracy", "images_per_second", "train_seconds"),
+    "collapse",
+}
+"""Names in a row of the training log that no term of a loss may have."""
 Terms = tuple[Tensor, Mapping[str, Tensor]]
 """The loss to minimise, and its parts by name."""
 Loss = Callable[[Tensor], Terms]
@@ -87,6 +93,8 @@ class Update(NamedTuple):
         """Run the update pass through ``model`` and compute the loss."""
         logits = forward_logits(model, self.points)
         loss, terms = self.loss(logits)
+        if taken := [name for name in terms if name in RESERVED or name.startswith("val_")]:
+            raise UserError(f"the term {taken[0]!r} has a name that training logs: rename it")
         detached = {name: term.detach() for name, term in terms.items()}
         rows = self.rows
         return StepResult(loss, detached, self.points[rows].detach(), logits[rows].detach())
@@ -232,6 +240,10 @@ class Method(ABC):
     margin: float = field(default=0.0, kw_only=True)
     dropout: float = field(default=0.0, kw_only=True)
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.slug = cls.__name__  # until it is registered; never the parent's
+
     def __post_init__(self) -> None:
         check_threat(self.threat)
         self._inputs_checked = False
@@ -347,7 +359,7 @@ class Method(ABC):
         return 1
 
     def peak_images(self, batch_size: int) -> int:
-        """Return the number of images in the largest update pass, which sets the peak memory."""
+        """Return the number of images in the largest pass, which sets the peak memory."""
         return math.ceil(batch_size * self.cost(batch_size).weight_grad)
 
     def validate(self) -> None:
@@ -535,7 +547,7 @@ def register(slug: str) -> Callable[[type[Method]], type[Method]]:
 
     Raises:
         UserError: the slug is another method's, a hyperparameter has no default or an unsupported
-            type, or the summary or the paper is missing.
+            type, ``lengths`` lacks a length or names none, or the summary or the paper is missing.
     """
 
     def add(cls: type[Method]) -> type[Method]:
@@ -543,6 +555,14 @@ def register(slug: str) -> Callable[[type[Method]], type[Method]]:
             one = cls.__dataclass_fields__[name]
             if one.default is MISSING and one.default_factory is MISSING:
                 raise UserError(f"{name} of the method {slug!r} has no default: give it one")
+            if "of_eps" in one.metadata and name not in cls.lengths:
+                raise UserError(
+                    f"{name} of the method {slug!r} is a length: name it in the class attribute "
+                    "lengths, so that it scales with eps"
+                )
+        for name in cls.lengths if "lengths" in vars(cls) else ():
+            if name not in parameter_names(cls):
+                raise UserError(f"the method {slug!r} has no {name!r}, which its lengths name")
         kinds_of(cls)
         for name in ("summary", "paper"):
             if not isinstance(getattr(cls, name, None), str):

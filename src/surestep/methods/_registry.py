@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import resources
 from typing import Any
 
 from surestep.config import read_param
-from surestep.errors import UserError, look_up, unknown_name
+from surestep.errors import SurestepWarning, UserError, look_up, unknown_name
 from surestep.methods._base import METHODS, Method, Preset, parameter_names
 from surestep.threat import Linf, ThreatModel
 
@@ -35,18 +37,31 @@ def names() -> list[str]:
 
 
 def overview(batch_size: int = 128) -> list[dict[str, Any]]:
-    """Return one row per method, cheapest step first: name, summary, paper, passes, presets."""
+    """Return one row per method, cheapest step first: name, summary, paper, passes, presets.
+
+    The passes of a plug-in that fails to tell them are None.
+    """
     rows = [
         {
             "name": slug,
             "summary": cls.summary,
             "paper": cls.paper,
-            "passes": cls(Linf(0.3)).cost(batch_size).total,
+            "passes": _passes(cls, batch_size),
             "presets": list(cls.presets),
         }
         for slug, cls in METHODS.items()
     ]
-    return sorted(rows, key=lambda row: (row["passes"], row["name"]))
+    return sorted(rows, key=lambda row: (row["passes"] or math.inf, row["name"]))
+
+
+def _passes(cls: type[Method], batch_size: int) -> float | None:
+    try:
+        return cls(Linf(0.3)).cost(batch_size).total
+    except Exception as e:  # a broken plug-in must not break the list
+        if cls.__module__.startswith("surestep."):
+            raise
+        warnings.warn(f"the passes of {cls.slug} are unknown: {e!r}", SurestepWarning, stacklevel=3)
+        return None
 
 
 def build(slug: str, threat: ThreatModel, params: Mapping[str, Any], **parts: float) -> Method:

@@ -6,6 +6,7 @@ the start, the gradient, the step length, and whether the result is projected to
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -46,6 +47,12 @@ class SingleStep(Method):
         """Project the point to the eps ball, or only to the data range (see ``ball``)."""
         return self.threat.project(point, x) if self.ball else self.threat.clip(point)
 
+    def around(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return ``finish`` for many points of the same images, whose ball is computed once."""
+        if not unchanged(type(self), "finish"):
+            return lambda point: self.finish(point, x)
+        return self.threat.around(x) if self.ball else self.threat.clip
+
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return x_adv (N, ...)."""
         return self.step_on(model, x, y, self.train_mode)
@@ -78,6 +85,9 @@ def _of_parts(cls: type[Method]) -> bool:
     return unchanged(cls, "perturb", "step_on")
 
 
+_UNUSED = ("needs_index", "needs_progress", "kept", "kept_rows", "second_order")
+
+
 class OnSingleStep(Method):
     """A method built on the perturbation of a single-step method: FGSM or another.
 
@@ -94,6 +104,9 @@ class OnSingleStep(Method):
             known = [name for name, cls in METHODS.items() if _of_parts(cls)]
             self.require(False, "perturbation", f"a single-step method: {', '.join(known)}")
         assert isinstance(found, SingleStep)
+        # Only its parts are used, so nothing would tell it the progress or save its state.
+        lost = [name for name in _UNUSED if getattr(found, name)]
+        self.require(not lost, "perturbation", "a single-step method without schedule or state")
         self.base = found
         self.dropout = max(self.dropout, found.dropout)
 

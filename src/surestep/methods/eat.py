@@ -57,6 +57,7 @@ class EAT(OnSingleStep):
         with attacking(attacked, train_mode=train_mode) as inner, torch.no_grad():
             predicted = forward_logits(inner, images).argmax(1)
         x_adv = self.base.step_on(attacked, images, predicted, train_mode)
+        x_adv = torch.empty_like(x).copy_(x_adv)
 
         def loss(logits: Tensor) -> Terms:
             at_clean, at_adv = (self.criterion(part, y) for part in logits.chunk(2))

@@ -94,11 +94,11 @@ def sat_r1_update(
         x_fgsm = base.finish(start + threat.steepest_step(grad, base.size), x)
     with attacking(model) as inner:
         # FGSM's gradient is I-FGSM's first. Eval mode: n images are too few for batch statistics.
-        x_n, y_n, size = x[-n:], y[-n:], base.size / steps
-        x_ifgsm = base.finish(start[-n:] + threat.steepest_step(grad[-n:], size), x_n)
+        y_n, size, finish = y[-n:], base.size / steps, base.around(x[-n:])
+        x_ifgsm = finish(start[-n:] + threat.steepest_step(grad[-n:], size))
         for _ in range(steps - 1):
             grad, _, _ = input_gradient(inner, x_ifgsm, y_n)
-            x_ifgsm = base.finish(x_ifgsm + threat.steepest_step(grad, size), x_n)
+            x_ifgsm = finish(x_ifgsm + threat.steepest_step(grad, size))
 
     def loss(logits: Tensor) -> Terms:
         at_fgsm, at_ifgsm = logits.split([len(x), n])

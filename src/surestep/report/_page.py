@@ -107,7 +107,7 @@ def _verdict(report: Report) -> dict[str, str] | None:
         return {"name": "not audited", "kind": "unsure", "sentence": sentence}
     held_out = [r for r in report.history or () if number(r.get("val_worst_case")) is not None]
     if held_out:
-        last = (report.config or {}).get("select") == "last"
+        last = report.config.get("select") == "last"
         kept = held_out[-1] if last else max(held_out, key=lambda r: r["val_worst_case"])
         sentence = (
             f"In the {'last' if last else 'best'} epoch ({kept.get('epoch')}), "

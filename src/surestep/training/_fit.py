@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from torch import nn
+from torch.utils.data import DataLoader
 
 from surestep import processes
 from surestep.attacks.lending import check_module, compiled_whole, unwrapped
@@ -23,6 +24,7 @@ from surestep.devices import pick_device
 from surestep.errors import UserError, need
 from surestep.evaluation import suite
 from surestep.methods import Method, settle
+from surestep.methods._base import METHODS
 from surestep.training.loop import Trainer
 from surestep.training.preparing import prepare
 from surestep.training.run_folder import RunFolder
@@ -38,6 +40,8 @@ class FitResult:
         best_epoch: the epoch (from 1) whose weights were selected.
         train_seconds: time spent in training steps, without validation.
         out: the run folder, if there is one.
+        method: the copy of the method that was trained with, as it ended: for instance with what
+            it has learnt.
     """
 
     model: nn.Module
@@ -45,6 +49,7 @@ class FitResult:
     best_epoch: int
     train_seconds: float
     out: Path | None
+    method: Method
 
 
 def fit(
@@ -79,7 +84,7 @@ def fit(
         data: Images, a pair of tensors (x, y), a Dataset or a DataLoader. With several processes,
             each takes batches of a DataLoader's own size, whereas ``batch_size`` counts the
             images of all processes together.
-        method: what a step minimises.
+        method: what a step minimises. A copy of it is trained with; see ``FitResult.method``.
         out: run folder for ``config.yaml``, ``environment.json``, ``metrics.jsonl``,
             ``model.safetensors`` and ``checkpoints/``; None writes nothing.
         validation: held-out data, of which at most ``val_images`` are attacked; by default a
@@ -95,7 +100,8 @@ def fit(
         workers: processes that load the images of a Dataset; a DataLoader has its own.
         steps_per_epoch: batches per epoch of a DataLoader; required if it streams and has no
             length. Each epoch restarts the stream (``set_epoch`` tells its dataset the epoch).
-        describe: entries to write to ``config.yaml`` before the settings.
+        describe: entries to write to ``config.yaml`` before the settings, in place of the method's
+            name, hyperparameters and threat model; must have ``method`` and ``params``.
         on_epoch: called in the first process after each epoch with its row of the history and the
             validated model (the weight average, if there is one) in eval mode; meant for loggers.
         settings: fields of ``surestep.config.FitSettings``: epochs, batch_size, lr, schedule, ...
@@ -114,6 +120,11 @@ def fit(
             f"{method!r} is not a method: give one such as "
             "surestep.methods.get('sat-r2')(surestep.Linf(0.3))"
         )
+    if out is not None and METHODS.get(method.slug) is not type(method):
+        raise UserError(
+            f"a run folder names its method, but {type(method).__name__} has no name: put "
+            '@surestep.methods.register("my-name") above its @dataclass, or leave out out'
+        )
     check_module(model)
     if unwrapped(model) is not model:
         raise UserError("the model is wrapped in DistributedDataParallel: give the module inside")
@@ -122,6 +133,12 @@ def fit(
         raise UserError(
             f"optimizer {config.optimizer!r} needs a learning rate of its own: give lr, such as "
             f"1e-3; the default, {config.lr:g}, is meant for sgd"
+        )
+    own = getattr(data, "batch_size", None) if isinstance(data, DataLoader) else None
+    if own and settings.get("batch_size", own) % own:
+        raise UserError(
+            f"batch_size {config.batch_size} has no effect: the DataLoader has its own, {own}; "
+            "leave it out"
         )
     if compiled_whole(model):
         config = config.model_copy(update={"compile": True})
@@ -136,6 +153,8 @@ def fit(
     if device is None and accelerator.num_processes > 1:
         target = accelerator.device
     threat = method.threat
+    if describe and not {"method", "params"} <= describe.keys():
+        raise UserError("describe needs the entries method and params, by which a run is resumed")
     describe = describe or {
         "method": method.slug,
         "params": method.params(),
@@ -184,9 +203,8 @@ def fit(
             raise trouble
         trainer = Trainer(job, run, quiet=quiet, on_epoch=on_epoch)
         at = trainer.train(resume=resume, differences=differences)
-    return FitResult(
-        job.model, at.history, at.best_epoch, at.train_seconds, run.folder if run else None
-    )
+    place = run.folder if run else None
+    return FitResult(job.model, at.history, at.best_epoch, at.train_seconds, place, job.method)
 
 
 def _accelerator(device: torch.device, run: RunFolder | None, *, tensorboard: bool) -> Accelerator:

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from surestep.attacks.lending import copy_all
 from surestep.errors import UserError
 
 
 class WeightAverage:
-    """Keep an average of a model's parameters; buffers are copied (averaged for a plain mean).
+    """Keep an average of a model's parameters; buffers are copied.
+
+    For a plain mean, running statistics are averaged, too.
 
     After t updates the average is sum_i d^(t-i) w_i / sum_i d^(t-i): the mean of the weights seen,
     however high the decay d (Adam's bias correction). An average that starts at the random
@@ -54,12 +55,12 @@ class WeightAverage:
         # Batch norm's statistics are already moving averages over about the last ten steps. A
         # plain mean of the weights reaches further back, so it needs the mean of these, too.
         # Other buffers, such as an attention mask of -inf, have no mean.
-        norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-        statistics = {id(b) for m in norms for b in m.buffers() if b.is_floating_point()}
         copied: list[tuple[Tensor, Tensor]] = []
-        for pair in zip(self.model.buffers(), model.buffers(), strict=True):
-            mean = self.decay is None and id(pair[1]) in statistics
-            (averaged if mean else copied).append(pair)
+        now_by_name = dict(model.named_buffers())
+        for name, own in self.model.named_buffers():
+            statistics = name.endswith(("running_mean", "running_var"))
+            mean = self.decay is None and statistics
+            (averaged if mean else copied).append((own, now_by_name[name]))
         # One fused operation for hundreds of small tensors, where the device has one.
         means, now = (list(side) for side in zip(*averaged, strict=True))
         torch._foreach_lerp_(means, now, share)

@@ -230,10 +230,12 @@ class Trainer:
             return
         kept = checkpoint.found(self.run.checkpoints) if self.run else []
         where = f"last good checkpoint: {kept[-1]}" if kept else "no checkpoint was written yet"
+        if self.run and self.run.weights.is_file():
+            where += f", weights of the best epoch so far: {self.run.weights}"
         epoch = (bad - 1) // self.job.source.steps_per_epoch + 1
         raise TrainingDiverged(
-            f"the loss became NaN or infinite at step {bad} (epoch {epoch}); {where}: lower lr "
-            f"({self.job.config.lr:g}), set clip_grad, or use precision fp32"
+            f"the loss became NaN or infinite at step {bad} (epoch {epoch}); {where}: begin a "
+            f"new run with a lower lr ({self.job.config.lr:g}), clip_grad, or precision fp32"
         )
 
     def _validate(self, row: dict[str, Any]) -> None:

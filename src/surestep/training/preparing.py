@@ -184,7 +184,7 @@ def prepare(
     bare.to(device)
     if not bare.training:  # otherwise keep layers that the user has put into eval mode
         bare.train()
-    shape = _try(bare, method, train, held_out, device)
+    shape = _check_taken(bare, method, train, held_out, device)
     guard = Guard(bare, size, config.max_memory, _remembered(method, inside))
     pick = None
     # With a memory limit there is no room for trials, and little to choose.
@@ -357,7 +357,7 @@ def _remembered(method: Method, images: Images | None) -> str:
     )
 
 
-def _try(
+def _check_taken(
     model: nn.Module, method: Method, train: Any, held_out: Any, device: torch.device
 ) -> torch.Size | None:
     """Check that the model takes the data and the method's dropout.

@@ -110,7 +110,7 @@ class Checkpoints:
         if rows:
             raise UserError(
                 f"cannot resume {self.run.folder}: it has {len(rows)} epochs and no "
-                f"checkpoint; train it anew with --config {self.run.config} and another --out"
+                f"checkpoint; train it anew, with the settings in {self.run.config} and another out"
             )
         self.say(f"{self.run.folder} has no checkpoint yet: it starts anew")
         return RunState()

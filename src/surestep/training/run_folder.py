@@ -105,7 +105,7 @@ class RunFolder:
         if not overwrite:
             raise UserError(
                 f"{out} exists already: choose another --out, go on with --resume, or replace it "
-                "with --overwrite"
+                "with --overwrite (in Python: out, resume=True, overwrite=True)"
             )
         run._check_own()
         return run
@@ -175,7 +175,7 @@ class RunFolder:
         Raises:
             UserError: another process holds it.
         """
-        if os.name == "nt":  # no locks there, and no folder with an open file can be deleted
+        if os.name == "nt":  # no locks there, and nor can an open file be deleted
             yield
             return
         with self.config.open("r+b") as f:

@@ -225,8 +225,11 @@ def outliving(data: Any) -> Any:
     """
     if not isinstance(data, DataLoader) or not data.num_workers:
         return data
-    data = copy.copy(data)  # leave the user's own alone
-    data.worker_init_fn = functools.partial(_deaf, data.worker_init_fn)
+    data = inner = copy.copy(data)  # leave the user's own alone
+    if hasattr(data, "base_dataloader"):  # Accelerate's, in which that one starts the workers
+        data.base_dataloader = inner = copy.copy(data.base_dataloader)
+    inner._iterator = None  # workers that run already are the user's
+    inner.worker_init_fn = functools.partial(_deaf, inner.worker_init_fn)
     return data
 
 

@@ -97,7 +97,7 @@ class TestARun:
         assert set(FitSettings.model_fields) <= config.keys()
 
     def test_config_is_what_describe_says(self, tiny, tmp_path):
-        describe = {"method": "standard", "dataset": "mnist", "eps": 0.1}
+        describe = {"method": "standard", "params": {}, "dataset": "mnist", "eps": 0.1}
         tiny.train(out=tmp_path / "run", describe=describe)
         config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
         assert config.items() >= describe.items()
@@ -200,7 +200,7 @@ class TestARun:
             [row["lr"] for row in history[:2]]
         )
 
-    def test_the_crops_and_flips_that_memory_is_told(self, tiny, stopping, tmp_path):
+    def test_the_crops_and_flips_that_memory_is_told(self, tiny, stopping, tmp_path, monkeypatch):
         x, y = tiny.data()
         looked = []
 
@@ -212,6 +212,8 @@ class TestARun:
                 assert torch.equal(seen, self.draw.apply(x[index]))
                 looked.append(seen)
                 return super().craft(model, seen, y, index)
+
+        monkeypatch.setitem(METHODS, Noting.slug, Noting)
 
         def train(**place: Any) -> Any:
             settings = {"augment": "crop-flip", "checkpoint_every": 1, "val_images": 0}
@@ -1530,7 +1532,7 @@ class Clipped:
 
 def test_a_log_has_a_line_a_minute(tiny, monkeypatch, capsys):
     """A run without a terminal, whose epochs take hours, must not look as if it hung."""
-    monkeypatch.setattr(display, "_SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(display, "_SECONDS_UNSEEN", 0.0)
     tiny.train(epochs=1, quiet=False)
     quiet_minute = capsys.readouterr().err
     monkeypatch.setattr(display, "SECONDS_BETWEEN_LINES", 0.0)

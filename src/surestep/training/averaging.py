@@ -56,11 +56,10 @@ class WeightAverage:
         # plain mean of the weights reaches further back, so it needs the mean of these, too.
         # Other buffers, such as an attention mask of -inf, have no mean.
         copied: list[tuple[Tensor, Tensor]] = []
-        now_by_name = dict(model.named_buffers())
-        for name, own in self.model.named_buffers():
-            statistics = name.endswith(("running_mean", "running_var"))
-            mean = self.decay is None and statistics
-            (averaged if mean else copied).append((own, now_by_name[name]))
+        named = self.model.named_buffers()
+        for (name, own), buffer in zip(named, model.buffers(), strict=True):
+            mean = self.decay is None and name.endswith(("running_mean", "running_var"))
+            (averaged if mean else copied).append((own, buffer))
         # One fused operation for hundreds of small tensors, where the device has one.
         means, now = (list(side) for side in zip(*averaged, strict=True))
         torch._foreach_lerp_(means, now, share)

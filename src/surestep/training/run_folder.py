@@ -161,7 +161,12 @@ class RunFolder:
         """Delete what is in the folder, ``config`` last: without it, it is no run any more.
 
         The folder itself stays: network drives keep a file in it while ``config`` is held open.
+
+        Raises:
+            OSError: the folder is a link, or something in it cannot be deleted.
         """
+        if self.folder.is_symlink():
+            raise OSError("it is a link, and what it leads to is not deleted")
         for entry in sorted(self.folder.iterdir(), key=lambda path: path == self.config):
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)

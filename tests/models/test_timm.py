@@ -105,8 +105,9 @@ def test_weights_of_ones_own_are_judged_with_one_normalisation(tmp_path, monkeyp
 
     def judged(**more):
         target = targets.open_target("timm:net", weights=str(tmp_path / "w.pt"), **asked, **more)
-        assert target.preprocess is None
-        return target.model
+        outside, inside = target.preprocess, target.model.normalize
+        assert (outside is None) is (inside is not None)
+        return nn.Sequential(nn.Identity() if outside is None else outside, target.model)
 
     torch.testing.assert_close(judged()(images.x), net(images.x))
     other = judged(mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 2.0))(images.x)

@@ -64,6 +64,8 @@ def means(
                 ),
                 "masked": "pseudo-robust" in verdicts,
                 "outdated": not current,
+                # Whether it may be named as the best.
+                "sound": bool(current) and "pseudo-robust" not in verdicts,
             }
         )
     return sorted(lines, key=lambda line: -line["worst"])
@@ -99,7 +101,7 @@ def table(lines: list[Means]) -> str:
 
 def against(lines: list[Means]) -> str:
     """Name the best SAT methods, alone and with parts, and their distance to the best other one."""
-    sound = [line for line in lines if not (line["masked"] or line["outdated"])]
+    sound = [line for line in lines if line["sound"]]
     sat = [line for line in sound if line["entry"].startswith("sat-")]
     groups = {
         "The best SAT alone": [line for line in sat if " " not in line["entry"]],
@@ -131,8 +133,7 @@ def plot(lines: list[Means], path: Path) -> None:
     ]
     front: list[Means] = []
     for line in sorted(shown, key=lambda line: (line["ratio"], -line["worst"])):
-        sound = not (line["masked"] or line["outdated"])
-        if sound and line["worst"] > (front[-1]["worst"] if front else -1):
+        if line["sound"] and line["worst"] > (front[-1]["worst"] if front else -1):
             front.append(line)
     data = [
         {

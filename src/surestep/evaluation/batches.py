@@ -36,8 +36,10 @@ def batches_of(
         data = Subset(data, some(whole, n).tolist()) if n is not None and n < whole else data
         data = DataLoader(data, batch_size)
     if isinstance(data, DataLoader):
-        held = len(data.dataset) if n is not None and isinstance(data.dataset, Sized) else n
-        return _first(data, n, device, bounds), min(n or 0, held or 0)
+        total = n or 0
+        if total and isinstance(data.dataset, Sized):
+            total = min(total, len(data.dataset))
+        return _first(data, n, device, bounds), total
     if bounds != (0.0, 1.0):
         images = _in_range(data, bounds)
     else:  # a check of all pixels would read a memory-mapped file whole

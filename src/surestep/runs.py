@@ -268,8 +268,6 @@ def build_model(config: RunConfig, images: Images, *, begin: bool = False) -> nn
             f"{images.name} has samples of shape {shape}, but the command line's models take "
             "images (C, H, W): use surestep.fit with your own model"
         )
-    # Mean 0 and std 1 turn normalisation off; None selects the architecture's own.
-    mean, std = (None, None) if config.normalize else ((0.0,) * shape[0], (1.0,) * shape[0])
     with forked_rng(torch.device("cpu")):  # the caller's random state stays as it was
         torch.manual_seed(config.seed)
         model = models.create(
@@ -277,9 +275,8 @@ def build_model(config: RunConfig, images: Images, *, begin: bool = False) -> nn
             images.num_classes,
             in_channels=shape[0],
             image_size=shape[-1],
-            mean=mean,
-            std=std,
             pretrained=pretrained,
+            **models.normalisation(shape[0], inside=config.normalize),
         )
         named = config.weights if begin and not pretrained else None
         model = _with_head(model, config, None if named is None else Path(_absolute(named)))

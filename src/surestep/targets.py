@@ -315,15 +315,12 @@ def _architecture(
     name: str, weights: Path, images: Images, outputs: int, *, bare: bool
 ) -> nn.Module:
     shape = images.image_shape
-    # Mean 0 and std 1 turn normalisation off; None selects the architecture's own.
-    mean, std = ((0.0,) * shape[0], (1.0,) * shape[0]) if bare else (None, None)
     model = models.create(
         name,
         outputs or images.num_classes,
         in_channels=shape[0],
         image_size=shape[-1],
-        mean=mean,
-        std=std,
+        **models.normalisation(shape[0], inside=not bare),
     )
     try:
         files.load_any_weights(weights, model)

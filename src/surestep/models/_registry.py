@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
@@ -138,6 +138,18 @@ def create(
         image_size=image_size or entry.image_size,
         normalize=choose_normalize(in_channels, mean, std, entry.statistics),
     )
+
+
+def normalisation(channels: int, *, inside: bool) -> dict[str, Any]:
+    """Return ``mean`` and ``std`` for ``create``: the model's own normalisation, or none.
+
+    Args:
+        channels: channels of the images.
+        inside: whether the model normalises inside, by its own statistics.
+    """
+    if inside:
+        return {"mean": None, "std": None}
+    return {"mean": (0.0,) * channels, "std": (1.0,) * channels}
 
 
 def check_name(name: str) -> None:

@@ -134,10 +134,10 @@ def fit(
             f"optimizer {config.optimizer!r} needs a learning rate of its own: give lr, such as "
             f"1e-3; the default, {config.lr:g}, is meant for sgd"
         )
-    own = getattr(data, "batch_size", None) if isinstance(data, DataLoader) else None
-    if own and settings.get("batch_size", own) % own:
+    size = data.batch_size if isinstance(data, DataLoader) else None
+    if size and "batch_size" in settings and config.batch_size % size:
         raise UserError(
-            f"batch_size {config.batch_size} has no effect: the DataLoader has its own, {own}; "
+            f"batch_size {config.batch_size} has no effect: the DataLoader has its own, {size}; "
             "leave it out"
         )
     if compiled_whole(model):

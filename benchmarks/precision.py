@@ -2,8 +2,8 @@
 
     python benchmarks/precision.py RUN --n 1000
 
-The accuracy tables craft points in bf16, in a third of the time; this prints the accuracies for
-points crafted in float32 and in bf16.
+The accuracy tables craft points in bf16; this prints the accuracies for points crafted in float32
+and in bf16.
 """
 
 from __future__ import annotations

@@ -457,6 +457,7 @@ class TestAgain:
             ("{", "cannot be read"),
             ("[]", "is not an outcome"),
             ('{"format": "x"}', "is not an outcome"),
+            ('{"format": "surestep-outcome", "version": 0}', "is not an outcome"),
         ],
     )
     def test_a_damaged_outcome(self, world, tmp_path, text, said):

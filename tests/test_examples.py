@@ -7,12 +7,14 @@ import re
 import runpy
 import shlex
 from pathlib import Path
+from unittest import mock
 
 import click
 import pytest
 import torch
 
 from surestep.data import Images
+from surestep.methods._base import METHODS
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -39,7 +41,8 @@ def test_an_example_runs(path, tmp_path, monkeypatch, capsys):
     first = Images.first
     monkeypatch.setattr(Images, "first", lambda self, n: first(self, max(n // 16, min(n, 40))))
     monkeypatch.chdir(tmp_path)
-    with torch.random.fork_rng():
+    # An example may register a method, which other tests must not find.
+    with torch.random.fork_rng(), mock.patch.dict(METHODS):
         runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out.strip(), "an example shows what came of it"
     assert not list(tmp_path.iterdir())

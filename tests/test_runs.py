@@ -146,6 +146,11 @@ class TestResolve:
         with pytest.raises(UserError, match="optimizer adam needs"):
             runs.resolve({"optimizer": "adam"}, "mnist", rate)
 
+    def test_the_end_of_a_presets_name_is_enough(self):
+        assert runs.resolve({}, "speed") == runs.resolve({}, "mnist-speed")
+        cifar = runs.resolve({"dataset": "cifar10"}, "speed")
+        assert cifar == runs.resolve({"dataset": "cifar10"}, "cifar10-speed")
+
     def test_ratios(self):
         config = runs.resolve({"eps": "8/255", "params": {"alpha": "2 / 255"}}, "none")
         assert (config.eps, config.params["alpha"]) == (8 / 255, 2 / 255)
@@ -155,6 +160,7 @@ class TestResolve:
         [
             ({"method": "sat-r9"}, None, "did you mean 'sat-r3'"),
             ({"method": "sat-r9"}, "none", "did you mean 'sat-r3'"),
+            ({"method": "fgsm-pgi"}, None, "did you mean 'fgsm-mep'"),
             ({}, "mnsit", "did you mean 'mnist'"),
             ({"epoch": 3}, "none", "did you mean 'epochs'"),
             ({"epoch": 3}, "mnist", "did you mean 'epochs'"),
@@ -593,3 +599,16 @@ class TestFiles:
     def test_lengths_of_no_radius_stay(self, radius):
         file = {"method": "rs-fgsm", "params": {"alpha": 0.01}, **radius}
         assert runs.resolve({"eps": "8/255"}, "none", file).params == {"alpha": 0.01}
+
+
+@pytest.mark.parametrize("read", ["weights", "sources"])
+def test_what_a_run_reads_is_not_replaced_by_it(tmp_path, read):
+    """--overwrite would empty the folder first."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.yaml").write_text("method: eat\n")
+    value = str(out / "model.safetensors") if read == "weights" else (str(out),)
+    config = RunConfig(method="eat", **{read: value})
+    with pytest.raises(UserError, match=f"is read from {out}, which is to be replaced"):
+        runs.train(config, out, overwrite=True)
+    assert (out / "config.yaml").is_file()

@@ -44,8 +44,8 @@ def test_words_of_python(tmp_path, slug):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("slug", ["cost", "method", "tensor", "update", "box", "mean-ce"])
-def test_names_that_its_module_imports(tmp_path, slug):
+@pytest.mark.parametrize("slug", ["cost", "method", "tensor", "update", "box", "mean-ce", "sum"])
+def test_names_that_its_files_use(tmp_path, slug):
     with pytest.raises(UserError, match="is a name that every method uses"):
         scaffold.method(slug, tmp_path)
     assert not list(tmp_path.iterdir())

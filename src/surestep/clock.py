@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 SECONDS_BETWEEN_LINES = 60.0
 """Interval between lines without a terminal: a log that stands still looks like a hung run."""
@@ -30,3 +31,9 @@ class Every:
     def restart(self) -> None:
         """Start a new interval now."""
         self._next = time.monotonic() + self.seconds
+
+
+def each_minute(tell: Callable[[str], None]) -> Callable[[str], None]:
+    """Return a ``tell`` that passes a line on, indented, if the last is a minute old."""
+    minute = Every(SECONDS_BETWEEN_LINES)
+    return lambda text: tell(f"  {text}") if minute.due() else None

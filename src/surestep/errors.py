@@ -22,16 +22,17 @@ class SurestepWarning(UserWarning):
     """Something a user should know about a result or a run; the command line prints one line."""
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
+def unknown_name(kind: str, name: str, known: Iterable[str], meant: str = "") -> UserError:
     """Build the error for a ``name`` that is not among the ``known`` ones.
 
     Args:
         kind: what is being named, in words ("method", "dataset").
         name: the name as the user wrote it.
         known: the valid names.
+        meant: the one to suggest; by default the nearest in spelling.
     """
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = [meant] if meant else difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return UserError(f"unknown {kind} {name!r}: {hint}known are {', '.join(names)}")
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import pickle
 import time
@@ -307,6 +308,15 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(
             f"{path} is truncated, corrupt or not a safetensors file ({e}): restore it or remove it"
         ) from e
+
+
+def plain(value: Any) -> Any:
+    """Return a JSON value with None for NaN and infinities, which JSON lacks."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def digest(*tensors: Tensor) -> str:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from surestep.errors import UserError
+
 _alone = False
 
 
@@ -61,6 +63,25 @@ def largest(value: int, device: torch.device) -> int:
     told = torch.tensor(value, device=device)
     dist.all_reduce(told, dist.ReduceOp.MAX)
     return int(told)
+
+
+def check_alike(what: str, value: int, device: torch.device) -> None:
+    """Check that a number is the same in all processes, which would drift apart or wait in vain.
+
+    Args:
+        what: names the number in the error.
+        value: this process's.
+        device: of this process.
+
+    Raises:
+        UserError: it is not, in any of them.
+    """
+    least, most = -largest(-value, device), largest(value, device)
+    if least != most:
+        raise UserError(
+            f"the processes do not agree on the number of {what}, of which one has {least} and "
+            f"another {most}: give all of them the same data, and to resume the same run folder"
+        )
 
 
 def sums(values: Sequence[int], device: torch.device) -> list[int]:

@@ -21,6 +21,7 @@ from torch import nn
 from surestep import data, files, methods, models, posthoc, threat
 from surestep.attacks.inputs import count_classes
 from surestep.attacks.lending import device_of, forked_rng
+from surestep.clock import each_minute
 from surestep.config import FitSettings, RunConfig, parse, read_yaml
 from surestep.data import Images
 from surestep.devices import pick_device
@@ -80,7 +81,8 @@ def resolve(
 
     Args:
         values: the user's settings, by field name of ``RunConfig``.
-        preset: name of one of the method's presets, or "none".
+        preset: name of one of the method's presets, or "none". What follows the data set's name
+            is enough, such as "speed" for "mnist-speed".
         file: settings read from a file, such as a run's ``config.yaml``.
 
     Raises:
@@ -96,6 +98,8 @@ def resolve(
     name = dataset.partition(":")[0]
     if preset is None:
         preset = usual_preset(method, dataset, values.get("eps")) or "none"
+    elif f"{name}-{preset}" in cls.presets:
+        preset = f"{name}-{preset}"
     # The default eps is meant for MNIST in l-inf. Unknown data set names are reported later.
     elsewhere = preset == "none" and name != "mnist" and name in data.names()
     if "eps" not in values and (elsewhere or norm == "l2"):
@@ -241,7 +245,7 @@ def build_method(config: RunConfig) -> Method:
     margin = config.head_scale * config.head_margin if config.head == "hypersphere" else 0.0
     method = methods.build(config.method, build_threat(config), config.params, margin=margin)
     methods.settle(method, config)
-    if config.sources and not hasattr(method, "sources"):
+    if config.sources and method.sources is None:
         raise UserError(
             f"{config.method} attacks no other models: leave sources out, or train with eat"
         )
@@ -314,6 +318,7 @@ def harden(
     device: str | None = None,
     overwrite: bool = False,
     progress: Callable[[dict[str, Any]], None] | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Harden a run with MeanSparse and write the result to a new run folder.
 
@@ -331,6 +336,7 @@ def harden(
         device: where to run; by default the best available.
         overwrite: replace ``out`` if it exists.
         progress: called with each row of the search.
+        tell: called with a line on what is being done, also in a long evaluation.
 
     Returns:
         The threshold, the rows of its search, the evaluations on test images before and after, and
@@ -360,14 +366,17 @@ def harden(
         attacks=attacks or posthoc.ATTACKS,
         n=n_search,
         progress=progress,
+        tell=tell,
         **options,
     )
-    before, after = (
-        evaluate(
-            model, test, run.threat, attacks or posthoc.JUDGES, n=n, sources=[run.model], **options
+    names, options["tell"] = attacks or posthoc.JUDGES, each_minute(tell)
+    evaluations = []
+    for told, model in (("before", run.model), ("after", found.model)):
+        tell(f"attacking test images {told} hardening")
+        evaluations.append(
+            evaluate(model, test, run.threat, names, n=n, sources=[run.model], **options)
         )
-        for model in (run.model, found.model)
-    )
+    before, after = evaluations
     withstood_before, withstood_after = (one.right["worst case"] for one in (before, after))
     config = from_anywhere(run.config).model_copy(update={"mean_sparse": found.threshold})
     place.make(config.model_dump(mode="json"), overwrite=overwrite)
@@ -406,6 +415,11 @@ def train(
     if config.val_images:
         suite.parse_all(config.val_attacks, method.threat)
     models.check_name(config.model)
+    if out is not None and overwrite:
+        place = config.dataset.partition(":")[2]
+        for read in (config.weights, config.data, place, *config.sources):
+            if read and Path(out).resolve() in (at := Path(_absolute(read)).resolve(), *at.parents):
+                raise UserError(f"{read} is read from {out}, which is to be replaced: give another")
     images = load_data(config, "train")
     sources = [load(_absolute(folder), config.device).model for folder in config.sources]
     for folder, source in zip(config.sources, sources, strict=True):
@@ -416,8 +430,8 @@ def train(
                 f"{images.num_classes}: give runs of the same data"
             )
     if sources:
-        method.sources = sources  # type: ignore[attr-defined]
-    elif hasattr(method, "sources"):
+        method.sources = sources
+    elif method.sources is not None:
         warnings.warn(
             f"{config.method} has no sources, so the model attacks itself at every step: give "
             "trained runs with --sources",
@@ -452,6 +466,29 @@ def train(
     )
 
 
+def check_rerunnable(
+    values: Mapping[str, Any], place: str | Path, *, complete: bool = False
+) -> None:
+    """Refuse settings that ``surestep.fit`` wrote: they name neither model nor data.
+
+    Args:
+        values: from a ``config.yaml``.
+        place: that file, or its folder.
+        complete: whether the settings must be those of a whole run.
+
+    Raises:
+        UserError: the settings are of a model and data of the user's own.
+    """
+    named = {"dataset", "model"} <= values.keys()
+    if not named and (complete or "bounds" in values):  # only fit writes bounds
+        raise UserError(
+            f"{place} was trained from Python with a model and data of your own: resume it with "
+            "surestep.fit(..., resume=True); judge it with surestep.evaluate, or here as "
+            f"FILE.py:FACTORY, or an architecture's name such as lenet+, with --weights "
+            "RUN/model.safetensors --dataset NAME --eps NUMBER"
+        )
+
+
 def read_config(folder: str | Path) -> RunConfig:
     """Read the configuration of a run folder.
 
@@ -463,13 +500,7 @@ def read_config(folder: str | Path) -> RunConfig:
     if not run.config.is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.yaml")
     values = read_yaml(run.config)
-    if "dataset" not in values or "model" not in values:
-        raise UserError(
-            f"{folder} was trained from Python with a model and data of your own: resume it with "
-            "surestep.fit(..., resume=True); judge it with surestep.evaluate, or here as "
-            f"FILE.py:FACTORY, or an architecture's name such as lenet+, with --weights "
-            f"{folder}/model.safetensors --dataset NAME --eps NUMBER"
-        )
+    check_rerunnable(values, folder, complete=True)
     return parse(RunConfig, values, where=f"{run.config}: ")
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from surestep.errors import UserError
 
-_IMPORTED = ("cost", "method", "tensor", "update", "box", "signs", "mean_ce")
-"""Names that the files below import, and that the method's class or oracle would hide."""
+_USED = ("cost", "method", "tensor", "update", "box", "signs", "mean_ce", "len", "slice", "sum")
+"""Names that the files below use, and that the method's class or oracle would hide."""
 _METHOD = '''"""{title}: what it changes, in a line.
 
 Authors YEAR, "Title", arXiv NNNN.NNNNN.
@@ -188,7 +188,7 @@ def method(slug: str, where: str | Path = ".") -> list[Path]:
     module = slug.replace("-", "_")
     if keyword.iskeyword(module):
         raise UserError(f"{slug!r} is a Python keyword: choose another name")
-    if module in _IMPORTED:
+    if module in _USED:
         raise UserError(f"{slug!r} is a name that every method uses: choose another one")
     words = {
         "slug": slug,

@@ -361,7 +361,7 @@ def _pretrained_timm(name: str) -> nn.Module:
 
 
 def _hugging_face(name: str) -> nn.Module:
-    transformers = need("transformers", f"the model hf:{name}", "transformers")
+    transformers = need("transformers", f"the model hf:{name}", "surestep[hf-models]")
     try:
         model = transformers.AutoModelForImageClassification.from_pretrained(name)
         processor = transformers.AutoImageProcessor.from_pretrained(name)

@@ -129,6 +129,9 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
 class Linf(ThreatModel):
     """Every pixel may change by at most ``eps``.
 
+    Raises:
+        UserError: as for every threat model, or ``eps`` is larger than the data range.
+
     Example:
         >>> threat = Linf(eps=8 / 255)
     """

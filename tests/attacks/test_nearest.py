@@ -70,7 +70,7 @@ def test_it_breaks_what_lies_within_the_ball_and_nothing_else(data, name, threat
     net[1].train()
     away = [to_boundary(net[2], one, int(label), dual) for one, label in zip(x, y, strict=True)]
     eps = sorted(away)[5] * slack
-    x_adv = suite.parse(name, threat(eps)).run(net, x, y).x_adv
+    x_adv = suite.parse(name, threat(eps)).run(net, x, y)
     assert net[1].training
     assert not net[2].training
     assert all(p.requires_grad and p.grad is None for p in net.parameters())

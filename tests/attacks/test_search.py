@@ -48,6 +48,36 @@ def test_best_is_kept_per_sample():
     torch.testing.assert_close(x_adv, torch.tensor([[0.6], [0.6], [0.3]]))
 
 
+def test_a_nan_point_does_not_keep_its_place():
+    """It counts as wrong, but may be right in another precision: a point that is wrong is taken."""
+    x, y = torch.zeros(1, 1), torch.tensor([0])
+    best = core.Best(x, y, losses.log_odds)
+    for point, leads in ((0.1, float("nan")), (0.2, 1.0), (0.3, 0.5)):
+        best.offer(torch.tensor([0]), x + point, torch.tensor([[0.0, leads]]))
+    assert best.x_adv.item() == pytest.approx(0.2)
+    assert best.first_wrong.tolist() == [0]
+
+
+class Votes(nn.Module):
+    """Whole votes: equal, until the image is bright. It keeps the votes and returns them again."""
+
+    def __init__(self):
+        super().__init__()
+        self.cast = nn.Parameter(torch.tensor([[0.0, 0.0], [0.0, 1.0]]))
+
+    def forward(self, x):
+        bright = (x.flatten(1).mean(1) > 0.6).long()
+        return self.cast[:1].expand(len(x), 2) if not bright.any() else self.cast[bright]
+
+
+def test_square_goes_on_at_a_tie_and_writes_into_no_model():
+    model, x = Votes(), torch.full((2, 1, 8, 8), 0.5)
+    torch.manual_seed(0)
+    x_adv = attacks.square(model, x, torch.tensor([0, 0]), Linf(0.3), 200)
+    assert model(x_adv).argmax(1).tolist() == [1, 1]
+    assert model.cast.tolist() == [[0, 0], [0, 1]]
+
+
 @pytest.mark.parametrize("loss", ["ce", "margin", "dlr"])
 def test_restarts_never_hurt(mlp, digits, loss):
     x, y = digits(32)

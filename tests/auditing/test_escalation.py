@@ -174,26 +174,26 @@ def test_binarization(net, images, monkeypatch):
     monkeypatch.setattr("surestep.auditing.binarization.INNER", 999)
     x, _ = images
     torch.manual_seed(0)
-    pgd, noise, posed = binarization_rates(net, x[:20], surestep.Linf(0.05))
+    pgd, noise, posed = binarization_rates(net, x[:20], surestep.Linf(0.05), 1000)
     assert posed == 20
     assert pgd > 0.9 > noise
     blind = nn.Sequential(Layer(lambda z: (z * 7).round() / 7), net)
-    pgd, noise, posed = binarization_rates(blind, x[:20], surestep.Linf(0.05)) or (0, 0, 0)
+    pgd, noise, posed = binarization_rates(blind, x[:20], surestep.Linf(0.05), 1000) or (0, 0, 0)
     assert pgd < 0.5
-    assert binarization_rates(Layer(lambda z: z.flatten(1)[:, :3] * 0), x[:3], THREAT) is None
+    assert binarization_rates(Layer(lambda z: z.flatten(1)[:, :3] * 0), x[:3], THREAT, 1000) is None
 
 
 def test_binarization_on_one_feature(images):
     """A last layer that sees one number is not a model without logits."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 1), nn.Linear(1, 3))
-    pgd, _, posed = binarization_rates(net, images[0][:10], surestep.Linf(0.05))
+    pgd, _, posed = binarization_rates(net, images[0][:10], surestep.Linf(0.05), 1000)
     assert posed > 0
     assert pgd > 0.9
     failing = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     failing.register_forward_hook(lambda *_: torch.zeros(1))
     with pytest.raises(UserError, match="expected logits"):
-        binarization_rates(failing, images[0][:3], THREAT)
+        binarization_rates(failing, images[0][:3], THREAT, 1000)
 
 
 def test_an_attack_that_fails_leaves_no_hook(run, net, monkeypatch):

@@ -628,6 +628,8 @@ def test_found_by_is_the_attack_that_broke_the_most(images):
     found = _audit._conclude(s, [], claims, [], 0.0, "quick", 1.0)
     assert found.attacks == pytest.approx({"few": 5 / 6, "many": 1 / 3, "late": 1 / 12, "none": 0})
     assert found.found_by == "many"
+    s.broke = {name: rows & False for name, rows in s.broke.items()}
+    assert _audit._conclude(s, [], claims, [], 0.0, "quick", 1.0).found_by == ""
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,12 @@ class TestOptions:
         assert said in refused("compare", *args)
         assert list(tmp_path.iterdir()) == []
 
+    def test_a_report_of_another_command_is_kept(self, refused, finished, tmp_path):
+        (tmp_path / "report.html").write_text("an audit's")
+        said = refused("compare", finished, "--out", tmp_path)
+        assert f"{tmp_path / 'report.html'} is of no comparison and would be overwritten" in said
+        assert (tmp_path / "report.html").read_text() == "an audit's"
+
     def test_a_run_keeps_its_report(self, refused, finished):
         before = sorted(p.name for p in finished.iterdir())
         said = refused("compare", finished, "--out", finished)

@@ -29,7 +29,7 @@ class TestCommands:
         ("args", "said"),
         [
             (["trian"], ["'trian'", "did you mean 'train'?"]),
-            (["xyz"], ["'xyz'", "known are train, evaluate, audit, compare, harden, demo"]),
+            (["xyz"], ["'xyz'", "known are audit, compare, demo, env, evaluate, harden, "]),
             (["--nope"], ["--nope"]),
             (["train", "--epoch", "3"], ["--epoch", "--epochs"]),
             (["train", "--eps"], ["--eps", "requires an argument"]),
@@ -274,6 +274,8 @@ class TestRunFolders:
         line = refused("train", "--resume", run)
         assert "trained from Python" in line
         assert "surestep.fit(..., resume=True)" in line
+        (run / "config.yaml").write_text("method: sat-r2\nbounds: [0.0, 1.0]\n")
+        assert "trained from Python" in refused("train", "--config", run / "config.yaml")
 
 
 class TestEvaluation:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,7 @@ class TestProcess:
 
 # Clean, under FGSM, worst case.
 MASKED, ROBUST, CHANCE = (0.98, 0.97, 0.02), (0.98, 0.9, 0.8), (0.11, 0.11, 0.11)
+WEAK = (0.98, 0.88, 0.65)
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +213,13 @@ class TestDemo:
     def test_json_on_stdout_is_json_only(self, done, brief):
         assert json.loads(done("demo", "--n", "1", "--json", "-")).keys() == {"fgsm", "sat-r2"}
 
+    def test_a_report_without_pictures(self, done, brief, tmp_path, monkeypatch):
+        pytest.importorskip("altair")
+        pytest.importorskip("vl_convert")
+        monkeypatch.setattr("surestep.cli.demo.of_model", lambda *_: {"classes": None})
+        done("demo", "--n", "1", "--html", tmp_path / "demo.html")
+        assert "sat-r2" in (tmp_path / "demo.html").read_text("utf-8")
+
     @pytest.mark.parametrize(
         ("accuracies", "said"),
         [
@@ -219,10 +228,15 @@ class TestDemo:
             (ROBUST, "FGSM training kept 80.0% under the strongest attack this time; SAT-R2,"),
             (CHANCE, "FGSM training failed to learn this time (11.0% clean accuracy), another "),
             (CHANCE, "another --seed may lead to masked gradients; SAT-R2,"),
+            (WEAK, "attacks leave 65.0%; SAT-R2, which penalises"),
         ],
     )
-    def test_the_sentence_follows_the_numbers(self, done, brief, monkeypatch, accuracies, said):
+    def test_the_sentence_follows_the_numbers(
+        self, done, brief, audited, monkeypatch, accuracies, said
+    ):
         clean, under_fgsm, worst = accuracies
+        verdict = "pseudo-robust" if accuracies == MASKED else "robust"
+        monkeypatch.setattr(surestep, "audit", lambda *_, **__: replace(audited, verdict=verdict))
 
         def judge(model, data, threat, attacks, n, seed, progress, tell):
             progress(n, n, worst)
@@ -231,8 +245,6 @@ class TestDemo:
             intervals = dict.fromkeys(("clean", *scores, "worst case"), (0.0, 1.0))
             changed = {"clean_accuracy": clean, "worst_case_accuracy": worst}
             return replace(found, robust_accuracy=scores, intervals=intervals, **changed)
-
-        from dataclasses import replace
 
         evaluate = surestep.evaluate
         monkeypatch.setattr(surestep, "evaluate", judge)
@@ -273,5 +285,8 @@ def test_what_runs_in_one_process_says_so_under_torchrun(cli, monkeypatch, comma
 
 
 def test_a_new_plug_in_says_how_it_is_installed(done, tmp_path):
-    said = done("methods", "new", "my-way", "--dir", tmp_path)
-    assert f"then: pip install -e {tmp_path / 'surestep-my-way'}; surestep methods my-way" in said
+    where = tmp_path / "src" / "surestep"  # the folder's name does not make it a checkout
+    where.mkdir(parents=True)
+    said = done("methods", "new", "my-way", "--dir", where)
+    install = f"pip install -e {where / 'surestep-my-way'}"
+    assert said.endswith(f"then: {install}; surestep methods my-way\n")

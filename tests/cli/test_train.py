@@ -6,10 +6,12 @@ import errno
 import importlib.metadata
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ import torch
 import yaml
 
 from surestep.config import FitSettings, RunConfig
+from surestep.errors import SurestepWarning, UserError
 
 WEIGHTS = "model.safetensors"
 
@@ -224,7 +227,7 @@ class TestWhatItSays:
         out = tmp_path / "run"
         text = done("train", *small, "--epochs", "1", "--out", out)
         assert text.startswith(f"{out}: epoch 1 selected, worst case ")
-        assert "% of 100 held-out images" in text
+        assert re.search(r"% \(\d+\.\d-\d+\.\d\) of 100 held-out images", text)
         assert text.endswith(f"surestep evaluate {out} --budget quick\n")
 
     def test_progress_is_on_stderr(self, cli, small, tmp_path):
@@ -249,6 +252,41 @@ class TestWhatItSays:
         config = yaml.safe_load((out / "config.yaml").read_text("utf-8"))
         assert (config["schedule"], config["lr"]) == ("step", 0.05)
         assert config["params"]["eps_low"] == 0.1
+
+    @pytest.mark.filterwarnings("always")
+    @pytest.mark.parametrize("rank", ["0", "1"])
+    def test_of_several_processes_only_the_first_warns(self, cli, monkeypatch, rank):
+        def read(_):
+            warnings.warn("mind this", SurestepWarning, stacklevel=1)
+            raise UserError("no such run")
+
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr("surestep.runs.read_config", read)
+        err = cli("train", "--resume", "run").err
+        assert ("surestep: warning: mind this\n" in err) == (rank == "0")
+        assert "surestep: error: no such run\n" in err
+
+    @pytest.mark.slow
+    def test_of_several_processes_only_the_first_prints(self, small, tmp_path, tools):
+        script = tmp_path / "script.py"  # `surestep`, without a report, which takes longer than all
+        script.write_text(
+            "import importlib\n"
+            "importlib.import_module('surestep.cli.train')._report = lambda *_: None\n"
+            "importlib.import_module('surestep.cli').main()\n"
+        )
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node", "2", script, "train", *small, "--method", "standard"]
+        quick = ["--epochs", "0.3", "--val-images", "0", "--engine", "reference"]
+        done = subprocess.run(
+            [*command, *quick, "--out", tmp_path / "run", "--json", "-"],
+            env=tools.environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["run"] == str(tmp_path / "run")
 
 
 class TestFullDisk:

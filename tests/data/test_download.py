@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from surestep import data
+from surestep import UserError, data
 from surestep.data import cifar, download
 from surestep.data.download import Archive
 
@@ -180,3 +180,6 @@ def test_cifar_is_downloaded_where_it_is_missing(tmp_path, root, monkeypatch):
 def test_the_default_place(monkeypatch):
     monkeypatch.delenv("SURESTEP_DATA", raising=False)
     assert download.default_root() == Path.home() / ".cache" / "surestep"
+    monkeypatch.setenv("SURESTEP_DATA", "~nobody-of-that-name/data")
+    with pytest.raises(UserError, match="set SURESTEP_DATA to a folder, or give --data"):
+        download.default_root()

@@ -180,3 +180,14 @@ def test_of_colour_images_no_others_are_decoded(hub, monkeypatch):
     assert len(read) == 4
     assert few.x.tolist() == whole.x[:4].tolist()
     assert few.y.tolist() == whole.y[:4].tolist()
+
+
+def test_whatever_fails_in_fetching_is_told(hub, refused, monkeypatch):
+    """Such as a full disk, which the package wraps in an error of its own."""
+
+    def full(*_, **__):
+        raise Exception("An error occurred") from OSError("No space left on device")
+
+    hub.splits |= {"train": rows(4)}
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", full)
+    refused(lambda: data.load("hf:me/set"), "cannot be fetched", "No space left on device")

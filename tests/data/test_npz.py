@@ -89,6 +89,17 @@ def test_images_without_a_label_are_all_for_training(tmp_path, whole):
     assert (held.y >= 0).all()
 
 
+def test_an_archive_that_zipfile_cannot_open(refused, tmp_path, monkeypatch):
+    """One that is encrypted: RuntimeError; compressed in an unknown way: NotImplementedError."""
+    place = save(tmp_path, x=RNG.random((4, 1, 2, 2)), y=np.arange(4) % 2)
+    monkeypatch.setattr("zipfile.ZipFile.open", _encrypted)
+    refused(lambda: data.load(place), "cannot be read", "password required")
+
+
+def _encrypted(*_, **__):
+    raise RuntimeError("File is encrypted, password required for extraction")
+
+
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [

@@ -399,12 +399,13 @@ def test_a_source_that_fails(net, images):
     assert evaluate(net, images, THREAT, ["fgsm"], sources=[narrow]).doubts == []
 
 
-def test_sorted_images_are_looked_at_in_every_batch(net, images, monkeypatch):
+@pytest.mark.parametrize("kind", [tuple, lambda pair: TensorDataset(*pair)])
+def test_sorted_images_are_looked_at_in_every_batch(net, images, monkeypatch, kind):
     x, y = images
     order, seen = y.argsort(stable=True), []
     monkeypatch.setattr(doubts, "LOOKED_AT", 9)
     monkeypatch.setattr(doubts, "of_model", lambda m, x, y, *_: seen.extend(x) or [])
-    evaluate(net, (x[order], y[order]), THREAT, ["fgsm"], batch_size=30)
+    evaluate(net, kind((x[order], y[order])), THREAT, ["fgsm"], batch_size=30)
     places = [int((x[order] == one).flatten(1).all(1).nonzero()) for one in seen]
     assert [place // 30 for place in places] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
@@ -431,3 +432,17 @@ def test_an_attack_of_ones_own_may_say_that_it_follows_gradients(net, images, fo
         warnings.simplefilter("ignore")
         found = evaluate(model, images, THREAT, own)
     assert found.doubts == ([BLIND] if follows else [])
+
+
+def test_attacks_in_a_precision_that_the_model_does_not_stand(net, images):
+    """Its logits overflow in float16, so that attacks there have no gradient."""
+    with pytest.warns(SurestepWarning, match="answers differently in float16"):
+        evaluate(
+            Changed(net, lambda x: x, lambda z: 1e7 * z),
+            images,
+            THREAT,
+            ["fgsm"],
+            precision=torch.float16,
+        )
+    found = evaluate(net, images, THREAT, ["fgsm"], precision=torch.bfloat16)
+    assert not any("bfloat16" in doubt for doubt in found.doubts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections import namedtuple
 
 import pytest
@@ -435,7 +437,7 @@ def test_an_evaluation_tells_autoattacks_parts_apart_and_resumes_within_a_batch(
         evaluate(Half(), data, surestep.Linf(0.7), ["autoattack"], **options)
     found = evaluate(Half(), data, surestep.Linf(0.7), ["autoattack"], **options)
     assert ran == [("apgd-ce", 4), ("apgd-t", 3), ("fab-t", 3), ("square", 2), ("square", 2)]
-    assert said[0] == "autoattack: apgd-ce on images 1 to 4"
+    assert said[0] == "autoattack: apgd-ce on images 1 to 4 of 4; worst case 100.0% so far"
     assert found.worst_case_accuracy == found.robust_accuracy["autoattack"] == 0.5
     (row,) = found.attacks
     assert row["by_part"] == {"apgd-ce": 0.75, "apgd-t": 0.75, "fab-t": 0.5, "square": 0.5}
@@ -540,6 +542,17 @@ class TestSortedByClass:
         found = surestep.evaluate(nn.Linear(4, 3), Stream(), surestep.Linf(0.1), ["fgsm"], n=40)
         assert [row["n"] for row in found.per_class] == [30, 10]
 
+    def test_a_live_stream_is_not_read_further_than_needed(self, ordered):
+        class Stream(IterableDataset):
+            def __iter__(self):
+                yield from [(x, int(y)) for x, y in zip(*ordered, strict=True)][:40]
+                pytest.fail("image 41 was read")
+
+        loader = DataLoader(Stream(), 10)
+        assert (
+            surestep.evaluate(nn.Linear(4, 3), loader, surestep.Linf(0.1), ["fgsm"], n=40).n == 40
+        )
+
     def test_of_others_it_is_the_first(self):
         y = torch.arange(30) % 3
         x = torch.linspace(0.1, 0.9, 30)[:, None].repeat(1, 4)
@@ -594,17 +607,21 @@ def test_a_radius_of_the_curve_is_not_attacked_twice(net, images):
     assert [at["eps"] for at in found.curve] == [0.02, 0.05]
     assert found.curve[0]["worst_case_accuracy"] == alone.worst_case_accuracy
     assert found.curve[1]["worst_case_accuracy"] == found.worst_case_accuracy
-    assert seen == [len(images[1])] * 2
+    assert seen == [0, len(images[1])] * 2
 
 
 def test_what_is_being_done_is_told(net, images, tmp_path):
     said: list[str] = []
     options = {"batch_size": 50, "tell": said.append, "state": tmp_path / "state"}
-    evaluate(net, images, THREAT, ["fgsm", "pgd-2"], **options)
-    assert said == [
-        *("fgsm on images 1 to 50", "pgd-2 on images 1 to 50"),
-        *("fgsm on images 51 to 90", "pgd-2 on images 51 to 90"),
+    found = evaluate(net, images, THREAT, ["fgsm", "pgd-2"], **options)
+    told = [text.partition(";")[0] for text in said]
+    assert told == [
+        *("fgsm on images 1 to 50 of 90", "pgd-2 on images 1 to 50 of 90"),
+        *("fgsm on images 51 to 90 of 90", "pgd-2 on images 51 to 90 of 90"),
     ]
+    clean, fgsm = found.right["clean"][:50], found.right["fgsm"][:50]
+    assert said[0].endswith(f"; worst case {clean.double().mean():.1%} so far")
+    assert said[1].endswith(f"; worst case {fgsm.double().mean():.1%} so far")
     evaluate(net, images, THREAT, ["fgsm", "pgd-2"], **options)
     assert len(said) == 4, "what a state knows is not done again"
 
@@ -762,3 +779,19 @@ class Dicts(TensorDataset):
 def test_a_dataset_of_dicts_is_told_of_a_loader(net, images):
     with pytest.raises(UserError, match=r"yield a dict, .* collate_fn .* a DataLoader with it"):
         evaluate(net, Dicts(*images), THREAT, ["fgsm"])
+
+
+def test_what_is_adapted_is_not_adapted_again(net, images):
+    """Twice, pixels would be rounded to the weights' type before they are normalised."""
+    seen: list[torch.dtype] = []
+
+    class Look(torch.nn.Module):
+        def forward(self, x):
+            seen.append(x.dtype)
+            return x
+
+    half = copy.deepcopy(net).to(torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        evaluate(Adapted(half, Look()), images, THREAT, ["fgsm"], doubt=False)
+    assert set(seen) == {torch.float32}

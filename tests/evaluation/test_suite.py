@@ -59,8 +59,7 @@ def test_names(monkeypatch, name, called, args):
     monkeypatch.setattr(f"surestep.evaluation.suite.{called}", note)
     monkeypatch.setattr("surestep.evaluation.suite.count_classes", lambda *_: 3)
     found = suite.parse(name, THREAT).run("model", "x", "y")
-    assert found.x_adv == "x_adv"
-    assert found.first_wrong == ("steps" if called == "search" else None)
+    assert found == (suite.Found("x_adv", "steps") if called == "search" else "x_adv")
     (call,) = calls
     assert call[:4] == ("model", "x", "y", THREAT)
     given = [pytest.approx(a) if type(a) is float else a for a in args]
@@ -134,7 +133,8 @@ def test_any_number_of_steps_crosses_the_ball(steps):
 def test_points_are_in_the_ball(net, images, name):
     x, y = images
     torch.manual_seed(0)
-    x_adv = suite.parse(name, THREAT, [net]).run(net, x, y).x_adv
+    found = suite.parse(name, THREAT, [net]).run(net, x, y)
+    x_adv = found.x_adv if isinstance(found, suite.Found) else found
     assert (x_adv - x).abs().max() <= 0.3
     assert x_adv.min() >= 0
     assert x_adv.max() <= 1
@@ -156,7 +156,7 @@ def test_transfer_finds_on_the_source_what_breaks_the_model(net, images):
     (x, y), threat = images, surestep.Linf(0.13)
     net.eval()
     torch.manual_seed(0)
-    found = suite.parse("transfer", threat, [net]).run(Hidden(), x, y).x_adv
+    found = suite.parse("transfer", threat, [net]).run(Hidden(), x, y)
     torch.manual_seed(0)
     halves = attacks.pgd(net, x, y, threat, 50), attacks.mi_fgsm(net, x, y, threat, 20, 1, "margin")
     with torch.no_grad():
@@ -206,7 +206,7 @@ def test_every_kind_is_told_to_people_as_it_can_be_written():
 
 def test_attacks_that_follow_the_gradient_go_straight_through_too():
     names = ["fgsm", "noise-3", "pgd-5-margin", "square-30", "transfer", "apgd-ce", "apgd-ce-bpda"]
-    assert suite.and_through(names) == [
+    assert suite.with_bpda(names) == [
         "fgsm", "fgsm-bpda", "noise-3", "pgd-5-margin", "pgd-5-margin-bpda", "square-30",
         "transfer", "apgd-ce", "apgd-ce-bpda",
     ]  # fmt: skip

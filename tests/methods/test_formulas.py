@@ -13,7 +13,7 @@ import torch
 from families import core, joined, merged
 from families.maths import EPS
 
-from surestep import L2, Linf, methods
+from surestep import L2, Linf, UserError, methods
 
 CASES = merged("CASES")
 
@@ -201,8 +201,13 @@ def test_attacks_in_train_mode_see_confident_networks(build, make_task, monkeypa
         torch.testing.assert_close(far, torch.full_like(x, EPS), rtol=0, atol=1e-6)
 
 
-def test_methods_survive_confident_networks(build, slug, make_task):
-    """Logits of thousands: every part of the loss and every gradient stays finite."""
+def test_methods_survive_confident_networks(build, slug, make_task, monkeypatch):
+    """Logits of thousands: every part of the loss and every gradient stays finite.
+
+    Without a random start it is seen that the attack has a gradient, which cross entropy has not.
+    """
+    monkeypatch.setattr(Linf, "random_delta", lambda self, x, *_: torch.zeros_like(x))
+    monkeypatch.setattr(Linf, "random_step", lambda self, x, *_: torch.zeros_like(x))
     task = make_task("mlp", dtype=torch.float32)
     with torch.no_grad():
         task.net[-1].weight *= 1e4
@@ -211,9 +216,9 @@ def test_methods_survive_confident_networks(build, slug, make_task):
     result.loss.backward()
     assert math.isfinite(float(result.loss.detach()))
     assert all(bool(p.grad.isfinite().all()) for p in task.net.parameters())
-    moved = (result.x_adv != x).flatten(1)
-    assert bool(moved.any()) == (slug not in ("standard", *joined("MAY_STAY")))
-    assert bool(moved.all()) == (slug not in ("standard", *joined("MAY_STAY"), *joined("IN_PART")))
+    moved = (result.x_adv != x).flatten(1).any(1)
+    # UAT climbs a divergence from the image itself, which has no gradient there.
+    assert bool(moved.all()) == (slug not in ("standard", "uat", *joined("MAY_STAY")))
 
 
 @pytest.mark.parametrize(
@@ -240,3 +245,7 @@ def test_functional_forms(name, slug, make_task):
         else:
             found.append(function(net, task.x, task.y, Linf(EPS), **params).loss)
     torch.testing.assert_close(found[0], found[1])
+    if "base" in given:
+        base = methods.FGSM(Linf(EPS / 2))
+        with pytest.raises(UserError, match=r"base fgsm attacks within Linf.*, but threat is Linf"):
+            function(net, task.x, task.y, Linf(EPS), base=base, **params)

@@ -202,7 +202,8 @@ def test_another_data_range(build, slug, make_task):
         scaled[1].bias.add_(scaled[1].weight.sum(1) / 2)
         scaled[1].weight.div_(2)
     params = build(slug).params()
-    lengths = {k: 2 * v for k, v in params.items() if k in methods.get(slug).lengths and v}
+    scaling = {*methods.get(slug).lengths, "sigma"}
+    lengths = {k: 2 * v for k, v in params.items() if k in scaling and v}
     losses = []
     for net, x, threat, settings in (
         (task.net, task.x, Linf(0.1), params),
@@ -270,7 +271,7 @@ def test_state_survives_a_resume(build, slug, make_task):
 
 def test_half_strength_is_the_method_of_half_the_lengths(slug, build, make_task):
     """And full strength afterwards is exactly what it was."""
-    given = {"alpha": 0.04, "eps_low": 0.06, "sigma": 0.01}
+    given = {"alpha": 0.04, "eps_low": 0.06}
     lengths = {k: v for k, v in given.items() if k in set(build(slug).params())}
     rest = {k: v for k, v in build(slug, **lengths).params().items() if k not in lengths}
     half = methods.build(slug, Linf(EPS / 2), {**rest, **{k: v / 2 for k, v in lengths.items()}})

@@ -68,6 +68,8 @@ def test_defaults_that_follow_eps():
     assert methods.PGD(Linf(E8)).alpha == pytest.approx(STEP2)
     assert methods.TRADES(Linf(E8)).alpha == pytest.approx(0.007)
     assert methods.TRADES(Linf(E8)).sigma == 0.001
+    for cls in (methods.TRADES, methods.get("mart")):
+        assert cls(Linf(8, bounds=(0, 255))).sigma == pytest.approx(0.255)
     assert methods.SATR3(Linf(0.3)).eps_low == pytest.approx(0.1)
 
 

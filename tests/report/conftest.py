@@ -74,6 +74,7 @@ def audit() -> dict[str, Any]:
         },
         18: {"step": [0.0, 0.5, 1.0], "loss": [0.1, 2.5, 0.4]},
     }
+    names = {10: "eps-sweep", 11: "convergence", 18: "sat-properties"}
     status = {1: "flagged", 2: "skipped"}
     return {
         "format": "surestep-audit",
@@ -96,7 +97,7 @@ def audit() -> dict[str, Any]:
         "checks": [
             {
                 "number": k,
-                "name": f"check-{k}",
+                "name": names.get(k, f"check-{k}"),
                 "title": f"Check number {k}",
                 "status": status.get(k, "passed"),
                 "value": None if k == 2 else k / 100,

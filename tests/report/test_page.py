@@ -70,7 +70,8 @@ def test_the_verdict_comes_first(page):
 def test_attacks_with_interval_and_seconds(page):
     assert "pgd-50 88.0% 86.0–90.0 12.5" in page.text
     assert "autoattack cumulative 85.0% 83.0–87.0 77.25" in page.text
-    assert "pgd-50-margin 1.2%" in page.text
+    # Attacks of the audit, too.
+    assert "pgd-50-margin 1.2% 0.6–2.6" in page.text
 
 
 def test_every_check_is_there_flagged_ones_first(page):
@@ -254,9 +255,9 @@ def test_an_audit_whose_checks_were_skipped(audit):
 def test_a_history_alone(history):
     page = Page(Report("one", history=history).to_html())
     assert set(page.specs()) == {"training-accuracy", "training-loss"}
-    best = max(row["val_worst_case"] for row in history)
     assert "not judged" in page.text
-    assert f"{100 * best:.1f}% of held-out images remain correctly classified" in page.text
+    said = "40.0% (95% interval 37.0–43.1) of 1,000 held-out images remain correctly classified"
+    assert said in page.text
 
 
 @pytest.mark.parametrize("select", ["best", "last"])
@@ -275,6 +276,14 @@ def test_a_history_without_validation(history):
 def test_a_comparison_alone(comparison):
     page = Page(Report("one", comparison=comparison).to_html())
     assert set(page.specs()) == {"pareto"}
+
+
+@pytest.mark.parametrize("cost", [{"passes": 2}, {"seconds": 0}])
+def test_a_comparison_that_cannot_be_drawn_has_no_chart(cost):
+    one = {"method": "a", "worst_case_accuracy": 0.5, **cost}
+    other = {"method": "b", "worst_case_accuracy": 0.4}
+    html = Report("one", comparison=[one, other]).to_html()
+    assert 'id="specs"' not in html
 
 
 def test_nothing_at_all_is_a_small_page():

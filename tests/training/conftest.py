@@ -178,7 +178,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny() -> SimpleNamespace:
     """The helpers of this folder, since test modules cannot import from each other."""
     return SimpleNamespace(
@@ -198,8 +198,8 @@ def tiny() -> SimpleNamespace:
     )
 
 
-@pytest.fixture
-def stopping(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+@pytest.fixture(scope="session")
+def stopping() -> Callable[..., None]:
     """Return ``stopping(after, run)``: do ``run`` and crash it once ``after`` steps are done."""
 
     def stop(after: int, run: Callable[[], object]) -> None:
@@ -213,7 +213,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             done += 1
             return take(self, *batch)
 
-        with monkeypatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(TrainStep, "__call__", step)
             with pytest.raises(Stopped):
                 run()

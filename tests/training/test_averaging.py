@@ -41,17 +41,20 @@ def test_the_first_update_takes_the_weights_themselves(tiny, decay):
     assert tiny.same_weights(average.model, model)
 
 
-def test_batch_statistics_are_copied(tiny):
+def test_batch_statistics_are_averaged_as_the_weights_are(tiny):
+    """As published (FastAT, NuAT-WA): the average is over the whole state."""
     torch.manual_seed(0)
     model = tiny.net()
     average = WeightAverage(model, 0.9)
+    seen = []
     for _ in range(5):
         wander(model)
         average.update(model)
-    assert model[1].num_batches_tracked == 5
-    for own, theirs in zip(average.model.buffers(), model.buffers(), strict=True):
-        assert torch.equal(own, theirs)
-        assert own.data_ptr() != theirs.data_ptr()
+        seen.append(model[1].running_var.double())
+    share = [0.9 ** (4 - k) for k in range(5)]
+    mean = sum(s * var for s, var in zip(share, seen, strict=True)) / sum(share)
+    torch.testing.assert_close(average.model[1].running_var.double(), mean, rtol=1e-4, atol=1e-6)
+    assert average.model[1].num_batches_tracked == model[1].num_batches_tracked == 5
 
 
 def test_the_model_is_left_alone_and_the_average_needs_no_gradient(tiny):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -25,9 +26,15 @@ REMEMBER = [
     *("elle-a", "converge-smooth", "liet", "iaat"),
 ]
 """What has a state of its own, of each kind."""
+COMBINED = {
+    "ahead": {"awp": 0.05, "clip_grad": 0.5},
+    "swa": {"swa": 0.4},
+    "fast": {"engine": "fast", "precision": "fp32"},
+}
+"""Settings under which a step of two processes is that of one."""
 SCRIPT = (
     f"""
-REMEMBER = {REMEMBER}
+REMEMBER, COMBINED = {REMEMBER}, {COMBINED}
 """
     + """
 import functools
@@ -41,11 +48,12 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from families import remembering
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
-from surestep import UserError
+from surestep import UserError, files
 from surestep.devices import pick_device
-from surestep.training import Pick, TrainStep, pick_engine, preparing, stopping, validating
+from surestep.training import Pick, TrainStep, checkpoint, pick_engine, preparing, stopping
+from surestep.training import validating
 from surestep.training._fit import _accelerator
 from surestep.training.memory import Frugal
 
@@ -57,6 +65,8 @@ rank = int(os.environ["RANK"])
 train = functools.partial(tiny.train, device="cpu")
 os.fsync = lambda _: None  # as in the tests of one process
 take = TrainStep.__call__
+if rank:
+    files.write_atomically = lambda *_: (place / "wrote-1").touch()
 
 
 def keep(name, result):
@@ -95,6 +105,11 @@ with tiny.nothing_random():
         keep(method, train(made, model=net, augment="crop-flip", epochs=epochs))
 keep("average", train("fgsm", model=tiny.make_net(seed=rank, norm=False), ema=0.9))
 keep("augmented", train("fgsm", model=tiny.make_net(norm=False), augment="crop-flip"))
+for name, settings in COMBINED.items():
+    keep(name, train("fgsm", model=tiny.make_net(norm=False), **settings))
+torch.compile, plain = functools.partial(torch.compile, backend="eager"), torch.compile
+keep("compiled", train("fgsm", model=tiny.make_net(norm=False), compile=True))
+torch.compile = plain
 preparing.fit_into, fit_into = lambda model, *_: Frugal(model, 2), preparing.fit_into
 keep("frugal", train("fgsm", model=tiny.make_net(norm=False), max_memory=1.0))
 preparing.fit_into = fit_into
@@ -114,7 +129,10 @@ preparing.MIN_STEPS, preparing.pick_engine = 1, pick_engine
 for method in ("fgsm-uap", "fgsm-mep"):
     keep(f"tried-{method}", train(method, model=tiny.make_net(norm=False), engine="auto"))
 preparing.MIN_STEPS, preparing.pick_engine = least, pick
-keep("norm", train("sat-r2", ema=0.9, select="best"))
+seen = []
+told = {"on_epoch": lambda row, _: seen.append(row["epoch"])}
+keep("norm", train("sat-r2", ema=0.9, select="best", **told))
+(place / f"told-{rank}").write_text(str(seen))
 keep("norm-out", train("sat-r2", out=place / "norm-out"))
 
 
@@ -136,6 +154,42 @@ def loader(**where):
 stopped("resumed", without_norm)
 stopped("resumed-norm", with_norm)
 stopped("resumed-loader", loader, [7])
+
+
+class Reordered(BatchSampler):
+    # Accelerate looks for set_epoch in its .sampler only, and it has none.
+    batch_size, epochs = 6, set()
+
+    def __init__(self):
+        pass
+
+    def set_epoch(self, epoch):
+        self.epochs.add(epoch)
+
+    def __iter__(self):
+        return iter(torch.arange(60).view(-1, 6).tolist())
+
+    def __len__(self):
+        return 10
+
+
+class Told(TensorDataset):
+    # Accelerate tells it nothing if the sampler has set_epoch.
+    epochs = set()
+
+    def set_epoch(self, epoch):
+        self.epochs.add(epoch)
+
+
+class Followed(SequentialSampler):
+    def set_epoch(self, epoch):
+        pass
+
+
+pairs = Told(*tiny.make_data())
+for order in (Reordered(), BatchSampler(Followed(pairs), 6, drop_last=True)):
+    train("fgsm", data=DataLoader(pairs, batch_sampler=order), val_images=0)
+(place / f"epochs-{rank}").write_text(f"{Reordered.epochs} {Told.epochs}")
 
 
 def asked(name, run, *, resume):
@@ -195,6 +249,7 @@ asked("asked-loader", loader, resume=True)
 drawing_nothing(out=place / "left-alone")
 asked("left", drawing_nothing, resume=False)
 asked("left-loader", loader, resume=False)
+keep("alone", drawing_nothing(out=place / "alone", checkpoint_every=2, resume=True))
 for method in REMEMBER:
 
     def with_state(method=method, **where):
@@ -210,6 +265,7 @@ for kind, validation in kinds.items():
     drawing_nothing(out=place / f"held-{kind}", validation=validation, val_attacks=("fgsm",))
 validating.evaluate = evaluate
 torch.save([one.n for one in found], place / f"held-{rank}")
+drawing_nothing(out=place / "held-one", validation=tiny.make_data(1), val_attacks=("fgsm",))
 idle = torch.nn.Sequential(tiny.make_net(norm=False))
 idle.register_parameter("aside", torch.nn.Parameter(torch.zeros(3)))
 
@@ -225,6 +281,23 @@ refused("idle", model=idle)
 # Of the first process alone: its folder cannot be made. Of the second alone: a loss that is NaN.
 (place / "no-folder").write_text("")
 refused("trouble", out=place / "no-folder" / "run")
+
+
+def full(*_):
+    raise torch.OutOfMemoryError
+
+
+preparing.MIN_STEPS, preparing.pick_engine = 1, full
+refused("trial", engine="auto")
+preparing.MIN_STEPS, preparing.pick_engine = least, pick
+# The second lacks an image, a held-out image, a file of the run.
+refused("lacks", data=tiny.make_data(64 - rank), validation=held)
+refused("lacks-held", validation=tiny.make_data(21 - rank))
+newest = checkpoint.load_newest
+if rank:
+    checkpoint.load_newest = lambda *_: None
+refused("lacks-run", model=tiny.make_net(norm=False), out=place / "left", resume=True)
+checkpoint.load_newest = newest
 
 
 def nan_in_one(self, *batch):
@@ -246,6 +319,18 @@ def judged_in_part(*args, progress, **kwargs):
     return evaluate(*args, progress=progress, **kwargs)
 
 
+def judged_late(*args, **kwargs):
+    result = evaluate(*args, **kwargs)
+    if rank:
+        raise UserError("one of my images cannot be judged")
+    return result
+
+
+# One alone would judge less at a time, so oftener; then there are as many batches in each.
+preparing.MOST_JUDGED, most = 5 - 2 * rank, preparing.MOST_JUDGED
+validating.evaluate = judged_late
+refused("judged-late", epochs=1, validation=held)
+preparing.MOST_JUDGED = most
 validating.evaluate = judged_by_one
 refused("judged", epochs=1)
 validating.evaluate = judged_in_part
@@ -279,9 +364,11 @@ def torchrun(script: Path, *args: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory, tiny: Any, stopping: Any) -> Path:
     """Run the script and return the folder of its results."""
     place = tmp_path_factory.mktemp("distributed")
+    begun = {"model": tiny.net(norm=False), "out": place / "alone", "checkpoint_every": 2}
+    stopping(4, lambda: tiny.train("fgsm", **begun))
     script = place / "script.py"
     script.write_text(SCRIPT)
     torchrun(script, Path(__file__).with_name("conftest.py"), place)
@@ -330,6 +417,8 @@ def test_both_end_with_the_same_weights(place, name):
         ("augmented", {}, {"augment": "crop-flip"}),
         ("frugal", {}, {}),
         ("picked", {}, {}),
+        ("compiled", {}, {}),
+        *((name, {}, settings) for name, settings in COMBINED.items()),
     ],
 )
 def test_two_processes_take_the_step_of_one(tiny, place, name, params, settings):
@@ -398,6 +487,15 @@ def test_only_the_first_writes(place, tiny):
     state = files.load_tree(checkpoint.found(folder / "checkpoints")[-1])
     first, second = state["rng"]
     assert not torch.equal(first["torch"], second["torch"])
+    assert not (place / "wrote-1").exists()
+
+
+def test_only_the_first_calls_on_epoch(place):
+    assert [(place / f"told-{rank}").read_text() for rank in (0, 1)] == ["[1, 2]", "[]"]
+
+
+def test_the_epoch_is_told_to_batch_samplers_and_data_sets(place):
+    assert [(place / f"epochs-{rank}").read_text() for rank in (0, 1)] == ["{0, 1} {0, 1}"] * 2
 
 
 def test_a_parameter_without_a_part_in_it_is_named(place):
@@ -416,6 +514,11 @@ def test_a_parameter_without_a_part_in_it_is_named(place):
         ("diverged", "became NaN or infinite at step 1 "),
         ("judged", "cannot be judged"),
         ("judged-loader", "cannot be judged"),
+        ("judged-late", "cannot be judged"),
+        ("trial", "out of memory in the trial"),
+        ("lacks", "number of training images (or batches), of which one has 63 and another 64"),
+        ("lacks-held", "number of held-out images (or batches), of which one has 20 and another"),
+        ("lacks-run", "number of finished steps, of which one has 0 and another 4"),
     ],
 )
 def test_where_one_fails_both_do(place, name, said):
@@ -460,11 +563,24 @@ def test_validation_is_left_by_both(place, tiny):
 
 def test_the_rows_are_of_all_images(place, tiny):
     """The first process's share of the batches has another loss than the second's."""
-    rows = tiny.rows(place / "left-alone")
     one = tiny.train("fgsm", model=tiny.net(norm=False))
-    for row, whole in zip(rows, one.history, strict=True):
-        assert row["loss"] == pytest.approx(whole["loss"], abs=1e-5)
-        assert row["adv_accuracy"] == pytest.approx(whole["adv_accuracy"], abs=1e-5)
+    same_rows(history(place / "left-alone"), one.history)
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def same_rows(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Check the rows of two epochs of five steps of 10 images."""
+    before = 0.0
+    for row, other in zip(rows, expected, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert row["adv_accuracy"] == pytest.approx(other["adv_accuracy"], abs=1e-5)
+        # Over all processes.
+        assert row["images_per_second"] * (row["train_seconds"] - before) == pytest.approx(50)
+        before = row["train_seconds"]
 
 
 @pytest.mark.parametrize("kind", ["images", "dataset", "loader"])
@@ -477,13 +593,17 @@ def test_validation_is_shared_and_its_rows_are_of_all_images(place, tiny, kind):
             assert row[name] == pytest.approx(whole[name])
 
 
+def test_fewer_held_out_images_than_processes(place, tiny):
+    assert [row["val_n"] for row in tiny.rows(place / "held-one")] == [1, 1]
+
+
 def test_each_process_judges_its_part_of_the_held_out_images(place):
     """For each of two epochs: of images, of a Dataset, of a loader, which cannot be divided."""
     counts = [torch.load(place / f"held-{rank}") for rank in (0, 1)]
     assert counts == [[11] * 4 + [21] * 2, [10] * 4 + [21] * 2]
 
 
-def test_one_process_goes_on_with_what_two_began(place, tiny, tmp_path, capsys):
+def test_a_run_goes_on_in_more_or_fewer_processes(place, tiny, tmp_path, capsys):
     def train(**where: Any) -> Any:
         net = tiny.net(norm=False)
         return tiny.train("fgsm", model=net, quiet=False, **where)
@@ -493,9 +613,12 @@ def test_one_process_goes_on_with_what_two_began(place, tiny, tmp_path, capsys):
     said = " ".join(capsys.readouterr().err.split())
     assert "it was started on 2 processes and resumes on 1, which draw other" in said
     # FGSM draws nothing: each step is that of the same global batch.
-    for name, value in train().model.state_dict().items():
+    whole, both = train(), left(place, "alone")[0]["state"]
+    for name, value in whole.model.state_dict().items():
         torch.testing.assert_close(gone_on.model.state_dict()[name], value, rtol=0, atol=1e-4)
-    assert len(gone_on.history) == 2
+        torch.testing.assert_close(both[name], value, rtol=0, atol=1e-4)
+    same_rows(gone_on.history, whole.history)
+    same_rows(history(place / "alone"), whole.history)
 
 
 def test_but_not_with_a_loader_whose_steps_are_others(place, tiny, tmp_path):

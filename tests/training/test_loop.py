@@ -10,6 +10,7 @@ import shutil
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,6 +54,16 @@ EVERY = 2
 STOPS = {"mid-epoch": 4, "boundary": 5, "mid-epoch 2": 9}
 """Steps done before the crash. With 5 steps an epoch and a checkpoint every second step the
 newest checkpoint is at 4 (in epoch 1), 5 (between the epochs) and 8 (in epoch 2)."""
+
+
+class Misspelt(nn.Linear):
+    """A model whose forward names a layer that it has not."""
+
+    def __init__(self):
+        super().__init__(64, 4)
+
+    def forward(self, x):
+        return self.fc3(x.flatten(1))
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -459,6 +470,26 @@ class TestResume:
         assert tiny.rows(out) == tiny.rows(whole)
         assert tiny.equal(tiny.state_of(out), tiny.state_of(whole))
 
+    def test_the_checkpoint_does_not_stay_in_memory(self, tiny, stopping, monkeypatch, tmp_path):
+        stopping(4, lambda: tiny.train(checkpoint_every=EVERY, out=tmp_path / "run"))
+        load, loaded, alive = checkpoint.load_newest, [], []
+
+        def loading(*args: Any) -> Any:
+            state = load(*args)
+            loaded.extend(weakref.ref(value) for value in state["model"].values())
+            return state
+
+        def step(self: TrainStep, *batch: Any) -> Any:
+            alive.extend(one for one in loaded if one() is not None)
+            return take(self, *batch)
+
+        take = TrainStep.__call__
+        monkeypatch.setattr(checkpoint, "load_newest", loading)
+        monkeypatch.setattr(TrainStep, "__call__", step)
+        tiny.train(checkpoint_every=EVERY, out=tmp_path / "run", resume=True)
+        assert loaded
+        assert not alive
+
     def test_before_the_first_checkpoint(self, tiny, stopping, whole, tmp_path):
         def train(**place: Any) -> Any:
             return tiny.train("sat-r2", checkpoint_every=EVERY, **place)
@@ -646,6 +677,7 @@ class TestRunFolders:
             pytest.param({"validation": "test"}, "give a pair", id="validation"),
             pytest.param({"val_attacks": ("pgd",)}, "unknown attack 'pgd'", id="attack"),
             pytest.param({"model": nn.Flatten()}, "no parameters", id="model"),
+            pytest.param({"model": Misspelt()}, "Misspelt' object has no attribute 'fc3", id="fc3"),
         ],
     )
     def test_settings_that_are_refused_cost_no_run(self, tiny, tmp_path, settings, said):
@@ -1002,6 +1034,7 @@ class TestValidation:
             ([0.0, 0.0, 0.0], [0.95, 0.97, 0.98], [1, 2, 3]),
             ([0.3, 0.3, 0.3], [0.45, 0.45, 0.45], []),
             ([0.55, 0.55, 0.55], [0.9, 0.9, 0.9], []),  # apart by more than 20 points, not by half
+            ([0.8, 0.16, 0.16], [0.85, 0.18, 0.18], [2]),  # FGSM falls, too: nothing is masked
         ],
     )
     def test_collapse(self, tiny, monkeypatch, capsys, worst, fgsm, warned):
@@ -1009,7 +1042,8 @@ class TestValidation:
         result = tiny.train("fgsm", epochs=3, quiet=False)
         assert [row["epoch"] for row in result.history if row.get("collapse")] == warned
         said = capsys.readouterr().err
-        assert said.count("warning: gradient masking") == len(warned)
+        what = "robust accuracy fell" if worst[0] else "gradient masking"
+        assert said.count(f"warning: {what}") == said.count("warning: ") == len(warned)
         assert all(f"after epoch {epoch}" in said for epoch in warned)
 
     def test_collapse_is_seen_whatever_attacks_are_asked_for(self, tiny, monkeypatch, capsys):
@@ -1030,9 +1064,14 @@ class TestValidation:
         tiny.train("rs-fgsm", epochs=1, val_attacks=("pgd-2", "fgsm"))
         assert asked == [("fgsm", "pgd-2")] * 2
 
-    def test_collapse_is_seen_across_a_resume(self, tiny, stopping, monkeypatch, tmp_path):
+    @pytest.mark.parametrize("older", [{}, {"best_score": 0.8, "last_robust": 0.8}])
+    def test_collapse_is_seen_across_a_resume(self, tiny, stopping, monkeypatch, tmp_path, older):
         scripted(monkeypatch, [0.8, 0.1])
         stopping(7, lambda: tiny.train(out=tmp_path / "run"))
+        path = checkpoint.found(tmp_path / "run" / "checkpoints")[-1]
+        state = files.load_tree(path)
+        state["progress"] |= older
+        files.save_tree(path, state)
         result = tiny.train(out=tmp_path / "run", resume=True)
         assert result.history[1]["collapse"]
 
@@ -1348,15 +1387,23 @@ class TestLoaders:
             tiny.train("sads", model=net, out=tmp_path / "run", overwrite=True)
         assert snapshot(tmp_path) == before
 
-    @pytest.mark.parametrize("kind", ["subclass", "batch_size=None"])
-    def test_but_not_shared_out(self, tiny, kind):
+    @pytest.mark.parametrize(
+        ("kind", "said"),
+        [
+            ("subclass", "of a Own, which changes"),
+            ("batch_size=None", "batch_size=None cannot be spl"),
+            ("any sizes", "batches of a list, which may differ in size, cannot be split over"),
+        ],
+    )
+    def test_but_not_shared_out(self, tiny, kind, said):
         class Own(DataLoader):
             def __iter__(self):
                 return super().__iter__()
 
         pairs = TensorDataset(*tiny.data())
         loader = Own(pairs, 8) if kind == "subclass" else DataLoader(pairs, batch_size=None)
-        said = "of a Own, which changes" if kind == "subclass" else "batch_size=None cannot be spl"
+        if kind == "any sizes":
+            loader = DataLoader(pairs, batch_sampler=[[0, 1], [2]])
         with pytest.raises(UserError, match=said):
             make_source(
                 loader,
@@ -1401,7 +1448,7 @@ class TestLoaders:
 
         monkeypatch.setattr(validating, "evaluate", judge)
         pairs = DataLoader(TensorDataset(*tiny.data()), 4)
-        tiny.train(data=pairs, validation=tiny.data(8), epochs=1, batch_size=100)
+        tiny.train(data=pairs, validation=tiny.data(8), epochs=1)
         assert sizes == [4]
 
     def test_batches_are_moved_here(self, tiny, monkeypatch):
@@ -1428,8 +1475,19 @@ class TestLoaders:
             make_source(loader, world=2, **options)
         assert make_source(loader, world=1, **options).steps_per_epoch == 8
 
-    @pytest.mark.parametrize("kind", ["own", "own with a generator", "shuffle", "in order"])
-    def test_an_order_that_each_process_would_draw_for_itself_is_said(self, tiny, recwarn, kind):
+    @pytest.mark.parametrize(
+        ("kind", "lacking"),
+        [
+            ("own", "Own has no generator"),
+            ("own with a generator", None),
+            ("own of batches", "Own has no set_epoch"),  # whose generator Accelerate does not share
+            ("shuffle", None),
+            ("in order", None),
+        ],
+    )
+    def test_an_order_that_each_process_would_draw_for_itself_is_said(
+        self, tiny, recwarn, kind, lacking
+    ):
         class Own(torch.utils.data.Sampler):
             def __iter__(self) -> Any:
                 return iter(torch.randperm(64).tolist())
@@ -1441,13 +1499,16 @@ class TestLoaders:
         if "generator" in kind:
             sampler.generator = None
         loader = DataLoader(pairs, 4, sampler=sampler, shuffle=kind == "shuffle" or None)
+        if "batches" in kind:
+            sampler.generator, sampler.batch_size = None, 4
+            loader = DataLoader(pairs, batch_sampler=sampler)
         options = {"batch_size": 4, "seed": 0, "augmentation": "none", "rank": 0}
         options |= {"device": torch.device("cpu"), "prepare": lambda loader: loader}
         make_source(loader, world=1, **options)
         make_source(loader, world=2, **options)
-        said = [str(w.message) for w in recwarn if "has no generator" in str(w.message)]
-        assert len(said) == (kind == "own")
-        assert all("DataLoader's Own has no generator" in one for one in said)
+        said = [str(w.message) for w in recwarn if "has no" in str(w.message)]
+        assert len(said) == (lacking is not None)
+        assert all(f"the DataLoader's {lacking}: if it draws" in one for one in said)
 
     def test_an_iterable_that_knows_its_length(self, tiny):
         x, y = tiny.data(40)

@@ -6,14 +6,13 @@ import copy
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import surestep
 from surestep import UserError, methods, processes
 from surestep.config import FitSettings
-from surestep.training import make_optimizer, make_step, stopping
+from surestep.training import _fit, make_optimizer, make_step, stopping
 from surestep.training.display import Display
 from surestep.training.engine import Engine
 from surestep.training.preparing import _batch_of
@@ -40,8 +39,19 @@ def test_the_batch_of_a_batch_sampler_is_known(tiny):
     data = TensorDataset(*tiny.data())
     loader = DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 24, drop_last=True))
     assert loader.batch_size is None
-    size, said = _batch_of(loader, FitSettings(), Accelerator(cpu=True))
+    size, said = _batch_of(loader, FitSettings())
     assert (size, said) == (24, "the DataLoader's batch_size (24)")
+
+
+def test_a_state_that_is_more_than_tensors_is_refused(tiny, tmp_path):
+    class Counts(nn.Identity):
+        def get_extra_state(self):
+            return {"seen": 0}
+
+    net = nn.Sequential(tiny.net(), Counts())
+    with pytest.raises(UserError, match=r"state has 1\._extra_state, a dict, but only tensors"):
+        tiny.train(model=net, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_validation_that_would_be_left_out_is_refused(tiny):
@@ -126,11 +136,19 @@ def test_of_processes_that_validate_one_that_fails_is_heard(monkeypatch):
     assert told == [0, stopping._FAILED, 0, stopping._FAILED, 0]
 
 
-@pytest.mark.parametrize(("eps", "alpha"), [(0.3, 0.01), (8 / 255, 2 / 255), (0.001, 0.00025)])
+@pytest.mark.parametrize(
+    ("threat", "alpha"),
+    [
+        (surestep.Linf(0.3), 0.01),
+        (surestep.Linf(8 / 255), 2 / 255),
+        (surestep.Linf(0.001), 0.00025),
+        (surestep.L2(0.5), 0.125),  # the length of the whole step, not of a pixel's
+    ],
+)
 @pytest.mark.parametrize("slug", ["sat-r2", "sat-r3"])
-def test_the_random_step_of_sat_fits_any_radius(slug, eps, alpha):
+def test_the_random_step_of_sat_fits_any_radius(slug, threat, alpha):
     """The published lengths at the published radii, and never beyond eps."""
-    assert methods.get(slug)(surestep.Linf(eps)).alpha == pytest.approx(alpha)
+    assert methods.get(slug)(threat).alpha == pytest.approx(alpha)
 
 
 def test_a_copy_of_a_method_still_asks_for_its_progress(tiny):
@@ -208,12 +226,18 @@ def test_a_description_must_tell_the_method(tiny, tmp_path):
         tiny.train(out=tmp_path / "run", describe={"note": "x"})
 
 
-@pytest.mark.parametrize("given", [16, 5])
-def test_a_loader_has_its_own_batch_size(tiny, given):
+@pytest.mark.parametrize(("together", "wrong"), [(1, 16), (1, 5), (1, 20), (2, 10), (2, 40)])
+def test_a_loader_has_its_own_batch_size(tiny, monkeypatch, together, wrong):
+    def stop(*args, **kwargs):
+        raise tiny.Stopped
+
+    monkeypatch.setattr(processes, "count", lambda: together)
+    monkeypatch.setattr(_fit, "prepare", stop)
     loader = DataLoader(TensorDataset(*tiny.data(20)), 10)
-    with pytest.raises(UserError, match=f"batch_size {given} has no effect: .* its own, 10"):
-        tiny.train(data=loader, val_images=0, batch_size=given)
-    tiny.train(data=loader, val_images=0, batch_size=20, epochs=1)  # of two processes together
+    with pytest.raises(UserError, match=f"batch_size {wrong} has no effect: .* its own, 10"):
+        tiny.train(data=loader, batch_size=wrong)
+    with pytest.raises(tiny.Stopped):
+        tiny.train(data=loader, batch_size=10 * together)
 
 
 @pytest.mark.parametrize("term", ["loss", "lr", "val_clean"])

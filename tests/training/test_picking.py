@@ -159,8 +159,8 @@ class TestTraining:
         """Its passes would wait for processes that are waiting for the pick."""
         net = nn.SyncBatchNorm.convert_sync_batchnorm(tiny.net())
         assert isinstance(net[1], nn.SyncBatchNorm)
-        config = FitSettings(engine="auto")
-        assert preparing._pick(net, tiny.method("sat-r2"), SHAPE, 10, config, None) is None
+        config, guard = FitSettings(engine="auto"), preparing.Guard(net, "batch_size (10)", None)
+        assert preparing._pick(net, tiny.method("sat-r2"), SHAPE, 10, config, guard) is None
         assert not self.picks
 
     def test_the_pick_is_used_said_and_written_down(self, tiny, tmp_path, capsys):

@@ -19,7 +19,7 @@ from surestep.attacks.core import in_turn, input_gradient
 from surestep.attacks.gradient import pgd
 from surestep.attacks.inputs import check_inputs, forward_logits
 from surestep.attacks.lending import attacking, forked_rng, frozen
-from surestep.devices import exact
+from surestep.devices import exact, finest
 from surestep.errors import UserError, need
 from surestep.threat import L2, Linf, ThreatModel
 
@@ -114,7 +114,15 @@ def square(
     def run(predict: Callable, z: Tensor, y: Tensor, shared: dict) -> Tensor:
         from pyautoattack.square import SquareAttack
 
-        attack = SquareAttack(predict, n_queries=queries, resc_schedule=False, **shared)
+        def decided(z: Tensor) -> Tensor:
+            # A copy, since the package writes into it. It takes a tie for won, but of equal classes
+            # the first leads: where that is the true one, the search must go on.
+            logits = predict(z).to(finest(z.device), copy=True)
+            places = torch.arange(logits.shape[1], device=z.device)
+            size = logits.abs().amax(1, keepdim=True).clamp(min=1)
+            return logits - 1e-12 * size * places
+
+        attack = SquareAttack(decided, n_queries=queries, resc_schedule=False, **shared)
         with torch.no_grad():
             return attack.perturb(z, y)
 

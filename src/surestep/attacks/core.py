@@ -179,7 +179,8 @@ class Best:
     def offer(self, rows: Tensor, x_adv: Tensor, logits: Tensor) -> None:
         """Take the points ``x_adv`` of the samples ``rows`` where they beat the best so far."""
         y, was_wrong, held = self.y[rows], self.wrong[rows], self.values[rows]
-        values = self.objective(logits, y).to(held.dtype)
+        # NaN, which counts as wrong, would be larger than nothing and smaller than nothing.
+        values = self.objective(logits, y).to(held.dtype).nan_to_num(nan=float("-inf"))
         wrong = misclassified(logits, y)
         newly = wrong & ~was_wrong
         better = newly | ((wrong == was_wrong) & (values > held))

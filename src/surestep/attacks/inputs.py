@@ -139,9 +139,9 @@ def count_classes(model: nn.Module, x: Tensor) -> int:
     with attacking(uncompiled(unwrapped(model))) as inner, forked_rng(x.device):
         try:
             return forward_logits(inner, x[:1]).shape[1]
-        except UserError:
+        except (UserError, MemoryError):
             raise
-        except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as e:
+        except Exception as e:  # whatever is wrong in the user's forward
             raise UserError(
                 f"the model fails on one image of shape {tuple(x.shape[1:])} and type {x.dtype}: "
                 f"{reason_of(e) or type(e).__name__}"

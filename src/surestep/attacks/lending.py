@@ -99,7 +99,7 @@ def uses_batch_statistics(model: nn.Module) -> bool:
 @contextmanager
 def interpreted(model: nn.Module) -> Iterator[None]:
     """Run compiled parts of a model eagerly: compiled code ignores hooks that are added later."""
-    if compiled(model) and hasattr(torch.compiler, "set_stance"):  # torch 2.6
+    if compiled(model):
         with torch.compiler.set_stance("force_eager"):
             yield
     else:

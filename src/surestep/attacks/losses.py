@@ -21,8 +21,9 @@ def _others(logits: Tensor, y: Tensor) -> Tensor:
     return logits.scatter(1, y[:, None], float("-inf"))
 
 
-def _true(logits: Tensor, y: Tensor) -> Tensor:
-    return logits.gather(1, y[:, None]).squeeze(1)
+def of_true_class(values: Tensor, y: Tensor) -> Tensor:
+    """Return each sample's value (N,) of its label y (N,), from values of all classes (N, K)."""
+    return values.gather(1, y[:, None]).squeeze(1)
 
 
 def log_odds(logits: Tensor, y: Tensor) -> Tensor:
@@ -38,12 +39,23 @@ def log_odds(logits: Tensor, y: Tensor) -> Tensor:
         logits: (N, K), K >= 2.
         y: labels (N,).
     """
-    return torch.logsumexp(_others(logits, y), dim=1) - _true(logits, y)
+    return torch.logsumexp(_others(logits, y), dim=1) - of_true_class(logits, y)
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Return -log p_y per sample; where its gradient is followed see ``weighted_log_odds``."""
     return F.cross_entropy(logits, y, reduction="none")
+
+
+def as_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Return values (N,) whose gradient is that of each sample's cross entropy, but exact.
+
+    For sums with another term, where log-odds would weigh more. The factor 1 - p_y, which in
+    float32 is 0 on confident samples, is taken from the log-odds; it is never below exp(-50), so
+    that no sample is without a gradient.
+    """
+    values = log_odds(logits, y)
+    return values * F.logsigmoid(values.detach()).clamp(min=-50).exp()
 
 
 def weighted_log_odds(logits: Tensor, y: Tensor) -> Tensor:
@@ -62,7 +74,7 @@ def weighted_log_odds(logits: Tensor, y: Tensor) -> Tensor:
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
     """Return max_{j != y} z_j - z_y (Carlini & Wagner 2017); positive when misclassified."""
-    return _others(logits, y).amax(dim=1) - _true(logits, y)
+    return _others(logits, y).amax(dim=1) - of_true_class(logits, y)
 
 
 def dlr(logits: Tensor, y: Tensor) -> Tensor:

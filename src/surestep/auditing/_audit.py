@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,13 @@ from surestep.attacks.lending import (
 )
 from surestep.auditing._subject import Subject
 from surestep.auditing.budgets import budget_of
-from surestep.auditing.checks import CHECKS, Check, blind_share
+from surestep.auditing.checks import (
+    CHECKS,
+    Check,
+    black_box_beats_white_box,
+    blind_share,
+    gap_profile,
+)
 from surestep.auditing.escalation import escalate
 from surestep.auditing.verdict import AuditNumbers, judge
 from surestep.data import Images
@@ -41,8 +47,6 @@ from surestep.threat import ThreatModel
 from surestep.threat import check as check_threat
 
 FORMAT, VERSION = "surestep-audit", 1
-_BLACK_BOX, _GAPS = 7, 19
-"""Indices of the checks that are made again after the escalation."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Audit:
         claims: accuracy under FGSM alone and under PGD-10 alone, as a weak report would print it.
         found_accuracy: share of images that nothing broke.
         found_interval: its 95% interval.
-        found_by: the attack that broke the most images.
+        found_by: the attack that broke the most images; "" if none broke any.
         attacks: accuracy by attack; for attacks on survivors only, the share left after them.
         escalation: the attacks run because checks flagged, why, and what they left.
         chance: share of the most common label.
@@ -179,9 +183,10 @@ def audit(
         steps = escalate(subject, checks, blind)
         # The escalation may have found what these two checks could not know. A black-box flag stays
         # even if BPDA has since broken the same images: it is the reason why BPDA ran.
-        for at in (_BLACK_BOX, _GAPS):
-            if at == _GAPS or not checks[at].flagged:
-                checks[at] = CHECKS[at](subject)
+        for check in (black_box_beats_white_box, gap_profile):
+            at = CHECKS.index(check)
+            if check is gap_profile or not checks[at].flagged:
+                checks[at] = check(subject)
     return _conclude(subject, checks, claims, steps, blind, budget, time.perf_counter() - start)
 
 
@@ -240,7 +245,7 @@ def _conclude(
         claims=claims,
         found_accuracy=found.found,
         found_interval=found.interval,
-        found_by=max(s.broke, key=lambda name: int(s.broke[name].sum())),
+        found_by=_most_broken_by(s.broke),
         attacks={name: s.accuracy(name) for name in s.right if name != "clean"},
         escalation=steps,
         chance=found.chance,
@@ -250,6 +255,12 @@ def _conclude(
         threat=s.threat.to_dict(),
         seconds=seconds,
     )
+
+
+def _most_broken_by(broke: Mapping[str, Tensor]) -> str:
+    """Return the name of the attack that broke the most images; "" if none broke any."""
+    name = max(broke, key=lambda name: int(broke[name].sum()))
+    return name if broke[name].any() else ""
 
 
 def estimate(
@@ -293,8 +304,14 @@ def estimate(
 
     full = forward_seconds(torch.float32)
     fast = forward_seconds(torch.bfloat16) if spend.fast and has_bf16(device) else full
+    # Gradients: PGD with two losses, fgsm, fgsm-margin and pgd-10, and 70 for the transfer attack.
     forwards = 3 * (2 * spend.steps + 12 + 70) + spend.noise + spend.queries
+    # The answers to flags: BPDA with two losses, and PGD of twice the steps.
     forwards += 3 * 4 * spend.steps * spend.restarts + spend.late_queries
+    # 9700 in suite.py, where a gradient counts as two forwards.
     forwards += 12_000 if spend.autoattack else 0
-    close = (3 * 900 + 250) * spend.probe  # 250: binarization, 1,250 passes for a fifth of them
-    return fast * forwards * n + full * (close + 20_000)  # and the substitute's questions
+    # The checks' gradients, most of them of eps-sweep and convergence, and binarization's 1,250
+    # passes for a fifth of the images.
+    close = (3 * 900 + 250) * spend.probe
+    questions = 20_000  # of the substitute
+    return fast * forwards * n + full * (close + questions)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +26,11 @@ from surestep.attacks.gradient import pgd_step_size
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.losses import Objective, log_odds
 from surestep.auditing.budgets import Budget
-from surestep.clock import SECONDS_BETWEEN_LINES, Every
+from surestep.clock import each_minute
 from surestep.data import mixed
-from surestep.devices import autocast, has_bf16
+from surestep.devices import has_bf16
 from surestep.evaluation import Adapted, evaluate, suite
-from surestep.evaluation.doubts import apart
+from surestep.evaluation.doubts import agrees_in
 from surestep.evaluation.suite import Attack
 from surestep.threat import ThreatModel
 
@@ -72,7 +72,7 @@ class Climb(NamedTuple):
 
 def gradient_free(name: str) -> bool:
     """Tell from an attack's name whether it needs no gradient of the model."""
-    return suite.ascent(name) == 0
+    return suite.gradient_steps(name) == 0
 
 
 def _by_square(by_part: Mapping[str, float] | None) -> float:
@@ -143,19 +143,13 @@ class Subject:
         except NoGradient:
             self.detached = True
             self.model = Graphed(self.model)
-        if self.budget.fast and has_bf16(self.x.device) and self._agrees_in_bf16():
-            self.precision = torch.bfloat16
-
-    @torch.no_grad()
-    def _agrees_in_bf16(self) -> bool:
-        """Tell whether the model answers alike in bfloat16.
-
-        A model that is random, that quantises or whose logits saturate may not.
-        """
-        full = self.logits(self.x[:64])
-        with autocast(self.x.device, torch.bfloat16):
-            half = self.logits(self.x[:64])
-        return apart(full, half) < 0.05 and full.argmax(1).equal(half.argmax(1))
+        bf16, some = torch.bfloat16, self.x[:64]
+        if (
+            self.budget.fast
+            and has_bf16(some.device)
+            and agrees_in(bf16, self.model, some, self.batch_size)
+        ):
+            self.precision = bf16
 
     @property
     def inner(self) -> nn.Module:
@@ -196,16 +190,16 @@ class Subject:
     def attack(self, attacks: list[str] | dict[str, Attack], on: Tensor | None = None) -> None:
         """Run attacks on the images ``on`` (N,), by default all, and record what they left."""
         rows = torch.arange(len(self.x)) if on is None else on.nonzero().squeeze(1)
+        for name in attacks:
+            self.right[name] = torch.zeros(len(self.x), dtype=torch.bool)
+            self.broke[name] = torch.zeros(len(self.x), dtype=torch.bool)
         if not len(rows):
-            for name in attacks:
-                self.right[name] = torch.zeros(len(self.x), dtype=torch.bool)
-                self.broke[name] = torch.zeros(len(self.x), dtype=torch.bool)
             return
         if not isinstance(attacks, dict):
             # Given as names, ``evaluate`` would add BPDA variants; escalation.py runs its own.
             attacks = suite.parse_all(attacks, self.threat, self.sources)
         self.tell(f"{', '.join(attacks)} on {len(rows):,} images")
-        at, minute = rows.to(self.x.device), Every(SECONDS_BETWEEN_LINES)
+        at = rows.to(self.x.device)
         found = evaluate(
             self.model,
             (self.x[at], self.y[at]),
@@ -215,17 +209,14 @@ class Subject:
             seed=self.seed,
             precision=self.precision,
             state=None if self.state is None else f"{self.state}.{next(iter(attacks))}",
-            tell=lambda text: self.tell(f"  {text}") if minute.due() else None,
+            tell=each_minute(self.tell),
             sources=self.sources,
             doubt=False,
         )
         if on is None:
             self.right["clean"] = found.right["clean"]
         for name in attacks:
-            left = torch.zeros(len(self.x), dtype=torch.bool)
-            left[rows] = found.right[name]
-            self.right[name] = left
-            self.broke[name] = torch.zeros(len(self.x), dtype=torch.bool)
+            self.right[name][rows] = found.right[name]
             self.broke[name][rows] = found.right["clean"] & ~found.right[name]
         if "autoattack" in attacks:
             (row,) = (row for row in found.attacks if row["name"] == "autoattack")
@@ -254,14 +245,18 @@ class Subject:
         Ascent(self.threat, 50, pgd_step_size(self.threat.eps, 50)).search(self.model, watch)
         return torch.stack(watch.seen, 1)
 
-    def map(self, function: Callable[..., Any], *tensors: Tensor) -> Any:
+    def map(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """Apply a function to batches of tensors and concatenate what it returns."""
         return in_parts(self.batch_size, function, *tensors)
 
-    def search(self, x: Tensor, y: Tensor, *options: Any, **named: Any) -> Searched:
+    def search(
+        self, x: Tensor, y: Tensor, steps: int, size: float, *, stop_when_wrong: bool = False
+    ) -> Searched:
         """Run PGD on images, a batch at a time; see ``surestep.attacks.gradient.search``."""
         parts = [
-            gradient.search(self.model, a, b, self.threat, *options, **named)
+            gradient.search(
+                self.model, a, b, self.threat, steps, size, stop_when_wrong=stop_when_wrong
+            )
             for a, b in zip(x.split(self.batch_size), y.split(self.batch_size), strict=True)
         ]
         names = ("x_adv", "wrong", "first_wrong")
@@ -270,8 +265,7 @@ class Subject:
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits (N, K) of images."""
         with torch.no_grad():
-            found: Tensor = self.map(lambda z: forward_logits(self.model, z), x)
-        return found
+            return self.map(lambda z: forward_logits(self.model, z), x)
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the cross entropy (N,) of images."""
@@ -279,8 +273,7 @@ class Subject:
 
     def gradient(self, x: Tensor, y: Tensor, objective: Objective = log_odds) -> Tensor:
         """Return the gradient of an objective with respect to the images, in their shape."""
-        found: Tensor = self.map(lambda a, b: input_gradient(self.model, a, b, objective)[0], x, y)
-        return found
+        return self.map(lambda a, b: input_gradient(self.model, a, b, objective)[0], x, y)
 
     def fgsm_step(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the FGSM step, before projection."""

@@ -58,7 +58,7 @@ class _Solved(Best):
 
 
 def binarization_rates(
-    model: nn.Module, x: Tensor, threat: ThreatModel, batch_size: int = 1000
+    model: nn.Module, x: Tensor, threat: ThreatModel, batch_size: int
 ) -> tuple[float, float, int] | None:
     """Return the success rates of PGD and of random points, and how many problems were posed.
 

@@ -8,7 +8,7 @@ on the models of benchmarks/audit_zoo.py, whose truth is known.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -27,6 +27,7 @@ from surestep.auditing.binarization import binarization_rates
 from surestep.devices import autocast, exact, finest
 from surestep.evaluation import doubts, evaluate, suite
 from surestep.evaluation.adapt import seeds_of
+from surestep.files import plain
 from surestep.threat import Linf, per_sample
 
 BETWEEN = 100
@@ -35,6 +36,8 @@ STRIDES = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
 """Lengths, in eps, of the steps over which gradients are compared with finite differences."""
 GAP = 0.08
 """Largest usual gap between PGD and all attacks with AutoAttack, as a share of the images."""
+SOLVED = 0.8
+"""Share of the binarization test's problems that a working attack solves."""
 CONTRADICTED = 0.5
 """Relative error, the median over the images, above which a gradient counts as wrong.
 
@@ -81,16 +84,8 @@ class Check:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; None for numbers that are not finite, which JSON lacks."""
-        found: dict[str, Any] = _finite(asdict(self))
+        found: dict[str, Any] = plain(asdict(self))
         return found
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
@@ -257,7 +252,7 @@ def _difference_error(s: Subject, x: Tensor, y: Tensor) -> float | None:
     randomness that no seed repeats, hides the differences on nine tenths of the images.
     """
     with exact(x.device):
-        ratios: Tensor = s.map(lambda a, b: _difference_ratios(s, a, b), x, y)
+        ratios = s.map(lambda a, b: _difference_ratios(s, a, b), x, y)
     errors = []
     for ratio in ratios.unbind(1):
         known = ratio[ratio.isfinite()]
@@ -653,7 +648,7 @@ def binarization(s: Subject) -> Measurement:
             None, None, "no problem could be posed: points within the ball have the same features"
         )
     pgd, noise, posed = rates
-    flag = pgd < 0.8 or pgd <= noise
+    flag = pgd < SOLVED or pgd <= noise
     said = f"of {posed} posed problems PGD solves {pgd:.0%}, random points {noise:.0%}"
     return Measurement(flag, pgd, said, {"pgd": pgd, "random": noise, "posed": posed})
 

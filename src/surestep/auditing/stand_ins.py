@@ -20,7 +20,7 @@ from surestep.attacks.inputs import forward_logits
 from surestep.attacks.lending import forked_rng, seed_everything
 from surestep.auditing.checks import CONTRADICTED
 from surestep.devices import finest
-from surestep.evaluation.suite import Attack, Found
+from surestep.evaluation.suite import Attack
 from surestep.threat import ThreatModel
 
 EOT_SAMPLES = 10
@@ -65,11 +65,7 @@ def on_stand_in(stand_in: nn.Module, threat: ThreatModel, steps: int, restarts: 
         partial(pgd, stand_in, threat=threat, steps=steps, loss=loss)
         for loss in ("margin", "ce") * restarts
     ]
-
-    def run(model: nn.Module, x: Tensor, y: Tensor) -> Found:
-        return Found(in_turn(model, x, y, tries))
-
-    return Attack(run, 4 * steps * restarts)
+    return Attack(partial(in_turn, attacks=tries), 4 * steps * restarts)
 
 
 def flat_layers(model: nn.Module, x: Tensor) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from surestep.auditing.checks import GAP, Check
+from surestep.auditing.checks import GAP, SOLVED, Check
 from surestep.evaluation import wilson_interval
 from surestep.evaluation.doubts import BY_CHANCE, MISSED
 from surestep.verdicts import INCONCLUSIVE, NOT_ROBUST, PSEUDO, ROBUST
@@ -27,8 +27,6 @@ sound models: some at a single image.
 """
 _SUSPECT = {"vanishing-gradients", "broken-gradients", "abnormal-examples", "binarization"}
 """Checks of which one must flag, too, if the failure of an unbounded attack is to count."""
-_SOLVED = 0.8
-"""Share of the binarization test's problems that a working attack solves."""
 _HARDLY = 0.15
 """Share of the clean accuracy above chance that still counts as guessing."""
 _BLIND = 0.1
@@ -158,8 +156,8 @@ def _of_the_floor(f: AuditNumbers, seen: str) -> Verdict:
         )
     if high > f.floor:
         return INCONCLUSIVE, (
-            f"{f.found:.1%} withstand all attacks ({f.between}), too close to chance "
-            f"({f.chance:.1%}) to tell on so few images: give more with --n."
+            f"{f.found:.1%} withstand all attacks ({f.between}), too close to what counts as "
+            f"guessing ({f.floor:.1%}) to tell on {f.n:,} images: give more with --n."
         )
     return NOT_ROBUST, (
         f"The model is not robust: {f.found:.1%} of the images withstand all attacks, clean "
@@ -196,7 +194,7 @@ def _decisive(check: Check, n: int, suspect: bool) -> bool:
         # problems or fewer say nothing.
         solved, posed = evidence["pgd"], evidence["posed"]
         high = wilson_interval(round(solved * posed), posed)[1]
-        return posed > BY_CHANCE and high < _SOLVED and solved <= evidence["random"]
+        return posed > BY_CHANCE and high < SOLVED and solved <= evidence["random"]
     if check.name == "eps-sweep":
         left, looked_at = evidence["accuracy"][-1], evidence["n"]
         return suspect and wilson_interval(round(left * looked_at), looked_at)[0] > MISSED

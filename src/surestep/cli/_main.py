@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import signal
@@ -15,7 +14,7 @@ from typing import Any
 import click
 
 from surestep import __version__
-from surestep.errors import SurestepWarning, UserError
+from surestep.errors import SurestepWarning, UserError, unknown_name
 
 _COMMANDS = {
     "train": "Train a robust classifier with a method.",
@@ -61,11 +60,7 @@ class _Lazy(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] not in _COMMANDS and not args[0].startswith("-"):
-            close = difflib.get_close_matches(args[0], _COMMANDS, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise click.UsageError(
-                f"unknown command {args[0]!r}: {hint}known are {', '.join(_COMMANDS)}"
-            )
+            raise unknown_name("command", args[0], _COMMANDS)
         return super().resolve_command(ctx, args)
 
 
@@ -102,7 +97,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if issubclass(category, SurestepWarning):
-            print(f"surestep: warning: {message}", file=sys.stderr)
+            _say(f"surestep: warning: {message}")
         else:
             others(message, category, *where, **more)
 
@@ -132,9 +127,14 @@ def main(args: Sequence[str] | None = None) -> None:
         warnings.showwarning = others
 
 
+def _say(line: str) -> None:
+    """Print a line to stderr in the first of several processes: the others would repeat it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
+
+
 def _stopped(given: Sequence[str], code: int) -> None:
-    if os.environ.get("RANK", "0") == "0":  # of several processes, only one prints
-        print(f"stopped{_HOW_TO_CONTINUE.get(given[0] if given else '', '')}", file=sys.stderr)
+    _say(f"stopped{_HOW_TO_CONTINUE.get(given[0] if given else '', '')}")
     sys.exit(code)
 
 

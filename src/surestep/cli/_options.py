@@ -23,6 +23,13 @@ json_option = click.option(
 )
 
 
+def seed_option(text: str) -> Decorator:
+    """Return the option ``--seed``; ``text`` is its help."""
+    return click.option(
+        "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help=text
+    )
+
+
 def config_options(fields: Iterable[str]) -> Decorator:
     """Return a decorator that adds an option for each of the named fields of ``RunConfig``.
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from surestep import verdicts
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from surestep.auditing import Audit
     from surestep.evaluation import Evaluation
 
@@ -38,13 +40,13 @@ def progress_bar(what: str) -> Iterator[Watched]:
 
     console = Console(stderr=True)
     begin, stopped = time.monotonic(), threading.Event()
-    state = {"attack": "", "progress": ""}
+    last = ""
 
     def report() -> None:
         while not stopped.wait(SECONDS_BETWEEN_LINES):
             minutes = (time.monotonic() - begin) / 60
-            known = [text for text in state.values() if text]
-            print("; ".join([what, *known, f"{minutes:.0f} min"]), file=sys.stderr, flush=True)
+            known = f"{what}; {last}" if last else what
+            print(f"{known}; {minutes:.0f} min", file=sys.stderr, flush=True)
 
     with Progress(
         TextColumn("{task.description}"),
@@ -59,11 +61,11 @@ def progress_bar(what: str) -> Iterator[Watched]:
         task = bar.add_task(what, total=None, worst="")
 
         def progress(done: int, total: int, worst: float) -> None:
-            state["progress"] = f"{done}/{total or '?'}, worst case {worst:.1%}"
             bar.update(task, completed=done, total=total or None, worst=f"{worst:.1%}")
 
         def tell(text: str) -> None:
-            state["attack"] = text
+            nonlocal last
+            last = text
             bar.update(task, description=f"{what}: {text.partition(' ')[0]}")
 
         reporter = threading.Thread(target=report, daemon=True)
@@ -73,6 +75,14 @@ def progress_bar(what: str) -> Iterator[Watched]:
             yield Watched(progress, tell)
         finally:
             stopped.set()
+
+
+def wide_console(columns: int) -> Console:
+    """Return a console for stdout that is at least ``columns`` wide where it is no terminal."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, columns))
 
 
 def share_of_images(share: float, n: int) -> str:
@@ -96,7 +106,6 @@ def evaluation_table(
         results: evaluations by model name.
         extra: further rows: texts by row name and model name.
     """
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -122,9 +131,7 @@ def evaluation_table(
     table.caption = "worst case: per image, the strongest of the attacks"
     if any(attack["scope"] == "survivors" for attack in first.attacks) and len(first.attacks) > 1:
         table.caption += "; autoattack was run only on the images that the others left"
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=max(console.width, 40 + 32 * len(results)))
+    console = wide_console(40 + 32 * len(results))
     console.print(table)
     if len(results) == 1:
         console.print(_more_of(first), style="dim", highlight=False, soft_wrap=True)
@@ -149,13 +156,10 @@ def _more_of(found: Evaluation) -> str:
 
 def audit_tables(name: str, found: Audit) -> None:
     """Print an audit: verdict, claimed and found accuracy, the twenty checks and any escalation."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=max(console.width, 120))
+    console = wide_console(120)
     colour = verdicts.colour(found.verdict)
     console.print(f"[bold {colour}]{found.verdict}[/]  {escape(name)}", highlight=False)
     console.print(found.sentence, highlight=False)
@@ -166,7 +170,7 @@ def audit_tables(name: str, found: Audit) -> None:
     for claim, value in found.claims.items():
         table.add_row(f"under {claim} alone", share_of_images(value, found.n))
     table.add_row(
-        f"under all attacks (most broken by {found.found_by})",
+        "under all attacks" + (f" (most broken by {found.found_by})" if found.found_by else ""),
         _with_interval(found.found_accuracy, found.found_interval),
         style="bold",
     )
@@ -180,7 +184,7 @@ def audit_tables(name: str, found: Audit) -> None:
         checks.add_row(*row, style=style)
     console.print(checks)
     if found.escalation:
-        steps = Table(title="escalation: attacks on the remaining images")
+        steps = Table(title="escalation: what further attacks leave")
         for column in ("attack", "left", "why"):
             steps.add_column(column)
         for step in found.escalation:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from surestep.cli._options import seed_option
 from surestep.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,13 +49,7 @@ _OPTIONS = (
         help="Standard deviation per channel, with --mean; of pixels in [0, 1].",
     ),
     click.option("--device", metavar="TEXT", help="cpu, cuda, cuda:1 or mps. [default: the best]"),
-    click.option(
-        "--seed",
-        type=click.IntRange(0, 2**32 - 1),
-        default=0,
-        show_default=True,
-        help="Random seed.",
-    ),
+    seed_option("Random seed."),
 )
 
 

@@ -19,7 +19,7 @@ from surestep.cli._options import (
     names,
     new_folder,
 )
-from surestep.cli._show import provenance
+from surestep.cli._show import provenance, wide_console
 from surestep.cli._target import POSITIVE
 from surestep.config import RunConfig
 from surestep.errors import UserError
@@ -204,24 +204,22 @@ def _show(found: Comparison, style: str) -> None:
 
 
 def _table(found: Comparison) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from surestep.report.columns import alignment
 
     titles, body = found.table()
     # Text shows names literally, without reading markup in them.
     table = Table(title=Text(found.title))
     for title in titles:
-        left = title in ("method", "verdict")
-        table.add_column(title, justify="left" if left else "right", overflow="fold")
+        table.add_column(title, justify=alignment(title), overflow="fold")
     for row, texts in zip(found.rows, body, strict=True):
         cells = [Text(text or "–") for text in texts]
         if row.verdict is not None:
             cells[titles.index("verdict")].stylize(verdicts.colour(row.verdict))
         table.add_row(*cells)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=max(console.width, 200))
+    console = wide_console(200)
     console.print(table)
     for note in found.notes:
         console.print(Text(note))

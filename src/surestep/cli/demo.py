@@ -7,9 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surestep.cli._options import check_overwrite, check_writable, hand_over, json_option
+from surestep.cli._options import (
+    check_overwrite,
+    check_writable,
+    hand_over,
+    json_option,
+    seed_option,
+)
 from surestep.cli._report import check_report, of_model, report_options, write_report
-from surestep.cli._show import evaluation_table, progress_bar, provenance
+from surestep.cli._show import evaluation_table, progress_bar, provenance, share_of_images
 
 if TYPE_CHECKING:
     from surestep.auditing import Audit
@@ -20,13 +26,7 @@ _AUDITED = 100  # images: enough to detect masking, in about a minute
 
 
 @click.command(short_help="See FGSM training fail and SAT succeed, in minutes on a laptop.")
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**32 - 1),
-    default=0,
-    show_default=True,
-    help="Seed of the trainings, attacks and audits.",
-)
+@seed_option("Seed of the trainings, attacks and audits.")
 @click.option(
     "--n",
     type=click.IntRange(1, 10_000),
@@ -60,7 +60,7 @@ def demo(
     click.echo("surestep demo: LeNet+ on MNIST, l-inf eps 0.3, two training methods", err=True)
 
     import surestep
-    from surestep import methods, runs
+    from surestep import runs, verdicts
     from surestep.training.run_folder import RunFolder
 
     for name in _METHODS if out else ():
@@ -86,7 +86,7 @@ def demo(
         audits[name] = surestep.audit(
             fitted.model, images, threat, budget="quick", n=min(n, _AUDITED), seed=seed
         )
-        costs[name] = methods.get(name)(threat).cost(config.batch_size).total
+        costs[name] = runs.build_method(config).cost(config.batch_size).total
         seconds[name] = fitted.train_seconds
         if html or plots:
             pictures[name] = of_model(fitted.model, images, threat, name, config.batch_size)
@@ -102,9 +102,23 @@ def demo(
 
     def report() -> None:
         if html or plots:
-            surfaces = {k: v for one in pictures.values() for k, v in one["surfaces"].items()}
+            # A model without pictures has no surfaces.
+            shown = [one.get("surfaces", {}) for one in pictures.values()]
+            surfaces = {name: surface for one in shown for name, surface in one.items()}
             parts = {**pictures["sat-r2"], "surfaces": surfaces, "seeds": {"training": seed}}
             comparison = [_row(k, results[k], audits[k], costs[k], seconds[k]) for k in _METHODS]
+            parts["config"] = {
+                "data set": "mnist",
+                "norm": config.norm,
+                "eps": threat.eps,
+                "test images": n,
+                "audited images": audits["sat-r2"].n,
+            }
+            parts["notes"] = [
+                f"The accuracies are on {n:,} test images, worst case (95% interval): "
+                + ", ".join(f"{k} {_worst(results[k])}" for k in _METHODS)
+                + f". The verdicts come from an audit of {audits['sat-r2'].n:,} of them."
+            ]
             write_report(html, plots, "demo", comparison=comparison, **parts, **provenance())
 
     def show() -> None:
@@ -117,12 +131,17 @@ def demo(
             "training seconds": {k: f"{v:.0f}" for k, v in seconds.items()},
         }
         evaluation_table(results, rows)
-        click.echo(_sentence(results["fgsm"], results["sat-r2"]))
+        masked = audits["fgsm"].verdict == verdicts.PSEUDO
+        click.echo(_sentence(results["fgsm"], results["sat-r2"], masked=masked))
         for name, found in audits.items():
             click.echo(f"audit of {name}: {found.sentence}")
         click.echo(f"({time.perf_counter() - start:.0f} s in all)")
 
     hand_over(told, json_file, show, report)
+
+
+def _worst(judged: Evaluation) -> str:
+    return share_of_images(judged.worst_case_accuracy, judged.n)
 
 
 def _row(
@@ -142,13 +161,13 @@ def _row(
     }
 
 
-def _sentence(fgsm: Evaluation, sat: Evaluation) -> str:
-    """Describe the outcome, from the numbers."""
+def _sentence(fgsm: Evaluation, sat: Evaluation, *, masked: bool) -> str:
+    """Describe the outcome, from the numbers and from what the audit of FGSM's model says."""
     looks, holds = fgsm.robust_accuracy["fgsm"], fgsm.worst_case_accuracy
     if looks - holds > 0.2:
         first = (
             f"FGSM training looks robust under the attack it trained on ({looks:.1%}), but the "
-            f"stronger attacks leave {holds:.1%}: its gradients are masked"
+            f"stronger attacks leave {holds:.1%}" + (": its gradients are masked" if masked else "")
         )
     elif fgsm.clean_accuracy < 0.5:
         first = (

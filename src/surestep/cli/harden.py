@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surestep.cli._options import check_writable, hand_over, json_option, names
+from surestep.cli._options import check_writable, hand_over, json_option, names, seed_option
 from surestep.cli._show import share_of_images
 from surestep.cli._target import POSITIVE
 from surestep.errors import UserError
@@ -41,13 +41,7 @@ if TYPE_CHECKING:
 @click.option("--n", type=POSITIVE, default=1000, show_default=True, help="Number of test images.")
 @click.option("--out", metavar="RUN", help="Folder of the hardened run. [default: RUN-hardened]")
 @click.option("--overwrite", is_flag=True, help="Replace that folder if it exists.")
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**32 - 1),
-    default=0,
-    show_default=True,
-    help="Random seed of the attacks.",
-)
+@seed_option("Random seed of the attacks.")
 @click.option(
     "--batch-size", type=POSITIVE, default=500, show_default=True, help="Images attacked at a time."
 )
@@ -116,6 +110,7 @@ def harden(
         device=device,
         overwrite=overwrite,
         progress=show,
+        tell=partial(click.echo, err=True),
     )
     hand_over(found, json_file, partial(_tables, console, found, folder))
 

@@ -41,13 +41,15 @@ def methods(name: str | None, new_name: str | None, where: str, json_file: str |
         if new_name is None:
             raise UserError("the new method needs a name: surestep methods new NAME")
         made = [str(path) for path in scaffold.method(new_name, where)]
-        packages = [path for path in made if path.endswith("pyproject.toml")]
-        install = "".join(f"pip install -e {Path(path).parent}; " for path in packages)
-        then = f"fill it in; then: {install}surestep methods {new_name}"
-        if any("cards" in path and "src/surestep/" in path.replace("\\", "/") for path in made):
-            then += "; python docs/methods.py (updates the docs)"
+        use = f"surestep methods {new_name}"
+        # Only a plug-in package has one; in a checkout the docs list the method.
+        if projects := [path for path in made if path.endswith("pyproject.toml")]:
+            then = f"pip install -e {Path(projects[0]).parent}; {use}"
+        else:
+            then = f"{use}; python docs/methods.py (updates the docs)"
+        lines = [*made, f"fill it in; then: {then}"]
         told = {"name": new_name, "files": made}
-        return hand_over(told, json_file, partial(click.echo, "\n".join([*made, then])))
+        return hand_over(told, json_file, partial(click.echo, "\n".join(lines)))
     if new_name is not None:
         raise UserError(f"{name!r} {new_name!r}: give one method, or `new` and a name")
     if name is not None:

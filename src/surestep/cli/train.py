@@ -21,7 +21,7 @@ from surestep.cli._options import (
     parse_params,
 )
 from surestep.cli._report import of_model, of_run, write_report
-from surestep.cli._show import provenance
+from surestep.cli._show import provenance, share_of_images
 from surestep.config import RunConfig, parse, read_yaml
 from surestep.errors import UserError
 
@@ -89,9 +89,9 @@ def train(
     if params := parse_params(pairs):
         settings["params"] = params
     check_writable(json_file)
-    if resume is not None and (settings or preset or config_file or out or overwrite):
-        extra = [*settings, *(["preset"] if preset else []), *(["config"] if config_file else [])]
-        extra += [*(["out"] if out else []), *(["overwrite"] if overwrite else [])]
+    others = {"preset": preset, "config": config_file, "out": out, "overwrite": overwrite}
+    extra = [*settings, *(name for name, value in others.items() if value)]
+    if resume is not None and extra:
         named = ", ".join("--" + e.replace("_", "-").replace("params", "param") for e in extra)
         raise UserError(
             f"--resume takes every setting from {resume}/config.yaml: leave out {named}, or start "
@@ -110,6 +110,7 @@ def train(
     else:
         if config_file is not None:
             from_file = read_yaml(config_file)
+            runs.check_rerunnable(from_file, config_file)
             parse(RunConfig, from_file, where=f"{config_file}: ")
             # A file is complete in itself: a preset is used only if one is named.
             preset = preset or "none"
@@ -137,7 +138,8 @@ def train(
     def show() -> None:
         judged = ""
         if "val_worst_case" in last:
-            judged = f", worst case {last['val_worst_case']:.1%} of {last['val_n']} held-out images"
+            share, n = last["val_worst_case"], last["val_n"]
+            judged = f", worst case {share_of_images(share, n)} of {n:,} held-out images"
         seconds = f"{result.train_seconds:.0f} s of training"
         click.echo(f"{out}: epoch {result.best_epoch} selected{judged}, {seconds}")
         click.echo(f"judge it on test data: surestep evaluate {out} --budget quick")

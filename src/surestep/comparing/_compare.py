@@ -19,7 +19,6 @@ from surestep.comparing._run import (
     Failed,
     Judging,
     bring_to_end,
-    epochs_done,
     finished,
     read,
     whole,
@@ -141,8 +140,8 @@ def compare_runs(
     entrants: list[Entrant] = []
     for folder in _distinct("run folder", [Path(f) for f in folders]):
         config = runs.read_config(folder)
-        done = epochs_done(folder)
         if not finished(folder, config):
+            done = len(RunFolder(folder).history())
             raise UserError(
                 f"{folder} is not finished (epoch {done} of {config.epochs}): continue it with "
                 f"surestep train --resume {folder}"
@@ -191,6 +190,9 @@ def _folder(out: str | Path) -> Path:
     run = RunFolder(Path(out))
     if run.config.is_file() and any(p.exists() for p in (run.environment, run.metrics)):
         raise UserError(f"{out} is a run folder, whose report would be overwritten: give another")
+    page = Path(out) / "report.html"
+    if page.exists() and not (Path(out) / "comparison.json").exists():
+        raise UserError(f"{page} is of no comparison and would be overwritten: give another folder")
     return Path(out)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from surestep import __version__, auditing, evaluation, files, methods, runs
+from surestep.clock import each_minute
 from surestep.comparing._table import Tell
 from surestep.config import RunConfig, parse, to_yaml
 from surestep.data import Images
@@ -36,6 +38,11 @@ child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=subproce
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 def watch():
     os.read(0, 1)
+    if os.name == "nt":  # there it kills at once: a training that got Ctrl-C too saves its state
+        try:
+            child.wait(60)
+        except subprocess.TimeoutExpired:
+            pass
     os.kill(child.pid, signal.SIGTERM)
 threading.Thread(target=watch, daemon=True).start()
 if hasattr(os, "wait4"):
@@ -56,13 +63,20 @@ _JUDGED_BY = (
 
 @dataclass(frozen=True)
 class Judging:
-    """How every run is judged."""
+    """How every run is judged.
+
+    Attributes:
+        attacks: their names.
+        audit: budget of the audit; None for no audit.
+        n: number of test images.
+        batch_size: images attacked at a time; None for the defaults. Saved results need not match
+            it.
+    """
 
     attacks: tuple[str, ...]
     audit: str | None
     n: int
     batch_size: int | None = None
-    """Images attacked at a time; None for the defaults. Saved results need not match it."""
 
     def to_dict(self) -> dict[str, Any]:
         return {"attacks": list(self.attacks), "audit": self.audit, "n": self.n}
@@ -70,7 +84,16 @@ class Judging:
 
 @dataclass(frozen=True)
 class Entrant:
-    """A run in a comparison, which may still have to be trained."""
+    """A run in a comparison, which may still have to be trained.
+
+    Attributes:
+        label: its name in the table and on progress lines.
+        folder: the run folder.
+        config: its settings, with every hyperparameter filled in.
+        outcome_path: where its outcome is saved; None if nothing is kept.
+        trains: whether the comparison trains it; otherwise the run was given.
+        device: where a given run is judged; None for the run's own device setting.
+    """
 
     label: str
     folder: Path
@@ -99,11 +122,6 @@ def whole(config: RunConfig) -> RunConfig:
     own = methods.settle(method, config)
     config = runs.from_anywhere(config)
     return parse(RunConfig, {**config.model_dump(), **own, "params": method.params()})
-
-
-def epochs_done(folder: Path) -> int:
-    """Return the number of epochs that a run has completed."""
-    return len(RunFolder(folder).history())
 
 
 def finished(folder: Path, config: RunConfig) -> bool:
@@ -150,26 +168,24 @@ def read(entrant: Entrant, asked: Judging) -> dict[str, Any]:
         "evaluation": None,
         "audit": None,
     }
-    paths = [entrant.outcome_path] if entrant.outcome_path is not None else []
-    if entrant.outcome_path is None or not entrant.outcome_path.is_file():
+    path = entrant.outcome_path
+    if path is None or not path.is_file():
         # The folder of a run that an earlier comparison trained has its peak memory.
-        paths = [entrant.folder / OUTCOME_FILE]
-    for path in paths:
-        found = read_outcome(path)
-        if found is None:
-            continue
-        _check_code(entrant, found.get("code"))
-        if found["settings"] == fresh["settings"]:
-            return found
-        if path != entrant.outcome_path:
-            return fresh | {k: found.get(k) for k in ("weights", "peak_memory_mb", "code")}
-        name = next(k for k, v in fresh["settings"].items() if found["settings"].get(k) != v)
-        one, other = (_told(s["settings"].get(name)) for s in (found, fresh))
-        raise UserError(
-            f"{path} was made with {name} {one}, but this comparison has {other}: give the same "
-            "value, or another --out"
-        )
-    return fresh
+        path = entrant.folder / OUTCOME_FILE
+    found = read_outcome(path)
+    if found is None:
+        return fresh
+    _check_code(entrant, found.get("code"))
+    if found["settings"] == fresh["settings"]:
+        return found
+    if path != entrant.outcome_path:
+        return fresh | {k: found.get(k) for k in ("weights", "peak_memory_mb", "code")}
+    name = next(k for k, v in fresh["settings"].items() if found["settings"].get(k) != v)
+    one, other = (_told(s["settings"].get(name)) for s in (found, fresh))
+    raise UserError(
+        f"{path} was made with {name} {one}, but this comparison has {other}: give the same "
+        "value, or another --out"
+    )
 
 
 def code_of(method: str) -> str | None:
@@ -205,7 +221,7 @@ def read_outcome(path: Path) -> dict[str, Any] | None:
     """Read the outcome of a run; None if there is none.
 
     Raises:
-        UserError: the file cannot be read or is not an outcome.
+        UserError: the file cannot be read or is not an outcome in this version's format.
     """
     try:
         found = json.loads(path.read_text("utf-8"))
@@ -213,7 +229,8 @@ def read_outcome(path: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read ({e}): delete it to judge the run again") from e
-    if not isinstance(found, dict) or found.get("format") != OUTCOME_FORMAT:
+    kind = (OUTCOME_FORMAT, OUTCOME_VERSION)
+    if not isinstance(found, dict) or (found.get("format"), found.get("version")) != kind:
         raise UserError(f"{path} is not an outcome of a run: delete it, or give another --out")
     return found
 
@@ -245,34 +262,39 @@ def bring_to_end(
             )
         outcome = outcome | {"subject": subject, "evaluation": None, "audit": None}
         _write(entrant, outcome)
-    missing = [k for k in ("evaluation", "audit") if outcome[k] is None]
-    if asked.audit is None and "audit" in missing:
-        missing.remove("audit")
-    if missing:
+    unjudged = outcome["evaluation"] is None
+    budget = asked.audit if outcome["audit"] is None else None
+    if unjudged or budget is not None:
         run = runs.load(entrant.folder, entrant.device or entrant.config.device)
         sized: dict[str, Any] = {}
         if asked.batch_size is not None:
             sized["batch_size"] = asked.batch_size
-        if "evaluation" in missing:
+        if unjudged:
             tell(f"evaluating {told}")
             size = f"-{asked.batch_size}" if asked.batch_size else ""
             path = entrant.outcome_path
             state = path and path.with_name(f"comparison-{subject}{size}.state")
             found = evaluation.evaluate(
-                run.model, images, run.threat, asked.attacks, n=asked.n, state=state, **sized
+                run.model,
+                images,
+                run.threat,
+                asked.attacks,
+                n=asked.n,
+                state=state,
+                tell=each_minute(tell),
+                **sized,
             )
             outcome = outcome | {"evaluation": found.to_dict()}
             _write(entrant, outcome)
             if state:
                 state.unlink(missing_ok=True)
-        if "audit" in missing:
-            assert asked.audit is not None
+        if budget is not None:
             tell(f"auditing {told}")
             judged = auditing.audit(
                 run.model,
                 images,
                 run.threat,
-                budget=asked.audit,
+                budget=budget,
                 n=asked.n,
                 tell=lambda text: tell(f"  {text}"),
                 **sized,
@@ -344,6 +366,8 @@ def _measured(arguments: list[str], tell: Tell) -> tuple[int, int, str]:
         text=True,
         encoding="utf-8",
         errors="replace",
+        # "-m" would import a random.py of the working directory, which the command does not.
+        env={**os.environ, "PYTHONSAFEPATH": "1"},
     ) as process:
         assert process.stdin
         assert process.stdout

@@ -13,7 +13,7 @@ from typing import Any
 
 from surestep import environment, files, report
 from surestep.errors import UserError, need
-from surestep.report.columns import COLUMNS, SHARES
+from surestep.report.columns import COLUMNS, SHARES, alignment
 
 FORMAT, VERSION = "surestep-comparison", 1
 
@@ -197,8 +197,9 @@ class Comparison:
         """
         titles, body = self.table()
         texts = [[_markdown(text) or "–" for text in line] for line in body]
+        sides = [alignment(title) for title in titles]
         table = need_tabulate().tabulate(
-            texts, titles, tablefmt="pipe", disable_numparse=True, colalign=_align(titles)
+            texts, titles, tablefmt="pipe", disable_numparse=True, colalign=sides
         )
         lines = "".join(f"- {_markdown(note)}\n" for note in self.notes)
         return f"{table}\n\n{_markdown(self.title)}\n" + (f"\n{lines}" if lines else "")
@@ -211,8 +212,9 @@ class Comparison:
         """
         titles, body = self.table()
         texts = [[_line(text) or "–" for text in line] for line in body]
+        sides = [alignment(title) for title in titles]
         table: str = need_tabulate().tabulate(
-            texts, titles, tablefmt="latex_booktabs", disable_numparse=True, colalign=_align(titles)
+            texts, titles, tablefmt="latex_booktabs", disable_numparse=True, colalign=sides
         )
         text = "".join(f"% {_line(line)}\n" for line in (self.title, *self.notes)) + f"{table}\n"
         # tabulate escapes LaTeX's special characters; these two would depend on the input encoding.
@@ -226,10 +228,6 @@ def need_tabulate() -> Any:
         UserError: it is not installed.
     """
     return need("tabulate", "a Markdown or LaTeX table", "surestep[report]")
-
-
-def _align(titles: Sequence[str]) -> list[str]:
-    return ["left" if title in ("method", "verdict") else "right" for title in titles]
 
 
 def _line(text: str) -> str:
@@ -309,14 +307,14 @@ def save(
 
 
 def _page(comparison: Comparison, command: str, versions: Mapping[str, Any]) -> report.Report:
-    seeds = {"training": sorted({seed for row in comparison.rows for seed in row.seeds})}
+    seeds = sorted({seed for row in comparison.rows for seed in row.seeds})
     return report.Report(
         f"Comparison of {', '.join(row.method for row in comparison.rows)}",
         comparison=[row.to_dict() | {"verdict_text": row.verdict_text} for row in comparison.rows],
         notes=comparison.notes,
         command=command,
         versions=versions,
-        seeds={name: ", ".join(map(str, values)) for name, values in seeds.items()},
+        seeds={"training": ", ".join(map(str, seeds))},
         config={
             "data set": comparison.dataset,
             "norm": comparison.threat["norm"],

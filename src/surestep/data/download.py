@@ -71,9 +71,18 @@ CIFAR100_PYTHON = Archive(
 
 
 def default_root() -> Path:
-    """Return the folder for downloaded data: ``$SURESTEP_DATA``, else ``~/.cache/surestep``."""
-    place = os.environ.get("SURESTEP_DATA")
-    return Path(place).expanduser() if place else Path.home() / ".cache" / "surestep"
+    """Return the folder for downloaded data: ``$SURESTEP_DATA``, else ``~/.cache/surestep``.
+
+    Raises:
+        UserError: there is no home folder.
+    """
+    place = os.environ.get("SURESTEP_DATA") or "~/.cache/surestep"
+    try:
+        return Path(place).expanduser()
+    except RuntimeError as e:
+        raise UserError(
+            f"cannot resolve {place!r} ({e}): set SURESTEP_DATA to a folder, or give --data"
+        ) from e
 
 
 def fetch(archives: tuple[Archive, ...], root: Path) -> Path:

@@ -61,8 +61,8 @@ def load(split: Split, name: str, *, image_size: int | None = None, n: int | Non
         rows = datasets.load_dataset(name, split=stored or "train")
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
+    except Exception as error:  # it wraps whatever fails, a full disk too, in errors of its own
+        reason = str(error.__cause__ or error).partition("\n")[0]
         raise UserError(
             f"the data set {name!r} cannot be fetched from the Hub ({reason}): check the name and "
             "the network"

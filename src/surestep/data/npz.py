@@ -53,7 +53,8 @@ def load(split: Split, path: str | Path) -> Images:
         raise UserError(f"{path} does not exist: give an .npz file with arrays x and y") from None
     except UserError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    # RuntimeError: encrypted, or compressed in a way that zipfile does not know.
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
             f"{path} cannot be read ({error}): expected an .npz file written by numpy.savez, "
             "without pickled objects"

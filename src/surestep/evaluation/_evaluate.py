@@ -82,15 +82,16 @@ def evaluate(
             model's answers.
         state: progress file; given again after a stop, the evaluation continues from there and
             ends with the same numbers.
-        progress: called after each batch with the number of images done, of all images (0 if
-            unknown) and the worst-case accuracy so far.
+        progress: called before each attack on a batch, and after the batch, with the number of
+            images done, of all images (0 if unknown) and the worst-case accuracy so far. Of the
+            batch it counts the share of the work that is done.
         tell: called with a few words when an attack begins on a batch.
         doubt: look for signs that attacks are misled by this model, which costs a few passes over
             96 images, and warn of them unless nothing is left.
 
     Raises:
-        UserError: an unknown attack or budget, no data, a state file of another evaluation or one
-            that is in use, or images, labels or a model that cannot be judged.
+        UserError: no or an unknown attack or budget, no data, a state file of another evaluation or
+            one that is in use, or images, labels or a model that cannot be judged.
     """
     check_module(model)
     check_threat(threat)
@@ -102,22 +103,24 @@ def evaluate(
     if custom is not None and eps:
         raise UserError("eps takes attacks by name: an Attack is made for one radius")
     names = _names(attacks, budget, model)
-    radii = [threat.with_eps(e) for e in eps]
+    balls = [threat.with_eps(e) for e in eps]
     device, start = device_of(model), time.perf_counter()
     # Without the substitute: it follows from the rest, except for the last digits.
     given = list(sources)
-    judged = Adapted(model, preprocess)
+    # An audit's is adapted already: twice would round the pixels before they are normalised.
+    once = isinstance(model, Adapted) and preprocess is None
+    judged = model if once else Adapted(model, preprocess)
     advice = f"lower batch_size ({batch_size})"
     if custom is None and "transfer" in names and not sources:
         with forked_rng(device), memory_for("the substitute", advice):
             sources = _stand_in(judged, data, batch_size, threat, seed)
 
-    def at(radius: ThreatModel, place: str | Path | None) -> Evaluation:
-        by_name = suite.parse_all(names, radius, sources) if custom is None else custom
+    def at(ball: ThreatModel, place: str | Path | None) -> Evaluation:
+        by_name = suite.parse_all(names, ball, sources) if custom is None else custom
         settings = {
             "version": 3,
             "attacks": list(by_name),
-            "threat": radius.to_dict(),
+            "threat": ball.to_dict(),
             "batch_size": batch_size,
             "n": n,
             "seed": seed,
@@ -125,7 +128,8 @@ def evaluate(
         }
         if place is not None:
             settings |= _digests(model, preprocess, given)
-        judge = Judge(judged, radius, by_name, seed, precision, State(place, settings), tell)
+        kept = State(place, settings)
+        judge = Judge(judged, ball, by_name, seed, precision, kept, tell, progress)
         with (
             contextlib.closing(judge.state),
             attacking(judged),
@@ -133,13 +137,11 @@ def evaluate(
             memory_for("an attack", advice),
         ):
             seed_everything(seed)
-            batches, judge.total = batches_of(data, batch_size, n, device, radius.bounds)
+            batches, judge.total = batches_of(data, batch_size, n, device, ball.bounds)
             for x, y in batches:
                 judge.batch(x, y)
-                if progress:
-                    progress(judge.done, judge.total, judge.survivors / judge.done)
-            if doubt and radius is threat:
-                judge.look(given if "transfer" in names else [], batch_size)
+            if doubt and ball is threat:
+                judge.look_for_doubts(given if "transfer" in names else [], batch_size)
         return judge.result()
 
     whole = at(threat, state)
@@ -153,9 +155,9 @@ def evaluate(
     if n is not None:
         warn_of_one_class({row["label"]: row["n"] for row in whole.per_class}, stacklevel=2)
     curve = []
-    for radius in radii:
-        place = None if state is None else f"{state}.eps-{radius.eps:g}"
-        curve.append(_row(radius, whole if radius.eps == threat.eps else at(radius, place)))
+    for ball in balls:
+        place = None if state is None else f"{state}.eps-{ball.eps:g}"
+        curve.append(_row(ball, whole if ball.eps == threat.eps else at(ball, place)))
     return replace(whole, curve=curve, seconds=time.perf_counter() - start)
 
 
@@ -172,17 +174,19 @@ def _names(
     else:
         names = [attacks] if isinstance(attacks, str) else list(attacks)
         suite.check_names(names)
-    return suite.and_through(names) if with_a_way_through(model) else names
+    return suite.with_bpda(names) if with_a_way_through(model) else names
 
 
 def _stand_in(
     model: nn.Module, data: Any, batch_size: int, threat: ThreatModel, seed: int
 ) -> list[nn.Module]:
-    """Train a substitute on the model's answers to the first images; none if there is no image."""
+    """Train a substitute on the model's answers to the first images."""
     seed_everything(seed)
     batches, _ = batches_of(data, batch_size, _ASKED_ABOUT, device_of(model), threat.bounds)
     shown = [x for x, _ in batches]
-    return [substitute(model, torch.cat(shown), threat, seed)] if shown else []
+    if not shown:
+        raise UserError("there is no image to evaluate on")
+    return [substitute(model, torch.cat(shown), threat, seed)]
 
 
 def _digests(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,13 +30,14 @@ def batches_of(
         UserError: data that are none, or tensors that are no float32 images where the data range
             is another than [0, 1].
     """
+    whole = 0
     if isinstance(data, Dataset):
-        streams = isinstance(data, IterableDataset) or not isinstance(data, Sized)
-        whole = 0 if streams else len(cast(Sized, data))
+        if isinstance(data, Sized) and not isinstance(data, IterableDataset):
+            whole = len(data)
         data = Subset(data, some(whole, n).tolist()) if n is not None and n < whole else data
         data = DataLoader(data, batch_size)
     if isinstance(data, DataLoader):
-        total = n or 0
+        total = whole if n is None else n
         if total and isinstance(data.dataset, Sized):
             total = min(total, len(data.dataset))
         return _first(data, n, device, bounds), total
@@ -80,14 +81,14 @@ def _first(
     loader: Iterable[Any], n: int | None, device: torch.device, bounds: tuple[float, float]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     left = math.inf if n is None else n
-    for batch in loader:
-        if left <= 0:
-            return
+    for batch in loader if left else ():
         x, y = as_pair(batch)
         take = int(min(left, len(x)))
         left -= take
         x = x[:take]
-        # Before it is moved: Apple's GPUs have no float64. Of half an image's digits a ball in l2
-        # has next to no room: all its points are rounded.
+        # Before it is moved: Apple's GPUs have no float64. float16 images become float32: in half
+        # precision an l2 ball holds hardly any representable point.
         x = x.float() if x.is_floating_point() else x
         yield as_pixels(x.to(device), bounds), y[:take].to(device)
+        if not left:  # a live stream would keep the next batch waiting
+            return

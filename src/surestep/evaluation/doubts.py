@@ -18,7 +18,7 @@ from surestep.activations import straight_through
 from surestep.attacks.core import NoGradient, in_parts, input_gradient, misclassified, share_of
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.lending import attacking
-from surestep.devices import exact, finest
+from surestep.devices import autocast, exact, finest
 from surestep.evaluation import suite
 from surestep.evaluation.adapt import Adapted, seeds_of
 from surestep.threat import ThreatModel
@@ -130,6 +130,19 @@ def logits(model: nn.Module, x: Tensor, batch_size: int, *, gradients: bool = Fa
         return in_parts(batch_size, run, x)
 
 
+def agrees_in(precision: torch.dtype, model: nn.Module, x: Tensor, batch_size: int) -> bool:
+    """Tell whether a model answers alike under autocast to a precision.
+
+    A model that is random, that quantises or whose logits saturate may not.
+    """
+    if precision == torch.float32:
+        return True
+    full = logits(model, x, batch_size)
+    with torch.no_grad(), autocast(x.device, precision):
+        half = in_parts(batch_size, lambda z: forward_logits(model, z), x)
+    return apart(full, half) < ROUNDED_IN_HALF and full.argmax(1).equal(half.argmax(1))
+
+
 def regrouped(model: nn.Module, x: Tensor, batch_size: int, *, gradients: bool = False) -> Tensor:
     """Return the logits (N, K) of images in reverse order and in batches half as large."""
     half = max(1, min(batch_size, len(x)) // 2)
@@ -168,7 +181,7 @@ def of_results(right: Mapping[str, Tensor], square: int | None = None) -> list[s
         right: which images (N,) were right "clean", and under each attack, by its name.
         square: number of images that AutoAttack's Square broke after its gradient attacks.
     """
-    steps = {name: suite.ascent(name) for name in right}
+    steps = {name: suite.gradient_steps(name) for name in right}
     one = [right[name] for name, taken in steps.items() if taken == 1]
     many = [right[name] for name, taken in steps.items() if taken and taken >= _MANY]
     found: list[str] = []

@@ -30,7 +30,18 @@ _KEPT = 16  # images of the first batch whose logits the state keeps
 
 
 class Judge:
-    """Attacks batch after batch and counts."""
+    """Attacks batch after batch and counts.
+
+    Args:
+        model: pixels in, logits out, in eval mode.
+        threat: norm, radius and data range.
+        attacks: what to run, by name.
+        seed: of everything that attacks draw at random.
+        precision: dtype in which the perturbations are crafted.
+        state: keeps what each attack found on each batch.
+        tell: called with a few words when an attack begins on a batch.
+        progress: called before each attack and after each batch, as ``evaluate`` says.
+    """
 
     def __init__(
         self,
@@ -40,9 +51,11 @@ class Judge:
         seed: int,
         precision: torch.dtype,
         state: State,
-        tell: Callable[[str], None] | None,
+        tell: Callable[[str], None] | None = None,
+        progress: Callable[[int, int, float], None] | None = None,
     ) -> None:
-        self.model, self.threat, self.attacks, self.tell = model, threat, attacks, tell
+        self.model, self.threat, self.attacks = model, threat, attacks
+        self.tell, self.progress = tell, progress
         self.seed, self.precision, self.state = seed, precision, state
         # Cheapest first: what they break, those on survivors need not attack.
         self.order = sorted(attacks, key=lambda k: (attacks[k].survivors, attacks[k].passes))
@@ -60,7 +73,8 @@ class Judge:
         self.worst: list[Tensor] = []
         self.done = self.survivors = self.number = 0
         self.total = 0  # 0: unknown
-        self.some: list[tuple[Tensor, Tensor]] = []
+        self.left = ""  # what has withstood so far, in words
+        self.kept_images: list[tuple[Tensor, Tensor]] = []
         self.doubts: list[str] | None = None
 
     def batch(self, x: Tensor, y: Tensor) -> None:
@@ -68,14 +82,18 @@ class Judge:
         check_inputs(self.model, x, y, self.threat)
         clean = self._clean(x, y)
         worst = clean.clone()
+        todo = sum(attack.passes for attack in self.attacks.values()) or 1
+        spent = 0.0
         for name in self.order:
+            self._report(worst, spent / todo)
+            spent += self.attacks[name].passes
+            targets = worst if self.attacks[name].survivors else clean
             known = self.state.get(self.number, name)
             if known is None:
-                targets = worst if self.attacks[name].survivors else clean
                 known = self._attack(name, x, y, targets)
                 self.state.put(self.number, name, **known)
             broken = torch.tensor(known["broken"], dtype=torch.int64)
-            ok = (worst if self.attacks[name].survivors else clean).clone()
+            ok = targets.clone()
             ok[broken] = False
             self.right[name].append(ok)
             if name in self.first_wrong:
@@ -95,32 +113,52 @@ class Judge:
         self.done += len(x)
         self.survivors += int(worst.sum())
         self.number += 1
+        if self.progress:
+            self.progress(self.done, self.total, self.survivors / self.done)
+
+    def _report(self, worst: Tensor, share: float) -> None:
+        """Tell how far the evaluation is, in a batch of which ``share`` of the work is done.
+
+        Args:
+            worst: which images of the batch (N,) withstood so far.
+            share: by the attacks' passes.
+        """
+        left = (self.survivors + int(worst.sum())) / (self.done + len(worst))
+        self.left = f"worst case {left:.1%} so far"
+        if self.progress:
+            self.progress(self.done + int(share * len(worst)), self.total, left)
 
     def _keep_some(self, x: Tensor, y: Tensor, clean: Tensor) -> None:
-        """Keep some correctly classified images for ``look``.
+        """Keep some correctly classified images for ``look_for_doubts``.
 
         Of all batches, since the data may be sorted by class; what one lacks the next makes up for.
         """
         so_far = (self.done + len(x)) / self.total if self.total else 1.0
         quota = min(doubts.LOOKED_AT, math.ceil(doubts.LOOKED_AT * so_far))
-        wanted = quota - sum(len(labels) for _, labels in self.some)
-        same = not self.some or self.some[0][0].shape[1:] == x.shape[1:]
+        wanted = quota - sum(len(labels) for _, labels in self.kept_images)
+        kept = self.kept_images
+        same = not kept or kept[0][0].shape[1:] == x.shape[1:]
         if wanted > 0 and same and clean.any():
             rows = clean.nonzero().squeeze(1)
             rows = rows[mixed(len(rows))[:wanted]].to(x.device)
-            self.some.append((x[rows], y[rows]))
+            kept.append((x[rows], y[rows]))
 
-    def look(self, sources: Sequence[nn.Module], batch_size: int) -> None:
+    def look_for_doubts(self, sources: Sequence[nn.Module], batch_size: int) -> None:
         """Look for what may mislead attacks, on the images that were kept for this."""
         self.doubts = []
-        if self.some:
-            x, y = (torch.cat(parts) for parts in zip(*self.some, strict=True))
+        if self.kept_images:
+            x, y = (torch.cat(parts) for parts in zip(*self.kept_images, strict=True))
             with self._seeded("doubts", x.device):
                 own = any(attack.follows for attack in self.attacks.values())
                 self.doubts += doubts.of_model(
                     self.model, x, y, self.threat, list(self.attacks), batch_size, own
                 )
                 self.doubts += doubts.of_sources(sources, x, y, batch_size)
+                if not doubts.agrees_in(self.precision, self.model, x, batch_size):
+                    name = str(self.precision).removeprefix("torch.")
+                    self.doubts.append(
+                        f"it answers differently in {name}, in which its attacks were made"
+                    )
 
     def _clean(self, x: Tensor, y: Tensor) -> Tensor:
         fingerprint = digest(x, y) if self.state.kept else ""
@@ -217,7 +255,9 @@ class Judge:
             As ``_attack``, without ``parts``.
         """
         if self.tell:
-            self.tell(f"{name} on images {self.done + 1:,} to {self.done + len(x):,}")
+            of = f" of {self.total:,}" if self.total else ""
+            images = f"{self.done + 1:,} to {self.done + len(x):,}{of}"
+            self.tell(f"{name} on images {images}; {self.left}")
         begin = time.perf_counter()
         broken: list[int] = []
         steps: list[int] = []

@@ -24,7 +24,7 @@ class Evaluation:
         intervals: 95% Wilson intervals of these accuracies by name.
         seconds: wall time of the whole.
         attack_seconds: wall time by attack.
-        threat: norm, eps and data range in words.
+        threat: norm, eps and data range, as plain values.
         attacks: by attack, its ``scope`` ("all" that are right clean, or the "survivors" of the
             other attacks: its accuracy is then theirs together), accuracy, seconds, and
             ``by_step``: for an iterative attack the share still right after each point tried,
@@ -60,11 +60,22 @@ class Evaluation:
         return {"format": FORMAT, "version": VERSION, **values}
 
 
-def wilson_interval(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Return the Wilson score interval of a share (95% by default)."""
+_Z = 1.96  # 95% of a normal distribution lie within as many standard deviations
+
+
+def wilson_interval(right: int, n: int) -> tuple[float, float]:
+    """Return the 95% score interval of a share (Wilson 1927).
+
+    Args:
+        right: number of images that count.
+        n: number of all images.
+
+    Returns:
+        The interval's ends, in [0, 1]; all of [0, 1] if there is no image.
+    """
     if n == 0:
         return (0.0, 1.0)
-    p, z2 = right / n, z * z
+    p, z2 = right / n, _Z * _Z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    half = _Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
     return (max(0.0, centre - half), min(1.0, centre + half))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -74,8 +74,9 @@ def as_attacks(given: Mapping[str, Any]) -> dict[str, Attack]:
     """Return attacks by name, with plain functions of (model, x, y) wrapped.
 
     Raises:
-        UserError: one is neither an ``Attack`` nor a function.
+        UserError: there is none, or one is neither an ``Attack`` nor a function.
     """
+    _check_any(given)
     for name, one in given.items():
         if isinstance(one, type) or not (isinstance(one, Attack) or callable(one)):
             raise UserError(
@@ -84,6 +85,11 @@ def as_attacks(given: Mapping[str, Any]) -> dict[str, Attack]:
                 "surestep.evaluation.suite.parse(NAME, threat)"
             )
     return {n: one if isinstance(one, Attack) else Attack(one) for n, one in given.items()}
+
+
+def _check_any(attacks: Sized) -> None:
+    if not attacks:
+        raise UserError(f"no attack given: name some of {NAMES}")
 
 
 def check_names(names: Sequence[Any]) -> None:
@@ -128,7 +134,7 @@ def parse(name: str, threat: ThreatModel, sources: Sequence[nn.Module] = ()) -> 
     Args:
         name: such as "fgsm", "pgd-100", "pgd-20x2" (two restarts), "pgd-100-margin", "noise-10",
             "square-1000", "autoattack". If it follows the gradient, "-bpda" at the end sends the
-            gradient straight through layers that know such a way, see ``and_through``.
+            gradient straight through layers that know such a way, see ``with_bpda``.
         threat: norm, radius and data range.
         sources: models for "transfer".
 
@@ -150,10 +156,10 @@ def parse(name: str, threat: ThreatModel, sources: Sequence[nn.Module] = ()) -> 
         raise UserError(f"unknown attack {name!r}: write one of {NAMES}, LOSS ce, margin or dlr")
     count, restarts = int(match["count"] or kind.usual or 0), int(match["restarts"] or 1)
     made = kind.make(Spec(match["kind"], count, restarts, match["loss"] or "ce", threat, sources))
-    return _through(made) if match["bpda"] else made
+    return _bpda(made) if match["bpda"] else made
 
 
-def and_through(names: Iterable[str]) -> list[str]:
+def with_bpda(names: Iterable[str]) -> list[str]:
     """Return the attacks and, after each that follows the gradient, the same with "-bpda".
 
     Layers such as MeanSparse's pass no gradient in places, which misleads the first but not the
@@ -165,7 +171,7 @@ def and_through(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(every))
 
 
-def ascent(name: str) -> int | None:
+def gradient_steps(name: str) -> int | None:
     """Return how many gradient steps an attack takes, by its name; 0 if it follows no gradient.
 
     It is None for an attack that searches in another way, and for an unknown name.
@@ -175,7 +181,7 @@ def ascent(name: str) -> int | None:
         return None
     kind = KINDS[match["kind"]]
     counts = kind.make is _iterative and match["count"]
-    return int(match["count"]) if counts else kind.ascent
+    return int(match["count"]) if counts else kind.gradient_steps
 
 
 def follows(name: str) -> bool:
@@ -184,7 +190,7 @@ def follows(name: str) -> bool:
     return match is not None and KINDS[match["kind"]].follows
 
 
-def _through(attack: Attack) -> Attack:
+def _bpda(attack: Attack) -> Attack:
     """Return the attack with gradients that go straight through layers that know such a way."""
     if isinstance(attack.run, Mapping):
         parts = {name: partial(_straight, run) for name, run in attack.run.items()}
@@ -201,13 +207,7 @@ def _plain(
     attack: Callable[..., Tensor], threat: ThreatModel, passes: float, **options: Any
 ) -> Attack:
     """Return an attack that is one function of (model, x, y, threat) and options."""
-    return Attack(partial(_points, attack, threat=threat, **options), passes)
-
-
-def _points(
-    attack: Callable[..., Tensor], model: nn.Module, x: Tensor, y: Tensor, **options: Any
-) -> Found:
-    return Found(attack(model, x, y, **options))
+    return Attack(partial(attack, threat=threat, **options), passes)
 
 
 def _iterative(spec: Spec) -> Attack:
@@ -237,6 +237,7 @@ def _iterative(spec: Spec) -> Attack:
 
 def _autoattack(spec: Spec) -> Attack:
     parts = {name: partial(part, threat=spec.threat) for name, part in autoattack.PARTS.items()}
+    # Of apgd-ce 200, of apgd-t 1800, of fab-t 2700, of square 5000.
     return Attack(parts, 9700, survivors=True)
 
 
@@ -246,16 +247,16 @@ def _transfer(spec: Spec) -> Attack:
     return transfer(spec.sources, spec.threat)
 
 
-def _cw_l2(spec: Spec) -> Attack:
-    nearest.check(spec.kind, spec.threat)
-    passes = 2 * nearest.SEARCHES * spec.count
-    return _plain(nearest.cw_l2, spec.threat, passes, steps=spec.count)
+def _nearest(spec: Spec, attack: Callable[..., Tensor], gradients: int) -> Attack:
+    """Return an attack from foolbox.
 
-
-def _deepfool(spec: Spec) -> Attack:
+    Args:
+        spec: the parts of its name.
+        attack: the attack.
+        gradients: number of gradients per step.
+    """
     nearest.check(spec.kind, spec.threat)
-    passes = 2 * nearest.CANDIDATES * spec.count
-    return _plain(nearest.deepfool, spec.threat, passes, steps=spec.count)
+    return _plain(attack, spec.threat, 2 * gradients * spec.count, steps=spec.count)
 
 
 def transfer(sources: Sequence[nn.Module], threat: ThreatModel) -> Attack:
@@ -275,7 +276,7 @@ def transfer(sources: Sequence[nn.Module], threat: ThreatModel) -> Attack:
             partial(attacks.mi_fgsm, s, threat=threat, steps=20, loss="margin"),
         )
     ]
-    return Attack(partial(_points, in_turn, attacks=makers), 140 * len(sources))
+    return Attack(partial(in_turn, attacks=makers), 140 * len(sources))
 
 
 def parse_all(
@@ -284,11 +285,10 @@ def parse_all(
     """Return several attacks by their names.
 
     Raises:
-        UserError: a name is unknown, or there is none.
+        UserError: there is no name, or one cannot be made, see ``parse``.
     """
     found = {name: parse(name, threat, sources) for name in names}
-    if not found:
-        raise UserError(f"no attack given: name some of {NAMES}")
+    _check_any(found)
     return found
 
 
@@ -311,8 +311,8 @@ class Kind:
         usual: the default of that number; None if it must be given.
         restarts: whether the name may have xRESTARTS.
         loss: whether the name may have -LOSS.
-        ascent: number of steps along the model's gradient, 0 if it follows none; None if the name
-            tells it, or if it searches in another way.
+        gradient_steps: number of steps along the model's gradient, 0 if it follows none; None if
+            the name tells it, or if it searches in another way.
     """
 
     make: Callable[[Spec], Attack]
@@ -320,12 +320,12 @@ class Kind:
     usual: int | None = None
     restarts: bool = False
     loss: bool = False
-    ascent: int | None = None
+    gradient_steps: int | None = None
 
     @property
     def follows(self) -> bool:
         """Whether it follows the model's gradient."""
-        return self.ascent != 0
+        return self.gradient_steps != 0
 
     def written(self, name: str) -> str:
         """Return the pattern of its names, for people."""
@@ -335,29 +335,43 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "fgsm": Kind(lambda s: _plain(attacks.fgsm, s.threat, 2, loss=s.loss), loss=True, ascent=1),
-    "r-fgsm": Kind(lambda s: _plain(attacks.r_fgsm, s.threat, 2, loss=s.loss), loss=True, ascent=1),
+    "fgsm": Kind(
+        lambda s: _plain(attacks.fgsm, s.threat, 2, loss=s.loss),
+        loss=True,
+        gradient_steps=1,
+    ),
+    "r-fgsm": Kind(
+        lambda s: _plain(attacks.r_fgsm, s.threat, 2, loss=s.loss),
+        loss=True,
+        gradient_steps=1,
+    ),
     "i-fgsm": Kind(_iterative, "STEPS", loss=True),
     "mi-fgsm": Kind(_iterative, "STEPS", loss=True),
     "noise": Kind(
         lambda s: _plain(attacks.random_noise, s.threat, s.count, samples=s.count),
         "SAMPLES",
-        ascent=0,
+        gradient_steps=0,
     ),
     "pgd": Kind(_iterative, "STEPS", restarts=True, loss=True),
-    "apgd-ce": Kind(lambda s: _plain(autoattack.apgd_ce, s.threat, 200), ascent=100),
-    "apgd-t": Kind(lambda s: _plain(autoattack.apgd_t, s.threat, 1800), ascent=100),
+    "apgd-ce": Kind(lambda s: _plain(autoattack.apgd_ce, s.threat, 200), gradient_steps=100),
+    "apgd-t": Kind(lambda s: _plain(autoattack.apgd_t, s.threat, 1800), gradient_steps=100),
     "fab-t": Kind(lambda s: _plain(autoattack.fab_t, s.threat, 2700)),
     "square": Kind(
         lambda s: _plain(autoattack.square, s.threat, s.count, queries=s.count),
         "QUERIES",
         autoattack.QUERIES,
-        ascent=0,
+        gradient_steps=0,
     ),
     "autoattack": Kind(_autoattack),
-    "transfer": Kind(_transfer, ascent=0),
-    "cw-l2": Kind(_cw_l2, "STEPS", nearest.CW_STEPS),
-    "deepfool": Kind(_deepfool, "STEPS", nearest.DEEPFOOL_STEPS),
+    "transfer": Kind(_transfer, gradient_steps=0),
+    "cw-l2": Kind(
+        lambda s: _nearest(s, nearest.cw_l2, nearest.SEARCHES), "STEPS", nearest.CW_STEPS
+    ),
+    "deepfool": Kind(
+        lambda s: _nearest(s, nearest.deepfool, nearest.CANDIDATES),
+        "STEPS",
+        nearest.DEEPFOOL_STEPS,
+    ),
 }
 """Every attack that has a name. A new one is a function in ``attacks/`` and a line here."""
 NAMES = ", ".join(kind.written(name) for name, kind in KINDS.items())

@@ -82,7 +82,7 @@ def format_eps(eps: float) -> str:
     Raises:
         UserError: ``eps`` is not a finite number >= 0.
     """
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
+    if not _is_number(eps) or not 0 <= eps < math.inf:
         raise UserError(f"eps {shorten(eps)} is not a radius: give a number >= 0, such as 8/255")
     decimal = repr(float(f"{eps:.7g}"))
     k = round(min(eps, 1e6) * 255)  # eps * 255 would overflow for the largest floats
@@ -177,9 +177,7 @@ def to_model_info(
         raise UserError(
             f"number_forward_passes is {shorten(number_forward_passes)}, expected an integer >= 1"
         )
-    if reported is not None and not (
-        isinstance(reported, int | float) and not isinstance(reported, bool) and 0 <= reported <= 1
-    ):
+    if reported is not None and not (_is_number(reported) and 0 <= reported <= 1):
         raise UserError(
             f"reported is {shorten(reported)}, expected a fraction in [0, 1], such as 0.5"
         )

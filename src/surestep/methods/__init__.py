@@ -11,7 +11,7 @@ from pkgutil import iter_modules
 from warnings import warn
 
 from surestep.methods._base import (
-    PARTS,
+    SHARED,
     Cost,
     Method,
     Preset,
@@ -19,6 +19,7 @@ from surestep.methods._base import (
     StepResult,
     Update,
     of_eps,
+    of_span,
     once,
     register,
 )
@@ -45,13 +46,13 @@ for _plug_in in entry_points(group="surestep.methods"):
 __all__ = [
     "FGSM",
     "NFGSM",
-    "PARTS",
     "PGD",
     "RFGSM",
     "RSFGSM",
     "SATR1",
     "SATR2",
     "SATR3",
+    "SHARED",
     "TRADES",
     "Cost",
     "Memory",
@@ -68,6 +69,7 @@ __all__ = [
     "get",
     "names",
     "of_eps",
+    "of_span",
     "once",
     "overview",
     "preset",

@@ -13,7 +13,7 @@ import inspect
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from types import UnionType
 from typing import (
@@ -35,10 +35,11 @@ from torch import Tensor, nn
 
 from surestep import processes
 from surestep.attacks.inputs import check_inputs, forward_logits
+from surestep.attacks.losses import of_true_class
 from surestep.errors import SurestepWarning, UserError
 from surestep.methods._dropout import dropping
 from surestep.methods._memory import Draw
-from surestep.threat import ThreatModel
+from surestep.threat import Linf, ThreatModel
 from surestep.threat import check as check_threat
 
 P = ParamSpec("P")
@@ -153,9 +154,15 @@ class Cost:
         return self.forward + self.input_grad + self.weight_grad
 
     @classmethod
-    def of(cls, *, attack: float, update: float) -> Cost:
-        """Build the cost of ``attack`` input gradients and an update on ``update`` images."""
-        return cls(attack + update, attack + update, update)
+    def of(cls, *, attack: float, update: float, forward: float = 0) -> Cost:
+        """Build the cost of input gradients, an update on so many images, and forward passes.
+
+        Args:
+            attack: input gradients, each with its own forward pass.
+            update: images in the update pass.
+            forward: further forward passes.
+        """
+        return cls(forward + attack + update, attack + update, update)
 
 
 @dataclass(frozen=True)
@@ -184,13 +191,20 @@ class Preset:
 def of_eps(share: float, *, most: float = math.inf) -> Any:
     """Return a dataclass field for a length: by default a share of eps.
 
-    It is at most ``most``, which is meant for pixels in [0, 1] and scales with the data range.
+    In l-inf it is at most ``most``, which is meant for pixels in [0, 1] and scales with the data
+    range. (In l2 a length is that of the whole step, which no bound of a pixel's fits.)
     """
 
     def default(threat: ThreatModel) -> float:
-        return min(share * threat.eps, most * threat.span)
+        bound = most * threat.span if isinstance(threat, Linf) else math.inf
+        return min(share * threat.eps, bound)
 
-    return field(default=None, metadata={"of_eps": default})
+    return field(default=None, metadata={"default": default, "of_eps": True})
+
+
+def of_span(share: float) -> Any:
+    """Return a dataclass field: by default a share of the data range, 1 for pixels in [0, 1]."""
+    return field(default=None, metadata={"default": lambda threat: share * threat.span})
 
 
 @dataclass
@@ -207,6 +221,9 @@ class Method(ABC):
             attack); s * m for a hypersphere head with scale s and margin m.
         dropout: probability of dropout after each activation in the update, at the start of
             training; it falls linearly to 0 (SADS, Vivek & Babu 2020, arXiv 2004.08628).
+
+    Attributes:
+        sources: other models that it attacks, to be set before training; None if it attacks none.
 
     Raises:
         UserError: a hyperparameter is outside its range.
@@ -250,9 +267,10 @@ class Method(ABC):
         self.progress = _NOT_TOLD
         self.strength = 1.0
         self.draw: Draw | None = None
+        self.sources: Sequence[nn.Module] | None = None
         for one in fields(self):
-            if getattr(self, one.name) is None and "of_eps" in one.metadata:
-                setattr(self, one.name, one.metadata["of_eps"](self.threat))
+            if getattr(self, one.name) is None and "default" in one.metadata:
+                setattr(self, one.name, one.metadata["default"](self.threat))
         for name, kinds in kinds_of(type(self)).items():
             expected = " or ".join(_WORDS[kind] for kind in kinds)
             self.require(_fits(getattr(self, name), kinds), name, expected)
@@ -428,7 +446,7 @@ class Method(ABC):
                 setattr(self, name, copy.deepcopy(value))
 
 
-PARTS = ("label_smoothing", "margin", "dropout")
+SHARED = ("label_smoothing", "margin", "dropout")
 """Hyperparameters that every method has."""
 _LEAST = {"lam": 0, "alpha": 0, "steps": 1}
 """Lower bounds of hyperparameters by name, in every method that has them."""
@@ -450,7 +468,7 @@ def kinds_of(cls: type[Method]) -> dict[str, tuple[type, ...]]:
     """
     hints = get_type_hints(cls)
     found = {}
-    for name in (*PARTS, *parameter_names(cls)):
+    for name in (*SHARED, *parameter_names(cls)):
         union = get_origin(hints[name]) in (Union, UnionType)
         found[name] = kinds = get_args(hints[name]) if union else (hints[name],)
         if not set(kinds) <= set(_WORDS):
@@ -479,7 +497,7 @@ def relaxed_cross_entropy(logits: Tensor, y: Tensor, share: float) -> Tensor:
     class a part of it.
     """
     log_p = F.log_softmax(logits, dim=1)
-    true = log_p.gather(1, y[:, None]).squeeze(1)
+    true = of_true_class(log_p, y)
     wrong = (log_p.sum(1) - true) / (logits.shape[1] - 1)
     return -(share * true + (1 - share) * wrong)
 
@@ -535,8 +553,7 @@ def _fits(value: Any, kinds: tuple[type, ...]) -> bool:
 
 def parameter_names(cls: type[Method]) -> list[str]:
     """Return the names of a method's own hyperparameters: its fields, less those of ``Method``."""
-    shared = {f.name for f in fields(Method)}
-    return [f.name for f in fields(cls) if f.name not in shared]
+    return [f.name for f in fields(cls) if f.name not in ("threat", *SHARED)]
 
 
 METHODS: dict[str, type[Method]] = {}
@@ -555,7 +572,7 @@ def register(slug: str) -> Callable[[type[Method]], type[Method]]:
             one = cls.__dataclass_fields__[name]
             if one.default is MISSING and one.default_factory is MISSING:
                 raise UserError(f"{name} of the method {slug!r} has no default: give it one")
-            if "of_eps" in one.metadata and name not in cls.lengths:
+            if one.metadata.get("of_eps") and name not in cls.lengths:
                 raise UserError(
                     f"{name} of the method {slug!r} is a length: name it in the class attribute "
                     "lengths, so that it scales with eps"

@@ -7,13 +7,15 @@ Adversarial Training", NeurIPS.
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 
 from surestep.attacks.core import input_gradient
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.lending import attacking
-from surestep.attacks.losses import Objective, cross_entropy, log_odds
+from surestep.attacks.losses import Objective, as_cross_entropy, log_odds
 from surestep.methods._base import Cost, Method, Terms, Update
 
 
@@ -24,16 +26,15 @@ class Guided(Method):
     alpha: float
     guide_every: int = 2
     """The attack includes the distance in the last of every so many steps."""
-    lengths = ("alpha",)
     needs_progress = True
 
+    @abstractmethod
     def distance(self, clean: Tensor, adversarial: Tensor) -> Tensor:
         """Return the distance between two sets of logits (N, K), in total for the batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weight(self) -> float:
         """Return the weight of the distance at this point of the training."""
-        raise NotImplementedError
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Step eps along the gradient of cross entropy, plus the distance on guided steps."""
@@ -45,9 +46,9 @@ class Guided(Method):
                 with torch.no_grad():
                     clean = forward_logits(inner, x)
 
-                # Log-odds have another scale than cross entropy, which matters in a sum.
                 def guide(logits: Tensor, y: Tensor) -> Tensor:
-                    return cross_entropy(logits, y) + lam * self.distance(clean, logits) / n
+                    ce = as_cross_entropy(logits, y)
+                    return ce + lam * self.distance(clean, logits) / n
 
                 objective = guide
             grad, _, _ = input_gradient(inner, start, y, objective)
@@ -62,4 +63,4 @@ class Guided(Method):
 
     def cost(self, batch_size: int) -> Cost:
         """One gradient, a clean pass on guided steps; clean and adversarial in the update."""
-        return Cost(3 + 1 / self.guide_every, 3, 2)
+        return Cost.of(attack=1, update=2, forward=1 / self.guide_every)

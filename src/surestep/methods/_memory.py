@@ -48,7 +48,14 @@ class Memory:
         return found if draw is None else draw.apply(found)
 
     def write(self, index: Tensor, values: Tensor, images: int, draw: Draw | None = None) -> None:
-        """Store ``values`` (N, ...) for the images ``index``, in all processes."""
+        """Store the values of the images ``index`` (N,), in all processes.
+
+        Args:
+            index: positions in the data set (N,).
+            values: (N, ...), in the coordinates of the images as cropped and flipped.
+            images: size of the data set; 0 if unknown, as in ``read``.
+            draw: the crops and flips of the images.
+        """
         values = values.detach() if draw is None else draw.undo(values.detach())
         index, values = processes.gather(index), processes.gather(values)
         self._grow(index, values, images)

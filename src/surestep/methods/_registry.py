@@ -17,6 +17,11 @@ from surestep.threat import Linf, ThreatModel
 
 _SETTABLE = ("label_smoothing", "dropout")
 """The shared hyperparameters that a run's settings can set; the margin comes from its head."""
+_OTHER_NAMES = {
+    **{"fgsm-pgi": "fgsm-mep", "fgsm-rs": "rs-fgsm", "fast": "rs-fgsm", "fgsm-at": "fgsm"},
+    **{"fgsm-ga": "gradalign", "nfgsm": "n-fgsm", "pgd-at": "pgd", "free-at": "free"},
+}
+"""Names of methods in the literature, and their slugs here."""
 
 
 def get(slug: str) -> type[Method]:
@@ -28,6 +33,8 @@ def get(slug: str) -> type[Method]:
     Raises:
         UserError: there is no such method; the message suggests the nearest.
     """
+    if slug in _OTHER_NAMES and slug not in METHODS:
+        raise unknown_name("method", slug, METHODS, meant=_OTHER_NAMES[slug])
     return look_up("method", slug, METHODS)
 
 
@@ -84,7 +91,7 @@ def build(slug: str, threat: ThreatModel, params: Mapping[str, Any], **parts: fl
     return cls(threat, **params, **parts)
 
 
-def build_written(text: str, threat: ThreatModel, **parts: float) -> Method:
+def build_written(text: str, threat: ThreatModel) -> Method:
     """Build a method from text: its slug, optionally with settings, as in "n-fgsm noise=1".
 
     Raises:
@@ -100,7 +107,7 @@ def build_written(text: str, threat: ThreatModel, **parts: float) -> Method:
         raise UserError(
             f"{text!r} is not a method with settings: write it as in 'n-fgsm noise=1'"
         ) from None
-    return build(slug, threat, params, **parts)
+    return build(slug, threat, params)
 
 
 def settle(method: Method, settings: object) -> dict[str, float]:

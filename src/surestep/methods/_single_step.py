@@ -26,7 +26,9 @@ class SingleStep(Method):
     """
 
     train_mode: ClassVar[bool] = False
+    """Whether the model is attacked in train mode."""
     objective = staticmethod(log_odds)
+    """What the step raises, per sample (N,), as a function of logits (N, K) and labels (N,)."""
     ball: ClassVar[bool] = True
     """Whether the result is projected to the eps ball; otherwise only to the data range."""
 
@@ -43,15 +45,13 @@ class SingleStep(Method):
         """Return the gradient (N, ...) to step along; the model is in the mode to attack."""
         return input_gradient(model, point, y, self.objective)[0]
 
-    def finish(self, point: Tensor, x: Tensor) -> Tensor:
-        """Project the point to the eps ball, or only to the data range (see ``ball``)."""
-        return self.threat.project(point, x) if self.ball else self.threat.clip(point)
-
     def around(self, x: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return ``finish`` for many points of the same images, whose ball is computed once."""
-        if not unchanged(type(self), "finish"):
-            return lambda point: self.finish(point, x)
+        """Return what projects points (N, ...) to the ball, or only to the data range."""
         return self.threat.around(x) if self.ball else self.threat.clip
+
+    def finish(self, point: Tensor, x: Tensor) -> Tensor:
+        """Return the end (N, ...) of a step; see ``around``."""
+        return self.around(x)(point)
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return x_adv (N, ...)."""
@@ -85,7 +85,7 @@ def _of_parts(cls: type[Method]) -> bool:
     return unchanged(cls, "perturb", "step_on")
 
 
-_UNUSED = ("needs_index", "needs_progress", "kept", "kept_rows", "second_order")
+_LOST = ("needs_index", "needs_progress", "kept", "kept_rows", "second_order")
 
 
 class OnSingleStep(Method):
@@ -105,7 +105,7 @@ class OnSingleStep(Method):
             self.require(False, "perturbation", f"a single-step method: {', '.join(known)}")
         assert isinstance(found, SingleStep)
         # Only its parts are used, so nothing would tell it the progress or save its state.
-        lost = [name for name in _UNUSED if getattr(found, name)]
+        lost = [name for name in _LOST if getattr(found, name)]
         self.require(not lost, "perturbation", "a single-step method without schedule or state")
         self.base = found
         self.dropout = max(self.dropout, found.dropout)

@@ -56,8 +56,7 @@ class ConvergeSmooth(Method):
         """Check the hyperparameters and build the wrapped method."""
         self.require(self.compare in ("epoch", "batch"), "compare", "'epoch' or 'batch'")
         self.not_negative("gamma", "weight", "pull")
-        parts = {"label_smoothing": self.label_smoothing, "margin": self.margin}
-        self.base = build_written(self.perturbation, self.threat, **parts)
+        self.base = build_written(self.perturbation, self.threat)
         self.needs_index, self.replays = self.base.needs_index, self.base.replays
         self.second_order = self.base.second_order
         self.remembers_images = self.base.remembers_images

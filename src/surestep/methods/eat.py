@@ -5,7 +5,6 @@ Tramèr et al. 2018, "Ensemble Adversarial Training: Attacks and Defenses", ICLR
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,12 +43,13 @@ class EAT(OnSingleStep):
         """Check the share of the clean loss."""
         super().validate()
         self.require(0 <= self.clean < 1, "clean", "in [0, 1)")
-        self.sources: Sequence[nn.Module] = ()
+        self.sources = ()
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Attack the model whose turn it is."""
-        turn = self.progress.step % (1 + len(self.sources))
-        attacked = self.sources[turn - 1].to(x.device) if turn else model
+        sources = self.sources or ()
+        turn = self.progress.step % (1 + len(sources))
+        attacked = sources[turn - 1].to(x.device) if turn else model
         # Fixed models are attacked in eval mode, even by a perturbation that uses train mode.
         train_mode = not turn and self.base.train_mode
         # The engine chose the memory format for the model; another may not take it.
@@ -67,4 +67,4 @@ class EAT(OnSingleStep):
 
     def cost(self, batch_size: int) -> Cost:
         """One prediction and one perturbation; clean and perturbed images in the update."""
-        return Cost(self.gradients + 3, self.gradients + 2, 2)
+        return Cost.of(attack=self.gradients, update=2, forward=1)

@@ -74,4 +74,4 @@ class FGSMFUAP(FGSMUAP):
 
     def cost(self, batch_size: int) -> Cost:
         """Two more forward passes: for the features, and for the losses of the picks."""
-        return Cost(5, 3, 2)
+        return Cost.of(attack=1, update=2, forward=2)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from surestep.attacks.core import input_gradient, l1_unit
 from surestep.attacks.lending import attacking
-from surestep.methods._base import Cost, Method, Terms, Update, of_eps, register
+from surestep.methods._base import Cost, Criterion, Method, Terms, Update, of_eps, register
 from surestep.methods._memory import Memory
 from surestep.methods._presets import CIFAR100_RESNET, CIFAR_RESNET, MNIST_ZOO, recipe, smoothed
 
@@ -21,6 +21,17 @@ from surestep.methods._presets import CIFAR100_RESNET, CIFAR_RESNET, MNIST_ZOO, 
 def pairing(one: Tensor, other: Tensor) -> Tensor:
     """Return the mean squared difference between two sets of logits (N, K)."""
     return (one - other).square().mean()
+
+
+def paired(start: Tensor, x_adv: Tensor, y: Tensor, criterion: Criterion, lam: float) -> Update:
+    """Minimise CE at x_adv (N, ...) plus lam times the ``pairing`` with the logits at ``start``."""
+
+    def loss(logits: Tensor) -> Terms:
+        at_start, at_adv = logits.chunk(2)
+        ce, apart = criterion(at_adv, y), pairing(at_adv, at_start)
+        return ce + lam * apart, {"ce": ce, "pairing": apart}
+
+    return Update(torch.cat([start, x_adv]), loss, slice(len(start), None))
 
 
 @register("fgsm-mep")
@@ -76,13 +87,7 @@ class FGSMMEP(Method):
         moved = threat.ascend(start, momentum, self.alpha, x) - x
         self._momentum.write(index, momentum, images, draw)
         self._delta.write(index, moved, images, draw)
-
-        def loss(logits: Tensor) -> Terms:
-            at_start, at_adv = logits.chunk(2)
-            ce, apart = self.criterion(at_adv, y), pairing(at_adv, at_start)
-            return ce + self.lam * apart, {"ce": ce, "pairing": apart}
-
-        return Update(torch.cat([start, x_adv]), loss, slice(len(x), None))
+        return paired(start, x_adv, y, self.criterion, self.lam)
 
     def cost(self, batch_size: int) -> Cost:
         """One gradient; the start and x_adv in the update."""

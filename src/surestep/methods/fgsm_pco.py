@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from surestep.attacks.core import input_gradient
 from surestep.attacks.lending import attacking
+from surestep.attacks.losses import of_true_class
 from surestep.methods._base import Cost, Method, Terms, Update, register, relaxed_cross_entropy
 from surestep.methods._memory import Memory
 from surestep.methods._presets import CIFAR100_RESNET, CIFAR_RESNET, MNIST_ZOO, recipe, smoothed
@@ -62,7 +63,7 @@ class FGSMPCO(Method):
         with attacking(model) as inner:
             grad, _, logits = input_gradient(inner, old, y, smoothed)
         new = threat.ascend(old, grad, threat.eps, x)
-        p_y = per_sample(logits.softmax(1).gather(1, y[:, None]), x).to(x.dtype)
+        p_y = per_sample(of_true_class(logits.softmax(1), y), x).to(x.dtype)
         mixed = threat.clip((1 - p_y) * old + p_y * (x + self.stretch * (new - x)))
         self._delta.write(index, new - x, images, self.draw)
 

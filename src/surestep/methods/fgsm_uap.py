@@ -17,9 +17,9 @@ from surestep import processes
 from surestep.attacks.core import input_gradient, l1_unit
 from surestep.attacks.lending import attacking
 from surestep.devices import without_autocast
-from surestep.methods._base import Cost, Method, Terms, Update, of_eps, one_hot, register
+from surestep.methods._base import Cost, Method, Update, of_eps, one_hot, register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
-from surestep.methods.fgsm_mep import pairing
+from surestep.methods.fgsm_mep import paired
 from surestep.threat import per_sample
 
 
@@ -69,13 +69,7 @@ class FGSMUAP(Method):
         m = torch.where(present, total / torch.where(present, count, 1) + self.decay * m, m)
         moved = threat.shrink(u + threat.steepest_step(m, self.alpha), self.alpha)
         self._u, self._m = torch.where(present, moved, u), m
-
-        def loss(logits: Tensor) -> Terms:
-            at_start, at_adv = logits.chunk(2)
-            ce, apart = self.criterion(at_adv, y), pairing(at_adv, at_start)
-            return ce + self.lam * apart, {"ce": ce, "pairing": apart}
-
-        return Update(torch.cat([start, x_adv]), loss, slice(len(x), None))
+        return paired(start, x_adv, y, self.criterion, self.lam)
 
     def _of(self, kept: Tensor, groups: int, x: Tensor) -> Tensor:
         """Return the state if it fits this number of groups and image shape, else zeros."""

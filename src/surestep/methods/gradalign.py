@@ -21,7 +21,7 @@ from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
 from surestep.methods._single_step import OnSingleStep
 
 _PAPER: dict[str, Any] = {
-    "settings": {"epochs": 30, "lr": 0.3, "schedule": "triangular"},
+    "settings": {"lr": 0.3},
     "source": "Andriushchenko & Flammarion 2020 (they use PreActResNet-18)",
 }
 

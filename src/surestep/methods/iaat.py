@@ -31,7 +31,6 @@ class IAAT(PGD):
 
     summary = "PGD; each image has a radius of its own, which grows while the image withstands it"
     paper = "Balaji et al. 2019, arXiv 1910.08051"
-    lengths = ("alpha",)
     needs_index = True
     needs_progress = True
     kept = ("_radius",)
@@ -76,4 +75,4 @@ class IAAT(PGD):
 
     def cost(self, batch_size: int) -> Cost:
         """PGD-AT's, and one forward pass each at the larger radius, the current one and 0."""
-        return Cost(self.steps + 4, self.steps + 1, 1)
+        return Cost.of(attack=self.steps, update=1, forward=3)

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surestep.methods._base import Cost, Terms, Update, one_hot, register
+from surestep.attacks.losses import of_true_class
+from surestep.methods._base import Cost, Terms, Update, of_span, one_hot, register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.methods.pgd import PGD
 from surestep.methods.trades import kl
@@ -25,7 +26,6 @@ class MART(PGD):
 
     summary = "PGD images; a margin to the runner-up, and more weight on clean mistakes"
     paper = "Wang et al. 2020, ICLR"
-    lengths = ("alpha", "sigma")
     presets = {
         "mnist": recipe(MNIST_ZOO, beta=5.0, steps=40, alpha=0.01),
         "cifar10": recipe(
@@ -39,7 +39,7 @@ class MART(PGD):
     }
 
     beta: float = 5.0
-    sigma: float = 0.001
+    sigma: float = of_span(0.001)
 
     def validate(self) -> None:
         """Check the weight and the start."""
@@ -60,7 +60,7 @@ class MART(PGD):
             runner_up = adversarial.exp().masked_fill(own, 0).amax(1)
             # 1 - p, kept above 0 where the runner-up has all the probability.
             ce = self.criterion(logits[len(x) :], y) - torch.log(1.0001 - runner_up).mean()
-            mistaken = 1 - clean.exp().gather(1, y[:, None]).squeeze(1)
+            mistaken = 1 - of_true_class(clean.exp(), y)
             divergence = (kl(clean, adversarial) * mistaken).mean()
             return ce + self.beta * divergence, {"ce": ce, "kl": divergence}
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from surestep.attacks.losses import weighted_log_odds
 from surestep.methods._base import of_eps, register
-from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
 from surestep.methods._single_step import SingleStep
 
 
@@ -26,12 +26,9 @@ class NFGSM(SingleStep):
     paper = "de Jorge et al. 2022, arXiv 2202.01181"
     presets = {
         # The paper has no MNIST; with its noise of 2 eps = 0.6 little is left of a digit.
-        "mnist": recipe(MNIST_FAST, noise=1.0, source="ours: the settings of mnist-fast"),
+        "mnist": recipe(MNIST_ZOO, noise=1.0),
         "cifar10": recipe(
-            CIFAR_RESNET,
-            noise=2.0,
-            settings={"epochs": 30, "lr": 0.2, "schedule": "triangular"},
-            source="de Jorge et al. 2022 (they use PreActResNet-18)",
+            CIFAR_ZOO, noise=2.0, source="de Jorge et al. 2022 (they use PreActResNet-18)"
         ),
     }
     train_mode = True

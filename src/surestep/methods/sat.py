@@ -10,7 +10,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from surestep.attacks.core import input_gradient
 from surestep.attacks.lending import attacking
+from surestep.errors import UserError
 from surestep.methods._base import Cost, Criterion, Terms, Update, of_eps, register, stepping
 from surestep.methods._presets import (
     CIFAR_SAT,
@@ -44,6 +44,21 @@ def agreement(ce: Tensor, lam: float, one: Tensor, other: Tensor) -> Terms:
     return ce + lam * distance, {"ce": ce, "distance": distance}
 
 
+def _base_within(threat: ThreatModel, base: SingleStep | None) -> SingleStep:
+    """Return the single-step method to use: FGSM by default.
+
+    Raises:
+        UserError: its threat model is another.
+    """
+    base = base or FGSM(threat)
+    if base.threat != threat:
+        raise UserError(
+            f"base {base.slug} attacks within {base.threat}, but threat is {threat}: give both the "
+            "same threat model"
+        )
+    return base
+
+
 def _finish(base: SingleStep, point: Tensor, x: Tensor, project: bool) -> Tensor:
     """Finish a point (N, ...) whose step began alpha away from the base's start.
 
@@ -52,7 +67,7 @@ def _finish(base: SingleStep, point: Tensor, x: Tensor, project: bool) -> Tensor
     """
     if project:
         return base.threat.project(point, x)
-    fgsm = unchanged(type(base), "start", "size", "finish")
+    fgsm = unchanged(type(base), "start", "size", "around", "finish")
     return base.threat.clip(point) if fgsm else base.finish(point, x)
 
 
@@ -85,8 +100,14 @@ def sat_r1_update(
         base: single-step method to use in place of FGSM; I-FGSM begins at its start, and each
             I-FGSM step is finished as its own is, in the ball or not.
         criterion: the cross entropy.
+
+    Returns:
+        The update; ``sat_r1_loss`` takes it, and returns the ``StepResult``.
+
+    Raises:
+        UserError: ``base`` has another threat model.
     """
-    base = base or FGSM(threat)
+    base = _base_within(threat, base)
     n = regularised_images(len(x), fraction)
     with attacking(model, train_mode=base.train_mode) as inner:
         start = base.start(x)
@@ -137,8 +158,14 @@ def sat_r2_update(
         fraction: share of the batch to regularise (its last images); 1 in the paper.
         base: single-step method to use in place of FGSM; R-FGSM begins alpha from its start.
         criterion: the cross entropy.
+
+    Returns:
+        The update; ``sat_r2_loss`` takes it, and returns the ``StepResult``.
+
+    Raises:
+        UserError: ``base`` has another threat model.
     """
-    base = base or FGSM(threat)
+    base = _base_within(threat, base)
     n = regularised_images(len(x), fraction)
     with attacking(model, train_mode=base.train_mode) as inner:
         start = base.start(x)
@@ -212,8 +239,14 @@ def sat_r3_update(
         fraction: share of the batch to regularise (its last images); 1 in the paper.
         base: single-step method to use in place of FGSM: its start, gradient, length and end.
         criterion: the cross entropy.
+
+    Returns:
+        The update; ``sat_r3_loss`` takes it, and returns the ``StepResult``.
+
+    Raises:
+        UserError: ``base`` has another threat model.
     """
-    base = base or FGSM(threat)
+    base = _base_within(threat, base)
     n = regularised_images(len(x), fraction)
     low, high = steps_from_noise(model, x, y, base, alpha, project, (eps_low, base.size))
 
@@ -264,18 +297,13 @@ class SAT(OnSingleStep):
         self._count += 1
         if self._count % self.every:
             return Update(self.between(model, x, y), self.plain_loss(y))
-        common = {
-            "threat": self.threat,
-            "lam": self.every * self.lam,
-            "fraction": self._fraction(len(x)),
-            "base": self.base,
-            "criterion": self.criterion,
-        }
-        return self.regularise(model, x, y, common)
+        return self.regularise(model, x, y, self.every * self.lam, self._fraction(len(x)))
 
     @abstractmethod
-    def regularise(self, model: nn.Module, x: Tensor, y: Tensor, common: dict[str, Any]) -> Update:
-        """Return the update of a step that regularises; ``common`` is what all three pass on."""
+    def regularise(
+        self, model: nn.Module, x: Tensor, y: Tensor, lam: float, fraction: float
+    ) -> Update:
+        """Return the update of a step that regularises a share of the batch with weight lam."""
 
     def between(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return the points (N, ...) that a step without the regularizer trains on."""
@@ -334,9 +362,21 @@ class SATR1(SAT):
         "cifar10-speed": recipe(CIFAR_SPEED, lam=0.2, steps=3),
     }
 
-    def regularise(self, model: nn.Module, x: Tensor, y: Tensor, common: dict[str, Any]) -> Update:
+    def regularise(
+        self, model: nn.Module, x: Tensor, y: Tensor, lam: float, fraction: float
+    ) -> Update:
         """Let FGSM and I-FGSM agree."""
-        return sat_r1_update(model, x, y, steps=self.steps, **common)
+        return sat_r1_update(
+            model,
+            x,
+            y,
+            self.threat,
+            steps=self.steps,
+            lam=lam,
+            fraction=fraction,
+            base=self.base,
+            criterion=self.criterion,
+        )
 
     def cost(self, batch_size: int) -> Cost:
         """FGSM on all; for the regularised share, K - 1 more steps and a second view."""
@@ -369,9 +409,22 @@ class SATR2(SAT):
         "cifar10-speed": recipe(CIFAR_SPEED, lam=25.0, alpha=2 / 255),
     }
 
-    def regularise(self, model: nn.Module, x: Tensor, y: Tensor, common: dict[str, Any]) -> Update:
+    def regularise(
+        self, model: nn.Module, x: Tensor, y: Tensor, lam: float, fraction: float
+    ) -> Update:
         """Let FGSM and R-FGSM agree."""
-        return sat_r2_update(model, x, y, alpha=self.alpha, project=self.project, **common)
+        return sat_r2_update(
+            model,
+            x,
+            y,
+            self.threat,
+            alpha=self.alpha,
+            project=self.project,
+            lam=lam,
+            fraction=fraction,
+            base=self.base,
+            criterion=self.criterion,
+        )
 
     def cost(self, batch_size: int) -> Cost:
         """Both views of the regularised share go through the attack and the update."""
@@ -435,18 +488,24 @@ class SATR3(SAT):
         )
         return far
 
-    def regularise(self, model: nn.Module, x: Tensor, y: Tensor, common: dict[str, Any]) -> Update:
+    def regularise(
+        self, model: nn.Module, x: Tensor, y: Tensor, lam: float, fraction: float
+    ) -> Update:
         """Let the loss grow with the step's length."""
         return sat_r3_update(
             model,
             x,
             y,
+            self.threat,
             tau=self.tau,
             alpha=self.alpha,
             eps_low=self.eps_low,
             project=self.project,
             per_sample=self.per_sample,
-            **common,
+            lam=lam,
+            fraction=fraction,
+            base=self.base,
+            criterion=self.criterion,
         )
 
     def cost(self, batch_size: int) -> Cost:

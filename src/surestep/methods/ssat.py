@@ -57,4 +57,4 @@ class SSAT(RSFGSM):
 
     def cost(self, batch_size: int) -> Cost:
         """FGSM's cost, and a forward pass for each point between."""
-        return Cost(2 + self.checkpoints - 1, 2, 1)
+        return Cost.of(attack=1, update=1, forward=self.checkpoints - 1)

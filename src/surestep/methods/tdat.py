@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from surestep.attacks.core import input_gradient
 from surestep.attacks.lending import attacking
+from surestep.attacks.losses import of_true_class
 from surestep.methods._base import (
     Cost,
     Method,
@@ -78,7 +79,7 @@ class TDAT(Method):
             at_start, at_adv = logits.chunk(2)
             away = -F.log_softmax(at_adv, dim=1).mean()
             ce = torch.lerp(away, self.criterion(at_adv, y), self.share)
-            p_y = at_start.softmax(1).gather(1, y[:, None]).squeeze(1)
+            p_y = of_true_class(at_start.softmax(1), y)
             apart = (at_start - at_adv).square().sum(1)
             drawn = (apart * torch.tanh(1 - p_y)).mean()
             return ce + self.lam * drawn, {"ce": ce, "drawn": drawn}

@@ -18,6 +18,7 @@ from surestep.methods._base import (
     Terms,
     Update,
     of_eps,
+    of_span,
     register,
     stepping,
 )
@@ -28,6 +29,26 @@ from surestep.threat import ThreatModel
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Return KL(p || q) per sample from log-probabilities (N, K)."""
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+
+
+def ascend_kl(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    start: Tensor,
+    threat: ThreatModel,
+    steps: int,
+    alpha: float,
+) -> Tensor:
+    """Return x_adv (N, ...): from ``start``, ascend KL(f(x) || f(x_adv)) within the ball.
+
+    The clean output is computed once, not at every step.
+    """
+    with attacking(model) as inner:
+        with torch.no_grad():
+            clean = F.log_softmax(forward_logits(inner, x), dim=1)
+        ascent = Ascent(threat, steps, alpha, lambda z, _: kl(clean, F.log_softmax(z, dim=1)))
+        return ascent.climb(inner, x, y, start)
 
 
 def trades_update(
@@ -44,8 +65,8 @@ def trades_update(
 ) -> Update:
     """Minimise clean CE plus beta times KL(f(x) || f(x_adv)), x_adv found by maximising that KL.
 
-    The clean output of the attack is computed once, not at every step. The update takes clean
-    and adversarial images through one forward pass, so batch statistics cover both.
+    The update takes clean and adversarial images through one forward pass, so batch statistics
+    cover both.
 
     Args:
         model: the classifier, in train mode.
@@ -57,14 +78,12 @@ def trades_update(
         alpha: size of one step.
         sigma: standard deviation of the Gaussian start.
         criterion: the cross entropy of the clean term.
+
+    Returns:
+        The update; ``trades_loss`` takes it, and returns the ``StepResult``.
     """
-    with attacking(model) as inner:
-        with torch.no_grad():
-            log_clean = F.log_softmax(forward_logits(inner, x), dim=1)
-        ascent = Ascent(
-            threat, steps, alpha, lambda logits, _: kl(log_clean, F.log_softmax(logits, dim=1))
-        )
-        x_adv = ascent.climb(inner, x, y, x + sigma * torch.randn_like(x))
+    start = x + sigma * torch.randn_like(x)
+    x_adv = ascend_kl(model, x, y, start, threat, steps, alpha)
 
     def loss(logits: Tensor) -> Terms:
         clean, adversarial = logits.split(len(x))
@@ -85,7 +104,6 @@ class TRADES(Method):
 
     summary = "clean cross entropy plus the divergence of clean and adversarial outputs"
     paper = "Zhang et al. 2019, arXiv 1901.08573"
-    lengths = ("alpha", "sigma")
     presets = {
         "mnist": recipe(MNIST_FAST, beta=1.0, steps=40, alpha=0.01),
         "cifar10": recipe(CIFAR_RESNET, beta=6.0, steps=10, alpha=0.007),
@@ -94,7 +112,7 @@ class TRADES(Method):
     beta: float = 6.0
     steps: int = 10
     alpha: float = of_eps(0.007 * 255 / 8)
-    sigma: float = 0.001
+    sigma: float = of_span(0.001)
 
     def validate(self) -> None:
         """Check the hyperparameters."""
@@ -106,4 +124,4 @@ class TRADES(Method):
 
     def cost(self, batch_size: int) -> Cost:
         """One clean forward and the steps; clean and adversarial images in the update."""
-        return Cost(1 + self.steps + 2, self.steps + 2, 2)
+        return Cost.of(attack=self.steps, update=2, forward=1)

@@ -11,13 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surestep.attacks.core import Ascent
-from surestep.attacks.inputs import forward_logits
-from surestep.attacks.lending import attacking
 from surestep.methods._base import Cost, Terms, Update, register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.methods.pgd import PGD
-from surestep.methods.trades import kl
+from surestep.methods.trades import ascend_kl, kl
 
 
 @register("uat")
@@ -57,14 +54,7 @@ class UAT(PGD):
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Attack agreement with the clean output rather than with the label."""
         assert index is not None
-        start = self.start(x)
-        with attacking(model) as inner:
-            with torch.no_grad():
-                clean = F.log_softmax(forward_logits(inner, x), dim=1)
-            ascent = Ascent(
-                self.threat, self.steps, self.alpha, lambda z, _: kl(clean, F.log_softmax(z, dim=1))
-            )
-            x_adv = ascent.climb(inner, x, y, start)
+        x_adv = ascend_kl(model, x, y, self.start(x), self.threat, self.steps, self.alpha)
 
         def loss(logits: Tensor) -> Terms:
             known = (self.known(index) & (y >= 0)).to(logits.dtype)
@@ -79,4 +69,4 @@ class UAT(PGD):
 
     def cost(self, batch_size: int) -> Cost:
         """One clean forward and the steps; clean and adversarial images in the update."""
-        return Cost(self.steps + 3, self.steps + 2, 2)
+        return Cost.of(attack=self.steps, update=2, forward=1)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from surestep.attacks.lending import device_of, uncompiled
+from surestep.clock import each_minute
 from surestep.data import Images, as_images
 from surestep.devices import memory_for
 from surestep.errors import UserError
@@ -52,6 +53,7 @@ def harden(
     seed: int = 0,
     batch_size: int = 500,
     progress: Callable[[dict[str, Any]], None] | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Hardened:
     """Sparsify activations around their means, with the threshold that withstands attacks best.
 
@@ -66,6 +68,7 @@ def harden(
         seed: seed of the attacks.
         batch_size: number of images in a pass or an attack.
         progress: called with each row of the search.
+        tell: called about once a minute with a few words on the attack that begins.
 
     Raises:
         UserError: the model has no activation modules or is hardened already, a threshold is
@@ -83,7 +86,7 @@ def harden(
         statistics = measure(dense, train, batch_size)
     image = train.pixels(slice(0, 1)).to(device_of(dense))
     model = insert(copy.deepcopy(dense), image, 0.0)
-    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
+    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "tell": each_minute(tell)}
     set_statistics(model, statistics)
     rows = []
     for threshold in sorted({0.0, *thresholds}):

@@ -60,16 +60,19 @@ class MeanSparse(nn.Module):
 
 @contextmanager
 def _watching(
-    model: nn.Module, met: set[str], see: Callable[[str, Tensor, int], None]
-) -> Iterator[nn.Module]:
-    """Call ``see`` with the name, input and channel dimension of each activation in a pass.
+    model: nn.Module, see: Callable[[str, Tensor, int], None]
+) -> Iterator[Callable[[Tensor], None]]:
+    """Lend a pass through the model that shows each activation.
 
-    ``met`` collects the names seen so far; the caller must clear it between passes.
+    Args:
+        model: run in eval mode.
+        see: called with the name, input and channel dimension of each activation in a pass.
 
     Raises:
         UserError: an activation is used twice in one pass.
     """
     linear: Tensor | None = None
+    met: set[str] = set()
 
     def made(_module: nn.Module, _args: object, out: Tensor) -> None:
         nonlocal linear
@@ -93,7 +96,12 @@ def _watching(
     try:
         # Compiled parts would ignore the hooks.
         with attacking(model) as inner, interpreted(inner), torch.no_grad():
-            yield inner
+
+            def run(x: Tensor) -> None:
+                met.clear()
+                inner(x)
+
+            yield run
     finally:
         for handle in handles:
             handle.remove()
@@ -112,10 +120,12 @@ def measure(
     Returns:
         A dict from an activation's name to its mean (C,) and standard deviation (C,), in float64
         (float32 on mps).
+
+    Raises:
+        UserError: an activation is used twice in a pass, or ``images`` are none.
     """
     model = uncompiled(model)  # compiled code ignores hooks that are added later
     device, images = device_of(model), as_images(images)
-    met: set[str] = set()
     counts: dict[str, int] = {}
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -132,10 +142,9 @@ def measure(
             n += before
         counts[name], found[name] = n, (mean, squares)
 
-    with _watching(model, met, add) as inner:
+    with _watching(model, add) as run:
         for begin in range(0, len(images), batch_size):
-            met.clear()
-            inner(images.pixels(slice(begin, begin + batch_size)).to(device))
+            run(images.pixels(slice(begin, begin + batch_size)).to(device))
     return {name: (mean, (sq / counts[name]).sqrt()) for name, (mean, sq) in found.items()}
 
 
@@ -155,10 +164,8 @@ def insert(model: nn.Module, image: Tensor, threshold: float) -> nn.Module:
     """
     seen: dict[str, tuple[Tensor, int]] = {}
     model = uncompiled(model)  # compiled code would not run the new modules
-    with _watching(
-        model, set(), lambda name, values, dim: seen.update({name: (values, dim)})
-    ) as inner:
-        inner(image)
+    with _watching(model, lambda name, values, dim: seen.update({name: (values, dim)})) as run:
+        run(image)
     if not seen:
         raise UserError(
             "the model has no activation modules (nn.ReLU and the like) to sparsify before: "

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from surestep.report._read import plain
+from surestep.files import plain
 
 _MOST = 4000  # most characters of a text
 _ROWS = 60  # most rows of a table

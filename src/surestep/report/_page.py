@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from surestep.errors import UserError
+from surestep.files import plain
 from surestep.report import _evidence, charts
 from surestep.report._needs import need
 from surestep.report._plots import Plot, plots
-from surestep.report._read import get, number, plain, stated
+from surestep.report._read import get, number, stated
 from surestep.report._save import VEGA_LITE
 from surestep.report.columns import COLUMNS, COSTS
 from surestep.verdicts import INCONCLUSIVE, NOT_ROBUST, PSEUDO, ROBUST
@@ -76,6 +77,14 @@ def span(interval: Sequence[float] | None) -> str:
     return f"{100 * interval[0]:.1f}–{100 * interval[1]:.1f}" if interval else ""
 
 
+def _interval(share: Any, n: int) -> tuple[float, float] | None:
+    """Return the 95% interval of a share of n images; None if there is no share."""
+    from surestep.evaluation import wilson_interval
+
+    value = number(share)
+    return None if value is None else wilson_interval(round(value * n), n)
+
+
 def figure(value: Any) -> str:
     """Format a number with four significant digits, or as an integer from 1000 up."""
     found = number(value)
@@ -109,10 +118,13 @@ def _verdict(report: Report) -> dict[str, str] | None:
     if held_out:
         last = report.config.get("select") == "last"
         kept = held_out[-1] if last else max(held_out, key=lambda r: r["val_worst_case"])
+        n = kept.get("val_n")
+        interval = f" (95% interval {span(_interval(kept['val_worst_case'], n))})" if n else ""
         sentence = (
             f"In the {'last' if last else 'best'} epoch ({kept.get('epoch')}), "
-            f"{percent(kept['val_worst_case'])} of held-out images remain correctly classified "
-            "under the attacks of the validation. The model has not been judged on test data yet."
+            f"{percent(kept['val_worst_case'])}{interval} of {f'{n:,} ' if n else ''}held-out "
+            "images remain correctly classified under the attacks of the validation. The model has "
+            "not been judged on test data yet."
         )
         return {"name": "not judged", "kind": "unsure", "sentence": sentence}
     return None
@@ -133,9 +145,9 @@ def _tiles(report: Report) -> list[dict[str, str]]:
             tiles.append(("A weak report claims", percent(value), f"under {name} alone"))
         found = percent(get(report.audit, "found_accuracy", "the audit"))
         interval = span(report.audit.get("found_interval"))
-        by = report.audit.get("found_by") or "the audit"
-        by = f"most broken by {by}"
-        tiles.append(("This audit finds", found, f"{interval} · {by}" if interval else by))
+        by = report.audit.get("found_by")
+        notes = [interval, f"most broken by {by}" if by else ""]
+        tiles.append(("This audit finds", found, " · ".join(filter(None, notes))))
         flagged = sum(c.get("status") == "flagged" for c in report.checks)
         tiles.append(("Checks flagged", f"{flagged} of {len(report.checks)}", ""))
     if report.evaluation is not None:
@@ -173,11 +185,18 @@ def _attack_tables(report: Report) -> list[dict[str, Any]]:
     tables: list[dict[str, Any]] = []
     if report.evaluation is not None:
         tables.append({"title": "Evaluation", "rows": _evaluated(report.evaluation)})
-    found = (report.audit or {}).get("attacks") or {}
+    audit = report.audit or {}
+    found = audit.get("attacks") or {}
     if found:
-        late = {step.get("name") for step in (report.audit or {}).get("escalation") or ()}
+        late = {step.get("name") for step in audit.get("escalation") or ()}
+        n = get(audit, "n", "the audit")
         rows = [
-            _attack_row(name, accuracy, scope="survivors" if name in late else None)
+            _attack_row(
+                name,
+                accuracy,
+                _interval(accuracy, n),
+                scope="survivors" if name in late else None,
+            )
             for name, accuracy in found.items()
         ]
         tables.append({"title": "Attacks of the audit", "rows": rows})

@@ -47,15 +47,15 @@ def plots(report: Report) -> list[Plot]:
     Raises:
         UserError: the contents are malformed, or a package is missing.
     """
-    evidence = {c.get("number"): c.get("evidence") or {} for c in report.checks}
+    evidence = {c.get("name"): c.get("evidence") or {} for c in report.checks}
     found = [*_curves(report, evidence), *_surfaces(report), *_training(report)]
-    if report.comparison and _comparable(report):
+    if report.comparison and charts.priced(report.comparison)[1]:
         found.append(
             Plot(
                 "pareto",
                 "comparison",
                 "Robustness against cost",
-                "Higher and further left is better. Lines span one standard deviation.",
+                "Higher and further left is better. Lines reach one standard deviation each way.",
                 charts.pareto(report.comparison),
             )
         )
@@ -64,7 +64,7 @@ def plots(report: Report) -> list[Plot]:
 
 def _curves(report: Report, evidence: Mapping[Any, Any]) -> Iterator[Plot]:
     evaluation = report.evaluation or {}
-    curve = evaluation.get("curve") or _holding(evidence.get(10), "eps", "accuracy")
+    curve = evaluation.get("curve") or _holding(evidence.get("eps-sweep"), "eps", "accuracy")
     # The checks use only correctly classified images, so their curves start at 100%.
     some = " Measured on correctly classified images."
     if curve:
@@ -77,7 +77,7 @@ def _curves(report: Report, evidence: Mapping[Any, Any]) -> Iterator[Plot]:
             charts.accuracy_by_eps(curve),
         )
     stepped = [a for a in evaluation.get("attacks") or () if a.get("by_step")]
-    by_step = stepped or _holding(evidence.get(11), "steps", "accuracy")
+    by_step = stepped or _holding(evidence.get("convergence"), "steps", "accuracy")
     if by_step:
         yield Plot(
             "accuracy-by-step",
@@ -87,7 +87,7 @@ def _curves(report: Report, evidence: Mapping[Any, Any]) -> Iterator[Plot]:
             "another." + ("" if stepped else some),
             charts.accuracy_by_step(by_step),
         )
-    if restarts := _holding(evidence.get(11), "restarts", "restart_accuracy"):
+    if restarts := _holding(evidence.get("convergence"), "restarts", "restart_accuracy"):
         yield Plot(
             "accuracy-by-restart",
             "curves",
@@ -99,7 +99,7 @@ def _curves(report: Report, evidence: Mapping[Any, Any]) -> Iterator[Plot]:
     losses: dict[str, Mapping[str, Any]] = {
         name: charts.along_fgsm(s) for name, s in report.surfaces.items()
     }
-    if checked := _holding(evidence.get(18), "step", "loss"):
+    if checked := _holding(evidence.get("sat-properties"), "step", "loss"):
         # The check measured more images, so its curve replaces that of the first surface.
         losses.pop(next(iter(losses), ""), None)
         losses = {"this model": checked, **losses}
@@ -164,17 +164,6 @@ def _training(report: Report) -> Iterator[Plot]:
             "Mean over each epoch.",
             charts.training_losses(rows),
         )
-
-
-def _comparable(report: Report) -> bool:
-    from surestep.report._read import stated
-
-    return any(
-        stated(row.get("worst_case_accuracy"))[0] is not None
-        and stated(row.get(cost))[0] is not None
-        for row in report.comparison or ()
-        for cost in ("passes", "seconds")
-    )
 
 
 def _holding(evidence: Any, *keys: str) -> Mapping[str, Any]:

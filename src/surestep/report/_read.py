@@ -47,17 +47,6 @@ def pairs(source: Any, xs: str, ys: str, what: str) -> list[tuple[float | None, 
     return [(number(x), number(y)) for x, y in zip(a, b, strict=True)]
 
 
-def plain(value: Any) -> Any:
-    """Replace NaN and infinities in a JSON value by None, since browsers refuse them."""
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 def stated(value: Any) -> tuple[float | None, float | None, int | None]:
     """Return mean, standard deviation and count of a comparison's cell.
 

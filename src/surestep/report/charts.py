@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 440, 260
 WORST = "worst case"
 VERDICTS = [INCONCLUSIVE, PSEUDO, ROBUST, NOT_ROBUST, "not audited"]
+_COSTS = {"passes": "passes per image", "seconds": "training seconds"}
 _METRIC_NAMES = {"adv_accuracy": "training batches", "val_worst_case": WORST}
 
 
@@ -123,7 +124,7 @@ def along_fgsm(surface: Mapping[str, Any]) -> dict[str, list[float]]:
     return {"step": [s for s, _ in ahead], "loss": [v for _, v in ahead]}
 
 
-def loss_surface(surface: Mapping[str, Any], title: str = "") -> alt.VConcatChart:
+def loss_surface(surface: Mapping[str, Any]) -> alt.VConcatChart:
     """Draw the loss around images as a heat map, with a cross-section that follows the pointer.
 
     A menu switches between the mean and single images. The chart below the map shows the loss along
@@ -131,7 +132,6 @@ def loss_surface(surface: Mapping[str, Any], title: str = "") -> alt.VConcatChar
 
     Args:
         surface: one of the ``surfaces`` of ``gather``.
-        title: the text above the map.
 
     Raises:
         UserError: ``surface`` is not a loss surface.
@@ -198,7 +198,7 @@ def loss_surface(surface: Mapping[str, Any], title: str = "") -> alt.VConcatChar
     chosen = base.transform_filter(row)
     cut = chosen.transform_filter("datum.f == 0").mark_rule(strokeWidth=1.5, color="white")
     cut = cut.encode(y=alt.Y("r:Q", title="random direction"))
-    map_ = alt.layer(cells, cut).properties(width=WIDTH - 120, height=WIDTH - 160, title=title)
+    map_ = alt.layer(cells, cut).properties(width=WIDTH - 120, height=WIDTH - 160)
     line = (
         chosen.mark_line(point=alt.OverlayMarkDef(size=18))
         .encode(
@@ -222,11 +222,11 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> alt.LayerChart:
         UserError: there is no row, or none with an epoch or an accuracy.
     """
     history = some(history, "the history")
-    columns = dict.fromkeys(
-        k for row in history for k in row if k == "adv_accuracy" or k.startswith("val_")
-    )
-    for no_accuracy in ("val_n", "val_seconds"):
-        columns.pop(no_accuracy, None)
+    columns = [
+        k
+        for k in _columns(history)
+        if k == "adv_accuracy" or (k.startswith("val_") and k not in ("val_n", "val_seconds"))
+    ]
     rows = _history(history, columns, "accuracy")
     return _lines(some(rows, "the accuracies of the history"), "epoch", "accuracy", share=True)
 
@@ -241,10 +241,8 @@ def training_losses(history: Sequence[Mapping[str, Any]]) -> alt.LayerChart:
         UserError: there is no row, or none with an epoch or a loss.
     """
     history = some(history, "the history")
-    columns = dict.fromkeys(k for row in history for k in row)
-    for other in ("epoch", "step", "lr", "adv_accuracy", "images_per_second", "train_seconds"):
-        columns.pop(other, None)
-    columns = {k: None for k in columns if not k.startswith("val_")}
+    others = ("epoch", "step", "lr", "adv_accuracy", "images_per_second", "train_seconds")
+    columns = [k for k in _columns(history) if k not in others and not k.startswith("val_")]
     rows = _history(history, columns, "loss", by="term")
     return _lines(some(rows, "the losses of the history"), "epoch", "loss", by="term")
 
@@ -298,21 +296,7 @@ def pareto(rows: Sequence[Mapping[str, Any]], cost: str = "") -> alt.LayerChart:
         UserError: no row has both numbers, or ``cost`` is unknown.
     """
     alt = need("altair")
-    titles = {"passes": "passes per image", "seconds": "training seconds"}
-    if not cost:
-        known = all(stated(row.get("passes"))[0] is not None for row in rows)
-        cost = "passes" if known else "seconds"
-    if cost not in titles:
-        raise UserError(f"unknown cost {cost!r}: known are {', '.join(titles)}")
-    points: list[Row] = []
-    for row in rows:
-        worst, spread, _ = stated(row.get("worst_case_accuracy"))
-        price, _, _ = stated(row.get(cost))
-        if worst is not None and price is not None and price > 0:
-            point = {"method": get(row, "method", "a row"), "cost": price, "accuracy": worst}
-            spread = spread or 0.0
-            point |= {"low": max(0.0, worst - spread), "high": min(1.0, worst + spread)}
-            points.append(point | {"verdict": row.get("verdict") or "not audited"})
+    cost, points = priced(rows, cost)
     points = some(points, f"worst case and {cost} of the comparison")
     prices = [point["cost"] for point in points]
     # PGD may cost ten times as much as the others, which would overlap on a linear axis.
@@ -324,7 +308,7 @@ def pareto(rows: Sequence[Mapping[str, Any]], cost: str = "") -> alt.LayerChart:
     base = alt.Chart().encode(
         x=alt.X(
             "cost:Q",
-            title=titles[cost],
+            title=_COSTS[cost],
             scale=alt.Scale(nice=False, padding=28, **kind),
             axis=alt.Axis(grid=False, format="~g"),
         ),
@@ -332,7 +316,7 @@ def pareto(rows: Sequence[Mapping[str, Any]], cost: str = "") -> alt.LayerChart:
         tooltip=[
             alt.Tooltip("method:N"),
             alt.Tooltip("accuracy:Q", title="worst case", format=".1%"),
-            alt.Tooltip("cost:Q", title=titles[cost], format=".3~g"),
+            alt.Tooltip("cost:Q", title=_COSTS[cost], format=".3~g"),
             alt.Tooltip("verdict:N"),
         ],
     )
@@ -345,6 +329,29 @@ def pareto(rows: Sequence[Mapping[str, Any]], cost: str = "") -> alt.LayerChart:
     names = base.mark_text(dy=-12, fontSize=12).encode(y=y, text="method:N")
     chart = alt.layer(bars, dots, names).properties(width=WIDTH, height=HEIGHT + 40)
     return _with(chart, points)
+
+
+def priced(rows: Sequence[Mapping[str, Any]], cost: str = "") -> tuple[str, list[Row]]:
+    """Return the cost that ``pareto`` draws, and its points: rows with worst case and cost.
+
+    Raises:
+        UserError: ``cost`` is unknown, or a row that can be drawn has no method.
+    """
+    if not cost:
+        known = all(stated(row.get("passes"))[0] is not None for row in rows)
+        cost = "passes" if known else "seconds"
+    if cost not in _COSTS:
+        raise UserError(f"unknown cost {cost!r}: known are {', '.join(_COSTS)}")
+    points: list[Row] = []
+    for row in rows:
+        worst, spread, _ = stated(row.get("worst_case_accuracy"))
+        price, _, _ = stated(row.get(cost))
+        if worst is not None and price is not None and price > 0:
+            point = {"method": get(row, "method", "a row"), "cost": price, "accuracy": worst}
+            spread = spread or 0.0
+            point |= {"low": max(0.0, worst - spread), "high": min(1.0, worst + spread)}
+            points.append(point | {"verdict": row.get("verdict") or "not audited"})
+    return cost, points
 
 
 def named_accuracies(evaluation: Mapping[str, Any]) -> dict[str, float]:
@@ -360,8 +367,13 @@ def named_accuracies(evaluation: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def _columns(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the columns of a history in the order in which they appear."""
+    return list(dict.fromkeys(k for row in history for k in row))
+
+
 def _history(
-    history: Sequence[Mapping[str, Any]], columns: Mapping[str, Any], value: str, by: str = "attack"
+    history: Sequence[Mapping[str, Any]], columns: Sequence[str], value: str, by: str = "attack"
 ) -> list[Row]:
     return [
         {

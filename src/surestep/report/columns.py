@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 SHARES = {
     "clean_accuracy": "clean",
     "fgsm": "FGSM",
@@ -16,3 +18,12 @@ COSTS = {
     "peak_memory_mb": "peak memory MB",
 }
 COLUMNS = SHARES | COSTS
+
+
+def alignment(title: str) -> Literal["left", "right"]:
+    """Return the side to which a column of a comparison's table is aligned: numbers to the right.
+
+    Args:
+        title: title of the column.
+    """
+    return "left" if title in ("method", "verdict") else "right"

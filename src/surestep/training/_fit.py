@@ -91,9 +91,10 @@ def fit(
             tenth of ``data``, at most as many. Images held out of a Dataset go through its
             transforms: pass ``validation`` if these are random.
         resume: continue from the newest checkpoint in ``out``. The result is bit-identical to
-            that of an uninterrupted run, unless the number of processes changes. (On a GPU, only
-            with deterministic kernels: call ``torch.use_deterministic_algorithms(True)``, with
-            CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment.)
+            that of an uninterrupted run with up to two processes, and the same to the last digits
+            with more, unless their number changes. (On a GPU, only with deterministic kernels:
+            call ``torch.use_deterministic_algorithms(True)``, with CUBLAS_WORKSPACE_CONFIG=:4096:8
+            in the environment.)
         overwrite: delete what is in ``out`` first.
         quiet: show nothing.
         device: such as "cpu" or "cuda"; by default an accelerator if there is one.
@@ -134,12 +135,6 @@ def fit(
             f"optimizer {config.optimizer!r} needs a learning rate of its own: give lr, such as "
             f"1e-3; the default, {config.lr:g}, is meant for sgd"
         )
-    size = data.batch_size if isinstance(data, DataLoader) else None
-    if size and "batch_size" in settings and config.batch_size % size:
-        raise UserError(
-            f"batch_size {config.batch_size} has no effect: the DataLoader has its own, {size}; "
-            "leave it out"
-        )
     if compiled_whole(model):
         config = config.model_copy(update={"compile": True})
     # Settings that change a method change a copy of it, never the caller's.
@@ -150,8 +145,14 @@ def fit(
     run = RunFolder.plan(out, resume=resume, overwrite=overwrite)
     target = pick_device(device)
     accelerator = _accelerator(target, run, tensorboard=config.tensorboard)
-    if device is None and accelerator.num_processes > 1:
+    if device is None and processes.count() > 1:
         target = accelerator.device
+    size = data.batch_size if isinstance(data, DataLoader) else None
+    if size and "batch_size" in settings and config.batch_size != size * processes.count():
+        raise UserError(
+            f"batch_size {config.batch_size} has no effect: the DataLoader has its own, {size}; "
+            "leave it out"
+        )
     threat = method.threat
     if describe and not {"method", "params"} <= describe.keys():
         raise UserError("describe needs the entries method and params, by which a run is resumed")
@@ -183,7 +184,7 @@ def fit(
     )
     # Only now is everything checked: a mistake must not cost an old run.
     processes.wait(target)
-    own = run if accelerator.is_main_process else None
+    own = run if processes.rank() == 0 else None
     with ExitStack() as folder:
         differences: list[str] = []
         trouble: UserError | None = None
@@ -217,15 +218,11 @@ def _accelerator(device: torch.device, run: RunFolder | None, *, tensorboard: bo
         # Override the precision and compilation of a launcher's configuration. Once the process
         # has an Accelerator, these can no longer be changed.
         options |= {"mixed_precision": "no", "dynamo_backend": "no"}
-    if not tensorboard:
-        return _one_device(options)
-    if run is None:
-        raise UserError("tensorboard=True needs a run folder to write to: give out=...")
-    need("tensorboard", "tensorboard=True", "surestep[tensorboard]")
-    return _one_device({**options, "log_with": "tensorboard", "project_dir": run.folder})
-
-
-def _one_device(options: dict[str, Any]) -> Accelerator:
+    if tensorboard:
+        if run is None:
+            raise UserError("tensorboard=True needs a run folder to write to: give out=...")
+        need("tensorboard", "tensorboard=True", "surestep[tensorboard]")
+        options |= {"log_with": "tensorboard", "project_dir": run.folder}
     try:
         return Accelerator(**options)
     except ValueError as e:  # a process has only one Accelerator state

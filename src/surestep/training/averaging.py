@@ -52,13 +52,13 @@ class WeightAverage:
         averaged: list[tuple[Tensor, Tensor]] = [
             *zip(self.model.parameters(), model.parameters(), strict=True)
         ]
-        # Batch norm's statistics are already moving averages over about the last ten steps. A
-        # plain mean of the weights reaches further back, so it needs the mean of these, too.
+        # Batch norm's statistics are moving averages over about the last ten steps. An average of
+        # the weights reaches further back, so it needs that of these, too.
         # Other buffers, such as an attention mask of -inf, have no mean.
         copied: list[tuple[Tensor, Tensor]] = []
         named = self.model.named_buffers()
         for (name, own), buffer in zip(named, model.buffers(), strict=True):
-            mean = self.decay is None and name.endswith(("running_mean", "running_var"))
+            mean = name.endswith(("running_mean", "running_var"))
             (averaged if mean else copied).append((own, buffer))
         # One fused operation for hundreds of small tensors, where the device has one.
         means, now = (list(side) for side in zip(*averaged, strict=True))

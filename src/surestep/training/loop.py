@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, NoReturn
 
@@ -52,18 +53,13 @@ class Trainer:
         quiet: bool = False,
         on_epoch: Callable[[dict[str, Any], nn.Module], None] | None = None,
     ) -> None:
-        first = job.accelerator.is_main_process
-        self.job, self.run, self.quiet = job, run, quiet or not first
+        first = processes.rank() == 0
+        self.job, self.run = job, run
         self.on_epoch = on_epoch if first else None
         self.at = RunState()
         self.stop = StopRequest()
-        self.display = Display(job.total, quiet=self.quiet)
-        self.random = RandomStates(
-            job.device,
-            job.accelerator.process_index,
-            job.config.seed,
-            lambda: generators_of(job.source),
-        )
+        self.display = Display(job.total, quiet=quiet or not first)
+        self.random = RandomStates(job.device, job.config.seed, lambda: generators_of(job.source))
         self.checkpoints = Checkpoints(job, run, self.random, self.display.say) if run else None
         self._epoch_rng: list[dict[str, Any]] = []
         self._began = 0.0
@@ -88,6 +84,7 @@ class Trainer:
             if resume:
                 assert self.checkpoints is not None
                 self.at, restored = self.checkpoints.restore()
+                processes.check_alike("finished steps", self.at.step, job.device)
                 if restored and self.at.step == min(
                     job.total, self.at.epoch * job.source.steps_per_epoch
                 ):
@@ -111,8 +108,9 @@ class Trainer:
         left = min(steps - skip, job.total - self.at.step)
         sums = Sums(job.device)
         if restored:
-            parts = restored["sums"]
-            sums.load_state_dict(parts[min(job.accelerator.process_index, len(parts) - 1)])
+            parts, n = restored["sums"], processes.count()
+            same = len(parts) == n
+            sums.load_state_dict(parts[processes.rank()] if same else Sums.shared_out(parts, n))
         self._began = time.perf_counter() - self.at.train_seconds
         for x, y, index in self._batches(skip, left, restored):
             follow(job, self.at.step)
@@ -123,7 +121,7 @@ class Trainer:
             values = {"loss": result.loss, **result.terms, "adv_accuracy": hits}
             sums.add(self.at.step, len(x), values)
             # Of several processes only the first shows anything.
-            if self.display.due() and job.accelerator.is_main_process:
+            if self.display.due() and processes.rank() == 0:
                 self._show(sums)
             self._pause(sums)
         self._check_finite(sums, weights=True)
@@ -144,7 +142,7 @@ class Trainer:
         except (Asked, UserError) as e:
             # A resume starts with the validation. After an error a process may be alone, and
             # saving needs them all.
-            if isinstance(e, Asked) or job.accelerator.num_processes == 1:
+            if isinstance(e, Asked) or processes.count() == 1:
                 self.at.epoch -= 1
                 self.random.write(random_state)
                 self._save(sums)
@@ -174,7 +172,7 @@ class Trainer:
         """Update ``train_seconds`` and return the images per second of this epoch so far."""
         self.at.train_seconds = time.perf_counter() - self._began
         before = self.at.history[-1]["train_seconds"] if self.at.history else 0.0
-        return sums.images * self.job.accelerator.num_processes / (self.at.train_seconds - before)
+        return sums.images * processes.count() / (self.at.train_seconds - before)
 
     def _batches(self, skip: int, left: int, restored: dict[str, Any] | None) -> Iterator[Batch]:
         """Return the next ``left`` batches of the epoch, after the first ``skip``."""
@@ -208,7 +206,7 @@ class Trainer:
     def _show(self, sums: Sums) -> None:
         self._check_finite(sums)
         means, speed = sums.means(), self._speed(sums)
-        robust = f"  robust {self.at.last_robust:.1%}" if self.at.last_robust >= 0 else ""
+        robust = f"  robust {self.at.scores[-1]:.1%}" if self.at.scores else ""
         parts = "  ".join(f"{k} {v:.3f}" for k, v in means.items() if k != "adv_accuracy")
         epoch = f"epoch {self.at.epoch + 1}/{math.ceil(self.job.config.epochs)}"
         self.display.step(self.at.step, epoch, f"{parts}{robust}  {speed:,.0f} img/s")
@@ -245,12 +243,11 @@ class Trainer:
             at.best_epoch = at.epoch
             return
         row |= validate(self.job, self.stop)
-        if warning := find_masking(row, at.last_robust):
+        if warning := find_masking(row, at.scores[-1] if at.scores else None):
             row["collapse"] = True
             self.display.say(warning, "yellow")
-        at.last_robust = row["val_worst_case"]
-        if self.job.config.select == "last" or at.last_robust > at.best_score:
-            at.best_epoch, at.best_score = at.epoch, at.last_robust
+        if self.job.config.select == "last" or row["val_worst_case"] > max(at.scores, default=-1):
+            at.best_epoch = at.epoch
 
     def _record(self, row: dict[str, Any]) -> None:
         """Write the checkpoint, then the weights if they are the best, then the epoch's row."""
@@ -278,8 +275,8 @@ class Trainer:
         job, at = self.job, self.at
         best = at.best_epoch == at.epoch
         if self.run is None:
-            self._best = _copy(job.judged.state_dict()) if best else self._best
-        elif job.accelerator.is_main_process:
+            self._best = copy.deepcopy(job.judged.state_dict()) if best else self._best
+        elif processes.rank() == 0:
             if best:
                 files.save_weights(self.run.weights, job.judged, job.signature)
             rows = "".join(json.dumps(r) + "\n" for r in at.history)
@@ -308,7 +305,3 @@ class Trainer:
         else:
             self.job.model.load_state_dict(self._best)
         self.job.model.eval()
-
-
-def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k: v.detach().clone() for k, v in state.items()}

@@ -116,7 +116,7 @@ def fit_into(
     model: nn.Module,
     method: Method,
     engine: Engine,
-    shape: torch.Size,
+    shape: torch.Size | None,
     batch_size: int,
     gibibytes: float,
     copies: int = 0,
@@ -129,14 +129,21 @@ def fit_into(
         model: in train mode, on its device.
         method: what a step minimises.
         engine: how a step is computed.
-        shape: shape of one image.
+        shape: shape of one image; None if it cannot be read from the data.
         batch_size: images per step in this process.
         gibibytes: the limit on weights, their gradients and momenta, and activations.
         copies: further tensors as large as the weights that training keeps.
 
     Raises:
-        UserError: even ``Frugal`` would exceed the limit; names what would lower the need.
+        UserError: even ``Frugal`` would exceed the limit (names what would lower the need), or
+            there is no shape.
     """
+    if shape is None:
+        raise UserError(
+            f"max_memory ({gibibytes:g}) needs the shape of an image, which cannot be read "
+            "from these data: give a Dataset whose items are pairs of tensors, or a smaller batch "
+            "instead"
+        )
     limit = gibibytes * 2**30
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     images = method.peak_images(batch_size)

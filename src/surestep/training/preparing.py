@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -37,7 +37,7 @@ from surestep.training.memory import Frugal, fit_into
 from surestep.training.picking import MIN_STEPS, Pick, pick_engine
 from surestep.training.source import Replayed, Source, first_of, make_source, outliving
 
-MOST = 500
+MOST_JUDGED = 500
 """Maximum number of images that validation attacks at a time."""
 
 
@@ -91,7 +91,7 @@ class Job:
         threat: the method's threat model at full eps, to which the method itself may warm up.
         strength: the method's strength there, if the user has set one; else 1.
         config: the settings, with the engine and the precision that were picked.
-        accelerator: the processes of the run.
+        accelerator: has the trackers to log to.
         device: the device of this process.
         source: the source of batches.
         held_out: validation data, or None.
@@ -99,7 +99,6 @@ class Job:
         labelled: share of the training images that have a label.
         signature: classes and image shape to store with the weights, if known.
         total: number of steps of the whole run.
-        batch: images per step in this process.
         judged_at_once: images that validation attacks at a time, no more than fit in training.
         guard: explains what fails in a step.
         pick: the result of timing the engines, if they were timed.
@@ -122,7 +121,6 @@ class Job:
     labelled: float
     signature: files.Signature | None
     total: int
-    batch: int
     judged_at_once: int
     guard: Guard
     pick: Pick | None
@@ -159,7 +157,7 @@ def prepare(
         method: the run's own copy, which training changes, with the settings that concern it
             already applied (``methods.settle``).
         config: the settings, each already validated by itself.
-        accelerator: the processes of the run.
+        accelerator: divides a DataLoader among the processes.
         device: the device of this process.
         validation: see ``fit``.
         workers: see ``fit``.
@@ -170,7 +168,7 @@ def prepare(
     """
     _check_together(config, method)
     # The first process uses the run's seed; the others a hash, to avoid the seeds of other runs.
-    rank = accelerator.process_index
+    rank = processes.rank()
     seed_everything(seed_of("process", config.seed, rank) if rank else config.seed)
     train, held_out = split(data, validation, config.val_images, config.seed)
     held_out = outliving(held_out)
@@ -179,8 +177,13 @@ def prepare(
     loading = {"workers": workers, "steps": steps_per_epoch}
     source = _open(train, config, method, accelerator, device, loading)
     total = _count_steps(source, method, config)
-    batch, size = _batch_of(train, config, accelerator)
+    # Before anything in which they wait for each other, such as the trial of engines.
+    processes.check_alike("training steps", total, device)
+    for what, part in (("training", train), ("held-out", held_out)):
+        processes.check_alike(f"{what} images (or batches)", _length_of(part), device)
+    batch, size = _batch_of(train, config)
     bare = uncompiled(model)
+    _check_state(bare)
     bare.to(device)
     if not bare.training:  # otherwise keep layers that the user has put into eval mode
         bare.train()
@@ -189,8 +192,7 @@ def prepare(
     pick = None
     # With a memory limit there is no room for trials, and little to choose.
     if inside is not None and total >= MIN_STEPS and not config.max_memory:
-        with guard("the trial of engines", batch):
-            pick = _pick(bare, method, torch.Size(inside.image_shape), batch, config, accelerator)
+        pick = _pick(bare, method, torch.Size(inside.image_shape), batch, config, guard)
     engine, config = _place(bare, shape, pick, config, device)
     average = WeightAverage(bare, config.ema) if config.ema or config.swa else None
     optimizer = make_optimizer(
@@ -203,16 +205,19 @@ def prepare(
     stepped = bare
     if config.compile:
         # Only for the step: validation batches shrink, and each size would be compiled anew.
-        stepped = model if compiled_whole(model) else cast(nn.Module, torch.compile(bare))
+        try:
+            stepped = model if compiled_whole(model) else cast(nn.Module, torch.compile(bare))
+        except RuntimeError as e:  # such as a Python version that it does not know
+            raise UserError(f"torch.compile fails here ({e}): leave compile out") from e
     if config.max_memory:
         # Beside what every run has: Adam's second moments, the average, the weights before AWP.
         copies = sum(map(bool, (config.optimizer != "sgd", average, config.awp)))
-        stepped = _in_parts(bare, method, engine, shape, batch, config.max_memory, copies)
-    fits = stepped.images if isinstance(stepped, Frugal) else MOST
-    judged_at_once = min(MOST, method.peak_images(batch), fits)
+        stepped = fit_into(bare, method, engine, shape, batch, config.max_memory, copies)
+    fits = stepped.images if isinstance(stepped, Frugal) else MOST_JUDGED
+    judged_at_once = min(MOST_JUDGED, method.peak_images(batch), fits)
     # The same in each process, so that all make equally many collective calls.
     judged_at_once = -processes.largest(-judged_at_once, device)
-    if accelerator.num_processes > 1:
+    if processes.count() > 1:
         stepped = _sharing_gradients(stepped, device)
     return Job(
         model=bare,
@@ -228,7 +233,6 @@ def prepare(
         labelled=1.0 if inside is None else share_of(inside.y >= 0),
         signature=None if inside is None else files.Signature(inside.classes, inside.image_shape),
         total=total,
-        batch=batch,
         judged_at_once=judged_at_once,
         guard=guard,
         pick=pick,
@@ -292,6 +296,16 @@ def _check_data(method: Method, inside: Images | None, train: Any, held_out: Any
         )
 
 
+def _check_state(model: nn.Module) -> None:
+    """Refuse a model whose state is more than tensors, which no file of weights could hold."""
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise UserError(
+                f"the model's state has {name}, a {type(value).__name__}, but only tensors can be "
+                "saved as weights: let get_extra_state return a tensor"
+            )
+
+
 def _open(
     train: Any,
     config: FitSettings,
@@ -310,8 +324,8 @@ def _open(
             seed=config.seed,
             augmentation=config.augment,
             device=device,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
+            rank=processes.rank(),
+            world=processes.count(),
             prepare=sharing,
             bounds=method.threat.bounds,
             **loading,
@@ -335,14 +349,22 @@ def _count_steps(source: Source, method: Method, config: FitSettings) -> int:
     return total
 
 
-def _batch_of(train: Any, config: FitSettings, accelerator: Accelerator) -> tuple[int, str]:
+def _length_of(data: Any) -> int:
+    """Return the number of images, or of a DataLoader's batches; 0 if it is not known."""
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):
+        return 0
+
+
+def _batch_of(train: Any, config: FitSettings) -> tuple[int, str]:
     """Return the images per step in this process, and the setting that gives them, in words."""
     if isinstance(train, DataLoader):
         # A batch sampler of one's own may tell its size.
         size = train.batch_size or getattr(train.batch_sampler, "batch_size", None)
         if size:
             return size, f"the DataLoader's batch_size ({size})"
-    batch = math.ceil(config.batch_size / accelerator.num_processes)
+    batch = math.ceil(config.batch_size / processes.count())
     return batch, f"batch_size ({config.batch_size})"
 
 
@@ -409,20 +431,31 @@ def _pick(
     shape: torch.Size,
     batch: int,
     config: FitSettings,
-    accelerator: Accelerator,
+    guard: Guard,
 ) -> Pick | None:
     """Time the engines in the first process, and return the fastest to all processes.
 
     Returns None if the settings name an engine, or if the model has SyncBatchNorm, which would
     wait for the other processes, or if it cannot be copied.
+
+    Raises:
+        UserError: in all processes, the trial failed, such as for lack of memory.
     """
     waits = any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
     if config.engine != "auto" or waits:
         return None
-    picks: list[Pick | None] = [None]
-    if accelerator.is_main_process:
-        picks = [pick_engine(model, method, shape, batch, config.precision)]
-    return broadcast_object_list(picks)[0]
+    found: Pick | UserError | None = None
+    if processes.rank() == 0:
+        try:
+            with guard("the trial of engines", batch):
+                found = pick_engine(model, method, shape, batch, config.precision)
+        except UserError as e:
+            found = e
+    # Tell the other processes, which would otherwise wait for one that has left.
+    (found,) = broadcast_object_list([found])
+    if isinstance(found, UserError):
+        raise found
+    return found
 
 
 def _place(
@@ -458,22 +491,3 @@ def _sharing_gradients(model: nn.Module, device: torch.device) -> nn.Module:
     name = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in known)
     options: dict[str, Any] = {name: False}
     return DistributedDataParallel(model, device_ids=own, **options)
-
-
-def _in_parts(
-    model: nn.Module,
-    method: Method,
-    engine: Engine,
-    shape: torch.Size | None,
-    batch: int,
-    limit: float,
-    copies: int,
-) -> nn.Module:
-    """Return the network, recomputing activations if needed to keep a step within the limit."""
-    if shape is None:
-        raise UserError(
-            f"max_memory ({limit:g}) needs the shape of an image, which cannot be read "
-            "from these data: give a Dataset whose items are pairs of tensors, or a smaller batch "
-            "instead"
-        )
-    return fit_into(model, method, engine, shape, batch, limit, copies)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
+from surestep import processes
 from surestep.attacks.lending import seed_everything
 from surestep.data import seed_of
 
@@ -80,7 +81,6 @@ class RandomStates:
 
     Args:
         device: the device of this process.
-        rank: the rank of this process.
         seed: the seed of the run.
         generators: returns the current generators of a DataLoader and its samplers.
     """
@@ -88,11 +88,10 @@ class RandomStates:
     def __init__(
         self,
         device: torch.device,
-        rank: int,
         seed: int,
         generators: Callable[[], list[torch.Generator]],
     ) -> None:
-        self.device, self.rank, self.seed, self.generators = device, rank, seed, generators
+        self.device, self.seed, self.generators = device, seed, generators
 
     def read(self) -> dict[str, Any]:
         """Return this process's random state."""
@@ -111,7 +110,8 @@ class RandomStates:
 
     def restore(self, states: list[dict[str, Any]], step: int) -> None:
         """Restore this process's state; seed a new one if the run had fewer processes."""
-        if self.rank < len(states):
-            self.write(states[self.rank])
+        rank = processes.rank()
+        if rank < len(states):
+            self.write(states[rank])
         else:
-            seed_everything(seed_of("process", self.seed, self.rank, step))
+            seed_everything(seed_of("process", self.seed, rank, step))

@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
+from surestep import processes
 from surestep.errors import UserError
 from surestep.training import checkpoint
 from surestep.training.engine import match_layout
@@ -44,7 +45,7 @@ class Checkpoints:
         parts = gather_object([sums.state_dict()])
         # Collective, since it gathers rows of the batch: so before the other processes return.
         method = job.method.state_dict()
-        if not job.accelerator.is_main_process:
+        if processes.rank():
             return
         checkpoint.save(
             self.run.checkpoints,
@@ -68,8 +69,9 @@ class Checkpoints:
         """Load the newest checkpoint, except for what the epoch itself restores.
 
         Returns:
-            The progress of the run, and the content of the checkpoint. The content is None if there
-            is no checkpoint, because the run did not reach one or has already ended.
+            The progress of the run, and what its epoch restores (``sums``, ``rng`` and, except in
+            older checkpoints, ``epoch_rng``). That is None if there is no checkpoint, because the
+            run did not reach one or has already ended.
 
         Raises:
             UserError: the checkpoint does not fit this job, or is missing or damaged.
@@ -90,9 +92,12 @@ class Checkpoints:
         if job.average:
             job.average.load_state_dict(state["average"])
         job.method.load_state_dict(state["method"])
+        for derived in ("best_score", "last_robust"):  # in older checkpoints
+            state["progress"].pop(derived, None)
         at = RunState(**state["progress"])
         self.say(f"resuming {self.run.folder} at step {at.step} of {job.total}")
-        return at, state
+        # Not the whole: weights and optimizer state would stay in memory for an epoch.
+        return at, {name: state[name] for name in ("sums", "rng", "epoch_rng") if name in state}
 
     def _without(self) -> RunState:
         """Return the progress of a run without checkpoints: it has ended, or starts anew."""
@@ -124,7 +129,7 @@ class Checkpoints:
             images: its images in memory, which older checkpoints do not tell.
         """
         job = self.job
-        now, expected = job.accelerator.num_processes, job.source.steps_per_epoch
+        now, expected = processes.count(), job.source.steps_per_epoch
         if begun != now and not job.images:
             raise UserError(
                 f"{self.run.folder} was run on {begun} processes and cannot resume on {now}, which "

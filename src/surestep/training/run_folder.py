@@ -254,7 +254,7 @@ class RunFolder:
         defaults = {k: f.default for k, f in RunConfig.model_fields.items()}
         defaults["bounds"] = [0.0, 1.0]
         known = {f.name: f.default for f in fields(methods.get(str(settings["method"])))}
-        defaults |= {k: known[k] for k in methods.PARTS if k in settings}
+        defaults |= {k: known[k] for k in methods.SHARED if k in settings}
         begun = {**{k: defaults.get(k) for k in settings}, **read_yaml(self.config)}
         before = {name: known[name] for name in settings["params"]}
         begun["params"] = {**before, **(begun["params"] or {})}

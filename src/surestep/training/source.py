@@ -95,9 +95,9 @@ class LoaderSource:
         Raises:
             UserError: a batch is not a pair, or the loader ends before its length.
         """
-        shared = isinstance(self.loader, DataLoaderShard)
-        for part in [self.loader] if shared else [*self._parts(), self.loader.dataset]:
-            # Accelerate counts completed epochs only, so its count is off after a partial one.
+        # Accelerate counts completed epochs only, so its count is off after a partial one, and it
+        # tells neither a batch sampler nor the dataset beside a sampler with set_epoch.
+        for part in [*self._parts(), self.loader.dataset]:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
         random = OwnRandom(int(torch.empty((), dtype=torch.int64).random_()))
@@ -314,6 +314,11 @@ def make_source(
             "a DataLoader with batch_size=None cannot be split over several processes: give it "
             "a batch_size"
         )
+    elif world > 1 and getattr(data.batch_sampler, "batch_size", None) is None:
+        raise UserError(
+            f"batches of a {type(data.batch_sampler).__name__}, which may differ in size, cannot "
+            "be split over several processes: give them one size, and it an attribute batch_size"
+        )
     elif world > 1 and isinstance(data.dataset, IterableDataset):
         raise UserError(
             "an IterableDataset cannot be split over several processes: give a Dataset with "
@@ -332,14 +337,17 @@ def make_source(
 
 def _warn_of_an_order_of_its_own(loader: DataLoader) -> None:
     """Warn if the processes, which take batches in turn, may see these in different orders."""
-    sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
-    # Accelerate sets the first alike in all processes, each epoch the second.
-    in_step = ("generator", "set_epoch")
-    if not isinstance(sampler, SequentialSampler) and not any(hasattr(sampler, n) for n in in_step):
+    sampler = getattr(loader.batch_sampler, "sampler", None)
+    lacking, advice = "generator", "an attribute generator, a torch.Generator, and draw from that"
+    if sampler is None:  # Accelerate shares a sampler's generator, but not a batch sampler's
+        sampler, lacking = loader.batch_sampler, "set_epoch"
+        advice = "a method set_epoch(epoch), and draw from a generator seeded with that epoch"
+    in_step = any(hasattr(sampler, name) for name in ("set_epoch", lacking))
+    if not isinstance(sampler, SequentialSampler) and not in_step:
         warnings.warn(
-            f"the DataLoader's {type(sampler).__name__} has no generator: if it draws its order at "
+            f"the DataLoader's {type(sampler).__name__} has no {lacking}: if it draws its order at "
             "random, each process draws a different one, and images are repeated or missed; give "
-            "it an attribute generator, a torch.Generator, and draw from that",
+            f"it {advice}",
             SurestepWarning,
             stacklevel=2,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,15 +14,18 @@ from torch import Tensor
 
 @dataclass
 class RunState:
-    """The progress of a run: its counters, scores and history, as in a checkpoint."""
+    """The progress of a run: its counters and history, as in a checkpoint."""
 
     step: int = 0
     epoch: int = 0
     best_epoch: int = 0
-    best_score: float = -1.0
-    last_robust: float = -1.0
     train_seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def scores(self) -> list[float]:
+        """Worst-case accuracies of the validated epochs."""
+        return [row["val_worst_case"] for row in self.history if "val_worst_case" in row]
 
 
 class Sums:
@@ -54,6 +57,22 @@ class Sums:
         """Restore what ``state_dict`` returned."""
         self.images, self.counts = state["images"], state["counts"]
         self.totals = {k: v.to(self.device) for k, v in state["totals"].items()}
+
+    @staticmethod
+    def shared_out(parts: Sequence[Mapping[str, Any]], n: int) -> dict[str, Any]:
+        """Return what each of ``n`` processes loads to go on where any other number stopped.
+
+        Args:
+            parts: the state of each process that stopped.
+            n: number of processes now.
+        """
+        totals, counts = {}, {}
+        for name in dict.fromkeys(name for part in parts for name in part["totals"]):
+            those = [part for part in parts if name in part["totals"]]
+            totals[name] = sum(part["totals"][name] for part in those) / len(those)
+            counts[name] = statistics.mean(part["counts"][name] for part in those)
+        images = round(sum(part["images"] for part in parts) / n)
+        return {"images": images, "totals": totals, "counts": counts}
 
     def means(self) -> dict[str, float]:
         """Return the means of this process's steps."""

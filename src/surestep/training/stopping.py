@@ -91,7 +91,7 @@ class StopRequest:
         """Tell, after a step, whether to stop here: the same in every process."""
         if processes.count() == 1:
             return self.number != 0
-        return step % ASK_EVERY == 0 and self._by_any(device)
+        return step % ASK_EVERY == 0 and processes.largest(self.number, device) != 0
 
     def together(self, device: torch.device, *, failed: bool = False) -> None:
         """Raise in all processes if one has a request or failed; all must call this equally often.
@@ -113,9 +113,6 @@ class StopRequest:
             raise FailedElsewhere("held-out images of another process cannot be judged")
         if told:
             raise Asked
-
-    def _by_any(self, device: torch.device) -> bool:
-        return processes.largest(self.number, device) != 0
 
     def leave(self) -> NoReturn:
         """End the process as the signal requests.

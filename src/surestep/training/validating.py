@@ -54,8 +54,9 @@ def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
                 doubt=False,
             )
             # `ask` is collective: a process with a smaller part must call it as often as the
-            # largest. Once more, it tells of a failure after the last batch.
-            for _ in range(asked, math.ceil(largest / batch_size)):
+            # largest, which is once an attack and batch, and once a batch ("clean" and "worst case"
+            # are no attacks). Once more, it tells of a failure after the last batch.
+            for _ in range(asked, math.ceil(largest / batch_size) * (len(found.right) - 1)):
                 ask()
             ask()
         except FailedElsewhere:
@@ -95,20 +96,22 @@ def _part_of(data: Any, n: int) -> tuple[Any, int]:
     return part, math.ceil(n / count)
 
 
-def find_masking(row: dict[str, Any], before: float) -> str | None:
+def find_masking(row: dict[str, Any], before: float | None) -> str | None:
     """Return a warning if the results of ``validate`` look like gradient masking, else None.
 
     Args:
         row: the epoch's row of the history.
-        before: worst-case accuracy of the previous epoch; below 0 if there was none.
+        before: worst-case accuracy of the previous epoch; None if there was none.
     """
     worst = row["val_worst_case"]
     one_step = row["val_fgsm"]
-    fell = before - worst > COLLAPSE
-    if not fell and one_step - worst <= max(COLLAPSE, one_step / 2):
+    fell = before is not None and before - worst > COLLAPSE
+    apart = one_step - worst > max(COLLAPSE, one_step / 2)
+    if not fell and not apart:
         return None
+    what = "gradient masking" if apart else "robust accuracy fell"
     return (
-        f"warning: gradient masking after epoch {row['epoch']}: accuracy under FGSM is "
+        f"warning: {what} after epoch {row['epoch']}: accuracy under FGSM is "
         f"{one_step:.1%}, under the strongest attack {worst:.1%}"
         + (f" (it was {before:.1%})" if fell else "")
     )

@@ -15,7 +15,6 @@ A module may define
     APART: slug -> parameters with which the loss of a batch is the mean of that of its halves,
         where by default it is not.
     COUPLED: slug -> why the loss of a batch is not the mean of that of its halves.
-    IN_PART: slugs that may leave a pixel as it is, by design.
     MAY_STAY: slugs that may leave an image as it is.
     DETERMINISTIC: slugs whose step draws nothing at random.
 """

@@ -72,4 +72,3 @@ REFUSED = [
     ("liet", {"far": "no"}, ("liet", "far", "no")),
 ]
 # Noise may cancel the step.
-IN_PART = ("liet",)

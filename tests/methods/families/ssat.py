@@ -45,4 +45,3 @@ REFUSED = [
     ("ssat", {"alpha": -1.0}, ("ssat", "alpha", "-1.0")),
 ]
 # Points at which the random start is wrong already are trained clean.
-IN_PART = ("ssat",)

@@ -27,7 +27,7 @@ REMEMBER = [
 ]
 """What has a state of its own, of each kind."""
 COMBINED = {
-    "ahead": {"awp": 0.05, "clip_grad": 0.5},
+    "ahead": {"awp": 0.05, "clip_grad": 0.1},
     "swa": {"swa": 0.4},
     "fast": {"engine": "fast", "precision": "fp32"},
 }

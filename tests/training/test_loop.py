@@ -1392,7 +1392,7 @@ class TestLoaders:
         [
             ("subclass", "of a Own, which changes"),
             ("batch_size=None", "batch_size=None cannot be spl"),
-            ("any sizes", "batches of a list, which may differ in size, cannot be split over"),
+            ("any sizes", "of a list without an attribute batch_size may differ in size"),
         ],
     )
     def test_but_not_shared_out(self, tiny, kind, said):

@@ -316,8 +316,9 @@ def make_source(
         )
     elif world > 1 and getattr(data.batch_sampler, "batch_size", None) is None:
         raise UserError(
-            f"batches of a {type(data.batch_sampler).__name__}, which may differ in size, cannot "
-            "be split over several processes: give them one size, and it an attribute batch_size"
+            f"the batches of a {type(data.batch_sampler).__name__} without an attribute batch_size "
+            "may differ in size and cannot be split over several processes: let it have one, and "
+            "batches of that size"
         )
     elif world > 1 and isinstance(data.dataset, IterableDataset):
         raise UserError(

@@ -360,3 +360,22 @@ def test_a_step_of_a_search_waits_once_and_only_to_stop_early(mlp, digits):
                 core.Ascent(Linf(1e-4), steps, 1e-5).search(inner, best)
             counts.append(len(waited.seen))
         assert counts[1] - counts[0] == 2 * each
+
+
+def test_on_a_random_model_the_climb_goes_on(monkeypatch):
+    """At the first lucky draw it would end where the next draw is right."""
+
+    class Noisy(nn.Module):
+        def forward(self, x):
+            z = x.flatten(1).mean(1, keepdim=True) - 0.9 + 0.5 * torch.randn(len(x), 1)
+            return torch.cat([-z, z], 1)
+
+    def reached():
+        torch.manual_seed(0)
+        x, y = torch.full((200, 1, 4, 4), 0.5), torch.zeros(200, dtype=torch.int64)
+        options = {"start_radius": 0.0, "stop_when_wrong": True}
+        return float(attacks.pgd(Noisy(), x, y, Linf(0.3), 10, 0.06, **options).mean())
+
+    whole = reached()
+    monkeypatch.setattr("surestep.attacks.gradient.varies", lambda *_: False)
+    assert reached() < whole - 0.05

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 import sysconfig
@@ -81,15 +82,20 @@ class TestMethods:
 
     @pytest.mark.parametrize("name", methods.names())
     def test_the_card_of_one(self, done, name):
-        card = done("methods", name)
-        assert card.rstrip() == methods.card(name).rstrip()
-        assert card.startswith("# ")
+        shown = done("methods", name)
+        assert shown.startswith(methods.card(name).rstrip())
+        assert shown.startswith("# ")
+        told = shown.removeprefix(methods.card(name).rstrip())
+        for preset, recipe in methods.get(name).presets.items():
+            assert re.search(rf"{preset} +{re.escape(recipe.model)} +{recipe.eps:.4g} ", told)
 
     def test_the_card_as_json(self, done, tmp_path):
         shown = done("methods", "sat-r3", "--json", tmp_path / "card.json")
-        assert shown.rstrip() == methods.card("sat-r3").rstrip()
+        assert shown.startswith(methods.card("sat-r3").rstrip())
         found = json.loads((tmp_path / "card.json").read_text("utf-8"))
-        assert found == {"name": "sat-r3", "card": methods.card("sat-r3")}
+        assert (found["name"], found["card"]) == ("sat-r3", methods.card("sat-r3"))
+        assert found["presets"].keys() == methods.get("sat-r3").presets.keys()
+        assert found["presets"]["mnist"]["settings"]["epochs"] == 20
 
 
 class TestEnv:

@@ -6,14 +6,17 @@ The model is attacked in eval mode and left as it was found.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from surestep.attacks import losses
 from surestep.attacks.core import Ascent, Best, input_gradient
-from surestep.attacks.inputs import check_inputs
+from surestep.attacks.inputs import check_inputs, forward_logits
 from surestep.attacks.lending import attacking
 from surestep.errors import UserError
 from surestep.threat import ThreatModel
+
+_FEW = 8  # images that show whether a model is random
 
 
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, loss: str = "ce") -> Tensor:
@@ -138,7 +141,8 @@ def pgd(
         loss: "ce", "margin" or "dlr".
         start_radius: of the random start; eps by default, 0 to start at x.
         decay: momentum as in MI-FGSM; None for none.
-        stop_when_wrong: leave a sample alone once it is misclassified (faster, same accuracy).
+        stop_when_wrong: leave a sample alone once it is misclassified (faster, same accuracy),
+            unless the model is random.
 
     Returns:
         x_adv, shaped as x: per sample, over all iterates of all restarts, a misclassified one
@@ -187,10 +191,20 @@ def search(
     ascent = Ascent(threat, steps, step_size, objective, decay)
     best = Best(x, y, objective, stop_when_wrong=stop_when_wrong)
     with attacking(model) as inner:
+        # A random model may be wrong on a point once and right the next time: climb to the end.
+        best.stop_when_wrong = stop_when_wrong and not varies(inner, x[:_FEW])
         for _ in range(restarts):
             if len(best.rows()):
                 ascent.search(inner, best, start_radius)
     return best
+
+
+@torch.no_grad()
+def varies(model: nn.Module, x: Tensor) -> bool:
+    """Tell whether two passes over the images x (N, ...) differ by more than rounding."""
+    one, two = (forward_logits(model, x).float() for _ in range(2))
+    size = one.abs().amax(1, keepdim=True)
+    return bool(((one - two).abs() > 1e-3 * size).any())
 
 
 def random_noise(

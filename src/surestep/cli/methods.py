@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from surestep.cli._options import hand_over, json_option
+from surestep.cli._show import wide_console
 from surestep.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from surestep.methods import Preset
 
 
 @click.command(
@@ -20,7 +29,7 @@ from surestep.errors import UserError
 @click.option("--dir", "where", default=".", help="Where `new` writes. [default: here]")
 @json_option
 def methods(name: str | None, new_name: str | None, where: str, json_file: str | None) -> None:
-    """List the training methods with their cost, show a method's card, or start a new method.
+    """List the training methods with their cost, show one's card and presets, or start a new one.
 
     `new NAME` writes the start of a method: its file, card and test, all of which work as they are.
     In a checkout of surestep they go where they belong; elsewhere they form a plug-in package that
@@ -53,12 +62,15 @@ def methods(name: str | None, new_name: str | None, where: str, json_file: str |
     if new_name is not None:
         raise UserError(f"{name!r} {new_name!r}: give one method, or `new` and a name")
     if name is not None:
-        text = zoo.card(name)
+        text, presets = zoo.card(name), zoo.get(name).presets
 
         def show_card() -> None:
             console.print(Markdown(text)) if console.is_terminal else click.echo(text)
+            if presets:
+                wide_console(160).print(_recipes(presets))
 
-        return hand_over({"name": name, "card": text}, json_file, show_card)
+        whole = {k: asdict(preset) for k, preset in presets.items()}
+        return hand_over({"name": name, "card": text, "presets": whole}, json_file, show_card)
     rows = zoo.overview()
 
     def show() -> None:
@@ -73,3 +85,19 @@ def methods(name: str | None, new_name: str | None, where: str, json_file: str |
         console.print("\n`surestep methods NAME` shows a method's card.", highlight=False)
 
     return hand_over(rows, json_file, show)
+
+
+def _recipes(presets: Mapping[str, Preset]) -> Table:
+    """Return a table of what presets train, and how."""
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", title="presets", title_justify="left")
+    for column in ("preset", "network", "eps", "training", "source"):
+        table.add_column(column, overflow="fold")
+    for name, preset in presets.items():
+        settings = {**preset.settings, **preset.params}
+        training = ", ".join(
+            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items()
+        )
+        table.add_row(name, preset.model, f"{preset.eps:.4g}", training, preset.source)
+    return table

@@ -42,3 +42,19 @@ def test_budgets_are_told_as_they_are():
     assert {
         name: tuple(row.strip("`").split("`, `")) for name, row in rows.items()
     } == suite.BUDGETS
+
+
+def test_the_extras_that_are_named_exist():
+    """In messages, which pip commands are copied from."""
+    listed = (ROOT / "pyproject.toml").read_text("utf-8").partition("optional-dependencies]")[2]
+    extras = set(re.findall(r"^([\w-]+) = \[", listed.partition("\n[")[0], re.MULTILINE))
+    code = "".join(p.read_text("utf-8") for p in (ROOT / "src").rglob("*.py"))
+    named = {
+        name for names in re.findall(r"surestep\[([\w,-]+)\]", code) for name in names.split(",")
+    }
+    assert {"hf-models", "report", "timm"} <= named <= extras
+
+
+def test_the_board_begins_as_written():
+    head = (ROOT / "benchmarks" / "leaderboard.head.md").read_text("utf-8")
+    assert (ROOT / "docs" / "leaderboard.md").read_text("utf-8").startswith(head)

@@ -186,9 +186,11 @@ class Followed(SequentialSampler):
         pass
 
 
-pairs = Told(*tiny.make_data())
-for order in (Reordered(), BatchSampler(Followed(pairs), 6, drop_last=True)):
-    train("fgsm", data=DataLoader(pairs, batch_sampler=order), val_images=0)
+reordered = DataLoader(TensorDataset(*tiny.make_data()), batch_sampler=Reordered())
+followed = Told(*tiny.make_data())
+in_order = BatchSampler(Followed(followed), 6, drop_last=True)
+for pairs in (reordered, DataLoader(followed, batch_sampler=in_order)):
+    train("fgsm", data=pairs, val_images=0)
 (place / f"epochs-{rank}").write_text(f"{Reordered.epochs} {Told.epochs}")
 
 

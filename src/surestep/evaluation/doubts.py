@@ -130,17 +130,25 @@ def logits(model: nn.Module, x: Tensor, batch_size: int, *, gradients: bool = Fa
         return in_parts(batch_size, run, x)
 
 
-def agrees_in(precision: torch.dtype, model: nn.Module, x: Tensor, batch_size: int) -> bool:
-    """Tell whether a model answers alike under autocast to a precision.
+def of_precision(precision: torch.dtype, model: nn.Module, x: Tensor, batch_size: int) -> list[str]:
+    """Describe that a model answers differently under autocast to a precision, if it does.
 
-    A model that is random, that quantises or whose logits saturate may not.
+    One that is random, that quantises or whose logits saturate may.
     """
     if precision == torch.float32:
-        return True
-    full = logits(model, x, batch_size)
-    with torch.no_grad(), autocast(x.device, precision):
-        half = in_parts(batch_size, lambda z: forward_logits(model, z), x)
-    return apart(full, half) < ROUNDED_IN_HALF and full.argmax(1).equal(half.argmax(1))
+        return []
+    full, half = logits(model, x, batch_size), rough_logits(precision, model, x, batch_size)
+    if not differ(full, half, ROUNDED_IN_HALF):
+        return []
+    name = str(precision).removeprefix("torch.")
+    return [f"it answers differently in {name}, in which its attacks were made"]
+
+
+@torch.no_grad()
+def rough_logits(precision: torch.dtype, model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
+    """Return the logits (N, K) of images under autocast to a precision."""
+    with autocast(x.device, precision):
+        return in_parts(batch_size, lambda z: forward_logits(model, z), x)
 
 
 def regrouped(model: nn.Module, x: Tensor, batch_size: int, *, gradients: bool = False) -> Tensor:

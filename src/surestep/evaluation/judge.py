@@ -154,11 +154,7 @@ class Judge:
                     self.model, x, y, self.threat, list(self.attacks), batch_size, own
                 )
                 self.doubts += doubts.of_sources(sources, x, y, batch_size)
-                if not doubts.agrees_in(self.precision, self.model, x, batch_size):
-                    name = str(self.precision).removeprefix("torch.")
-                    self.doubts.append(
-                        f"it answers differently in {name}, in which its attacks were made"
-                    )
+                self.doubts += doubts.of_precision(self.precision, self.model, x, batch_size)
 
     def _clean(self, x: Tensor, y: Tensor) -> Tensor:
         fingerprint = digest(x, y) if self.state.kept else ""

@@ -71,4 +71,3 @@ REFUSED = [
     ("liet", {"most_noise": 0.05}, ("liet", "most_noise", "0.05", "0.1")),
     ("liet", {"far": "no"}, ("liet", "far", "no")),
 ]
-# Noise may cancel the step.

@@ -44,4 +44,3 @@ REFUSED = [
     ("ssat", {"checkpoints": 2.5}, ("ssat", "checkpoints", "2.5")),
     ("ssat", {"alpha": -1.0}, ("ssat", "alpha", "-1.0")),
 ]
-# Points at which the random start is wrong already are trained clean.

@@ -80,7 +80,7 @@ def check_alike(what: str, value: int, device: torch.device) -> None:
     if least != most:
         raise UserError(
             f"the processes do not agree on the number of {what}, of which one has {least} and "
-            f"another {most}: give all of them the same data, and to resume the same run folder"
+            f"another {most}: give all of them the same data and, to resume, the same run folder"
         )
 
 

@@ -416,8 +416,8 @@ def train(
         suite.parse_all(config.val_attacks, method.threat)
     models.check_name(config.model)
     if out is not None and overwrite:
-        place = config.dataset.partition(":")[2]
-        for read in (config.weights, config.data, place, *config.sources):
+        weights = config.weights if config.weights != "pretrained" else None
+        for read in (weights, *config.sources):
             if read and Path(out).resolve() in (at := Path(_absolute(read)).resolve(), *at.parents):
                 raise UserError(f"{read} is read from {out}, which is to be replaced: give another")
     images = load_data(config, "train")

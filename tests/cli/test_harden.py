@@ -44,7 +44,7 @@ class TestHarden:
         )
 
     def test_by_default_the_judges_include_transfer_from_the_run(
-        self, done, finished, tmp_path, monkeypatch
+        self, cli, finished, tmp_path, monkeypatch
     ):
         asked = []
 
@@ -54,8 +54,11 @@ class TestHarden:
 
         for judging in (hardening, runs):
             monkeypatch.setattr(judging, "evaluate", evaluate)
-        done("harden", finished, "--mean-sparse", "--threshold", "0.2", "--n", "20",
-             "--n-search", "10", "--batch-size", "64", "--out", tmp_path / "hard")  # fmt: skip
+        few = ("--n", "20", "--n-search", "10", "--batch-size", "64", "--out", tmp_path / "hard")
+        result = cli("harden", finished, "--mean-sparse", "--threshold", "0.2", *few)
+        assert result.code == 0
+        for when in ("before", "after"):  # the longest part
+            assert f"attacking test images {when} hardening\n" in result.err
         assert {size for _, size, _ in asked} == {64}
         assert {count for *_, count in asked} == {1}
         assert ["transfer" in attacks for attacks, *_ in asked] == [False, False, True, True]

@@ -327,7 +327,7 @@ def test_data_without_a_recipe_are_told(cli, digits, tmp_path, model):
     assert (told in found.err) == (not model)
     assert ("alpha 0.01, " in found.err) == (not model)
     assert ("cifar10 for colour images" in found.err) == (not model)
-    assert json.loads((tmp_path / "r.json").read_text())["masked_epochs"] in ([], [1])
+    assert json.loads((tmp_path / "r.json").read_text())["collapsed_epochs"] in ([], [1])
 
 
 def test_going_on_elsewhere_is_told(cli, run):

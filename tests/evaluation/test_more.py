@@ -793,5 +793,7 @@ def test_what_is_adapted_is_not_adapted_again(net, images):
     half = copy.deepcopy(net).to(torch.bfloat16)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        evaluate(Adapted(half, Look()), images, THREAT, ["fgsm"], doubt=False)
+        adapted = Adapted(half, Look())
+        for model in (adapted, nn.Sequential(adapted)):  # an audit may wrap it once more
+            evaluate(model, images, THREAT, ["fgsm"], doubt=False)
     assert set(seen) == {torch.float32}

@@ -10,6 +10,7 @@ from families import joined
 from surestep import L2, Linf, UserError, methods
 from surestep.config import FitSettings
 from surestep.errors import SurestepWarning
+from surestep.methods import _registry
 from surestep.methods._base import METHODS
 
 E8, STEP2 = 8 / 255, 2 / 255
@@ -200,3 +201,10 @@ def test_a_plug_in_whose_cost_fails_does_not_break_the_list(monkeypatch):
     with pytest.warns(SurestepWarning, match="the passes of broken are unknown"):
         rows = methods.overview()
     assert (rows[-1]["name"], rows[-1]["passes"]) == ("broken", None)
+
+
+def test_other_names_lead_to_methods():
+    for name, slug in _registry._OTHER_NAMES.items():
+        with pytest.raises(UserError, match=f"unknown method '{name}': did you mean '{slug}'"):
+            methods.get(name)
+        assert slug in methods.names()

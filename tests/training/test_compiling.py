@@ -112,6 +112,15 @@ def test_a_failing_compiler_is_one_line(tiny, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+def test_a_compiler_that_refuses_is_one_line(tiny, monkeypatch):
+    def refuses(_):
+        raise RuntimeError("Dynamo is not supported on Python 3.99+")
+
+    monkeypatch.setattr(torch, "compile", refuses)
+    with pytest.raises(UserError, match="fails here, leave compile out: Dynamo is not supported"):
+        tiny.train("sat-r2", compile=True)
+
+
 def test_not_with_second_derivatives_or_dropout(tiny):
     with pytest.raises(UserError, match="gradalign differentiates gradients, which cannot be"):
         tiny.train("gradalign", compile=True)

@@ -119,7 +119,8 @@ def square(
             # the first leads: where that is the true one, the search must go on.
             logits = predict(z).to(finest(z.device), copy=True)
             places = torch.arange(logits.shape[1], device=z.device)
-            size = logits.abs().amax(1, keepdim=True).clamp(min=1)
+            whole = logits.abs().where(logits.isfinite(), 0)  # a class may be left out by -inf
+            size = whole.amax(1, keepdim=True).clamp(min=1)
             return logits - 1e-12 * size * places
 
         attack = SquareAttack(decided, n_queries=queries, resc_schedule=False, **shared)

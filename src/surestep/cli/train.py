@@ -150,7 +150,7 @@ def train(
         "best_epoch": result.best_epoch,
         "train_seconds": result.train_seconds,
         "validation": {k: v for k, v in last.items() if k.startswith("val_")},
-        "masked_epochs": [row["epoch"] for row in result.history if row.get("collapse")],
+        "collapsed_epochs": [row["epoch"] for row in result.history if row.get("collapse")],
     }
     hand_over(told, json_file, (lambda: None) if quiet else show)
 

@@ -108,7 +108,7 @@ def evaluate(
     # Without the substitute: it follows from the rest, except for the last digits.
     given = list(sources)
     # An audit's is adapted already: twice would round the pixels before they are normalised.
-    once = isinstance(model, Adapted) and preprocess is None
+    once = preprocess is None and any(isinstance(part, Adapted) for part in model.modules())
     judged = model if once else Adapted(model, preprocess)
     advice = f"lower batch_size ({batch_size})"
     if custom is None and "transfer" in names and not sources:

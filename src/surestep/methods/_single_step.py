@@ -50,7 +50,7 @@ class SingleStep(Method):
         return self.threat.around(x) if self.ball else self.threat.clip
 
     def finish(self, point: Tensor, x: Tensor) -> Tensor:
-        """Return the end (N, ...) of a step; see ``around``."""
+        """Return the end (N, ...) of a step. To end it otherwise, override ``around``."""
         return self.around(x)(point)
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -150,8 +150,8 @@ def fit(
     size = data.batch_size if isinstance(data, DataLoader) else None
     if size and "batch_size" in settings and config.batch_size != size * processes.count():
         raise UserError(
-            f"batch_size {config.batch_size} has no effect: the DataLoader has its own, {size}; "
-            "leave it out"
+            f"batch_size {config.batch_size} has no effect: the DataLoader has its own, {size}"
+            f"{' in each process' if processes.count() > 1 else ''}; leave it out"
         )
     threat = method.threat
     if describe and not {"method", "params"} <= describe.keys():

@@ -14,9 +14,7 @@ from surestep.errors import UserError
 
 
 class WeightAverage:
-    """Keep an average of a model's parameters; buffers are copied.
-
-    For a plain mean, running statistics are averaged, too.
+    """Keep an average of a model's parameters and running statistics; other buffers are copied.
 
     After t updates the average is sum_i d^(t-i) w_i / sum_i d^(t-i): the mean of the weights seen,
     however high the decay d (Adam's bias correction). An average that starts at the random

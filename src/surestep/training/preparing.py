@@ -37,6 +37,7 @@ from surestep.training.memory import Frugal, fit_into
 from surestep.training.picking import MIN_STEPS, Pick, pick_engine
 from surestep.training.source import Replayed, Source, first_of, make_source, outliving
 
+_COMPILING = "compiling"
 MOST_JUDGED = 500
 """Maximum number of images that validation attacks at a time."""
 
@@ -68,7 +69,8 @@ class Guard:
                 yield
         except RuntimeError as e:
             # Recognised by its module: importing the compiler takes seconds.
-            if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            by_compiler = type(e).__module__.startswith(("torch._dynamo", "torch._inductor"))
+            if by_compiler or where == _COMPILING:
                 reason = str(e).strip().splitlines()[0]
                 raise UserError(f"torch.compile fails here, leave compile out: {reason}") from e
             if unused := re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(e)):
@@ -205,10 +207,8 @@ def prepare(
     stepped = bare
     if config.compile:
         # Only for the step: validation batches shrink, and each size would be compiled anew.
-        try:
+        with guard(_COMPILING, batch):  # which refuses Python versions that it does not know
             stepped = model if compiled_whole(model) else cast(nn.Module, torch.compile(bare))
-        except RuntimeError as e:  # such as a Python version that it does not know
-            raise UserError(f"torch.compile fails here ({e}): leave compile out") from e
     if config.max_memory:
         # Beside what every run has: Adam's second moments, the average, the weights before AWP.
         copies = sum(map(bool, (config.optimizer != "sgd", average, config.awp)))

@@ -97,7 +97,7 @@ def _part_of(data: Any, n: int) -> tuple[Any, int]:
 
 
 def find_masking(row: dict[str, Any], before: float | None) -> str | None:
-    """Return a warning if the results of ``validate`` look like gradient masking, else None.
+    """Return a warning if the results of ``validate`` look like masking or a collapse, else None.
 
     Args:
         row: the epoch's row of the history.

@@ -300,7 +300,9 @@ def pareto(rows: Sequence[Mapping[str, Any]], cost: str = "") -> alt.LayerChart:
     points = some(points, f"worst case and {cost} of the comparison")
     prices = [point["cost"] for point in points]
     # PGD may cost ten times as much as the others, which would overlap on a linear axis.
-    kind: Row = {"type": "log"} if max(prices) > 4 * min(prices) else {"zero": True}
+    wide = max(prices) > 4 * min(prices)
+    log, linear = {"type": "log", "nice": False, "padding": 28}, {"domain": [0, 1.1 * max(prices)]}
+    kind: Row = log if wide else linear
     # All verdicts in the scale, so that each has the same colour in every chart.
     verdicts = alt.Scale(domain=VERDICTS)
     present = [v for v in VERDICTS if any(point["verdict"] == v for point in points)]
@@ -309,7 +311,7 @@ def pareto(rows: Sequence[Mapping[str, Any]], cost: str = "") -> alt.LayerChart:
         x=alt.X(
             "cost:Q",
             title=_COSTS[cost],
-            scale=alt.Scale(nice=False, padding=28, **kind),
+            scale=alt.Scale(**kind),
             axis=alt.Axis(grid=False, format="~g"),
         ),
         color=alt.Color("verdict:N", title=None, scale=verdicts, legend=legend),

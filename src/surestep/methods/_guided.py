@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from surestep.attacks.core import input_gradient
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.lending import attacking
-from surestep.attacks.losses import Objective, as_cross_entropy, log_odds
+from surestep.attacks.losses import Objective, log_odds, nowhere_flat_cross_entropy
 from surestep.methods._base import Cost, Method, Terms, Update
 
 
@@ -46,8 +46,9 @@ class Guided(Method):
                 with torch.no_grad():
                     clean = forward_logits(inner, x)
 
+                # Log-odds have another scale than cross entropy, which matters in a sum.
                 def guide(logits: Tensor, y: Tensor) -> Tensor:
-                    ce = as_cross_entropy(logits, y)
+                    ce = nowhere_flat_cross_entropy(logits, y)
                     return ce + lam * self.distance(clean, logits) / n
 
                 objective = guide

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -297,13 +298,18 @@ class SAT(OnSingleStep):
         self._count += 1
         if self._count % self.every:
             return Update(self.between(model, x, y), self.plain_loss(y))
-        return self.regularise(model, x, y, self.every * self.lam, self._fraction(len(x)))
+        common = {
+            "threat": self.threat,
+            "lam": self.every * self.lam,
+            "fraction": self._fraction(len(x)),
+            "base": self.base,
+            "criterion": self.criterion,
+        }
+        return self.regularise(model, x, y, common)
 
     @abstractmethod
-    def regularise(
-        self, model: nn.Module, x: Tensor, y: Tensor, lam: float, fraction: float
-    ) -> Update:
-        """Return the update of a step that regularises a share of the batch with weight lam."""
+    def regularise(self, model: nn.Module, x: Tensor, y: Tensor, common: dict[str, Any]) -> Update:
+        """Return the update of a step that regularises; ``common`` is what all three pass on."""
 
     def between(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return the points (N, ...) that a step without the regularizer trains on."""
@@ -362,21 +368,9 @@ class SATR1(SAT):
         "cifar10-speed": recipe(CIFAR_SPEED, lam=0.2, steps=3),
     }
 
-    def regularise(
-        self, model: nn.Module, x: Tensor, y: Tensor, lam: float, fraction: float
-    ) -> Update:
+    def regularise(self, model: nn.Module, x: Tensor, y: Tensor, common: dict[str, Any]) -> Update:
         """Let FGSM and I-FGSM agree."""
-        return sat_r1_update(
-            model,
-            x,
-            y,
-            self.threat,
-            steps=self.steps,
-            lam=lam,
-            fraction=fraction,
-            base=self.base,
-            criterion=self.criterion,
-        )
+        return sat_r1_update(model, x, y, steps=self.steps, **common)
 
     def cost(self, batch_size: int) -> Cost:
         """FGSM on all; for the regularised share, K - 1 more steps and a second view."""
@@ -409,22 +403,9 @@ class SATR2(SAT):
         "cifar10-speed": recipe(CIFAR_SPEED, lam=25.0, alpha=2 / 255),
     }
 
-    def regularise(
-        self, model: nn.Module, x: Tensor, y: Tensor, lam: float, fraction: float
-    ) -> Update:
+    def regularise(self, model: nn.Module, x: Tensor, y: Tensor, common: dict[str, Any]) -> Update:
         """Let FGSM and R-FGSM agree."""
-        return sat_r2_update(
-            model,
-            x,
-            y,
-            self.threat,
-            alpha=self.alpha,
-            project=self.project,
-            lam=lam,
-            fraction=fraction,
-            base=self.base,
-            criterion=self.criterion,
-        )
+        return sat_r2_update(model, x, y, alpha=self.alpha, project=self.project, **common)
 
     def cost(self, batch_size: int) -> Cost:
         """Both views of the regularised share go through the attack and the update."""
@@ -488,24 +469,18 @@ class SATR3(SAT):
         )
         return far
 
-    def regularise(
-        self, model: nn.Module, x: Tensor, y: Tensor, lam: float, fraction: float
-    ) -> Update:
+    def regularise(self, model: nn.Module, x: Tensor, y: Tensor, common: dict[str, Any]) -> Update:
         """Let the loss grow with the step's length."""
         return sat_r3_update(
             model,
             x,
             y,
-            self.threat,
             tau=self.tau,
             alpha=self.alpha,
             eps_low=self.eps_low,
             project=self.project,
             per_sample=self.per_sample,
-            lam=lam,
-            fraction=fraction,
-            base=self.base,
-            criterion=self.criterion,
+            **common,
         )
 
     def cost(self, batch_size: int) -> Cost:

@@ -402,6 +402,18 @@ class TestAgain:
         compare_runs([folder], out=out)
         assert len(world.done) == 2
 
+    def test_an_edited_file_of_the_model_is_judged_anew(self, world, run_of, tmp_path):
+        """The same weights, but another normalisation or clamp in its forward."""
+        net, out = tmp_path / "net.py", tmp_path / "out"
+        net.write_text("make = None")
+        folder = run_of("a", model=f"{net}:make")
+        for text in ("make = None", "make = 1"):
+            net.write_text(text)
+            compare_runs([folder], out=out)
+        assert world.done == ["evaluate a", "audit a"] * 2
+        compare_runs([folder], out=out)
+        assert len(world.done) == 4
+
     @pytest.mark.parametrize("part", ["x", "y", "version"])
     def test_other_images_or_another_version_are_judged_anew(
         self, world, tmp_path, monkeypatch, part

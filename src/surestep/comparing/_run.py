@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surestep import __version__, auditing, evaluation, files, methods, runs
+from surestep import __version__, auditing, evaluation, files, methods, models, runs
 from surestep.clock import each_minute
 from surestep.comparing._table import Tell
 from surestep.config import RunConfig, parse, to_yaml
@@ -312,11 +312,13 @@ def _subject(config: RunConfig, weights: str, images: Images) -> str:
     """Return a digest of what is judged, on which images, and by which version of surestep.
 
     A model is its weights and settings, such as MeanSparse's threshold. A data set's name does not
-    determine its images: the file or folder behind it may change.
+    determine its images: the file or folder behind it may change. So may a model's own file.
     """
     settings = config.model_dump(mode="json", include=set(_JUDGED_BY))
-    judged_on = files.digest(images.stored(), images.y)
-    return _digest(json.dumps([__version__, weights, settings, judged_on], sort_keys=True).encode())
+    subject = [__version__, weights, settings, files.digest(images.stored(), images.y)]
+    if models.in_file(config.model) and (file := models.file_of(config.model)).is_file():
+        subject.append(_digest(file.read_bytes()))
+    return _digest(json.dumps(subject, sort_keys=True).encode())
 
 
 def _write(entrant: Entrant, outcome: dict[str, Any]) -> None:

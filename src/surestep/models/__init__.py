@@ -1,7 +1,7 @@
 """Image classifiers that take pixels in [0, 1]; any normalisation is inside the model."""
 
 from surestep.models._base import Classifier, Normalize
-from surestep.models._from_file import absolute, from_file, in_file
+from surestep.models._from_file import absolute, file_of, from_file, in_file
 from surestep.models._registry import check_name, create, describe, names, normalisation, register
 from surestep.models.hypersphere import HypersphereHead, on_hypersphere
 from surestep.models.lenet import CNNSmall, LeNetPlus
@@ -21,6 +21,7 @@ __all__ = [
     "check_name",
     "create",
     "describe",
+    "file_of",
     "from_file",
     "in_file",
     "names",

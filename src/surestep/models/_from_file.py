@@ -18,10 +18,14 @@ def in_file(name: str) -> bool:
     return bool(colon) and file.endswith(".py")
 
 
+def file_of(name: str) -> Path:
+    """Return the file of a name FILE.py:FACTORY."""
+    return Path(name.rpartition(":")[0])
+
+
 def absolute(name: str) -> str:
     """Return the name with an absolute path, which is valid in any working directory."""
-    file, _, factory = name.rpartition(":")
-    return f"{Path(file).resolve()}:{factory}"
+    return f"{file_of(name).resolve()}:{name.rpartition(':')[2]}"
 
 
 def from_file(name: str) -> nn.Module:

@@ -26,7 +26,7 @@ from surestep.config import FitSettings, RunConfig, parse, read_yaml
 from surestep.data import Images
 from surestep.devices import pick_device
 from surestep.errors import SurestepWarning, UserError
-from surestep.evaluation import evaluate, suite
+from surestep.evaluation import Evaluation, evaluate, suite
 from surestep.methods import Method
 from surestep.posthoc import insert
 from surestep.threat import ThreatModel
@@ -369,14 +369,14 @@ def harden(
         tell=tell,
         **options,
     )
-    names, options["tell"] = attacks or posthoc.JUDGES, each_minute(tell)
-    evaluations = []
-    for told, model in (("before", run.model), ("after", found.model)):
+
+    def judge(model: nn.Module, told: str) -> Evaluation:
         tell(f"attacking test images {told} hardening")
-        evaluations.append(
-            evaluate(model, test, run.threat, names, n=n, sources=[run.model], **options)
-        )
-    before, after = evaluations
+        names = attacks or posthoc.JUDGES
+        more: dict[str, Any] = {**options, "n": n, "sources": [run.model]}
+        return evaluate(model, test, run.threat, names, tell=each_minute(tell), **more)
+
+    before, after = judge(run.model, "before"), judge(found.model, "after")
     withstood_before, withstood_after = (one.right["worst case"] for one in (before, after))
     config = from_anywhere(run.config).model_copy(update={"mean_sparse": found.threshold})
     place.make(config.model_dump(mode="json"), overwrite=overwrite)

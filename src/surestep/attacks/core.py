@@ -10,15 +10,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.lending import attacking, compiled, uses_batch_statistics
 from surestep.attacks.losses import Objective, log_odds, margin
-from surestep.devices import exact, in_fp16, rounding
+from surestep.devices import exact, finest, in_fp16, rounding
 from surestep.errors import UserError
 from surestep.threat import ThreatModel, per_sample
 
+SAME = 1e-4
+"""Largest distance between the logits of two equal passes, scaled to length one."""
 _BUCKET = 32
 
 
@@ -102,6 +105,18 @@ def misclassified(logits: Tensor, y: Tensor) -> Tensor:
 def share_of(flags: Tensor) -> float:
     """Return the share of a boolean tensor that is true, exactly, on any device; NaN of none."""
     return int(flags.sum()) / flags.numel() if flags.numel() else math.nan
+
+
+def apart(first: Tensor, second: Tensor) -> float:
+    """Return the largest distance between two passes' logits (N, K), each scaled to length one.
+
+    It is infinite if other entries are finite in the second pass than in the first.
+    """
+    whole = first.isfinite()
+    if not whole.equal(second.isfinite()):
+        return float("inf")
+    one, two = (F.normalize(z.where(whole, 0).to(finest(z.device)), dim=1) for z in (first, second))
+    return (one - two).norm(dim=1).max().item()
 
 
 def in_turn(

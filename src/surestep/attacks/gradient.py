@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from surestep.attacks import losses
-from surestep.attacks.core import Ascent, Best, input_gradient
+from surestep.attacks.core import SAME, Ascent, Best, apart, input_gradient
 from surestep.attacks.inputs import check_inputs, forward_logits
 from surestep.attacks.lending import attacking
 from surestep.errors import UserError
@@ -189,10 +189,10 @@ def search(
         raise UserError(f"step_size {step_size} must be a number >= 0, in pixel units")
     objective = losses.get(loss)
     ascent = Ascent(threat, steps, step_size, objective, decay)
-    best = Best(x, y, objective, stop_when_wrong=stop_when_wrong)
     with attacking(model) as inner:
         # A random model may be wrong on a point once and right the next time: climb to the end.
-        best.stop_when_wrong = stop_when_wrong and not varies(inner, x[:_FEW])
+        stop_when_wrong = stop_when_wrong and not varies(inner, x[:_FEW])
+        best = Best(x, y, objective, stop_when_wrong=stop_when_wrong)
         for _ in range(restarts):
             if len(best.rows()):
                 ascent.search(inner, best, start_radius)
@@ -202,9 +202,7 @@ def search(
 @torch.no_grad()
 def varies(model: nn.Module, x: Tensor) -> bool:
     """Tell whether two passes over the images x (N, ...) differ by more than rounding."""
-    one, two = (forward_logits(model, x).float() for _ in range(2))
-    size = one.abs().amax(1, keepdim=True)
-    return bool(((one - two).abs() > 1e-3 * size).any())
+    return not apart(forward_logits(model, x), forward_logits(model, x)) <= SAME
 
 
 def random_noise(

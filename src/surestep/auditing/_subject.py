@@ -17,6 +17,7 @@ from surestep.attacks.core import (
     Ascent,
     Best,
     NoGradient,
+    apart,
     in_parts,
     input_gradient,
     misclassified,
@@ -30,7 +31,7 @@ from surestep.clock import each_minute
 from surestep.data import mixed
 from surestep.devices import has_bf16
 from surestep.evaluation import Adapted, evaluate, suite
-from surestep.evaluation.doubts import apart, rough_logits
+from surestep.evaluation.doubts import rough_logits
 from surestep.evaluation.suite import Attack
 from surestep.threat import ThreatModel
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from surestep.attacks import losses
-from surestep.attacks.core import Ascent, input_gradient, share_of
+from surestep.attacks.core import SAME, Ascent, apart, input_gradient, share_of
 from surestep.attacks.gradient import pgd_step_size
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.lending import seed_everything
@@ -181,20 +181,20 @@ def deterministic_forward(s: Subject) -> Measurement:
         ),
     }
     right = [int((run.argmax(1) == y).sum()) for run in (*equal, *others.values())]
-    apart = max(doubts.apart(equal[0], run) for run in equal[1:])
+    distance = max(apart(equal[0], run) for run in equal[1:])
     signs = []
-    if not apart <= doubts.SAME or len(set(right[: len(equal)])) > 1:
+    if not distance <= SAME or len(set(right[: len(equal)])) > 1:
         signs.append("is random")
     else:
         limit = doubts.rounding_of(s.model)
         for sign, run in others.items():
             if doubts.differ(equal[0], run, limit):
                 signs.append(sign)
-                apart = max(apart, doubts.apart(equal[0], run))
+                distance = max(distance, apart(equal[0], run))
     if seeds := seeds_of(s.model):
         signs.append(f"seeds the random generator of {', '.join(seeds)} in its forward")
     said = f"the model {' and '.join(signs)}" if signs else "passes agree"
-    return Measurement(bool(signs), apart, said, {"right": right})
+    return Measurement(bool(signs), distance, said, {"right": right})
 
 
 @_check(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from surestep.auditing.checks import GAP, SOLVED, Check
-from surestep.evaluation import wilson_interval
+from surestep.evaluation import share_interval, wilson_interval
 from surestep.evaluation.doubts import BY_CHANCE, MISSED
 from surestep.verdicts import INCONCLUSIVE, NOT_ROBUST, PSEUDO, ROBUST
 
@@ -193,11 +193,11 @@ def _decisive(check: Check, n: int, suspect: bool) -> bool:
         # Surely fewer than a working attack solves, and no more than random points do. Three
         # problems or fewer say nothing.
         solved, posed = evidence["pgd"], evidence["posed"]
-        high = wilson_interval(round(solved * posed), posed)[1]
+        high = share_interval(solved, posed)[1]
         return posed > BY_CHANCE and high < SOLVED and solved <= evidence["random"]
     if check.name == "eps-sweep":
         left, looked_at = evidence["accuracy"][-1], evidence["n"]
-        return suspect and wilson_interval(round(left * looked_at), looked_at)[0] > MISSED
+        return suspect and share_interval(left, looked_at)[0] > MISSED
     # Without gradients, or with those of another function, surviving gradient attacks says
     # nothing. NaN gradients are not decisive here: no_gradient_share counts their images.
     wrong = evidence.get("detached") or evidence.get("contradicted")

@@ -127,9 +127,14 @@ def main(args: Sequence[str] | None = None) -> None:
         warnings.showwarning = others
 
 
+def is_first_process() -> bool:
+    """Tell whether this is the first of the processes of a launcher, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _say(line: str) -> None:
     """Print a line to stderr in the first of several processes: the others would repeat it."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         print(line, file=sys.stderr)
 
 

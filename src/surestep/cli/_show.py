@@ -87,9 +87,9 @@ def wide_console(columns: int) -> Console:
 
 def share_of_images(share: float, n: int) -> str:
     """Format a share of n images as a percentage with its 95% interval."""
-    from surestep.evaluation import wilson_interval
+    from surestep.evaluation import share_interval
 
-    return _with_interval(share, wilson_interval(round(share * n), n))
+    return _with_interval(share, share_interval(share, n))
 
 
 def _with_interval(share: float, interval: tuple[float, float]) -> str:

@@ -108,7 +108,7 @@ def demo(
             parts = {**pictures["sat-r2"], "surfaces": surfaces, "seeds": {"training": seed}}
             comparison = [_row(k, results[k], audits[k], costs[k], seconds[k]) for k in _METHODS]
             parts["config"] = {
-                "data set": "mnist",
+                "data set": config.dataset,
                 "norm": config.norm,
                 "eps": threat.eps,
                 "test images": n,

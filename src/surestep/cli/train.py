@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from surestep.cli._main import is_first_process
 from surestep.cli._options import (
     check_overwrite,
     check_writable,
@@ -116,8 +116,11 @@ def train(
             preset = preset or "none"
         config = runs.resolve(settings, preset, from_file)
         out = out or new_folder(f"{config.method}-{config.dataset.partition(':')[0]}")
-        first = os.environ.get("RANK", "0") == "0"  # of several processes
-        if first and preset is None and not runs.usual_preset(config.method, config.dataset):
+        if (
+            is_first_process()
+            and preset is None
+            and not runs.usual_preset(config.method, config.dataset)
+        ):
             tell = partial(_tell_defaults, config, settings)
     try:
         result = runs.train(

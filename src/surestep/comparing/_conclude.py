@@ -12,7 +12,7 @@ from surestep.comparing._rows import different_settings, way
 from surestep.comparing._run import Entrant, Judging, numbers_of
 from surestep.comparing._table import Comparison, Failure, Number, Row
 from surestep.devices import pick_device
-from surestep.evaluation import wilson_interval
+from surestep.evaluation import share_interval
 from surestep.report.columns import COLUMNS
 from surestep.training.run_folder import RunFolder
 from surestep.verdicts import SEVERITY
@@ -122,7 +122,7 @@ def _summary(run: _Ended) -> dict[str, Any]:
 def _precision(rows: list[Row], n: int) -> str:
     """Describe how precisely n images measure the best worst case."""
     best = max(row.numbers["worst_case_accuracy"].mean for row in rows)
-    low, high = wilson_interval(round(best * n), n)
+    low, high = share_interval(best, n)
     return (
         f"With {n:,} test images the best worst case has a 95% interval of {100 * low:.1f} to "
         f"{100 * high:.1f}%; more seeds do not narrow it."

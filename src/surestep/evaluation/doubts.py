@@ -11,11 +11,18 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.activations import straight_through
-from surestep.attacks.core import NoGradient, in_parts, input_gradient, misclassified, share_of
+from surestep.attacks.core import (
+    SAME,
+    NoGradient,
+    apart,
+    in_parts,
+    input_gradient,
+    misclassified,
+    share_of,
+)
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.lending import attacking
 from surestep.devices import autocast, exact, finest
@@ -31,8 +38,6 @@ BEATEN = 0.005
 """Share of images by which one step may do better than many."""
 MISSED = 0.02
 """Share of images that may lack a gradient, or that only an attack without gradients may break."""
-SAME = 1e-4
-"""Largest distance between the logits of two equal passes, scaled to length one."""
 ROUNDED, ROUNDED_IN_HALF = 0.01, 0.05
 """Largest relative distance between logits that were computed in another order: in batches of
 another size, with gradients on, or on another machine. The second is for 16-bit weights."""
@@ -209,18 +214,6 @@ def of_results(right: Mapping[str, Tensor], square: int | None = None) -> list[s
         if count >= BY_CHANCE and (name.startswith("noise") or count > MISSED * n):
             found.append(f"{name} breaks {count:,} images that gradients do not")
     return found
-
-
-def apart(first: Tensor, second: Tensor) -> float:
-    """Return the largest distance between two passes' logits (N, K), each scaled to length one.
-
-    It is infinite if other entries are finite in the second pass than in the first.
-    """
-    whole = first.isfinite()
-    if not whole.equal(second.isfinite()):
-        return float("inf")
-    one, two = (F.normalize(z.where(whole, 0).to(finest(z.device)), dim=1) for z in (first, second))
-    return (one - two).norm(dim=1).max().item()
 
 
 def unlike(first: Tensor, second: Tensor, limit: float) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import misclassified, round_up, share_of
+from surestep.attacks.core import SAME, apart, misclassified, round_up, share_of
 from surestep.attacks.inputs import check_inputs, forward_logits
 from surestep.attacks.lending import forked_rng, seed_everything
 from surestep.data import mixed
@@ -198,7 +198,7 @@ class Judge:
         turned = int((clean == misclassified(out, y).cpu()).sum())
         # Another machine may round an image or two to the other side of a boundary or a threshold.
         # A random model that has its own generator draws anew: its passes differ from each other.
-        if doubts.apart(out, again) <= doubts.SAME and (
+        if apart(out, again) <= SAME and (
             moved > len(kept) // 8 or turned > max(2, _ROUNDED * len(x))
         ):
             told = (

@@ -79,3 +79,8 @@ def wilson_interval(right: int, n: int) -> tuple[float, float]:
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
     return (max(0.0, centre - half), min(1.0, centre + half))
+
+
+def share_interval(share: float, n: int) -> tuple[float, float]:
+    """Return the ``wilson_interval`` of a share of n images that was computed before."""
+    return wilson_interval(round(share * n), n)

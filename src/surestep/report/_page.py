@@ -79,10 +79,10 @@ def span(interval: Sequence[float] | None) -> str:
 
 def _interval(share: Any, n: int) -> tuple[float, float] | None:
     """Return the 95% interval of a share of n images; None if there is no share."""
-    from surestep.evaluation import wilson_interval
+    from surestep.evaluation import share_interval
 
     value = number(share)
-    return None if value is None else wilson_interval(round(value * n), n)
+    return None if value is None else share_interval(value, n)
 
 
 def figure(value: Any) -> str:

@@ -300,9 +300,9 @@ def pareto(rows: Sequence[Mapping[str, Any]], cost: str = "") -> alt.LayerChart:
     points = some(points, f"worst case and {cost} of the comparison")
     prices = [point["cost"] for point in points]
     # PGD may cost ten times as much as the others, which would overlap on a linear axis.
-    wide = max(prices) > 4 * min(prices)
-    log, linear = {"type": "log", "nice": False, "padding": 28}, {"domain": [0, 1.1 * max(prices)]}
-    kind: Row = log if wide else linear
+    kind: Row = {"domain": [0, 1.1 * max(prices)]}
+    if max(prices) > 4 * min(prices):
+        kind = {"type": "log", "nice": False, "padding": 28}
     # All verdicts in the scale, so that each has the same colour in every chart.
     verdicts = alt.Scale(domain=VERDICTS)
     present = [v for v in VERDICTS if any(point["verdict"] == v for point in points)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 
 import pytest
 import torch
@@ -123,17 +124,25 @@ def test_of_processes_that_validate_one_that_fails_is_heard(monkeypatch):
     monkeypatch.setattr(processes, "count", lambda: 2)
     monkeypatch.setattr(processes, "largest", largest)
     device = torch.device("cpu")
-    others = [0, 0]
-    stop.together(device)
+    others = [stopping._DONE, stopping._DONE]
+    assert stop.together(device)  # this one works
+    assert not stop.together(device, done=True)
     stop.together(device, failed=True)  # nothing is raised: its own error is on its way
+    others = [stopping._WORKING, stopping._DONE]
+    assert stop.together(device, done=True)
     others = [stopping._FAILED, 0]
     with pytest.raises(stopping.FailedElsewhere, match="of another process cannot be judged"):
         stop.together(device)
     stop.together(device, failed=True)
-    others = [15, 0]
+    others = [signal.SIGINT, 0]
     with pytest.raises(stopping.Asked):
         stop.together(device)
-    assert told == [0, stopping._FAILED, 0, stopping._FAILED, 0]
+    others = [0, 0]
+    stop.number = signal.SIGTERM
+    with pytest.raises(stopping.Asked):
+        stop.together(device, done=True)
+    failed = stopping._FAILED
+    assert told == [1, 0, failed, 0, 1, failed, 1, signal.SIGTERM]
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ ASK_EVERY = 10
 _ECHO = 1.0
 """Seconds within which a second Ctrl-C is an echo: launchers forward the one they receive."""
 
-_FAILED = 1000
-"""What a process that failed tells instead of a signal's number."""
+_DONE, _WORKING, _FAILED = 0, 1, 1000
+"""What a process tells the others in place of a signal's number, which is from 2 to 64."""
 
 
 class Asked(BaseException):
@@ -93,26 +93,34 @@ class StopRequest:
             return self.number != 0
         return step % ASK_EVERY == 0 and processes.largest(self.number, device) != 0
 
-    def together(self, device: torch.device, *, failed: bool = False) -> None:
-        """Raise in all processes if one has a request or failed; all must call this equally often.
+    def together(self, device: torch.device, *, done: bool = False, failed: bool = False) -> bool:
+        """Raise in all processes if one has a request or failed.
+
+        While one works, all must call this again and again: one that is done, until this is false.
 
         Args:
             device: of this process.
+            done: this process has no more work.
             failed: this process failed. It raises its own error after this, its last call.
+
+        Returns:
+            Whether any process still works.
 
         Raises:
             Asked: one has a request.
             FailedElsewhere: another one failed.
         """
         if processes.count() == 1:
-            return
-        told = processes.largest(_FAILED if failed else self.number, device)
-        if failed:
-            return
+            return False
+        mine = _FAILED if failed else self.number or (_DONE if done else _WORKING)
+        told = processes.largest(mine, device)
         if told == _FAILED:
+            if failed:
+                return False
             raise FailedElsewhere("held-out images of another process cannot be judged")
-        if told:
+        if told > _WORKING:
             raise Asked
+        return told == _WORKING
 
     def leave(self) -> NoReturn:
         """End the process as the signal requests.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, Subset
@@ -30,14 +29,7 @@ def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
         UserError: the images cannot be judged.
     """
     attacks = dict.fromkeys(("fgsm", *job.config.val_attacks))
-    batch_size, asked = job.judged_at_once, 0
-    held_out, largest = _part_of(job.held_out, job.config.val_images)
-
-    def ask(*_: object) -> None:
-        nonlocal asked
-        asked += 1
-        stop.together(job.device)
-
+    held_out, divided = _part_of(job.held_out, job.config.val_images)
     with stop.at_once():
         try:
             found = evaluate(
@@ -47,29 +39,25 @@ def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
                 job.threat,
                 list(attacks),
                 n=job.config.val_images,
-                batch_size=batch_size,
+                batch_size=job.judged_at_once,
                 seed=job.config.seed,
                 precision=job.engine.precision,
-                progress=ask,
+                progress=lambda *_: stop.together(job.device),
                 doubt=False,
             )
-            # `ask` is collective: a process with a smaller part must call it as often as the
-            # largest, which is once an attack and batch, and once a batch ("clean" and "worst case"
-            # are no attacks). Once more, it tells of a failure after the last batch.
-            for _ in range(asked, math.ceil(largest / batch_size) * (len(found.right) - 1)):
-                ask()
-            ask()
+            while stop.together(job.device, done=True):
+                pass  # others have more images
         except FailedElsewhere:
             raise
         except UserError:
-            stop.together(job.device, failed=True)  # they would wait for this one to call `ask`
+            stop.together(job.device, failed=True)  # the others would wait for this one
             raise
     counts = [int(found.right[name].sum()) for name in ("clean", *attacks, "worst case")]
     # Sum over processes, so that all select the same epoch: kernels may round differently.
     judged, *right = processes.sums([found.n, *counts], job.device)
     clean, *under, worst = (one / judged for one in right)
     return {
-        "val_n": judged if largest else found.n,
+        "val_n": judged if divided else found.n,
         "val_clean": clean,
         "val_worst_case": worst,
         **{f"val_{name}": share for name, share in zip(attacks, under, strict=True)},
@@ -77,23 +65,20 @@ def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
     }
 
 
-def _part_of(data: Any, n: int) -> tuple[Any, int]:
-    """Return the part of ``n`` images that this process judges, and the size of the largest part.
-
-    The size is 0 if the data are not divided and each process judges them all.
-    """
+def _part_of(data: Any, n: int) -> tuple[Any, bool]:
+    """Return the part of ``n`` images that this process judges, and whether it is less than all."""
     count, rank = processes.count(), processes.rank()
     if count == 1 or isinstance(data, DataLoader | IterableDataset):
-        return data, 0
+        return data, False
     whole = len(data)
     n = min(n, whole)
     if n < count:
-        return data, 0
+        return data, False
     if isinstance(data, Images):
         part: Any = data.first(n).subset(slice(rank, None, count))
     else:
         part = Subset(data, some(whole, n)[rank::count].tolist())
-    return part, math.ceil(n / count)
+    return part, True
 
 
 def find_masking(row: dict[str, Any], before: float | None) -> str | None:

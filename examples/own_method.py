@@ -22,7 +22,7 @@ class HalfClean(Method):
     def craft(self, model, x, y, index):
         """Return the images of the update's forward pass, the loss there, and which are x_adv."""
         with attacking(model) as inner:  # eval mode; leaves the model as it was
-            grad, _, _ = input_gradient(inner, x, y)
+            grad, _ = input_gradient(inner, x, y)
         x_adv = self.threat.ascend(x, grad, self.threat.eps, x)
         return Update(torch.cat([x, x_adv]), self.plain_loss(y.repeat(2)), slice(len(x), None))
 

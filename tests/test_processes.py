@@ -14,7 +14,7 @@ DEVICES = [("cuda:0", [0]), ("cuda:3", [3]), ("cpu", None), ("mps:0", None)]
 def _second_of_two_shown_one_gpu_each(monkeypatch):
     """Local rank 1, whose only GPU is number 0, as SLURM binds it."""
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
 
 
 @pytest.mark.parametrize("torch_has", ["forward_sync_buffers", "broadcast_buffers"])
@@ -40,8 +40,8 @@ def test_gradients_are_shared_on_the_gpu_that_the_model_is_on(monkeypatch, devic
 def test_processes_meet_on_their_own_gpus(monkeypatch, device, own):
     told = []
     monkeypatch.setattr(processes.dist, "barrier", lambda **named: told.append(named))
-    processes.wait(torch.device(device))
+    processes.barrier(torch.device(device))
     assert told == [{"device_ids": own}]
-    monkeypatch.setattr(processes, "count", lambda: 1)
-    processes.wait(torch.device(device))
+    monkeypatch.setattr(processes, "world_size", lambda: 1)
+    processes.barrier(torch.device(device))
     assert len(told) == 1

@@ -25,7 +25,7 @@ def alone() -> Iterator[None]:
         _alone = before
 
 
-def count() -> int:
+def world_size() -> int:
     """Return the number of processes."""
     together = dist.is_available() and dist.is_initialized() and not _alone
     return dist.get_world_size() if together else 1
@@ -33,36 +33,41 @@ def count() -> int:
 
 def rank() -> int:
     """Return the rank of this process."""
-    return dist.get_rank() if count() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
-def wait(device: torch.device) -> None:
+def barrier(device: torch.device) -> None:
     """Wait until all processes are here.
 
     Args:
         device: this process's own. Accelerate names the GPU by the local rank, which fails where
             the launcher shows each process its own GPU only.
     """
-    if count() > 1:
+    if world_size() > 1:
         dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
 
 
 def mean(value: Tensor) -> Tensor:
     """Return the mean of a tensor over the processes."""
-    if count() == 1:
+    if world_size() == 1:
         return value
     total = _sendable(value).clone()
     dist.all_reduce(total)
-    return (total / count()).to(value.device)
+    return (total / world_size()).to(value.device)
 
 
-def largest(value: int, device: torch.device) -> int:
+def all_max(value: int, device: torch.device) -> int:
     """Return the maximum of an integer over the processes."""
-    if count() == 1:
+    if world_size() == 1:
         return value
     told = torch.tensor(value, device=device)
     dist.all_reduce(told, dist.ReduceOp.MAX)
     return int(told)
+
+
+def all_min(value: int, device: torch.device) -> int:
+    """Return the minimum of an integer over the processes."""
+    return -all_max(-value, device)
 
 
 def check_alike(what: str, value: int, device: torch.device) -> None:
@@ -76,7 +81,7 @@ def check_alike(what: str, value: int, device: torch.device) -> None:
     Raises:
         UserError: it is not, in any of them.
     """
-    least, most = -largest(-value, device), largest(value, device)
+    least, most = all_min(value, device), all_max(value, device)
     if least != most:
         raise UserError(
             f"the processes do not agree on the number of {what}, of which one has {least} and "
@@ -84,9 +89,9 @@ def check_alike(what: str, value: int, device: torch.device) -> None:
         )
 
 
-def sums(values: Sequence[int], device: torch.device) -> list[int]:
+def all_sum(values: Sequence[int], device: torch.device) -> list[int]:
     """Return the sum of each number over the processes."""
-    if count() == 1:
+    if world_size() == 1:
         return list(values)
     told = torch.tensor(values, device=device)
     dist.all_reduce(told)
@@ -95,18 +100,18 @@ def sums(values: Sequence[int], device: torch.device) -> list[int]:
 
 def gather(rows: Tensor) -> Tensor:
     """Return the rows (N, ...) of all processes in rank order; N must be the same in each."""
-    if count() == 1:
+    if world_size() == 1:
         return rows
     mine = _sendable(rows).contiguous()
-    parts = [torch.empty_like(mine) for _ in range(count())]
+    parts = [torch.empty_like(mine) for _ in range(world_size())]
     dist.all_gather(parts, mine)
     return torch.cat(parts).to(rows.device)
 
 
 @torch.no_grad()
-def share_first(tensors: Sequence[Tensor]) -> None:
+def broadcast_first(tensors: Sequence[Tensor]) -> None:
     """Copy the first process's tensors to all, in place: one message a type."""
-    if count() == 1:
+    if world_size() == 1:
         return
     for dtype in dict.fromkeys(t.dtype for t in tensors):
         alike = [t for t in tensors if t.dtype == dtype]
@@ -128,6 +133,6 @@ def _sendable(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def own(rows: Tensor) -> Tensor:
+def local_rows(rows: Tensor) -> Tensor:
     """Return this process's part of what ``gather`` returned."""
-    return rows.tensor_split(count())[rank()]
+    return rows.tensor_split(world_size())[rank()]

@@ -48,7 +48,7 @@ class {name}(Method):
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Attack, and return the images to train on and the loss to minimise."""
         with attacking(model) as inner:
-            grad, _, _ = input_gradient(inner, x, y)
+            grad, _ = input_gradient(inner, x, y)
             x_adv = self.threat.ascend(x, grad, self.threat.eps, x)
 
         def loss(logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -359,7 +359,7 @@ def test_pap_fills_anew_where_the_processes_are_others(make_task, monkeypatch, f
     for _ in range(3):
         step(first, task)
     kept = first.state_dict()
-    monkeypatch.setattr("surestep.processes.count", lambda: 2)
+    monkeypatch.setattr("surestep.processes.world_size", lambda: 2)
     monkeypatch.setattr("surestep.processes.rank", lambda: 1)
     later = methods.get("pap")(Linf(EPS), steps=3, fraction=fraction)
     later.load_state_dict(kept)

@@ -48,7 +48,7 @@ def test_surface(net, images):
     assert [s["label"] for s in surface["samples"]] == y[chosen].tolist()
     net.eval()
     x, y = x[chosen], y[chosen]
-    grad, _, _ = input_gradient(net, x, y)
+    grad, _ = input_gradient(net, x, y)
     grids = torch.tensor([s["loss"] for s in surface["samples"]])
     for column, share in enumerate(surface["shares"]):
         at = (x + share * 0.3 * grad.sign()).clamp(0, 1)

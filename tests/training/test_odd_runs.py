@@ -121,8 +121,8 @@ def test_of_processes_that_validate_one_that_fails_is_heard(monkeypatch):
         told.append(value)
         return max(value, *others)
 
-    monkeypatch.setattr(processes, "count", lambda: 2)
-    monkeypatch.setattr(processes, "largest", largest)
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    monkeypatch.setattr(processes, "all_max", largest)
     device = torch.device("cpu")
     others = [stopping._DONE, stopping._DONE]
     assert stop.together(device)  # this one works
@@ -240,7 +240,7 @@ def test_a_loader_has_its_own_batch_size(tiny, monkeypatch, together, wrong):
     def stop(*args, **kwargs):
         raise tiny.Stopped
 
-    monkeypatch.setattr(processes, "count", lambda: together)
+    monkeypatch.setattr(processes, "world_size", lambda: together)
     monkeypatch.setattr(_fit, "prepare", stop)
     loader = DataLoader(TensorDataset(*tiny.data(20)), 10)
     with pytest.raises(UserError, match=f"batch_size {wrong} has no effect: .* its own, 10"):

@@ -40,7 +40,7 @@ class NoGradient(UserError):
 
 def input_gradient(
     model: nn.Module, x: Tensor, y: Tensor, objective: Objective = log_odds
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Differentiate the objective with respect to the images, and nothing else.
 
     Args:
@@ -50,7 +50,7 @@ def input_gradient(
         objective: per-sample, to be maximised.
 
     Returns:
-        The gradient (as x), the objective's values (N,) and the logits (N, K), all detached.
+        The gradient (as x) and the logits (N, K), both detached.
 
     Raises:
         NoGradient: the logits do not depend on x through autograd.
@@ -73,14 +73,14 @@ def input_gradient(
                 "the model's output has no gradient with respect to its input (a detach() or "
                 "no_grad() in its forward?): gradient attacks and adversarial training need one"
             )
-    return grad, values.detach(), logits.detach()
+    return grad, logits.detach()
 
 
 def _gradient_by_fp16(model: nn.Module, x: Tensor, logits: Tensor, values: Tensor) -> Tensor | None:
-    """Return the gradient by way of the logits', which is brought to a size that fp16 has.
+    """Return the gradient, backpropagated from logit gradients that are scaled into fp16's range.
 
-    That of a sure image's divergence, or of its cross entropy, is 0 there otherwise, and the image
-    would not be attacked. In train mode images depend on each other: one factor for all of them.
+    Otherwise cross entropy and divergences have gradient 0 in fp16 on images that the model is sure
+    of, which would not be attacked. In train mode images depend on each other and share one factor.
     """
     (pull,) = torch.autograd.grad(values.sum(), logits, retain_graph=True)
     size = pull.abs().amax(1, keepdim=True)
@@ -237,7 +237,7 @@ class Ascent:
         """Return the last iterate from ``start`` (N, ...) around ``x``: what training uses."""
         x_adv, momentum, inside = start, None, self.threat.around(x)
         for _ in range(self.steps):
-            grad, _, _ = input_gradient(model, x_adv, y, self.objective)
+            grad, _ = input_gradient(model, x_adv, y, self.objective)
             momentum = self._direction(grad, momentum)
             x_adv = inside(x_adv + self.threat.steepest_step(momentum, self.step_size))
         return x_adv
@@ -252,7 +252,7 @@ class Ascent:
         x_adv, momentum = self.threat.random_start(x, radius), None
         inside = self.threat.around(x)
         for _ in range(self.steps):
-            grad, _, logits = input_gradient(model, x_adv, best.y[rows], self.objective)
+            grad, logits = input_gradient(model, x_adv, best.y[rows], self.objective)
             # A NaN would stay in the point from here on, and a broken point breaks the model.
             grad = grad.nan_to_num(0.0)
             best.offer(rows, x_adv, logits)

@@ -28,7 +28,7 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, loss: str 
     check_inputs(model, x, y, threat)
     x = x.detach()
     with attacking(model) as inner:
-        grad, _, _ = input_gradient(inner, x, y, losses.get(loss))
+        grad, _ = input_gradient(inner, x, y, losses.get(loss))
     return threat.ascend(x, grad.nan_to_num(0.0), threat.eps, x)
 
 
@@ -60,7 +60,7 @@ def r_fgsm(
         raise UserError(f"alpha {alpha:g} is outside [0, eps = {threat.eps:g}]")
     start = threat.clip(x + threat.random_step(x, alpha))
     with attacking(model) as inner:
-        grad, _, _ = input_gradient(inner, start, y, losses.get(loss))
+        grad, _ = input_gradient(inner, start, y, losses.get(loss))
     step = threat.steepest_step(grad.nan_to_num(0.0), threat.eps - alpha)
     return threat.project(start + step, x)
 

@@ -440,7 +440,7 @@ class Method(ABC):
             if hasattr(getattr(self, name), "load_state_dict"):
                 getattr(self, name).load_state_dict(value)
             elif isinstance(value, Tensor):
-                value = processes.own(value) if name in self.kept_rows else value
+                value = processes.local_rows(value) if name in self.kept_rows else value
                 setattr(self, name, value.clone())
             else:
                 setattr(self, name, copy.deepcopy(value))

@@ -52,7 +52,7 @@ class Guided(Method):
                     return ce + lam * self.distance(clean, logits) / n
 
                 objective = guide
-            grad, _, _ = input_gradient(inner, start, y, objective)
+            grad, _ = input_gradient(inner, start, y, objective)
         x_adv = self.threat.ascend(start, grad, self.threat.eps, x)
 
         def loss(logits: Tensor) -> Terms:

@@ -64,7 +64,7 @@ class AAER(OnSingleStep):
         base = self.base
         with attacking(model, train_mode=base.train_mode) as inner:
             start = base.start(x)
-            grad, _, was = input_gradient(inner, start, y, base.objective)
+            grad, was = input_gradient(inner, start, y, base.objective)
         before = cross_entropy(was, y)
         x_adv = base.finish(start + self.threat.steepest_step(grad, base.size), x)
         # At the weights of the attack: AWP's second pass is at others, where the loss is higher.

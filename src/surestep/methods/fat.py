@@ -48,7 +48,7 @@ class FAT(PGD):
         left = torch.full_like(y, self.tau)
         with attacking(model) as inner:
             for _ in range(self.steps):
-                grad, _, logits = input_gradient(inner, x_adv, y)
+                grad, logits = input_gradient(inner, x_adv, y)
                 left = left - misclassified(logits, y).long()
                 going = per_sample(left >= 0, x)
                 further = inside(x_adv + self.threat.steepest_step(grad, self.alpha))

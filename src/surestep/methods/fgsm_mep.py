@@ -78,7 +78,7 @@ class FGSMMEP(Method):
             delta = self._delta.read(index, x, images, draw)
         start = threat.project(x + delta, x)
         with attacking(model) as inner:
-            grad, _, _ = input_gradient(inner, start, y)
+            grad, _ = input_gradient(inner, start, y)
         x_adv = threat.ascend(start, grad, self.alpha, x)
         before = self._momentum.read(index, x, images, draw)
         # The authors divide the gradient of the batch's mean loss by the l1 norm of the whole

@@ -61,7 +61,7 @@ class FGSMPCO(Method):
             return relaxed_cross_entropy(logits, y, 1 - self.smoothing)
 
         with attacking(model) as inner:
-            grad, _, logits = input_gradient(inner, old, y, smoothed)
+            grad, logits = input_gradient(inner, old, y, smoothed)
         new = threat.ascend(old, grad, threat.eps, x)
         p_y = per_sample(of_true_class(logits.softmax(1), y), x).to(x.dtype)
         mixed = threat.clip((1 - p_y) * old + p_y * (x + self.stretch * (new - x)))

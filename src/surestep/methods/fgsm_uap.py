@@ -58,7 +58,7 @@ class FGSMUAP(Method):
         u, m = (self._of(v, groups, x) for v in (self._u, self._m))
         start = threat.project(x + u[group], x)
         with attacking(model) as inner:
-            grad, _, _ = input_gradient(inner, start, y)
+            grad, _ = input_gradient(inner, start, y)
         x_adv = threat.ascend(start, grad, threat.eps, x)
         # The mean gradient of each group, over all processes; a group without images stays put.
         member = one_hot(group, groups).to(x.dtype)

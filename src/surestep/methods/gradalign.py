@@ -57,7 +57,7 @@ class GradAlign(OnSingleStep):
         """Differentiate only the second gradient again, as the authors do."""
         n, x_adv = len(x), self.base.perturb(model, x, y)
         with attacking(model, train_mode=True) as inner:
-            grad, _, _ = input_gradient(inner, x, y, cross_entropy)
+            grad, _ = input_gradient(inner, x, y, cross_entropy)
         here, there = unit(grad)
         points = torch.cat([x_adv, x + self.threat.random_delta(x)]).requires_grad_()
 

@@ -91,7 +91,7 @@ class LIET(Method):
         delta = torch.where(noisy, noise, threat.steepest_step(templates[y], threat.eps))
         start = threat.clip(x + flip * delta)
         with attacking(model) as inner:
-            grad, _, _ = input_gradient(inner, start, y)
+            grad, _ = input_gradient(inner, start, y)
         x_adv = start + threat.steepest_step(grad, threat.eps)
         x_adv = threat.clip(x_adv) if self.far else threat.project(x_adv, x)
         # Random weights of the wrong classes for each image, with a sum of 1.

@@ -65,7 +65,7 @@ class PAP(Method):
             # Beside their last I-FGSM step, the leaving images need an FGSM point of this model.
             starts = torch.cat([x, leaving, held["points"]])
             labels = torch.cat([y, leaving_y, held["y"]])
-            grad, _, _ = input_gradient(inner, starts, labels)
+            grad, _ = input_gradient(inner, starts, labels)
         clean = torch.cat([x, leaving])
         fgsm = threat.ascend(clean, grad[: len(clean)], threat.eps, clean)
         points = threat.ascend(held["points"], grad[len(clean) :], size, held["x"])
@@ -106,11 +106,11 @@ class PAP(Method):
     def state_dict(self) -> dict[str, Any]:
         """Return the pipelines of all processes, and the number of steps they have taken."""
         held = {k: processes.gather(v) for k, v in self._held.items()}
-        return {"age": self._age, "processes": processes.count(), **held}
+        return {"age": self._age, "processes": processes.world_size(), **held}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore this process's pipeline; if the number of processes changed, start empty."""
-        if state.get("processes", processes.count()) != processes.count():
+        if state.get("processes", processes.world_size()) != processes.world_size():
             return  # the next batch fills it
         self._age = state.get("age", self._age)
-        self._held |= {k: processes.own(state[k]).clone() for k in FIELDS if k in state}
+        self._held |= {k: processes.local_rows(state[k]).clone() for k in FIELDS if k in state}

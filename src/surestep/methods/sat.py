@@ -119,7 +119,7 @@ def sat_r1_update(
         y_n, size, finish = y[-n:], base.size / steps, base.around(x[-n:])
         x_ifgsm = finish(start[-n:] + threat.steepest_step(grad[-n:], size))
         for _ in range(steps - 1):
-            grad, _, _ = input_gradient(inner, x_ifgsm, y_n)
+            grad, _ = input_gradient(inner, x_ifgsm, y_n)
             x_ifgsm = finish(x_ifgsm + threat.steepest_step(grad, size))
 
     def loss(logits: Tensor) -> Terms:

@@ -43,7 +43,7 @@ class SSAT(RSFGSM):
         c, n = self.checkpoints, len(x)
         with attacking(model, train_mode=self.train_mode) as inner:
             start = self.start(x)
-            grad, _, logits = input_gradient(inner, start, y, self.objective)
+            grad, logits = input_gradient(inner, start, y, self.objective)
         delta = self.finish(start + self.threat.steepest_step(grad, self.size), x) - x
         share = torch.ones_like(x.flatten(1)[:, 0])
         if c > 1:

@@ -71,7 +71,7 @@ class TDAT(Method):
         threat, last = self.threat, carried(self._delta, x)
         start = threat.random_start(x) if last is None else threat.project(x + last, x)
         with attacking(model) as inner:
-            grad, _, _ = input_gradient(inner, start, y, self.relaxed)
+            grad, _ = input_gradient(inner, start, y, self.relaxed)
         x_adv = threat.ascend(start, grad, threat.eps, x)
         self._delta = x_adv - x
 

@@ -113,7 +113,7 @@ def _surface(
     model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, points: int, batch_size: int
 ) -> dict[str, Any]:
     """Measure cross entropy at x + a (FGSM step) + b (random step) for a, b from -1 to 1."""
-    grad, _, _ = input_gradient(model, x, y)
+    grad, _ = input_gradient(model, x, y)
     steps = threat.steepest_step(grad, threat.eps)
     # Drawn on the CPU, so that every device measures along the same direction.
     noise = torch.randn(x.shape).to(x)

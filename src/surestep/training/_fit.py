@@ -145,13 +145,13 @@ def fit(
     run = RunFolder.plan(out, resume=resume, overwrite=overwrite)
     target = pick_device(device)
     accelerator = _accelerator(target, run, tensorboard=config.tensorboard)
-    if device is None and processes.count() > 1:
+    if device is None and processes.world_size() > 1:
         target = accelerator.device
     size = data.batch_size if isinstance(data, DataLoader) else None
-    if size and "batch_size" in settings and config.batch_size != size * processes.count():
+    if size and "batch_size" in settings and config.batch_size != size * processes.world_size():
         raise UserError(
             f"batch_size {config.batch_size} has no effect: the DataLoader has its own, {size}"
-            f"{' in each process' if processes.count() > 1 else ''}; leave it out"
+            f"{' in each process' if processes.world_size() > 1 else ''}; leave it out"
         )
     threat = method.threat
     if describe and not {"method", "params"} <= describe.keys():
@@ -183,7 +183,7 @@ def fit(
         steps_per_epoch=steps_per_epoch,
     )
     # Only now is everything checked: a mistake must not cost an old run.
-    processes.wait(target)
+    processes.barrier(target)
     own = run if processes.rank() == 0 else None
     with ExitStack() as folder:
         differences: list[str] = []

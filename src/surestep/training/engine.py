@@ -220,7 +220,7 @@ class TrainStep:
             self._settle(x)
         if isinstance(self.model, DistributedDataParallel):
             # Before the attack: it is made on the batch statistics that the update begins with.
-            processes.share_first(list(self.model.buffers()))
+            processes.broadcast_first(list(self.model.buffers()))
         x = self.engine.place_images(x)
         awp = self.awp if self.perturbing else None
         probe = nullcontext() if awp is None else buffers_kept(self.model)

@@ -108,7 +108,7 @@ class Trainer:
         left = min(steps - skip, job.total - self.at.step)
         sums = Sums(job.device)
         if restored:
-            parts, n = restored["sums"], processes.count()
+            parts, n = restored["sums"], processes.world_size()
             same = len(parts) == n
             sums.load_state_dict(parts[processes.rank()] if same else Sums.shared_out(parts, n))
         self._began = time.perf_counter() - self.at.train_seconds
@@ -142,7 +142,7 @@ class Trainer:
         except (Asked, UserError) as e:
             # A resume starts with the validation. After an error a process may be alone, and
             # saving needs them all.
-            if isinstance(e, Asked) or processes.count() == 1:
+            if isinstance(e, Asked) or processes.world_size() == 1:
                 self.at.epoch -= 1
                 self.random.write(random_state)
                 self._save(sums)
@@ -172,7 +172,7 @@ class Trainer:
         """Update ``train_seconds`` and return the images per second of this epoch so far."""
         self.at.train_seconds = time.perf_counter() - self._began
         before = self.at.history[-1]["train_seconds"] if self.at.history else 0.0
-        return sums.images * processes.count() / (self.at.train_seconds - before)
+        return sums.images * processes.world_size() / (self.at.train_seconds - before)
 
     def _batches(self, skip: int, left: int, restored: dict[str, Any] | None) -> Iterator[Batch]:
         """Return the next ``left`` batches of the epoch, after the first ``skip``."""
@@ -217,13 +217,13 @@ class Trainer:
         With ``weights`` every process must call this, and all stop together; without it, nothing
         is checked when there are several processes.
         """
-        if processes.count() > 1 and not weights:
+        if processes.world_size() > 1 and not weights:
             return
         bad = int(sums.bad_step)
         if bad < 0 and weights:
             finite = [p.detach().isfinite().all() for p in self.job.model.parameters()]
             bad = -1 if bool(torch.stack(finite).all()) else self.at.step
-        bad = processes.largest(bad, self.job.device)
+        bad = processes.all_max(bad, self.job.device)
         if bad < 0:
             return
         kept = checkpoint.found(self.run.checkpoints) if self.run else []
@@ -289,11 +289,11 @@ class Trainer:
     def _share_buffers(self) -> None:
         """Copy the first process's buffers (batch statistics) to all: its weights are kept."""
         for module in dict.fromkeys((self.job.model, self.job.judged)):
-            processes.share_first(list(module.buffers()))
+            processes.broadcast_first(list(module.buffers()))
 
     def _end(self) -> None:
         """Wait until the first process is done writing: a launcher may end all when one exits."""
-        processes.wait(self.job.device)
+        processes.barrier(self.job.device)
         for tracker in self.job.accelerator.trackers:
             tracker.finish()
 

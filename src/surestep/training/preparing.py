@@ -216,8 +216,8 @@ def prepare(
     fits = stepped.images if isinstance(stepped, Frugal) else MOST_JUDGED
     judged_at_once = min(MOST_JUDGED, method.peak_images(batch), fits)
     # The same in each process, so that all make equally many collective calls.
-    judged_at_once = -processes.largest(-judged_at_once, device)
-    if processes.count() > 1:
+    judged_at_once = processes.all_min(judged_at_once, device)
+    if processes.world_size() > 1:
         stepped = _sharing_gradients(stepped, device)
     return Job(
         model=bare,
@@ -325,7 +325,7 @@ def _open(
             augmentation=config.augment,
             device=device,
             rank=processes.rank(),
-            world=processes.count(),
+            world=processes.world_size(),
             prepare=sharing,
             bounds=method.threat.bounds,
             **loading,
@@ -364,7 +364,7 @@ def _batch_of(train: Any, config: FitSettings) -> tuple[int, str]:
         size = train.batch_size or getattr(train.batch_sampler, "batch_size", None)
         if size:
             return size, f"the DataLoader's batch_size ({size})"
-    batch = math.ceil(config.batch_size / processes.count())
+    batch = math.ceil(config.batch_size / processes.world_size())
     return batch, f"batch_size ({config.batch_size})"
 
 

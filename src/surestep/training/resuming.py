@@ -129,7 +129,7 @@ class Checkpoints:
             images: its images in memory, which older checkpoints do not tell.
         """
         job = self.job
-        now, expected = processes.count(), job.source.steps_per_epoch
+        now, expected = processes.world_size(), job.source.steps_per_epoch
         if begun != now and not job.images:
             raise UserError(
                 f"{self.run.folder} was run on {begun} processes and cannot resume on {now}, which "

@@ -79,7 +79,7 @@ class StopRequest:
     @contextmanager
     def at_once(self) -> Iterator[None]:
         """Inside the block, raise `Asked` as soon as a signal arrives; only in a single process."""
-        self._at_once = processes.count() == 1
+        self._at_once = processes.world_size() == 1
         try:
             if self._at_once and self.number:
                 raise Asked
@@ -89,9 +89,9 @@ class StopRequest:
 
     def after(self, step: int, device: torch.device) -> bool:
         """Tell, after a step, whether to stop here: the same in every process."""
-        if processes.count() == 1:
+        if processes.world_size() == 1:
             return self.number != 0
-        return step % ASK_EVERY == 0 and processes.largest(self.number, device) != 0
+        return step % ASK_EVERY == 0 and processes.all_max(self.number, device) != 0
 
     def together(self, device: torch.device, *, done: bool = False, failed: bool = False) -> bool:
         """Raise in all processes if one has a request or failed.
@@ -110,10 +110,10 @@ class StopRequest:
             Asked: one has a request.
             FailedElsewhere: another one failed.
         """
-        if processes.count() == 1:
+        if processes.world_size() == 1:
             return False
         mine = _FAILED if failed else self.number or (_DONE if done else _WORKING)
-        told = processes.largest(mine, device)
+        told = processes.all_max(mine, device)
         if told == _FAILED:
             if failed:
                 return False

@@ -30,6 +30,10 @@ def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
     """
     attacks = dict.fromkeys(("fgsm", *job.config.val_attacks))
     held_out, divided = _part_of(job.held_out, job.config.val_images)
+
+    def ask(*_: object) -> None:
+        stop.together(job.device)
+
     with stop.at_once():
         try:
             found = evaluate(
@@ -42,7 +46,7 @@ def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
                 batch_size=job.judged_at_once,
                 seed=job.config.seed,
                 precision=job.engine.precision,
-                progress=lambda *_: stop.together(job.device),
+                progress=ask,
                 doubt=False,
             )
             while stop.together(job.device, done=True):
@@ -54,7 +58,7 @@ def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
             raise
     counts = [int(found.right[name].sum()) for name in ("clean", *attacks, "worst case")]
     # Sum over processes, so that all select the same epoch: kernels may round differently.
-    judged, *right = processes.sums([found.n, *counts], job.device)
+    judged, *right = processes.all_sum([found.n, *counts], job.device)
     clean, *under, worst = (one / judged for one in right)
     return {
         "val_n": judged if divided else found.n,
@@ -67,7 +71,7 @@ def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
 
 def _part_of(data: Any, n: int) -> tuple[Any, bool]:
     """Return the part of ``n`` images that this process judges, and whether it is less than all."""
-    count, rank = processes.count(), processes.rank()
+    count, rank = processes.world_size(), processes.rank()
     if count == 1 or isinstance(data, DataLoader | IterableDataset):
         return data, False
     whole = len(data)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from surestep import UserError, data
-from surestep.data import _pillow
+from surestep.data import _pillow, _room
 
 
 def paint(path: Path, value: int, size=(4, 4), mode: str = "RGB") -> None:
@@ -243,18 +243,89 @@ def test_threads_that_decode_keep_the_order(monkeypatch):
             time.sleep(0.02)
         return Image.new("L", (2, 2), k)
 
-    x = _pillow.stack(((str(k), partial(opener, k)) for k in range(20)), None)
+    x = _pillow.stack(((str(k), partial(opener, k)) for k in range(20)), 20, None)
     assert x[:, 0, 0, 0].tolist() == list(range(20))
 
 
-def test_the_first_that_is_damaged_is_named():
+@pytest.mark.parametrize(
+    ("damaged", "message"),
+    [
+        ([5], "5 is not a readable image (torn): replace or remove it"),
+        ([0, 7, 12], "3 of 20 images are not readable: replace or remove 0 (torn), 7, 12"),
+        (
+            range(20),
+            "20 of 20 images are not readable: replace or remove 0 (torn), 1, 2 and 17 more",
+        ),
+    ],
+)
+def test_all_that_are_damaged_are_counted(monkeypatch, damaged, message):
+    monkeypatch.setattr(_pillow, "_BLOCK", 6)
+
     def opener(k):
-        if k in (5, 7):
-            raise _pillow.unreadable(str(k), ValueError("torn"))
+        if k in damaged:
+            raise OSError("torn")
         return Image.new("L", (2, 2), k)
 
-    with pytest.raises(UserError, match=r"^5 is not a readable image"):
-        _pillow.stack(((str(k), partial(opener, k)) for k in range(20)), None)
+    with pytest.raises(UserError) as caught:
+        _pillow.stack(((str(k), partial(opener, k)) for k in range(20)), 20, None)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("modes", "room", "processes", "words"),
+    [
+        # 20 images of 1 x 4 x 4 bytes, or of 3 x 4 x 4.
+        (["L"], 320, "1", None),
+        (["L"], 319, "1", ["20 images of 1 x 4 x 4 take", "--image-size", "surestep.fit"]),
+        (["L"], 320, "2", ["in each of 2 processes"]),
+        (["RGB"], 959, "", ["20 images of 3 x 4 x 4"]),
+        # Where 8 grey ones are held already, they need not find room again.
+        (["L"] * 8 + ["RGB"], 960 - 8 * 16, "1", None),
+        (["L"] * 8 + ["RGB"], 959 - 8 * 16, "1", ["20 images of 3 x 4 x 4"]),
+    ],
+)
+def test_images_that_do_not_fit_into_memory(monkeypatch, refused, modes, room, processes, words):
+    """Else the system would kill the process without a word."""
+    monkeypatch.setattr(_room, "available", lambda: room)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    modes = modes + modes[-1:] * (20 - len(modes))
+    pictures = [(str(k), partial(Image.new, mode, (4, 4))) for k, mode in enumerate(modes)]
+    if words:
+        refused(lambda: _pillow.stack(pictures, 20, None), "is available", *words)
+    else:
+        assert len(_pillow.stack(pictures, 20, None)) == 20
+
+
+def test_where_memory_ends_all_the_same(flat, refused, monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(_pillow.np, "empty", full)
+    refused(lambda: data.load(f"folder:{flat}"), "out of memory", "32 images", "--image-size")
+
+
+def test_the_memory_that_is_left(tmp_path):
+    """The least of what the machine and its container's limit leave, cached files not counted."""
+
+    def write(name: str, text: str) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    assert _room.available(tmp_path) == float("inf")
+    write("proc/meminfo", "MemTotal:  9 kB\nMemFree:  1 kB\nMemAvailable:     5 kB\n")
+    assert _room.available(tmp_path) == 5 * 1024
+    group = "sys/fs/cgroup"
+    write(f"{group}/memory.stat", "anon 7\nactive_file 20\ninactive_file 300\n")
+    write(f"{group}/memory.current", "1000\n")
+    write(f"{group}/memory.max", "max\n")
+    assert _room.available(tmp_path) == 5 * 1024
+    write(f"{group}/memory.max", "4000\n")
+    assert _room.available(tmp_path) == 3320
+    stat = "inactive_file 9\ntotal_active_file 1\ntotal_inactive_file 2\n"
+    write(f"{group}/memory/memory.stat", stat)
+    write(f"{group}/memory/memory.usage_in_bytes", "1000\n")
+    write(f"{group}/memory/memory.limit_in_bytes", "2000\n")
+    assert _room.available(tmp_path) == 1003
 
 
 def test_splits_without_classes_are_no_classes(tmp_path):

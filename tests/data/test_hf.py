@@ -1,20 +1,36 @@
 from __future__ import annotations
 
+import io
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image as Pillow
+from PIL import ImageOps
 
 from surestep import data
 
 
 class Image:
-    """Stands for datasets.Image."""
+    """Stands for datasets.Image: it opens files, by path or by content, and turns them upright."""
+
+    def __init__(self, mode=None, decode=True):
+        self.mode, self.decode = mode, decode
+
+    def decode_example(self, value):
+        assert self.decode
+        picture = Pillow.open(value["path"] or io.BytesIO(value["bytes"]))
+        picture.load()
+        picture = ImageOps.exif_transpose(picture)
+        return picture.convert(self.mode) if self.mode else picture
 
 
 class Value:
     """Stands for datasets.Value."""
+
+    def __init__(self, picture=True):
+        self.picture = picture
 
 
 class ClassLabel:
@@ -38,6 +54,23 @@ class Rows:
 
     def select(self, index):
         return Rows(self.features, [self.rows[i] for i in index])
+
+    def cast_column(self, column, feature):
+        """Return rows whose pictures are files."""
+        assert not feature.decode
+        if not getattr(self.features[column], "picture", True):
+            raise TypeError("Couldn't cast array of type int64")
+        cast = [{**row, column: as_file(row[column])} for row in self.rows]
+        return Rows({**self.features, column: feature}, cast)
+
+
+def as_file(picture):
+    """Return how datasets stores a picture."""
+    if not isinstance(picture, Pillow.Image):
+        return picture
+    content = io.BytesIO()
+    picture.save(content, "PNG", exif=picture.getexif())
+    return {"bytes": content.getvalue(), "path": None}
 
 
 TYPED = {"picture": Image(), "kind": ClassLabel("cat", "dog"), "id": Value()}
@@ -67,7 +100,7 @@ def hub(monkeypatch):
         return list(splits)
 
     fake = SimpleNamespace(
-        load_dataset=load_dataset, get_dataset_split_names=get_dataset_split_names
+        load_dataset=load_dataset, get_dataset_split_names=get_dataset_split_names, Image=Image
     )
     monkeypatch.setitem(sys.modules, "datasets", fake)
     return SimpleNamespace(splits=splits, loaded=loaded)
@@ -127,7 +160,12 @@ def test_images_are_resized(hub):
         (rows(2, {"a": Value(), "label": Value()}), ["image columns", "a, label"]),
         (rows(2, {"image": Image(), "b": Value()}), ["label columns"]),
         (rows(2, {"image": Value(), "label": Value()}), None),
-        (Rows(TYPED, [{"picture": b"", "kind": 0}]), ["row 0", "no picture"]),
+        (rows(2, {"image": Value(picture=False), "label": Value()}), ["holds no pictures"]),
+        (Rows(TYPED, [{"picture": None, "kind": 0}]), ["row 0", "no picture"]),
+        (
+            Rows(TYPED, [{"picture": {"bytes": b"torn", "path": None}, "kind": 0}] * 2),
+            ["2 of 2", "row 0", "row 1"],
+        ),
     ],
 )
 def test_mistakes(refused, hub, split, words):
@@ -136,6 +174,30 @@ def test_mistakes(refused, hub, split, words):
         assert len(data.load("hf:me/set", "test")) == 2
     else:
         refused(lambda: data.load("hf:me/set", "test"), "me/set", *words)
+
+
+def test_files_are_opened_by_path_and_by_content_in_several_threads(hub, tmp_path, monkeypatch):
+    threads = set()
+    decode = Image.decode_example
+
+    def noted(self, value):
+        threads.add(threading.current_thread())
+        return decode(self, value)
+
+    monkeypatch.setattr(Image, "decode_example", noted)
+    tall = Pillow.new("L", (4, 6), 0)
+    tall.paste(200, (0, 0, 4, 3))  # the upper half
+    tall.getexif()[0x0112] = 3  # upside down
+    tall.save(tmp_path / "x.png", exif=tall.getexif())
+    files = [as_file(tall), {"bytes": None, "path": str(tmp_path / "x.png")}]
+    for mode in (None, "RGB"):
+        features = TYPED | {"picture": Image(mode)}
+        hub.splits["test"] = Rows(features, [{"picture": f, "kind": 0} for f in files])
+        x = data.load("hf:me/set", "test").x
+        assert x.shape == (2, 3 if mode else 1, 6, 4)
+        assert (x[:, :, :3] == 0).all()
+        assert (x[:, :, 3:] == 200).all()
+    assert threading.main_thread() not in threads
 
 
 def test_more_mistakes(refused, hub, monkeypatch):

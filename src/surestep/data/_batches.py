@@ -144,6 +144,10 @@ class Batches:
         whole = self.augment.draw(size, generator("augment", self.seed, epoch, step))
         return whole[self._share(self._even(size))]
 
+    def generators(self) -> list[torch.Generator]:
+        """Return no generator: each draw has its own, seeded anew."""
+        return []
+
     def _iterate(self, epoch: int, skip: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         order = self._order(epoch).to(self.images.x.device)
         steps = range(skip, self.steps_per_epoch)

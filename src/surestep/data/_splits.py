@@ -44,7 +44,7 @@ def some(n: int, count: int) -> torch.Tensor:
 
 def instead(split: Split) -> str:
     """Return the end of an error about a missing split: which other one can be judged on."""
-    return "; evaluate and audit take --split validation" if split == "test" else ""
+    return "; commands that judge models take --split validation" if split == "test" else ""
 
 
 def divide(

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from surestep.data._images import Images
-from surestep.data._pillow import has_colour, stack, unreadable
+from surestep.data._pillow import Unreadable, has_colour, reading, stack
+from surestep.data._room import check_room
 from surestep.data._splits import SPLITS, Split, divide, instead, mixed
 from surestep.errors import UserError, need
 
@@ -53,8 +54,8 @@ def load(
         and validation is grey, else 3.
 
     Raises:
-        UserError: Pillow is not installed; a folder is missing or empty; an image cannot be read or
-            differs in size; a split has a class that training lacks.
+        UserError: Pillow is not installed; a folder is missing or empty; images cannot be read,
+            differ in size or do not fit into memory; a split has a class that training lacks.
     """
     need("PIL.Image", "reading image folders", "surestep[folder]", called="Pillow")
     root = Path(root)
@@ -68,12 +69,14 @@ def load(
     # All splits have the channels of the images that models are trained on: check those for test.
     known = _trained_on(root) if split == "test" else set()
     grey = bool(known) and not _any_colour(known)
-    x = stack(((str(path), partial(_open, path)) for path in paths), image_size, grey=grey)
+    pictures = ((str(path), partial(_open, path)) for path in paths)
+    x = stack(pictures, len(paths), image_size, grey=grey)
     if (
         x.shape[1] == 1
         and not grey
         and _any_colour((_trained_on(root) | {path for _, path in labelled}) - set(paths))
     ):
+        check_room(len(x), (3, *x.shape[2:]), held=0)
         x = x.expand(-1, 3, -1, -1).contiguous()
     divided = not any(_split_folder(root, part) for part in SPLITS)
     note = (
@@ -97,7 +100,7 @@ def _trained_on(root: Path) -> set[Path]:
 def _any_colour(paths: Iterable[Path]) -> bool:
     """Tell from the files' headers whether any picture has colour; skip damaged files."""
     for path in sorted(paths):
-        with contextlib.suppress(UserError), _open(path) as picture:
+        with contextlib.suppress(Unreadable), reading(str(path)), _open(path) as picture:
             if has_colour(picture):
                 return True
     return False
@@ -203,7 +206,4 @@ def _open(path: Path) -> Picture:
     """Open a picture, reading only its header."""
     from PIL import Image
 
-    try:
-        return Image.open(path)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise unreadable(str(path), error) from None
+    return Image.open(path)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,6 @@ from surestep.data._images import Images, number_names
 from surestep.data._pillow import Opener, stack
 from surestep.data._splits import Split, divide, instead, mixed
 from surestep.errors import UserError, need
-
-if TYPE_CHECKING:
-    from PIL.Image import Image as Picture
 
 _SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train",),
@@ -48,7 +45,7 @@ def load(split: Split, name: str, *, image_size: int | None = None, n: int | Non
     Raises:
         UserError: ``datasets`` or Pillow is not installed; the data set cannot be fetched; a split
             is missing; no column, or several, can be the images or the labels; unlabelled rows;
-            images of different sizes.
+            images that cannot be read, differ in size or do not fit into memory.
     """
     datasets, _ = (
         need(m, "reading the Hugging Face Hub", "surestep[hf]", called="datasets and Pillow")
@@ -73,11 +70,20 @@ def load(split: Split, name: str, *, image_size: int | None = None, n: int | Non
         raise UserError(f"the {split} split of {name!r} is empty: choose another data set")
     image, label = _columns(name, rows.features)
     classes, order = getattr(rows.features[label], "names", None), mixed(len(rows))
+    decode = datasets.Image(mode=getattr(rows.features[image], "mode", None)).decode_example
+    try:
+        # Rows hold the images' files, so that the files are decoded in several threads.
+        rows = rows.cast_column(image, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError):  # pyarrow's errors are of these types
+        raise UserError(
+            f"{name!r} holds no pictures in column {image!r}: expected images"
+        ) from None
     labels: list[int] = []
 
     def read(chosen: Tensor) -> Tensor:
         labels.clear()
-        return stack(_pictures(name, rows, chosen.tolist(), image, label, labels), image_size)
+        pictures = _pictures(name, rows, chosen.tolist(), (image, label), decode, labels)
+        return stack(pictures, len(chosen), image_size)
 
     # Unnamed classes are counted from the labels of all rows; and if the first images are grey,
     # others may still have colour.
@@ -127,9 +133,15 @@ def _column(
 
 
 def _pictures(
-    name: str, rows: Any, chosen: list[int], image: str, label: str, labels: list[int]
+    name: str,
+    rows: Any,
+    chosen: list[int],
+    columns: tuple[str, str],
+    decode: Callable[[Any], Any],
+    labels: list[int],
 ) -> Iterator[tuple[str, Opener]]:
-    """Yield pictures and append their labels to ``labels``, decoding each row only once."""
+    """Yield pictures and append their labels to ``labels``, reading each row only once."""
+    image, label = columns
     for i in chosen:
         row = rows[i]
         where = f"row {i} of {name!r}"
@@ -138,11 +150,7 @@ def _pictures(
                 f"{where} has the label {row[label]!r}: expected a class number 0 or above; "
                 "the split may be unlabelled"
             )
-        if not hasattr(row[image], "convert"):
+        if row[image] is None:
             raise UserError(f"{where} holds no picture in column {image!r}: expected an image")
         labels.append(row[label])
-        yield where, partial(_given, row[image])
-
-
-def _given(picture: Picture) -> Picture:
-    return picture
+        yield where, partial(decode, row[image])

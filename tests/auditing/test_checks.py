@@ -40,11 +40,12 @@ def in_order(monkeypatch):
 def ask(images, in_order):
     """Return ``ask(name, model)``: the outcome of one check, on attacks' results as given.
 
-    Of each the share of images that it left right, the first ones; below 0 the last ones.
+    Of each the share of images that it left right, the first ones; below 0 the last ones. The
+    sixty images are taken ``times`` over.
     """
 
-    def call(name, model, eps=0.05, norm=surestep.Linf, **right):
-        x, y = images
+    def call(name, model, eps=0.05, norm=surestep.Linf, times=1, **right):
+        x, y = images[0].repeat(times, 1, 1, 1), images[1].repeat(times)
         budget = budgets.Budget(20, 20, 60, 30, 1, 200, autoattack=False)
         torch.manual_seed(0)
         s = Subject(Adapted(model).eval(), x, y, norm(eps), budget, 0, 25, lambda _: None)
@@ -166,6 +167,38 @@ def test_a_made_up_gradient_is_contradicted(ask, net, eps):
     assert "finite differences contradict the gradient" in found.sentence
 
 
+@pytest.mark.parametrize(("error", "flagged"), [(0.55, True), (0.45, False)])
+def test_how_far_a_gradient_may_be_off(ask, net, error, flagged):
+    """The model grows by more than its gradient says."""
+
+    def forward(x):
+        out = net(x)
+        return out.detach() + (out - out.detach()) / (1 + error)
+
+    found = ask("broken-gradients", Layer(forward))
+    assert found.evidence["difference error"] == pytest.approx(error, abs=0.02)
+    assert (found.status == "flagged") is flagged
+
+
+@pytest.mark.parametrize(
+    ("name", "losses", "value", "flagged"),
+    [
+        # At two points, and at the one between them.
+        ("local-linearity", (1, 1, 1.65), 0.52, True),
+        ("local-linearity", (1, 1, 1.6), 0.49, False),
+        # At tenths of the step, and at a third of it.
+        ("sat-properties", (*[1] * 11, 0.91), 0.91, True),
+        ("sat-properties", (*[1] * 11, 0.89), 0.89, False),
+    ],
+)
+def test_how_the_loss_may_go(ask, net, monkeypatch, name, losses, value, flagged):
+    left = iter(losses)
+    monkeypatch.setattr(Subject, "loss", lambda s, x, y: torch.full((len(x),), float(next(left))))
+    found = ask(name, net)
+    assert found.value == pytest.approx(value, abs=0.005)
+    assert (found.status == "flagged") is flagged
+
+
 @pytest.mark.parametrize(
     ("name", "right", "flagged"),
     [
@@ -208,6 +241,25 @@ def test_a_made_up_gradient_is_contradicted(ask, net, eps):
 )
 def test_accuracies(ask, net, name, right, flagged):
     found = ask(name, net, **right)
+    assert found.status == ("flagged" if flagged else "passed"), found
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "flagged"),
+    [
+        ("one-step-beats-many", {"fgsm": 0.7, "pgd_20": 0.706}, True),
+        ("one-step-beats-many", {"fgsm": 0.7, "pgd_20": 0.704}, False),
+        ("collapse", {"fgsm": 0.51, "pgd_20": 0.2}, True),
+        ("collapse", {"fgsm": 0.49, "pgd_20": 0.2}, False),
+        ("black-box-beats-white-box", {"fgsm": 0.8, "pgd_20": 0.8, "square_60": 0.7975}, True),
+        ("black-box-beats-white-box", {"fgsm": 0.8, "pgd_20": 0.8, "square_60": 0.7985}, False),
+        # Other images, 25 and 24 of 1,200.
+        ("black-box-beats-white-box", {"fgsm": 0.98, "pgd_20": 0.98, "square_60": -0.979}, True),
+        ("black-box-beats-white-box", {"fgsm": 0.98, "pgd_20": 0.98, "square_60": -0.98}, False),
+    ],
+)
+def test_limits_that_take_many_images(ask, net, name, right, flagged):
+    found = ask(name, net, times=20, **right)
     assert found.status == ("flagged" if flagged else "passed"), found
 
 
@@ -405,13 +457,13 @@ def test_the_page_of_checks_is_up_to_date():
 
 
 @pytest.mark.usefixtures("in_order")
-def test_the_climb_is_that_of_a_plain_loop(net, images):
+def test_the_course_of_pgd_is_that_of_a_plain_loop(net, images):
     x, y = (part[:20] for part in images)
     budget = budgets.Budget(20, 20, 60, 30, 1, 200, autoattack=False)
     s = Subject(Adapted(net).eval(), x, y, surestep.Linf(0.17), budget, 0, 25, lambda _: None)
     s.right["clean"] = torch.ones(20, dtype=torch.bool)
     torch.manual_seed(4)
-    found = s.climb
+    found = s.pgd_course
     torch.manual_seed(4)
     point, size = s.threat.random_start(x), pgd_step_size(0.17, 50)
     losses, wrong = [], []
@@ -431,14 +483,14 @@ def test_the_climb_is_that_of_a_plain_loop(net, images):
 
 
 def test_what_is_broken_only_on_the_way(ask, net, monkeypatch):
-    def climb(_, x, y):
+    def watch(_, x, y):
         seen = torch.zeros(len(x), 51, 2)
         seen[:, :, 0] = torch.linspace(0, 1, 51).clamp(max=0.9)
         seen[::2, 7, 1] = 1  # and right again
         seen[1::4, 7:, 1] = 1
         return seen
 
-    monkeypatch.setattr(Subject, "_climb", climb)
+    monkeypatch.setattr(Subject, "_watch_pgd", watch)
     found = ask("silent-success", net)
     assert (found.status, found.value) == ("flagged", pytest.approx(0.5, abs=0.05))
     moved = ask("convergence", net).evidence["late_movement"]
@@ -566,7 +618,7 @@ def test_how_far_gradients_may_turn(ask, net, monkeypatch, cosine, flagged):
 def test_how_many_are_broken_only_on_the_way(ask, net, monkeypatch, lost, flagged):
     """One of a hundred is no sign."""
     way = SimpleNamespace(ever_wrong=torch.arange(100) < lost, wrong=torch.zeros(100).bool())
-    monkeypatch.setattr(Subject, "climb", way)
+    monkeypatch.setattr(Subject, "pgd_course", way)
     assert (ask("silent-success", net).status == "flagged") is flagged
 
 

@@ -1,4 +1,4 @@
-"""The attacks made for models that hide."""
+"""What the attacks made for models that hide are built from, and the binarization test."""
 
 from __future__ import annotations
 
@@ -99,11 +99,21 @@ def test_straight_through_keeps_the_forward_and_gives_a_gradient(net, images):
     assert not torch.autograd.grad(model(z).sum(), z)[0].any()
 
 
-def test_a_layer_that_changes_shape_gets_a_fitted_network(images):
-    x, _ = images
+LEVELS = torch.arange(0.05, 1, 0.1)
+
+
+@pytest.mark.parametrize(
+    "codes",
+    [
+        lambda z: (z > LEVELS.view(1, -1, 1, 1)).float(),
+        lambda z: (z.flatten(1)[:, :, None] > LEVELS).float().flatten(1),
+    ],
+    ids=["channels", "vector"],
+)
+def test_a_layer_that_changes_shape_gets_a_fitted_network(images, codes):
+    x = images[0][:, :, :3, :3]
     torch.manual_seed(0)
-    codes = Layer(lambda z: (z > torch.arange(0.05, 1, 0.1).view(1, -1, 1, 1)).float())
-    model = nn.Sequential(codes, Layer(lambda z: z.sum((2, 3))))
+    model = nn.Sequential(Layer(codes), Layer(lambda z: z.flatten(1)))
     with stand_ins.bpda(model, x, ["0"]) as smooth:
         z = x.clone().requires_grad_()
         (grad,) = torch.autograd.grad(smooth(z).sum(), z)

@@ -13,13 +13,23 @@ from torch import nn
 
 import surestep
 from surestep import attacks
-from surestep.auditing import CHECKS, Check, _audit, _subject, audit, budgets, stand_ins
+from surestep.auditing import (
+    CHECKS,
+    Check,
+    _audit,
+    _subject,
+    audit,
+    binarization,
+    budgets,
+    estimate,
+    stand_ins,
+)
 from surestep.auditing.escalation import escalate
 from surestep.auditing.verdict import AuditNumbers, judge
 from surestep.errors import UserError
-from surestep.evaluation import wilson_interval
+from surestep.evaluation import substitute, wilson_interval
 from surestep.evaluation.judge import Judge
-from surestep.evaluation.suite import Attack, Found
+from surestep.evaluation.suite import Attack, AttackResult
 
 
 class Layer(nn.Module):
@@ -71,7 +81,7 @@ def test_hidden_or_not_a_weak_model_is_not_called_robust(run, net, mask):
 def test_bpda_is_run_where_a_layer_is_flat(run, net, mask, monkeypatch):
     """What needs no gradient may break only one of three classes first."""
     monkeypatch.setattr(
-        "surestep.auditing._audit.transfer", lambda *_: Attack(lambda model, x, y: Found(x))
+        "surestep.auditing._audit.transfer", lambda *_: Attack(lambda model, x, y: AttackResult(x))
     )
 
     def square(_, x, y, threat, **__):
@@ -616,7 +626,7 @@ def test_found_by_is_the_attack_that_broke_the_most(images):
     def moving(rows):
         chosen = torch.zeros(len(x), 1, 1, 1)
         chosen[rows] = 0.01
-        return Attack(lambda model, x, y: Found(x + chosen[: len(x)]))
+        return Attack(lambda model, x, y: AttackResult(x + chosen[: len(x)]))
 
     budget = budgets.Budget(5, 5, 20, 30, 1, 30, autoattack=False)
     s = _subject.Subject(Layer(forward), x, y, surestep.Linf(0.3), budget, 0, 60, lambda _: None)
@@ -729,6 +739,34 @@ def test_the_documents_table_of_budgets():
         queries = [budget.queries, budget.late_queries]
         assert numbers == [budget.steps, budget.noise, *queries, budget.probe, budget.restarts]
         assert ("AutoAttack" in row) is budget.autoattack
+        assert budget.fast is (name == "quick")
+
+
+def test_what_an_audit_spends_whatever_its_budget(monkeypatch):
+    monkeypatch.undo()  # the tests' smaller numbers
+    assert substitute.STEPS == 250
+    assert (binarization.INNER, binarization.RANDOM, binarization.STEPS) == (999, 200, 30)
+
+
+def test_an_audit_takes_no_longer_than_estimated(net, images, monkeypatch):
+    """Time is counted in images that pass through the model; a gradient is three passes."""
+    budget = budgets.Budget(20, 20, 60, 6, 2, 200, autoattack=False)
+    monkeypatch.setitem(budgets.BUDGETS, "quick", budget)
+    monkeypatch.setattr(substitute, "STEPS", 250)
+    monkeypatch.setattr(substitute, "WIDTH", 1)
+    passed = 0
+
+    def count(_module, args):
+        nonlocal passed
+        passed += len(args[0]) * (3 if args[0].requires_grad else 1)
+
+    model = MASKS["quantised"](net).eval()  # flagged, so that the answers to flags are run
+    model.register_forward_pre_hook(count)
+    monkeypatch.setattr(_audit.time, "perf_counter", lambda: float(passed))
+    most = estimate(model, surestep.data.as_images(images), "quick", 30)
+    found = audit(model, images, surestep.Linf(0.01), budget="quick", n=30)
+    assert found.escalation
+    assert 0.5 * most < found.seconds <= most
 
 
 @pytest.mark.usefixtures("little_else")
@@ -770,7 +808,7 @@ def test_layers_with_a_way_through_are_attacked_through_it(run, net, monkeypatch
     Nothing that needs no gradient may break the model first.
     """
     monkeypatch.setattr(
-        "surestep.auditing._audit.transfer", lambda *_: Attack(lambda model, x, y: Found(x))
+        "surestep.auditing._audit.transfer", lambda *_: Attack(lambda model, x, y: AttackResult(x))
     )
     monkeypatch.setattr("surestep.attacks.autoattack.square", lambda model, x, *_, **__: x)
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surestep.evaluation.suite import Attack, Found
+from surestep.evaluation import suite
+from surestep.evaluation.suite import Attack, AttackResult
 
 
 @pytest.fixture
@@ -35,14 +36,15 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., nn.Module]:
 
     def install(**broken: set[int]) -> nn.Module:
         def parse(name: str, threat: object, sources: object = ()) -> Attack:
-            def attack(model: nn.Module, x: Tensor, y: Tensor) -> Found:
+            def attack(model: nn.Module, x: Tensor, y: Tensor) -> AttackResult:
                 numbers = (x[:, 1] * 1000).round().int().tolist()
                 hit = torch.tensor([n in broken[name] for n in numbers])
                 x = x.clone()
                 x[hit, 0] += 0.1
-                return Found(x)
+                return AttackResult(x)
 
-            return Attack(attack)
+            steps = suite.gradient_steps(name)
+            return Attack(attack, uses_gradient=bool(steps), gradient_steps=steps)
 
         monkeypatch.setattr("surestep.evaluation.suite.parse", parse)
         return Reader()

@@ -14,11 +14,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import surestep
+from surestep.attacks.core import logit_distance
 from surestep.errors import SurestepWarning, UserError
 from surestep.evaluation import Adapted, doubts, evaluate, suite
 from surestep.evaluation.suite import Attack
 
 THREAT = surestep.Linf(0.05)
+
+
+def parsed(*names: str) -> list[Attack]:
+    return [suite.parse(name, THREAT, [nn.Identity()]) for name in names]
 
 
 class Changed(nn.Module):
@@ -172,10 +177,10 @@ def test_what_a_model_draws_without_seeding_stays_random(net, images):
 def test_a_sound_model_costs_two_passes_and_the_gradients(net, images):
     x, calls = images[0], []
     net.eval().register_forward_hook(lambda _m, args, _o: calls.append(len(args[0])))
-    assert doubts.of_model(net, x, net(x).argmax(1), THREAT, ["noise-3"], 500) == []
+    assert doubts.of_model(net, x, net(x).argmax(1), THREAT, parsed("noise-3"), 500) == []
     assert calls == [90, 90, 45, 45]
     calls.clear()
-    assert doubts.of_model(net, x, net(x).argmax(1), THREAT, ["fgsm"], 500) == []
+    assert doubts.of_model(net, x, net(x).argmax(1), THREAT, parsed("fgsm"), 500) == []
     assert calls == [90, 90, 45, 45, 90, 90]
 
 
@@ -184,14 +189,14 @@ def test_half_of_the_digits_is_no_other_answer(net, images):
     assert doubts.rounding_of(net) > doubts.rounding_of(net.float())
     x = images[0]
     out = net(x)
-    assert not doubts.differ(out, 1.005 * out, doubts.rounding_of(net))
-    assert doubts.differ(out, 1.02 * out, doubts.rounding_of(net))
-    assert doubts.differ(out, out.flip(1), 9.0)
+    assert not doubts.differ_on_many(out, 1.005 * out, doubts.rounding_of(net))
+    assert doubts.differ_on_many(out, 1.02 * out, doubts.rounding_of(net))
+    assert doubts.differ_on_many(out, out.flip(1), 9.0)
     gone = out.clone()
     gone[:2] = math.nan
-    assert not doubts.differ(out, gone, 0.1)  # two images say nothing
+    assert not doubts.differ_on_many(out, gone, 0.1)  # two images say nothing
     gone[:3] = math.nan
-    assert doubts.differ(out, gone, 0.1)
+    assert doubts.differ_on_many(out, gone, 0.1)
 
 
 def test_a_model_that_wants_no_gradient_can_be_judged(net, images):
@@ -224,8 +229,8 @@ def test_where_nothing_is_left_nothing_is_too_high(net, images):
 
 def test_classes_that_are_left_out_are_no_chance():
     out = torch.tensor([[1.0, 2.0, -math.inf], [math.nan, 1.0, 0.0]])
-    assert doubts.apart(out, out.clone()) == 0
-    assert doubts.apart(out, out.roll(1, 1)) == math.inf
+    assert logit_distance(out, out.clone()) == 0
+    assert logit_distance(out, out.roll(1, 1)) == math.inf
 
 
 def test_a_stop_changes_no_doubt(net, images, tmp_path):
@@ -259,8 +264,7 @@ def test_an_own_attack_may_be_called_as_it_likes(net, images):
     own = {name: Attack(lambda model, x, y: x) for name in ("pgd", "i-fgsm-margin", "square")}
     assert evaluate(net, images, THREAT, own).doubts == []
     hidden = Changed(net, lambda x: x.detach())
-    with pytest.warns(SurestepWarning, match="no gradient reaches"):
-        evaluate(hidden, images, THREAT, {"fgsm": Attack(lambda model, x, y: x)})
+    assert evaluate(hidden, images, THREAT, {"fgsm": Attack(lambda model, x, y: x)}).doubts == []
 
 
 def test_none_of_a_sound_one(net, images):
@@ -277,7 +281,8 @@ def test_a_few_images_without_a_gradient_are_none(net, share, said):
     x[: round(100 * share), 0, 0, 0] = 0.0
     y = net.eval()(x).argmax(1)
     # Radius 0: at a random start, too, the images that were dark are.
-    found = doubts.of_model(Changed(net, flat_where_dark), x, y, surestep.Linf(0.0), ["fgsm"], 9)
+    model, still = Changed(net, flat_where_dark), surestep.Linf(0.0)
+    found = doubts.of_model(model, x, y, still, parsed("fgsm"), 9)
     assert found == (["no gradient reaches 20 of 100 images looked at"] if said else [])
 
 
@@ -348,7 +353,8 @@ FEWER = ["one step breaks more images than many"]
     ],
 )
 def test_of_results(right, square, said):
-    assert doubts.of_results({"clean": left(), **right}, square) == said
+    attacks = dict(zip(right, parsed(*right), strict=True))
+    assert doubts.of_results({"clean": left(), **right}, attacks, square) == said
 
 
 def test_what_attacks_left_is_looked_at(told, monkeypatch):
@@ -370,7 +376,7 @@ def test_square_after_the_gradients_of_autoattack_is_looked_at(told, monkeypatch
     broken = {"pgd-50": set(range(9)), "noise-3": {196, 197, 198}, "apgd-ce": {20}}
     model = told(**broken, square=set(range(100, 120)))
     pgd, noise, apgd, square = (suite.parse(name, THREAT) for name in (*broken, "square"))
-    whole = Attack({"apgd-ce": apgd.run, "square": square.run}, survivors=True)
+    whole = Attack({"apgd-ce": apgd.run, "square": square.run}, survivors_only=True)
     given = {"pgd-50": pgd, "noise-3": noise, "autoattack": whole}
     with pytest.warns(SurestepWarning):
         found = evaluate(model, (x, y), surestep.Linf(0.2), given)
@@ -424,14 +430,20 @@ def test_a_loader_of_fewer_images_than_asked_for(net, images, monkeypatch):
     assert len(seen) == 80  # all that are right
 
 
-@pytest.mark.parametrize("follows", [False, True])
-def test_an_attack_of_ones_own_may_say_that_it_follows_gradients(net, images, follows):
-    own = {"own": Attack(lambda model, x, y: x, follows=follows)}
+@pytest.mark.parametrize(
+    ("attack", "looked_at"),
+    [
+        (Attack(lambda model, x, y: x), False),
+        (Attack(lambda model, x, y: x, uses_gradient=True), True),
+        *((suite.parse(name, THREAT), name != "noise-3") for name in ("pgd-2", "noise-3")),
+    ],
+)
+def test_an_attack_says_whether_it_uses_gradients_whatever_its_name(net, images, attack, looked_at):
     model = Changed(net, lambda x: (x * 50).round() / 50)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = evaluate(model, images, THREAT, own)
-    assert found.doubts == ([BLIND] if follows else [])
+        found = evaluate(model, images, THREAT, {"own": attack})
+    assert found.doubts == ([BLIND] if looked_at else [])
 
 
 def test_attacks_in_a_precision_that_the_model_does_not_stand(net, images):

@@ -16,7 +16,7 @@ from surestep.attacks import autoattack
 from surestep.data import Images
 from surestep.errors import UserError
 from surestep.evaluation import Evaluation, evaluate, suite, wilson_interval
-from surestep.evaluation.suite import BUDGETS, Attack, Found
+from surestep.evaluation.suite import BUDGETS, Attack, AttackResult
 
 THREAT = surestep.Linf(0.05)
 WIDE = surestep.Linf(0.2)
@@ -73,7 +73,9 @@ class TestWorstCase:
         seen = []
 
         def parse(*_: Any) -> Any:
-            return Attack(lambda _model, x, y: seen.append((len(x), y.sum().item())) or Found(x))
+            return Attack(
+                lambda _model, x, y: seen.append((len(x), y.sum().item())) or AttackResult(x)
+            )
 
         monkeypatch.setattr("surestep.evaluation.suite.parse", parse)
         evaluate(model, (self.x, y), WIDE, ["a"])

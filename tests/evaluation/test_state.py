@@ -65,6 +65,15 @@ def test_what_is_done_is_not_done_again(net, images, tmp_path):
     assert sorted(calls) == [1] * 10 + [1] + [20] * 4
 
 
+def test_a_state_that_lists_no_parts_is_read(net, images, tmp_path):
+    path = tmp_path / "state.jsonl"
+    whole = run(net, images, path, attacks=["fgsm"], eps=[])
+    written = path.read_bytes()
+    path.write_bytes(written.replace(b', "parts": {}', b""))
+    assert path.read_bytes() != written
+    assert run(net, images, path, attacks=["fgsm"], eps=[]) == whole
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -59,7 +59,7 @@ def test_names(monkeypatch, name, called, args):
     monkeypatch.setattr(f"surestep.evaluation.suite.{called}", note)
     monkeypatch.setattr("surestep.evaluation.suite.count_classes", lambda *_: 3)
     found = suite.parse(name, THREAT).run("model", "x", "y")
-    assert found == (suite.Found("x_adv", "steps") if called == "search" else "x_adv")
+    assert found == (suite.AttackResult("x_adv", "steps") if called == "search" else "x_adv")
     (call,) = calls
     assert call[:4] == ("model", "x", "y", THREAT)
     given = [pytest.approx(a) if type(a) is float else a for a in args]
@@ -134,7 +134,7 @@ def test_points_are_in_the_ball(net, images, name):
     x, y = images
     torch.manual_seed(0)
     found = suite.parse(name, THREAT, [net]).run(net, x, y)
-    x_adv = found.x_adv if isinstance(found, suite.Found) else found
+    x_adv = found.x_adv if isinstance(found, suite.AttackResult) else found
     assert (x_adv - x).abs().max() <= 0.3
     assert x_adv.min() >= 0
     assert x_adv.max() <= 1

@@ -107,7 +107,7 @@ def share_of(flags: Tensor) -> float:
     return int(flags.sum()) / flags.numel() if flags.numel() else math.nan
 
 
-def apart(first: Tensor, second: Tensor) -> float:
+def logit_distance(first: Tensor, second: Tensor) -> float:
     """Return the largest distance between two passes' logits (N, K), each scaled to length one.
 
     It is infinite if other entries are finite in the second pass than in the first.
@@ -117,6 +117,11 @@ def apart(first: Tensor, second: Tensor) -> float:
         return float("inf")
     one, two = (F.normalize(z.where(whole, 0).to(finest(z.device)), dim=1) for z in (first, second))
     return (one - two).norm(dim=1).max().item()
+
+
+def passes_agree(first: Tensor, second: Tensor) -> bool:
+    """Tell whether two passes' logits (N, K) differ by rounding alone."""
+    return logit_distance(first, second) <= SAME
 
 
 def in_turn(
@@ -151,7 +156,7 @@ def in_turn(
     return x_adv
 
 
-def in_parts(size: int, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+def map_batches(size: int, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Apply a function to tensors, ``size`` samples at a time, and concatenate what it returns."""
     parts = zip(*(tensor.split(size) for tensor in tensors), strict=True)
     return torch.cat([function(*part) for part in parts])
@@ -233,7 +238,7 @@ class Ascent:
     objective: Objective = log_odds
     decay: float | None = None
 
-    def climb(self, model: nn.Module, x: Tensor, y: Tensor, start: Tensor) -> Tensor:
+    def last_iterate(self, model: nn.Module, x: Tensor, y: Tensor, start: Tensor) -> Tensor:
         """Return the last iterate from ``start`` (N, ...) around ``x``: what training uses."""
         x_adv, momentum, inside = start, None, self.threat.around(x)
         for _ in range(self.steps):
@@ -245,7 +250,7 @@ class Ascent:
     def search(self, model: nn.Module, best: Best, radius: float | None = None) -> None:
         """Offer ``best`` every iterate from a random start of ``radius``: what judging uses.
 
-        One forward pass more than ``climb``, for the last iterate.
+        One forward pass more than ``last_iterate``, to judge the last point too.
         """
         rows = best.rows()
         x = best.x[rows]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from surestep.attacks import losses
-from surestep.attacks.core import SAME, Ascent, Best, apart, input_gradient
+from surestep.attacks.core import Ascent, Best, input_gradient, passes_agree
 from surestep.attacks.inputs import check_inputs, forward_logits
 from surestep.attacks.lending import attacking
 from surestep.errors import UserError
@@ -202,7 +202,7 @@ def search(
 @torch.no_grad()
 def varies(model: nn.Module, x: Tensor) -> bool:
     """Tell whether two passes over the images x (N, ...) differ by more than rounding."""
-    return not apart(forward_logits(model, x), forward_logits(model, x)) <= SAME
+    return not passes_agree(forward_logits(model, x), forward_logits(model, x))
 
 
 def random_noise(
@@ -220,8 +220,8 @@ def random_noise(
     if samples < 1:
         raise UserError(f"samples {samples} must be at least 1")
     best = Best(x, y, losses.margin)
-    rows = best.rows()
+    rows, inside = best.rows(), threat.around(x)
     with attacking(model) as inner:
         for _ in range(samples):
-            best.try_points(inner, rows, threat.random_start(x))
+            best.try_points(inner, rows, inside(x + threat.random_delta(x)))
     return best.x_adv

@@ -1,4 +1,4 @@
-"""What goes into a model and what comes out: images and labels that can be judged, logits."""
+"""Checks of a model's inputs (images and labels) and outputs (logits)."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from surestep.threat import ThreatModel
 def forward_logits(model: nn.Module, x: Tensor) -> Tensor:
     """Run the model and return its logits (N, K) in float32 (float64 stays).
 
-    Of a tuple or list the first entry is taken, of a dict or a Hugging Face output ``logits``.
+    A model may also return a tuple or list that begins with the logits, or a dict or Hugging Face
+    output with an entry ``logits``.
 
     Raises:
-        UserError: what the model returns holds no tensor of shape (N, K), K >= 2.
+        UserError: there is no tensor of shape (N, K), K >= 2, in what the model returns.
     """
     returned = model(x)
     logits = returned
@@ -49,16 +50,16 @@ def forward_logits(model: nn.Module, x: Tensor) -> Tensor:
         )
     if logits.dtype not in (torch.float32, torch.float64):
         return logits.float()
-    # What CUDA graphs return (torch.compile's reduce-overhead) the next pass writes over.
+    # With CUDA graphs (torch.compile's reduce-overhead) the next pass overwrites the output.
     return logits.clone() if compiled_whole(model) else logits
 
 
 def check_inputs(
     model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, unlabelled: bool = False
 ) -> None:
-    """Refuse what would silently give wrong numbers, or fail later in a puzzling way.
+    """Refuse inputs that would silently give wrong numbers, or fail later in a puzzling way.
 
-    Looks at the values, so it waits for the device: call it at the door, not in a step. With
+    Reads the values, so it waits for the device: call it once on entry, not in every step. With
     ``unlabelled`` a label may be -1, for none.
 
     Raises:
@@ -83,7 +84,7 @@ def check_inputs(
         )
     low, high = threat.bounds_in(x.dtype)
     lowest, highest = (float(v) for v in torch.aminmax(x.detach()))
-    # Written so that NaN fails it too.
+    # Written so that NaN is refused, too.
     if not (lowest >= low and highest <= high):
         near = max(low - lowest, highest - high) < 1e-3 * threat.span
         advice = (
@@ -112,10 +113,10 @@ def reason_of(error: Exception) -> str:
 
 
 def check_labels(y: Tensor, classes: int, *, unlabelled: bool = False) -> None:
-    """Refuse labels that are no class of the model, nor -1 where ``unlabelled`` allows that.
+    """Refuse labels that are not classes of the model; ``unlabelled`` also allows -1, for none.
 
     Raises:
-        UserError: a label is outside 0 .. classes - 1.
+        UserError: a label is outside that range.
     """
     lowest, highest = (int(v) for v in torch.aminmax(y))
     if lowest < (-1 if unlabelled else 0) or highest >= classes:
@@ -135,7 +136,7 @@ def count_classes(model: nn.Module, x: Tensor) -> int:
     Raises:
         UserError: the model fails on it or returns no logits.
     """
-    # A look at the model must not change what it draws at random afterwards.
+    # Inspecting a model must not change what it draws at random afterwards.
     with attacking(uncompiled(unwrapped(model))) as inner, forked_rng(x.device):
         try:
             return forward_logits(inner, x[:1]).shape[1]

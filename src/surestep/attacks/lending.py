@@ -1,4 +1,4 @@
-"""A model as others use it: unwrapped, interpreted, lent to an attack and given back as it was.
+"""A model, unwrapped, run eagerly, or lent to an attack and given back as it was.
 
 Modes, ``requires_grad`` flags, ``.grad`` and buffers are left as they were found.
 """
@@ -23,7 +23,7 @@ _INSIDE = "_orig_mod"
 
 
 def check_module(model: object) -> None:
-    """Refuse what is no module, such as the weights alone.
+    """Refuse a model that is no module, such as a state_dict.
 
     Raises:
         UserError: ``model`` is no ``torch.nn.Module``.
@@ -48,13 +48,13 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def forked_rng(device: torch.device) -> Iterator[None]:
-    """Leave the random states as they were: python's, numpy's, torch's, also that of the device.
+    """Restore the random states of python, numpy, torch and the device on exit.
 
-    Seeding inside, ``torch.manual_seed``, reaches every device.
+    Inside the block, ``torch.manual_seed`` seeds every device.
     """
-    # A model may draw from any of them.
+    # A model may draw from any of these.
     python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
-    # torch's own fork_rng asks for the state of a device by its number, which mps has not.
+    # torch's fork_rng addresses devices by their index, which mps does not have.
     state = torch.mps.get_rng_state() if device.type == "mps" else None
     used = torch.cuda.is_initialized() or device.type == "cuda"
     try:
@@ -90,9 +90,9 @@ def compiled(model: nn.Module) -> bool:
 
 
 def uses_batch_statistics(model: nn.Module) -> bool:
-    """Tell whether the images of a pass, in the model's present mode, depend on each other."""
+    """Tell whether batch norm, in its present mode, makes the images of a pass interdependent."""
     norms = (m for m in model.modules() if isinstance(m, _BatchNorm))
-    # Without running statistics it takes the batch's in eval mode, too.
+    # Without running statistics, batch norm uses the batch's in eval mode, too.
     return any(m.training or m.running_mean is None for m in norms)
 
 
@@ -107,9 +107,9 @@ def interpreted(model: nn.Module) -> Iterator[None]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside a DistributedDataParallel one, which may be compiled.
+    """Return the module inside a DistributedDataParallel, which may itself be compiled.
 
-    Its passes wait for no other process.
+    Passes of the inner module do not wait for other processes.
     """
     inner = uncompiled(model)
     return inner.module if isinstance(inner, DistributedDataParallel) else model
@@ -130,10 +130,10 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def copy_all(to: Sequence[Tensor], of: Sequence[Tensor]) -> None:
-    """Copy each tensor into its counterpart: by one kernel a type, where the device has one."""
+    """Copy each tensor into its counterpart: with one kernel per dtype, where the device has it."""
     pairs: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
     for own, other in zip(to, of, strict=True):
-        # .data: a graph recorded before may hold the tensor, and may still be differentiated.
+        # .data: a graph that holds the tensor may still be differentiated.
         pairs.setdefault(own.dtype, []).append((own.data, other))
     for alike in pairs.values():
         own_ones, others = (list(side) for side in zip(*alike, strict=True))
@@ -142,12 +142,12 @@ def copy_all(to: Sequence[Tensor], of: Sequence[Tensor]) -> None:
 
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Restore the buffers (batch statistics) on exit, so that passes inside do not count.
+    """Restore the buffers (batch statistics) on exit, so that passes inside have no effect on them.
 
-    Only of modules that are in train mode now: in eval mode a forward writes none.
+    Only those of modules in train mode are restored: in eval mode a forward pass writes none.
     """
     training = [m for m in model.modules() if m.training]
-    # Each once, though modules may share it.
+    # Modules may share a buffer; take each once.
     buffers = list({id(b): b for m in training for b in m.buffers(recurse=False)}.values())
     saved = [torch.empty_like(b) for b in buffers]
     copy_all(saved, buffers)
@@ -161,13 +161,14 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 def attacking(model: nn.Module, *, train_mode: bool = False) -> Iterator[nn.Module]:
     """Lend the unwrapped ``model`` to an attack and give it back as it was.
 
-    That includes autocast's casts of the weights, if a later pass would get no gradient by them.
+    Cached autocast copies of the weights are dropped, too, if a later pass would get no gradient
+    through them.
 
     Args:
-        model: any module; of a DistributedDataParallel one, the module inside is lent, since
-            an attack must not take part in gradient synchronisation.
-        train_mode: in train mode (batch statistics, dropout) rather than eval mode. One that is
-            in train mode as a whole keeps the modes of its layers.
+        model: any module; of a DistributedDataParallel, the module inside is lent, since an attack
+            must not take part in gradient synchronisation.
+        train_mode: lend it in train mode (batch statistics, dropout) instead of eval mode. A model
+            already in train mode keeps the modes of its layers.
     """
     inner = unwrapped(model)
     # Where the model is in train mode, layers that its owner keeps in eval mode stay so.
@@ -177,10 +178,11 @@ def attacking(model: nn.Module, *, train_mode: bool = False) -> Iterator[nn.Modu
     for module in changed:
         module.training = train_mode
     try:
-        # A compiled backward pass computes the gradients of all that wants any, asked for or not.
-        # Else the weights are left alone: autocast keeps its casts of what wants a gradient only.
+        # A compiled backward computes a gradient for every tensor that requires one, so freeze the
+        # weights there. Otherwise leave them alone: autocast caches casts only of weights that
+        # require a gradient.
         weights = frozen(inner) if any(map(compiled_whole, modules)) else nullcontext()
-        # In train mode batch norm would count the attack in.
+        # In train mode the attack's passes would enter batch norm's running statistics.
         with weights, buffers_kept(inner) if train_mode else nullcontext():
             yield inner
     finally:

@@ -78,7 +78,7 @@ def check(name: str, threat: ThreatModel) -> None:
     """Refuse a norm in which the attack does not look, and a missing foolbox.
 
     Raises:
-        UserError: either is so.
+        UserError: the norm is not supported, or foolbox is missing.
     """
     norms = (L2,) if name == "cw-l2" else (L2, Linf)
     if not isinstance(threat, norms):

@@ -183,10 +183,10 @@ def audit(
         steps = escalate(subject, checks, blind)
         # The escalation may have found what these two checks could not know. A black-box flag stays
         # even if BPDA has since broken the same images: it is the reason why BPDA ran.
-        for check in (black_box_beats_white_box, gap_profile):
-            at = CHECKS.index(check)
-            if check is gap_profile or not checks[at].flagged:
-                checks[at] = check(subject)
+        black_box, gaps = CHECKS.index(black_box_beats_white_box), CHECKS.index(gap_profile)
+        if not checks[black_box].flagged:
+            checks[black_box] = black_box_beats_white_box(subject)
+        checks[gaps] = gap_profile(subject)
     return _conclude(subject, checks, claims, steps, blind, budget, time.perf_counter() - start)
 
 

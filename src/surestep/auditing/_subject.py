@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.attacks import gradient
@@ -17,21 +16,21 @@ from surestep.attacks.core import (
     Ascent,
     Best,
     NoGradient,
-    apart,
-    in_parts,
     input_gradient,
+    logit_distance,
+    map_batches,
     misclassified,
     share_of,
 )
 from surestep.attacks.gradient import pgd_step_size
 from surestep.attacks.inputs import forward_logits
-from surestep.attacks.losses import Objective, log_odds
+from surestep.attacks.losses import Objective, cross_entropy, log_odds
 from surestep.auditing.budgets import Budget
 from surestep.clock import each_minute
 from surestep.data import mixed
 from surestep.devices import has_bf16
 from surestep.evaluation import Adapted, evaluate, suite
-from surestep.evaluation.doubts import rough_logits
+from surestep.evaluation.doubts import ROUNDED_IN_HALF, rough_logits
 from surestep.evaluation.suite import Attack
 from surestep.threat import ThreatModel
 
@@ -57,7 +56,7 @@ class Searched(NamedTuple):
     first_wrong: Tensor
 
 
-class Climb(NamedTuple):
+class PGDCourse(NamedTuple):
     """The course of a PGD run.
 
     Attributes:
@@ -93,7 +92,7 @@ class _Watch(Best):
 
     def offer(self, rows: Tensor, x_adv: Tensor, logits: Tensor) -> None:
         """Record the loss and 1 for misclassified, (N, 2)."""
-        loss = F.cross_entropy(logits, self.y, reduction="none")
+        loss = cross_entropy(logits, self.y)
         self.seen.append(torch.stack([loss, misclassified(logits, self.y).to(loss.dtype)], 1))
 
 
@@ -151,7 +150,8 @@ class Subject:
         """Tell whether the model answers alike in bfloat16, on every image that is looked at."""
         some = self.x[:64]
         full, half = self.logits(some), rough_logits(torch.bfloat16, self.model, some, len(some))
-        return apart(full, half) < 0.05 and full.argmax(1).equal(half.argmax(1))
+        close = logit_distance(full, half) < ROUNDED_IN_HALF
+        return close and full.argmax(1).equal(half.argmax(1))
 
     @property
     def inner(self) -> nn.Module:
@@ -236,12 +236,12 @@ class Subject:
         return self.x[at], self.y[at]
 
     @cached_property
-    def climb(self) -> Climb:
+    def pgd_course(self) -> PGDCourse:
         """The course of 50 steps of PGD from a random start, on the probe."""
-        losses, wrong = self.map(self._climb, *self.probe).unbind(2)
-        return Climb(losses.mean(0).tolist(), wrong.bool().any(1), wrong[:, -1].bool())
+        losses, wrong = self.map(self._watch_pgd, *self.probe).unbind(2)
+        return PGDCourse(losses.mean(0).tolist(), wrong.bool().any(1), wrong[:, -1].bool())
 
-    def _climb(self, x: Tensor, y: Tensor) -> Tensor:
+    def _watch_pgd(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the loss, and 1 for wrong, at the start and after each step, (N, 51, 2)."""
         watch = _Watch(x, y, log_odds)
         Ascent(self.threat, 50, pgd_step_size(self.threat.eps, 50)).search(self.model, watch)
@@ -249,7 +249,7 @@ class Subject:
 
     def map(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """Apply a function to batches of tensors and concatenate what it returns."""
-        return in_parts(self.batch_size, function, *tensors)
+        return map_batches(self.batch_size, function, *tensors)
 
     def search(
         self, x: Tensor, y: Tensor, steps: int, size: float, *, stop_when_wrong: bool = False
@@ -271,7 +271,7 @@ class Subject:
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the cross entropy (N,) of images."""
-        return F.cross_entropy(self.logits(x), y, reduction="none")
+        return cross_entropy(self.logits(x), y)
 
     def gradient(self, x: Tensor, y: Tensor, objective: Objective = log_odds) -> Tensor:
         """Return the gradient of an objective with respect to the images, in their shape."""

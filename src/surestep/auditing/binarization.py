@@ -96,12 +96,12 @@ def binarization_rates(
     def score(found: Tensor, rows: Tensor) -> Tensor:
         return (found * weight[rows]).sum(1) + bias[rows]
 
-    climb = Ascent(threat, STEPS, threat.eps * 2.5 / STEPS, score)
+    ascent = Ascent(threat, STEPS, threat.eps * 2.5 / STEPS, score)
     solved, lucky = [], []
     for rows in torch.arange(len(x), device=x.device).split(batch_size):
         by_gradient, by_chance = (_Solved(x[rows], rows, score) for _ in range(2))
         try:
-            climb.search(features, by_gradient)
+            ascent.search(features, by_gradient)
         except NoGradient:
             # Only the start counts.
             by_gradient.try_points(features, by_gradient.rows(), threat.random_start(x[rows]))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from surestep.attacks import losses
-from surestep.attacks.core import SAME, Ascent, apart, input_gradient, share_of
+from surestep.attacks.core import SAME, Ascent, input_gradient, logit_distance, share_of
 from surestep.attacks.gradient import pgd_step_size
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.lending import seed_everything
@@ -131,15 +131,15 @@ class CheckDefinition:
         seed_everything(subject.seed * 100 + self.number)
         found = self.function(subject)
         return Check(
-            self.number,
-            self.name,
-            self.title,
-            {None: "skipped", True: "flagged", False: "passed"}[found.flag],
-            found.value,
-            self.threshold,
-            found.sentence,
-            self.source,
-            found.evidence,
+            number=self.number,
+            name=self.name,
+            title=self.title,
+            status={None: "skipped", True: "flagged", False: "passed"}[found.flag],
+            value=found.value,
+            threshold=self.threshold,
+            sentence=found.sentence,
+            source=self.source,
+            evidence=found.evidence,
         )
 
 
@@ -171,30 +171,33 @@ def _check(
     AA,
 )
 def deterministic_forward(s: Subject) -> Measurement:
-    """Equal passes, one in other batches and one with gradients on must agree."""
+    """Repeated passes, a pass in other batches and a pass with gradients on must all agree."""
     x, y = s.probe
-    equal = [doubts.logits(s.model, x, s.batch_size) for _ in range(3)]
+    first, *repeated = [doubts.logits(s.model, x, s.batch_size) for _ in range(3)]
     others = {
         "depends on the rest of the batch": doubts.regrouped(s.model, x, s.batch_size),
         "answers differently with gradients on": doubts.logits(
             s.model, x, s.batch_size, gradients=True
         ),
     }
-    right = [int((run.argmax(1) == y).sum()) for run in (*equal, *others.values())]
-    distance = max(apart(equal[0], run) for run in equal[1:])
+    equal, changed = (
+        [int((out.argmax(1) == y).sum()) for out in outs]
+        for outs in ([first, *repeated], others.values())
+    )
+    distance = max(logit_distance(first, run) for run in repeated)
     signs = []
-    if not distance <= SAME or len(set(right[: len(equal)])) > 1:
+    if not distance <= SAME or len(set(equal)) > 1:
         signs.append("is random")
     else:
         limit = doubts.rounding_of(s.model)
         for sign, run in others.items():
-            if doubts.differ(equal[0], run, limit):
+            if doubts.differ_on_many(first, run, limit):
                 signs.append(sign)
-                distance = max(distance, apart(equal[0], run))
+                distance = max(distance, logit_distance(first, run))
     if seeds := seeds_of(s.model):
         signs.append(f"seeds the random generator of {', '.join(seeds)} in its forward")
     said = f"the model {' and '.join(signs)}" if signs else "passes agree"
-    return Measurement(bool(signs), distance, said, {"right": right})
+    return Measurement(bool(signs), distance, said, {"right": [*equal, *changed]})
 
 
 @_check(
@@ -460,7 +463,7 @@ def eps_sweep(s: Subject) -> Measurement:
     f"{C19}; {IOAF}",
 )
 def convergence(s: Subject) -> Measurement:
-    """An attack that is still finding has not finished."""
+    """An attack that still breaks new images has not converged."""
     x, y = s.probe
     steps = [5, 10, 25, 50, 100]
     size = pgd_step_size(s.threat.eps, 100)
@@ -499,7 +502,7 @@ def convergence(s: Subject) -> Measurement:
 
 def _late_movement(s: Subject) -> float:
     """Return how far the mean loss moves in the last 10 of 50 steps, as a share of its range."""
-    course = s.climb.losses
+    course = s.pgd_course.losses
     last, whole = course[-10:], max(course) - min(course)
     return (max(last) - min(last)) / whole if whole > 0 else 0.0
 
@@ -507,7 +510,7 @@ def _late_movement(s: Subject) -> float:
 @_check(12, "Silent success", "> 1% of images were broken on the way and right at the end", IOAF)
 def silent_success(s: Subject) -> Measurement:
     """An attack that returns its last iterate loses these; surestep's keep the best."""
-    lost = share_of(s.climb.ever_wrong & ~s.climb.wrong)
+    lost = share_of(s.pgd_course.ever_wrong & ~s.pgd_course.wrong)
     return Measurement(lost > 0.01, lost, f"{lost:.1%} were broken only on the way")
 
 
@@ -546,7 +549,7 @@ def gradient_alignment(s: Subject) -> Measurement:
     "Abad Rocamora et al. 2024, ELLE",
 )
 def local_linearity(s: Subject) -> Measurement:
-    """The loss between two points of the ball against the line between them."""
+    """Between two points of the ball the loss should lie near its linear interpolation."""
     x, y = s.probe
     a, b = s.threat.random_start(x), s.threat.random_start(x)
     share = torch.rand(len(x), device=x.device)
@@ -587,8 +590,8 @@ def distorted_boundary(s: Subject) -> Measurement:
     if not both.any():
         return Measurement(False, 0.0, "FGSM leaves no image right", {"right at both ends": 0})
     left = both.nonzero().squeeze(1)
-    for share in torch.linspace(0, 1, BETWEEN + 2).tolist()[1:-1]:
-        between = x[left] + share * (end[left] - x[left])
+    for position in torch.linspace(0, 1, BETWEEN + 2).tolist()[1:-1]:
+        between = x[left] + position * (end[left] - x[left])
         left = left[s.logits(between).argmax(1) == y[left]] if len(left) else left
     share = 1 - len(left) / int(both.sum())
     said = f"of {int(both.sum())} images right at both ends, {share:.1%} are wrong between"
@@ -607,14 +610,14 @@ def sat_properties(s: Subject) -> Measurement:
     step = s.fgsm_step(x, y)
     at_f = s.logits(s.threat.project(x + step, x))
     # The last iterate, as SAT-R1 has it, not the strongest; the image where a gradient is NaN.
-    climb = Ascent(s.threat, 10, s.threat.eps / 10).climb
-    ifgsm = s.map(lambda a, b: climb(s.model, a, b, a), x, y)
+    ascent = Ascent(s.threat, 10, s.threat.eps / 10)
+    ifgsm = s.map(lambda a, b: ascent.last_iterate(s.model, a, b, a), x, y)
     ifgsm = torch.where(ifgsm.isfinite(), ifgsm, x)
     alpha = s.threat.eps / 30
     noisy = s.threat.clip(x + s.threat.random_step(x, alpha))
     rfgsm = s.threat.project(s.fgsm(noisy, y), x)
     size = at_f.square().sum(1).mean().item() or 1.0
-    apart = {
+    distances = {
         "FGSM to I-FGSM": (at_f - s.logits(ifgsm)).square().sum(1).mean().item() / size,
         "FGSM to R-FGSM": (at_f - s.logits(rfgsm)).square().sum(1).mean().item() / size,
     }
@@ -627,9 +630,9 @@ def sat_properties(s: Subject) -> Measurement:
     ratio = low[kept].mean().item() / held if kept.any() and held > 0 else 0.0
     said = (
         f"the loss at eps / 3 is {ratio:.2f} of that at eps; logits apart by "
-        f"{apart['FGSM to I-FGSM']:.2f} (I-FGSM) and {apart['FGSM to R-FGSM']:.2f} (R-FGSM)"
+        f"{distances['FGSM to I-FGSM']:.2f} (I-FGSM) and {distances['FGSM to R-FGSM']:.2f} (R-FGSM)"
     )
-    return Measurement(ratio > 0.9, ratio, said, {"step": shares, "loss": course, **apart})
+    return Measurement(ratio > 0.9, ratio, said, {"step": shares, "loss": course, **distances})
 
 
 @_check(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
-from surestep.activations import with_a_way_through
+from surestep.activations import straight_through_layers
 from surestep.attacks.core import share_of
 from surestep.auditing import stand_ins
 from surestep.auditing._subject import Subject, gradient_free
@@ -72,9 +72,9 @@ def escalate(s: Subject, checks: Sequence[Check], no_gradient_share: float) -> l
     return steps
 
 
-def _own_way(s: Subject, signs: Signs) -> Planning:
-    """Go straight through layers that define a way through themselves."""
-    layers, steps = with_a_way_through(s.model), 2 * s.budget.steps
+def _straight_through(s: Subject, signs: Signs) -> Planning:
+    """Attack with straight-through gradients, if layers provide them."""
+    layers, steps = straight_through_layers(s.model), 2 * s.budget.steps
     if not layers:
         return
     why = f"{len(layers)} layers pass no gradient in places: straight through them"
@@ -137,5 +137,12 @@ def _autoattack(s: Subject, signs: Signs) -> Planning:
         yield Planned("autoattack", "part of this budget")
 
 
-ANSWERS: tuple[Answer, ...] = (_own_way, _undo_softmax, _expect, _bpda, _longer, _autoattack)
+ANSWERS: tuple[Answer, ...] = (
+    _straight_through,
+    _undo_softmax,
+    _expect,
+    _bpda,
+    _longer,
+    _autoattack,
+)
 """In the order in which they run: those made for one way of hiding first."""

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from surestep.activations import with_a_way_through
+from surestep.activations import straight_through_layers
 from surestep.attacks.lending import attacking, check_module, device_of, forked_rng, seed_everything
 from surestep.data import Images
 from surestep.devices import memory_for
@@ -36,7 +37,7 @@ def evaluate(
     model: nn.Module,
     data: Images | tuple[Tensor, Tensor] | Dataset | DataLoader,
     threat: ThreatModel,
-    attacks: Sequence[str] | Mapping[str, suite.Attack | suite.Run] | None = None,
+    attacks: Sequence[str] | Mapping[str, suite.Attack | suite.AttackFn] | None = None,
     *,
     budget: str = "standard",
     batch_size: int = 500,
@@ -66,7 +67,7 @@ def evaluate(
         attacks: names, see ``surestep.evaluation.suite``, or a ``suite.Attack`` or a function of
             (model, x, y) that returns x_adv, by name; its points are projected to the ball. By
             default the attacks of the budget. If the model has layers that know a way straight
-            through them (MeanSparse), each name that follows the gradient also runs as "NAME-bpda".
+            through them (MeanSparse), each name that uses the gradient also runs as "NAME-bpda".
         budget: "quick", "standard" or "thorough"; ignored if ``attacks`` is given.
         batch_size: number of images attacked at a time.
         n: number of images, all by default: the first n; of tensors that are sorted by class, and
@@ -95,86 +96,136 @@ def evaluate(
     """
     check_module(model)
     check_threat(threat)
-    custom = suite.as_attacks(attacks) if isinstance(attacks, Mapping) else None
-    if custom is not None and (taken := {"clean", "worst case"} & custom.keys()):
-        raise UserError(
-            f"an attack cannot be called {min(taken)!r}, a name the result needs: rename it"
-        )
-    if custom is not None and eps:
-        raise UserError("eps takes attacks by name: an Attack is made for one radius")
-    names = _names(attacks, budget, model)
-    balls = [threat.with_eps(e) for e in eps]
+    other_radii = [threat.with_eps(e) for e in eps]
     device, start = device_of(model), time.perf_counter()
-    # Without the substitute: it follows from the rest, except for the last digits.
-    given = list(sources)
-    # An audit's is adapted already: twice would round the pixels before they are normalised.
+    user_sources = list(sources)
+    # An audit passes an adapted model: adapting it again would cast the pixels before they are
+    # normalised.
     once = preprocess is None and any(isinstance(part, Adapted) for part in model.modules())
     judged = model if once else Adapted(model, preprocess)
     advice = f"lower batch_size ({batch_size})"
-    if custom is None and "transfer" in names and not sources:
-        with forked_rng(device), memory_for("the substitute", advice):
-            sources = _stand_in(judged, data, batch_size, threat, seed)
-
-    def at(ball: ThreatModel, place: str | Path | None) -> Evaluation:
-        by_name = suite.parse_all(names, ball, sources) if custom is None else custom
-        settings = {
-            "version": 3,
-            "attacks": list(by_name),
-            "threat": ball.to_dict(),
-            "batch_size": batch_size,
-            "n": n,
-            "seed": seed,
-            "precision": str(precision),
-        }
-        if place is not None:
-            settings |= _digests(model, preprocess, given)
-        kept = State(place, settings)
-        judge = Judge(judged, ball, by_name, seed, precision, kept, tell, progress)
-        with (
-            contextlib.closing(judge.state),
-            attacking(judged),
-            forked_rng(device),
-            memory_for("an attack", advice),
-        ):
-            seed_everything(seed)
-            batches, judge.total = batches_of(data, batch_size, n, device, ball.bounds)
-            for x, y in batches:
-                judge.batch(x, y)
-            if doubt and ball is threat:
-                judge.look_for_doubts(given if "transfer" in names else [], batch_size)
-        return judge.result()
-
-    whole = at(threat, state)
-    if whole.doubts and whole.worst_case_accuracy > 0:
-        warnings.warn(
-            f"the worst case of {whole.worst_case_accuracy:.1%} may be too high: "
-            f"{'; '.join(whole.doubts)}. An audit looks closer",
-            SurestepWarning,
-            stacklevel=2,
-        )
-    if n is not None:
-        warn_of_one_class({row["label"]: row["n"] for row in whole.per_class}, stacklevel=2)
-    curve = []
-    for ball in balls:
-        place = None if state is None else f"{state}.eps-{ball.eps:g}"
-        curve.append(_row(ball, whole if ball.eps == threat.eps else at(ball, place)))
+    if isinstance(attacks, Mapping):
+        by_name = _own_attacks(attacks, eps)
+    else:
+        names = _names(attacks, budget, model)
+        if "transfer" in names and not sources:
+            with forked_rng(device), memory_for("the substitute", advice):
+                sources = _stand_in(judged, data, batch_size, threat, seed)
+        by_name = suite.parse_all(names, threat, sources)
+    attack_within = partial(
+        _attack_within,
+        model=judged,
+        data=data,
+        batch_size=batch_size,
+        n=n,
+        seed=seed,
+        precision=precision,
+        # Without the substitute: it follows from the rest, except for the last digits.
+        digests={} if state is None else _digests(model, preprocess, user_sources),
+        tell=tell,
+        progress=progress,
+    )
+    with attacking(judged), forked_rng(device), memory_for("an attack", advice):
+        judge = attack_within(threat, by_name, state_path=state)
+        if doubt:
+            judge.look_for_doubts(user_sources if "transfer" in by_name else [], batch_size)
+        whole = judge.result()
+        if whole.doubts and whole.worst_case_accuracy > 0:
+            warnings.warn(
+                f"the worst case of {whole.worst_case_accuracy:.1%} may be too high: "
+                f"{'; '.join(whole.doubts)}. An audit looks closer",
+                SurestepWarning,
+                stacklevel=2,
+            )
+        if n is not None:
+            warn_of_one_class({row["label"]: row["n"] for row in whole.per_class}, stacklevel=2)
+        curve = []
+        for radius in other_radii:
+            found = whole
+            if radius.eps != threat.eps:
+                again = suite.parse_all(by_name, radius, sources)
+                path = None if state is None else f"{state}.eps-{radius.eps:g}"
+                found = attack_within(radius, again, state_path=path).result()
+            curve.append(_row(radius, found))
     return replace(whole, curve=curve, seconds=time.perf_counter() - start)
 
 
-def _names(
-    attacks: str | Sequence[str] | Mapping[str, suite.Attack | suite.Run] | None,
-    budget: str,
+def _attack_within(
+    radius: ThreatModel,
+    attacks: dict[str, suite.Attack],
+    *,
     model: nn.Module,
-) -> list[str]:
-    """Return the names of the attacks; those given by name also straight through layers."""
-    if isinstance(attacks, Mapping):
-        return list(attacks)
+    data: Any,
+    batch_size: int,
+    n: int | None,
+    seed: int,
+    precision: torch.dtype,
+    state_path: str | Path | None,
+    digests: Mapping[str, Any],
+    tell: Callable[[str], None] | None,
+    progress: Callable[[int, int, float], None] | None,
+) -> Judge:
+    """Run the attacks on all images at one radius.
+
+    Seeds the global random state, so the caller must restore it.
+
+    Args:
+        radius: the threat model at this radius.
+        attacks: by name, made for this radius.
+        model: pixels in, logits out, in eval mode.
+        data: as for ``evaluate``, as are the rest.
+        batch_size: number of images attacked at a time.
+        n: number of images.
+        seed: of everything that attacks draw at random.
+        precision: dtype in which the perturbations are crafted.
+        state_path: progress file.
+        digests: of all models that determine the results, for the progress file.
+        tell: called when an attack begins on a batch.
+        progress: called before each attack and after each batch.
+    """
+    settings = {
+        "version": 3,
+        "attacks": list(attacks),
+        "threat": radius.to_dict(),
+        "batch_size": batch_size,
+        "n": n,
+        "seed": seed,
+        "precision": str(precision),
+        **digests,
+    }
+    kept = State(state_path, settings)
+    judge = Judge(model, radius, attacks, seed, precision, kept, tell, progress)
+    with contextlib.closing(kept):
+        seed_everything(seed)
+        device = device_of(model)
+        batches, judge.total = batches_of(data, batch_size, n, device, radius.bounds)
+        for x, y in batches:
+            judge.run_batch(x, y)
+    return judge
+
+
+def _own_attacks(
+    attacks: Mapping[str, suite.Attack | suite.AttackFn], eps: Sequence[float]
+) -> dict[str, suite.Attack]:
+    """Return attacks that were not given as names, with plain functions wrapped."""
+    made = suite.as_attacks(attacks)
+    if taken := {"clean", "worst case"} & made.keys():
+        raise UserError(
+            f"an attack cannot be called {min(taken)!r}, a name the result needs: rename it"
+        )
+    if eps:
+        raise UserError("eps takes attacks by name: an Attack is made for one radius")
+    return made
+
+
+def _names(attacks: str | Sequence[str] | None, budget: str, model: nn.Module) -> list[str]:
+    """Return the names of the attacks, also of those straight through layers."""
     if attacks is None:
         names = list(suite.budget(budget))
     else:
         names = [attacks] if isinstance(attacks, str) else list(attacks)
         suite.check_names(names)
-    return suite.with_bpda(names) if with_a_way_through(model) else names
+    return suite.with_bpda(names) if straight_through_layers(model) else names
 
 
 def _stand_in(

@@ -6,7 +6,6 @@ attack has its own seed for each batch, so finished attacks need not be repeated
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -30,7 +29,7 @@ def model_digest(model: nn.Module) -> str:
         f"{type(module).__qualname__} {re.sub(r'0x[0-9a-f]+', '', module.extra_repr())}"
         for module in model.modules()
     ]
-    names = hashlib.sha256(" ".join([*(k for k, _ in state), *told]).encode()).hexdigest()[:16]
+    names = files.digest(" ".join([*(k for k, _ in state), *told]).encode())
     return f"{names}-{files.digest(*(v for _, v in state))}"
 
 

@@ -1,4 +1,4 @@
-"""Anyone's model, as attacks want it."""
+"""Any classifier, behind the interface that attacks expect."""
 
 from __future__ import annotations
 

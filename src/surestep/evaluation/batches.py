@@ -27,8 +27,8 @@ def batches_of(
     """Return the batches on the device, and the number of images if it is known (else 0).
 
     Raises:
-        UserError: data that are none, or tensors that are no float32 images where the data range
-            is another than [0, 1].
+        UserError: unsupported data, or, for a data range other than [0, 1], tensors that are not
+            float32 images.
     """
     whole = 0
     if isinstance(data, Dataset):

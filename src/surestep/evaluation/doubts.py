@@ -7,7 +7,7 @@ audit looks closer, and attacks what it finds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from surestep.activations import straight_through
 from surestep.attacks.core import (
-    SAME,
     NoGradient,
-    apart,
-    in_parts,
     input_gradient,
+    map_batches,
     misclassified,
+    passes_agree,
     share_of,
 )
 from surestep.attacks.inputs import forward_logits
@@ -53,9 +52,8 @@ def of_model(
     x: Tensor,
     y: Tensor,
     threat: ThreatModel,
-    attacks: Sequence[str],
+    attacks: Collection[suite.Attack],
     batch_size: int,
-    own: bool = False,
 ) -> list[str]:
     """Describe what may mislead attacks on a model.
 
@@ -64,14 +62,13 @@ def of_model(
         x: images (N, ...) that are right as they are.
         y: labels (N,).
         threat: norm, radius and data range.
-        attacks: by name. If none follows the gradient, gradients are not looked at; if some went
-            straight through layers that know such a way, these gradients are.
+        attacks: if none uses the gradient, gradients are not looked at; if some went straight
+            through layers that know such a way, these gradients are.
         batch_size: of the passes.
-        own: whether an attack that surestep does not know follows the gradient.
     """
-    follows = own or any(map(suite.follows, attacks))
+    uses_gradient = any(attack.uses_gradient for attack in attacks)
     first = logits(model, x, batch_size)
-    found = _of_passes(model, x, first, batch_size, follows)
+    found = _of_passes(model, x, first, batch_size, uses_gradient)
     if seeds := seeds_of(model):
         found.append(
             f"its forward seeds the random generator of {' and '.join(seeds)}, so what it draws is "
@@ -79,8 +76,7 @@ def of_model(
         )
     if are_probabilities(model, first):
         found.append("it returns probabilities, whose gradients vanish where it is sure")
-    if follows:
-        bpda = any(name.endswith("-bpda") for name in attacks)
+    if uses_gradient:
 
         def flat(z: Tensor, labels: Tensor) -> Tensor:
             try:
@@ -88,9 +84,10 @@ def of_model(
             except NoGradient:
                 return torch.ones(len(z), dtype=torch.bool)
 
+        bpda = any(attack.bpda for attack in attacks)
         with straight_through(model) if bpda else nullcontext():
             places = (x, threat.random_start(x))
-            blind = [in_parts(batch_size, flat, place, y) for place in places]
+            blind = [map_batches(batch_size, flat, place, y) for place in places]
         count = max(int(some.sum()) for some in blind)
         if count >= BY_CHANCE and count > MISSED * len(x):
             found.append(f"no gradient reaches {count} of {len(x)} images looked at")
@@ -98,21 +95,21 @@ def of_model(
 
 
 def _of_passes(
-    model: nn.Module, x: Tensor, first: Tensor, batch_size: int, follows: bool
+    model: nn.Module, x: Tensor, first: Tensor, batch_size: int, uses_gradient: bool
 ) -> list[str]:
     """Describe in what respect other passes over the images x do not give the ``first`` logits.
 
     Where gradients are on and each image stands in another batch, most models give the same
     logits, so that one pass settles it.
     """
-    if apart(first, regrouped(model, x, batch_size, gradients=follows)) <= SAME:
+    if passes_agree(first, regrouped(model, x, batch_size, gradients=uses_gradient)):
         return []
-    if not apart(first, logits(model, x, batch_size)) <= SAME:
+    if not passes_agree(first, logits(model, x, batch_size)):
         return ["the model is random, and each point was judged by a single draw"]
     found, limit = [], rounding_of(model)
-    if differ(first, regrouped(model, x, batch_size), limit):
+    if differ_on_many(first, regrouped(model, x, batch_size), limit):
         found.append(BATCH_DEPENDENT)
-    if follows and differ(first, logits(model, x, batch_size, gradients=True), limit):
+    if uses_gradient and differ_on_many(first, logits(model, x, batch_size, gradients=True), limit):
         found.append(OTHER_WITH_GRADIENTS)
     return found
 
@@ -132,7 +129,7 @@ def logits(model: nn.Module, x: Tensor, batch_size: int, *, gradients: bool = Fa
 
     # An image that was made in inference mode cannot require a gradient in it.
     with torch.inference_mode(False), torch.set_grad_enabled(gradients), exact(x.device):
-        return in_parts(batch_size, run, x)
+        return map_batches(batch_size, run, x)
 
 
 def of_precision(precision: torch.dtype, model: nn.Module, x: Tensor, batch_size: int) -> list[str]:
@@ -143,7 +140,7 @@ def of_precision(precision: torch.dtype, model: nn.Module, x: Tensor, batch_size
     if precision == torch.float32:
         return []
     full, half = logits(model, x, batch_size), rough_logits(precision, model, x, batch_size)
-    if not differ(full, half, ROUNDED_IN_HALF):
+    if not differ_on_many(full, half, ROUNDED_IN_HALF):
         return []
     name = str(precision).removeprefix("torch.")
     return [f"it answers differently in {name}, in which its attacks were made"]
@@ -153,7 +150,7 @@ def of_precision(precision: torch.dtype, model: nn.Module, x: Tensor, batch_size
 def rough_logits(precision: torch.dtype, model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
     """Return the logits (N, K) of images under autocast to a precision."""
     with autocast(x.device, precision):
-        return in_parts(batch_size, lambda z: forward_logits(model, z), x)
+        return map_batches(batch_size, lambda z: forward_logits(model, z), x)
 
 
 def regrouped(model: nn.Module, x: Tensor, batch_size: int, *, gradients: bool = False) -> Tensor:
@@ -177,7 +174,7 @@ def of_sources(sources: Sequence[nn.Module], x: Tensor, y: Tensor, batch_size: i
     found = []
     for number, source in enumerate(sources, 1):
         with attacking(Adapted(source)) as inner, torch.no_grad():
-            out = in_parts(batch_size, lambda z, inner=inner: forward_logits(inner, z), x)
+            out = map_batches(batch_size, lambda z, inner=inner: forward_logits(inner, z), x)
         right = share_of(~misclassified(out, y))
         if right < 0.5:
             found.append(
@@ -187,14 +184,17 @@ def of_sources(sources: Sequence[nn.Module], x: Tensor, y: Tensor, batch_size: i
     return found
 
 
-def of_results(right: Mapping[str, Tensor], square: int | None = None) -> list[str]:
+def of_results(
+    right: Mapping[str, Tensor], attacks: Mapping[str, suite.Attack], square: int | None = None
+) -> list[str]:
     """Describe where the attacks' results show that gradients mislead.
 
     Args:
         right: which images (N,) were right "clean", and under each attack, by its name.
+        attacks: these attacks, by name.
         square: number of images that AutoAttack's Square broke after its gradient attacks.
     """
-    steps = {name: suite.gradient_steps(name) for name in right}
+    steps = {name: attack.gradient_steps for name, attack in attacks.items()}
     one = [right[name] for name, taken in steps.items() if taken == 1]
     many = [right[name] for name, taken in steps.items() if taken and taken >= _MANY]
     found: list[str] = []
@@ -204,7 +204,7 @@ def of_results(right: Mapping[str, Tensor], square: int | None = None) -> list[s
         if more >= BY_CHANCE and more > BEATEN * n:
             found.append("one step breaks more images than many")
     alone = {} if square is None else {"autoattack's square": square}
-    seeing = {name: right[name] for name in right if suite.follows(name)}
+    seeing = {name: right[name] for name, attack in attacks.items() if attack.uses_gradient}
     # A single step is not expected to find everything.
     if any(steps[name] != 1 for name in seeing):
         left = torch.stack(list(seeing.values())).all(0)
@@ -216,7 +216,7 @@ def of_results(right: Mapping[str, Tensor], square: int | None = None) -> list[s
     return found
 
 
-def unlike(first: Tensor, second: Tensor, limit: float) -> Tensor:
+def differing_rows(first: Tensor, second: Tensor, limit: float) -> Tensor:
     """Tell for which images (N,) two passes' logits (N, K) differ.
 
     They do if they give another class, if other entries are finite, or if their distance is more
@@ -228,14 +228,14 @@ def unlike(first: Tensor, second: Tensor, limit: float) -> Tensor:
     return far | (whole != second.isfinite()).any(1) | (first.argmax(1) != second.argmax(1))
 
 
-def differ(first: Tensor, second: Tensor, limit: float) -> bool:
+def differ_on_many(first: Tensor, second: Tensor, limit: float) -> bool:
     """Tell whether two passes' logits (N, K) differ on more images than a few by chance."""
-    count = int(unlike(first, second, limit).sum())
+    count = int(differing_rows(first, second, limit).sum())
     return count >= BY_CHANCE and count > MISSED * len(first)
 
 
 def rounding_of(model: nn.Module) -> float:
-    """Return the ``limit`` for ``unlike`` that allows for the rounding of a model's weights."""
+    """Return the ``limit`` of ``differing_rows`` that allows for the rounding of the weights."""
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
     return ROUNDED_IN_HALF if half else ROUNDED
 

@@ -7,12 +7,13 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import SAME, apart, misclassified, round_up, share_of
+from surestep.attacks.core import misclassified, passes_agree, round_up, share_of
 from surestep.attacks.inputs import check_inputs, forward_logits
 from surestep.attacks.lending import forked_rng, seed_everything
 from surestep.data import mixed
@@ -21,12 +22,28 @@ from surestep.errors import UserError
 from surestep.evaluation import doubts, suite
 from surestep.evaluation._state import State
 from surestep.evaluation.result import Evaluation, wilson_interval
-from surestep.evaluation.suite import Found
+from surestep.evaluation.suite import AttackResult
 from surestep.files import digest
 from surestep.threat import ThreatModel
 
 _ROUNDED = 0.01  # share of images that rounding on another machine may misclassify
 _KEPT = 16  # images of the first batch whose logits the state keeps
+
+
+class Outcome(NamedTuple):
+    """What an attack, or a part of one, did to a batch, as the state keeps it.
+
+    Attributes:
+        broken: positions of the images that it broke, ascending.
+        steps: the number of steps that each of these took; empty if the attack does not tell.
+        parts: how many each part of the attack broke; empty if it has no parts.
+        seconds: wall time.
+    """
+
+    broken: list[int]
+    steps: list[int]
+    parts: dict[str, int]
+    seconds: float
 
 
 class Judge:
@@ -58,7 +75,7 @@ class Judge:
         self.tell, self.progress = tell, progress
         self.seed, self.precision, self.state = seed, precision, state
         # Cheapest first: what they break, those on survivors need not attack.
-        self.order = sorted(attacks, key=lambda k: (attacks[k].survivors, attacks[k].passes))
+        self.order = sorted(attacks, key=lambda k: (attacks[k].survivors_only, attacks[k].passes))
         self.right: dict[str, list[Tensor]] = {name: [] for name in ("clean", *attacks)}
         self.first_wrong: dict[str, list[Tensor]] = {
             name: [] for name, attack in attacks.items() if attack.points_tried
@@ -71,13 +88,12 @@ class Judge:
         self.seconds = dict.fromkeys(attacks, 0.0)
         self.labels: list[Tensor] = []
         self.worst: list[Tensor] = []
-        self.done = self.survivors = self.number = 0
+        self.n_done = self.n_robust = self.batch_index = 0
         self.total = 0  # 0: unknown
-        self.left = ""  # what has withstood so far, in words
         self.kept_images: list[tuple[Tensor, Tensor]] = []
         self.doubts: list[str] | None = None
 
-    def batch(self, x: Tensor, y: Tensor) -> None:
+    def run_batch(self, x: Tensor, y: Tensor) -> None:
         """Run every attack on a batch, except those whose results the state holds."""
         check_inputs(self.model, x, y, self.threat)
         clean = self._clean(x, y)
@@ -85,55 +101,58 @@ class Judge:
         todo = sum(attack.passes for attack in self.attacks.values()) or 1
         spent = 0.0
         for name in self.order:
-            self._report(worst, spent / todo)
-            spent += self.attacks[name].passes
-            targets = worst if self.attacks[name].survivors else clean
-            known = self.state.get(self.number, name)
-            if known is None:
-                known = self._attack(name, x, y, targets)
-                self.state.put(self.number, name, **known)
-            broken = torch.tensor(known["broken"], dtype=torch.int64)
-            ok = targets.clone()
-            ok[broken] = False
-            self.right[name].append(ok)
-            if name in self.first_wrong:
-                steps = torch.full((len(x),), -1)
-                # An attack that returns points alone does not tell the step: its last one.
-                last = (self.attacks[name].points_tried or 1) - 1
-                steps[broken] = torch.tensor(known["steps"] or last)
-                self.first_wrong[name].append(steps)
-            for part, count in known.get("parts", {}).items():
-                self.parts[name][part] += count
-            worst &= ok
-            self.seconds[name] += known["seconds"]
+            worst_case = (self.n_robust + int(worst.sum())) / (self.n_done + len(x))
+            if self.progress:
+                self.progress(self.n_done + int(spent / todo * len(x)), self.total, worst_case)
+            attack = self.attacks[name]
+            spent += attack.passes
+            targets = worst if attack.survivors_only else clean
+            run = partial(self._attack, name, x, y, targets, worst_case)
+            worst &= self._count(name, self._known_or_run(name, run), targets)
         self._keep_some(x, y, clean)
         self.right["clean"].append(clean)
         self.worst.append(worst)
         self.labels.append(y.cpu())
-        self.done += len(x)
-        self.survivors += int(worst.sum())
-        self.number += 1
+        self.n_done += len(x)
+        self.n_robust += int(worst.sum())
+        self.batch_index += 1
         if self.progress:
-            self.progress(self.done, self.total, self.survivors / self.done)
+            self.progress(self.n_done, self.total, self.n_robust / self.n_done)
 
-    def _report(self, worst: Tensor, share: float) -> None:
-        """Tell how far the evaluation is, in a batch of which ``share`` of the work is done.
+    def _known_or_run(self, label: str, run: Callable[[], Outcome]) -> Outcome:
+        """Return the outcome on this batch that the state holds; if none, run and store it."""
+        known = self.state.get(self.batch_index, label)
+        if known is not None:
+            return Outcome(
+                known["broken"], known["steps"], known.get("parts", {}), known["seconds"]
+            )
+        outcome = run()
+        self.state.put(self.batch_index, label, **outcome._asdict())
+        return outcome
 
-        Args:
-            worst: which images of the batch (N,) withstood so far.
-            share: by the attacks' passes.
-        """
-        left = (self.survivors + int(worst.sum())) / (self.done + len(worst))
-        self.left = f"worst case {left:.1%} so far"
-        if self.progress:
-            self.progress(self.done + int(share * len(worst)), self.total, left)
+    def _count(self, name: str, outcome: Outcome, targets: Tensor) -> Tensor:
+        """Count what an attack did; return which of its targets (N,) withstood it."""
+        broken = torch.tensor(outcome.broken, dtype=torch.int64)
+        ok = targets.clone()
+        ok[broken] = False
+        self.right[name].append(ok)
+        if name in self.first_wrong:
+            steps = torch.full((len(targets),), -1)
+            # An attack that returns points alone does not tell the step: its last one.
+            steps[broken] = torch.tensor(outcome.steps or self.attacks[name].last_step)
+            self.first_wrong[name].append(steps)
+        for part, count in outcome.parts.items():
+            self.parts[name][part] += count
+        self.seconds[name] += outcome.seconds
+        return ok
 
     def _keep_some(self, x: Tensor, y: Tensor, clean: Tensor) -> None:
         """Keep some correctly classified images for ``look_for_doubts``.
 
-        Of all batches, since the data may be sorted by class; what one lacks the next makes up for.
+        Images are taken from all batches, since the data may be sorted by class; a shortfall in one
+        is made up from the next.
         """
-        so_far = (self.done + len(x)) / self.total if self.total else 1.0
+        so_far = (self.n_done + len(x)) / self.total if self.total else 1.0
         quota = min(doubts.LOOKED_AT, math.ceil(doubts.LOOKED_AT * so_far))
         wanted = quota - sum(len(labels) for _, labels in self.kept_images)
         kept = self.kept_images
@@ -149,32 +168,31 @@ class Judge:
         if self.kept_images:
             x, y = (torch.cat(parts) for parts in zip(*self.kept_images, strict=True))
             with self._seeded("doubts", x.device):
-                own = any(attack.follows for attack in self.attacks.values())
                 self.doubts += doubts.of_model(
-                    self.model, x, y, self.threat, list(self.attacks), batch_size, own
+                    self.model, x, y, self.threat, self.attacks.values(), batch_size
                 )
                 self.doubts += doubts.of_sources(sources, x, y, batch_size)
                 self.doubts += doubts.of_precision(self.precision, self.model, x, batch_size)
 
     def _clean(self, x: Tensor, y: Tensor) -> Tensor:
         fingerprint = digest(x, y) if self.state.kept else ""
-        known = self.state.get(self.number, "clean")
+        known = self.state.get(self.batch_index, "clean")
         if known is None:
             with self._seeded("clean", x.device):
                 out = self._logits(x)
             clean = ~misclassified(out, y).cpu()
             wrong = (~clean).nonzero().squeeze(1).tolist()
-            some = {"logits": _rounded(out[:_KEPT])} if self.number == 0 else {}
-            self.state.put(self.number, "clean", wrong=wrong, data=fingerprint, **some)
+            some = {"logits": _rounded(out[:_KEPT])} if self.batch_index == 0 else {}
+            self.state.put(self.batch_index, "clean", wrong=wrong, data=fingerprint, **some)
             return clean
         if known["data"] != fingerprint:
             raise UserError(
-                f"batch {self.number} differs from the one that the state file was written for: "
-                "give the same data in the same order, or another state file"
+                f"batch {self.batch_index} differs from the one that the state file was written "
+                "for: give the same data in the same order, or another state file"
             )
         clean = torch.ones(len(x), dtype=torch.bool)
         clean[torch.tensor(known["wrong"], dtype=torch.int64)] = False
-        if self.number == 0:
+        if self.batch_index == 0:
             self._check_model(x, y, clean, torch.tensor(known["logits"]))
         return clean
 
@@ -193,12 +211,13 @@ class Judge:
         with self._seeded("clean", x.device):
             out, again = self._logits(x), self._logits(x)
         now, limit = out[: len(kept)].cpu(), doubts.rounding_of(self.model)
-        same = kept.shape == now.shape
-        moved = int(doubts.unlike(kept.to(now.dtype), now, limit).sum()) if same else len(kept)
+        moved = len(kept)
+        if kept.shape == now.shape:
+            moved = int(doubts.differing_rows(kept.to(now.dtype), now, limit).sum())
         turned = int((clean == misclassified(out, y).cpu()).sum())
         # Another machine may round an image or two to the other side of a boundary or a threshold.
         # A random model that has its own generator draws anew: its passes differ from each other.
-        if apart(out, again) <= SAME and (
+        if passes_agree(out, again) and (
             moved > len(kept) // 8 or turned > max(2, _ROUNDED * len(x))
         ):
             told = (
@@ -211,53 +230,53 @@ class Judge:
                 f"same ({told}): restore its code and attributes, or give another state file"
             )
 
-    def _attack(self, name: str, x: Tensor, y: Tensor, targets: Tensor) -> dict[str, Any]:
-        """Run one attack, part by part if it has parts, on the images ``targets`` (N,) of a batch.
+    def _attack(
+        self, name: str, x: Tensor, y: Tensor, targets: Tensor, worst_case: float
+    ) -> Outcome:
+        """Run one attack, part by part if it has parts.
 
-        Returns:
-            The indices of the ``broken`` images, the number of ``steps`` that each took (empty if
-            the attack is not iterative), how many each of the ``parts`` broke, and the ``seconds``
-            of the whole.
+        Args:
+            name: of the attack.
+            x: the images (N, ...) of a batch.
+            y: their labels (N,).
+            targets: which of them (N,) to attack.
+            worst_case: accuracy so far, for ``tell``.
         """
         attack = self.attacks[name]
         if not isinstance(attack.run, Mapping):
-            return self._run(name, attack.run, attack.points_tried, x, y, targets)
+            return self._run(name, attack.run, attack.last_step, x, y, targets, worst_case)
         broken: list[int] = []
         parts, seconds, left = {}, 0.0, targets.clone()
         for part, run in attack.run.items():
             label = f"{name}: {part}"
-            known = self.state.get(self.number, label)
-            if known is None:
-                known = self._run(label, run, None, x, y, left)
-                self.state.put(self.number, label, **known)
-            left[known["broken"]] = False
-            broken += known["broken"]
-            parts[part] = len(known["broken"])
-            seconds += known["seconds"]
-        return {"broken": sorted(broken), "steps": [], "parts": parts, "seconds": seconds}
+            outcome = self._known_or_run(
+                label, partial(self._run, label, run, attack.last_step, x, y, left, worst_case)
+            )
+            left[outcome.broken] = False
+            broken += outcome.broken
+            parts[part] = len(outcome.broken)
+            seconds += outcome.seconds
+        return Outcome(sorted(broken), [], parts, seconds)
 
     def _run(
         self,
         name: str,
-        run: suite.Run,
-        points_tried: int | None,
+        run: suite.AttackFn,
+        last_step: int,
         x: Tensor,
         y: Tensor,
         targets: Tensor,
-    ) -> dict[str, Any]:
-        """Run an attack, or a part of one, on the images ``targets`` (N,) of a batch.
-
-        Returns:
-            As ``_attack``, without ``parts``.
-        """
+        worst_case: float,
+    ) -> Outcome:
+        """Run an attack, or a part of one; arguments as for ``_attack``."""
         if self.tell:
             of = f" of {self.total:,}" if self.total else ""
-            images = f"{self.done + 1:,} to {self.done + len(x):,}{of}"
-            self.tell(f"{name} on images {images}; {self.left}")
+            images = f"{self.n_done + 1:,} to {self.n_done + len(x):,}{of}"
+            self.tell(f"{name} on images {images}; worst case {worst_case:.1%} so far")
         begin = time.perf_counter()
         broken: list[int] = []
         steps: list[int] = []
-        # The targets, and other images only to fill up a batch size that is met more often.
+        # The targets, padded with other images to a common batch size (see round_up).
         attacked = round_up(int(targets.sum()), len(x))
         rows = targets.int().argsort(descending=True, stable=True)[:attacked]
         if len(rows):
@@ -265,11 +284,11 @@ class Judge:
             with self._seeded(name, x.device):
                 with autocast(x.device, self.precision):
                     found = run(self.model, x[at], y[at])
-                found = Found(found) if isinstance(found, Tensor) else found
-                if not isinstance(found, Found) or found.x_adv.shape != x[at].shape:
+                found = AttackResult(found) if isinstance(found, Tensor) else found
+                if not isinstance(found, AttackResult) or found.x_adv.shape != x[at].shape:
                     what = (
                         f"points of shape {tuple(found.x_adv.shape)}"
-                        if isinstance(found, Found)
+                        if isinstance(found, AttackResult)
                         else f"a {type(found).__name__}"
                     )
                     raise UserError(
@@ -282,10 +301,9 @@ class Judge:
             broken = rows[wrong].tolist()
             if found.first_wrong is not None:
                 # A point that is wrong in full precision alone counts as the attack's last one.
-                last = (points_tried or 1) - 1
                 first = found.first_wrong.cpu()[wrong]
-                steps = torch.where(first < 0, last, first).tolist()
-        return {"broken": broken, "steps": steps, "seconds": time.perf_counter() - begin}
+                steps = torch.where(first < 0, last_step, first).tolist()
+        return Outcome(broken, steps, {}, time.perf_counter() - begin)
 
     @contextlib.contextmanager
     def _seeded(self, name: str, device: torch.device) -> Iterator[None]:
@@ -294,7 +312,7 @@ class Judge:
         The random state is restored afterwards, since data may be drawn at random between attacks.
         """
         with forked_rng(device):
-            seed_everything(zlib.crc32(f"{self.seed}/{self.number}/{name}".encode()))
+            seed_everything(zlib.crc32(f"{self.seed}/{self.batch_index}/{name}".encode()))
             yield
 
     def _right(self, x: Tensor, y: Tensor) -> Tensor:
@@ -312,12 +330,12 @@ class Judge:
         Raises:
             UserError: there was no image.
         """
-        if not self.done:
+        if not self.n_done:
             raise UserError("there is no image to evaluate on")
-        n = self.done
+        n = self.n_done
         right = {name: torch.cat(parts) for name, parts in self.right.items()}
         counts = {name: int(mask.sum()) for name, mask in right.items()}
-        counts["worst case"] = self.survivors
+        counts["worst case"] = self.n_robust
         labels, worst, clean = torch.cat(self.labels), torch.cat(self.worst), right["clean"]
         per_class = []
         for label in labels.unique().tolist():
@@ -333,7 +351,7 @@ class Judge:
         return Evaluation(
             clean_accuracy=counts["clean"] / n,
             robust_accuracy={name: counts[name] / n for name in self.attacks},
-            worst_case_accuracy=self.survivors / n,
+            worst_case_accuracy=self.n_robust / n,
             n=n,
             seed=self.seed,
             intervals={name: wilson_interval(c, n) for name, c in counts.items()},
@@ -343,7 +361,7 @@ class Judge:
             attacks=[
                 {
                     "name": name,
-                    "scope": "survivors" if attack.survivors else "all",
+                    "scope": "survivors" if attack.survivors_only else "all",
                     "accuracy": counts[name] / n,
                     "seconds": self.seconds[name],
                     "by_step": self._by_step(name, counts["clean"]),
@@ -362,11 +380,13 @@ class Judge:
         if self.doubts is None:
             return []
         # An attack on the survivors cannot be compared with those that ran on all images.
-        left = {k: v for k, v in right.items() if k == "clean" or not self.attacks[k].survivors}
+        on_all = {k: attack for k, attack in self.attacks.items() if not attack.survivors_only}
+        left = {name: right[name] for name in ("clean", *on_all)}
         parts = [self.parts[name] for name in self.order if name in self.parts]
-        # Square of the last AutoAttack: where "-bpda" ran, too, only that one had all gradients.
+        # Use Square of the last AutoAttack: if the -bpda variant also ran, only its gradient
+        # attacks saw usable gradients.
         square = [some["square"] for some in parts if "square" in some]
-        return self.doubts + doubts.of_results(left, square[-1] if square else None)
+        return self.doubts + doubts.of_results(left, on_all, square[-1] if square else None)
 
     def _by_step(self, name: str, clean: int) -> list[float] | None:
         points = self.attacks[name].points_tried
@@ -374,7 +394,7 @@ class Judge:
             return None
         steps = torch.cat(self.first_wrong[name])
         broken = torch.bincount(steps[steps >= 0], minlength=points).cumsum(0)
-        return [(clean - b) / self.done for b in broken.tolist()]
+        return [(clean - b) / self.n_done for b in broken.tolist()]
 
     def _by_part(self, name: str, right: int) -> dict[str, float] | None:
         if name not in self.parts:
@@ -382,7 +402,7 @@ class Judge:
         left, after = right + sum(self.parts[name].values()), {}
         for part, broken in self.parts[name].items():
             left -= broken
-            after[part] = left / self.done
+            after[part] = left / self.n_done
         return after
 
 

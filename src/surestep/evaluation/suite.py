@@ -32,7 +32,7 @@ BUDGETS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Found:
+class AttackResult:
     """What an attack found in a batch.
 
     Attributes:
@@ -45,7 +45,7 @@ class Found:
     first_wrong: Tensor | None = None
 
 
-Run = Callable[[nn.Module, Tensor, Tensor], Found | Tensor]
+AttackFn = Callable[[nn.Module, Tensor, Tensor], AttackResult | Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,28 @@ class Attack:
             parts has these by name; each part runs on what the earlier ones left.
         passes: approximate number of forward passes for an image that withstands the attack (a
             gradient counts as two); an evaluation runs attacks in this order.
-        survivors: run it only on what the other attacks left; its accuracy then includes theirs.
+        survivors_only: run it only on what the other attacks left; its accuracy then includes
+            theirs.
         points_tried: number of points that an iterative attack tries, including its start.
-        follows: for an attack of your own: whether it follows the model's gradient. If so, an
-            evaluation looks for gradients that are lost (``doubts``).
+        uses_gradient: whether it uses the model's gradient; set it for an attack of your own. If
+            so, an evaluation looks for gradients that are lost (``doubts``).
+        gradient_steps: number of steps along the model's gradient, 0 if it uses none; None if it
+            searches in another way, or if this is unknown.
+        bpda: whether gradients go straight through layers that know such a way.
     """
 
-    run: Run | Mapping[str, Run]
+    run: AttackFn | Mapping[str, AttackFn]
     passes: float = 1
-    survivors: bool = False
+    survivors_only: bool = False
     points_tried: int | None = None
-    follows: bool = False
+    uses_gradient: bool = False
+    gradient_steps: int | None = None
+    bpda: bool = False
+
+    @property
+    def last_step(self) -> int:
+        """The number of steps before the last of its points."""
+        return (self.points_tried or 1) - 1
 
 
 def as_attacks(given: Mapping[str, Any]) -> dict[str, Attack]:
@@ -96,7 +107,7 @@ def check_names(names: Sequence[Any]) -> None:
     """Refuse a list of attacks that holds other things than names.
 
     Raises:
-        UserError: one is no text.
+        UserError: an entry is not a string.
     """
     for one in names:
         if not isinstance(one, str):
@@ -133,7 +144,7 @@ def parse(name: str, threat: ThreatModel, sources: Sequence[nn.Module] = ()) -> 
 
     Args:
         name: such as "fgsm", "pgd-100", "pgd-20x2" (two restarts), "pgd-100-margin", "noise-10",
-            "square-1000", "autoattack". If it follows the gradient, "-bpda" at the end sends the
+            "square-1000", "autoattack". If it uses the gradient, "-bpda" at the end sends the
             gradient straight through layers that know such a way, see ``with_bpda``.
         threat: norm, radius and data range.
         sources: models for "transfer".
@@ -151,28 +162,34 @@ def parse(name: str, threat: ThreatModel, sources: Sequence[nn.Module] = ()) -> 
         or (match["count"] is not None and not kind.counts)
         or (match["restarts"] is not None and not kind.restarts)
         or (match["loss"] is not None and not kind.loss)
-        or (match["bpda"] is not None and not kind.follows)
+        or (match["bpda"] is not None and not kind.uses_gradient)
     ):
         raise UserError(f"unknown attack {name!r}: write one of {NAMES}, LOSS ce, margin or dlr")
     count, restarts = int(match["count"] or kind.usual or 0), int(match["restarts"] or 1)
-    made = kind.make(Spec(match["kind"], count, restarts, match["loss"] or "ce", threat, sources))
+    made = replace(
+        kind.make(Spec(match["kind"], count, restarts, match["loss"] or "ce", threat, sources)),
+        uses_gradient=kind.uses_gradient,
+        gradient_steps=gradient_steps(name),
+    )
     return _bpda(made) if match["bpda"] else made
 
 
 def with_bpda(names: Iterable[str]) -> list[str]:
-    """Return the attacks and, after each that follows the gradient, the same with "-bpda".
+    """Return the attacks and, after each that uses the gradient, the same with "-bpda".
 
     Layers such as MeanSparse's pass no gradient in places, which misleads the first but not the
     second (backward pass differentiable approximation, Athalye et al. 2018).
     """
     every: list[str] = []
     for name in names:
-        every += [name, f"{name}-bpda"] if follows(name) and not name.endswith("-bpda") else [name]
+        match = _NAME.fullmatch(name)
+        extend = match and not match["bpda"] and KINDS[match["kind"]].uses_gradient
+        every += [name, f"{name}-bpda"] if extend else [name]
     return list(dict.fromkeys(every))
 
 
 def gradient_steps(name: str) -> int | None:
-    """Return how many gradient steps an attack takes, by its name; 0 if it follows no gradient.
+    """Return how many gradient steps an attack takes, by its name; 0 if it uses no gradient.
 
     It is None for an attack that searches in another way, and for an unknown name.
     """
@@ -184,21 +201,15 @@ def gradient_steps(name: str) -> int | None:
     return int(match["count"]) if counts else kind.gradient_steps
 
 
-def follows(name: str) -> bool:
-    """Tell from its name whether an attack follows the model's gradient."""
-    match = _NAME.fullmatch(name)
-    return match is not None and KINDS[match["kind"]].follows
-
-
 def _bpda(attack: Attack) -> Attack:
     """Return the attack with gradients that go straight through layers that know such a way."""
     if isinstance(attack.run, Mapping):
         parts = {name: partial(_straight, run) for name, run in attack.run.items()}
-        return replace(attack, run=parts)
-    return replace(attack, run=partial(_straight, attack.run))
+        return replace(attack, run=parts, bpda=True)
+    return replace(attack, run=partial(_straight, attack.run), bpda=True)
 
 
-def _straight(run: Run, model: nn.Module, x: Tensor, y: Tensor) -> Found | Tensor:
+def _straight(run: AttackFn, model: nn.Module, x: Tensor, y: Tensor) -> AttackResult | Tensor:
     with straight_through(model):
         return run(model, x, y)
 
@@ -214,7 +225,7 @@ def _iterative(spec: Spec) -> Attack:
     eps, steps = spec.threat.eps, spec.count
     size = pgd_step_size(eps, steps) if spec.kind == "pgd" else eps / steps
 
-    def run(model: nn.Module, x: Tensor, y: Tensor) -> Found:
+    def run(model: nn.Module, x: Tensor, y: Tensor) -> AttackResult:
         # The dlr loss, which scales the margin, needs three classes.
         two = spec.loss == "dlr" and count_classes(model, x) < 3
         best = search(
@@ -230,7 +241,7 @@ def _iterative(spec: Spec) -> Attack:
             decay=1.0 if spec.kind == "mi-fgsm" else None,
             stop_when_wrong=True,
         )
-        return Found(best.x_adv, best.first_wrong)
+        return AttackResult(best.x_adv, best.first_wrong)
 
     return Attack(run, 2 * steps * spec.restarts, points_tried=(steps + 1) * spec.restarts)
 
@@ -238,7 +249,7 @@ def _iterative(spec: Spec) -> Attack:
 def _autoattack(spec: Spec) -> Attack:
     parts = {name: partial(part, threat=spec.threat) for name, part in autoattack.PARTS.items()}
     # Of apgd-ce 200, of apgd-t 1800, of fab-t 2700, of square 5000.
-    return Attack(parts, 9700, survivors=True)
+    return Attack(parts, 9700, survivors_only=True)
 
 
 def _transfer(spec: Spec) -> Attack:
@@ -311,7 +322,7 @@ class Kind:
         usual: the default of that number; None if it must be given.
         restarts: whether the name may have xRESTARTS.
         loss: whether the name may have -LOSS.
-        gradient_steps: number of steps along the model's gradient, 0 if it follows none; None if
+        gradient_steps: number of steps along the model's gradient, 0 if it uses none; None if
             the name tells it, or if it searches in another way.
     """
 
@@ -323,8 +334,8 @@ class Kind:
     gradient_steps: int | None = None
 
     @property
-    def follows(self) -> bool:
-        """Whether it follows the model's gradient."""
+    def uses_gradient(self) -> bool:
+        """Whether it uses the model's gradient."""
         return self.gradient_steps != 0
 
     def written(self, name: str) -> str:

@@ -65,6 +65,7 @@ class World:
         self.images = Images(torch.zeros(40, 1, 4, 4), torch.zeros(40, dtype=torch.int64))
         self.other_images: dict[str | None, Images] = {}
         self.loaded: list[int | None] = []
+        self.splits: list[str] = []
 
     def train(self, arguments: list[str], tell: Any) -> tuple[int, int, str]:
         assert arguments.pop(0) == "train"
@@ -93,7 +94,7 @@ class World:
         return SimpleNamespace(model=folder.name, threat="threat")
 
     def load_data(self, config: Any, split: str, n: int | None = None) -> Images:
-        assert split == "test"
+        self.splits.append(split)
         self.loaded.append(n)
         return self.other_images.get(config.data, self.images)
 
@@ -136,7 +137,7 @@ def run_of(world: World, tmp_path: Path):
     def make(name: str, epochs: int | None = None, **settings: Any) -> Path:
         values = {"method": "sat-r2", **SHORT, **settings}
         config = runs.resolve(values, values.pop("preset"))
-        world.write(tmp_path / name, _run.whole(config).model_dump(mode="json"), epochs)
+        world.write(tmp_path / name, _run.resolved(config).model_dump(mode="json"), epochs)
         return tmp_path / name
 
     return make
@@ -268,6 +269,13 @@ class TestTraining:
         assert world.loaded.pop() == 7
         with pytest.raises(UserError, match="'pdg'"):
             compare(["sat-r2"], 1, out=tmp_path / "b", attacks=["transfer", "pdg"], **SHORT)
+
+    def test_the_split_is_told(self, world, tmp_path):
+        found = compare(["sat-r2"], 1, out=tmp_path, split="validation", **SHORT)
+        assert world.splits == ["validation"]
+        assert found.to_dict()["split"] == "validation"
+        assert "on 40 validation images of mnist" in found.title
+        assert any("selected weights by validation images" in note for note in found.notes)
 
     def test_the_configuration_that_is_trained(self, world, tmp_path):
         compare(["sat-r3"], [7], out=tmp_path, **SHORT, lr=0.5)
@@ -430,7 +438,17 @@ class TestAgain:
         told: list[str] = []
         compare(["sat-r2"], 1, out=tmp_path, tell=told.append, **SHORT)
         assert world.done == ["evaluate sat-r2-seed0", "audit sat-r2-seed0"]
-        assert told[0].startswith("judging sat-r2-seed0 (1 of 1) anew: its weights or settings")
+        assert told[0].startswith("judging sat-r2-seed0 (1 of 1) anew: its weights, settings or ")
+
+    def test_an_older_version_named_no_split(self, world, tmp_path):
+        first = compare(["sat-r2"], 1, out=tmp_path, **SHORT)
+        kept = tmp_path / "sat-r2-seed0" / "comparison.json"
+        outcome = json.loads(kept.read_text("utf-8"))
+        del outcome["settings"]["split"]
+        kept.write_text(json.dumps(outcome), "utf-8")
+        world.done.clear()
+        assert compare(["sat-r2"], 1, out=tmp_path, **SHORT) == first
+        assert world.done == []
 
     def test_what_an_older_version_judged_is_judged_anew(self, world, tmp_path):
         compare(["sat-r2"], 1, out=tmp_path, **SHORT)
@@ -448,6 +466,7 @@ class TestAgain:
         ("change", "said"),
         [
             ({"n": 7}, "n 1000, but this comparison has 7"),
+            ({"split": "validation"}, "split test, but this comparison has validation"),
             ({"attacks": ["fgsm"]}, "attacks fgsm,pgd-100,pgd-100-margin, but this comparison has"),
             ({"audit": None}, "audit quick, but this comparison has none"),
             ({"epochs": 3}, "started with epochs 2, but this comparison has 3"),

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, tensors without pickle."""
+"""Files: atomic writes, locks, digests, and tensors saved without pickle."""
 
 from __future__ import annotations
 
@@ -187,10 +187,10 @@ def load_weights(path: Path, model: nn.Module) -> None:
     Raises:
         UserError: the file is missing, truncated or corrupt, or does not fit the model.
     """
-    _fit(path, _read(path)[0], model)
+    _load_strictly(path, _read(path)[0], model)
 
 
-def _fit(path: Path, state: dict[str, Tensor], model: nn.Module) -> None:
+def _load_strictly(path: Path, state: dict[str, Tensor], model: nn.Module) -> None:
     """Load weights into a model, or raise ``UserError`` if names or shapes do not match."""
     expected = model.state_dict()
     missing = sorted(expected.keys() - state.keys())
@@ -222,11 +222,11 @@ def load_any_weights(path: Path, model: nn.Module) -> None:
         UserError: the file is missing, damaged, holds more than tensors, or does not fit.
     """
     if path.suffix == ".safetensors":
-        return _fit(path, *_matched(_read(path)[0], model))
+        return _load_strictly(path, *_matched(_read(path)[0], model))
     try:
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as e:
-        raise UserError(f"{path} is not there") from e
+        raise UserError(f"{path} does not exist") from e
     except pickle.UnpicklingError as e:
         if not _saved_by_torch(path):
             raise UserError(
@@ -319,13 +319,15 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def digest(*tensors: Tensor) -> str:
-    """Return a short hash of tensors' shapes, types and values."""
+def digest(*parts: bytes | Tensor) -> str:
+    """Return a short hash of bytes, and of tensors' shapes, types and values."""
     found = hashlib.sha256()
-    for tensor in tensors:
-        plain = tensor.detach().cpu().contiguous()
-        found.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
-        found.update(plain.view(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+    for part in parts:
+        if isinstance(part, Tensor):
+            values = part.detach().cpu().contiguous()
+            found.update(f"{values.dtype}{tuple(values.shape)}".encode())
+            part = values.view(-1).view(torch.uint8).numpy().tobytes() if values.numel() else b""
+        found.update(part)
     return found.hexdigest()[:16]
 
 

@@ -1,16 +1,16 @@
 """Runs: from a configuration to a trained model, and from a run folder back to the model.
 
-This is what the command line does, callable from Python.
+This is what the command line does, callable from Python. How a configuration is completed by a
+preset is in ``surestep.presets``; its functions are exported here, too.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-import re
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,16 +29,26 @@ from surestep.errors import SurestepWarning, UserError
 from surestep.evaluation import Evaluation, evaluate, suite
 from surestep.methods import Method
 from surestep.posthoc import insert
+from surestep.presets import resolve, usual_preset
 from surestep.threat import ThreatModel
 from surestep.training import FitResult, checkpoint, fit
 from surestep.training.run_folder import RunFolder
 
-_MEANT = ("dataset", "norm")
-"""Settings that a radius is tied to."""
-_OF_HEAD = ("head_scale", "head_margin")
-"""Settings that only a hypersphere head has."""
-_ALIKE = {"cifar100": "cifar10"}
-"""Data sets that use the presets of another one if a method has none for them."""
+__all__ = [
+    "Run",
+    "build_method",
+    "build_model",
+    "build_threat",
+    "check_rerunnable",
+    "from_anywhere",
+    "harden",
+    "load",
+    "load_data",
+    "read_config",
+    "resolve",
+    "train",
+    "usual_preset",
+]
 
 
 @dataclass(frozen=True)
@@ -68,135 +78,6 @@ class Run:
         return RunFolder(self.folder).weights
 
 
-def resolve(
-    values: Mapping[str, Any], preset: str | None = None, file: Mapping[str, Any] | None = None
-) -> RunConfig:
-    """Complete a user's settings with those of a preset and of a file.
-
-    A preset sets the data set, model, eps, the method's parameters and the training settings;
-    settings from a file override it, and the user's own settings override both. If eps differs
-    from theirs, their step sizes and other lengths scale in proportion. Without a preset name, the
-    method's preset named after the data set is taken, if there is one (for cifar100, else that of
-    cifar10), or a variant such as cifar10-16 if its eps is nearer to the user's.
-
-    Args:
-        values: the user's settings, by field name of ``RunConfig``.
-        preset: name of one of the method's presets, or "none". What follows the data set's name
-            is enough, such as "speed" for "mnist-speed".
-        file: settings read from a file, such as a run's ``config.yaml``.
-
-    Raises:
-        UserError: an unknown name or an invalid value; no eps, if there is no default for this
-            data set and norm; a head scale or margin for a head that is not a hypersphere; another
-            optimizer with the learning rate that was meant for SGD.
-    """
-    own, file = values, file or {}
-    values = {**file, **own, "params": own.get("params") or {}}
-    method = str(values.get("method", RunConfig.model_fields["method"].default))
-    cls = methods.get(method)
-    dataset, norm = (str(values.get(k, RunConfig.model_fields[k].default)) for k in _MEANT)
-    name = dataset.partition(":")[0]
-    if preset is None:
-        preset = usual_preset(method, dataset, values.get("eps")) or "none"
-    elif f"{name}-{preset}" in cls.presets:
-        preset = f"{name}-{preset}"
-    # The default eps is meant for MNIST in l-inf. Unknown data set names are reported later.
-    elsewhere = preset == "none" and name != "mnist" and name in data.names()
-    if "eps" not in values and (elsewhere or norm == "l2"):
-        place = str(values.get("data") or dataset.partition(":")[2])
-        if name in ("npz", "folder") and place and not Path(_absolute(place)).exists():
-            raise UserError(f"{place} does not exist: give the location of the data set, --data")
-        raise UserError(
-            f"no radius is known for {method} on {dataset} in {norm}: give --eps, such as 8/255"
-        )
-    below: dict[str, Any] = {"method": method}
-    layers: list[tuple[Mapping[str, Any], float]] = []
-    if preset != "none":
-        chosen = methods.preset(method, preset)
-        below |= {name: getattr(chosen, name) for name in ("dataset", "model", "eps", "normalize")}
-        below |= chosen.settings
-        layers.append((chosen.params, chosen.eps))
-    config = parse(RunConfig, {**below, **values})
-    _check_head(config, own)
-    _check_rate(below, file, own)
-    if file:
-        before = parse(RunConfig, {**below, **file, "params": file.get("params") or {}})
-        # If the file has no eps, the radius that its lengths are for is unknown: do not scale them.
-        layers.append((before.params, before.eps if "eps" in file else config.eps))
-    params: dict[str, Any] = {}
-    for found, eps in layers:
-        params |= _at_radius(found, cls.lengths, config.eps / eps if eps else 1.0)
-    return config.model_copy(update={"params": {**params, **config.params}})
-
-
-def _at_radius(
-    params: Mapping[str, Any], lengths: Collection[str], scale: float
-) -> Mapping[str, Any]:
-    """Return hyperparameters for a radius ``scale`` times as large: lengths scale with it."""
-    if scale == 1:
-        return params
-    return {
-        name: value * scale if name in lengths and type(value) in (int, float) else value
-        for name, value in params.items()
-    }
-
-
-def _check_head(config: RunConfig, given: Mapping[str, Any]) -> None:
-    """Refuse a head scale or margin that would be ignored, unless it merely spells out defaults.
-
-    Raises:
-        UserError: a scale or margin is given, but the head is not a hypersphere.
-    """
-    for name in _OF_HEAD if config.head != "hypersphere" else ():
-        default = RunConfig.model_fields[name].default
-        if name in given and ("head" not in given or getattr(config, name) != default):
-            raise UserError(
-                f"{name} {given[name]} applies only to a hypersphere head, but head is "
-                f"{config.head}: give --head hypersphere, or leave it out"
-            )
-
-
-def _check_rate(*layers: Mapping[str, Any]) -> None:
-    """Refuse a learning rate of SGD for Adam, or of Adam for SGD.
-
-    Args:
-        layers: settings; each overrides those before it.
-
-    Raises:
-        UserError: the last optimizer and the last learning rate were not meant for each other.
-    """
-    optimizer = meant = RunConfig.model_fields["optimizer"].default
-    rate = RunConfig.model_fields["lr"].default
-    for layer in layers:
-        optimizer = layer.get("optimizer", optimizer)
-        if "lr" in layer:
-            meant, rate = optimizer, layer["lr"]
-    if (optimizer == "sgd") != (meant == "sgd"):
-        raise UserError(
-            f"optimizer {optimizer} needs a learning rate of its own: give --lr, too (the present "
-            f"one, {rate}, is meant for {meant})"
-        )
-
-
-def usual_preset(method: str, dataset: str, eps: Any = None) -> str | None:
-    """Return the preset that a data set uses if none is named, or None if there is none.
-
-    Args:
-        method: the method's slug.
-        dataset: as for training.
-        eps: the radius, if given: among the data set's presets, the one for the nearest radius is
-            returned, since regularizer weights depend on it.
-    """
-    kind = dataset.partition(":")[0]
-    known = methods.get(method).presets
-    name = next((n for n in (kind, _ALIKE.get(kind)) if n in known), None)
-    if name is None or eps is None:
-        return name
-    radius = parse(RunConfig, {"eps": eps}).eps
-    alike = [name, *(n for n in known if re.fullmatch(rf"{name}-\d+", n))]
-    return min(alike, key=lambda n: abs(known[n].eps - radius))
-
-
 def from_anywhere(config: RunConfig, begun: Mapping[str, Any] | None = None) -> RunConfig:
     """Return settings with absolute paths, which are valid in any working directory.
 
@@ -205,13 +86,13 @@ def from_anywhere(config: RunConfig, begun: Mapping[str, Any] | None = None) -> 
         begun: the stored settings of a run to resume, if any. Older runs stored paths as given; a
             setting that equals the stored one is left unchanged.
     """
-    kind, colon, place = config.dataset.partition(":")
+    kind, colon, root = config.dataset.partition(":")
     found: dict[str, Any] = {
-        "data": config.data and _place(kind, config.data),
+        "data": config.data and _absolute_root(kind, config.data),
         "sources": tuple(_absolute(folder) for folder in config.sources),
     }
-    if place:
-        found["dataset"] = f"{kind}{colon}{_place(kind, place)}"
+    if root:
+        found["dataset"] = f"{kind}{colon}{_absolute_root(kind, root)}"
     if config.weights not in (None, "pretrained"):
         found["weights"] = _absolute(str(config.weights))
     if models.in_file(config.model):
@@ -226,9 +107,9 @@ def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-def _place(kind: str, place: str) -> str:
+def _absolute_root(kind: str, root: str) -> str:
     """Return the absolute location of data; keep a Hub name unless such a path exists here."""
-    return place if kind == "hf" and not Path(place).exists() else _absolute(place)
+    return root if kind == "hf" and not Path(root).exists() else _absolute(root)
 
 
 def build_threat(config: RunConfig) -> ThreatModel:
@@ -245,7 +126,7 @@ def build_method(config: RunConfig) -> Method:
     margin = config.head_scale * config.head_margin if config.head == "hypersphere" else 0.0
     method = methods.build(config.method, build_threat(config), config.params, margin=margin)
     methods.settle(method, config)
-    if config.sources and method.sources is None:
+    if config.sources and not method.takes_sources:
         raise UserError(
             f"{config.method} attacks no other models: leave sources out, or train with eat"
         )
@@ -313,6 +194,7 @@ def harden(
     attacks: Sequence[str] | None = None,
     n_search: int | None = None,
     n: int | None = None,
+    split: str = "test",
     seed: int = 0,
     batch_size: int = 500,
     device: str | None = None,
@@ -326,11 +208,13 @@ def harden(
         folder: folder of the trained run.
         out: folder of the hardened run.
         thresholds: thresholds to try on validation images; see ``surestep.posthoc.harden``.
-        attacks: names of the attacks, both for the search and for the evaluation on test images;
-            by default ``posthoc.ATTACKS`` and ``posthoc.JUDGES``. Transfer attacks are crafted on
-            the original model.
+        attacks: names of the attacks, both for the search and for the evaluation; by default
+            ``posthoc.ATTACKS`` and ``posthoc.JUDGES``. Transfer attacks are crafted on the original
+            model.
         n_search: use only the first ``n_search`` validation images.
-        n: use only the first ``n`` test images.
+        n: evaluate on the first ``n`` images only.
+        split: evaluate on images of "test" or "validation". The threshold is chosen on validation
+            images, so that the results on them are optimistic.
         seed: seed of the attacks.
         batch_size: batch size of the attacks.
         device: where to run; by default the best available.
@@ -339,8 +223,8 @@ def harden(
         tell: called with a line on what is being done, also in a long evaluation.
 
     Returns:
-        The threshold, the rows of its search, the evaluations on test images before and after, and
-        how many of these images were saved and lost: a net gain of only a few is noise.
+        The threshold, the rows of its search, the split, the evaluations before and after, and how
+        many of the images were saved and lost: a net gain of only a few is noise.
 
     Raises:
         UserError: ``folder`` is not a run folder or is hardened already, or ``out`` exists.
@@ -350,17 +234,17 @@ def harden(
         raise UserError(f"{folder} is hardened already: take the run it was made from")
     if Path(out).resolve() == Path(folder).resolve():
         raise UserError(f"{out} is the run itself, which is kept: give another --out")
-    place = RunFolder.plan(out, overwrite=overwrite)
-    assert place is not None
-    files.make_folder(place.folder.parent)  # fails before the work rather than after it
+    hardened = RunFolder.plan(out, overwrite=overwrite)
+    assert hardened is not None
+    files.make_folder(hardened.folder.parent)  # fails before the work rather than after it
     options: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
-    # What is missing or misspelt is told before the search, which may take hours.
-    test = load_data(run.config, "test")
+    # Missing data and misspelt attacks are reported before the search, which may take hours.
+    images = load_data(run.config, split, n)
     suite.parse_all(attacks or posthoc.JUDGES, run.threat, [run.model])
     found = posthoc.harden(
         run.model,
         load_data(run.config, "train"),
-        load_data(run.config, "validation"),
+        load_data(run.config, "validation", n_search),
         run.threat,
         thresholds=thresholds,
         attacks=attacks or posthoc.ATTACKS,
@@ -371,23 +255,24 @@ def harden(
     )
 
     def judge(model: nn.Module, told: str) -> Evaluation:
-        tell(f"attacking test images {told} hardening")
+        tell(f"attacking {split} images {told} hardening")
         names = attacks or posthoc.JUDGES
         more: dict[str, Any] = {**options, "n": n, "sources": [run.model]}
-        return evaluate(model, test, run.threat, names, tell=each_minute(tell), **more)
+        return evaluate(model, images, run.threat, names, tell=each_minute(tell), **more)
 
     before, after = judge(run.model, "before"), judge(found.model, "after")
     withstood_before, withstood_after = (one.right["worst case"] for one in (before, after))
     config = from_anywhere(run.config).model_copy(update={"mean_sparse": found.threshold})
-    place.make(config.model_dump(mode="json"), overwrite=overwrite)
+    hardened.make(config.model_dump(mode="json"), overwrite=overwrite)
     try:
-        files.save_weights(place.weights, found.model, files.read_signature(run.weights))
+        files.save_weights(hardened.weights, found.model, files.read_signature(run.weights))
     except BaseException:  # such as a full disk: settings alone are not a run
-        shutil.rmtree(place.folder, ignore_errors=True)
+        shutil.rmtree(hardened.folder, ignore_errors=True)
         raise
     return {
         "threshold": found.threshold,
         "search": found.search,
+        "split": split,
         "before": before.to_dict(),
         "after": after.to_dict(),
         "saved": int((withstood_after & ~withstood_before).sum()),
@@ -402,9 +287,9 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
-    tell: Callable[[], None] | None = None,
+    on_start: Callable[[], None] | None = None,
 ) -> FitResult:
-    """Train a run as configured; see ``surestep.fit``. ``tell`` is called just before training."""
+    """Train a run as configured; see ``surestep.fit``. Before it, ``on_start`` is called."""
     if config.mean_sparse is not None:
         what = f"{out} was" if resume else f"mean_sparse {config.mean_sparse:g} belongs to a run"
         then = "resume" if resume else "take the config.yaml of"
@@ -421,6 +306,7 @@ def train(
             if read and Path(out).resolve() in (at := Path(_absolute(read)).resolve(), *at.parents):
                 raise UserError(f"{read} is read from {out}, which is to be replaced: give another")
     images = load_data(config, "train")
+    held_out = load_data(config, "validation", config.val_images) if config.val_images else None
     sources = [load(_absolute(folder), config.device).model for folder in config.sources]
     for folder, source in zip(config.sources, sources, strict=True):
         classes = count_classes(source, images.pixels(slice(0, 1)).to(device_of(source)))
@@ -431,7 +317,7 @@ def train(
             )
     if sources:
         method.sources = sources
-    elif method.sources is not None:
+    elif method.takes_sources:
         warnings.warn(
             f"{config.method} has no sources, so the model attacks itself at every step: give "
             "trained runs with --sources",
@@ -442,21 +328,21 @@ def train(
     begun = read_yaml(run.config) if run and resume else None
     written = from_anywhere(config, begun).model_dump(mode="json")
     described = {k: v for k, v in written.items() if k not in FitSettings.model_fields}
-    # A run that was stopped before its first checkpoint begins anew.
+    # A run that was stopped before its first checkpoint starts again from the beginning.
     goes_on = (
         run is not None
         and resume
         and (checkpoint.found(run.checkpoints) or run.ended(config.epochs))
     )
     model = build_model(config, images, begin=not goes_on)
-    if tell:
-        tell()
+    if on_start:
+        on_start()
     return fit(
         model,
         images,
         method,
         out=out,
-        validation=load_data(config, "validation") if config.val_images else None,
+        validation=held_out,
         resume=resume,
         overwrite=overwrite,
         quiet=quiet,
@@ -467,14 +353,14 @@ def train(
 
 
 def check_rerunnable(
-    values: Mapping[str, Any], place: str | Path, *, complete: bool = False
+    values: Mapping[str, Any], path: str | Path, *, complete: bool = False
 ) -> None:
     """Refuse settings that ``surestep.fit`` wrote: they name neither model nor data.
 
     Args:
         values: from a ``config.yaml``.
-        place: that file, or its folder.
-        complete: whether the settings must be those of a whole run.
+        path: that file, or its folder.
+        complete: whether the settings must be those of a complete run.
 
     Raises:
         UserError: the settings are of a model and data of the user's own.
@@ -482,7 +368,7 @@ def check_rerunnable(
     named = {"dataset", "model"} <= values.keys()
     if not named and (complete or "bounds" in values):  # only fit writes bounds
         raise UserError(
-            f"{place} was trained from Python with a model and data of your own: resume it with "
+            f"{path} was trained from Python with a model and data of your own: resume it with "
             "surestep.fit(..., resume=True); judge it with surestep.evaluate, or here as "
             f"FILE.py:FACTORY, or an architecture's name such as lenet+, with --weights "
             "RUN/model.safetensors --dataset NAME --eps NUMBER"
@@ -524,7 +410,7 @@ def load(folder: str | Path, device: str | None = None) -> Run:
         one = torch.zeros(1, *signature.shape)
         images = Images(one, torch.zeros(1, dtype=torch.int64), signature.classes, config.dataset)
     else:  # weights that another program wrote
-        images = load_data(config, "test")
+        images = load_data(config, "validation", 1)
     model = build_model(config, images)
     files.load_weights(weights, model)
     return Run(config, model.to(pick_device(device)).eval(), build_threat(config), folder)

@@ -63,7 +63,7 @@ def open_target(
     *,
     weights: str | None = None,
     dataset: str | None = None,
-    place: str | None = None,
+    root: str | None = None,
     image_size: int | None = None,
     norm: str | None = None,
     eps: str | float | None = None,
@@ -81,7 +81,7 @@ def open_target(
         weights: a .safetensors file or a saved state_dict, for FILE.py:FACTORY and an architecture;
             for ``timm:NAME``, the pretrained ones by default.
         dataset: as for training; by default the run's own.
-        place: the location of the data set.
+        root: the location of the data set.
         image_size: side in pixels to which images of a folder or of the Hub are cropped and
             resized.
         norm: "linf" or "l2"; by default the run's, or "linf".
@@ -100,14 +100,16 @@ def open_target(
         raise UserError("mean and std go together: give both or neither")
     statistics = None if mean is None or std is None else (mean, std)
     folder = Path(name)
-    normalises = folder.is_dir() or name.startswith("hf:") or (_of_timm(name) and not weights)
+    of_run = folder.is_dir()
+    normalises = of_run or name.startswith("hf:") or (_of_timm(name) and not weights)
     if statistics and normalises:
         raise UserError(f"{name} normalises its images itself: leave mean and std out")
-    target, of_run = pick_device(device), folder.is_dir()
-    preprocess = models.Normalize(*statistics).to(target) if statistics else None
-    asked = {"dataset": dataset, "data": place, "image_size": image_size, "norm": norm, "eps": eps}
-    config = _as_run(name, weights, asked) if of_run else _as_asked(name, weights, asked)
-    images, limits = runs.load_data(config, split, n), runs.build_threat(config)
+    torch_device = pick_device(device)
+    preprocess = models.Normalize(*statistics).to(torch_device) if statistics else None
+    asked = {"dataset": dataset, "data": root, "image_size": image_size, "norm": norm, "eps": eps}
+    make_config = _config_of_run if of_run else _config_from_options
+    config = make_config(name, weights, asked)
+    images, threat = runs.load_data(config, split, n), runs.build_threat(config)
     if statistics and {len(part) for part in statistics} != {images.image_shape[0]}:
         raise UserError(
             f"mean and std have {len(statistics[0])} and {len(statistics[1])} values: give one of "
@@ -116,28 +118,28 @@ def open_target(
     file = RunFolder(folder).weights if of_run else Path(weights or "")
     classes = files.read_signature(file).classes if _has_header(file) else ()
     if of_run:
-        numbered = _as_numbered(name, classes, images)
+        numbered = _in_class_order_of(name, classes, images)
         model = runs.load(folder, device).model
     else:
         model = _load(name, weights, images, classes, bare=statistics is not None)
-        numbered = _as_numbered(name, classes or _names_of(model), images)
-    notes = [_outputs(name, model, numbered)]
+        numbered = _in_class_order_of(name, classes or _class_names(model), images)
+    notes = [_note_on_class_count(name, model, numbered)]
     if numbered is not images:
         notes.append(f"the labels are renumbered to the class order of {name}, by class name")
     return Target(
-        name,
-        _eval(model.to(target)),
-        numbered,
-        limits,
-        preprocess,
-        folder if of_run else None,
-        "; ".join(filter(None, notes)),
-        {"dataset": config.dataset, "split": split},
+        name=name,
+        model=_eval(model.to(torch_device)),
+        images=numbered,
+        threat=threat,
+        preprocess=preprocess,
+        run=folder if of_run else None,
+        note="; ".join(filter(None, notes)),
+        judged_on={"dataset": config.dataset, "split": split},
     )
 
 
-def _as_run(name: str, weights: str | None, asked: dict[str, Any]) -> RunConfig:
-    """Return a run's settings, with those that were asked for in place of its own."""
+def _config_of_run(name: str, weights: str | None, asked: dict[str, Any]) -> RunConfig:
+    """Return a run's settings, overridden by those that the user gave."""
     if weights is not None:
         raise UserError(f"{name} is a run folder and has its own weights: leave --weights out")
     config = runs.read_config(Path(name))
@@ -148,14 +150,14 @@ def _as_run(name: str, weights: str | None, asked: dict[str, Any]) -> RunConfig:
             f"give --eps with --norm {norm}"
         )
     changes = {k: v for k, v in asked.items() if v is not None}
-    if dataset not in (None, config.dataset):  # the location of the run's own does not apply to it
-        sized = {} if data.resizes(dataset) else {"image_size": None}
-        changes = {"data": None, **sized, **changes}
+    if dataset not in (None, config.dataset):  # the location is of the run's own data
+        size = {} if data.resizes(dataset) else {"image_size": None}
+        changes = {"data": None, **size, **changes}
     return parse(RunConfig, {**config.model_dump(), **changes})
 
 
-def _as_asked(name: str, weights: str | None, asked: dict[str, Any]) -> RunConfig:
-    """Return the settings of a model that has none of its own."""
+def _config_from_options(name: str, weights: str | None, asked: dict[str, Any]) -> RunConfig:
+    """Return the settings that the user gave for a model that is not a run."""
     _check_kind(name, weights)
     if weights is not None and not Path(weights).is_file():
         raise UserError(f"{weights} does not exist: give another --weights FILE")
@@ -182,8 +184,8 @@ def open_source(name: str, target: Target) -> nn.Module:
     else:
         _check_kind(name, None)
         model = _eval(_load(name, None, target.images).to(device))
-        classes = _names_of(model)
-    if _as_numbered(name, classes, target.images) is not target.images:
+        classes = _class_names(model)
+    if _in_class_order_of(name, classes, target.images) is not target.images:
         raise UserError(
             f"the source {name} has another class order than the target: use one with the same"
         )
@@ -194,18 +196,18 @@ def _has_header(file: Path) -> bool:
     return file.suffix == ".safetensors" and file.is_file()
 
 
-def _body(model: nn.Module) -> nn.Module:
+def _without_normalisation(model: nn.Module) -> nn.Module:
     """Return a pretrained model without the normalisation in front of it."""
     return model[-1] if isinstance(model, nn.Sequential) and len(model) else model
 
 
-def _names_of(model: nn.Module) -> tuple[str, ...]:
+def _class_names(model: nn.Module) -> tuple[str, ...]:
     """Return the class names of a model from the Hub; empty for other models."""
-    named = getattr(getattr(_body(model), "config", None), "id2label", None) or {}
+    named = getattr(getattr(_without_normalisation(model), "config", None), "id2label", None) or {}
     return tuple(str(named[k]) for k in sorted(named))
 
 
-def _as_numbered(name: str, theirs: Sequence[str], images: Images) -> Images:
+def _in_class_order_of(name: str, theirs: Sequence[str], images: Images) -> Images:
     """Return the images with labels in the model's class order, if the class names tell it.
 
     Raises:
@@ -233,10 +235,10 @@ def _as_numbered(name: str, theirs: Sequence[str], images: Images) -> Images:
     return replace(images, y=labels, classes=tuple(theirs))
 
 
-def _outputs(name: str, model: nn.Module, images: Images) -> str:
+def _note_on_class_count(name: str, model: nn.Module, images: Images) -> str:
     """Return a note if a pretrained model has another number of classes than the data."""
-    known = getattr(_body(model), "num_classes", None)
-    outputs = len(_names_of(model)) or (known if isinstance(known, int) else 0)
+    known = getattr(_without_normalisation(model), "num_classes", None)
+    outputs = len(_class_names(model)) or (known if isinstance(known, int) else 0)
     if not outputs or outputs == images.num_classes:
         return ""
     return (
@@ -288,9 +290,10 @@ def _load(
     *,
     bare: bool = False,
 ) -> nn.Module:
-    """Load a model that is no run folder; an architecture gets ``classes``, or else the data's.
+    """Load a model that is not a run folder.
 
-    If ``bare``, images are normalised before the model, so an architecture does not do it inside.
+    An architecture gets an output for each of ``classes``, or else for each class of the data. If
+    ``bare``, it is built without normalisation, since the images are normalised before it.
     """
     if _is_architecture(name) and weights is not None:
         return _architecture(name, Path(weights), images, len(classes), bare=bare)

@@ -258,10 +258,10 @@ class Pretrained(torch.nn.Module):
 def test_the_number_of_outputs(told, note):
     images = Images(torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]), classes=("cat", "dog"))
     for model in (Pretrained(**told), torch.nn.Sequential(torch.nn.Identity(), Pretrained(**told))):
-        found = targets._outputs("hf:pets", model, images)
+        found = targets._note_on_class_count("hf:pets", model, images)
         assert note in found
         assert bool(found) == bool(note)
-        assert targets._names_of(model) == tuple(told.get("names", ()))
+        assert targets._class_names(model) == tuple(told.get("names", ()))
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_the_number_of_outputs(told, note):
 def test_labels_are_numbered_by_the_names_of_the_classes(theirs, ours, labels):
     y = torch.tensor([0, 1, -1])
     images = Images(torch.zeros(3, 3, 8, 8), y, classes=ours)
-    found = targets._as_numbered("hf:pets", theirs, images)
+    found = targets._in_class_order_of("hf:pets", theirs, images)
     assert found.y.tolist() == labels
     assert images.y.tolist() == [0, 1, -1]
     if found is not images:
@@ -295,7 +295,7 @@ def test_a_class_that_the_model_was_not_trained_on():
     images = Images(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]), classes=("cat", "emu"))
     said = "hf:pets does not know the class 'emu' of the data, but it knows 1 of 2: rename the"
     with pytest.raises(UserError, match=said):
-        targets._as_numbered("hf:pets", ("dog", "cat"), images)
+        targets._in_class_order_of("hf:pets", ("dog", "cat"), images)
 
 
 def test_a_folder_with_some_of_the_classes_that_a_run_was_trained_on(cli, tmp_path):

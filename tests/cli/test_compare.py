@@ -71,7 +71,7 @@ class TestOptions:
         done(
             *("compare", "--methods", "fgsm, sat-r2", "--seeds", "5", "--preset", "mnist-fast"),
             *("--epochs", "2", "--eps", "8/255", "--budget", "standard", "--n", "7"),
-            *("--out", tmp_path / "out"),
+            *("--split", "validation", "--out", tmp_path / "out"),
         )
         tell = asked.pop("tell")
         assert callable(tell)
@@ -85,6 +85,7 @@ class TestOptions:
             "budget": "standard",
             "audit": "quick",
             "n": 7,
+            "split": "validation",
             "eval_batch_size": None,
             "out": str(tmp_path / "out"),
         }
@@ -93,6 +94,7 @@ class TestOptions:
         done("compare", "--methods", "fgsm", "--out", tmp_path)
         assert asked["args"] == (["fgsm"], 3)
         assert (asked["attacks"], asked["budget"], asked["n"]) == (None, None, 1000)
+        assert asked["split"] == "test"
 
     def test_a_place_of_its_own(self, cli, asked, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -152,7 +154,7 @@ class TestOptions:
     def test_a_report_of_another_command_is_kept(self, refused, finished, tmp_path):
         (tmp_path / "report.html").write_text("an audit's")
         said = refused("compare", finished, "--out", tmp_path)
-        assert f"{tmp_path / 'report.html'} is of no comparison and would be overwritten" in said
+        assert f"{tmp_path / 'report.html'} is not a comparison's and would be overwritten" in said
         assert (tmp_path / "report.html").read_text() == "an audit's"
 
     def test_a_run_keeps_its_report(self, refused, finished):

@@ -189,7 +189,7 @@ class TestRunFolders:
     def test_resume_takes_no_other_option(self, refused, run, tools, args):
         before = tools.contents(run)
         line = refused("train", "--resume", run, *args)
-        assert f"--resume takes every setting from {run}/config.yaml" in line
+        assert f"--resume takes its settings from {run}/config.yaml" in line
         assert f"leave out {args[0]}, or start a new run with --config" in line
         assert tools.contents(run) == before
 

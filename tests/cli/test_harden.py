@@ -43,10 +43,11 @@ class TestHarden:
             found["after"]["clean_accuracy"]
         )
 
+    @pytest.mark.parametrize("split", ["test", "validation"])
     def test_by_default_the_judges_include_transfer_from_the_run(
-        self, cli, finished, tmp_path, monkeypatch
+        self, cli, finished, tmp_path, monkeypatch, split
     ):
-        asked = []
+        asked, numbers = [], tmp_path / "found.json"
 
         def evaluate(model, data, threat, attacks, **options):
             asked.append((tuple(attacks), options["batch_size"], len(options["sources"])))
@@ -55,10 +56,15 @@ class TestHarden:
         for judging in (hardening, runs):
             monkeypatch.setattr(judging, "evaluate", evaluate)
         few = ("--n", "20", "--n-search", "10", "--batch-size", "64", "--out", tmp_path / "hard")
-        result = cli("harden", finished, "--mean-sparse", "--threshold", "0.2", *few)
+        on = ("--split", split, "--json", numbers)
+        result = cli("harden", finished, "--mean-sparse", "--threshold", "0.2", *few, *on)
         assert result.code == 0
         for when in ("before", "after"):  # the longest part
-            assert f"attacking test images {when} hardening\n" in result.err
+            assert f"attacking {split} images {when} hardening\n" in result.err
+        assert f" points on 20 {split} images (" in result.out
+        # The best threshold on the same images is no fair judge of itself.
+        assert ("; optimistic: " in result.out) == (split == "validation")
+        assert json.loads(numbers.read_text())["split"] == split
         assert {size for _, size, _ in asked} == {64}
         assert {count for *_, count in asked} == {1}
         assert ["transfer" in attacks for attacks, *_ in asked] == [False, False, True, True]

@@ -334,7 +334,11 @@ def test_going_on_elsewhere_is_told(cli, run):
     path = run / "environment.json"
     before = json.loads(path.read_text("utf-8"))
     path.write_text(json.dumps({**before, "torch": "2.4.0", "platform": "another"}), "utf-8")
-    err = cli("train", "--resume", run).err
+    given = ("--max-memory", "8", "--checkpoint-every", "3")
+    err = cli("train", "--resume", run, *given).err
+    assert "max_memory none then, 8.0 now; results may differ from an uninterrupted run's\n" in err
+    assert "checkpoint_every none then, 3 now\n" in err
+    assert yaml.safe_load((run / "config.yaml").read_text("utf-8"))["max_memory"] is None
     assert f"the last digits: torch 2.4.0 then, {before['torch']} now" in err
     assert "another" not in err
     path.unlink()  # a run of an older version

@@ -50,7 +50,7 @@ def _option(name: str, field: FieldInfo) -> Decorator:
     if field.annotation is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
     default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
-    if name == "eps":  # see runs.resolve
+    if name == "eps":  # see presets.resolve
         text += " [default: the preset's; without one, 0.3 for mnist in linf, else to be given]"
     elif default not in (None, ""):
         said = f"{default:g}" if isinstance(default, float) else default
@@ -152,12 +152,12 @@ def write_text(text: str, target: str) -> None:
     """
     from surestep import files
 
-    place = Path(target)
-    if _replaceable(place):
-        files.write_atomically(place, text)
+    path = Path(target)
+    if _replaceable(path):
+        files.write_atomically(path, text)
         return
     try:
-        place.write_text(text, "utf-8")
+        path.write_text(text, "utf-8")
     except OSError as e:
         raise UserError(f"cannot write {target}: {e.strerror or e}") from e
 
@@ -201,17 +201,17 @@ def check_writable(target: str | None) -> None:
         return
     if Path(target).is_dir():
         raise UserError(f"cannot write {target}: it is a folder")
-    place = Path(target)
+    path = Path(target)
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        allowed = os.access(place if place.exists() else place.parent, os.W_OK)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        allowed = os.access(path if path.exists() else path.parent, os.W_OK)
     except OSError as e:
         raise UserError(f"cannot write {target}: {e.strerror or e}") from e
     if not allowed:
         raise UserError(f"cannot write {target}: permission denied; choose another place")
 
 
-def _replaceable(place: Path) -> bool:
+def _replaceable(path: Path) -> bool:
     """Tell whether a path can be replaced atomically; pipes, devices and links cannot."""
-    plain = not place.is_symlink() and (place.is_file() or not place.exists())
-    return plain and os.access(place.parent, os.W_OK)
+    plain = not path.is_symlink() and (path.is_file() or not path.exists())
+    return plain and os.access(path.parent, os.W_OK)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from surestep.threat import ThreatModel
     from surestep.training.run_folder import RunFolder
 
-_LOOKED_AT = 200  # images among which to look for correctly classified ones
+LOOKED_AT = 200  # images among which to look for correctly classified ones
 _AT_ONCE = 256  # largest batch of a forward pass
 
 
@@ -93,14 +93,14 @@ def of_model(
 ) -> dict[str, Any]:
     """Return the report's parts about a model: classes, loss surface and adversarial examples.
 
-    Where surface and examples cannot be computed, for want of gradients or memory, say so on stderr
+    Where surface and examples cannot be computed, for lack of gradients or memory, say so on stderr
     and return the classes alone.
     """
     from surestep import report
 
     known = {"classes": images.classes}
     try:
-        x, y = images.first(min(_LOOKED_AT, len(images))).tensors()
+        x, y = images.first(min(LOOKED_AT, len(images))).tensors()
         size = min(batch_size, _AT_ONCE)
         return known | report.gather(model, x, y, threat, name=name, batch_size=size)
     except UserError as e:  # the result is valid without pictures

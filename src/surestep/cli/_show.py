@@ -27,7 +27,7 @@ class Watched(NamedTuple):
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Watched]:
-    """Show a bar on stderr, or a line a minute if it is no terminal; yield the callbacks.
+    """Show a bar on stderr, or a line a minute if it is not a terminal; yield the callbacks.
 
     The lines come from a thread of their own: one attack on one batch can take many minutes.
     """
@@ -78,7 +78,7 @@ def progress_bar(what: str) -> Iterator[Watched]:
 
 
 def wide_console(columns: int) -> Console:
-    """Return a console for stdout that is at least ``columns`` wide where it is no terminal."""
+    """Return a console for stdout, at least ``columns`` wide if stdout is not a terminal."""
     from rich.console import Console
 
     console = Console()

@@ -18,6 +18,18 @@ if TYPE_CHECKING:
 POSITIVE = click.IntRange(min=1)
 BUDGET = "standard"
 
+
+def split_option(text: str) -> Callable[..., Any]:
+    """Return the option ``--split``; ``text`` is its help."""
+    return click.option(
+        "--split",
+        type=click.Choice(["test", "validation"]),
+        default="test",
+        show_default=True,
+        help=text,
+    )
+
+
 _OPTIONS = (
     click.argument("model", metavar="MODEL"),
     click.option(
@@ -28,14 +40,8 @@ _OPTIONS = (
         metavar="TEXT",
         help="mnist, cifar10, cifar100, folder:PATH, npz:FILE or hf:NAME. [default: the run's]",
     ),
-    click.option(
-        "--split",
-        type=click.Choice(["test", "validation"]),
-        default="test",
-        show_default=True,
-        help="Split to judge on; a run selected its weights on the validation images.",
-    ),
-    click.option("--data", "place", metavar="TEXT", help="Folder or file of the data set."),
+    split_option("Split to judge on; a run selected its weights on the validation images."),
+    click.option("--data", "root", metavar="TEXT", help="Folder or file of the data set."),
     click.option(
         "--image-size",
         type=POSITIVE,
@@ -62,14 +68,14 @@ def budget_option(what: str) -> Callable[..., Any]:
     )
 
 
-def source_option(otherwise: str) -> Callable[..., Any]:
-    """Return the option ``--source``; ``otherwise``, on the substitute, ends its help."""
+def source_option(on_substitute: str) -> Callable[..., Any]:
+    """Return the option ``--source``; its help ends with ``on_substitute``."""
     return click.option(
         "--source",
         "sources",
         multiple=True,
         metavar="MODEL",
-        help="Model to craft transfer attacks on, given like MODEL; repeatable. " + otherwise,
+        help="Model to craft transfer attacks on, given like MODEL; repeatable. " + on_substitute,
     )
 
 
@@ -97,7 +103,7 @@ def open_target(
     from surestep.training.engine import keep_freed_memory
 
     keep_freed_memory()  # otherwise every attack step pays for page faults on its activations
-    names = ("weights", "dataset", "place", "image_size", "norm", "device", "split")
+    names = ("weights", "dataset", "root", "image_size", "norm", "device", "split")
     options = {name: values.pop(name) for name in names}
     mean, std = (_numbers(name, values.pop(name)) for name in ("mean", "std"))
     target = targets.open_target(values.pop("model"), eps=eps, mean=mean, std=std, n=n, **options)

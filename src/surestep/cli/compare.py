@@ -20,7 +20,7 @@ from surestep.cli._options import (
     new_folder,
 )
 from surestep.cli._show import provenance, wide_console
-from surestep.cli._target import POSITIVE
+from surestep.cli._target import POSITIVE, split_option
 from surestep.config import RunConfig
 from surestep.errors import UserError
 
@@ -67,7 +67,10 @@ _TRAINING = [
 @click.option(
     "--audit/--no-audit", default=True, show_default=True, help="Audit every run with budget quick."
 )
-@click.option("--n", type=POSITIVE, default=1000, show_default=True, help="Number of test images.")
+@click.option(
+    "--n", type=POSITIVE, default=1000, show_default=True, help="Number of images to judge on."
+)
+@split_option("Split to judge on; runs selected their weights on the validation images.")
 @click.option(
     "--eval-batch-size",
     type=POSITIVE,
@@ -93,6 +96,7 @@ def compare(
     budget: str | None,
     audit: bool,
     n: int,
+    split: str,
     eval_batch_size: int | None,
     style: str,
     json_file: str | None,
@@ -107,7 +111,7 @@ def compare(
     \b
     Examples:
       surestep compare --methods fgsm,sat-r1,sat-r2,pgd --preset mnist-fast --out table
-      surestep compare --methods sat-r2,trades --dataset cifar10 --seeds 5 --out table
+      surestep compare --methods sat-r1,sat-r2,pgd --preset cifar10-speed --out table
       surestep compare runs/one runs/two --budget standard --format md
     """
     settings = given(options)
@@ -135,6 +139,7 @@ def compare(
         "budget": budget,
         "audit": "quick" if audit else None,
         "n": n,
+        "split": split,
         "eval_batch_size": eval_batch_size,
         "out": out,
         "tell": tell,

@@ -99,7 +99,7 @@ def evaluate(
     learns = "transfer" in (chosen or ()) and not sources
     n = None if learns else values["n"]
     target, others = open_target(values, radii[-1], sources, n)
-    more = [target.threat.with_eps(e).eps for e in _ratios(radii)] if len(radii) > 1 else []
+    more = [target.threat.with_eps(e).eps for e in _parse_radii(radii)] if len(radii) > 1 else []
     if chosen is None and others:
         chosen = [*surestep.evaluation.suite.budget(budget), "transfer"]
     with progress_bar("attacking") as watched:
@@ -145,7 +145,7 @@ def _at_chance(result: Evaluation) -> bool:
     return result.n >= _FEW and len(of_label) > 1 and low <= max(of_label) / result.n
 
 
-def _ratios(texts: list[Any]) -> list[float]:
+def _parse_radii(texts: list[Any]) -> list[float]:
     from surestep.config import RunConfig, parse
 
     return [parse(RunConfig, {"eps": text}).eps for text in texts]

@@ -10,11 +10,13 @@ import click
 
 from surestep.cli._options import check_writable, hand_over, json_option, names, seed_option
 from surestep.cli._show import share_of_images
-from surestep.cli._target import POSITIVE
+from surestep.cli._target import POSITIVE, split_option
 from surestep.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+_SAME_IMAGES = "; optimistic: the threshold was chosen on the same split"
 
 
 @click.command(short_help="Harden a trained run (MeanSparse) and judge it before and after.")
@@ -38,7 +40,10 @@ if TYPE_CHECKING:
     show_default=True,
     help="Number of validation images for the search.",
 )
-@click.option("--n", type=POSITIVE, default=1000, show_default=True, help="Number of test images.")
+@click.option(
+    "--n", type=POSITIVE, default=1000, show_default=True, help="Number of images to judge on."
+)
+@split_option("Split to judge on; the threshold is chosen on the validation images.")
 @click.option("--out", metavar="RUN", help="Folder of the hardened run. [default: RUN-hardened]")
 @click.option("--overwrite", is_flag=True, help="Replace that folder if it exists.")
 @seed_option("Random seed of the attacks.")
@@ -54,6 +59,7 @@ def harden(
     attacks: str | None,
     n_search: int,
     n: int,
+    split: str,
     out: str | None,
     overwrite: bool,
     seed: int,
@@ -61,7 +67,7 @@ def harden(
     device: str | None,
     json_file: str | None,
 ) -> None:
-    """Harden the trained model of RUN, and judge it on test images before and after.
+    """Harden the trained model of RUN, and judge it on held-out images before and after.
 
     Nothing is trained; to train a robust model, see `surestep train` and surestep.fit.
 
@@ -97,7 +103,7 @@ def harden(
             highlight=False,
         )
 
-    folder = out or _beside(run)
+    folder = out or _default_out(run)
     found = runs.harden(
         run,
         folder,
@@ -105,6 +111,7 @@ def harden(
         attacks=names(attacks) if attacks else None,
         n_search=n_search,
         n=n,
+        split=split,
         seed=seed,
         batch_size=batch_size,
         device=device,
@@ -132,20 +139,22 @@ def _tables(console: Console, found: dict[str, Any], folder: str) -> None:
     gain = found["after"]["worst_case_accuracy"] - found["before"]["worst_case_accuracy"]
     console.print(
         f"threshold {found['threshold']:g}, worst case {100 * gain:+.1f} points on "
-        f"{found['after']['n']} test images ({found['saved']} saved, {found['lost']} lost)"
+        f"{found['after']['n']} {found['split']} images ({found['saved']} saved, "
+        f"{found['lost']} lost)"
         + (": no threshold helped" if found["threshold"] == 0 else "")
+        + (_SAME_IMAGES if found["split"] == "validation" else "")
         + f"\nwritten to {folder}; audit it: surestep audit {folder}",
         markup=False,
         highlight=False,
     )
 
 
-def _beside(run: str) -> str:
+def _default_out(run: str) -> str:
     """Return the default --out, next to the run."""
-    place = Path(run)
-    if place.name in ("", ".."):  # paths without a last name, such as "."
-        place = place.resolve()
-    return str(place.parent / f"{place.name}-hardened")
+    folder = Path(run)
+    if folder.name in ("", ".."):  # paths without a last name, such as "."
+        folder = folder.resolve()
+    return str(folder.parent / f"{folder.name}-hardened")
 
 
 def _numbers(text: str) -> list[float]:

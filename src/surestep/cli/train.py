@@ -20,9 +20,9 @@ from surestep.cli._options import (
     new_folder,
     parse_params,
 )
-from surestep.cli._report import of_model, of_run, write_report
+from surestep.cli._report import LOOKED_AT, of_model, of_run, write_report
 from surestep.cli._show import provenance, share_of_images
-from surestep.config import RunConfig, parse, read_yaml
+from surestep.config import CHANGEABLE, RunConfig, parse, read_yaml
 from surestep.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ _FIRST = ("method", "dataset", "model", "eps", "epochs", "batch_size", "lr", "se
     "--preset",
     metavar="NAME",
     help="A preset of the method (`surestep methods NAME` lists them), or none. "
-    "[default: the one named after the data set]",
+    "[default: the one named after the data set, or its variant such as cifar10-16 if that is "
+    "nearer to --eps; for cifar100, if the method has none, cifar10's]",
 )
 @click.option(
     "--param",
@@ -54,7 +55,10 @@ _FIRST = ("method", "dataset", "model", "eps", "epochs", "batch_size", "lr", "se
     help="YAML file of settings, such as a run's config.yaml.",
 )
 @click.option(
-    "--resume", metavar="RUN", help="Continue a run; takes every setting from its folder."
+    "--resume",
+    metavar="RUN",
+    help="Continue a run with the settings in its folder. Only --device, --max-memory, "
+    "--checkpoint-every and --tensorboard may be given anew.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the run folder if it exists.")
 @json_option
@@ -84,18 +88,20 @@ def train(
       surestep train --method sat-r3 --dataset cifar10 --model preactresnet18 --epochs 30
       surestep train --config runs/one/config.yaml --seed 1 --out runs/two
       surestep train --resume runs/one
+      surestep train --resume runs/one --max-memory 10
     """
     settings, from_file = given(options), None
     if params := parse_params(pairs):
         settings["params"] = params
     check_writable(json_file)
     others = {"preset": preset, "config": config_file, "out": out, "overwrite": overwrite}
-    extra = [*settings, *(name for name, value in others.items() if value)]
+    extra = [name for name in settings if name not in CHANGEABLE]
+    extra += [name for name, value in others.items() if value]
     if resume is not None and extra:
         named = ", ".join("--" + e.replace("_", "-").replace("params", "param") for e in extra)
         raise UserError(
-            f"--resume takes every setting from {resume}/config.yaml: leave out {named}, or start "
-            "a new run with --config"
+            f"--resume takes its settings from {resume}/config.yaml: leave out {named}, or start a "
+            "new run with --config"
         )
 
     check_overwrite(overwrite, out, "RUN")
@@ -104,9 +110,12 @@ def train(
 
     from surestep import runs
 
-    tell: Callable[[], None] | None = None
+    on_start: Callable[[], None] | None = None
     if resume is not None:
-        config, out = runs.read_config(resume), resume
+        begun, out = runs.read_config(resume), resume
+        config = parse(RunConfig, {**begun.model_dump(), **settings})
+        if is_first_process():
+            on_start = partial(_tell_changes, begun, config)
     else:
         if config_file is not None:
             from_file = read_yaml(config_file)
@@ -121,10 +130,15 @@ def train(
             and preset is None
             and not runs.usual_preset(config.method, config.dataset)
         ):
-            tell = partial(_tell_defaults, config, settings)
+            on_start = partial(_tell_defaults, config, settings)
     try:
         result = runs.train(
-            config, out, resume=resume is not None, overwrite=overwrite, quiet=quiet, tell=tell
+            config,
+            out,
+            resume=resume is not None,
+            overwrite=overwrite,
+            quiet=quiet,
+            on_start=on_start,
         )
     except BaseException as e:
         # If one process fails, the others wait for it, and destroying an NCCL group would wait for
@@ -181,6 +195,16 @@ def _tell_defaults(config: RunConfig, settings: dict[str, Any]) -> None:
         )
 
 
+def _tell_changes(begun: RunConfig, config: RunConfig) -> None:
+    """Print to stderr which settings a resumed run changes; its ``config.yaml`` keeps the first."""
+    for name in CHANGEABLE:
+        then, now = getattr(begun, name), getattr(config, name)
+        if then != now:
+            computes = name in ("device", "max_memory")
+            more = "; results may differ from an uninterrupted run's" if computes else ""
+            click.echo(f"{name} {str(then).lower()} then, {str(now).lower()} now{more}", err=True)
+
+
 def _report(config: RunConfig, out: str, model: nn.Module) -> None:
     """Write the run's report.html; if that fails, say why on stderr."""
     from surestep import report, runs
@@ -189,7 +213,7 @@ def _report(config: RunConfig, out: str, model: nn.Module) -> None:
     run, threat = RunFolder(Path(out)), runs.build_threat(config)
     try:
         report.require()
-        images = runs.load_data(config, "validation")
+        images = runs.load_data(config, "validation", LOOKED_AT)
         shown = of_model(model, images, threat, out, config.batch_size)
         parts = {**shown, **of_run(run), **provenance()}
         write_report(str(run.report), None, out, **parts)

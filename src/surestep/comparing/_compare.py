@@ -18,10 +18,10 @@ from surestep.comparing._run import (
     Entrant,
     Failed,
     Judging,
-    bring_to_end,
-    finished,
-    read,
-    whole,
+    complete_run,
+    is_finished,
+    read_saved_outcome,
+    resolved,
 )
 from surestep.comparing._table import Comparison, Failure, Tell
 from surestep.config import RunConfig
@@ -33,7 +33,7 @@ from surestep.training.run_folder import RunFolder
 ATTACKS = ("fgsm", "pgd-100", "pgd-100-margin")
 """The default attacks of a comparison."""
 
-_ALIKE = ("dataset", "norm", "eps")
+_SHARED_SETTINGS = ("dataset", "norm", "eps")
 
 
 def compare(
@@ -46,6 +46,7 @@ def compare(
     budget: str | None = None,
     audit: str | None = "quick",
     n: int = 1000,
+    split: str = "test",
     eval_batch_size: int | None = None,
     tell: Tell = lambda _: None,
     **settings: Any,
@@ -53,7 +54,7 @@ def compare(
     """Train methods with several seeds each and judge them the same way.
 
     Runs are trained one after another into ``out/<method>-seed<k>``, each in its own process, then
-    evaluated and audited on test images. Each run's results are saved there in
+    evaluated and audited. Each run's results are saved there in
     ``comparison.json``: when called again, finished runs are skipped and a half-finished one is
     continued.
 
@@ -68,7 +69,9 @@ def compare(
         attacks: names of the evaluation's attacks; by default ``ATTACKS``.
         budget: a set of attacks instead of ``attacks``: "quick", "standard" or "thorough".
         audit: budget of the audit; None for no audit.
-        n: number of test images, as taken by ``Images.first``.
+        n: number of images, as taken by ``Images.first``.
+        split: judge on images of "test" or "validation". The weights were selected on validation
+            images, so that the results on them are optimistic.
         eval_batch_size: images attacked at a time; by default as in ``surestep.evaluate`` and
             ``surestep.audit``.
         tell: called with one line of text on what is being done.
@@ -83,7 +86,7 @@ def compare(
             no run succeeded.
         RuntimeError: no run succeeded, and the first failure is a bug in surestep.
     """
-    asked = _asked(attacks, budget, audit, n, eval_batch_size)
+    asked = _judging(attacks, budget, audit, n, split, eval_batch_size)
     for name, instead in (("method", "methods"), ("seed", "seeds")):
         if name in settings:
             raise UserError(f"{name} is not a setting of a comparison: give {instead}")
@@ -91,13 +94,13 @@ def compare(
     numbers = _distinct("seed", list(range(seeds)) if isinstance(seeds, int) else list(seeds))
     for name in names:
         zoo.get(name)
-    out, entrants = _folder(out), []
+    out, entrants = _check_out(out), []
     for name in names:
         for number in numbers:
             config = runs.resolve({**settings, "method": name, "seed": number}, preset)
             label = f"{name}-seed{number}"
             path = out / label / OUTCOME_FILE
-            entrants.append(Entrant(label, out / label, whole(config), path, trains=True))
+            entrants.append(Entrant(label, out / label, resolved(config), path, trains=True))
     return _compare(entrants, asked, tell)
 
 
@@ -109,6 +112,7 @@ def compare_runs(
     budget: str | None = None,
     audit: str | None = "quick",
     n: int = 1000,
+    split: str = "test",
     eval_batch_size: int | None = None,
     device: str | None = None,
     tell: Tell = lambda _: None,
@@ -125,22 +129,24 @@ def compare_runs(
         attacks: names of the evaluation's attacks; by default ``ATTACKS``.
         budget: a set of attacks instead of ``attacks``: "quick", "standard" or "thorough".
         audit: budget of the audit; None for no audit.
-        n: number of test images, as taken by ``Images.first``.
+        n: number of images, as taken by ``Images.first``.
+        split: judge on images of "test" or "validation". The weights were selected on validation
+            images, so that the results on them are optimistic.
         eval_batch_size: images attacked at a time; by default as in ``surestep.evaluate`` and
             ``surestep.audit``.
         device: where to judge; by default each run's own device setting.
         tell: called with one line of text on what is being done.
 
     Raises:
-        UserError: a folder is not a finished run, two are the same run, their test images or threat
+        UserError: a folder is not a finished run, two are the same run, their images or threat
             models differ, or no run could be judged.
     """
-    asked = _asked(attacks, budget, audit, n, eval_batch_size)
-    place = None if out is None else _folder(out)
+    asked = _judging(attacks, budget, audit, n, split, eval_batch_size)
+    results = None if out is None else _check_out(out)
     entrants: list[Entrant] = []
     for folder in _distinct("run folder", [Path(f) for f in folders]):
         config = runs.read_config(folder)
-        if not finished(folder, config):
+        if not is_finished(folder, config):
             done = len(RunFolder(folder).history())
             raise UserError(
                 f"{folder} is not finished (epoch {done} of {config.epochs}): continue it with "
@@ -148,17 +154,18 @@ def compare_runs(
             )
         base = folder.resolve().name
         taken = [entrant.label for entrant in entrants]
-        label = next(k for k in _numbered(base) if k not in taken)
-        path = None if place is None else place / label / OUTCOME_FILE
-        entrants.append(Entrant(label, folder, whole(config), path, trains=False, device=device))
+        label = next(k for k in _numbered_names(base) if k not in taken)
+        path = None if results is None else results / label / OUTCOME_FILE
+        entrants.append(Entrant(label, folder, resolved(config), path, trains=False, device=device))
     return _compare(entrants, asked, tell)
 
 
-def _asked(
+def _judging(
     attacks: Sequence[str] | None,
     budget: str | None,
     audit: str | None,
     n: int,
+    split: str,
     batch_size: int | None,
 ) -> Judging:
     if attacks is not None and budget is not None:
@@ -166,12 +173,12 @@ def _asked(
     if audit is not None:
         budget_of(audit)
     if n < 1:
-        raise UserError(f"n {n}: give at least 1 test image")
+        raise UserError(f"n {n}: give at least 1 image")
     if batch_size is not None and batch_size < 1:
         raise UserError(f"eval_batch_size {batch_size}: give 1 or more")
     if attacks is None:
         attacks = ATTACKS if budget is None else suite.budget(budget)
-    return Judging(tuple(dict.fromkeys(attacks)), audit, n, batch_size)
+    return Judging(tuple(dict.fromkeys(attacks)), audit, n, split, batch_size)
 
 
 def _distinct(what: str, values: list[Any]) -> list[Any]:
@@ -184,7 +191,7 @@ def _distinct(what: str, values: list[Any]) -> list[Any]:
     return values
 
 
-def _folder(out: str | Path) -> Path:
+def _check_out(out: str | Path) -> Path:
     if Path(out).exists() and not Path(out).is_dir():
         raise UserError(f"{out} is a file: give a folder for the results")
     run = RunFolder(Path(out))
@@ -192,11 +199,13 @@ def _folder(out: str | Path) -> Path:
         raise UserError(f"{out} is a run folder, whose report would be overwritten: give another")
     page = Path(out) / "report.html"
     if page.exists() and not (Path(out) / "comparison.json").exists():
-        raise UserError(f"{page} is of no comparison and would be overwritten: give another folder")
+        raise UserError(
+            f"{page} is not a comparison's and would be overwritten: give another --out"
+        )
     return Path(out)
 
 
-def _numbered(base: str) -> Iterable[str]:
+def _numbered_names(base: str) -> Iterable[str]:
     yield base
     number = 2
     while True:
@@ -206,22 +215,22 @@ def _numbered(base: str) -> Iterable[str]:
 
 def _compare(entrants: list[Entrant], asked: Judging, tell: Tell) -> Comparison:
     """Check everything, then train and judge one run after another."""
-    images = _check_alike(entrants, None if "transfer" in asked.attacks else asked.n)
+    images = _check_alike(entrants, asked)
     rows = group_by_row(entrants)
     # Identity stands in for the substitute that a transfer attack trains later.
     suite.parse_all(asked.attacks, runs.build_threat(entrants[0].config), [torch.nn.Identity()])
-    known = {entrant.label: read(entrant, asked) for entrant in entrants}
+    known = {entrant.label: read_saved_outcome(entrant, asked) for entrant in entrants}
     different = different_settings(rows)
-    if different and any(e.trains for e in entrants):  # before the work, and in the notes
+    if different and any(e.trains for e in entrants):  # now as well as in the notes at the end
         tell(f"the methods are trained with different settings: {'; '.join(different)}")
     outcomes, failures = {}, []
     for k, entrant in enumerate(entrants, 1):
         try:
             told = f"{entrant.label} ({k} of {len(entrants)})"
             before = known[entrant.label]
-            outcomes[entrant.label] = bring_to_end(entrant, before, asked, images, told, tell)
+            outcomes[entrant.label] = complete_run(entrant, before, asked, images, told, tell)
         except (UserError, Failed) as e:
-            failures.append(Failure(entrant.label, str(e), isinstance(e, Failed) and e.fault))
+            failures.append(Failure(entrant.label, str(e), isinstance(e, Failed) and e.is_bug))
             tell(f"{entrant.label} failed: {e}")
     if not outcomes:
         first = failures[0]
@@ -231,41 +240,42 @@ def _compare(entrants: list[Entrant], asked: Judging, tell: Tell) -> Comparison:
     return conclude(rows, outcomes, failures, asked)
 
 
-def _check_alike(entrants: list[Entrant], n: int | None) -> Images:
-    """Check that all runs share test images and threat model; return the images."""
-    first = entrants[0]
-    images = runs.load_data(first.config, "test", n)
-    known = {_place(first.config): images}
+def _check_alike(entrants: list[Entrant], asked: Judging) -> Images:
+    """Check that all runs share the images to judge on and the threat model; return the images."""
+    # A substitute for the transfer attack is trained on more images than are judged.
+    first, n = entrants[0], None if "transfer" in asked.attacks else asked.n
+    images = runs.load_data(first.config, asked.split, n)
+    known = {_source(first.config): images}
     for entrant in entrants[1:]:
-        for name in _ALIKE:
+        for name in _SHARED_SETTINGS:
             one, other = getattr(first.config, name), getattr(entrant.config, name)
-            if _kind(one) != _kind(other):
+            if _without_path(one) != _without_path(other):
                 raise UserError(
                     f"{first.name} and {entrant.name} cannot be compared: {name} {one!r} and "
                     f"{other!r}"
                 )
-        place = _place(entrant.config)
-        if place not in known:
+        source = _source(entrant.config)
+        if source not in known:
             # Two paths may hold the same data, and two archives of one kind may differ.
-            known[place] = runs.load_data(entrant.config, "test", n)
-        if not _same(images, known[place]):
+            known[source] = runs.load_data(entrant.config, asked.split, n)
+        if not _same(images, known[source]):
             raise UserError(
-                f"{first.name} and {entrant.name} cannot be compared: their test images differ "
-                f"({_told(first.config)} and {_told(entrant.config)})"
+                f"{first.name} and {entrant.name} cannot be compared: their {asked.split} images "
+                f"differ ({_data_name(first.config)} and {_data_name(entrant.config)})"
             )
     return images
 
 
-def _kind(value: Any) -> Any:
-    """Return a setting, a data set without its path: its images are compared instead."""
+def _without_path(value: Any) -> Any:
+    """Return a setting, of a data set only the kind: its images are compared instead."""
     return value.partition(":")[0] if isinstance(value, str) else value
 
 
-def _place(config: RunConfig) -> tuple[Any, ...]:
+def _source(config: RunConfig) -> tuple[Any, ...]:
     return (config.dataset, config.data, config.image_size)
 
 
-def _told(config: RunConfig) -> str:
+def _data_name(config: RunConfig) -> str:
     return config.data or config.dataset
 
 

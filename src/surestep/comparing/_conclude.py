@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from surestep import environment, runs
-from surestep.comparing._rows import different_settings, way
+from surestep.comparing._rows import different_settings, engine_and_precision
 from surestep.comparing._run import Entrant, Judging, numbers_of
 from surestep.comparing._table import Comparison, Failure, Number, Row
 from surestep.devices import pick_device
@@ -82,8 +82,10 @@ def conclude(
         n=n,
         attacks=list(asked.attacks),
         audit=asked.audit,
+        split=asked.split,
         notes=[
-            _precision(rows, n),
+            _precision(rows, n, asked.split),
+            *_of_split(asked.split),
             *_of_attacks(asked.attacks),
             *_of_audits(ended),
             *_of_doubts(ended),
@@ -119,14 +121,20 @@ def _summary(run: _Ended) -> dict[str, Any]:
     }
 
 
-def _precision(rows: list[Row], n: int) -> str:
+def _precision(rows: list[Row], n: int, split: str) -> str:
     """Describe how precisely n images measure the best worst case."""
     best = max(row.numbers["worst_case_accuracy"].mean for row in rows)
     low, high = share_interval(best, n)
     return (
-        f"With {n:,} test images the best worst case has a 95% interval of {100 * low:.1f} to "
+        f"With {n:,} {split} images the best worst case has a 95% interval of {100 * low:.1f} to "
         f"{100 * high:.1f}%; more seeds do not narrow it."
     )
+
+
+def _of_split(split: str) -> list[str]:
+    if split != "validation":
+        return []
+    return ["Training may have selected weights by validation images: accuracies may be too high."]
 
 
 def _of_attacks(attacks: Sequence[str]) -> list[str]:
@@ -172,8 +180,8 @@ def _of_settings(ended: Mapping[str, Sequence[_Ended]]) -> list[str]:
 def _of_engines(every: Sequence[_Ended]) -> list[str]:
     ways: dict[str, list[str]] = {}
     for run in every:
-        used = way(runs.read_config(run.entrant.folder))
-        if "auto" not in used:  # "auto" is settled when a run begins; otherwise it is not known
+        used = engine_and_precision(runs.read_config(run.entrant.folder))
+        if "auto" not in used:  # a run replaces "auto" by its choice; if not, it is unknown
             ways.setdefault(used, []).append(run.label)
     if len(ways) < 2:
         return []

@@ -9,8 +9,8 @@ from surestep.comparing._run import Entrant
 from surestep.config import RunConfig
 from surestep.errors import UserError
 
-# Settings that may differ within a row: except the seed, they change results by rounding at most.
-_NO_MATTER = ("seed", "tensorboard", "checkpoint_every", "engine", "precision")
+# Settings that may differ within a row. Except the seed, they affect results only by rounding.
+_MAY_DIFFER = ("seed", "tensorboard", "checkpoint_every", "engine", "precision")
 
 
 def group_by_row(entrants: list[Entrant]) -> dict[str, list[Entrant]]:
@@ -23,7 +23,7 @@ def group_by_row(entrants: list[Entrant]) -> dict[str, list[Entrant]]:
     for group in _alike(entrants, _settings):
         # A seed that occurs twice means that engines or precisions are compared: separate rows.
         twice = len({entrant.config.seed for entrant in group}) < len(group)
-        groups += _alike(group, way) if twice else [group]
+        groups += _alike(group, engine_and_precision) if twice else [group]
     for group in groups:
         seen: dict[int, str] = {}
         for entrant in group:
@@ -37,7 +37,7 @@ def group_by_row(entrants: list[Entrant]) -> dict[str, list[Entrant]]:
 
 
 def _alike(entrants: list[Entrant], of: Callable[[RunConfig], object]) -> list[list[Entrant]]:
-    """Return the entrants in groups for which ``of`` their settings is the same."""
+    """Group the entrants by the value of ``of`` for their settings."""
     groups: list[list[Entrant]] = []
     for entrant in entrants:
         for group in groups:
@@ -51,11 +51,11 @@ def _alike(entrants: list[Entrant], of: Callable[[RunConfig], object]) -> list[l
 
 def _settings(config: RunConfig) -> dict[str, Any]:
     """Return the settings that runs of a row share, including the method's hyperparameters."""
-    values = config.model_dump(mode="json", exclude={*_NO_MATTER, "params"})
+    values = config.model_dump(mode="json", exclude={*_MAY_DIFFER, "params"})
     return {**values, **config.params}
 
 
-def way(config: RunConfig) -> str:
+def engine_and_precision(config: RunConfig) -> str:
     """Return the engine and precision that a run's settings name."""
     return f"{config.engine} {config.precision}"
 
@@ -73,7 +73,7 @@ def _row_names(groups: list[list[Entrant]]) -> list[str]:
         )
         names.append(f"{mine['method']} ({told})" if told else mine["method"])
     return [
-        f"{name} ({way(group[0].config)})" if names.count(name) > 1 else name
+        f"{name} ({engine_and_precision(group[0].config)})" if names.count(name) > 1 else name
         for name, group in zip(names, groups, strict=True)
     ]
 
@@ -83,7 +83,7 @@ def different_settings(groups: Mapping[str, list[Entrant]]) -> list[str]:
     told = []
     configs = {name: group[0].config for name, group in groups.items()}
     for key in RunConfig.model_fields:
-        if key in ("method", "params", "data", *_NO_MATTER):
+        if key in ("method", "params", "data", *_MAY_DIFFER):
             continue
         values = {name: getattr(config, key) for name, config in configs.items()}
         if len(set(values.values())) > 1:

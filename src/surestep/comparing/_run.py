@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import os
@@ -68,18 +67,30 @@ class Judging:
     Attributes:
         attacks: their names.
         audit: budget of the audit; None for no audit.
-        n: number of test images.
-        batch_size: images attacked at a time; None for the defaults. Saved results need not match
-            it.
+        n: number of images.
+        split: the split that they are from.
+        batch_size: images attacked at a time; None for the defaults. Saved results may have
+            another.
     """
 
     attacks: tuple[str, ...]
     audit: str | None
     n: int
+    split: str = "test"
     batch_size: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"attacks": list(self.attacks), "audit": self.audit, "n": self.n}
+        return {
+            "attacks": list(self.attacks),
+            "audit": self.audit,
+            "n": self.n,
+            "split": self.split,
+        }
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments that evaluations and audits have in common."""
+        sized = {} if self.batch_size is None else {"batch_size": self.batch_size}
+        return {"n": self.n, **sized}
 
 
 @dataclass(frozen=True)
@@ -109,14 +120,18 @@ class Entrant:
 
 
 class Failed(Exception):
-    """A training that ended without a result."""
+    """A training that ended without a result.
 
-    def __init__(self, message: str, *, fault: bool) -> None:
+    Attributes:
+        is_bug: whether the cause is a bug in surestep.
+    """
+
+    def __init__(self, message: str, *, is_bug: bool) -> None:
         super().__init__(message)
-        self.fault = fault
+        self.is_bug = is_bug
 
 
-def whole(config: RunConfig) -> RunConfig:
+def resolved(config: RunConfig) -> RunConfig:
     """Fill in every hyperparameter and make paths absolute, as in a run folder."""
     method = runs.build_method(config)
     own = methods.settle(method, config)
@@ -124,14 +139,14 @@ def whole(config: RunConfig) -> RunConfig:
     return parse(RunConfig, {**config.model_dump(), **own, "params": method.params()})
 
 
-def finished(folder: Path, config: RunConfig) -> bool:
+def is_finished(folder: Path, config: RunConfig) -> bool:
     """Tell whether a run is trained to the end and its weights are written.
 
     At the end of an epoch, the checkpoint is written first, then the weights, then the row of
     metrics; a kill may come in between.
     """
     run = RunFolder(folder)
-    if config.mean_sparse is not None:  # made by `surestep harden`, whole or not at all
+    if config.mean_sparse is not None:  # made by `surestep harden`, always complete
         return run.weights.is_file()
     if not run.ended(config.epochs):
         return False
@@ -140,23 +155,14 @@ def finished(folder: Path, config: RunConfig) -> bool:
     return not steps or max(steps) >= int(run.history()[-1]["step"])
 
 
-def read(entrant: Entrant, asked: Judging) -> dict[str, Any]:
+def read_saved_outcome(entrant: Entrant, asked: Judging) -> dict[str, Any]:
     """Return the saved outcome of a run, or an empty one, without writing anything.
 
     Raises:
         UserError: the run folder has other settings, the saved outcome is damaged or was made with
             other settings, or the code of the method has changed.
     """
-    if entrant.trains and RunFolder(entrant.folder).config.is_file():
-        begun = whole(runs.read_config(entrant.folder))
-        wanted = RunFolder(entrant.folder).as_begun(entrant.config)
-        for name in RunConfig.model_fields:
-            one, other = getattr(begun, name), getattr(wanted, name)
-            if one != other:
-                raise UserError(
-                    f"{entrant.folder} was started with {name} {one!r}, but this comparison has "
-                    f"{other!r}: give the same value, or another --out"
-                )
+    _check_settings(entrant)
     fresh: dict[str, Any] = {
         "format": OUTCOME_FORMAT,
         "version": OUTCOME_VERSION,
@@ -176,16 +182,37 @@ def read(entrant: Entrant, asked: Judging) -> dict[str, Any]:
     if found is None:
         return fresh
     _check_code(entrant, found.get("code"))
-    if found["settings"] == fresh["settings"]:
+    # Older outcomes name no split.
+    before = {"split": "test", **found["settings"]}
+    if before == fresh["settings"]:
         return found
     if path != entrant.outcome_path:
         return fresh | {k: found.get(k) for k in ("weights", "peak_memory_mb", "code")}
-    name = next(k for k, v in fresh["settings"].items() if found["settings"].get(k) != v)
-    one, other = (_told(s["settings"].get(name)) for s in (found, fresh))
+    name = next(k for k, v in fresh["settings"].items() if before.get(k) != v)
+    one, other = (_told(s.get(name)) for s in (before, fresh["settings"]))
     raise UserError(
         f"{path} was made with {name} {one}, but this comparison has {other}: give the same "
         "value, or another --out"
     )
+
+
+def _check_settings(entrant: Entrant) -> None:
+    """Refuse to continue a run that was started with other settings.
+
+    Raises:
+        UserError: a setting differs.
+    """
+    if not entrant.trains or not RunFolder(entrant.folder).config.is_file():
+        return
+    begun = resolved(runs.read_config(entrant.folder))
+    wanted = RunFolder(entrant.folder).as_begun(entrant.config)
+    for name in RunConfig.model_fields:
+        one, other = getattr(begun, name), getattr(wanted, name)
+        if one != other:
+            raise UserError(
+                f"{entrant.folder} was started with {name} {one!r}, but this comparison has "
+                f"{other!r}: give the same value, or another --out"
+            )
 
 
 def code_of(method: str) -> str | None:
@@ -197,7 +224,7 @@ def code_of(method: str) -> str | None:
         source = inspect.getsource(sys.modules[module])
     except (OSError, TypeError, KeyError):  # the method has no source file
         return None
-    return _digest(source.encode())
+    return files.digest(source.encode())
 
 
 def _check_code(entrant: Entrant, before: str | None) -> None:
@@ -235,80 +262,130 @@ def read_outcome(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def bring_to_end(
+def complete_run(
     entrant: Entrant, outcome: dict[str, Any], asked: Judging, images: Images, told: str, tell: Tell
 ) -> dict[str, Any]:
-    """Complete a run: train, evaluate and audit it, whichever is missing; return the outcome."""
-    trained = None
-    if entrant.trains and not finished(entrant.folder, entrant.config):
+    """Train, evaluate and audit a run, whichever is missing, saving the outcome after each step.
+
+    Args:
+        entrant: the run.
+        outcome: what is known of it, as from ``read_saved_outcome``.
+        asked: how to judge it.
+        images: the images to judge it on.
+        told: the run as progress lines name it.
+        tell: called with one line of text on what is being done.
+
+    Returns:
+        The complete outcome.
+
+    Raises:
+        Failed: the training ended without a result.
+        UserError: the run cannot be loaded or judged, or a file cannot be written.
+    """
+    if entrant.trains and not is_finished(entrant.folder, entrant.config):
         tell(f"training {told}")
-        code = code_of(entrant.config.method)  # read now: it may be edited during the training
-        outcome = outcome | {"code": code}
-        try:
-            trained = _train(entrant, tell)
-        except BaseException:
-            if checkpoint.found(RunFolder(entrant.folder).checkpoints):
-                _write(entrant, outcome)  # a resume must not mix two versions of the code
-            raise
-    weights = _digest(RunFolder(entrant.folder).weights.read_bytes())
-    if weights != outcome["weights"]:  # newly trained, or not the ones that were judged
-        outcome = outcome | {"weights": weights, "peak_memory_mb": trained}
-    subject = _subject(entrant.config, weights, images.first(asked.n))
-    if subject != outcome.get("subject"):
-        if outcome["evaluation"] is not None:
-            tell(
-                f"judging {told} anew: its weights or settings, the test images or surestep's "
-                "version changed"
-            )
-        outcome = outcome | {"subject": subject, "evaluation": None, "audit": None}
-        _write(entrant, outcome)
+        outcome = _trained(entrant, outcome, tell)
+    outcome = _without_stale_results(entrant, outcome, asked, images, told, tell)
     unjudged = outcome["evaluation"] is None
-    budget = asked.audit if outcome["audit"] is None else None
-    if unjudged or budget is not None:
+    unaudited = asked.audit is not None and outcome["audit"] is None
+    if unjudged or unaudited:
         run = runs.load(entrant.folder, entrant.device or entrant.config.device)
-        sized: dict[str, Any] = {}
-        if asked.batch_size is not None:
-            sized["batch_size"] = asked.batch_size
         if unjudged:
             tell(f"evaluating {told}")
-            size = f"-{asked.batch_size}" if asked.batch_size else ""
-            path = entrant.outcome_path
-            state = path and path.with_name(f"comparison-{subject}{size}.state")
-            found = evaluation.evaluate(
-                run.model,
-                images,
-                run.threat,
-                asked.attacks,
-                n=asked.n,
-                state=state,
-                tell=each_minute(tell),
-                **sized,
-            )
-            outcome = outcome | {"evaluation": found.to_dict()}
-            _write(entrant, outcome)
-            if state:
-                state.unlink(missing_ok=True)
-        if budget is not None:
+            outcome = _evaluated(entrant, outcome, run, asked, images, tell)
+        if unaudited:
             tell(f"auditing {told}")
-            judged = auditing.audit(
-                run.model,
-                images,
-                run.threat,
-                budget=budget,
-                n=asked.n,
-                tell=lambda text: tell(f"  {text}"),
-                **sized,
-            )
-            outcome = outcome | {"audit": judged.to_dict()}
-            _write(entrant, outcome)
+            outcome = _audited(entrant, outcome, run, asked, images, tell)
     return outcome
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+def _trained(entrant: Entrant, outcome: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    """Train the run; return the outcome with its code, weights and peak memory."""
+    code = code_of(entrant.config.method)  # read now: it may be edited during the training
+    outcome = outcome | {"code": code}
+    try:
+        peak = _train(entrant, tell)
+    except BaseException:
+        if checkpoint.found(RunFolder(entrant.folder).checkpoints):
+            _saved(entrant, outcome)  # a resume must not mix two versions of the code
+        raise
+    weights = _weights_digest(entrant)
+    if weights != outcome["weights"]:
+        outcome = outcome | {"weights": weights, "peak_memory_mb": peak}
+    return outcome
 
 
-def _subject(config: RunConfig, weights: str, images: Images) -> str:
+def _without_stale_results(
+    entrant: Entrant, outcome: dict[str, Any], asked: Judging, images: Images, told: str, tell: Tell
+) -> dict[str, Any]:
+    """Return the outcome without results of other weights, settings, images or versions."""
+    weights = _weights_digest(entrant)
+    if weights != outcome["weights"]:  # the peak memory was that of another training
+        outcome = outcome | {"weights": weights, "peak_memory_mb": None}
+    subject = _judged_digest(entrant.config, weights, images.first(asked.n))
+    if subject == outcome.get("subject"):
+        return outcome
+    if outcome["evaluation"] is not None:
+        tell(
+            f"judging {told} anew: its weights, settings or model file, the images or "
+            "surestep's version changed"
+        )
+    return _saved(entrant, outcome | {"subject": subject, "evaluation": None, "audit": None})
+
+
+def _evaluated(
+    entrant: Entrant,
+    outcome: dict[str, Any],
+    run: runs.Run,
+    asked: Judging,
+    images: Images,
+    tell: Tell,
+) -> dict[str, Any]:
+    """Evaluate the run, or continue a stopped evaluation; return the outcome with the result."""
+    size = f"-{asked.batch_size}" if asked.batch_size else ""
+    path = entrant.outcome_path
+    state = path and path.with_name(f"comparison-{outcome['subject']}{size}.state")
+    found = evaluation.evaluate(
+        run.model,
+        images,
+        run.threat,
+        asked.attacks,
+        state=state,
+        tell=each_minute(tell),
+        **asked.options(),
+    )
+    outcome = _saved(entrant, outcome | {"evaluation": found.to_dict()})
+    if state:
+        state.unlink(missing_ok=True)
+    return outcome
+
+
+def _audited(
+    entrant: Entrant,
+    outcome: dict[str, Any],
+    run: runs.Run,
+    asked: Judging,
+    images: Images,
+    tell: Tell,
+) -> dict[str, Any]:
+    """Audit the run; return the outcome with the result."""
+    assert asked.audit is not None
+    judged = auditing.audit(
+        run.model,
+        images,
+        run.threat,
+        budget=asked.audit,
+        tell=lambda text: tell(f"  {text}"),
+        **asked.options(),
+    )
+    return _saved(entrant, outcome | {"audit": judged.to_dict()})
+
+
+def _weights_digest(entrant: Entrant) -> str:
+    return files.digest(RunFolder(entrant.folder).weights.read_bytes())
+
+
+def _judged_digest(config: RunConfig, weights: str, images: Images) -> str:
     """Return a digest of what is judged, on which images, and by which version of surestep.
 
     A model is its weights and settings, such as MeanSparse's threshold. A data set's name does not
@@ -317,14 +394,16 @@ def _subject(config: RunConfig, weights: str, images: Images) -> str:
     settings = config.model_dump(mode="json", include=set(_JUDGED_BY))
     subject = [__version__, weights, settings, files.digest(images.stored(), images.y)]
     if models.in_file(config.model) and (file := models.file_of(config.model)).is_file():
-        subject.append(_digest(file.read_bytes()))
-    return _digest(json.dumps(subject, sort_keys=True).encode())
+        subject.append(files.digest(file.read_bytes()))
+    return files.digest(json.dumps(subject, sort_keys=True).encode())
 
 
-def _write(entrant: Entrant, outcome: dict[str, Any]) -> None:
+def _saved(entrant: Entrant, outcome: dict[str, Any]) -> dict[str, Any]:
+    """Save the outcome, and return it."""
     if entrant.outcome_path is not None:
         files.make_folder(entrant.outcome_path.parent)
         files.write_atomically(entrant.outcome_path, json.dumps(outcome, indent=2) + "\n")
+    return outcome
 
 
 def _train(entrant: Entrant, tell: Tell) -> float | None:
@@ -335,12 +414,12 @@ def _train(entrant: Entrant, tell: Tell) -> float | None:
         KeyboardInterrupt: the training was stopped by Ctrl-C.
     """
     free_cached_memory()  # leave it to the training process
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as folder:
         if RunFolder(entrant.folder).config.is_file():
             arguments = ["--resume", str(entrant.folder)]
         else:
             files.make_folder(entrant.folder.parent)
-            settings = Path(place) / "config.yaml"
+            settings = Path(folder) / "config.yaml"
             settings.write_text(to_yaml(entrant.config.model_dump(mode="json")), "utf-8")
             arguments = ["--config", str(settings), "--out", str(entrant.folder)]
         code, peak, error = _measured(["train", *arguments], tell)
@@ -348,9 +427,9 @@ def _train(entrant: Entrant, tell: Tell) -> float | None:
         raise KeyboardInterrupt
     if code < 0 or 128 < code < 192:  # above 128: by its own handler; Windows has larger codes
         number = -code if code < 0 else code - 128
-        raise Failed(f"the training was killed by signal {number}", fault=False)
+        raise Failed(f"the training was killed by signal {number}", is_bug=False)
     if code:
-        raise Failed(error or f"the training ended with exit code {code}", fault=code != 2)
+        raise Failed(error or f"the training ended with exit code {code}", is_bug=code != 2)
     # Kilobytes, but bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     return peak * unit / 1e6 if peak else None

@@ -109,7 +109,8 @@ class Comparison:
         failures: runs that gave no result; they are in no row.
         dataset: the data set that the runs are judged on.
         threat: norm and eps.
-        n: number of test images.
+        n: number of images.
+        split: the split that they are from.
         attacks: names of the evaluation's attacks.
         audit: budget of the audits; None without audits.
         notes: what a reader of the table must know, one line each.
@@ -124,6 +125,7 @@ class Comparison:
     attacks: list[str]
     audit: str | None
     notes: list[str]
+    split: str = "test"
 
     @property
     def title(self) -> str:
@@ -134,7 +136,8 @@ class Comparison:
         if max(counts) > 1:
             over = f" over {counts.pop()} seeds" if len(counts) == 1 else ""
             spread = f", mean ± standard deviation{over}"
-        return f"accuracy in % on {self.n:,} test images of {self.dataset}, {threat}{spread}"
+        images = f"{self.n:,} {self.split} images of {self.dataset}"
+        return f"accuracy in % on {images}, {threat}{spread}"
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Return the table as strings: the titles, and one list per row.
@@ -166,6 +169,7 @@ class Comparison:
             "format": FORMAT,
             "version": VERSION,
             "dataset": self.dataset,
+            "split": self.split,
             "threat": self.threat,
             "n": self.n,
             "attacks": self.attacks,
@@ -319,7 +323,7 @@ def _page(comparison: Comparison, command: str, versions: Mapping[str, Any]) -> 
             "data set": comparison.dataset,
             "norm": comparison.threat["norm"],
             "eps": comparison.threat["eps"],
-            "test images": comparison.n,
+            f"{comparison.split} images": comparison.n,
             "attacks": ", ".join(comparison.attacks),
             "audit": comparison.audit or "none",
         },

@@ -151,43 +151,11 @@ def to_model_info(
         UserError: the evaluation is invalid, is not of the whole test set, lacks AutoAttack, has
             doubts or pixels outside [0, 1]; or an argument is not as described above.
     """
-    validate(evaluation)
-    if evaluation["format"] != "surestep-evaluation":
-        raise UserError(f"a {evaluation['format']} has no RobustBench entry: give an evaluation")
-    if (split := evaluation.get("split", "test")) != "test":
-        raise UserError(
-            f"the evaluation is of {split} images, by which training may have selected weights: "
-            "evaluate on test images"
-        )
-    accuracies = evaluation["robust_accuracy"]
-    if "autoattack" not in accuracies:
-        raise UserError(
-            f"the evaluation has no attack 'autoattack', only {', '.join(accuracies) or 'none'}: "
-            "RobustBench's robust accuracy is AutoAttack's, so evaluate with it"
-        )
-    low, high = evaluation["threat"]["bounds"]
-    if (low, high) != (0, 1):
-        raise UserError(
-            f"the evaluation's pixels are in [{low:g}, {high:g}], RobustBench's in [0, 1]: put the "
-            "scaling into the model"
-        )
-    if type(additional_data) is not bool:
-        raise UserError(f"additional_data is {shorten(additional_data)}, expected True or False")
-    if type(number_forward_passes) is not int or number_forward_passes < 1:
-        raise UserError(
-            f"number_forward_passes is {shorten(number_forward_passes)}, expected an integer >= 1"
-        )
-    if reported is not None and not (_is_number(reported) and 0 <= reported <= 1):
-        raise UserError(
-            f"reported is {shorten(reported)}, expected a fraction in [0, 1], such as 0.5"
-        )
-    dataset = _folder(dataset)
-    judged_on = evaluation.get("dataset", dataset).partition(":")[0]
-    if judged_on in TEST_SETS and judged_on != dataset:
-        raise UserError(
-            f"the evaluation is of {judged_on}: give dataset={judged_on!r}, not {dataset!r}"
-        )
+    dataset = _check_dataset_name(dataset)
+    _check_evaluation(evaluation, dataset)
+    _check_arguments(additional_data, number_forward_passes, reported)
     _check_size(evaluation["n"], dataset, test_set_size, allow_subset)
+    accuracies = evaluation["robust_accuracy"]
     robust = min(accuracies[k] for k in ("autoattack", "autoattack-bpda") if k in accuracies)
     doubts = "; ".join(evaluation.get("doubts", ())) if robust > 0 else ""
     if doubts and not allow_doubts:
@@ -213,6 +181,54 @@ def to_model_info(
     }
 
 
+def _check_evaluation(evaluation: dict[str, Any], dataset: str) -> None:
+    """Refuse an evaluation that is not comparable with RobustBench's on this data set.
+
+    Raises:
+        UserError: see ``to_model_info``.
+    """
+    validate(evaluation)
+    if evaluation["format"] != "surestep-evaluation":
+        raise UserError(f"a {evaluation['format']} has no RobustBench entry: give an evaluation")
+    if (split := evaluation.get("split", "test")) != "test":
+        raise UserError(
+            f"the evaluation is of {split} images, by which training may have selected weights: "
+            "evaluate on test images"
+        )
+    accuracies = evaluation["robust_accuracy"]
+    if "autoattack" not in accuracies:
+        raise UserError(
+            f"the evaluation has no attack 'autoattack', only {', '.join(accuracies) or 'none'}: "
+            "RobustBench's robust accuracy is AutoAttack's, so evaluate with it"
+        )
+    low, high = evaluation["threat"]["bounds"]
+    if (low, high) != (0, 1):
+        raise UserError(
+            f"the evaluation's pixels are in [{low:g}, {high:g}], RobustBench's in [0, 1]: put the "
+            "scaling into the model"
+        )
+    judged_on = evaluation.get("dataset", dataset).partition(":")[0]
+    if judged_on in TEST_SETS and judged_on != dataset:
+        raise UserError(
+            f"the evaluation is of {judged_on}: give dataset={judged_on!r}, not {dataset!r}"
+        )
+
+
+def _check_arguments(
+    additional_data: bool, number_forward_passes: int, reported: float | None
+) -> None:
+    if type(additional_data) is not bool:
+        raise UserError(f"additional_data is {shorten(additional_data)}, expected True or False")
+    if type(number_forward_passes) is not int or number_forward_passes < 1:
+        raise UserError(
+            f"number_forward_passes is {shorten(number_forward_passes)}, expected an integer >= 1"
+        )
+    if reported is not None and not (_is_number(reported) and 0 <= reported <= 1):
+        raise UserError(
+            f"reported is {shorten(reported)}, expected a fraction in [0, 1], such as 0.5"
+        )
+
+
 def _check_size(n: int, dataset: str, size: int | None, allow_subset: bool) -> None:
     size = TEST_SETS.get(dataset) if size is None else size
     if size is None:
@@ -233,7 +249,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2f}"
 
 
-def _folder(dataset: str) -> str:
+def _check_dataset_name(dataset: str) -> str:
     if not re.fullmatch(r"\w[\w.-]*", dataset, re.ASCII):
         raise UserError(f"dataset {shorten(dataset)} is not a folder name: give one like 'cifar10'")
     return dataset
@@ -257,11 +273,11 @@ def model_info_path(dataset: str, norm: str, name: str, year: int, first_word: s
         raise unknown_name("norm", norm, _NORMS)
     if not 1900 <= year <= 9999:
         raise UserError(f"year {year} is not a year: give four digits")
-    stem = f"{_word('name', name)}{year}{_word('first_word', first_word)}"
-    return Path("model_info", _folder(dataset), folder, f"{stem}.json")
+    stem = f"{_file_name_word('name', name)}{year}{_file_name_word('first_word', first_word)}"
+    return Path("model_info", _check_dataset_name(dataset), folder, f"{stem}.json")
 
 
-def _word(what: str, text: str) -> str:
+def _file_name_word(what: str, text: str) -> str:
     """Return letters and digits without accents, the first in upper case."""
     plain = unicodedata.normalize("NFKD", text)
     word = re.sub(r"[^A-Za-z0-9_-]", "", plain).strip("-_")
@@ -305,7 +321,7 @@ def write_model_info(
     missing = [key for key in KEYS if key not in info]
     if missing:
         raise UserError(f"the entry lacks {', '.join(missing)}")
-    known = _parse(info, "the entry")
+    known = _Fields(info, "the entry").to_model_info()
     if year is None:
         years = re.findall(r"\b(?:19|20)\d\d\b", known.venue)
         if len(years) != 1:
@@ -314,7 +330,7 @@ def write_model_info(
     surname = (known.authors.split(",")[0].split() or [""])[-1]
     first = (known.name.split() or [""])[0]
     if suffix:
-        first = f"{_word('name', first)}_{suffix}"
+        first = f"{_file_name_word('name', first)}_{suffix}"
     path = Path(folder) / model_info_path(known.dataset, norm, surname, year, first)
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists: give a suffix for another model, or overwrite=True")
@@ -342,90 +358,109 @@ def read_model_info(path: str | Path) -> ModelInfo:
     if not isinstance(info, dict):
         raise UserError(f"{path} is not a RobustBench entry: {shorten(info)} is not an object")
     norm = next((n for n, folder in _NORMS.items() if path.absolute().parent.name == folder), None)
-    return _parse(info, str(path), norm)
+    return _Fields(info, str(path)).to_model_info(norm)
 
 
-def _parse(info: Mapping[str, Any], what: str, norm: str | None = None) -> ModelInfo:
-    numbers = [info[key] for key in _ACCURACIES if _is_number(info.get(key))]
-    unit = 100 if any(number > 1 for number in numbers) else 1
+class _Fields:
+    """Reads the fields of an entry, as ``read_model_info`` describes them.
 
-    def fail(key: str, expected: str) -> UserError:
-        return UserError(f"{what}: {key} is {shorten(info[key])}, expected {expected}")
+    A field that is absent or holds no value is read as None, a text as "".
 
-    def absent(key: str) -> bool:
-        value = info.get(key)
-        return value is None or (isinstance(value, str) and value.strip().lower() in _ABSENT)
+    Args:
+        info: the entry.
+        what: its name in error messages.
+    """
 
-    def text(key: str) -> str:
-        value = info.get(key)
+    def __init__(self, info: Mapping[str, Any], what: str) -> None:
+        self.info, self.what = info, what
+        numbers = [info[key] for key in _ACCURACIES if _is_number(info.get(key))]
+        self.unit = 100 if any(number > 1 for number in numbers) else 1
+
+    def to_model_info(self, norm: str | None = None) -> ModelInfo:
+        """Read all fields.
+
+        Raises:
+            UserError: a value cannot be understood.
+        """
+        return ModelInfo(
+            link=self.text("link"),
+            name=self.text("name"),
+            authors=self.text("authors"),
+            additional_data=self.flag("additional_data"),
+            number_forward_passes=self.count("number_forward_passes"),
+            dataset=self.text("dataset"),
+            venue=self.text("venue"),
+            architecture=self.text("architecture"),
+            eps=self.radius("eps"),
+            clean_accuracy=self.accuracy("clean_acc"),
+            reported=self.accuracy("reported"),
+            autoattack_accuracy=self.accuracy(
+                "autoattack_acc" if "autoattack_acc" in self.info else "AA"
+            ),
+            external=self.accuracy("external"),
+            footnote=self.text("footnote"),
+            unreliable=bool(self.flag("unreliable")),
+            norm=norm,
+        )
+
+    def text(self, key: str) -> str:
+        value = self.info.get(key)
         if value is None:
             return ""
         if not isinstance(value, str):
-            raise fail(key, "text")
+            raise self._fail(key, "text")
         return " ".join(value.split())
 
-    def accuracy(key: str) -> float | None:
-        if absent(key):
+    def accuracy(self, key: str) -> float | None:
+        if self._absent(key):
             return None
-        value = info[key]
+        value = self.info[key]
         try:
-            share = value / unit if _is_number(value) else float(value.rstrip("% \n")) / 100
+            share = value / self.unit if _is_number(value) else float(value.rstrip("% \n")) / 100
         except (AttributeError, ValueError, OverflowError):
             share = math.nan
         if not 0 <= share <= 1:
-            raise fail(key, "a percentage from 0 to 100")
+            raise self._fail(key, "a percentage from 0 to 100")
         return share
 
-    def eps() -> float | None:
-        if absent("eps"):
+    def radius(self, key: str) -> float | None:
+        if self._absent(key):
             return None
-        value = info["eps"]
+        value = self.info[key]
         if not isinstance(value, str) and not (_is_number(value) and 0 <= value < math.inf):
-            raise fail("eps", 'a radius such as "8/255"')
+            raise self._fail(key, 'a radius such as "8/255"')
         try:
             return parse_eps(value) if isinstance(value, str) else float(value)
         except UserError as e:
-            raise fail("eps", 'a radius such as "8/255"') from e
+            raise self._fail(key, 'a radius such as "8/255"') from e
 
-    def flag(key: str) -> bool | None:
-        if absent(key):
+    def flag(self, key: str) -> bool | None:
+        if self._absent(key):
             return None
         known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        found = known.get(str(info[key]).strip().lower())
+        found = known.get(str(self.info[key]).strip().lower())
         if found is None:
-            raise fail(key, "true or false")
+            raise self._fail(key, "true or false")
         return found
 
-    def passes() -> int | None:
-        key = "number_forward_passes"
-        if absent(key):
+    def count(self, key: str) -> int | None:
+        if self._absent(key):
             return None
+        value = self.info[key]
         try:
-            count = float(info[key])
+            count = float(value)
         except (TypeError, ValueError, OverflowError):
             count = math.nan
-        if isinstance(info[key], bool) or count < 1 or not count.is_integer():
-            raise fail(key, "an integer >= 1")
+        if isinstance(value, bool) or count < 1 or not count.is_integer():
+            raise self._fail(key, "an integer >= 1")
         return int(count)
 
-    return ModelInfo(
-        link=text("link"),
-        name=text("name"),
-        authors=text("authors"),
-        additional_data=flag("additional_data"),
-        number_forward_passes=passes(),
-        dataset=text("dataset"),
-        venue=text("venue"),
-        architecture=text("architecture"),
-        eps=eps(),
-        clean_accuracy=accuracy("clean_acc"),
-        reported=accuracy("reported"),
-        autoattack_accuracy=accuracy("AA" if "autoattack_acc" not in info else "autoattack_acc"),
-        external=accuracy("external"),
-        footnote=text("footnote"),
-        unreliable=bool(flag("unreliable")),
-        norm=norm,
-    )
+    def _absent(self, key: str) -> bool:
+        value = self.info.get(key)
+        return value is None or (isinstance(value, str) and value.strip().lower() in _ABSENT)
+
+    def _fail(self, key: str, expected: str) -> UserError:
+        return UserError(f"{self.what}: {key} is {shorten(self.info[key])}, expected {expected}")
 
 
 def _is_number(value: Any) -> bool:

@@ -20,9 +20,9 @@ from surestep.methods._base import (
     Update,
     of_eps,
     of_span,
-    once,
     register,
 )
+from surestep.methods._functional import once
 from surestep.methods._memory import Memory
 from surestep.methods._registry import build, card, get, names, overview, preset, recipe_of, settle
 from surestep.methods._single_step import OnSingleStep, SingleStep

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -19,31 +18,24 @@ from types import UnionType
 from typing import (
     Any,
     ClassVar,
-    Concatenate,
     NamedTuple,
-    ParamSpec,
-    TypeVar,
     Union,
     get_args,
     get_origin,
     get_type_hints,
 )
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep import processes
 from surestep.attacks.inputs import check_inputs, forward_logits
-from surestep.attacks.losses import of_true_class
 from surestep.errors import SurestepWarning, UserError
-from surestep.methods._dropout import dropping
+from surestep.methods._dropout import activation_dropout
+from surestep.methods._losses import one_hot
 from surestep.methods._memory import Draw
 from surestep.threat import Linf, ThreatModel
 from surestep.threat import check as check_threat
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 Criterion = Callable[..., Tensor]
 """Called as ``criterion(logits, y, reduction="mean" | "none")``, as ``F.cross_entropy`` is."""
@@ -122,7 +114,7 @@ class Progress:
     labelled: float = 1.0
 
     def __deepcopy__(self, memo: object) -> Progress:
-        """Return itself, which never changes: a copied method still knows that it was not told."""
+        """Return itself, so that a copied method still knows whether its progress was set."""
         return self
 
     @property
@@ -192,7 +184,7 @@ def of_eps(share: float, *, most: float = math.inf) -> Any:
     """Return a dataclass field for a length: by default a share of eps.
 
     In l-inf it is at most ``most``, which is meant for pixels in [0, 1] and scales with the data
-    range. (In l2 a length is that of the whole step, which no bound of a pixel's fits.)
+    range. (In l2 a length is that of the whole step: a bound for one pixel does not fit.)
     """
 
     def default(threat: ThreatModel) -> float:
@@ -223,7 +215,7 @@ class Method(ABC):
             training; it falls linearly to 0 (SADS, Vivek & Babu 2020, arXiv 2004.08628).
 
     Attributes:
-        sources: other models that it attacks, to be set before training; None if it attacks none.
+        sources: other models to attack, to be set before training if it ``takes_sources``.
 
     Raises:
         UserError: a hyperparameter is outside its range.
@@ -239,6 +231,8 @@ class Method(ABC):
     """Whether every step needs the ``index`` of its images, for instance to keep state for each."""
     remembers_images = False
     """Whether the state that it keeps per image is at least as large as the image."""
+    takes_sources = False
+    """Whether it also attacks other models, its ``sources``."""
     takes_unlabelled = False
     """Whether it also learns from images without a label (y = -1)."""
     kept: ClassVar[tuple[str, ...]] = ()
@@ -267,7 +261,7 @@ class Method(ABC):
         self.progress = _NOT_TOLD
         self.strength = 1.0
         self.draw: Draw | None = None
-        self.sources: Sequence[nn.Module] | None = None
+        self.sources: Sequence[nn.Module] = ()
         for one in fields(self):
             if getattr(self, one.name) is None and "default" in one.metadata:
                 setattr(self, one.name, one.metadata["default"](self.threat))
@@ -318,19 +312,6 @@ class Method(ABC):
         draw: Draw | None = None,
     ) -> Update:
         """Attack the model and return the update to take; see ``__call__``."""
-        if (
-            self._inputs_checked
-            and self.progress is _NOT_TOLD
-            and (self.needs_progress or self.dropout)
-        ):
-            self.progress = Progress()  # warn only once
-            warnings.warn(
-                f"{self.slug} follows a schedule, but its progress is not set: set "
-                "method.progress = surestep.methods.Progress(step, steps_per_epoch, epochs, "
-                "images) before each step (surestep.fit does)",
-                SurestepWarning,
-                stacklevel=3,
-            )
         if not self._inputs_checked:
             check_inputs(model, x, y, self.threat, unlabelled=self.takes_unlabelled)
             if self.needs_index and index is None:
@@ -339,13 +320,23 @@ class Method(ABC):
                     "positions (N,) of the batch's images (surestep.fit does, for images in memory)"
                 )
             self._inputs_checked = True
+        elif self.progress is _NOT_TOLD and (self.needs_progress or self.dropout):
+            # Only from the second call on: a single call needs no schedule.
+            self.progress = Progress()  # warn only once
+            warnings.warn(
+                f"{self.slug} follows a schedule, but its progress is not set: set "
+                "method.progress = surestep.methods.Progress(step, steps_per_epoch, epochs, "
+                "images) before each step (surestep.fit does)",
+                SurestepWarning,
+                stacklevel=3,
+            )
         self.draw = draw
         return self.craft(model, x.detach(), y, index)
 
     def take(self, model: nn.Module, update: Update) -> StepResult:
         """Compute the loss of an update, with the method's dropout."""
         share = self.dropout * (1 - self.progress.done)
-        with dropping(model, share):
+        with activation_dropout(model, share):
             return update.take(model)
 
     @abstractmethod
@@ -383,6 +374,15 @@ class Method(ABC):
     def validate(self) -> None:
         """Check the hyperparameters; raise ``UserError`` through ``require``."""
 
+    def not_negative(self, *names: str) -> None:
+        """Check in ``validate`` that hyperparameters are at least 0.
+
+        ``lam``, ``alpha`` and ``steps`` are checked without a call; for other bounds, use
+        ``require``.
+        """
+        for name in names:
+            self.require(getattr(self, name) >= 0, name, ">= 0")
+
     def require(self, ok: bool, name: str, expected: str) -> None:
         """Raise an error for the hyperparameter ``name`` unless ``ok``.
 
@@ -412,11 +412,6 @@ class Method(ABC):
         values = {name: getattr(self, name) for name in parameter_names(type(self))}
         # np.float64 is a float here, but YAML would fail to write it.
         return {k: float(v) if isinstance(v, float) else v for k, v in values.items()}
-
-    def not_negative(self, *names: str) -> None:
-        """Check that hyperparameters are at least 0."""
-        for name in names:
-            self.require(getattr(self, name) >= 0, name, ">= 0")
 
     def state_dict(self) -> dict[str, Any]:
         """Return what must survive a resume: ``kept``, and ``kept_rows`` of all processes.
@@ -485,64 +480,6 @@ def _with_margin(
     return criterion(logits - margin * one_hot(y, logits.shape[1]), y, **options)
 
 
-def one_hot(y: Tensor, classes: int) -> Tensor:
-    """Return labels (N,) as a boolean mask (N, K); ``F.one_hot`` would wait for the device."""
-    return y[:, None] == torch.arange(classes, device=y.device)
-
-
-def relaxed_cross_entropy(logits: Tensor, y: Tensor, share: float) -> Tensor:
-    """Return the cross entropy (N,) with labels that give ``share`` to the true class.
-
-    The wrong classes split the rest evenly, whereas torch's label smoothing also gives the true
-    class a part of it.
-    """
-    log_p = F.log_softmax(logits, dim=1)
-    true = of_true_class(log_p, y)
-    wrong = (log_p.sum(1) - true) / (logits.shape[1] - 1)
-    return -(share * true + (1 - share) * wrong)
-
-
-def carried(last: Tensor, x: Tensor) -> Tensor | None:
-    """Return the last batch's rows for the images x (N, ...); None if none fit them.
-
-    Rows repeat if the last batch was smaller.
-    """
-    if not len(last) or last.shape[1:] != x.shape[1:]:
-        return None
-    return last.to(x)[torch.arange(len(x), device=x.device) % len(last)]
-
-
-def once(function: Callable[..., T]) -> Callable[..., T]:
-    """Wrap a function so that it runs once and then keeps returning its first result.
-
-    For losses that update running values: AWP takes a second pass over the same update, which must
-    not count as a second step.
-    """
-    found: list[T] = []
-
-    def call(*args: Any) -> T:
-        if not found:
-            found.append(function(*args))
-        return found[0]
-
-    return call
-
-
-def stepping(
-    craft: Callable[Concatenate[nn.Module, P], Update],
-) -> Callable[Concatenate[nn.Module, P], StepResult]:
-    """Return the functional form of a method: a function that crafts an update and takes it."""
-
-    @functools.wraps(craft)
-    def step(model: nn.Module, *args: P.args, **kwargs: P.kwargs) -> StepResult:
-        return craft(model, *args, **kwargs).take(model)
-
-    step.__name__ = craft.__name__.replace("_update", "_loss")
-    signature = inspect.signature(craft).replace(return_annotation=StepResult)
-    step.__signature__ = signature  # type: ignore[attr-defined]
-    return step
-
-
 def _fits(value: Any, kinds: tuple[type, ...]) -> bool:
     """Return whether a value has one of the types; a float must also be finite."""
     if isinstance(value, float):
@@ -564,7 +501,8 @@ def register(slug: str) -> Callable[[type[Method]], type[Method]]:
 
     Raises:
         UserError: the slug is another method's, a hyperparameter has no default or an unsupported
-            type, ``lengths`` lacks a length or names none, or the summary or the paper is missing.
+            type, ``lengths`` lacks a length or names another attribute, or the summary or the paper
+            is missing.
     """
 
     def add(cls: type[Method]) -> type[Method]:

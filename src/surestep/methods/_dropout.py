@@ -13,35 +13,43 @@ from surestep.attacks.lending import compiled
 from surestep.errors import UserError
 
 
+def check_dropout(model: nn.Module, p: float) -> None:
+    """Check that dropout with probability ``p`` can act in ``model``; one of 0 always can.
+
+    Raises:
+        UserError: the model has no activations that are modules, or is compiled.
+    """
+    if not p:
+        return
+    if compiled(model):
+        raise UserError(
+            f"dropout {p:g} changes at each step, which a model that is compiled (as a whole or in "
+            "part) does not follow: leave out dropout or torch.compile"
+        )
+    if not activations(model):
+        raise UserError(
+            f"dropout {p:g} acts after activation modules, but the model has none: use modules "
+            "such as nn.ReLU() instead of functions such as F.relu, or leave dropout out"
+        )
+
+
 @contextmanager
-def dropping(model: nn.Module, p: float) -> Iterator[None]:
+def activation_dropout(model: nn.Module, p: float) -> Iterator[None]:
     """Drop outputs of the activations of ``model`` with probability ``p`` (in train mode).
 
     SADS (Vivek & Babu 2020, arXiv 2004.08628) puts such a layer after each non-linearity: whole
     channels are dropped after convolutions, single units elsewhere.
 
     Raises:
-        UserError: the model has no activations that are modules, or is compiled.
+        UserError: see ``check_dropout``.
     """
-    if not p:
-        yield
-        return
+    check_dropout(model, p)
 
     def drop(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         drop_from = F.dropout2d if output.dim() == 4 else F.dropout
         return drop_from(output, p, module.training)
 
-    if compiled(model):
-        raise UserError(
-            f"dropout {p:g} changes at each step, which a model that is compiled (as a whole or in "
-            "part) does not follow: leave out dropout or torch.compile"
-        )
-    layers = activations(model).values()
-    if not layers:
-        raise UserError(
-            f"dropout {p:g} acts after activation modules, but the model has none: use modules "
-            "such as nn.ReLU() instead of functions such as F.relu, or leave dropout out"
-        )
+    layers = activations(model).values() if p else ()
     handles = [m.register_forward_hook(drop) for m in layers]
     try:
         yield

@@ -1,4 +1,4 @@
-"""Values that a method keeps for each image of the data set, across epochs."""
+"""Values that a method keeps: for each image of the data set, or from one batch to the next."""
 
 from __future__ import annotations
 
@@ -79,3 +79,13 @@ class Memory:
         """Restore the values."""
         values = state.get("values")
         self.values = None if values is None else values.clone()
+
+
+def carried(last: Tensor, x: Tensor) -> Tensor | None:
+    """Return the last batch's rows for the images x (N, ...); None if none fit them.
+
+    Rows repeat if the last batch was smaller.
+    """
+    if not len(last) or last.shape[1:] != x.shape[1:]:
+        return None
+    return last.to(x)[torch.arange(len(x), device=x.device) % len(last)]

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from surestep.attacks.core import input_gradient
 from surestep.attacks.lending import attacking
 from surestep.attacks.losses import cross_entropy
-from surestep.methods._base import Cost, Terms, Update, once, register
+from surestep.methods._base import Cost, Terms, Update, register
+from surestep.methods._functional import once
 from surestep.methods._presets import CIFAR100_ZOO, CIFAR_ZOO, MNIST_ZOO, recipe
 from surestep.methods._single_step import OnSingleStep, unchanged
 

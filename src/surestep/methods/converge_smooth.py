@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from surestep import processes
 from surestep.attacks.lending import unwrapped
 from surestep.devices import finest
-from surestep.methods._base import Cost, Method, Terms, Update, once, register
+from surestep.methods._base import Cost, Method, Terms, Update, register
+from surestep.methods._functional import once
 from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe, smoothed
 from surestep.methods._registry import build_written
 

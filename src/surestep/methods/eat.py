@@ -6,15 +6,22 @@ Tramèr et al. 2018, "Ensemble Adversarial Training: Attacks and Defenses", ICLR
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.lending import attacking
+from surestep.attacks.losses import Objective
 from surestep.methods._base import Cost, Terms, Update, register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
-from surestep.methods._single_step import OnSingleStep
+from surestep.methods._single_step import OnSingleStep, unchanged
+
+
+def at_prediction(objective: Objective, logits: Tensor, y: Tensor) -> Tensor:
+    """Return an attack's objective (N,) at the labels that the model predicts in place of y."""
+    return objective(logits, logits.detach().argmax(1))
 
 
 @register("eat")
@@ -28,6 +35,7 @@ class EAT(OnSingleStep):
     that ``--sources`` names). With none, the model itself is attacked at every step.
     """
 
+    takes_sources = True
     needs_progress = True
     summary = "single steps on the model itself and fixed models in turn, and clean images"
     paper = "Tramèr et al. 2018, arXiv 1705.07204"
@@ -43,20 +51,24 @@ class EAT(OnSingleStep):
         """Check the share of the clean loss."""
         super().validate()
         self.require(0 <= self.clean < 1, "clean", "in [0, 1)")
-        self.sources = ()
+        # A gradient at the image itself comes with the prediction there.
+        self.at_image = unchanged(type(self.base), "start", "gradient")
+        if self.at_image:
+            self.base.objective = partial(at_prediction, self.base.objective)
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Attack the model whose turn it is."""
-        sources = self.sources or ()
-        turn = self.progress.step % (1 + len(sources))
-        attacked = sources[turn - 1].to(x.device) if turn else model
+        turn = self.progress.step % (1 + len(self.sources))
+        attacked = self.sources[turn - 1].to(x.device) if turn else model
         # Fixed models are attacked in eval mode, even by a perturbation that uses train mode.
         train_mode = not turn and self.base.train_mode
         # The engine chose the memory format for the model; another may not take it.
         images = x.contiguous() if turn else x
-        with attacking(attacked, train_mode=train_mode) as inner, torch.no_grad():
-            predicted = forward_logits(inner, images).argmax(1)
-        x_adv = self.base.step_on(attacked, images, predicted, train_mode)
+        labels = y
+        if not self.at_image:
+            with attacking(attacked, train_mode=train_mode) as inner, torch.no_grad():
+                labels = forward_logits(inner, images).argmax(1)
+        x_adv = self.base.step_on(attacked, images, labels, train_mode)
         x_adv = torch.empty_like(x).copy_(x_adv)
 
         def loss(logits: Tensor) -> Terms:
@@ -66,5 +78,5 @@ class EAT(OnSingleStep):
         return Update(torch.cat([x, x_adv]), loss, slice(len(x), None))
 
     def cost(self, batch_size: int) -> Cost:
-        """One prediction and one perturbation; clean and perturbed images in the update."""
-        return Cost.of(attack=self.gradients, update=2, forward=1)
+        """One perturbation, and a prediction; clean and perturbed images in the update."""
+        return Cost.of(attack=self.gradients, update=2, forward=0 if self.at_image else 1)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from surestep.attacks.losses import cross_entropy
-from surestep.methods._base import Cost, Terms, Update, once, register
+from surestep.methods._base import Cost, Terms, Update, register
+from surestep.methods._functional import once
 from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
 from surestep.methods._single_step import OnSingleStep
 from surestep.threat import per_sample

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from surestep.attacks.inputs import count_classes
 from surestep.methods._base import register
-from surestep.methods.fgsm_uap import FGSMUAP
+from surestep.methods.fgsm_uap import FGSMUAP, Choice
 
 
 @register("fgsm-cuap")
@@ -18,8 +18,6 @@ class FGSMCUAP(FGSMUAP):
 
     summary = "FGSM from one universal perturbation for each class"
 
-    def choose(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, int]:
+    def choose(self, model: nn.Module, x: Tensor, y: Tensor) -> Choice:
         """Choose the perturbation of the label."""
-        if not len(self._u):
-            return y, count_classes(model, x)
-        return y, len(self._u)
+        return Choice(y, len(self._u) or count_classes(model, x))

@@ -12,8 +12,9 @@ from surestep import processes
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.lending import attacking, interpreted, uncompiled
 from surestep.attacks.losses import cross_entropy
-from surestep.methods._base import Cost, one_hot, register
-from surestep.methods.fgsm_uap import FGSMUAP
+from surestep.methods._base import Cost, register
+from surestep.methods._losses import one_hot
+from surestep.methods.fgsm_uap import FGSMUAP, Choice
 
 
 @register("fgsm-fuap")
@@ -41,8 +42,8 @@ class FGSMFUAP(FGSMUAP):
         self.not_negative("pick_lr")
         self._layer = torch.zeros(0)
 
-    def choose(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, int]:
-        """Pick with the layer, then train it on the losses of the picks."""
+    def choose(self, model: nn.Module, x: Tensor, y: Tensor) -> Choice:
+        """Pick with the layer, which learns from the losses of the picks."""
         # Compiled code ignores hooks that are added later.
         with attacking(model) as lent, interpreted(lent), torch.no_grad():
             inner = uncompiled(lent)
@@ -61,17 +62,19 @@ class FGSMFUAP(FGSMUAP):
                 own, shape = torch.Generator().manual_seed(0), (self.count, features.shape[1])
                 self._layer = torch.randn(shape, generator=own, device="cpu")
             scores = features @ self._layer.to(features).T
-            group = scores.argmax(1)
-            u = self._of(self._u, self.count, x)
-            logits = forward_logits(inner, self.threat.project(x + u[group], x))
+        group = scores.argmax(1)
+
+        @torch.no_grad()
+        def learn(logits: Tensor) -> None:
             gain = cross_entropy(logits, y).to(x.dtype)
             gain = gain - processes.mean(gain.mean())
             # The gradient of log p(pick) by the scores is one_hot(pick) - softmax(scores).
             pull = gain[:, None] * (one_hot(group, self.count).to(x.dtype) - scores.softmax(1))
             step = processes.mean(pull.T @ features / len(x))
             self._layer = self._layer.to(features) + self.pick_lr * step
-        return group, self.count
+
+        return Choice(group, self.count, learn)
 
     def cost(self, batch_size: int) -> Cost:
-        """Two more forward passes: for the features, and for the losses of the picks."""
-        return Cost.of(attack=1, update=2, forward=2)
+        """One more forward pass, for the features."""
+        return Cost.of(attack=1, update=2, forward=1)

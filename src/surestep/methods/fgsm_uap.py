@@ -7,8 +7,9 @@ Approach to Fast Adversarial Training", AAAI; C-UAP and F-UAP as in the FastAT b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,22 @@ from surestep import processes
 from surestep.attacks.core import input_gradient, l1_unit
 from surestep.attacks.lending import attacking
 from surestep.devices import without_autocast
-from surestep.methods._base import Cost, Method, Update, of_eps, one_hot, register
+from surestep.methods._base import Cost, Method, Update, of_eps, register
+from surestep.methods._losses import one_hot
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.methods.fgsm_mep import paired
 from surestep.threat import per_sample
+
+
+class Choice(NamedTuple):
+    """Which of ``groups`` perturbations each image starts at, as ``group`` (N,).
+
+    ``learn`` takes the logits (N, K) at these starts, if the choice depends on anything learnt.
+    """
+
+    group: Tensor
+    groups: int
+    learn: Callable[[Tensor], None] | None = None
 
 
 @register("fgsm-uap")
@@ -48,17 +61,19 @@ class FGSMUAP(Method):
         self.not_negative("decay")
         self._u = self._m = torch.zeros(0)
 
-    def choose(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, int]:
-        """Return which perturbation each image starts at (N,), and how many there are."""
-        return torch.zeros_like(y), 1
+    def choose(self, model: nn.Module, x: Tensor, y: Tensor) -> Choice:
+        """Choose the perturbation that each image starts at."""
+        return Choice(torch.zeros_like(y), 1)
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Step from the images' universal perturbations, then move those along their momenta."""
-        threat, (group, groups) = self.threat, self.choose(model, x, y)
+        threat, (group, groups, learn) = self.threat, self.choose(model, x, y)
         u, m = (self._of(v, groups, x) for v in (self._u, self._m))
         start = threat.project(x + u[group], x)
         with attacking(model) as inner:
-            grad, _ = input_gradient(inner, start, y)
+            grad, logits = input_gradient(inner, start, y)
+        if learn is not None:
+            learn(logits)
         x_adv = threat.ascend(start, grad, threat.eps, x)
         # The mean gradient of each group, over all processes; a group without images stays put.
         member = one_hot(group, groups).to(x.dtype)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surestep.methods._base import Cost, Method, Terms, Update, carried, register
+from surestep.methods._base import Cost, Method, Terms, Update, register
+from surestep.methods._memory import carried
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.threat import ThreatModel
 

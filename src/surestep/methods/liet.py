@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep import processes
-from surestep.attacks.core import in_parts, input_gradient
+from surestep.attacks.core import input_gradient, map_batches
 from surestep.attacks.inputs import count_classes
 from surestep.attacks.lending import attacking
-from surestep.methods._base import Cost, Method, Terms, Update, one_hot, register
+from surestep.methods._base import Cost, Method, Terms, Update, register
+from surestep.methods._losses import one_hot
 from surestep.methods._presets import CIFAR100_RESNET, CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.methods.trades import kl
 from surestep.threat import Linf, per_sample
@@ -129,7 +130,7 @@ class LIET(Method):
                 return input_gradient(inner, images, labels)[0]
 
             # There may be more classes than images in a batch, and memory for no more.
-            grad = in_parts(len(x), at_grey, torch.arange(classes, device=x.device))
+            grad = map_batches(len(x), at_grey, torch.arange(classes, device=x.device))
         # Batch norm's buffers differ between processes, but templates must not.
         self._templates = processes.mean(grad)
 

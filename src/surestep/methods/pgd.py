@@ -41,7 +41,7 @@ class PGD(Method):
         """Return the last iterate from a random start (N, ...)."""
         with attacking(model) as inner:
             ascent = Ascent(self.threat, self.steps, self.alpha)
-            return ascent.climb(inner, x, y, self.start(x))
+            return ascent.last_iterate(inner, x, y, self.start(x))
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Train on the perturbed images."""

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from surestep.attacks.core import input_gradient
 from surestep.attacks.lending import attacking
+from surestep.attacks.losses import cross_entropy
 from surestep.errors import UserError
-from surestep.methods._base import Cost, Criterion, Terms, Update, of_eps, register, stepping
+from surestep.methods._base import Cost, Criterion, Terms, Update, of_eps, register
+from surestep.methods._functional import stepping
 from surestep.methods._presets import (
     CIFAR_SAT,
     CIFAR_SPEED,
@@ -60,7 +62,12 @@ def _base_within(threat: ThreatModel, base: SingleStep | None) -> SingleStep:
     return base
 
 
-def _finish(base: SingleStep, point: Tensor, x: Tensor, project: bool) -> Tensor:
+def is_plain_fgsm_step(base: SingleStep) -> bool:
+    """Return whether a method steps as FGSM does: from the image, by eps, back into the ball."""
+    return unchanged(type(base), "start", "size", "around", "finish")
+
+
+def _finish_beyond_ball(base: SingleStep, point: Tensor, x: Tensor, project: bool) -> Tensor:
     """Finish a point (N, ...) whose step began alpha away from the base's start.
 
     With FGSM as the base it may leave the ball by alpha, as in the authors' code. A base with
@@ -68,8 +75,7 @@ def _finish(base: SingleStep, point: Tensor, x: Tensor, project: bool) -> Tensor
     """
     if project:
         return base.threat.project(point, x)
-    fgsm = unchanged(type(base), "start", "size", "around", "finish")
-    return base.threat.clip(point) if fgsm else base.finish(point, x)
+    return base.threat.clip(point) if is_plain_fgsm_step(base) else base.finish(point, x)
 
 
 def sat_r1_update(
@@ -155,7 +161,7 @@ def sat_r2_update(
         lam: weight of the regularizer.
         alpha: size of the random step before R-FGSM's gradient.
         project: project R-FGSM's point to the eps ball. The authors' code does not: there it lies
-            up to eps + alpha from x. If false, other bases than FGSM finish it as their own.
+            up to eps + alpha from x. If false, a base other than FGSM finishes it as its own.
         fraction: share of the batch to regularise (its last images); 1 in the paper.
         base: single-step method to use in place of FGSM; R-FGSM begins alpha from its start.
         criterion: the cross entropy.
@@ -176,7 +182,7 @@ def sat_r2_update(
     points = starts + threat.steepest_step(grad, base.size)
     x_fgsm, x_rfgsm = points.split([len(x), n])
     x_fgsm = base.finish(x_fgsm, x)
-    x_rfgsm = _finish(base, x_rfgsm, x_n, project)
+    x_rfgsm = _finish_beyond_ball(base, x_rfgsm, x_n, project)
 
     def loss(logits: Tensor) -> Terms:
         at_fgsm, at_rfgsm = logits.split([len(x), n])
@@ -201,7 +207,7 @@ def steps_from_noise(
         start = threat.clip(start + threat.random_step(x, alpha))
         grad = base.gradient(inner, start, y)
     ends = [start + threat.steepest_step(grad, size) for size in sizes]
-    return [_finish(base, end, x, project) for end in ends]
+    return [_finish_beyond_ball(base, end, x, project) for end in ends]
 
 
 def sat_r3_update(
@@ -235,7 +241,7 @@ def sat_r3_update(
         alpha: size of the random step before the gradient.
         eps_low: length of the short step.
         project: project both points to the eps ball. The authors' code does not: the far one lies
-            up to eps + alpha from x. If false, other bases than FGSM finish them as their own.
+            up to eps + alpha from x. If false, a base other than FGSM finishes them as its own.
         per_sample: apply the hinge to each sample and average, rather than to the batch means.
         fraction: share of the batch to regularise (its last images); 1 in the paper.
         base: single-step method to use in place of FGSM: its start, gradient, length and end.
@@ -254,7 +260,7 @@ def sat_r3_update(
     def loss(logits: Tensor) -> Terms:
         # The hinge compares plain cross entropies: label smoothing gives them a positive minimum,
         # so that the loss at eps_low might never get down to tau times that at eps.
-        plain = F.cross_entropy(logits, torch.cat([y[-n:], y]), reduction="none")
+        plain = cross_entropy(logits, torch.cat([y[-n:], y]))
         at_low, at_high = plain[:n], plain[-n:]
         if per_sample:
             hinge = F.relu(at_low - tau * at_high).mean()
@@ -301,7 +307,7 @@ class SAT(OnSingleStep):
         common = {
             "threat": self.threat,
             "lam": self.every * self.lam,
-            "fraction": self._fraction(len(x)),
+            "fraction": self.n_regularised(len(x)) / len(x),
             "base": self.base,
             "criterion": self.criterion,
         }
@@ -322,16 +328,17 @@ class SAT(OnSingleStep):
 
     def peak_images(self, batch_size: int) -> int:
         """Count the images of a step that regularises."""
-        return batch_size + regularised_images(batch_size, self._fraction(batch_size))
+        return batch_size + self.n_regularised(batch_size)
 
-    def _fraction(self, batch: int) -> float:
-        """Return the share of the batch that a regularising step covers."""
-        share = 1 / batch if self.fraction is None else self.fraction
-        return min(1.0, self.every * share)
+    def n_regularised(self, batch: int) -> int:
+        """Return how many images of a batch a regularising step covers."""
+        if self.fraction is None:
+            return min(batch, self.every)
+        return regularised_images(batch, self.every * self.fraction)
 
-    def share(self, batch: int) -> float:
+    def mean_share(self, batch: int) -> float:
         """Return the share of the images that is regularised, averaged over the steps."""
-        return regularised_images(batch, self._fraction(batch)) / batch / self.every
+        return self.n_regularised(batch) / batch / self.every
 
 
 @register("sat-r1")
@@ -374,7 +381,7 @@ class SATR1(SAT):
 
     def cost(self, batch_size: int) -> Cost:
         """FGSM on all; for the regularised share, K - 1 more steps and a second view."""
-        share = self.share(batch_size)
+        share = self.mean_share(batch_size)
         return Cost.of(attack=self.gradients + (self.steps - 1) * share, update=1 + share)
 
 
@@ -409,7 +416,7 @@ class SATR2(SAT):
 
     def cost(self, batch_size: int) -> Cost:
         """Both views of the regularised share go through the attack and the update."""
-        views = 1 + self.share(batch_size)
+        views = 1 + self.mean_share(batch_size)
         return Cost.of(attack=self.gradients * views, update=views)
 
 
@@ -485,4 +492,4 @@ class SATR3(SAT):
 
     def cost(self, batch_size: int) -> Cost:
         """One gradient, two points for the regularised share."""
-        return Cost.of(attack=self.gradients, update=1 + self.share(batch_size))
+        return Cost.of(attack=self.gradients, update=1 + self.mean_share(batch_size))

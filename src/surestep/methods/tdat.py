@@ -15,15 +15,9 @@ from torch import Tensor, nn
 from surestep.attacks.core import input_gradient
 from surestep.attacks.lending import attacking
 from surestep.attacks.losses import of_true_class
-from surestep.methods._base import (
-    Cost,
-    Method,
-    Terms,
-    Update,
-    carried,
-    register,
-    relaxed_cross_entropy,
-)
+from surestep.methods._base import Cost, Method, Terms, Update, register
+from surestep.methods._losses import relaxed_cross_entropy
+from surestep.methods._memory import carried
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 
 

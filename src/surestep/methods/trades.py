@@ -11,17 +11,8 @@ from torch import Tensor, nn
 from surestep.attacks.core import Ascent
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.lending import attacking
-from surestep.methods._base import (
-    Cost,
-    Criterion,
-    Method,
-    Terms,
-    Update,
-    of_eps,
-    of_span,
-    register,
-    stepping,
-)
+from surestep.methods._base import Cost, Criterion, Method, Terms, Update, of_eps, of_span, register
+from surestep.methods._functional import stepping
 from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
 from surestep.threat import ThreatModel
 
@@ -48,7 +39,7 @@ def ascend_kl(
         with torch.no_grad():
             clean = F.log_softmax(forward_logits(inner, x), dim=1)
         ascent = Ascent(threat, steps, alpha, lambda z, _: kl(clean, F.log_softmax(z, dim=1)))
-        return ascent.climb(inner, x, y, start)
+        return ascent.last_iterate(inner, x, y, start)
 
 
 def trades_update(

@@ -82,8 +82,15 @@ def gradalign(net, x, y, smoothing, lam):
     return views, loss, slice(n)
 
 
-def elle(net, x, y, smoothing, lam):
-    n, x_f = len(x), box(x + EPS * signs(net, x, y))
+def noisy_step(net, x, y, noise, alpha):
+    """N-FGSM's point, which does not return to the ball."""
+    start = box(x + uniform(x, noise * EPS))
+    return box(start + alpha * train_signs(net, start, y))
+
+
+def elle(net, x, y, smoothing, lam, noise=0.0, alpha=EPS):
+    n = len(x)
+    x_f = noisy_step(net, x, y, noise, alpha) if noise else box(x + alpha * signs(net, x, y))
     a, b = x + uniform(x), x + uniform(x)
     share = torch.rand(n, *[1] * (x.dim() - 1), dtype=x.dtype)
     views = torch.cat([x_f, a, b, (1 - share) * a + share * b])
@@ -99,8 +106,8 @@ def elle(net, x, y, smoothing, lam):
     return views, loss, slice(n)
 
 
-def elle_a(net, x, y, smoothing, lam=0.0):
-    return elle(net, x, y, smoothing, 0.0)  # off until the gap leaps
+def elle_a(net, x, y, smoothing, lam=0.0, **on_n):
+    return elle(net, x, y, smoothing, 0.0, **on_n)  # off until the gap leaps
 
 
 def aaer(net, x, y, smoothing, lam=1.0, lam_loss=2.5, lam_spread=1.5, noise=0.0, alpha=1.25 * EPS):
@@ -156,11 +163,14 @@ def r_mgm(net, x, y, smoothing, lam, alpha=EPS / 2):
     return torch.cat([x_f, x_r]), loss, slice(len(x))
 
 
-def eat(net, x, y, smoothing, clean=0.5):
+def eat(net, x, y, smoothing, clean=0.5, noise=0.0, alpha=EPS):
     """The attack starts from the predicted label, which is not always the true one."""
-    predicted = copy.deepcopy(net).eval()(x).argmax(1)
+    predicted = copy.deepcopy(net).train(bool(noise))(x).argmax(1)
     assert not torch.equal(predicted, y)
-    x_adv = box(x + EPS * signs(net, x, predicted))
+    if noise:
+        x_adv = noisy_step(net, x, predicted, noise, alpha)
+    else:
+        x_adv = box(x + alpha * signs(net, x, predicted))
 
     def loss(z):
         at_clean, at_adv = (mean_ce(part, y, smoothing) for part in z.chunk(2))
@@ -169,7 +179,7 @@ def eat(net, x, y, smoothing, clean=0.5):
     return torch.cat([x, x_adv]), loss, slice(len(x), None)
 
 
-ON_N = {"perturbation": "n-fgsm noise=2 alpha=0.9"}
+ON_N, AS_N = {"perturbation": "n-fgsm noise=2 alpha=0.9"}, {"noise": 2.0, "alpha": 0.9}
 CASES = {
     "zerograd": (zerograd, {}, {}),
     "zerograd q alpha": (zerograd, {"q": 0.8, "alpha": 0.04}, {}),
@@ -186,15 +196,18 @@ CASES = {
     "elle": (elle, {"lam": 1000.0}, {}),
     "elle less": (elle, {"lam": 3.0}, {}),
     "elle-a": (elle_a, {"lam": 4000.0}, {}),
+    "elle on n-fgsm": (elle, {"lam": 3.0, **ON_N}, AS_N),
+    "elle-a on n-fgsm": (elle_a, {"lam": 4000.0, **ON_N}, AS_N),
     "aaer": (aaer, {}, {}),
     "aaer weights": (aaer, {"lam": 0.7, "lam_loss": 1.1, "lam_spread": 0.3}, {}),
-    "aaer on n-fgsm": (aaer, {"lam": 0.7, **ON_N}, {"noise": 2.0, "alpha": 0.9}),
+    "aaer on n-fgsm": (aaer, {"lam": 0.7, **ON_N}, AS_N),
     "sads": (sads, {}, {}),
     "sads more": (sads, {"dropout": 0.7}, {}),
     "r-mgm": (r_mgm, {"lam": 5.0}, {}),
     "r-mgm alpha": (r_mgm, {"lam": 1.0, "alpha": 0.02}, {}),
     "eat": (eat, {}, {}),
     "eat clean": (eat, {"clean": 0.2}, {}),
+    "eat on n-fgsm": (eat, ON_N, AS_N),
 }
 APART = {"aaer": {"lam_spread": 0.0}}  # which compares the means of the batch
 SMALL = {"elle": {"lam": 300.0}, "elle-a": {"lam": 300.0}}
@@ -208,7 +221,7 @@ BY_HAND = [
     ("aaer", {}, 2, 2, 1),
     ("sads", {}, 2, 2, 1),
     ("r-mgm", {}, 4, 4, 2),
-    ("eat", {}, 4, 3, 2),
+    ("eat", {}, 3, 3, 2),
     ("sat-r2", {"perturbation": "multigrad"}, 8, 8, 2),
 ]
 REFUSED = [

@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported, and for subprocesses
+
 import pytest
 import torch
 from hypothesis import settings
 from torch import nn
 
-from surestep.auditing import budgets
+from surestep.auditing import binarization, budgets
+from surestep.evaluation import substitute
+
+torch.backends.mps.is_available = lambda: False
 
 # Seconds say nothing of a test that shares its cores with others.
-settings.register_profile("any machine", deadline=None)
+settings.register_profile("any machine", deadline=None, derandomize=True)
 settings.load_profile("any machine")
 
 
@@ -35,8 +40,8 @@ def _no_power_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _smaller_parts_of_an_audit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer questions to the substitute, fewer points of binarization: the nets are tiny."""
-    monkeypatch.setattr("surestep.evaluation.substitute.STEPS", 80)
-    monkeypatch.setattr("surestep.auditing.binarization.INNER", 199)
+    monkeypatch.setattr(substitute, "STEPS", min(substitute.STEPS, 80))
+    monkeypatch.setattr(binarization, "INNER", min(binarization.INNER, 199))
 
 
 @pytest.fixture

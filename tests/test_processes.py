@@ -32,7 +32,7 @@ def test_gradients_are_shared_on_the_gpu_that_the_model_is_on(monkeypatch, devic
     known = newer if torch_has == "forward_sync_buffers" else older
     monkeypatch.setattr(preparing, "DistributedDataParallel", known)
     net = nn.Linear(2, 2)
-    preparing._sharing_gradients(net, torch.device(device))
+    preparing._wrap_ddp(net, torch.device(device))
     assert made == [(net, own, False)]
 
 

@@ -132,6 +132,20 @@ class TestResolve:
     def test_what_is_given_wins(self, name, value):
         assert getattr(runs.resolve({name: value}, "mnist"), name) == value
 
+    @pytest.mark.parametrize(
+        ("file", "given", "found"),
+        [
+            (None, {}, True),
+            (None, {"normalize": False}, False),
+            ({"weights": "pretrained", "normalize": False}, None, False),
+            ({"weights": None, "normalize": False}, {}, True),  # a preset's choice for raw pixels
+        ],
+    )
+    def test_pretrained_weights_turn_normalisation_on(self, file, given, found):
+        assert not methods.preset("sat-r2", "cifar10").normalize
+        values = {"weights": "pretrained", **given} if given is not None else {}
+        assert runs.resolve(values, "cifar10", file).normalize is found
+
     def test_params_are_merged_one_by_one(self):
         config = runs.resolve({"method": "sat-r3", "params": {"tau": 0.6}}, "mnist")
         assert config.params == {"lam": 1.0, "tau": 0.6, "alpha": 0.01, "eps_low": 0.1}
@@ -427,7 +441,7 @@ class TestWeightsToBeginWith:
         for model, given, said in (
             ("preactresnet10-slim", weights, "model.safetensors"),
             ("cnn-small", "pretrained", "only timm:NAME has"),
-            ("cnn-small", "gone.pt", "gone.pt is not there"),
+            ("cnn-small", "gone.pt", "gone.pt does not exist"),
         ):
             config = runs.resolve({**values, "model": model, "weights": given})
             with pytest.raises(UserError, match=said):
@@ -442,15 +456,16 @@ def test_weights_are_chosen_on_validation_images_alone(monkeypatch, tmp_path):
         split: data.load("mnist", split).first(60) for split in ("train", "validation", "test")
     }
 
-    def load(config, split):
-        asked.append(split)
+    def load(config, split, n=None):
+        asked.append((split, n))
         return digits[split]
 
     monkeypatch.setattr(runs, "load_data", load)
     settings = {"method": "fgsm", "model": "cnn-small", "epochs": 1, "val_attacks": ("fgsm",)}
     config = runs.resolve(settings, "none")
     runs.train(config, tmp_path / "run", quiet=True)
-    assert asked == ["train", "validation"]
+    # Only what is judged is decoded.
+    assert asked == [("train", None), ("validation", config.val_images)]
 
     def harden(model, train, validation, *args, **kwargs):
         judged.append((train, validation))
@@ -467,11 +482,11 @@ def test_weights_are_chosen_on_validation_images_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(runs.posthoc, "harden", harden)
     monkeypatch.setattr(runs, "evaluate", evaluate)
     asked.clear()
-    found = runs.harden(tmp_path / "run", tmp_path / "hard", attacks=["fgsm"], n=4)
+    found = runs.harden(tmp_path / "run", tmp_path / "hard", attacks=["fgsm"], n=4, n_search=5)
     ((train, validation),) = judged
     assert train is digits["train"]
     assert validation is digits["validation"]
-    assert asked == ["test", "train", "validation"]
+    assert asked == [("test", 4), ("train", None), ("validation", 5)]
     assert (found["before"], found["after"]) == ({"sparse": False}, {"sparse": True})
     assert (found["saved"], found["lost"]) == (2, 1)
 
@@ -558,6 +573,8 @@ class TestPlaces:
         run.make(begun)
         again = runs.train(config, "run", resume=True)
         run.check_same(again)
+        # Another machine, with less memory.
+        run.check_same({**again, "device": "cuda:1", "max_memory": 8.0, "checkpoint_every": 9})
         assert again["data"] == begun["data"]
 
 

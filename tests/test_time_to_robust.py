@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import json
+from pathlib import Path
+
 import pytest
 import time_to_robust as race
 
 from surestep import runs
+
+RESULTS = Path(race.__file__).parent / "results"
 
 
 @pytest.mark.parametrize("name", list(race.RACES))
@@ -18,6 +24,42 @@ def test_every_recipe_is_a_run_that_can_be_made(name):
         row = {"method": method, "recipe": preset, "epochs": str(config.epochs)}
         assert race.name_of(row) == recipe
     assert set(race.RACES[name].dear) <= set(race.RACES[name].recipes)
+
+
+@pytest.mark.parametrize("file", ["time_to_robust.csv", "mnist.csv"])
+def test_the_presets_are_those_of_the_recorded_runs(file):
+    """What README.md says of a preset was measured with these numbers."""
+    rows = list(csv.DictReader((RESULTS / file).read_text("utf-8").splitlines()))
+    assert rows
+    for row in rows:
+        changes = race.RECIPES.get(race.name_of(row), {})
+        config = runs.resolve({"method": row["method"], **changes}, row["recipe"])
+        recorded = [float(row[key]) for key in ("epochs", "batch_size", "lr")]
+        assert [config.epochs, config.batch_size, config.lr] == recorded, row
+        assert config.params == json.loads(row["params"]), row
+
+
+DEMO = {"eps_warmup": 0.7, "epochs": 2, "batch_size": 64, "select": "last"}
+LITE = {"lam": 0.2, "steps": 10, "fraction": 1 / 32, "every": 4}
+
+
+@pytest.mark.parametrize(
+    ("method", "preset", "expected"),
+    [
+        ("sat-r2", "mnist-speed", {"eps_warmup": 0.7, "model": "lenet+"}),
+        ("sat-r2", "mnist-fast", {"eps_warmup": 0.0, "model": "lenet+"}),
+        ("sat-r2", "cifar10-speed", {"eps_warmup": 0.0, "model": "preactresnet10-slim"}),
+        ("sat-r2", "mnist-demo", {**DEMO, "lr": 0.1, "params": {"lam": 5.0, "alpha": 0.01}}),
+        ("fgsm", "mnist-demo", {**DEMO, "lr": 0.03, "params": {}}),
+        (
+            *("sat-r1", "mnist-lite"),
+            {"eps_warmup": 1.0, "epochs": 4, "batch_size": 64, "lr": 0.05, "params": LITE},
+        ),
+    ],
+)
+def test_what_else_the_presets_set(method, preset, expected):
+    found = runs.resolve({"method": method}, preset)
+    assert {key: getattr(found, key) for key in expected} == expected
 
 
 def line(

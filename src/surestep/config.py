@@ -189,6 +189,9 @@ class RunConfig(FitSettings):
     )
 
 
+CHANGEABLE = ("device", "max_memory", "checkpoint_every", "tensorboard")
+"""Settings that a resumed run may change: where and how it is computed and saved, not what."""
+
 C = TypeVar("C", bound=BaseModel)
 _LISTS = {"val_attacks": "fgsm, pgd-20", "sources": "runs/one, runs/two"}
 

@@ -116,7 +116,7 @@ _OUT_OF_MEMORY = (
     "DefaultCPUAllocator",
     "out of memory",
     "STATUS_ALLOC_FAILED",
-    # What cuDNN says where it finds no room to work in.
+    # cuDNN's errors when it finds no memory for its workspace.
     "unable to find an engine to execute this computation",
     "Unable to find a valid cuDNN algorithm",
 )
@@ -157,10 +157,10 @@ def finest(device: torch.device) -> torch.dtype:
 
 
 def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a tensor on the device: without waiting for it, and in a type that it has."""
+    """Move a tensor to the device without waiting for it, in a dtype that the device supports."""
     if tensor.dtype == torch.float64:
         tensor = tensor.to(finest(device))
-    # On other devices such a copy may read what is gone by then.
+    # On other devices a non-blocking copy may read memory that has been freed.
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
@@ -196,7 +196,7 @@ def _multiplies_in_tf32(device: torch.device) -> bool:
 
 @contextmanager
 def exact(device: torch.device) -> Iterator[None]:
-    """Compute in full float32, for results that decide: no autocast, and on a GPU no TF32."""
+    """Compute decisive results in full float32: without autocast and, on a GPU, without TF32."""
     tf32 = _without_tf32() if device.type == "cuda" else nullcontext()
     with tf32, without_autocast(device):
         yield

@@ -1,4 +1,4 @@
-"""Values on which the processes of one run must agree; free of cost in a single process."""
+"""Values on which the processes of a run must agree; a single process does no work for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _alone = False
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Act as the only process inside the block, so that one can try something by itself."""
+    """Act as the only process inside the block, so that one process can try something alone."""
     global _alone
     before, _alone = _alone, True
     try:
@@ -40,8 +40,8 @@ def barrier(device: torch.device) -> None:
     """Wait until all processes are here.
 
     Args:
-        device: this process's own. Accelerate names the GPU by the local rank, which fails where
-            the launcher shows each process its own GPU only.
+        device: the device of this process. (Accelerate names the GPU by the local rank, which fails
+            where the launcher shows each process only its own GPU.)
     """
     if world_size() > 1:
         dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
@@ -60,9 +60,9 @@ def all_max(value: int, device: torch.device) -> int:
     """Return the maximum of an integer over the processes."""
     if world_size() == 1:
         return value
-    told = torch.tensor(value, device=device)
-    dist.all_reduce(told, dist.ReduceOp.MAX)
-    return int(told)
+    most = torch.tensor(value, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
 
 
 def all_min(value: int, device: torch.device) -> int:
@@ -71,15 +71,15 @@ def all_min(value: int, device: torch.device) -> int:
 
 
 def check_alike(what: str, value: int, device: torch.device) -> None:
-    """Check that a number is the same in all processes, which would drift apart or wait in vain.
+    """Check that a number is the same in all processes, which would otherwise diverge or hang.
 
     Args:
         what: names the number in the error.
-        value: this process's.
-        device: of this process.
+        value: the number in this process.
+        device: the device of this process.
 
     Raises:
-        UserError: it is not, in any of them.
+        UserError: the number differs; raised in all processes.
     """
     least, most = all_min(value, device), all_max(value, device)
     if least != most:
@@ -93,9 +93,9 @@ def all_sum(values: Sequence[int], device: torch.device) -> list[int]:
     """Return the sum of each number over the processes."""
     if world_size() == 1:
         return list(values)
-    told = torch.tensor(values, device=device)
-    dist.all_reduce(told)
-    return told.tolist()
+    totals = torch.tensor(values, device=device)
+    dist.all_reduce(totals)
+    return totals.tolist()
 
 
 def gather(rows: Tensor) -> Tensor:
@@ -110,15 +110,15 @@ def gather(rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def broadcast_first(tensors: Sequence[Tensor]) -> None:
-    """Copy the first process's tensors to all, in place: one message a type."""
+    """Copy the first process's tensors to all, in place, with one message per dtype."""
     if world_size() == 1:
         return
     for dtype in dict.fromkeys(t.dtype for t in tensors):
         alike = [t for t in tensors if t.dtype == dtype]
-        told = torch.cat([t.reshape(-1) for t in alike])
-        dist.broadcast(told, 0)
+        message = torch.cat([t.reshape(-1) for t in alike])
+        dist.broadcast(message, 0)
         if rank():
-            parts = told.split([t.numel() for t in alike])
+            parts = message.split([t.numel() for t in alike])
             shaped = [part.view_as(own) for own, part in zip(alike, parts, strict=True)]
             torch._foreach_copy_(alike, shaped)
 

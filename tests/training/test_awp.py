@@ -10,7 +10,7 @@ import torch
 from surestep import UserError, methods
 from surestep.training import engine as room
 from surestep.training import make_step
-from surestep.training.awp import weights_ahead
+from surestep.training.awp import perturbed_weights
 from surestep.training.engine import make_optimizer
 
 
@@ -80,7 +80,7 @@ def test_a_gradient_that_overflows_leaves_no_trace(tiny):
     before = copy.deepcopy(model)
     for p in model.parameters():
         p.grad = torch.full_like(p, float("inf"))
-    with weights_ahead(model, 0.1):
+    with perturbed_weights(model, 0.1):
         assert tiny.same_weights(model, before)
     assert tiny.same_weights(model, before)
 
@@ -122,7 +122,7 @@ def test_free_steps_along_the_last_pass(tiny, inside):
 
     step_of(tiny, model, method, awp=0.05)(x, y)
     loss(x).backward()
-    with weights_ahead(ahead, 0.05):
+    with perturbed_weights(ahead, 0.05):
         (expected,) = torch.autograd.grad(loss(leaf), leaf)
     free = method.base if inside else method
     torch.testing.assert_close(free._pending[2].grad, expected)
@@ -130,9 +130,9 @@ def test_free_steps_along_the_last_pass(tiny, inside):
 
 def test_it_begins_after_so_many_epochs(tiny, monkeypatch):
     seen = []
-    ahead = room.weights_ahead
+    ahead = room.perturbed_weights
     monkeypatch.setattr(
-        room, "weights_ahead", lambda model, size: seen.append(size) or ahead(model, size)
+        room, "perturbed_weights", lambda model, size: seen.append(size) or ahead(model, size)
     )
     plain = tiny.train("fgsm", epochs=1)
     late = tiny.train("fgsm", epochs=1, awp=0.02, awp_from=1.0)

@@ -315,7 +315,7 @@ def test_nor_does_the_loop_around_it(tiny, monkeypatch, method):
         nonlocal inside
         steps.append(step)
         inside = step > 0  # the first batch is checked
-        return follow(job, step)
+        return apply_schedules(job, step)
 
     def end(self, *args, **kwargs):
         nonlocal inside
@@ -330,8 +330,8 @@ def test_nor_does_the_loop_around_it(tiny, monkeypatch, method):
 
         return call
 
-    follow, check = loop.follow, loop.Trainer._check_finite
-    monkeypatch.setattr(loop, "follow", begin)
+    apply_schedules, check = loop.apply_schedules, loop.Trainer._check_finite
+    monkeypatch.setattr(loop, "apply_schedules", begin)
     monkeypatch.setattr(loop.Trainer, "_check_finite", end)
     monkeypatch.setattr(loop.Display, "due", lambda _: False)
     for name in read:

@@ -134,7 +134,11 @@ class TestFitInto:
         frugal = self.into(0.028, net="chunks", images=512)
         assert isinstance(frugal, Frugal)
         assert frugal.blocks == []
-        assert 1 <= frugal.images < 512
+        limit, weights = 0.028 * 2**30, sum(4 * p.numel() for p in frugal.parameters())
+        fixed = 4 * weights + 8 * (2 * 512) * 4 * SHAPE.numel()  # SAT-R2 has two views
+        chunk = torch.rand(frugal.images, *SHAPE)
+        kept = kept_bytes(frugal.module, chunk, PLAIN) - chunk.nbytes  # which is fixed
+        assert 0.98 * limit < fixed + 1.4 * kept <= limit
 
     @pytest.mark.parametrize("net", NETS)
     def test_too_little_is_said(self, net):

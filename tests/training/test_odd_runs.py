@@ -125,22 +125,22 @@ def test_of_processes_that_validate_one_that_fails_is_heard(monkeypatch):
     monkeypatch.setattr(processes, "all_max", largest)
     device = torch.device("cpu")
     others = [stopping._DONE, stopping._DONE]
-    assert stop.together(device)  # this one works
-    assert not stop.together(device, done=True)
-    stop.together(device, failed=True)  # nothing is raised: its own error is on its way
+    assert stop.exchange(device)  # this one works
+    assert not stop.exchange(device, done=True)
+    stop.exchange(device, failed=True)  # nothing is raised: its own error is on its way
     others = [stopping._WORKING, stopping._DONE]
-    assert stop.together(device, done=True)
+    assert stop.exchange(device, done=True)
     others = [stopping._FAILED, 0]
     with pytest.raises(stopping.FailedElsewhere, match="of another process cannot be judged"):
-        stop.together(device)
-    stop.together(device, failed=True)
+        stop.exchange(device)
+    stop.exchange(device, failed=True)
     others = [signal.SIGINT, 0]
-    with pytest.raises(stopping.Asked):
-        stop.together(device)
+    with pytest.raises(stopping.StopRequested):
+        stop.exchange(device)
     others = [0, 0]
     stop.number = signal.SIGTERM
-    with pytest.raises(stopping.Asked):
-        stop.together(device, done=True)
+    with pytest.raises(stopping.StopRequested):
+        stop.exchange(device, done=True)
     failed = stopping._FAILED
     assert told == [1, 0, failed, 0, 1, failed, 1, signal.SIGTERM]
 

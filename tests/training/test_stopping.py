@@ -244,7 +244,7 @@ class TestCtrlC:
         now = [10.0]
         monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
         stop = stopping.StopRequest()
-        with stop.heard():
+        with stop.handling_signals():
             os.kill(os.getpid(), signal.SIGINT)
             assert stop.number == signal.SIGINT
             now[0] += 0.3  # the launcher's copy of the same
@@ -258,7 +258,7 @@ class TestCtrlC:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             stop = stopping.StopRequest()
-            with stop.heard():
+            with stop.handling_signals():
                 os.kill(os.getpid(), signal.SIGINT)
                 assert stop.number == 0
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -275,7 +275,7 @@ class TestCtrlC:
                 finally:
                     os.kill(os.getpid(), signal.SIGTERM)
 
-        with stop.heard(), pytest.raises(stopping.Asked):
+        with stop.handling_signals(), pytest.raises(stopping.StopRequested):
             validate()
         assert stop.number == signal.SIGTERM
 
@@ -295,7 +295,7 @@ class TestCtrlC:
 
     def test_sigterm_after_it_does_not(self):
         stop = stopping.StopRequest()
-        with stop.heard():
+        with stop.handling_signals():
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -353,8 +353,8 @@ def test_workers_of_a_loader_that_accelerate_has_wrapped(tiny):
     inner = DataLoader(Noisy(*tiny.data(20)), 10, num_workers=1, persistent_workers=True)
     inner._iterator = "of the user"
     shard = prepare_data_loader(inner, put_on_device=False)
-    copied = source.outliving(shard)
-    assert copied.base_dataloader.worker_init_fn.func is source._deaf
+    copied = source.with_workers_ignoring_signals(shard)
+    assert copied.base_dataloader.worker_init_fn.func is source._ignore_signals
     assert copied.base_dataloader._iterator is None
     assert shard.base_dataloader.worker_init_fn is inner.worker_init_fn is None
     inner._iterator = None

@@ -40,8 +40,7 @@ class FitResult:
         best_epoch: the epoch (from 1) whose weights were selected.
         train_seconds: time spent in training steps, without validation.
         out: the run folder, if there is one.
-        method: the copy of the method that was trained with, as it ended: for instance with what
-            it has learnt.
+        method: the run's copy of the method in its final state, with what it has learnt.
     """
 
     model: nn.Module
@@ -198,7 +197,7 @@ def fit(
                 differences = own.note_environment()
             except UserError as e:
                 trouble = e
-        # Tell the other processes, which would otherwise wait for one that has left.
+        # Send errors, too: the other processes would wait for one that has left.
         (trouble,) = broadcast_object_list([trouble])
         if trouble:
             raise trouble

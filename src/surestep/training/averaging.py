@@ -51,8 +51,8 @@ class WeightAverage:
             *zip(self.model.parameters(), model.parameters(), strict=True)
         ]
         # Batch norm's statistics are moving averages over about the last ten steps. An average of
-        # the weights reaches further back, so it needs that of these, too.
-        # Other buffers, such as an attention mask of -inf, have no mean.
+        # the weights reaches further back, so the statistics are averaged, too. Other buffers, such
+        # as an attention mask of -inf, have no mean.
         copied: list[tuple[Tensor, Tensor]] = []
         named = self.model.named_buffers()
         for (name, own), buffer in zip(named, model.buffers(), strict=True):

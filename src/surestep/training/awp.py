@@ -16,7 +16,7 @@ from surestep.attacks.lending import copy_all
 
 
 @contextmanager
-def weights_ahead(model: nn.Module, gamma: float) -> Iterator[None]:
+def perturbed_weights(model: nn.Module, gamma: float) -> Iterator[None]:
     """Move each weight tensor along its gradient by ``gamma`` times its norm; restore it on exit.
 
     One-dimensional tensors (biases, batch norm) are left alone, as in the authors' code.

@@ -34,12 +34,12 @@ def found(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*.safetensors") if re.match(r"step-\d+\.", p.name))
 
 
-def load_newest(folder: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
+def load_newest(folder: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
     """Load the newest checkpoint that is whole; None if there is none at all.
 
     Args:
         folder: folder of the checkpoints.
-        warn: called with a message for each damaged checkpoint that is skipped.
+        say: called with a message for each damaged checkpoint that is skipped.
 
     Raises:
         UserError: there are checkpoints, but all are damaged.
@@ -49,7 +49,7 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> dict[str, Any] | N
         try:
             return files.load_tree(path)
         except UserError as e:
-            warn(f"skipping a damaged checkpoint: {e}")
+            say(f"skipping a damaged checkpoint: {e}")
     if paths:
         raise UserError(
             f"every checkpoint in {folder} is damaged ({len(paths)} found): start the run again "

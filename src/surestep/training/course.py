@@ -7,7 +7,7 @@ from surestep.training.preparing import Job
 from surestep.training.schedules import learning_rate, momentum, warm_up
 
 
-def follow(job: Job, step: int) -> None:
+def apply_schedules(job: Job, step: int) -> None:
     """Set everything for the next step, and tell the method how far training is."""
     config, steps = job.config, job.source.steps_per_epoch
     done = step / job.total
@@ -16,9 +16,9 @@ def follow(job: Job, step: int) -> None:
         group["lr"] = lr
         if "momentum" in group:
             group["momentum"] = momentum(config.schedule, config.momentum, done)
-    at = Progress(step, steps, job.total / steps, job.images, lr, job.labelled)
-    job.method.progress = at
+    progress = Progress(step, steps, job.total / steps, job.images, lr, job.labelled)
+    job.method.progress = progress
     if config.eps_warmup:
         job.method.set_strength(job.strength * warm_up(step, config.eps_warmup * steps))
-    job.take_step.averaging = at.done >= (config.swa or 0)
+    job.take_step.averaging = progress.done >= (config.swa or 0)
     job.take_step.perturbing = step >= config.awp_from * steps

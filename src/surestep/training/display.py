@@ -11,7 +11,7 @@ from surestep.clock import SECONDS_BETWEEN_LINES, Every
 
 _SECONDS_BETWEEN = 0.5
 _SECONDS_UNSEEN = 10.0
-"""The numbers are read all the same now and then, since a diverged run should stop."""
+"""Without a bar, the numbers are still read this often, since a diverged run should stop."""
 
 
 class Display:

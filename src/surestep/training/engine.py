@@ -28,7 +28,7 @@ from surestep.devices import autocast, has_bf16
 from surestep.errors import UserError, look_up, unknown_name
 from surestep.methods import Method, StepResult
 from surestep.training.averaging import WeightAverage
-from surestep.training.awp import weights_ahead
+from surestep.training.awp import perturbed_weights
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -99,12 +99,12 @@ class Engine:
         return model
 
     def suited(self, model: nn.Module, shape: torch.Size) -> Engine:
-        """Return the engine, without channels_last if the model fails on images in that format.
+        """Return this engine, without channels_last if the model fails on images in that format.
 
         A model that flattens with ``view`` accepts only contiguous images.
 
         Args:
-            model: placed by this engine, on its device; made contiguous again if it fails.
+            model: on its device, placed by this engine; made contiguous again if it fails.
             shape: shape of one image.
         """
         if not self.channels_last or len(shape) != 3:
@@ -160,8 +160,8 @@ def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
 def keep_freed_memory() -> None:
     """Ask glibc to keep freed memory for reuse, once per process; elsewhere do nothing.
 
-    By default it returns each large buffer to the system, and the next step pays for it again
-    in page faults: a tenth to a third of the time of a step on large batches.
+    By default it returns each large buffer to the system, and the next step pays for that in page
+    faults: a tenth to a third of the time of a step on large batches.
     """
     m_trim_threshold, m_mmap_threshold = -1, -3
     if sys.platform != "linux":
@@ -219,7 +219,7 @@ class TrainStep:
         if self._unsettled:
             self._settle(x)
         if isinstance(self.model, DistributedDataParallel):
-            # Before the attack: it is made on the batch statistics that the update begins with.
+            # Before the attack, which must see the batch statistics that the update begins with.
             processes.broadcast_first(list(self.model.buffers()))
         x = self.engine.place_images(x)
         awp = self.awp if self.perturbing else None
@@ -230,7 +230,7 @@ class TrainStep:
             result = self.method.take(self.model, update)
         self._backward(result)
         if awp is not None:
-            with weights_ahead(self.model, awp):
+            with perturbed_weights(self.model, awp):
                 with self.engine.autocast(self.device):
                     result = self.method.take(self.model, update)
                 self._backward(result)

@@ -14,7 +14,7 @@ from surestep.training.source import NO_LENGTH
 
 
 def hold_out(n: int, wanted: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Split n indices into training and held-out ones: at most ``wanted``, at most a tenth."""
+    """Split n indices into training and held-out ones: ``wanted``, but at most a tenth of n."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu")
     held = min(wanted, n // 10)
     return order[held:], order[:held]

@@ -19,15 +19,15 @@ from surestep.attacks.lending import attacking, forked_rng
 from surestep.errors import UserError
 from surestep.methods import StepResult
 from surestep.training import checkpoint
-from surestep.training.course import follow
+from surestep.training.course import apply_schedules
 from surestep.training.display import Display
 from surestep.training.preparing import Job
 from surestep.training.randomness import RandomStates
-from surestep.training.resuming import Checkpoints
+from surestep.training.resuming import Checkpoints, Interrupted
 from surestep.training.run_folder import RunFolder
-from surestep.training.source import Batch, generators_of
-from surestep.training.state import RunState, Sums
-from surestep.training.stopping import Asked, StopRequest
+from surestep.training.source import Batch
+from surestep.training.state import EpochMeans, RunState
+from surestep.training.stopping import StopRequest, StopRequested
 from surestep.training.validating import find_masking, validate
 
 
@@ -56,10 +56,10 @@ class Trainer:
         first = processes.rank() == 0
         self.job, self.run = job, run
         self.on_epoch = on_epoch if first else None
-        self.at = RunState()
+        self.state = RunState()
         self.stop = StopRequest()
         self.display = Display(job.total, quiet=quiet or not first)
-        self.random = RandomStates(job.device, job.config.seed, lambda: generators_of(job.source))
+        self.random = RandomStates(job.device, job.config.seed, job.source.generators)
         self.checkpoints = Checkpoints(job, run, self.random, self.display.say) if run else None
         self._epoch_rng: list[dict[str, Any]] = []
         self._began = 0.0
@@ -80,138 +80,153 @@ class Trainer:
                 self.display.say(str(job.pick))
             for difference in differences:
                 self.display.say(f"results may differ in the last digits: {difference}")
-            restored = None
-            if resume:
-                assert self.checkpoints is not None
-                self.at, restored = self.checkpoints.restore()
-                processes.check_alike("finished steps", self.at.step, job.device)
-                if restored and self.at.step == min(
-                    job.total, self.at.epoch * job.source.steps_per_epoch
-                ):
-                    self._keep()  # in case the run ended right after this checkpoint
+            interrupted = self._resume() if resume else None
             # Without a folder there is nothing to resume: signals keep their usual effect.
-            with self.stop.heard() if self.run else nullcontext():
-                while self.at.epoch < math.ceil(job.total / job.source.steps_per_epoch):
-                    self._epoch(restored)
-                    restored = None
-        self._finish()
+            with self.stop.handling_signals() if self.run else nullcontext():
+                while self.state.epoch < math.ceil(job.total / job.source.steps_per_epoch):
+                    self._epoch(interrupted)
+                    interrupted = None
+        self._finish_writing()
+        self._load_selected()
         if self.stop.number:  # received when there was nothing left to stop
-            self.stop.leave()
-        return self.at
+            self.stop.exit()
+        return self.state
 
-    def _epoch(self, restored: dict[str, Any] | None) -> None:
-        """Train one epoch (the rest of it after a restored checkpoint), validate and save."""
+    def _resume(self) -> Interrupted | None:
+        """Restore the newest checkpoint; return the epoch in which it was written, if any."""
+        assert self.checkpoints is not None
+        self.state, interrupted = self.checkpoints.restore()
+        processes.check_alike("finished steps", self.state.step, self.job.device)
+        if interrupted is None and checkpoint.found(self.checkpoints.run.checkpoints):
+            self._save_if_best()  # in case the run ended right after this checkpoint
+        return interrupted
+
+    def _epoch(self, interrupted: Interrupted | None) -> None:
+        """Train one epoch (what is left of an interrupted one), validate and save."""
+        means = EpochMeans(self.job.device)
+        if interrupted:
+            means.restore(interrupted.sums)
+        self._train_steps(means, interrupted)
+        self._check_finite(means, weights=True)
+        self._share_buffers()
+        self._read_clock()
+        self.state.epoch += 1
+        row = {
+            "epoch": self.state.epoch,
+            "step": self.state.step,
+            "lr": self.job.optimizer.param_groups[0]["lr"],
+            **means.of_all(),
+            "images_per_second": self._images_per_second(means),
+            "train_seconds": self.state.train_seconds,
+        }
+        self._validate_or_save(row, means)
+        self._record(row)
+
+    def _train_steps(self, means: EpochMeans, interrupted: Interrupted | None) -> None:
+        """Take the steps that are left of the epoch."""
         job, steps = self.job, self.job.source.steps_per_epoch
         # If the run was stopped during validation, all steps of the epoch are already done.
-        skip = self.at.step - steps * self.at.epoch
+        skip = self.state.step - steps * self.state.epoch
         # The last epoch may be partial.
-        left = min(steps - skip, job.total - self.at.step)
-        sums = Sums(job.device)
-        if restored:
-            parts, n = restored["sums"], processes.world_size()
-            same = len(parts) == n
-            sums.load_state_dict(parts[processes.rank()] if same else Sums.shared_out(parts, n))
-        self._began = time.perf_counter() - self.at.train_seconds
-        for x, y, index in self._batches(skip, left, restored):
-            follow(job, self.at.step)
+        left = min(steps - skip, job.total - self.state.step)
+        self._start_clock()
+        for x, y, index in self._batches(skip, left, interrupted):
+            apply_schedules(job, self.state.step)
             result = self._step(x, y, index)
-            self.at.step += 1
+            self.state.step += 1
             # An image without a label never counts as a hit, so average over the labelled ones.
             hits = (result.logits.argmax(1) == y).float().mean() / job.labelled
             values = {"loss": result.loss, **result.terms, "adv_accuracy": hits}
-            sums.add(self.at.step, len(x), values)
+            means.add(self.state.step, len(x), values)
             # Of several processes only the first shows anything.
             if self.display.due() and processes.rank() == 0:
-                self._show(sums)
-            self._pause(sums)
-        self._check_finite(sums, weights=True)
-        self._share_buffers()
-        speed = self._speed(sums)
-        self.at.epoch += 1
-        row = {
-            "epoch": self.at.epoch,
-            "step": self.at.step,
-            "lr": job.optimizer.param_groups[0]["lr"],
-            **sums.means_of_all(),
-            "images_per_second": speed,
-            "train_seconds": self.at.train_seconds,
-        }
-        random_state = self.random.read()
-        try:
-            self._validate(row)
-        except (Asked, UserError) as e:
-            # A resume starts with the validation. After an error a process may be alone, and
-            # saving needs them all.
-            if isinstance(e, Asked) or processes.world_size() == 1:
-                self.at.epoch -= 1
-                self.random.write(random_state)
-                self._save(sums)
-            if isinstance(e, Asked):
-                self._leave()
-            raise
-        self._record(row)
+                self._show(means)
+            self._checkpoint_if_due(means)
 
-    def _pause(self, sums: Sums) -> None:
+    def _batches(self, skip: int, left: int, interrupted: Interrupted | None) -> Iterator[Batch]:
+        """Return the next ``left`` batches of the epoch, after the first ``skip``."""
+        if interrupted:
+            # A loader draws its order when an epoch begins: restore the state of that moment first.
+            self.random.restore(interrupted.epoch_rng, self.state.step)
+        self._epoch_rng = self.random.of_all()
+        batches = self.job.source.epoch(self.state.epoch, skip) if left else iter(())
+        if interrupted:
+            self.random.restore(interrupted.rng, self.state.step)
+        return itertools.islice(batches, left)
+
+    def _checkpoint_if_due(self, means: EpochMeans) -> None:
         """Write a checkpoint if one is due within the epoch or a stop was requested; then stop."""
-        every, step = self.job.config.checkpoint_every, self.at.step
+        every, step = self.job.config.checkpoint_every, self.state.step
         within = step % self.job.source.steps_per_epoch and step < self.job.total
         due = every and step % every == 0 and within
         stops = self.run is not None and self.stop.after(step, self.job.device)
         if not (due or stops):
             return
-        self._check_finite(sums, weights=True)
+        self._check_finite(means, weights=True)
         self._share_buffers()
-        self._speed(sums)
-        self._save(sums)
-        # Writing does not count as training time.
-        self._began = time.perf_counter() - self.at.train_seconds
+        self._read_clock()
+        self._save(means)
+        self._start_clock()  # writing does not count as training time
         if stops:
-            self._leave()
+            self._stop_early()
 
-    def _speed(self, sums: Sums) -> float:
-        """Update ``train_seconds`` and return the images per second of this epoch so far."""
-        self.at.train_seconds = time.perf_counter() - self._began
-        before = self.at.history[-1]["train_seconds"] if self.at.history else 0.0
-        return sums.images * processes.world_size() / (self.at.train_seconds - before)
+    def _validate_or_save(self, row: dict[str, Any], means: EpochMeans) -> None:
+        """Validate; if that fails or is stopped, save, so that a resume starts with validation."""
+        random_state = self.random.read()
+        try:
+            self._validate(row)
+        except (StopRequested, UserError) as e:
+            stops = isinstance(e, StopRequested)
+            # After an error a process may be alone, and saving needs them all.
+            if stops or processes.world_size() == 1:
+                self.state.epoch -= 1
+                self.random.write(random_state)
+                self._save(means)
+            if stops:
+                self._stop_early()
+            raise
 
-    def _batches(self, skip: int, left: int, restored: dict[str, Any] | None) -> Iterator[Batch]:
-        """Return the next ``left`` batches of the epoch, after the first ``skip``."""
-        states = restored["rng"] if restored else self.random.of_all()
-        # A loader draws its order when an epoch begins, so restore the state of that moment first.
-        self._epoch_rng = restored.get("epoch_rng", states) if restored and skip else states
-        if restored:
-            self.random.restore(self._epoch_rng, self.at.step)
-        batches = self.job.source.epoch(self.at.epoch, skip) if left else iter(())
-        if restored and skip:
-            self.random.restore(states, self.at.step)
-        return itertools.islice(batches, left)
+    def _start_clock(self) -> None:
+        """Count the time from now on as training time."""
+        self._began = time.perf_counter() - self.state.train_seconds
 
-    def _leave(self) -> NoReturn:
+    def _read_clock(self) -> None:
+        self.state.train_seconds = time.perf_counter() - self._began
+
+    def _images_per_second(self, means: EpochMeans) -> float:
+        """Return the speed of this epoch, up to when the clock was last read."""
+        history = self.state.history
+        seconds = self.state.train_seconds - (history[-1]["train_seconds"] if history else 0.0)
+        return means.images * processes.world_size() / seconds
+
+    def _stop_early(self) -> NoReturn:
         assert self.run is not None
         self.display.say(
-            f"stopped at step {self.at.step} of {self.job.total}: {self.run.folder} is saved"
+            f"stopped at step {self.state.step} of {self.job.total}: {self.run.folder} is saved"
         )
-        self._end()
-        self.stop.leave()
+        self._finish_writing()
+        self.stop.exit()
 
     def _step(self, x: Tensor, y: Tensor, index: Tensor | None) -> StepResult:
-        job, step, draw = self.job, self.at.step, None
+        job, step, draw = self.job, self.state.step, None
         if job.method.needs_index:
-            draw = job.source.draw(self.at.epoch, step % job.source.steps_per_epoch)
+            draw = job.source.draw(self.state.epoch, step % job.source.steps_per_epoch)
             # Once, rather than each time that the method reads or writes what it remembers.
             draw = None if draw is None else draw.to(job.device)
         with job.guard(f"step {step + 1}", len(x)):
             return job.take_step(x, y, index, draw)
 
-    def _show(self, sums: Sums) -> None:
-        self._check_finite(sums)
-        means, speed = sums.means(), self._speed(sums)
-        robust = f"  robust {self.at.scores[-1]:.1%}" if self.at.scores else ""
-        parts = "  ".join(f"{k} {v:.3f}" for k, v in means.items() if k != "adv_accuracy")
-        epoch = f"epoch {self.at.epoch + 1}/{math.ceil(self.job.config.epochs)}"
-        self.display.step(self.at.step, epoch, f"{parts}{robust}  {speed:,.0f} img/s")
+    def _show(self, means: EpochMeans) -> None:
+        self._check_finite(means)
+        self._read_clock()
+        scores = self.state.scores
+        robust = f"  robust {scores[-1]:.1%}" if scores else ""
+        parts = "  ".join(f"{k} {v:.3f}" for k, v in means.local().items() if k != "adv_accuracy")
+        epoch = f"epoch {self.state.epoch + 1}/{math.ceil(self.job.config.epochs)}"
+        speed = f"{self._images_per_second(means):,.0f} img/s"
+        self.display.step(self.state.step, epoch, f"{parts}{robust}  {speed}")
 
-    def _check_finite(self, sums: Sums, *, weights: bool = False) -> None:
+    def _check_finite(self, means: EpochMeans, *, weights: bool = False) -> None:
         """Raise if a loss was not finite or, with ``weights``, if the weights no longer are.
 
         With ``weights`` every process must call this, and all stop together; without it, nothing
@@ -219,10 +234,10 @@ class Trainer:
         """
         if processes.world_size() > 1 and not weights:
             return
-        bad = int(sums.bad_step)
+        bad = int(means.bad_step)
         if bad < 0 and weights:
             finite = [p.detach().isfinite().all() for p in self.job.model.parameters()]
-            bad = -1 if bool(torch.stack(finite).all()) else self.at.step
+            bad = -1 if bool(torch.stack(finite).all()) else self.state.step
         bad = processes.all_max(bad, self.job.device)
         if bad < 0:
             return
@@ -238,68 +253,68 @@ class Trainer:
 
     def _validate(self, row: dict[str, Any]) -> None:
         """Attack the held-out images, watch for collapse, and choose the weights to keep."""
-        at = self.at
+        state = self.state
         if self.job.held_out is None:
-            at.best_epoch = at.epoch
+            state.best_epoch = state.epoch
             return
         row |= validate(self.job, self.stop)
-        if warning := find_masking(row, at.scores[-1] if at.scores else None):
+        if warning := find_masking(row, state.scores[-1] if state.scores else None):
             row["collapse"] = True
             self.display.say(warning, "yellow")
-        if self.job.config.select == "last" or row["val_worst_case"] > max(at.scores, default=-1):
-            at.best_epoch = at.epoch
+        best = max(state.scores, default=-1)
+        if self.job.config.select == "last" or row["val_worst_case"] > best:
+            state.best_epoch = state.epoch
 
     def _record(self, row: dict[str, Any]) -> None:
         """Write the checkpoint, then the weights if they are the best, then the epoch's row."""
-        job, at = self.job, self.at
-        at.history.append(row)
-        job.accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=at.step)
+        job, state = self.job, self.state
+        state.history.append(row)
+        job.accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=state.step)
         robust = f"  robust {row['val_worst_case']:.1%}" if "val_worst_case" in row else ""
         clean = f"  clean {row['val_clean']:.1%}" if "val_clean" in row else ""
         epochs = math.ceil(job.config.epochs)
         self.display.say(
-            f"epoch {at.epoch}/{epochs}  loss {row['loss']:.4f}{clean}{robust}"
+            f"epoch {state.epoch}/{epochs}  loss {row['loss']:.4f}{clean}{robust}"
             f"  {row['images_per_second']:,.0f} img/s"
         )
-        # Checkpoint first: without it a resume repeats the epoch, whose weights must not be kept
-        # yet. Row last: an epoch that has its row is complete.
-        self._save(Sums(job.device))
-        self._keep()
+        # Checkpoint first: without it a resume repeats the epoch, whose weights must not have been
+        # kept. Row last: an epoch that has its row is complete.
+        self._save(EpochMeans(job.device))
+        self._save_if_best()
         if self.on_epoch:
             # A logger must not affect training, whatever it draws at random or sets.
-            with attacking(job.judged) as model, forked_rng(job.device):
+            with attacking(job.eval_model) as model, forked_rng(job.device):
                 self.on_epoch(dict(row), model)
 
-    def _keep(self) -> None:
-        """Keep the weights if the epoch just ended is the best so far, and write the history."""
-        job, at = self.job, self.at
-        best = at.best_epoch == at.epoch
+    def _save_if_best(self) -> None:
+        """Save the weights if the epoch just ended is the best so far, and write the history."""
+        job, state = self.job, self.state
+        best = state.best_epoch == state.epoch
         if self.run is None:
-            self._best = copy.deepcopy(job.judged.state_dict()) if best else self._best
+            self._best = copy.deepcopy(job.eval_model.state_dict()) if best else self._best
         elif processes.rank() == 0:
             if best:
-                files.save_weights(self.run.weights, job.judged, job.signature)
-            rows = "".join(json.dumps(r) + "\n" for r in at.history)
+                files.save_weights(self.run.weights, job.eval_model, job.signature)
+            rows = "".join(json.dumps(r) + "\n" for r in state.history)
             files.write_atomically(self.run.metrics, rows)
 
-    def _save(self, sums: Sums) -> None:
+    def _save(self, means: EpochMeans) -> None:
         if self.checkpoints:
-            self.checkpoints.save(self.at, sums, self._epoch_rng)
+            self.checkpoints.save(self.state, means, self._epoch_rng)
 
     def _share_buffers(self) -> None:
-        """Copy the first process's buffers (batch statistics) to all: its weights are kept."""
-        for module in dict.fromkeys((self.job.model, self.job.judged)):
+        """Copy the first process's buffers (batch statistics) to all, as it saves the weights."""
+        for module in dict.fromkeys((self.job.model, self.job.eval_model)):
             processes.broadcast_first(list(module.buffers()))
 
-    def _end(self) -> None:
+    def _finish_writing(self) -> None:
         """Wait until the first process is done writing: a launcher may end all when one exits."""
         processes.barrier(self.job.device)
         for tracker in self.job.accelerator.trackers:
             tracker.finish()
 
-    def _finish(self) -> None:
+    def _load_selected(self) -> None:
         """Load the selected weights into the model, and put it into eval mode."""
-        self._end()
         if self.run:
             files.load_weights(self.run.weights, self.job.model)
         else:

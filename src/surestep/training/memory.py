@@ -26,7 +26,7 @@ from surestep.methods import Method
 from surestep.training.engine import Engine
 
 _BACKWARD = 1.4
-"""Memory of a pass relative to the activations it keeps: their gradients take some, too."""
+"""Memory of a pass relative to the activations that it keeps, since gradients take some, too."""
 _PROBE = 4
 
 
@@ -89,7 +89,7 @@ def _recomputed(blocks: list[nn.Module]) -> Iterator[None]:
     finally:
         for block, forward in zip(blocks, own, strict=True):
             del block.forward
-            if forward is not None:  # it had been set on the instance
+            if forward is not None:  # the instance had its own
                 block.forward = forward
 
 
@@ -101,7 +101,7 @@ def _second_time(
 
 @contextmanager
 def _uncounted(block: nn.Module) -> Iterator[None]:
-    """Let batch norm see a batch again without updating its running statistics."""
+    """Let batch norm see a batch a second time without updating its running statistics."""
     counted = [(m, name, b) for m in block.modules() for name, b in m.named_buffers(recurse=False)]
     for module, name, buffer in counted:
         setattr(module, name, buffer.clone())

@@ -79,7 +79,7 @@ def pick_engine(
     expected = "fast", Engine.choose("fast", precision, device).precision_name
     precisions = [expected[1]] if precision != "auto" else [expected[1], "fp32"]
     candidates = dict.fromkeys((e, p) for p in precisions for e in ("fast", "reference"))
-    # Methods may communicate between processes, but only this one runs the trial.
+    # Only this process runs the trial, so methods must not communicate with others.
     with processes.alone(), forked_rng(device):
         low, _ = method.threat.bounds
         x = low + method.threat.span * torch.rand(batch_size, *shape, device=device)

@@ -28,16 +28,21 @@ from surestep.devices import memory_for, move
 from surestep.errors import UserError
 from surestep.evaluation import Adapted
 from surestep.methods import Method
-from surestep.methods._dropout import dropping
+from surestep.methods._dropout import check_dropout
 from surestep.threat import ThreatModel
 from surestep.training.averaging import WeightAverage
 from surestep.training.engine import Engine, TrainStep, make_optimizer, make_step
 from surestep.training.holding_out import split
 from surestep.training.memory import Frugal, fit_into
 from surestep.training.picking import MIN_STEPS, Pick, pick_engine
-from surestep.training.source import Replayed, Source, first_of, make_source, outliving
+from surestep.training.source import (
+    Replayed,
+    Source,
+    first_item_as_batch,
+    make_source,
+    with_workers_ignoring_signals,
+)
 
-_COMPILING = "compiling"
 MOST_JUDGED = 500
 """Maximum number of images that validation attacks at a time."""
 
@@ -69,10 +74,8 @@ class Guard:
                 yield
         except RuntimeError as e:
             # Recognised by its module: importing the compiler takes seconds.
-            by_compiler = type(e).__module__.startswith(("torch._dynamo", "torch._inductor"))
-            if by_compiler or where == _COMPILING:
-                reason = str(e).strip().splitlines()[0]
-                raise UserError(f"torch.compile fails here, leave compile out: {reason}") from e
+            if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise _compiler_error(e) from e
             if unused := re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(e)):
                 names = [n for n, p in self.model.named_parameters() if p.requires_grad]
                 which = ", ".join(names[int(k)] for k in unused[1].split()[:5])
@@ -83,6 +86,11 @@ class Guard:
             raise
 
 
+def _compiler_error(error: RuntimeError) -> UserError:
+    reason = str(error).strip().splitlines()[0]
+    return UserError(f"torch.compile fails here, leave compile out: {reason}")
+
+
 @dataclass(frozen=True)
 class Job:
     """A prepared run: everything that the training loop needs.
@@ -91,7 +99,7 @@ class Job:
         model: the network itself, on its device, in train mode.
         method: what a step minimises; the run's own copy.
         threat: the method's threat model at full eps, to which the method itself may warm up.
-        strength: the method's strength there, if the user has set one; else 1.
+        strength: the method's strength at full eps: 1, unless the user has set another.
         config: the settings, with the engine and the precision that were picked.
         accelerator: has the trackers to log to.
         device: the device of this process.
@@ -101,7 +109,7 @@ class Job:
         labelled: share of the training images that have a label.
         signature: classes and image shape to store with the weights, if known.
         total: number of steps of the whole run.
-        judged_at_once: images that validation attacks at a time, no more than fit in training.
+        eval_batch_size: images that validation attacks at a time, no more than fit in training.
         guard: explains what fails in a step.
         pick: the result of timing the engines, if they were timed.
         engine: how a step is computed.
@@ -123,7 +131,7 @@ class Job:
     labelled: float
     signature: files.Signature | None
     total: int
-    judged_at_once: int
+    eval_batch_size: int
     guard: Guard
     pick: Pick | None
     engine: Engine
@@ -132,7 +140,7 @@ class Job:
     take_step: TrainStep
 
     @property
-    def judged(self) -> nn.Module:
+    def eval_model(self) -> nn.Module:
         """The model that is validated and kept: the weight average, if there is one by now."""
         return self.average.model if self.average and self.average.updates else self.model
 
@@ -173,54 +181,59 @@ def prepare(
     rank = processes.rank()
     seed_everything(seed_of("process", config.seed, rank) if rank else config.seed)
     train, held_out = split(data, validation, config.val_images, config.seed)
-    held_out = outliving(held_out)
-    inside = train if isinstance(train, Images) else None
-    _check_data(method, inside, train, held_out)
-    loading = {"workers": workers, "steps": steps_per_epoch}
-    source = _open(train, config, method, accelerator, device, loading)
+    held_out = with_workers_ignoring_signals(held_out)
+    in_memory = train if isinstance(train, Images) else None
+    _check_data(method, in_memory, train, held_out)
+    source = _open(
+        train, config, method, accelerator, device, workers=workers, steps=steps_per_epoch
+    )
     total = _count_steps(source, method, config)
-    # Before anything in which they wait for each other, such as the trial of engines.
+    # Check this before the first collective call (the engine trial), in which processes that
+    # disagree would hang.
     processes.check_alike("training steps", total, device)
     for what, part in (("training", train), ("held-out", held_out)):
         processes.check_alike(f"{what} images (or batches)", _length_of(part), device)
     batch, size = _batch_of(train, config)
-    bare = uncompiled(model)
-    _check_state(bare)
-    bare.to(device)
-    if not bare.training:  # otherwise keep layers that the user has put into eval mode
-        bare.train()
-    shape = _check_taken(bare, method, train, held_out, device)
-    guard = Guard(bare, size, config.max_memory, _remembered(method, inside))
+    module = uncompiled(model)
+    _check_state(module)
+    module.to(device)
+    if not module.training:  # otherwise keep layers that the user has put into eval mode
+        module.train()
+    shape = _check_taken(module, method, train, held_out, device)
+    guard = Guard(module, size, config.max_memory, _remembered(method, in_memory))
     pick = None
     # With a memory limit there is no room for trials, and little to choose.
-    if inside is not None and total >= MIN_STEPS and not config.max_memory:
-        pick = _pick(bare, method, torch.Size(inside.image_shape), batch, config, guard)
-    engine, config = _place(bare, shape, pick, config, device)
-    average = WeightAverage(bare, config.ema) if config.ema or config.swa else None
+    if in_memory is not None and total >= MIN_STEPS and not config.max_memory:
+        pick = _pick(module, method, torch.Size(in_memory.image_shape), batch, config, guard)
+    engine, config = _place(module, shape, pick, config, device)
+    average = WeightAverage(module, config.ema) if config.ema or config.swa else None
     optimizer = make_optimizer(
         config.optimizer,
-        bare.parameters(),
+        module.parameters(),
         lr=config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
     )
-    stepped = bare
+    step_model = module
     if config.compile:
         # Only for the step: validation batches shrink, and each size would be compiled anew.
-        with guard(_COMPILING, batch):  # which refuses Python versions that it does not know
-            stepped = model if compiled_whole(model) else cast(nn.Module, torch.compile(bare))
+        step_model = model if compiled_whole(model) else _compile(module)
     if config.max_memory:
-        # Beside what every run has: Adam's second moments, the average, the weights before AWP.
+        # Weight-sized tensors beyond those of plain SGD: Adam's second moments, the average, AWP's
+        # saved weights.
         copies = sum(map(bool, (config.optimizer != "sgd", average, config.awp)))
-        stepped = fit_into(bare, method, engine, shape, batch, config.max_memory, copies)
-    fits = stepped.images if isinstance(stepped, Frugal) else MOST_JUDGED
-    judged_at_once = min(MOST_JUDGED, method.peak_images(batch), fits)
+        step_model = fit_into(module, method, engine, shape, batch, config.max_memory, copies)
+    fits = step_model.images if isinstance(step_model, Frugal) else MOST_JUDGED
+    eval_batch_size = min(MOST_JUDGED, method.peak_images(batch), fits)
     # The same in each process, so that all make equally many collective calls.
-    judged_at_once = processes.all_min(judged_at_once, device)
+    eval_batch_size = processes.all_min(eval_batch_size, device)
     if processes.world_size() > 1:
-        stepped = _sharing_gradients(stepped, device)
+        step_model = _wrap_ddp(step_model, device)
+    signature = None
+    if in_memory is not None:
+        signature = files.Signature(in_memory.classes, in_memory.image_shape)
     return Job(
-        model=bare,
+        model=module,
         method=method,
         threat=method.threat,
         strength=method.strength,
@@ -229,18 +242,18 @@ def prepare(
         device=device,
         source=Replayed(source, method.replays) if method.replays > 1 else source,
         held_out=held_out,
-        images=0 if inside is None else len(inside),
-        labelled=1.0 if inside is None else share_of(inside.y >= 0),
-        signature=None if inside is None else files.Signature(inside.classes, inside.image_shape),
+        images=0 if in_memory is None else len(in_memory),
+        labelled=1.0 if in_memory is None else share_of(in_memory.y >= 0),
+        signature=signature,
         total=total,
-        judged_at_once=judged_at_once,
+        eval_batch_size=eval_batch_size,
         guard=guard,
         pick=pick,
         engine=engine,
         average=average,
         optimizer=optimizer,
         take_step=make_step(
-            stepped,
+            step_model,
             method,
             optimizer,
             engine,
@@ -281,7 +294,7 @@ def _check_together(config: FitSettings, method: Method) -> None:
         )
 
 
-def _check_data(method: Method, inside: Images | None, train: Any, held_out: Any) -> None:
+def _check_data(method: Method, in_memory: Images | None, train: Any, held_out: Any) -> None:
     """Refuse data that the threat model or the method cannot take."""
     bounds = method.threat.bounds
     if bounds != (0.0, 1.0) and any(isinstance(part, Images) for part in (train, held_out)):
@@ -289,7 +302,7 @@ def _check_data(method: Method, inside: Images | None, train: Any, held_out: Any
             f"images in memory are pixels in [0, 1], but the threat model's data range is "
             f"{bounds}: leave bounds out, or give data and validation as loaders"
         )
-    if method.needs_index and inside is None:
+    if method.needs_index and in_memory is None:
         raise UserError(
             f"{method.slug} needs each image's position in the data set: give images in memory, "
             "a pair of tensors (x, y), instead of a Dataset or DataLoader"
@@ -297,7 +310,7 @@ def _check_data(method: Method, inside: Images | None, train: Any, held_out: Any
 
 
 def _check_state(model: nn.Module) -> None:
-    """Refuse a model whose state is more than tensors, which no file of weights could hold."""
+    """Refuse a model whose state holds more than tensors: a file of weights could not hold it."""
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise UserError(
@@ -312,11 +325,13 @@ def _open(
     method: Method,
     accelerator: Accelerator,
     device: torch.device,
-    loading: dict[str, Any],
+    *,
+    workers: int,
+    steps: int | None,
 ) -> Source:
     """Return the source of batches."""
     # Batches are moved by the source, without waiting for the device.
-    sharing = functools.partial(accelerator.prepare_data_loader, device_placement=False)
+    sharding = functools.partial(accelerator.prepare_data_loader, device_placement=False)
     with memory_for("moving the data", "give memory-mapped arrays or a DataLoader"):
         return make_source(
             train,
@@ -326,9 +341,10 @@ def _open(
             device=device,
             rank=processes.rank(),
             world=processes.world_size(),
-            prepare=sharing,
+            prepare=sharding,
+            workers=workers,
             bounds=method.threat.bounds,
-            **loading,
+            steps=steps,
         )
 
 
@@ -360,7 +376,7 @@ def _length_of(data: Any) -> int:
 def _batch_of(train: Any, config: FitSettings) -> tuple[int, str]:
     """Return the images per step in this process, and the setting that gives them, in words."""
     if isinstance(train, DataLoader):
-        # A batch sampler of one's own may tell its size.
+        # A custom batch sampler may have a batch_size.
         size = train.batch_size or getattr(train.batch_sampler, "batch_size", None)
         if size:
             return size, f"the DataLoader's batch_size ({size})"
@@ -388,16 +404,14 @@ def _check_taken(
         The shape of a training image; None if none can be read.
 
     Raises:
-        UserError: it does not.
+        UserError: the model does not.
     """
-    # Now: later, --overwrite would already have deleted the old run.
-    with dropping(model, method.dropout):
-        pass
+    check_dropout(model, method.dropout)  # later, --overwrite would have deleted the old run
     shape = _look_at(train, model, method, device, unlabelled=method.takes_unlabelled)
     if held_out is not None:
-        # Wrapped as in validation for a Dataset or DataLoader.
-        judged = model if isinstance(held_out, Images) else Adapted(model)
-        _look_at(held_out, judged, method, device, unlabelled=False)
+        # Validation wraps the model like this for a Dataset or DataLoader.
+        eval_model = model if isinstance(held_out, Images) else Adapted(model)
+        _look_at(held_out, eval_model, method, device, unlabelled=False)
     return shape
 
 
@@ -416,7 +430,7 @@ def _look_at(
         one = data.pixels(slice(0, 1)).to(device)
         check_labels(data.y, count_classes(model, one), unlabelled=unlabelled)
         return one.shape[1:]
-    batch = first_of(data)
+    batch = first_item_as_batch(data)
     if batch is None:
         return None
     x, y = (move(part, device) for part in batch)
@@ -451,7 +465,7 @@ def _pick(
                 found = pick_engine(model, method, shape, batch, config.precision)
         except UserError as e:
             found = e
-    # Tell the other processes, which would otherwise wait for one that has left.
+    # Send errors, too: the other processes would wait for one that has left.
     (found,) = broadcast_object_list([found])
     if isinstance(found, UserError):
         raise found
@@ -479,14 +493,26 @@ def _place(
     return engine, config.model_copy(update={"precision": engine.precision_name})
 
 
-def _sharing_gradients(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return the network, averaging its gradients over the processes.
+def _compile(module: nn.Module) -> nn.Module:
+    """Compile a module.
+
+    Raises:
+        UserError: torch cannot, such as on a Python version that it does not know yet.
+    """
+    try:
+        return cast(nn.Module, torch.compile(module))
+    except RuntimeError as e:
+        raise _compiler_error(e) from e
+
+
+def _wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
+    """Wrap a network in DistributedDataParallel, which averages its gradients over the processes.
 
     Accelerate's ``prepare_model`` names the GPU by the local rank, which fails where the launcher
     shows each process its own GPU only: that one is number 0 in all of them.
     """
     own = [device.index] if device.type == "cuda" else None
-    # The step itself shares the buffers, before the attack. torch 2.13 renamed the option.
+    # The step itself synchronises the buffers, before the attack. torch 2.13 renamed the option.
     known = inspect.signature(DistributedDataParallel).parameters
     name = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in known)
     options: dict[str, Any] = {name: False}

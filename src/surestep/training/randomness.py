@@ -41,7 +41,7 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 class OwnRandom:
-    """A random state of python, numpy and torch (on the CPU) apart from the process's own.
+    """A random state of python, numpy and torch (on the CPU), separate from the process's.
 
     Args:
         seed: seed of this state.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate.utils import gather_object
 
@@ -15,7 +15,21 @@ from surestep.training.engine import match_layout
 from surestep.training.preparing import Job
 from surestep.training.randomness import RandomStates
 from surestep.training.run_folder import RunFolder
-from surestep.training.state import RunState, Sums
+from surestep.training.state import EpochMeans, RunState
+
+
+class Interrupted(NamedTuple):
+    """An epoch that was interrupted: what each process, in rank order, had at the checkpoint.
+
+    Attributes:
+        sums: the states of its ``EpochMeans``.
+        rng: its random states.
+        epoch_rng: its random states at the start of the epoch.
+    """
+
+    sums: list[dict[str, Any]]
+    rng: list[dict[str, Any]]
+    epoch_rng: list[dict[str, Any]]
 
 
 class Checkpoints:
@@ -33,31 +47,31 @@ class Checkpoints:
     ) -> None:
         self.job, self.run, self.random, self.say = job, run, random, say
 
-    def save(self, at: RunState, sums: Sums, epoch_rng: list[dict[str, Any]]) -> None:
+    def save(self, state: RunState, means: EpochMeans, epoch_rng: list[dict[str, Any]]) -> None:
         """Write a checkpoint; every process must call this.
 
         Args:
-            at: the progress of the run.
-            sums: sums over the current epoch so far.
+            state: the progress of the run.
+            means: those of the current epoch so far.
             epoch_rng: the random states of all processes at the start of the epoch.
         """
         job, rng = self.job, self.random.of_all()
-        parts = gather_object([sums.state_dict()])
+        sums = gather_object([means.state_dict()])
         # Collective, since it gathers rows of the batch: so before the other processes return.
         method = job.method.state_dict()
         if processes.rank():
             return
         checkpoint.save(
             self.run.checkpoints,
-            at.step,
+            state.step,
             {
-                "progress": asdict(at),
+                "progress": asdict(state),
                 "model": job.model.state_dict(),
                 "optimizer": job.optimizer.state_dict(),
                 "scaler": job.take_step.scaler.state_dict(),
                 "average": job.average.state_dict() if job.average else None,
                 "method": method,
-                "sums": parts,
+                "sums": sums,
                 "rng": rng,
                 "epoch_rng": epoch_rng,
                 "steps_per_epoch": job.source.steps_per_epoch,
@@ -65,42 +79,46 @@ class Checkpoints:
             },
         )
 
-    def restore(self) -> tuple[RunState, dict[str, Any] | None]:
-        """Load the newest checkpoint, except for what the epoch itself restores.
+    def restore(self) -> tuple[RunState, Interrupted | None]:
+        """Load the newest checkpoint, except for what an interrupted epoch itself restores.
 
         Returns:
-            The progress of the run, and what its epoch restores (``sums``, ``rng`` and, except in
-            older checkpoints, ``epoch_rng``). That is None if there is no checkpoint, because the
-            run did not reach one or has already ended.
+            The progress of the run, and the epoch in which the checkpoint was written. That is None
+            if it was written after an epoch, or if there is no checkpoint, because the run did not
+            reach one or has already ended.
 
         Raises:
             UserError: the checkpoint does not fit this job, or is missing or damaged.
         """
         job = self.job
-        state = checkpoint.load_newest(self.run.checkpoints, self.say)
-        if state is None:
-            return self._without(), None
-        self._check_data(len(state["rng"]), state["steps_per_epoch"], state.get("images"))
+        saved = checkpoint.load_newest(self.run.checkpoints, self.say)
+        if saved is None:
+            return self._without_checkpoint(), None
+        self._check_data(len(saved["rng"]), saved["steps_per_epoch"], saved.get("images"))
         try:
-            job.model.load_state_dict(state["model"])
+            job.model.load_state_dict(saved["model"])
         except RuntimeError as e:
             reason = " ".join(str(e).split())[:200]
             raise UserError(f"cannot resume {self.run.folder} with another model: {reason}") from e
-        job.optimizer.load_state_dict(state["optimizer"])
+        job.optimizer.load_state_dict(saved["optimizer"])
         match_layout(job.optimizer)
-        job.take_step.scaler.load_state_dict(state["scaler"])
+        job.take_step.scaler.load_state_dict(saved["scaler"])
         if job.average:
-            job.average.load_state_dict(state["average"])
-        job.method.load_state_dict(state["method"])
+            job.average.load_state_dict(saved["average"])
+        job.method.load_state_dict(saved["method"])
         for derived in ("best_score", "last_robust"):  # in older checkpoints
-            state["progress"].pop(derived, None)
-        at = RunState(**state["progress"])
-        self.say(f"resuming {self.run.folder} at step {at.step} of {job.total}")
-        # Not the whole: weights and optimizer state would stay in memory for an epoch.
-        return at, {name: state[name] for name in ("sums", "rng", "epoch_rng") if name in state}
+            saved["progress"].pop(derived, None)
+        state = RunState(**saved["progress"])
+        self.say(f"resuming {self.run.folder} at step {state.step} of {job.total}")
+        rng = saved["rng"]
+        if state.step == min(job.total, state.epoch * job.source.steps_per_epoch):
+            self.random.restore(rng, state.step)
+            return state, None
+        # Older checkpoints have no epoch_rng.
+        return state, Interrupted(saved["sums"], rng, saved.get("epoch_rng", rng))
 
-    def _without(self) -> RunState:
-        """Return the progress of a run without checkpoints: it has ended, or starts anew."""
+    def _without_checkpoint(self) -> RunState:
+        """Return the progress of a run without checkpoints, which has ended or starts anew."""
         rows = self.run.history()
         if self.run.ended(self.job.config.epochs):
             scores = [row.get("val_worst_case", 0.0) for row in rows]
@@ -126,7 +144,7 @@ class Checkpoints:
         Args:
             begun: number of processes of the run.
             steps: its steps per epoch.
-            images: its images in memory, which older checkpoints do not tell.
+            images: its images in memory; None in older checkpoints.
         """
         job = self.job
         now, expected = processes.world_size(), job.source.steps_per_epoch

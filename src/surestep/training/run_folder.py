@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from surestep import environment, files, methods
-from surestep.config import FitSettings, RunConfig, parse, read_yaml, to_yaml
+from surestep.config import CHANGEABLE, FitSettings, RunConfig, parse, read_yaml, to_yaml
 from surestep.errors import UserError
 
 C = TypeVar("C", bound=FitSettings)
@@ -23,7 +23,7 @@ _ENTRIES = {
     *("tensorboard", "comparison.json", "environment.json"),
 }
 _LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
-"""Files that file managers leave in any folder they show."""
+"""Files that file managers leave in folders."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class RunFolder:
         return sorted(p.name for p in self.folder.iterdir() if p.name not in _LITTER)
 
     def _check_own(self) -> None:
-        """Refuse to delete a folder that is not a run folder or holds other files, too.
+        """Refuse to delete a folder that is not a run folder, or that also holds other files.
 
         Raises:
             UserError: naming the reason.
@@ -158,12 +158,12 @@ class RunFolder:
             raise UserError(f"cannot make the run folder {self.folder}: {reason}") from e
 
     def _empty(self) -> None:
-        """Delete what is in the folder, ``config`` last: without it, it is no run any more.
+        """Delete what is in the folder, ``config`` last: without that file it is no run folder.
 
         The folder itself stays: network drives keep a file in it while ``config`` is held open.
 
         Raises:
-            OSError: the folder is a link, or something in it cannot be deleted.
+            OSError: the folder is a link, or an entry cannot be deleted.
         """
         if self.folder.is_symlink():
             raise OSError("it is a link, and what it leads to is not deleted")
@@ -180,7 +180,7 @@ class RunFolder:
         Raises:
             UserError: another process holds it.
         """
-        if os.name == "nt":  # no locks there, and nor can an open file be deleted
+        if os.name == "nt":  # it has no such locks, and cannot delete an open file
             yield
             return
         with self.config.open("r+b") as f:
@@ -247,6 +247,8 @@ class RunFolder:
     def check_same(self, settings: Mapping[str, Any]) -> None:
         """Refuse to resume with settings other than those the run was started with.
 
+        Those in ``CHANGEABLE`` may differ.
+
         Raises:
             UserError: naming the first that differs.
         """
@@ -259,7 +261,7 @@ class RunFolder:
         before = {name: known[name] for name in settings["params"]}
         begun["params"] = {**before, **(begun["params"] or {})}
         for name in begun:
-            if begun[name] != settings.get(name):
+            if name not in CHANGEABLE and begun[name] != settings.get(name):
                 raise UserError(
                     f"cannot resume {self.folder} with {name} {settings.get(name)!r}: it was begun "
                     f"with {begun.get(name)!r}"

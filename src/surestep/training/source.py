@@ -31,7 +31,7 @@ NO_LENGTH = (
     "has no length, which schedules need: give steps_per_epoch with a DataLoader, or a Dataset "
     "with __len__ and __getitem__"
 )
-"""An error about data without a length, after their type."""
+"""The rest of an error about data without a length, after their type."""
 
 Batch = tuple[Tensor, Tensor, Tensor | None]
 
@@ -55,6 +55,10 @@ class Source(Protocol):
         """Return the crops and flips of a batch, if it has any."""
         ...
 
+    def generators(self) -> list[torch.Generator]:
+        """Return the generators that it draws from, whose states a checkpoint must hold."""
+        ...
+
 
 class LoaderSource:
     """Batches from a torch DataLoader, whose order follows random states.
@@ -76,7 +80,7 @@ class LoaderSource:
         bounds: tuple[float, float] = (0.0, 1.0),
         steps: int | None = None,
     ) -> None:
-        self.loader, self.device, self.bounds, self._most = loader, device, bounds, steps
+        self.loader, self.device, self.bounds, self._max_steps = loader, device, bounds, steps
         try:
             known: int | None = len(loader)
         except TypeError:
@@ -95,8 +99,8 @@ class LoaderSource:
         Raises:
             UserError: a batch is not a pair, or the loader ends before its length.
         """
-        # Accelerate counts completed epochs only, so its count is off after a partial one, and it
-        # tells neither a batch sampler nor the dataset beside a sampler with set_epoch.
+        # Accelerate counts only completed epochs, so its number is wrong after a partial one. It
+        # also never calls set_epoch on a batch sampler, nor on the dataset if the sampler has one.
         for part in [*self._parts(), self.loader.dataset]:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
@@ -104,15 +108,15 @@ class LoaderSource:
         return _without(self._batches(random), skip)
 
     def _batches(self, random: OwnRandom) -> Iterator[Batch]:
-        # Order and transforms must not depend on what the steps in between draw.
+        # Order and transforms must not depend on what the steps between batches draw.
         made = 0
-        inner: Any = getattr(self.loader, "base_dataloader", self.loader)  # of Accelerate's
+        inner: Any = getattr(self.loader, "base_dataloader", self.loader)  # Accelerate wraps it
         if getattr(inner, "persistent_workers", False):
-            # Start them anew, with this epoch's seed and data set, as a resume would.
+            # Start new workers with this epoch's seed and data set, as a resume would.
             inner._iterator = None
         with random.used():
             batches = iter(self.loader)
-        while self._most is None or made < self._most:
+        while self._max_steps is None or made < self._max_steps:
             with random.used():
                 batch = next(batches, None)
             if batch is None:
@@ -174,6 +178,10 @@ class Replayed:
         """Return the crops and flips of a batch, if it has any."""
         return self.source.draw(epoch, step // self.times)
 
+    def generators(self) -> list[torch.Generator]:
+        """Return the generators of the source that is repeated."""
+        return self.source.generators()
+
 
 def _without(batches: Iterator[Batch], skip: int) -> Iterator[Batch]:
     """Discard the first ``skip`` batches eagerly: the caller restores random states right after."""
@@ -182,13 +190,7 @@ def _without(batches: Iterator[Batch], skip: int) -> Iterator[Batch]:
     return batches
 
 
-def generators_of(source: Source) -> list[torch.Generator]:
-    """Return the random generators of the loader behind a source, if there is one."""
-    inner = source.source if isinstance(source, Replayed) else source
-    return inner.generators() if isinstance(inner, LoaderSource) else []
-
-
-def first_of(data: Any) -> tuple[Tensor, Tensor] | None:
+def first_item_as_batch(data: Any) -> tuple[Tensor, Tensor] | None:
     """Return a batch of the first item, collated as the Dataset's or DataLoader's batches are.
 
     Returns None if no item can be read (the data are streamed, empty, or not indexed by integers)
@@ -217,23 +219,23 @@ def first_of(data: Any) -> tuple[Tensor, Tensor] | None:
     return as_pair(batch)
 
 
-def outliving(data: Any) -> Any:
+def with_workers_ignoring_signals(data: Any) -> Any:
     """Return a DataLoader whose workers ignore signals to the process group; other data as given.
 
-    The run needs its workers to finish a step and save. When it ends, it shuts them down, or they
-    notice that it is gone.
+    After a signal the run needs its workers to finish a step and save. When it ends, it shuts them
+    down, or they notice that it is gone.
     """
     if not isinstance(data, DataLoader) or not data.num_workers:
         return data
-    data = inner = copy.copy(data)  # leave the user's own alone
-    if hasattr(data, "base_dataloader"):  # Accelerate's, in which that one starts the workers
+    data = inner = copy.copy(data)  # the user's loader must not change
+    if hasattr(data, "base_dataloader"):  # Accelerate's; the loader inside starts the workers
         data.base_dataloader = inner = copy.copy(data.base_dataloader)
-    inner._iterator = None  # workers that run already are the user's
-    inner.worker_init_fn = functools.partial(_deaf, inner.worker_init_fn)
+    inner._iterator = None  # workers that already run are the user's
+    inner.worker_init_fn = functools.partial(_ignore_signals, inner.worker_init_fn)
     return data
 
 
-def _deaf(then: Callable[[int], None] | None, worker: int) -> None:
+def _ignore_signals(then: Callable[[int], None] | None, worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if then is not None:
@@ -304,43 +306,48 @@ def make_source(
             pin_memory=device.type == "cuda",
             num_workers=workers,
         )
-    elif world > 1 and type(data).__iter__ not in (DataLoader.__iter__, DataLoaderShard.__iter__):
+    elif world > 1:
+        _check_shardable(data)
+        _warn_if_orders_differ(data)
+    data = with_workers_ignoring_signals(data)
+    return LoaderSource(prepare(data) if world > 1 else data, device, bounds, steps)
+
+
+def _check_shardable(loader: DataLoader) -> None:
+    """Refuse a DataLoader whose batches cannot be split over several processes."""
+    if type(loader).__iter__ not in (DataLoader.__iter__, DataLoaderShard.__iter__):
         raise UserError(
-            f"the batches of a {type(data).__name__}, which changes what a DataLoader yields, "
+            f"the batches of a {type(loader).__name__}, which changes what a DataLoader yields, "
             "cannot be split over several processes: do that in its Dataset or collate_fn"
         )
-    elif world > 1 and data.batch_sampler is None:
+    if loader.batch_sampler is None:
         raise UserError(
             "a DataLoader with batch_size=None cannot be split over several processes: give it "
             "a batch_size"
         )
-    elif world > 1 and getattr(data.batch_sampler, "batch_size", None) is None:
+    if getattr(loader.batch_sampler, "batch_size", None) is None:
+        kind = type(loader.batch_sampler).__name__
         raise UserError(
-            f"the batches of a {type(data.batch_sampler).__name__} without an attribute batch_size "
-            "may differ in size and cannot be split over several processes: let it have one, and "
-            "batches of that size"
+            f"the batches of a {kind} without an attribute batch_size may differ in size and "
+            "cannot be split over several processes: let it have one, and batches of that size"
         )
-    elif world > 1 and isinstance(data.dataset, IterableDataset):
+    if isinstance(loader.dataset, IterableDataset):
         raise UserError(
             "an IterableDataset cannot be split over several processes: give a Dataset with "
             "__getitem__, or train in one process"
         )
-    elif world > 1 and isinstance(data.sampler, DistributedSampler):
+    if isinstance(loader.sampler, DistributedSampler):
         raise UserError(
             "the DataLoader has a DistributedSampler, but surestep itself splits batches over the "
             "processes: give one without"
         )
-    if world > 1:
-        _warn_of_an_order_of_its_own(data)
-    data = outliving(data)
-    return LoaderSource(prepare(data) if world > 1 else data, device, bounds, steps)
 
 
-def _warn_of_an_order_of_its_own(loader: DataLoader) -> None:
+def _warn_if_orders_differ(loader: DataLoader) -> None:
     """Warn if the processes, which take batches in turn, may see these in different orders."""
     sampler = getattr(loader.batch_sampler, "sampler", None)
     lacking, advice = "generator", "an attribute generator, a torch.Generator, and draw from that"
-    if sampler is None:  # Accelerate shares a sampler's generator, but not a batch sampler's
+    if sampler is None:  # Accelerate synchronises a sampler's generator, but no batch sampler's
         sampler, lacking = loader.batch_sampler, "set_epoch"
         advice = "a method set_epoch(epoch), and draw from a generator seeded with that epoch"
     in_step = any(hasattr(sampler, name) for name in ("set_epoch", lacking))

@@ -1,4 +1,4 @@
-"""The progress of a run: what a checkpoint says of it, and the means of the current epoch."""
+"""The progress of a run as stored in a checkpoint, and the means of the current epoch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
+
+from surestep import processes
 
 
 @dataclass
@@ -28,14 +30,14 @@ class RunState:
         return [row["val_worst_case"] for row in self.history if "val_worst_case" in row]
 
 
-class Sums:
-    """Means over an epoch, summed on the device: nothing waits for it until they are read."""
+class EpochMeans:
+    """Means over an epoch, summed on the device, which nothing waits for until they are read."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.images = 0
         self.totals: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}  # not every step has every term
+        self.counts: dict[str, int] = {}  # a step may lack some of the terms
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
 
     def add(self, number: int, images: int, values: Mapping[str, Tensor]) -> None:
@@ -58,28 +60,28 @@ class Sums:
         self.images, self.counts = state["images"], state["counts"]
         self.totals = {k: v.to(self.device) for k, v in state["totals"].items()}
 
-    @staticmethod
-    def shared_out(parts: Sequence[Mapping[str, Any]], n: int) -> dict[str, Any]:
-        """Return what each of ``n`` processes loads to go on where any other number stopped.
+    def restore(self, parts: Sequence[Mapping[str, Any]]) -> None:
+        """Restore the states that a run's processes saved, perhaps on another number of them."""
+        same = len(parts) == processes.world_size()
+        self.load_state_dict(parts[processes.rank()] if same else self._shared_out(parts))
 
-        Args:
-            parts: the state of each process that stopped.
-            n: number of processes now.
-        """
+    @staticmethod
+    def _shared_out(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return an equal share of the states for each of the present processes."""
         totals, counts = {}, {}
         for name in dict.fromkeys(name for part in parts for name in part["totals"]):
             those = [part for part in parts if name in part["totals"]]
             totals[name] = sum(part["totals"][name] for part in those) / len(those)
             counts[name] = statistics.mean(part["counts"][name] for part in those)
-        images = round(sum(part["images"] for part in parts) / n)
+        images = round(sum(part["images"] for part in parts) / processes.world_size())
         return {"images": images, "totals": totals, "counts": counts}
 
-    def means(self) -> dict[str, float]:
+    def local(self) -> dict[str, float]:
         """Return the means of this process's steps."""
         return {k: float(v) / self.counts[k] for k, v in self.totals.items()}
 
-    def means_of_all(self) -> dict[str, float]:
+    def of_all(self) -> dict[str, float]:
         """Return the means over all processes, which have equal shares of each batch."""
-        parts = gather_object([self.means()])
+        parts = gather_object([self.local()])
         names = dict.fromkeys(name for part in parts for name in part)
         return {k: statistics.fmean(part[k] for part in parts if k in part) for k in names}

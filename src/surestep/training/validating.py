@@ -20,44 +20,44 @@ COLLAPSE = 0.20
 def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
     """Attack the held-out images of a job, and return the entries for a row of the history.
 
-    FGSM is always among the attacks: images that only the others break reveal gradient masking.
+    FGSM is always among the attacks: images that only other attacks break reveal gradient masking.
     Several processes divide the images among them; each judges all images of a DataLoader, or of
     data with fewer images than processes.
 
     Raises:
-        Asked: a stop was requested during validation.
+        StopRequested: a stop was requested during validation.
         UserError: the images cannot be judged.
     """
     attacks = dict.fromkeys(("fgsm", *job.config.val_attacks))
     held_out, divided = _part_of(job.held_out, job.config.val_images)
 
-    def ask(*_: object) -> None:
-        stop.together(job.device)
+    def check_for_stop(*_: object) -> None:
+        stop.exchange(job.device)
 
     with stop.at_once():
         try:
             found = evaluate(
-                job.judged,
+                job.eval_model,
                 held_out,
                 # At full eps from the first epoch on.
                 job.threat,
                 list(attacks),
                 n=job.config.val_images,
-                batch_size=job.judged_at_once,
+                batch_size=job.eval_batch_size,
                 seed=job.config.seed,
                 precision=job.engine.precision,
-                progress=ask,
+                progress=check_for_stop,
                 doubt=False,
             )
-            while stop.together(job.device, done=True):
+            while stop.exchange(job.device, done=True):
                 pass  # others have more images
         except FailedElsewhere:
             raise
         except UserError:
-            stop.together(job.device, failed=True)  # the others would wait for this one
+            stop.exchange(job.device, failed=True)  # the others would wait for this one
             raise
     counts = [int(found.right[name].sum()) for name in ("clean", *attacks, "worst case")]
-    # Sum over processes, so that all select the same epoch: kernels may round differently.
+    # Summed over the processes, whose kernels may round differently: all must select one epoch.
     judged, *right = processes.all_sum([found.n, *counts], job.device)
     clean, *under, worst = (one / judged for one in right)
     return {

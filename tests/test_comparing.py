@@ -851,4 +851,4 @@ def test_the_note_on_precision_is_of_the_best_row():
     means = [{"worst_case_accuracy": SimpleNamespace(mean=mean)} for mean in (0.2, 0.8, 0.4)]
     rows = [SimpleNamespace(numbers=numbers) for numbers in means]
     low, high = wilson_interval(80, 100)
-    assert f"{100 * low:.1f} to {100 * high:.1f}%" in _precision(rows, 100)
+    assert f"{100 * low:.1f} to {100 * high:.1f}%" in _precision(rows, 100, "test")

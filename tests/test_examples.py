@@ -1,4 +1,4 @@
-"""The examples run as they are; what README.md shows can be typed."""
+"""The examples run as they are; what README.md and the documents show can be typed."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
 @pytest.fixture(scope="module")
 def blocks():
-    """The code blocks of README.md, as pairs (language, text)."""
-    readme = ROOT / "README.md"
-    if not readme.exists():
-        pytest.skip("there is no README.md yet")
-    return BLOCK.findall(readme.read_text("utf-8"))
+    """The code blocks of README.md and the documents, as triples (page, language, text)."""
+    return [(page.name, *b) for page in PAGES for b in BLOCK.findall(page.read_text("utf-8"))]
 
 
 def test_there_are_examples():
@@ -58,16 +58,17 @@ def test_ones_own_loop_is_short():
     assert len(lines) <= 25
 
 
-def test_python_in_the_readme_compiles(blocks):
-    found = [text for language, text in blocks if language == "python"]
-    assert found
-    for text in found:
-        compile(text, "README.md", "exec")
+def test_python_in_the_documents_compiles(blocks):
+    found = [(page, text) for page, language, text in blocks if language == "python"]
+    assert len({page for page, _ in found}) > 1
+    for page, text in found:
+        compile(text, page, "exec")
 
 
-def test_commands_in_the_readme_exist(blocks):
+def test_commands_in_the_documents_exist(blocks):
     """Each line is read by the command it names, options, values and all, without running it."""
-    lines = [line for language, text in blocks if language != "python" for line in text.split("\n")]
+    texts = [text.replace("\\\n", " ") for _, language, text in blocks if language != "python"]
+    lines = [line for text in texts for line in text.split("\n")]
     commands = [shlex.split(x, comments=True) for x in lines if x.startswith("surestep ")]
     assert commands
     for _, name, *args in commands:

@@ -25,7 +25,14 @@ def test_gradients_are_shared_on_the_gpu_that_the_model_is_on(monkeypatch, devic
     def older(model, device_ids=None, broadcast_buffers=True):
         made.append((model, device_ids, broadcast_buffers))
 
-    def newer(model, device_ids=None, broadcast_buffers=None, forward_sync_buffers=None):
+    def newer(
+        model,
+        device_ids=None,
+        broadcast_buffers=None,
+        batched_grad_copy=False,
+        forward_sync_buffers=None,
+    ):
+        assert batched_grad_copy
         assert broadcast_buffers is None, "deprecated"
         made.append((model, device_ids, forward_sync_buffers))
 

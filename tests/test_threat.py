@@ -72,27 +72,6 @@ def test_projection_is_exact(norm):
     holds()
 
 
-def projected_in_one_go(model, x_adv, x):
-    """The l-inf projection written down without keeping anything for the next point."""
-    low, high = model.bounds
-    top, bottom = x + model.eps, x - model.eps
-    top = torch.where(top - x > model.eps, top.nextafter(x), top).clamp(max=high)
-    bottom = torch.where(x - bottom > model.eps, bottom.nextafter(x), bottom).clamp(min=low)
-    return x_adv.clamp(bottom, top)
-
-
-@quick
-@given(points(Linf))
-def test_many_points_around_one_image_are_projected_as_one(case):
-    """In L2 nothing is kept from one point to the next."""
-    model, x, x_adv = case
-    inside = model.around(x)
-    for point in (x_adv, 2 * x - x_adv, x, x + model.eps, x - model.eps, x_adv * torch.inf):
-        once = projected_in_one_go(model, point, x)
-        for found in (inside(point), model.project(point, x)):
-            torch.testing.assert_close(found, once, rtol=0, atol=0, equal_nan=True)
-
-
 @quick
 @given(points(Linf))
 def test_linf_projection_is_the_nearest_point(case):

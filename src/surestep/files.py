@@ -153,7 +153,7 @@ def save_weights(path: Path, model: nn.Module, signature: Signature | None = Non
     Tensors that share memory (tied weights) are written once under each name. The header stores
     the signature, if there is one.
     """
-    state = {k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items()}
+    state = {k: _copied(v) for k, v in model.state_dict().items()}
     told = signature._asdict() if signature else {}
     header = {f"surestep.{name}": json.dumps(value) for name, value in told.items()}
     write_atomically(path, _in_order(safetensors.torch.save(state, {"format": "pt", **header})))
@@ -335,10 +335,15 @@ def _checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
+def _copied(tensor: Tensor) -> Tensor:
+    """Copy a tensor to the CPU, contiguous and with memory of its own, as safetensors requires."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
 def _pack(tree: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(tree, Tensor):
         name = str(len(tensors))
-        tensors[name] = tree.detach().cpu().clone().contiguous()
+        tensors[name] = _copied(tree)
         return {"tensor": [name, _checksum(tensors[name])]}
     if isinstance(tree, Mapping):
         # As pairs: the keys of an optimizer's state are integers, which JSON objects cannot have.

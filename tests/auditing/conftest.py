@@ -53,9 +53,3 @@ def run(images, small_budget: None) -> Callable[..., Audit]:
         return audit(model, data, surestep.Linf(eps), budget="quick", **more)
 
     return call
-
-
-@pytest.fixture
-def checked(run) -> Callable[..., dict[str, str]]:
-    """Return the status of each check on a model."""
-    return lambda model, eps=0.3: {c.name: c.status for c in run(model, eps).checks}

@@ -17,7 +17,6 @@ import yaml
 
 from surestep import UserError, comparing
 from surestep.cli import main
-from surestep.cli.compare import compare
 from surestep.comparing import Comparison, Failure, Number, Row
 
 QUICK = ("--attacks", "fgsm,pgd-2,pgd-2-margin", "--no-audit", "--n", "20")
@@ -162,28 +161,6 @@ class TestOptions:
         said = refused("compare", finished, "--out", finished)
         assert f"{finished} is a run folder, whose report would be overwritten: give an" in said
         assert sorted(p.name for p in finished.iterdir()) == before
-
-    def test_help_imports_no_torch(self, done):
-        code = (
-            "import sys; from surestep.cli import main; main(['compare', '--help']);"
-            "print('loaded:', sorted(set(sys.modules) & {'torch', 'numpy', 'tabulate', 'altair'}))"
-        )
-        ended = subprocess.run(
-            [sys.executable, "-W", "error", "-c", code],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=300,
-        )
-        assert ended.stdout.endswith("loaded: []\n")
-        assert f"\n  compare   {compare.short_help}\n" in done("--help")
-
-    def test_every_option_is_explained(self, done):
-        text = done("compare", "--help")
-        for option in compare.params:
-            if option.param_type_name == "option":
-                assert f"  {option.opts[0]}" in text
-                assert option.help
 
 
 class TestOutput:

@@ -18,7 +18,7 @@ import surestep
 from surestep import UserError, devices, methods
 
 COMMANDS = ("train", "evaluate", "audit", "compare", "harden", "demo", "methods", "env")
-HEAVY = "torch numpy accelerate safetensors torchvision PIL tensorboard timm datasets"
+HEAVY = "torch numpy accelerate safetensors torchvision PIL tensorboard timm datasets tabulate"
 
 
 class TestHelp:

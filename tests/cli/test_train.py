@@ -54,14 +54,6 @@ class TestRunFolder:
         }
         assert config["params"]["eps_low"] == pytest.approx(0.1)
 
-    def test_only_two_checkpoints_are_kept(self, done, small, tmp_path):
-        out = tmp_path / "run"
-        args = ("--epochs", "1", "--checkpoint-every", "2", "--val-images", "0", "--quiet")
-        done("train", *small, *args, "--out", out)
-        found = sorted(p.name for p in (out / "checkpoints").iterdir())
-        assert found == ["step-00000008.safetensors", "step-00000009.safetensors"]
-        assert (out / WEIGHTS).is_file()
-
 
 class TestAgain:
     def test_a_configuration_makes_the_same_run(self, done, finished, tmp_path, tools):

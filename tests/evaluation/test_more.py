@@ -104,12 +104,9 @@ def test_a_model_that_raises_later(net, images):
     assert "\n" not in str(caught.value)
 
 
-def test_the_model_keeps_its_mode(net, images):
-    for mode in (True, False):
-        net.train(mode)
-        evaluate(net, images, THREAT, ["fgsm"])
-        assert net.training == mode
-    assert Adapted(net.train()).training
+@pytest.mark.parametrize("mode", [True, False])
+def test_what_is_adapted_has_the_models_mode(net, mode):
+    assert Adapted(net.train(mode)).training is mode
 
 
 def test_transfer_without_sources_trains_one(net, images):
@@ -508,7 +505,9 @@ def test_each_batch_has_random_points_of_its_own(net):
     assert not torch.equal(*seen)
 
 
-def test_what_decides_is_float32_whatever_the_caller_computes_in():
+@pytest.mark.parametrize("crafted", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("caller", [False, True])
+def test_what_decides_is_float32_whatever_else_is_bf16(caller, crafted):
     class Near(nn.Module):
         """Right by a thousandth, which bf16 does not see."""
 
@@ -521,10 +520,10 @@ def test_what_decides_is_float32_whatever_the_caller_computes_in():
             return z
 
     x, y = torch.full((8, 1), 0.5), torch.ones(8, dtype=torch.int64)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = surestep.evaluate(
-            Near(), (x, y), surestep.Linf(0.0001), {"none": Attack(keep)}, doubt=False
-        )
+    attacks = {"none": Attack(keep)}
+    options = {"doubt": False, "precision": crafted}
+    with torch.autocast("cpu", torch.bfloat16, enabled=caller):
+        found = surestep.evaluate(Near(), (x, y), surestep.Linf(0.0001), attacks, **options)
     assert found.clean_accuracy == found.worst_case_accuracy == 1
 
 

@@ -135,3 +135,12 @@ def test_only_the_updates_loss_has_a_graph(slug):
     result.loss.backward()
     once = 4 * method.cost(4).weight_grad
     assert net.counts["weight_grad"] == net.counts["input_grad"] == pytest.approx(once)
+
+
+def test_the_largest_pass_of_pap_is_its_attack(make_task):
+    task, sizes = make_task("conv"), []
+    method = methods.get("pap")(Linf(0.1), fraction=0.5, steps=4)
+    task.net.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    for _ in range(2):
+        method(task.net, task.x, task.y)
+    assert max(sizes) == method.peak_images(6) == 21

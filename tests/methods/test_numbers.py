@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from surestep import Linf, methods, posthoc, runs
+from surestep import L2, Linf, methods, posthoc, runs
 from surestep.config import RunConfig
 
 DEFAULTS = [
@@ -100,3 +100,23 @@ def test_cifar100_has_numbers_of_its_own(slug, name, expected):
     if name == "label_smoothing":
         # Torch gives the true class its share of the smoothing back.
         assert 1 - found + found / 100 == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    ("threat", "alpha"),
+    [
+        (Linf(0.3), 0.01),
+        (Linf(8 / 255), 2 / 255),
+        (Linf(0.001), 0.00025),
+        (L2(0.5), 0.125),  # the length of the whole step, not of a pixel's
+    ],
+)
+@pytest.mark.parametrize("slug", ["sat-r2", "sat-r3"])
+def test_the_random_step_of_sat_fits_any_radius(slug, threat, alpha):
+    """The published lengths at the published radii, and never beyond eps."""
+    assert methods.get(slug)(threat).alpha == pytest.approx(alpha)
+
+
+def test_the_random_step_of_sat_follows_the_data_range():
+    bytes_ = Linf(76.5, bounds=(0.0, 255.0))
+    assert methods.get("sat-r2")(bytes_).alpha == pytest.approx(2.55)

@@ -8,7 +8,7 @@ import torch
 from families import merged
 from torch import nn
 
-from surestep import Linf, UserError, methods
+from surestep import Linf, SurestepWarning, UserError, methods
 
 SMALL = merged("SMALL")
 
@@ -135,3 +135,32 @@ def test_a_course_that_nobody_tells(slug, make_task):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step()
+
+
+def test_a_copy_of_a_method_still_asks_for_its_progress(make_task):
+    task = make_task("mlp")
+    method = copy.deepcopy(methods.get("nuat")(Linf(0.1)))
+    method(task.net, task.x, task.y)
+    with pytest.warns(SurestepWarning, match="its progress is not set"):
+        method(task.net, task.x, task.y)
+
+
+@pytest.mark.parametrize("term", ["loss", "lr", "val_clean"])
+def test_terms_do_not_take_the_names_of_the_log(make_task, term):
+    task = make_task("mlp")
+
+    def loss(logits):
+        return logits.sum(), {term: logits.sum()}
+
+    with pytest.raises(UserError, match=f"the term '{term}' has a name that training logs"):
+        methods.Update(task.x, loss).take(task.net)
+
+
+def test_a_length_that_is_set_after_construction_counts():
+    method = methods.get("sat-r2")(Linf(0.3))
+    method.alpha = 0.1
+    method.set_strength(0.5)
+    assert (method.alpha, method.threat.eps) == (0.05, 0.15)
+    method.set_strength(1.0)
+    assert (method.alpha, method.threat.eps) == (0.1, 0.3)
+    assert copy.deepcopy(method).alpha == 0.1

@@ -390,25 +390,6 @@ def test_elle_a_switches_itself_on(make_task):
     assert used[-1] != 50.0
 
 
-def test_liet_makes_its_templates_every_so_often(make_task):
-    task = make_task("mlp")
-    method = methods.get("liet")(Linf(EPS), every=4)
-    made = []
-    for number in range(9):
-        method.progress = methods.Progress(number, 10, 1)
-        with torch.no_grad():
-            task.net[1].weight.mul_(1.1)
-        step(method, task)
-        made.append(method.state_dict()["templates"].clone())
-    for number in range(1, 9):
-        assert torch.equal(made[number], made[number - 1]) == (number % 4 != 0)
-    assert method.state_dict()["made"] == 8
-    with torch.no_grad():
-        grey = torch.full_like(task.x[:4], 0.5)
-    expected = gradients(task.net, grey, torch.arange(4)).sign()
-    assert torch.equal(made[-1].sign(), expected)
-
-
 @pytest.mark.parametrize("compare", ["epoch", "batch"])
 def test_converge_smooth_adds_what_leaps(compare, make_task):
     task = make_task("mlp")
@@ -589,14 +570,6 @@ def test_gradalign_is_the_mean_of_those_that_have_a_gradient(monkeypatch):
     with_it, without = (method(net, part, y[: len(part)]).terms["turn"] for part in (dead, x))
     assert float(without) > 1e-7
     torch.testing.assert_close(with_it, without, **EXACT)
-
-
-def test_nuclear_norm_of_no_difference_is_finite(make_task):
-    task = make_task("mlp", dtype=torch.float32)
-    method = methods.get("nuat")(Linf(0.0))
-    method.progress = at(2, 2)
-    method(task.net, task.x, task.y).loss.backward()
-    assert all(bool(p.grad.isfinite().all()) for p in task.net.parameters())
 
 
 def test_without_index_a_method_with_memory_says_so(make_task):

@@ -70,8 +70,11 @@ def test_a_perturbation_of_zero_changes_nothing(tiny):
 
 @pytest.mark.parametrize("slug", methods.names())
 def test_every_method_takes_it(tiny, slug):
-    result = tiny.train(slug, awp=0.01, epochs=1)
-    assert all(bool(p.isfinite().all()) for p in result.model.parameters())
+    model = tiny.net().train()
+    step = step_of(tiny, model, tiny.method(slug), awp=0.01)
+    for _ in range(2):
+        step(*tiny.data(), torch.arange(64))
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
 def test_a_gradient_that_overflows_leaves_no_trace(tiny):

@@ -48,7 +48,8 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from families import remembering
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
+from torch.utils.data import TensorDataset
 
 from surestep import UserError, files
 from surestep.devices import pick_device
@@ -75,24 +76,28 @@ def keep(name, result):
     torch.save({"state": state, "best": best}, place / f"{name}-{rank}.pt")
 
 
+def crash(name, run, after):
+    done = 0
+
+    def step(self, *batch):
+        nonlocal done
+        if done == after:
+            raise tiny.Stopped
+        done += 1
+        return take(self, *batch)
+
+    TrainStep.__call__ = step
+    try:
+        run(out=place / name)
+    except tiny.Stopped:
+        pass
+    TrainStep.__call__ = take
+
+
 def stopped(name, run, steps=(4, 5, 9)):
     keep(name, run(out=place / name))
     for after in steps:
-        done = 0
-
-        def step(self, *batch):
-            nonlocal done
-            if done == after:
-                raise tiny.Stopped
-            done += 1
-            return take(self, *batch)
-
-        TrainStep.__call__ = step
-        try:
-            run(out=place / f"{name}-{after}")
-        except tiny.Stopped:
-            pass
-        TrainStep.__call__ = take
+        crash(f"{name}-{after}", run, after)
         keep(f"{name}-{after}", run(out=place / f"{name}-{after}", resume=True))
 
 
@@ -252,6 +257,33 @@ drawing_nothing(out=place / "left-alone")
 asked("left", drawing_nothing, resume=False)
 asked("left-loader", loader, resume=False)
 keep("alone", drawing_nothing(out=place / "alone", checkpoint_every=2, resume=True))
+
+
+def dataset(**where):
+    return drawing_nothing(data=TensorDataset(*tiny.make_data()), validation=held, **where)
+
+
+held = tiny.make_data(21)
+crash("left-dataset", dataset, 6)
+crash("left-dataset-within", functools.partial(dataset, checkpoint_every=2), 5)
+keep("alone-dataset", dataset(out=place / "alone-dataset", resume=True))
+keep("ended", drawing_nothing(out=place / "ended", epochs=3, on_epoch=lambda *_: True))
+
+
+class Own(IterableDataset):
+    def __init__(self):
+        self.yielded = []
+
+    def __iter__(self):
+        x, y = tiny.make_data()
+        for i in range(rank, 64, 2):
+            self.yielded.append(i)
+            yield x[i], y[i]
+
+
+own = DataLoader(Own(), 5)
+keep("streams", drawing_nothing(data=own, validation=held, steps_per_epoch=3, epochs=1))
+(place / f"streams-{rank}").write_text(str(own.dataset.yielded))
 for method in REMEMBER:
 
     def with_state(method=method, **where):
@@ -259,7 +291,7 @@ for method in REMEMBER:
 
     stopped(f"resumed-{method}", with_state, [4])
 # 21 images in batches of 5: three batches of the first process, two of the second.
-held, evaluate, found = tiny.make_data(21), validating.evaluate, []
+evaluate, found = validating.evaluate, []
 kinds = {"images": held, "dataset": TensorDataset(*held)}
 kinds["loader"] = DataLoader(TensorDataset(*held), 5)
 validating.evaluate = lambda *a, **k: found.append(evaluate(*a, **k)) or found[-1]
@@ -302,7 +334,16 @@ refused("lacks-run", model=tiny.make_net(norm=False), out=place / "left", resume
 checkpoint.load_newest = newest
 
 
+def callback(*_):
+    raise UserError("no such project")
+
+
+refused("callback", on_epoch=callback)
+taken = []
+
+
 def nan_in_one(self, *batch):
+    taken.append(batch)
     result = take(self, *batch)
     return result._replace(loss=result.loss * (torch.nan if rank else 1))
 
@@ -340,6 +381,7 @@ refused("judged-loader", epochs=1, validation=DataLoader(TensorDataset(*held), 5
 validating.evaluate = evaluate
 TrainStep.__call__ = nan_in_one
 refused("diverged", epochs=1)
+(place / f"taken-{rank}").write_text(str(len(taken)))
 TrainStep.__call__ = take
 (place / f"world-{rank}").write_text(str(PartialState().num_processes))
 # Without naming the device: as a new process would find the others.
@@ -371,6 +413,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny: Any, stopping: Any) ->
     place = tmp_path_factory.mktemp("distributed")
     begun = {"model": tiny.net(norm=False), "out": place / "alone", "checkpoint_every": 2}
     stopping(4, lambda: tiny.train("fgsm", **begun))
+    pairs = {"data": TensorDataset(*tiny.data()), "validation": tiny.data(21)}
+    pairs |= {"model": tiny.net(norm=False), "out": place / "alone-dataset"}
+    stopping(6, lambda: tiny.train("fgsm", **pairs))
     script = place / "script.py"
     script.write_text(SCRIPT)
     torchrun(script, Path(__file__).with_name("conftest.py"), place)
@@ -401,6 +446,9 @@ def test_there_are_two(place, device):
         "norm-out",
         "resumed",
         "resumed-9",
+        "alone-dataset",
+        "ended",
+        "streams",
         "norm",
         "tried-fgsm-uap",
         "tried-fgsm-mep",
@@ -498,6 +546,28 @@ def test_only_the_first_calls_on_epoch(place):
 
 def test_the_epoch_is_told_to_batch_samplers_and_data_sets(place):
     assert [(place / f"epochs-{rank}").read_text() for rank in (0, 1)] == ["{0, 1} {0, 1}"] * 2
+
+
+def test_what_on_epoch_returns_ends_both(place, tiny):
+    """The callback of the first process: the other's is not called."""
+    assert [row["stopped"] for row in tiny.rows(place / "ended")] == [True]
+
+
+def test_where_it_fails_the_others_end_too(place):
+    said = [(place / f"callback-{rank}").read_text() for rank in (0, 1)]
+    assert said == [
+        "no such project",
+        "on_epoch failed in the first process, whose output says why",
+    ]
+
+
+def test_what_is_not_finite_ends_both_at_their_next_exchange(place):
+    assert [(place / f"taken-{rank}").read_text() for rank in (0, 1)] == ["4", "4"]
+
+
+def test_each_process_reads_its_own_stream(place):
+    for rank in (0, 1):
+        assert (place / f"streams-{rank}").read_text() == str(list(range(rank, 30, 2)))
 
 
 def test_a_parameter_without_a_part_in_it_is_named(place):
@@ -623,10 +693,24 @@ def test_a_run_goes_on_in_more_or_fewer_processes(place, tiny, tmp_path, capsys)
     same_rows(history(place / "alone"), whole.history)
 
 
+def test_so_does_one_on_a_dataset_from_the_end_of_an_epoch(place, tiny, tmp_path, capsys):
+    pairs = {"data": TensorDataset(*tiny.data()), "validation": tiny.data(21)}
+    for name in ("left-dataset", "left-dataset-within"):
+        shutil.copytree(place / name, tmp_path / name)
+    both = {"model": tiny.net(norm=False), **pairs, "resume": True, "quiet": False}
+    gone_on = tiny.train("fgsm", out=tmp_path / "left-dataset", **both)
+    assert "started on 2 processes and resumes on 1" in " ".join(capsys.readouterr().err.split())
+    for rows in (gone_on.history, history(place / "alone-dataset")):
+        assert [row["step"] for row in rows] == [6, 12]
+    said = r"was run on 2 processes and cannot resume on 1, .* same number"
+    with pytest.raises(UserError, match=said):
+        tiny.train("fgsm", out=tmp_path / "left-dataset-within", checkpoint_every=2, **both)
+
+
 def test_but_not_with_a_loader_whose_steps_are_others(place, tiny, tmp_path):
     shutil.copytree(place / "left-loader", tmp_path / "run")
     pairs = DataLoader(TensorDataset(*tiny.data()), 6, shuffle=True)
-    said = r"was run on 2 processes and cannot resume on 1, .* same number"
+    said = "steps take 12 images in all: the DataLoader's 6 .* the same number of processes"
     with pytest.raises(UserError, match=said):
         tiny.train(
             "fgsm",

@@ -47,6 +47,7 @@ from surestep.training import (
     preparing,
     validating,
 )
+from surestep.training.run_folder import RunFolder
 from surestep.training.schedules import learning_rate, momentum
 from surestep.training.source import make_source
 
@@ -318,7 +319,8 @@ class TestARun:
         tiny.train("converge-smooth", label_smoothing=0.3, epochs=0.4)
         assert seen == [0.3, 0.3]
 
-    def test_validation_attacks_no_more_images_than_a_step_has(self, tiny, monkeypatch):
+    def test_validation_attacks_as_many_images_as_a_step_has(self, tiny, monkeypatch):
+        """Where there is no room for more."""
         sizes, evaluate = [], validating.evaluate
 
         def judge(*args, batch_size, **kwargs):
@@ -326,6 +328,7 @@ class TestARun:
             return evaluate(*args, batch_size=batch_size, **kwargs)
 
         monkeypatch.setattr(validating, "evaluate", judge)
+        monkeypatch.setattr(preparing, "ROOM_TO_JUDGE", 0)
         tiny.train(epochs=1)
         tiny.train(epochs=1, batch_size=4)
         tiny.train(epochs=1, batch_size=1000)
@@ -834,19 +837,6 @@ class TestData:
             assert torch.equal(images, x[index])
             assert torch.equal(labels, y[index])
 
-    def test_test_data_is_never_asked_for(self, tiny, tmp_path, monkeypatch):
-        opened = []
-        path_open, load = Path.open, data.load
-        monkeypatch.setattr(
-            Path, "open", lambda p, *a, **k: opened.append(p.name) or path_open(p, *a, **k)
-        )
-        monkeypatch.setattr(
-            data, "load", lambda *a, **k: pytest.fail("fit loads data") or load(*a, **k)
-        )
-        tiny.train("sat-r1", out=tmp_path / "run", epochs=3)
-        assert opened
-        assert not [name for name in opened if "t10k" in name or "test" in name]
-
     def test_too_few_images_to_hold_any_out(self, tiny):
         x, y = tiny.data(9)
         result = tiny.train(data=(x, y), batch_size=3, select="best")
@@ -1218,11 +1208,6 @@ class TestTwoAtOnce:
         plain.touch()
         assert config.stat().st_mode == plain.stat().st_mode
 
-    def test_an_empty_folder_is_taken(self, tiny, tmp_path):
-        (tmp_path / "run").mkdir()
-        tiny.train(out=tmp_path / "run", epochs=0.4)
-        assert (tmp_path / "run" / "model.safetensors").is_file()
-
 
 @pytest.mark.parametrize("kind", ["pair", "validation"])
 def test_images_in_memory_are_pixels(tiny, kind):
@@ -1263,14 +1248,23 @@ def test_an_accelerator_of_the_users_changes_nothing(tiny, monkeypatch):
     assert dtypes == {torch.float32}
 
 
-def test_another_device_in_the_same_process(tiny, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            ValueError("AcceleratorState has already been initialized"),
+            r"has an Accelerator with other settings .*: train in a new",
+        ),
+        (NotImplementedError("Please set\nNCCL_P2P_DISABLE"), "^Please set NCCL_P2P_DISABLE$"),
+    ],
+    ids=["another device in the same process", "GPUs that reach each other only over the host"],
+)
+def test_where_accelerate_cannot_begin(tiny, monkeypatch, error, said):
     def refuse(**_: Any) -> Any:
-        raise ValueError("AcceleratorState has already been initialized")
+        raise error
 
     monkeypatch.setattr(_fit, "Accelerator", refuse)
-    with pytest.raises(
-        UserError, match=r"has an Accelerator with other settings .*: train in a new"
-    ):
+    with pytest.raises(UserError, match=said):
         tiny.train()
 
 
@@ -1447,9 +1441,25 @@ class TestLoaders:
             return evaluate(*args, batch_size=batch_size, **kwargs)
 
         monkeypatch.setattr(validating, "evaluate", judge)
+        monkeypatch.setattr(preparing, "ROOM_TO_JUDGE", 0)
         pairs = DataLoader(TensorDataset(*tiny.data()), 4)
         tiny.train(data=pairs, validation=tiny.data(8), epochs=1)
         assert sizes == [4]
+
+    def test_a_resume_with_other_batches_is_refused(self, tiny, stopping, tmp_path):
+        def train(size: int, **place: Any) -> Any:
+            loader = DataLoader(TensorDataset(*tiny.data()), size)
+            return tiny.train(data=loader, val_images=0, out=tmp_path / "run", **place)
+
+        stopping(9, lambda: train(8))
+        config = tmp_path / "run" / "config.yaml"
+        begun = yaml.safe_load(config.read_text("utf-8"))
+        assert begun["batch_size"] == 8
+        said = r"steps take 8 images in all: the DataLoader's 4 in each process are 4; use the same"
+        with pytest.raises(UserError, match=said):
+            train(4, resume=True)
+        config.write_text(yaml.safe_dump({**begun, "batch_size": 128}))  # as older versions did
+        assert [row["step"] for row in train(8, resume=True).history] == [8, 16]
 
     def test_batches_are_moved_here(self, tiny, monkeypatch):
         """Accelerate would wait for the device before it fetches the next."""
@@ -1562,6 +1572,13 @@ class TestStreams:
         assert tiny.weights(out) == tiny.weights(whole)
         assert tiny.rows(out) == tiny.rows(whole)
 
+    def test_each_process_has_its_own(self, stream):
+        options = {"batch_size": 8, "seed": 0, "augmentation": "none", "rank": 1, "world": 2}
+        options |= {"device": torch.device("cpu"), "prepare": lambda _: pytest.fail("was split")}
+        assert len(list(make_source(stream(), steps=3, **options).epoch(0))) == 3
+        with pytest.raises(UserError, match="steps_per_epoch and a stream that yields each"):
+            make_source(stream(), **options)
+
     def test_what_is_refused(self, tiny, stream):
         with pytest.raises(UserError, match=r"has no length, .*: give steps_per_epoch with a Data"):
             tiny.train(data=stream(), validation=tiny.data(8))
@@ -1643,6 +1660,30 @@ def test_a_logger_is_called_after_each_epoch(tiny, tmp_path, ema):
     assert [row["loss"] for row in seen] == [row["loss"] for row in result.history]
     assert torch.equal(seen[-1]["weights"], result.model[0].weight)
     assert not torch.equal(seen[0]["weights"], seen[1]["weights"])
+
+
+@pytest.mark.parametrize("select", ["best", "last"])
+def test_on_epoch_can_end_the_training(tiny, tmp_path, select):
+    seen: list[nn.Module] = []
+
+    def end(row: dict[str, Any], model: nn.Module) -> Any:
+        seen.append(copy.deepcopy(model))
+        return "a logger's" if row["epoch"] == 1 else np.bool_(row["epoch"] == 2)
+
+    def train(**place: Any) -> Any:
+        return tiny.train("fgsm", epochs=4, select=select, on_epoch=end, **place)
+
+    out = tmp_path / "run"
+    results = [train(out=out), train(), train(out=out, resume=True)]
+    shutil.rmtree(out / "checkpoints")
+    results.append(train(out=out, resume=True))
+    assert len(seen) == 4, "a resume must train no further"
+    for result in results:
+        assert [row.get("stopped") for row in result.history] == [None, True]
+        assert tiny.same_weights(result.model, seen[result.best_epoch - 1])
+        assert not result.model.training
+    assert [row.get("stopped") for row in tiny.rows(out)] == [None, True]
+    assert RunFolder(out).ended(4)
 
 
 def test_a_logger_changes_nothing_of_what_follows(tiny, tmp_path):

@@ -11,6 +11,8 @@ from families import merged
 from torch import Tensor, nn
 
 from surestep import UserError, methods, models
+from surestep.attacks.core import input_gradient
+from surestep.attacks.losses import weighted_log_odds
 from surestep.threat import Linf
 from surestep.training import Engine, preparing, validating
 from surestep.training.memory import (
@@ -82,6 +84,20 @@ def test_a_step_is_the_same(slug, net):
     torch.testing.assert_close(grads, their_grads, **exact)
     # Batch norm has counted the batch once.
     torch.testing.assert_close(buffers, their_buffers, **exact)
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_an_attack_computes_no_chunk_again(net):
+    """A step takes two passes, one forward and one backward."""
+    model, sizes = NETS[net]().eval(), []
+    x, y = batch()
+    expected = input_gradient(model, x, y)
+    model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    torch.testing.assert_close(input_gradient(Frugal(model, 2), x, y), expected)
+    assert sizes == [2, 2, 2]
+    # But three where an image's value depends on the other images.
+    input_gradient(Frugal(model, 2), x, y, weighted_log_odds)
+    assert sizes == [2] * 9
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -196,9 +212,16 @@ class TestTraining:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
         assert tiny.rows(tmp_path / "tight")[-1].keys() == tiny.rows(tmp_path / "free")[-1].keys()
 
-    @pytest.mark.parametrize(("parts", "expected"), [(True, 3), (False, 20)])
-    def test_validation_attacks_no_more_images_than_fit(self, tiny, monkeypatch, parts, expected):
-        """In parts of three; unlimited as many as SAT-R2's update, twice the batch of ten."""
+    @pytest.mark.parametrize(
+        ("parts", "room", "expected"), [(3, 2**30, 3), (None, 2**30, 20), (0, 60, 60), (0, 5, 20)]
+    )
+    def test_validation_attacks_no_more_images_than_fit(
+        self, tiny, monkeypatch, parts, room, expected
+    ):
+        """In parts of three; else as many as SAT-R2's update, twice the batch of ten.
+
+        Without a limit also as many as find room, here for so many images.
+        """
         sizes, evaluate = [], validating.evaluate
 
         def noting(*args, batch_size, **options):
@@ -207,9 +230,13 @@ class TestTraining:
 
         monkeypatch.setattr(validating, "evaluate", noting)
         monkeypatch.setattr(
-            preparing, "fit_into", lambda model, *_: Frugal(model, 3) if parts else model
+            preparing, "fit_into", lambda model, *_: Frugal(model, parts) if parts else model
         )
-        tiny.train("sat-r2", epochs=1, max_memory=1.0)
+        net, x = tiny.net().eval(), torch.zeros(2, 1, 8, 8)
+        each = kept_bytes(net, x, PLAIN) - kept_bytes(net, x[:1], PLAIN)
+        monkeypatch.setattr(preparing, "ROOM_TO_JUDGE", room * each)
+        limit = {} if parts == 0 else {"max_memory": 1.0}
+        tiny.train("sat-r2", epochs=1, **limit)
         assert sizes == [expected]
 
     def test_what_a_method_remembers_is_said_where_memory_is_short(self, tiny, monkeypatch):
@@ -256,7 +283,8 @@ class TestTraining:
             monkeypatch.setattr("surestep.evaluation.suite.search", full)
         else:
             monkeypatch.setattr(preparing, "pick_engine", full)
-        with pytest.raises(UserError, match=rf"out of memory in {where}.*lower batch_size \(10\)"):
+        said = rf"out of memory in {where}.*lower batch_size \(10\), or set max_memory"
+        with pytest.raises(UserError, match=said):
             tiny.train("fgsm", engine="auto")
 
     def test_no_engine_is_tried_where_memory_is_short(self, tiny, monkeypatch):

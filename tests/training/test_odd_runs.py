@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import signal
 
 import pytest
@@ -103,16 +102,6 @@ def test_an_optimizer_with_state_follows_the_weights_into_another_layout(tiny):
         torch.testing.assert_close(one, other)
 
 
-def test_a_length_that_is_set_after_construction_counts():
-    method = methods.get("sat-r2")(surestep.Linf(0.3))
-    method.alpha = 0.1
-    method.set_strength(0.5)
-    assert (method.alpha, method.threat.eps) == (0.05, 0.15)
-    method.set_strength(1.0)
-    assert (method.alpha, method.threat.eps) == (0.1, 0.3)
-    assert copy.deepcopy(method).alpha == 0.1
-
-
 def test_of_processes_that_validate_one_that_fails_is_heard(monkeypatch):
     """It tells the others where they would wait for it, and raises its own error there."""
     stop, told = stopping.StopRequest(), []
@@ -145,28 +134,6 @@ def test_of_processes_that_validate_one_that_fails_is_heard(monkeypatch):
     assert told == [1, 0, failed, 0, 1, failed, 1, signal.SIGTERM]
 
 
-@pytest.mark.parametrize(
-    ("threat", "alpha"),
-    [
-        (surestep.Linf(0.3), 0.01),
-        (surestep.Linf(8 / 255), 2 / 255),
-        (surestep.Linf(0.001), 0.00025),
-        (surestep.L2(0.5), 0.125),  # the length of the whole step, not of a pixel's
-    ],
-)
-@pytest.mark.parametrize("slug", ["sat-r2", "sat-r3"])
-def test_the_random_step_of_sat_fits_any_radius(slug, threat, alpha):
-    """The published lengths at the published radii, and never beyond eps."""
-    assert methods.get(slug)(threat).alpha == pytest.approx(alpha)
-
-
-def test_a_copy_of_a_method_still_asks_for_its_progress(tiny):
-    method, net = copy.deepcopy(methods.get("nuat")(tiny.threat)), tiny.net()
-    method(net, *tiny.data(8))
-    with pytest.warns(surestep.SurestepWarning, match="its progress is not set"):
-        method(net, *tiny.data(8))
-
-
 def test_a_radius_that_was_set_stays_through_a_warm_up(tiny, monkeypatch):
     seen, craft = [], methods.SATR2.craft
     method = methods.get("sat-r2")(tiny.threat)
@@ -180,20 +147,6 @@ def test_a_radius_that_was_set_stays_through_a_warm_up(tiny, monkeypatch):
     tiny.train(method, epochs=1, eps_warmup=0.4)  # 2 of 5 steps
     assert seen[-3:] == [0.5 * tiny.threat.eps] * 3
     assert seen[0] < seen[-1]
-
-
-def test_the_random_step_of_sat_follows_the_data_range():
-    bytes_ = surestep.Linf(76.5, bounds=(0.0, 255.0))
-    assert methods.get("sat-r2")(bytes_).alpha == pytest.approx(2.55)
-
-
-def test_the_largest_pass_of_pap_is_its_attack(tiny):
-    method, sizes = methods.get("pap")(tiny.threat, fraction=0.5, steps=4), []
-    net = tiny.net()
-    net.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-    for _ in range(2):
-        method(net, *tiny.data(8))
-    assert max(sizes) == method.peak_images(8) == 28
 
 
 def test_weights_of_three_dimensional_convolutions():
@@ -247,15 +200,6 @@ def test_a_loader_has_its_own_batch_size(tiny, monkeypatch, together, wrong):
         tiny.train(data=loader, batch_size=wrong)
     with pytest.raises(tiny.Stopped):
         tiny.train(data=loader, batch_size=10 * together)
-
-
-@pytest.mark.parametrize("term", ["loss", "lr", "val_clean"])
-def test_terms_do_not_take_the_names_of_the_log(tiny, term):
-    def loss(logits):
-        return logits.sum(), {term: logits.sum()}
-
-    with pytest.raises(UserError, match=f"the term '{term}' has a name that training logs"):
-        methods.Update(tiny.data(4)[0], loss).take(tiny.net())
 
 
 def test_numbers_that_nobody_sees_are_read_rarely():

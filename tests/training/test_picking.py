@@ -188,6 +188,7 @@ class TestTraining:
             tiny.train("sat-r2", engine="auto", precision="fp32", out=tmp_path / "run", resume=True)
 
     def test_short_training_and_named_engines_do_not_pick(self, tiny, monkeypatch):
+        assert picking.MIN_STEPS == 100
         tiny.train("fgsm", engine="fast")
         monkeypatch.setattr(preparing, "MIN_STEPS", 11)
         tiny.train("fgsm", engine="auto")

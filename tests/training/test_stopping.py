@@ -109,14 +109,14 @@ def test_a_run_goes_on_where_it_was(tiny, asking, whole, tmp_path, kind, after):
 def test_other_data_than_it_was_begun_with(tiny, asking, tmp_path):
     """Epochs of other lengths: where in one it was would say nothing."""
 
-    def train(size: int, **place: Any) -> Any:
-        pairs = DataLoader(Noisy(*tiny.data()), size)
+    def train(images: int, **place: Any) -> Any:
+        pairs = DataLoader(Noisy(*tiny.data(images)), 16)
         return tiny.train(data=pairs, validation=tiny.data(8), **place)
 
-    asking(7, lambda: train(16, out=tmp_path / "run"))
+    asking(7, lambda: train(64, out=tmp_path / "run"))
     said = "has epochs of 4 steps, but these data give 8: resume with th"
     with pytest.raises(UserError, match=said):
-        train(8, out=tmp_path / "run", resume=True)
+        train(128, out=tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.lending import attacking, compiled, uses_batch_statistics
-from surestep.attacks.losses import Objective, log_odds, margin
+from surestep.attacks.losses import Objective, cross_entropy, dlr, log_odds, margin
 from surestep.devices import exact, finest, in_fp16, rounding
 from surestep.errors import UserError
 from surestep.threat import ThreatModel, per_sample
@@ -23,6 +23,8 @@ from surestep.threat import ThreatModel, per_sample
 SAME = 1e-4
 """Largest distance between the logits of two equal passes, scaled to length one."""
 _BUCKET = 32
+_INDEPENDENT = (log_odds, cross_entropy, margin, dlr)
+"""Objectives whose value for an image does not depend on the other images."""
 
 
 def round_up(count: int, most: int) -> int:
@@ -55,6 +57,12 @@ def input_gradient(
     Raises:
         NoGradient: the logits do not depend on x through autograd.
     """
+    chunk = getattr(model, "attacked_at_once", None)
+    if chunk and len(x) > chunk and objective in _INDEPENDENT:
+        # Within a limit on memory: as one pass, each chunk would be computed again in backward.
+        pairs = zip(x.split(chunk), y.split(chunk), strict=True)
+        parts = [input_gradient(model, *pair, objective) for pair in pairs]
+        return torch.cat([grad for grad, _ in parts]), torch.cat([logits for _, logits in parts])
     with torch.inference_mode(False), torch.enable_grad():
         # y is cloned too: a tensor made in inference mode cannot be saved for backward.
         x, y = x.detach().clone().requires_grad_(), y.clone()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from surestep.attacks.core import input_gradient, share_of
+from surestep.attacks.gradient import varies
 from surestep.attacks.inputs import check_inputs, check_labels, count_classes, forward_logits
 from surestep.attacks.lending import (
     attacking,
@@ -35,6 +36,7 @@ from surestep.auditing.checks import (
     gap_profile,
 )
 from surestep.auditing.escalation import escalate
+from surestep.auditing.stand_ins import EOT_SAMPLES
 from surestep.auditing.verdict import AuditNumbers, judge
 from surestep.data import Images
 from surestep.devices import autocast, has_bf16, memory_for
@@ -308,6 +310,9 @@ def estimate(
     forwards = 3 * (2 * spend.steps + 12 + 70) + spend.noise + spend.queries
     # The answers to flags: BPDA with two losses, and PGD of twice the steps.
     forwards += 3 * 4 * spend.steps * spend.restarts + spend.late_queries
+    with attacking(adapted) as inner, forked_rng(device):
+        if varies(inner, x):  # PGD with two losses on the mean of several passes
+            forwards += 3 * 2 * spend.steps * EOT_SAMPLES
     # 9700 in suite.py, where a gradient counts as two forwards.
     forwards += 12_000 if spend.autoattack else 0
     # The checks' gradients, most of them of eps-sweep and convergence, and binarization's 1,250

@@ -60,7 +60,7 @@ class StepResult(NamedTuple):
 
 RESERVED = {
     *("loss", "epoch", "step", "lr", "adv_accuracy", "images_per_second", "train_seconds"),
-    "collapse",
+    *("collapse", "stopped"),
 }
 """Names in a row of the training log that no term of a loss may have."""
 Terms = tuple[Tensor, Mapping[str, Tensor]]

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from surestep import processes
 from surestep.attacks.lending import check_module, compiled_whole, unwrapped
-from surestep.config import FitSettings, parse
+from surestep.config import FitSettings, parse, read_yaml
 from surestep.devices import pick_device
 from surestep.errors import UserError, need
 from surestep.evaluation import suite
@@ -28,6 +28,7 @@ from surestep.methods._base import METHODS
 from surestep.training.loop import Trainer
 from surestep.training.preparing import prepare
 from surestep.training.run_folder import RunFolder
+from surestep.training.source import batch_size_of
 
 
 @dataclass
@@ -65,7 +66,7 @@ def fit(
     workers: int = 0,
     steps_per_epoch: int | None = None,
     describe: Mapping[str, Any] | None = None,
-    on_epoch: Callable[[dict[str, Any], nn.Module], None] | None = None,
+    on_epoch: Callable[[dict[str, Any], nn.Module], object] | None = None,
     **settings: Any,
 ) -> FitResult:
     """Train a model with a method, validating by strong attacks on held-out images.
@@ -99,11 +100,15 @@ def fit(
         device: such as "cpu" or "cuda"; by default an accelerator if there is one.
         workers: processes that load the images of a Dataset; a DataLoader has its own.
         steps_per_epoch: batches per epoch of a DataLoader; required if it streams and has no
-            length. Each epoch restarts the stream (``set_epoch`` tells its dataset the epoch).
+            length. Each epoch restarts the stream (``set_epoch`` tells its dataset the epoch);
+            with several processes, each process's stream must yield its own part of the data.
         describe: entries to write to ``config.yaml`` before the settings, in place of the method's
             name, hyperparameters and threat model; must have ``method`` and ``params``.
         on_epoch: called in the first process after each epoch with its row of the history and the
-            validated model (the weight average, if there is one) in eval mode; meant for loggers.
+            validated model (the weight average, if there is one) in eval mode; meant for loggers
+            and early stopping. If it returns True, training ends as after the last epoch, and the
+            row has the entry ``stopped``; a resume trains no further. If it raises, all processes
+            end, and the run can be resumed.
         settings: fields of ``surestep.config.FitSettings``: epochs, batch_size, lr, schedule, ...
 
     Returns:
@@ -146,12 +151,8 @@ def fit(
     accelerator = _accelerator(target, run, tensorboard=config.tensorboard)
     if device is None and processes.world_size() > 1:
         target = accelerator.device
-    size = data.batch_size if isinstance(data, DataLoader) else None
-    if size and "batch_size" in settings and config.batch_size != size * processes.world_size():
-        raise UserError(
-            f"batch_size {config.batch_size} has no effect: the DataLoader has its own, {size}"
-            f"{' in each process' if processes.world_size() > 1 else ''}; leave it out"
-        )
+    if isinstance(data, DataLoader) and (size := batch_size_of(data)):
+        config = _with_batches_of(size, config, run if resume else None, settings)
     threat = method.threat
     if describe and not {"method", "params"} <= describe.keys():
         raise UserError("describe needs the entries method and params, by which a run is resumed")
@@ -207,6 +208,42 @@ def fit(
     return FitResult(job.model, at.history, at.best_epoch, at.train_seconds, place, job.method)
 
 
+def _with_batches_of(
+    size: int, config: FitSettings, begun: RunFolder | None, given: Mapping[str, Any]
+) -> FitSettings:
+    """Return the settings with the batch size of a DataLoader, in which each process has ``size``.
+
+    Args:
+        size: images per batch of the DataLoader.
+        config: the settings.
+        begun: the run to resume, if any.
+        given: the settings that the caller gave.
+
+    Raises:
+        UserError: the caller gave another batch size, or the run was begun with another.
+    """
+    count = processes.world_size()
+    whole = size * count
+    if "batch_size" in given and config.batch_size != whole:
+        raise UserError(
+            f"batch_size {config.batch_size} has no effect: the DataLoader has its own, {size}"
+            f"{' in each process' if count > 1 else ''}; leave it out"
+        )
+    if begun:
+        # Older versions recorded the default, whatever the DataLoader had.
+        default = FitSettings.model_fields["batch_size"].default
+        before = read_yaml(begun.config).get("batch_size", default)
+        if before == default:
+            return config.model_copy(update={"batch_size": before})
+        if before != whole:
+            raise UserError(
+                f"cannot resume {begun.folder}, whose steps take {before} images in all: the "
+                f"DataLoader's {size} in each process are {whole}; use the same batch size and the "
+                "same number of processes"
+            )
+    return config.model_copy(update={"batch_size": whole})
+
+
 def _accelerator(device: torch.device, run: RunFolder | None, *, tensorboard: bool) -> Accelerator:
     # Without accelerators, several processes find each other only with cpu=True. A single process
     # chooses the device for each run: it may train on a GPU first and on the CPU afterwards.
@@ -224,6 +261,8 @@ def _accelerator(device: torch.device, run: RunFolder | None, *, tensorboard: bo
         options |= {"log_with": "tensorboard", "project_dir": run.folder}
     try:
         return Accelerator(**options)
+    except NotImplementedError as e:  # NCCL with GPUs that lack what it uses by default
+        raise UserError(" ".join(str(e).split())) from e
     except ValueError as e:  # a process has only one Accelerator state
         raise UserError(
             f"this process already has an Accelerator with other settings "

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,9 +27,12 @@ from surestep.training.randomness import RandomStates
 from surestep.training.resuming import Checkpoints, Interrupted
 from surestep.training.run_folder import RunFolder
 from surestep.training.source import Batch
-from surestep.training.state import EpochMeans, RunState
-from surestep.training.stopping import StopRequest, StopRequested
+from surestep.training.state import EpochMeans, RunState, has_stopped
+from surestep.training.stopping import StopRequest, StopRequested, is_meeting
 from surestep.training.validating import find_masking, validate
+
+_GO_ON, _END, _FAILED = 0, 1, 2
+"""What the first process tells the others after its callback."""
 
 
 class TrainingDiverged(UserError):
@@ -51,7 +55,7 @@ class Trainer:
         run: RunFolder | None,
         *,
         quiet: bool = False,
-        on_epoch: Callable[[dict[str, Any], nn.Module], None] | None = None,
+        on_epoch: Callable[[dict[str, Any], nn.Module], object] | None = None,
     ) -> None:
         first = processes.rank() == 0
         self.job, self.run = job, run
@@ -83,7 +87,8 @@ class Trainer:
             interrupted = self._resume() if resume else None
             # Without a folder there is nothing to resume: signals keep their usual effect.
             with self.stop.handling_signals() if self.run else nullcontext():
-                while self.state.epoch < math.ceil(job.total / job.source.steps_per_epoch):
+                epochs = math.ceil(job.total / job.source.steps_per_epoch)
+                while self.state.epoch < epochs and not has_stopped(self.state.history):
                     self._epoch(interrupted)
                     interrupted = None
         self._finish_writing()
@@ -141,6 +146,8 @@ class Trainer:
             # Of several processes only the first shows anything.
             if self.display.due() and processes.rank() == 0:
                 self._show(means)
+            if is_meeting(self.state.step):
+                self._check_finite(means)
             self._checkpoint_if_due(means)
 
     def _batches(self, skip: int, left: int, interrupted: Interrupted | None) -> Iterator[Batch]:
@@ -217,7 +224,8 @@ class Trainer:
             return job.take_step(x, y, index, draw)
 
     def _show(self, means: EpochMeans) -> None:
-        self._check_finite(means)
+        if processes.world_size() == 1:  # otherwise the check waits for the others
+            self._check_finite(means)
         self._read_clock()
         scores = self.state.scores
         robust = f"  robust {scores[-1]:.1%}" if scores else ""
@@ -229,11 +237,8 @@ class Trainer:
     def _check_finite(self, means: EpochMeans, *, weights: bool = False) -> None:
         """Raise if a loss was not finite or, with ``weights``, if the weights no longer are.
 
-        With ``weights`` every process must call this, and all stop together; without it, nothing
-        is checked when there are several processes.
+        Every process must call this, and all stop together.
         """
-        if processes.world_size() > 1 and not weights:
-            return
         bad = int(means.bad_step)
         if bad < 0 and weights:
             finite = [p.detach().isfinite().all() for p in self.job.model.parameters()]
@@ -281,10 +286,33 @@ class Trainer:
         # kept. Row last: an epoch that has its row is complete.
         self._save(EpochMeans(job.device))
         self._save_if_best()
-        if self.on_epoch:
-            # A logger must not affect training, whatever it draws at random or sets.
-            with attacking(job.eval_model) as model, forked_rng(job.device):
-                self.on_epoch(dict(row), model)
+        if self._asks_to_end(row) and state.step < job.total:
+            row["stopped"] = True
+            self.display.say(f"ended after epoch {state.epoch} of {epochs}: on_epoch returned True")
+            self._save(EpochMeans(job.device))
+            self._save_if_best()
+
+    def _asks_to_end(self, row: dict[str, Any]) -> bool:
+        """Call ``on_epoch`` in the first process; tell in all whether it ends the training.
+
+        Raises:
+            UserError: in the other processes, the callback failed. The first raises its error.
+        """
+        device, answer = self.job.device, None
+        try:
+            if self.on_epoch:
+                # A logger must not affect training, whatever it draws at random or sets.
+                with attacking(self.job.eval_model) as model, forked_rng(device):
+                    answer = self.on_epoch(dict(row), model)
+        except BaseException:
+            processes.all_max(_FAILED, device)  # the others would wait for this one
+            raise
+        # Loggers return all sorts of things, which mean nothing.
+        ends = isinstance(answer, bool | np.bool_) and bool(answer)
+        told = processes.all_max(_END if ends else _GO_ON, device)
+        if told == _FAILED:
+            raise UserError("on_epoch failed in the first process, whose output says why")
+        return told == _END
 
     def _save_if_best(self) -> None:
         """Save the weights if the epoch just ended is the best so far, and write the history."""

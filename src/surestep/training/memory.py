@@ -4,7 +4,8 @@ Most memory of a step is taken by the activations that forward passes keep for b
 keeps fewer of them and recomputes the rest. That costs one more forward pass and changes no
 result, except for what dropout draws. Where images are independent (eval mode, or train mode
 without batch statistics) a pass runs in chunks of images; otherwise it runs block by block over
-the whole batch (Chen et al. 2016, arXiv 1604.06174).
+the whole batch (Chen et al. 2016, arXiv 1604.06174). Where an attack's objective leaves images
+independent, too, ``input_gradient`` finishes chunk after chunk and recomputes nothing.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ class Frugal(nn.Module):
         super().__init__()
         self.module, self.images = model, images
         self.blocks = repeated_blocks(model)
+
+    @property
+    def attacked_at_once(self) -> int | None:
+        """Images whose gradient fits into memory as one pass, if images are independent."""
+        return None if uses_batch_statistics(self.module) else self.images
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the model returns for images x (N, ...)."""
@@ -174,6 +180,24 @@ def fit_into(
             "smaller model"
         )
     return frugal
+
+
+def images_within(room: int, model: nn.Module, engine: Engine, shape: torch.Size) -> int:
+    """Return for how many images a pass in eval mode keeps ``room`` bytes; 0 if that is unknown.
+
+    Args:
+        room: bytes of activations kept for backward.
+        model: on its device.
+        engine: how a pass is computed.
+        shape: shape of one image.
+    """
+    x = torch.zeros(_PROBE, *shape, device=device_of(model))
+    try:
+        with attacking(model):
+            kept = _kept_by_image(model, x, engine)
+    except Exception:  # a model of the user's may refuse images of zeros
+        return 0
+    return int(room / max(kept, 1))
 
 
 def _kept_by_image(model: nn.Module, x: Tensor, engine: Engine) -> float:

@@ -33,11 +33,12 @@ from surestep.threat import ThreatModel
 from surestep.training.averaging import WeightAverage
 from surestep.training.engine import Engine, TrainStep, make_optimizer, make_step
 from surestep.training.holding_out import split
-from surestep.training.memory import Frugal, fit_into
+from surestep.training.memory import Frugal, fit_into, images_within
 from surestep.training.picking import MIN_STEPS, Pick, pick_engine
 from surestep.training.source import (
     Replayed,
     Source,
+    batch_size_of,
     first_item_as_batch,
     make_source,
     with_workers_ignoring_signals,
@@ -45,6 +46,8 @@ from surestep.training.source import (
 
 MOST_JUDGED = 500
 """Maximum number of images that validation attacks at a time."""
+ROOM_TO_JUDGE = 2**30
+"""Bytes of activations that an attack of validation may take even if a step takes less."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,12 @@ class Job:
         source: the source of batches.
         held_out: validation data, or None.
         images: number of training images in memory; 0 for a Dataset or a DataLoader.
+        own_batches: whether the data are a DataLoader, whose batches count for each process.
         labelled: share of the training images that have a label.
         signature: classes and image shape to store with the weights, if known.
         total: number of steps of the whole run.
-        eval_batch_size: images that validation attacks at a time, no more than fit in training.
+        eval_batch_size: images that validation attacks at a time: as many as fit in training, or
+            in ``ROOM_TO_JUDGE`` if that is more and there is no limit.
         guard: explains what fails in a step.
         pick: the result of timing the engines, if they were timed.
         engine: how a step is computed.
@@ -128,6 +133,7 @@ class Job:
     source: Source
     held_out: Any
     images: int
+    own_batches: bool
     labelled: float
     signature: files.Signature | None
     total: int
@@ -223,10 +229,14 @@ def prepare(
         # saved weights.
         copies = sum(map(bool, (config.optimizer != "sgd", average, config.awp)))
         step_model = fit_into(module, method, engine, shape, batch, config.max_memory, copies)
-    fits = step_model.images if isinstance(step_model, Frugal) else MOST_JUDGED
-    eval_batch_size = min(MOST_JUDGED, method.peak_images(batch), fits)
+    judged = method.peak_images(batch)
+    if isinstance(step_model, Frugal):
+        judged = min(judged, step_model.images)
+    elif shape and not config.max_memory:
+        # Small batches of an attack would leave the device idle.
+        judged = max(judged, images_within(ROOM_TO_JUDGE, module, engine, shape))
     # The same in each process, so that all make equally many collective calls.
-    eval_batch_size = processes.all_min(eval_batch_size, device)
+    eval_batch_size = processes.all_min(min(MOST_JUDGED, judged), device)
     if processes.world_size() > 1:
         step_model = _wrap_ddp(step_model, device)
     signature = None
@@ -243,6 +253,7 @@ def prepare(
         source=Replayed(source, method.replays) if method.replays > 1 else source,
         held_out=held_out,
         images=0 if in_memory is None else len(in_memory),
+        own_batches=isinstance(train, DataLoader),
         labelled=1.0 if in_memory is None else share_of(in_memory.y >= 0),
         signature=signature,
         total=total,
@@ -375,11 +386,8 @@ def _length_of(data: Any) -> int:
 
 def _batch_of(train: Any, config: FitSettings) -> tuple[int, str]:
     """Return the images per step in this process, and the setting that gives them, in words."""
-    if isinstance(train, DataLoader):
-        # A custom batch sampler may have a batch_size.
-        size = train.batch_size or getattr(train.batch_sampler, "batch_size", None)
-        if size:
-            return size, f"the DataLoader's batch_size ({size})"
+    if isinstance(train, DataLoader) and (size := batch_size_of(train)):
+        return size, f"the DataLoader's batch_size ({size})"
     batch = math.ceil(config.batch_size / processes.world_size())
     return batch, f"batch_size ({config.batch_size})"
 
@@ -516,4 +524,6 @@ def _wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     known = inspect.signature(DistributedDataParallel).parameters
     name = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in known)
     options: dict[str, Any] = {name: False}
+    if "batched_grad_copy" in known:  # fewer kernels: gradients are new tensors in each step
+        options["batched_grad_copy"] = True
     return DistributedDataParallel(model, device_ids=own, **options)

@@ -109,9 +109,15 @@ class RandomStates:
         return gather_object([self.read()])
 
     def restore(self, states: list[dict[str, Any]], step: int) -> None:
-        """Restore this process's state; seed a new one if the run had fewer processes."""
+        """Restore this process's state; seed what another number of processes did not have."""
         rank = processes.rank()
-        if rank < len(states):
+        if len(states) == processes.world_size():
             self.write(states[rank])
+            return
+        if rank < len(states):
+            set_rng_state(states[rank], self.device)
         else:
             seed_everything(seed_of("process", self.seed, rank, step))
+        # Accelerate gives a sampler a generator, alike in all processes, only if there are several.
+        for generator in self.generators():
+            generator.manual_seed(seed_of("loader", self.seed, step))

@@ -94,7 +94,12 @@ class Checkpoints:
         saved = checkpoint.load_newest(self.run.checkpoints, self.say)
         if saved is None:
             return self._without_checkpoint(), None
-        self._check_data(len(saved["rng"]), saved["steps_per_epoch"], saved.get("images"))
+        for derived in ("best_score", "last_robust"):  # in older checkpoints
+            saved["progress"].pop(derived, None)
+        state = RunState(**saved["progress"])
+        within = state.step != min(job.total, state.epoch * job.source.steps_per_epoch)
+        begun = len(saved["rng"])
+        self._check_data(begun, saved["steps_per_epoch"], saved.get("images"), within=within)
         try:
             job.model.load_state_dict(saved["model"])
         except RuntimeError as e:
@@ -106,12 +111,9 @@ class Checkpoints:
         if job.average:
             job.average.load_state_dict(saved["average"])
         job.method.load_state_dict(saved["method"])
-        for derived in ("best_score", "last_robust"):  # in older checkpoints
-            saved["progress"].pop(derived, None)
-        state = RunState(**saved["progress"])
         self.say(f"resuming {self.run.folder} at step {state.step} of {job.total}")
         rng = saved["rng"]
-        if state.step == min(job.total, state.epoch * job.source.steps_per_epoch):
+        if not within:
             self.random.restore(rng, state.step)
             return state, None
         # Older checkpoints have no epoch_rng.
@@ -124,7 +126,7 @@ class Checkpoints:
             scores = [row.get("val_worst_case", 0.0) for row in rows]
             last = self.job.config.select == "last" or "val_worst_case" not in rows[-1]
             return RunState(
-                step=self.job.total,
+                step=rows[-1]["step"],
                 epoch=len(rows),
                 best_epoch=len(rows) if last else 1 + scores.index(max(scores)),
                 train_seconds=rows[-1]["train_seconds"],
@@ -138,22 +140,23 @@ class Checkpoints:
         self.say(f"{self.run.folder} has no checkpoint yet: it starts anew")
         return RunState()
 
-    def _check_data(self, begun: int, steps: int, images: int | None) -> None:
+    def _check_data(self, begun: int, steps: int, images: int | None, *, within: bool) -> None:
         """Check that a run can resume with this number of processes, and with these data.
 
         Args:
             begun: number of processes of the run.
             steps: its steps per epoch.
             images: its images in memory; None in older checkpoints.
+            within: whether the checkpoint was written within an epoch.
         """
         job = self.job
         now, expected = processes.world_size(), job.source.steps_per_epoch
-        if begun != now and not job.images:
+        # Any number of processes draws the same order of images in memory, but not of a Dataset.
+        if begun != now and (job.own_batches or (within and not job.images)):
             raise UserError(
                 f"{self.run.folder} was run on {begun} processes and cannot resume on {now}, which "
                 "would split a Dataset or DataLoader differently: use the same number"
             )
-        # Images in memory make as many steps on any number of processes.
         if steps != expected:
             raise UserError(
                 f"{self.run.folder} has epochs of {steps} steps, but these data give "

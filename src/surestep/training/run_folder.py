@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from surestep import environment, files, methods
 from surestep.config import CHANGEABLE, FitSettings, RunConfig, parse, read_yaml, to_yaml
 from surestep.errors import UserError
+from surestep.training.state import has_stopped
 
 C = TypeVar("C", bound=FitSettings)
 _ENTRIES = {
@@ -78,8 +79,13 @@ class RunFolder:
             ) from e
 
     def ended(self, epochs: float) -> bool:
-        """Tell whether every epoch has its row and the selected weights are saved."""
-        return len(self.history()) >= math.ceil(epochs) and self.weights.is_file()
+        """Tell whether the last epoch has its row and the selected weights are saved.
+
+        A run that ``on_epoch`` stopped has ended, too.
+        """
+        rows = self.history()
+        stopped = has_stopped(rows)
+        return (stopped or len(rows) >= math.ceil(epochs)) and self.weights.is_file()
 
     @classmethod
     def plan(

@@ -219,6 +219,11 @@ def first_item_as_batch(data: Any) -> tuple[Tensor, Tensor] | None:
     return as_pair(batch)
 
 
+def batch_size_of(loader: DataLoader) -> int | None:
+    """Return the images per batch of a DataLoader, or None if they are not known."""
+    return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+
+
 def with_workers_ignoring_signals(data: Any) -> Any:
     """Return a DataLoader whose workers ignore signals to the process group; other data as given.
 
@@ -267,7 +272,8 @@ def make_source(
         rank: rank of this process.
         world: number of processes.
         prepare: returns a DataLoader that is sharded over the processes (Accelerate's
-            ``prepare_data_loader``); called only if there are several.
+            ``prepare_data_loader``); called only if there are several, and not for a stream with
+            ``steps``, of which each process must yield its own part.
         workers: processes that load a Dataset's images.
         bounds: the data range.
         steps: batches per epoch of a DataLoader; by default its length.
@@ -295,6 +301,9 @@ def make_source(
             f"augment={augmentation!r} works on tensors in memory: augment in your Dataset, or "
             "pass a pair of tensors"
         )
+    stream = isinstance(data, DataLoader) and isinstance(data.dataset, IterableDataset)
+    # Of a stream of a given length each process yields its own part.
+    divided = world > 1 and not (stream and steps is not None)
     if isinstance(data, Dataset):
         if batch_size % world:
             raise UserError(f"batch_size {batch_size} is not divisible by {world} processes")
@@ -306,11 +315,11 @@ def make_source(
             pin_memory=device.type == "cuda",
             num_workers=workers,
         )
-    elif world > 1:
+    elif divided:
         _check_shardable(data)
         _warn_if_orders_differ(data)
     data = with_workers_ignoring_signals(data)
-    return LoaderSource(prepare(data) if world > 1 else data, device, bounds, steps)
+    return LoaderSource(prepare(data) if divided else data, device, bounds, steps)
 
 
 def _check_shardable(loader: DataLoader) -> None:
@@ -334,7 +343,7 @@ def _check_shardable(loader: DataLoader) -> None:
     if isinstance(loader.dataset, IterableDataset):
         raise UserError(
             "an IterableDataset cannot be split over several processes: give a Dataset with "
-            "__getitem__, or train in one process"
+            "__getitem__, or steps_per_epoch and a stream that yields each process its own part"
         )
     if isinstance(loader.sampler, DistributedSampler):
         raise UserError(

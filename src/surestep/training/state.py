@@ -14,6 +14,11 @@ from torch import Tensor
 from surestep import processes
 
 
+def has_stopped(history: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell from the rows of a history whether ``on_epoch`` ended the run."""
+    return bool(history) and bool(history[-1].get("stopped"))
+
+
 @dataclass
 class RunState:
     """The progress of a run: its counters and history, as in a checkpoint."""

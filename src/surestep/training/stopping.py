@@ -16,13 +16,18 @@ from surestep import processes
 from surestep.errors import UserError
 
 ASK_EVERY = 10
-"""Steps between exchanges of stop requests: all processes must stop after the same step."""
+"""Steps between exchanges of stop requests and failures: all must stop after the same step."""
 
 _ECHO = 1.0
 """Seconds within which a second Ctrl-C is an echo: launchers forward the one that they receive."""
 
 _DONE, _WORKING, _FAILED = 0, 1, 1000
 """What a process sends in place of a signal's number, which is from 2 to 64."""
+
+
+def is_meeting(step: int) -> bool:
+    """Tell whether several processes exchange what they know after this step."""
+    return processes.world_size() > 1 and step % ASK_EVERY == 0
 
 
 class StopRequested(BaseException):
@@ -91,7 +96,7 @@ class StopRequest:
         """Tell whether to stop after this step; the answer is the same in every process."""
         if processes.world_size() == 1:
             return self.number != 0
-        return step % ASK_EVERY == 0 and processes.all_max(self.number, device) != 0
+        return is_meeting(step) and processes.all_max(self.number, device) != 0
 
     def exchange(self, device: torch.device, *, done: bool = False, failed: bool = False) -> bool:
         """Exchange stop requests and failures among the processes; if there is one, raise in all.

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from surestep import processes
 from surestep.data import Images, some
+from surestep.devices import out_of_memory
 from surestep.errors import UserError
 from surestep.evaluation import evaluate
 from surestep.training.preparing import Job
@@ -53,8 +54,13 @@ def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
                 pass  # others have more images
         except FailedElsewhere:
             raise
-        except UserError:
+        except UserError as e:
             stop.exchange(job.device, failed=True)  # the others would wait for this one
+            cause = e.__cause__
+            if isinstance(cause, Exception) and out_of_memory(cause):
+                # The evaluation's advice is to lower its batch size, which is no setting of a run.
+                with job.guard("an attack of validation", job.eval_batch_size):
+                    raise cause from None
             raise
     counts = [int(found.right[name].sum()) for name in ("clean", *attacks, "worst case")]
     # Summed over the processes, whose kernels may round differently: all must select one epoch.

@@ -145,6 +145,15 @@ def finished(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def able(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run whose network is mostly right (``finished`` is not); read it only."""
+    folder = tmp_path_factory.mktemp("runs") / "able"
+    more = ("--epochs", "6", "--lr", "0.1", "--eps", "0.1", "--val-images", "0", "--quiet")
+    main(["train", "--method", "standard", *small_options(digits), *more, "--out", str(folder)])
+    return folder
+
+
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
     """A copy of a finished run, to be damaged."""

@@ -398,14 +398,14 @@ def test_a_curve(done, finished):
     assert worst[-1] == found["worst_case_accuracy"]
 
 
-def test_transfer_from_a_run(done, finished):
+def test_transfer_from_a_run(done, able):
     """Its own gradients find more than those of a substitute."""
 
     def left(*source):
         args = ("--attacks", "transfer", "--n", "40", "--json", "-", *source)
-        return json.loads(done("evaluate", finished, *args))["robust_accuracy"]["transfer"]
+        return json.loads(done("evaluate", able, *args))["robust_accuracy"]["transfer"]
 
-    assert left("--source", finished) < left()
+    assert left("--source", able) < left()
 
 
 def test_state(done, refused, finished, tmp_path):

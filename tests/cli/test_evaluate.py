@@ -123,34 +123,34 @@ def test_sources_are_where_the_model_is(cli, finished, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:the worst case .* source 1 of the transfer attack")
-def test_sources_of_any_kind(done, refused, finished, tmp_path):
+def test_sources_of_any_kind(done, refused, able, tmp_path):
     """The points of the model itself break it as its own gradients do; those of another do not."""
     (tmp_path / "net.py").write_text(
         "from surestep import files, models\n"
         "from pathlib import Path\n"
         "def same():\n"
         "    net = models.create('cnn-small', 10)\n"
-        f"    files.load_weights(Path({str(finished / 'model.safetensors')!r}), net)\n"
+        f"    files.load_weights(Path({str(able / 'model.safetensors')!r}), net)\n"
         "    return net\n"
         "def other():\n"
         "    return models.create('cnn-small', 10)\n"
     )
 
     def left(*source):
-        args = ("evaluate", finished, "--attacks", "transfer", "--n", "40", "--json", "-")
+        args = ("evaluate", able, "--attacks", "transfer", "--n", "40", "--json", "-")
         return json.loads(done(*args, *source))["robust_accuracy"]["transfer"]
 
     same = left("--source", f"{tmp_path}/net.py:same")
-    assert same == left("--source", finished)
+    assert same == left("--source", able)
     assert same < left("--source", f"{tmp_path}/net.py:other")
-    swapped = shutil.copytree(finished, tmp_path / "swapped")
-    signature = files.read_signature(finished / "model.safetensors")
+    swapped = shutil.copytree(able, tmp_path / "swapped")
+    signature = files.read_signature(able / "model.safetensors")
     net = models.create("cnn-small", 10)
     classes = (signature.classes[1], signature.classes[0], *signature.classes[2:])
     files.save_weights(swapped / "model.safetensors", net, signature._replace(classes=classes))
-    refusal = refused("evaluate", finished, "--attacks", "transfer", "--source", swapped)
+    refusal = refused("evaluate", able, "--attacks", "transfer", "--source", swapped)
     assert "has another class order than the target" in refusal
-    refusal = refused("evaluate", finished, "--attacks", "transfer", "--source", tmp_path / "none")
+    refusal = refused("evaluate", able, "--attacks", "transfer", "--source", tmp_path / "none")
     assert "is not a run folder" in refusal
 
 

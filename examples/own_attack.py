@@ -25,7 +25,10 @@ def darken(model, x, y):
     return (x - threat.eps * (grad < 0)).detach()
 
 
-attacks = {"darken": suite.Attack(darken), "pgd-20": suite.parse("pgd-20", threat)}
+attacks = {
+    "darken": suite.Attack(darken, uses_gradient=True),
+    "pgd-20": suite.parse("pgd-20", threat),
+}
 found = surestep.evaluate(net, data.load("mnist", "test").first(800), threat, attacks)
 for name, accuracy in found.robust_accuracy.items():
     low, high = found.intervals[name]

@@ -36,8 +36,8 @@ def activations(model: nn.Module) -> dict[str, nn.Module]:
 def _is_activation(module: nn.Module) -> bool:
     if isinstance(module, ACTIVATIONS):
         return True
-    parts = (*module.children(), *module.parameters())
-    return type(module).__name__ in _CALLED and not parts
+    named = type(module).__name__ in _CALLED
+    return named and not any(module.children()) and not any(True for _ in module.parameters())
 
 
 def straight_through_layers(model: nn.Module) -> list[Any]:

@@ -237,6 +237,7 @@ def harden(
     hardened = RunFolder.plan(out, overwrite=overwrite)
     assert hardened is not None
     files.make_folder(hardened.folder.parent)  # fails before the work rather than after it
+    data.check_judged(split)
     options: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
     # Missing data and misspelt attacks are reported before the search, which may take hours.
     images = load_data(run.config, split, n)
@@ -410,7 +411,10 @@ def load(folder: str | Path, device: str | None = None) -> Run:
         one = torch.zeros(1, *signature.shape)
         images = Images(one, torch.zeros(1, dtype=torch.int64), signature.classes, config.dataset)
     else:  # weights that another program wrote
-        images = load_data(config, "validation", 1)
+        try:
+            images = load_data(config, "test", 1)
+        except UserError:  # an ImageNet folder has none
+            images = load_data(config, "validation", 1)
     model = build_model(config, images)
     files.load_weights(weights, model)
     return Run(config, model.to(pick_device(device)).eval(), build_threat(config), folder)

@@ -35,7 +35,7 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Target:
-    """A model to be judged, with its test images and threat model.
+    """A model to be judged, with the images to judge on and the threat model.
 
     Attributes:
         name: as the user gave it.
@@ -109,6 +109,7 @@ def open_target(
     asked = {"dataset": dataset, "data": root, "image_size": image_size, "norm": norm, "eps": eps}
     make_config = _config_of_run if of_run else _config_from_options
     config = make_config(name, weights, asked)
+    data.check_judged(split)
     images, threat = runs.load_data(config, split, n), runs.build_threat(config)
     if statistics and {len(part) for part in statistics} != {images.image_shape[0]}:
         raise UserError(

@@ -18,7 +18,9 @@ import surestep
 from surestep import UserError, devices, methods
 
 COMMANDS = ("train", "evaluate", "audit", "compare", "harden", "demo", "methods", "env")
-HEAVY = "torch numpy accelerate safetensors torchvision PIL tensorboard timm datasets tabulate"
+HEAVY = (
+    "torch numpy accelerate safetensors torchvision PIL tensorboard timm datasets tabulate altair"
+)
 
 
 class TestHelp:

@@ -176,7 +176,9 @@ def test_mistakes(refused, hub, split, words):
         refused(lambda: data.load("hf:me/set", "test"), "me/set", *words)
 
 
-def test_files_are_opened_by_path_and_by_content_in_several_threads(hub, tmp_path, monkeypatch):
+def test_files_are_opened_by_path_and_by_content_outside_the_main_thread(
+    hub, tmp_path, monkeypatch
+):
     threads = set()
     decode = Image.decode_example
 

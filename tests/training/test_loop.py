@@ -1449,13 +1449,15 @@ class TestLoaders:
     def test_a_resume_with_other_batches_is_refused(self, tiny, stopping, tmp_path):
         def train(size: int, **place: Any) -> Any:
             loader = DataLoader(TensorDataset(*tiny.data()), size)
-            return tiny.train(data=loader, val_images=0, out=tmp_path / "run", **place)
+            return tiny.train(
+                data=loader, val_images=0, steps_per_epoch=8, out=tmp_path / "run", **place
+            )
 
         stopping(9, lambda: train(8))
         config = tmp_path / "run" / "config.yaml"
         begun = yaml.safe_load(config.read_text("utf-8"))
         assert begun["batch_size"] == 8
-        said = r"steps take 8 images in all: the DataLoader's 4 in each process are 4; use the same"
+        said = r"took 8 images in a step from its DataLoader, but this one gives 4: resume with the"
         with pytest.raises(UserError, match=said):
             train(4, resume=True)
         config.write_text(yaml.safe_dump({**begun, "batch_size": 128}))  # as older versions did

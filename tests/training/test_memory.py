@@ -213,15 +213,18 @@ class TestTraining:
         assert tiny.rows(tmp_path / "tight")[-1].keys() == tiny.rows(tmp_path / "free")[-1].keys()
 
     @pytest.mark.parametrize(
-        ("parts", "room", "expected"), [(3, 2**30, 3), (None, 2**30, 20), (0, 60, 60), (0, 5, 20)]
+        ("limit", "parts", "room", "expected"),
+        [
+            (1.0, 3, 2**30, 3),
+            (1.0, None, 2**30, 20),  # all fit: as many as SAT-R2's update, twice the batch of ten
+            (None, None, 60, 60),
+            (None, None, 5, 20),
+        ],
     )
-    def test_validation_attacks_no_more_images_than_fit(
-        self, tiny, monkeypatch, parts, room, expected
+    def test_how_many_images_validation_attacks_at_a_time(
+        self, tiny, monkeypatch, limit, parts, room, expected
     ):
-        """In parts of three; else as many as SAT-R2's update, twice the batch of ten.
-
-        Without a limit also as many as find room, here for so many images.
-        """
+        """With a limit no more than fit, in parts; without one as many as find room."""
         sizes, evaluate = [], validating.evaluate
 
         def noting(*args, batch_size, **options):
@@ -235,8 +238,7 @@ class TestTraining:
         net, x = tiny.net().eval(), torch.zeros(2, 1, 8, 8)
         each = kept_bytes(net, x, PLAIN) - kept_bytes(net, x[:1], PLAIN)
         monkeypatch.setattr(preparing, "ROOM_TO_JUDGE", room * each)
-        limit = {} if parts == 0 else {"max_memory": 1.0}
-        tiny.train("sat-r2", epochs=1, **limit)
+        tiny.train("sat-r2", epochs=1, max_memory=limit)
         assert sizes == [expected]
 
     def test_what_a_method_remembers_is_said_where_memory_is_short(self, tiny, monkeypatch):

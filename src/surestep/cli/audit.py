@@ -26,7 +26,7 @@ from surestep.cli._target import (
 @click.option("--eps", metavar="NUMBER", help="Radius, such as 0.3 or 8/255. [default: the run's]")
 @budget_option("How much to spend on attacks")
 @source_option("Used in addition to a substitute trained on the model's answers.")
-@click.option("--n", type=POSITIVE, default=1000, show_default=True, help="Number of test images.")
+@click.option("--n", type=POSITIVE, default=1000, show_default=True, help="Number of images.")
 @click.option(
     "--batch-size", type=POSITIVE, default=250, show_default=True, help="Images attacked at a time."
 )

@@ -46,7 +46,7 @@ _FEW = 20  # images on which a good model may be no better than chance
 @click.option(
     "--n",
     type=POSITIVE,
-    help="Use the first N test images, or N drawn from all if sorted by class. [default: all]",
+    help="Use the first N images, or N drawn from all if sorted by class. [default: all]",
 )
 @click.option(
     "--batch-size", type=POSITIVE, default=500, show_default=True, help="Images attacked at a time."
@@ -67,7 +67,7 @@ def evaluate(
     seed: int,
     **values: Any,
 ) -> None:
-    """Measure the accuracy of MODEL on test images, clean and under attack.
+    """Measure the accuracy of MODEL on held-out images, clean and under attack.
 
     MODEL is a run folder, FILE.py:FACTORY, an architecture such as lenet+ with --weights, a
     TorchScript (.pt) or torch.export (.pt2) program, timm:NAME or hf:NAME. The worst case takes the

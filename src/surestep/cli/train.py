@@ -114,8 +114,6 @@ def train(
     if resume is not None:
         begun, out = runs.read_config(resume), resume
         config = parse(RunConfig, {**begun.model_dump(), **settings})
-        if is_first_process():
-            on_start = partial(_tell_changes, begun, config)
     else:
         if config_file is not None:
             from_file = read_yaml(config_file)
@@ -193,16 +191,6 @@ def _tell_defaults(config: RunConfig, settings: dict[str, Any]) -> None:
             f"meant for MNIST: {', '.join(taken)}; --preset NAME uses another data set's{advice}",
             err=True,
         )
-
-
-def _tell_changes(begun: RunConfig, config: RunConfig) -> None:
-    """Print to stderr which settings a resumed run changes; its ``config.yaml`` keeps the first."""
-    for name in CHANGEABLE:
-        then, now = getattr(begun, name), getattr(config, name)
-        if then != now:
-            computes = name in ("device", "max_memory")
-            more = "; results may differ from an uninterrupted run's" if computes else ""
-            click.echo(f"{name} {str(then).lower()} then, {str(now).lower()} now{more}", err=True)
 
 
 def _report(config: RunConfig, out: str, model: nn.Module) -> None:

@@ -25,7 +25,7 @@ from surestep.comparing._run import (
 )
 from surestep.comparing._table import Comparison, Failure, Tell
 from surestep.config import RunConfig
-from surestep.data import Images
+from surestep.data import Images, check_judged
 from surestep.errors import UserError
 from surestep.evaluation import suite
 from surestep.training.run_folder import RunFolder
@@ -174,6 +174,7 @@ def _judging(
         budget_of(audit)
     if n < 1:
         raise UserError(f"n {n}: give at least 1 image")
+    check_judged(split)
     if batch_size is not None and batch_size < 1:
         raise UserError(f"eval_batch_size {batch_size}: give 1 or more")
     if attacks is None:

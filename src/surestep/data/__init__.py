@@ -15,7 +15,7 @@ from surestep.data import augment
 from surestep.data._batches import Batches, as_pair, as_pixels
 from surestep.data._images import UNLABELLED, Images, as_images, number_names
 from surestep.data._random import seed_of
-from surestep.data._splits import check_split, mixed, some
+from surestep.data._splits import check_judged, check_split, mixed, some
 from surestep.errors import UserError, look_up
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "as_pair",
     "as_pixels",
     "augment",
+    "check_judged",
     "describe",
     "load",
     "mixed",

@@ -24,6 +24,16 @@ def check_split(split: str) -> Split:
     raise UserError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
 
 
+def check_judged(split: str) -> None:
+    """Refuse to judge a model on images that it was trained on.
+
+    Raises:
+        UserError: ``split`` is neither test nor validation.
+    """
+    if split not in ("test", "validation"):
+        raise UserError(f"split {split!r}: models are judged on test or validation")
+
+
 def last_held_out(n: int, split: Split, size: int) -> slice:
     """Return which of ``n`` training examples form ``split``: validation is the last ``size``."""
     return slice(n - size, n) if split == "validation" else slice(0, n - size)

@@ -72,6 +72,8 @@ def load(split: Split, name: str, *, image_size: int | None = None, n: int | Non
     classes, order = getattr(rows.features[label], "names", None), mixed(len(rows))
     decode = datasets.Image(mode=getattr(rows.features[image], "mode", None)).decode_example
     try:
+        if getattr(rows.features[image], "dtype", None) in ("string", "large_string"):
+            raise TypeError  # they would be taken for paths and addresses to open
         # Rows hold the images' files, so that the files are decoded in several threads.
         rows = rows.cast_column(image, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError):  # pyarrow's errors are of these types

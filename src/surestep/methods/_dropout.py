@@ -13,24 +13,26 @@ from surestep.attacks.lending import compiled
 from surestep.errors import UserError
 
 
-def check_dropout(model: nn.Module, p: float) -> None:
-    """Check that dropout with probability ``p`` can act in ``model``; one of 0 always can.
+def check_dropout(model: nn.Module, p: float) -> list[nn.Module]:
+    """Return the activations of ``model`` that dropout with probability ``p`` acts on; none if 0.
 
     Raises:
         UserError: the model has no activations that are modules, or is compiled.
     """
     if not p:
-        return
+        return []
     if compiled(model):
         raise UserError(
             f"dropout {p:g} changes at each step, which a model that is compiled (as a whole or in "
             "part) does not follow: leave out dropout or torch.compile"
         )
-    if not activations(model):
+    found = list(activations(model).values())
+    if not found:
         raise UserError(
             f"dropout {p:g} acts after activation modules, but the model has none: use modules "
             "such as nn.ReLU() instead of functions such as F.relu, or leave dropout out"
         )
+    return found
 
 
 @contextmanager
@@ -43,13 +45,12 @@ def activation_dropout(model: nn.Module, p: float) -> Iterator[None]:
     Raises:
         UserError: see ``check_dropout``.
     """
-    check_dropout(model, p)
+    layers = check_dropout(model, p)
 
     def drop(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         drop_from = F.dropout2d if output.dim() == 4 else F.dropout
         return drop_from(output, p, module.training)
 
-    layers = activations(model).values() if p else ()
     handles = [m.register_forward_hook(drop) for m in layers]
     try:
         yield

@@ -92,9 +92,9 @@ def fit(
             transforms: pass ``validation`` if these are random.
         resume: continue from the newest checkpoint in ``out``. The result is bit-identical to
             that of an uninterrupted run with up to two processes, and the same to the last digits
-            with more, unless their number changes. (On a GPU, only with deterministic kernels:
-            call ``torch.use_deterministic_algorithms(True)``, with CUBLAS_WORKSPACE_CONFIG=:4096:8
-            in the environment.)
+            with more, unless their number, ``device`` or ``max_memory`` changes. (On a GPU, only
+            with deterministic kernels: call ``torch.use_deterministic_algorithms(True)``, with
+            CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment.)
         overwrite: delete what is in ``out`` first.
         quiet: show nothing.
         device: such as "cpu" or "cuda"; by default an accelerator if there is one.
@@ -108,7 +108,7 @@ def fit(
             validated model (the weight average, if there is one) in eval mode; meant for loggers
             and early stopping. If it returns True, training ends as after the last epoch, and the
             row has the entry ``stopped``; a resume trains no further. If it raises, all processes
-            end, and the run can be resumed.
+            end, and the run can be resumed; it is not called again for that epoch.
         settings: fields of ``surestep.config.FitSettings``: epochs, batch_size, lr, schedule, ...
 
     Returns:
@@ -152,7 +152,8 @@ def fit(
     if device is None and processes.world_size() > 1:
         target = accelerator.device
     if isinstance(data, DataLoader) and (size := batch_size_of(data)):
-        config = _with_batches_of(size, config, run if resume else None, settings)
+        recorded = _batch_size_recorded(size, config, run if resume else None, settings)
+        config = config.model_copy(update={"batch_size": recorded})
     threat = method.threat
     if describe and not {"method", "params"} <= describe.keys():
         raise UserError("describe needs the entries method and params, by which a run is resumed")
@@ -164,9 +165,10 @@ def fit(
         "bounds": list(threat.bounds),
         "margin": float(method.margin),
     }
+    changed: list[str] = []
     if run and resume:
         config = run.as_begun(config)
-        run.check_same({**describe, **config.model_dump(mode="json")})
+        changed = run.check_same({**describe, **config.model_dump(mode="json")})
     if workers < 0:
         raise UserError(f"workers {workers}: give 0 or more")
     if steps_per_epoch is not None and steps_per_epoch < 1:
@@ -203,45 +205,34 @@ def fit(
         if trouble:
             raise trouble
         trainer = Trainer(job, run, quiet=quiet, on_epoch=on_epoch)
-        at = trainer.train(resume=resume, differences=differences)
+        at = trainer.train(resume=resume, changed=changed, differences=differences)
     place = run.folder if run else None
     return FitResult(job.model, at.history, at.best_epoch, at.train_seconds, place, job.method)
 
 
-def _with_batches_of(
+def _batch_size_recorded(
     size: int, config: FitSettings, begun: RunFolder | None, given: Mapping[str, Any]
-) -> FitSettings:
-    """Return the settings with the batch size of a DataLoader, in which each process has ``size``.
+) -> int:
+    """Return the batch size to record for a DataLoader with ``size`` images in each process.
 
     Args:
         size: images per batch of the DataLoader.
         config: the settings.
-        begun: the run to resume, if any.
+        begun: the run to resume, if any, which keeps what it recorded: older versions did not ask
+            the DataLoader. Its checkpoints tell what it had.
         given: the settings that the caller gave.
 
     Raises:
-        UserError: the caller gave another batch size, or the run was begun with another.
+        UserError: the caller gave another batch size.
     """
     count = processes.world_size()
-    whole = size * count
-    if "batch_size" in given and config.batch_size != whole:
+    if "batch_size" in given and config.batch_size != size * count:
         raise UserError(
             f"batch_size {config.batch_size} has no effect: the DataLoader has its own, {size}"
             f"{' in each process' if count > 1 else ''}; leave it out"
         )
-    if begun:
-        # Older versions recorded the default, whatever the DataLoader had.
-        default = FitSettings.model_fields["batch_size"].default
-        before = read_yaml(begun.config).get("batch_size", default)
-        if before == default:
-            return config.model_copy(update={"batch_size": before})
-        if before != whole:
-            raise UserError(
-                f"cannot resume {begun.folder}, whose steps take {before} images in all: the "
-                f"DataLoader's {size} in each process are {whole}; use the same batch size and the "
-                "same number of processes"
-            )
-    return config.model_copy(update={"batch_size": whole})
+    recorded = read_yaml(begun.config) if begun else {}
+    return recorded.get("batch_size", size * count)
 
 
 def _accelerator(device: torch.device, run: RunFolder | None, *, tensorboard: bool) -> Accelerator:

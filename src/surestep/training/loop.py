@@ -69,11 +69,12 @@ class Trainer:
         self._began = 0.0
         self._best: dict[str, Tensor] = {}
 
-    def train(self, *, resume: bool, differences: list[str]) -> RunState:
+    def train(self, *, resume: bool, changed: list[str], differences: list[str]) -> RunState:
         """Train to the end, and leave the selected weights in the model.
 
         Args:
             resume: continue from the newest checkpoint.
+            changed: which settings differ from those that the run was started with.
             differences: how the environment differs from the one the run was started in.
         """
         job = self.job
@@ -82,6 +83,8 @@ class Trainer:
         with self.display:
             if job.pick:
                 self.display.say(str(job.pick))
+            for change in changed:
+                self.display.say(change)
             for difference in differences:
                 self.display.say(f"results may differ in the last digits: {difference}")
             interrupted = self._resume() if resume else None

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from surestep import files, processes
 from surestep.attacks.core import share_of
@@ -48,6 +48,8 @@ MOST_JUDGED = 500
 """Maximum number of images that validation attacks at a time."""
 ROOM_TO_JUDGE = 2**30
 """Bytes of activations that an attack of validation may take even if a step takes less."""
+_MOST_GROWTH = 16
+"""How many times as many images as a step validation may attack at a time."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class Job:
         held_out: validation data, or None.
         images: number of training images in memory; 0 for a Dataset or a DataLoader.
         own_batches: whether the data are a DataLoader, whose batches count for each process.
+        loader_batch: images that all processes take in a step from a DataLoader; 0 if unknown.
         labelled: share of the training images that have a label.
         signature: classes and image shape to store with the weights, if known.
         total: number of steps of the whole run.
@@ -134,6 +137,7 @@ class Job:
     held_out: Any
     images: int
     own_batches: bool
+    loader_batch: int
     labelled: float
     signature: files.Signature | None
     total: int
@@ -197,7 +201,8 @@ def prepare(
     # Check this before the first collective call (the engine trial), in which processes that
     # disagree would hang.
     processes.check_alike("training steps", total, device)
-    for what, part in (("training", train), ("held-out", held_out)):
+    streams = isinstance(train, DataLoader) and isinstance(train.dataset, IterableDataset)
+    for what, part in (("training", None if streams else train), ("held-out", held_out)):
         processes.check_alike(f"{what} images (or batches)", _length_of(part), device)
     batch, size = _batch_of(train, config)
     module = uncompiled(model)
@@ -232,9 +237,11 @@ def prepare(
     judged = method.peak_images(batch)
     if isinstance(step_model, Frugal):
         judged = min(judged, step_model.images)
-    elif shape and not config.max_memory:
-        # Small batches of an attack would leave the device idle.
-        judged = max(judged, images_within(ROOM_TO_JUDGE, module, engine, shape))
+    elif held_out is not None and shape and not config.max_memory:
+        # Small batches of an attack would leave the device idle. The bound is for models that
+        # hide what they keep.
+        room = images_within(ROOM_TO_JUDGE, module, engine, shape)
+        judged = max(judged, min(room, _MOST_GROWTH * judged))
     # The same in each process, so that all make equally many collective calls.
     eval_batch_size = processes.all_min(min(MOST_JUDGED, judged), device)
     if processes.world_size() > 1:
@@ -254,6 +261,7 @@ def prepare(
         held_out=held_out,
         images=0 if in_memory is None else len(in_memory),
         own_batches=isinstance(train, DataLoader),
+        loader_batch=_loader_batch(train),
         labelled=1.0 if in_memory is None else share_of(in_memory.y >= 0),
         signature=signature,
         total=total,
@@ -384,6 +392,12 @@ def _length_of(data: Any) -> int:
         return 0
 
 
+def _loader_batch(train: Any) -> int:
+    """Return the images that all processes take in a step from a DataLoader; 0 if unknown."""
+    known = batch_size_of(train) if isinstance(train, DataLoader) else None
+    return (known or 0) * processes.world_size()
+
+
 def _batch_of(train: Any, config: FitSettings) -> tuple[int, str]:
     """Return the images per step in this process, and the setting that gives them, in words."""
     if isinstance(train, DataLoader) and (size := batch_size_of(train)):
@@ -494,6 +508,8 @@ def _place(
     if pick:
         picked = {"engine": pick.engine, "precision": pick.precision}
         config = config.model_copy(update=picked)
+    elif config.engine == "auto":  # which means "fast" where none is timed
+        config = config.model_copy(update={"engine": "fast"})
     engine = Engine.choose(config.engine, config.precision, device)
     engine.place(model)
     if shape:

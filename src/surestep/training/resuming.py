@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -76,6 +76,7 @@ class Checkpoints:
                 "epoch_rng": epoch_rng,
                 "steps_per_epoch": job.source.steps_per_epoch,
                 "images": job.images,
+                "loader_batch": job.loader_batch,
             },
         )
 
@@ -98,8 +99,7 @@ class Checkpoints:
             saved["progress"].pop(derived, None)
         state = RunState(**saved["progress"])
         within = state.step != min(job.total, state.epoch * job.source.steps_per_epoch)
-        begun = len(saved["rng"])
-        self._check_data(begun, saved["steps_per_epoch"], saved.get("images"), within=within)
+        self._check_data(state.step, saved)
         try:
             job.model.load_state_dict(saved["model"])
         except RuntimeError as e:
@@ -140,18 +140,18 @@ class Checkpoints:
         self.say(f"{self.run.folder} has no checkpoint yet: it starts anew")
         return RunState()
 
-    def _check_data(self, begun: int, steps: int, images: int | None, *, within: bool) -> None:
+    def _check_data(self, step: int, saved: Mapping[str, Any]) -> None:
         """Check that a run can resume with this number of processes, and with these data.
 
         Args:
-            begun: number of processes of the run.
-            steps: its steps per epoch.
-            images: its images in memory; None in older checkpoints.
-            within: whether the checkpoint was written within an epoch.
+            step: the run's steps so far.
+            saved: its checkpoint; older ones do not hold the numbers of images.
         """
         job = self.job
-        now, expected = processes.world_size(), job.source.steps_per_epoch
+        steps, expected = saved["steps_per_epoch"], job.source.steps_per_epoch
+        begun, now = len(saved["rng"]), processes.world_size()
         # Any number of processes draws the same order of images in memory, but not of a Dataset.
+        within = step % steps and step < job.total
         if begun != now and (job.own_batches or (within and not job.images)):
             raise UserError(
                 f"{self.run.folder} was run on {begun} processes and cannot resume on {now}, which "
@@ -162,10 +162,17 @@ class Checkpoints:
                 f"{self.run.folder} has epochs of {steps} steps, but these data give "
                 f"{expected}: resume with the data and the batch size that it was started with"
             )
+        images = saved.get("images")
         if images is not None and images != job.images:
             raise UserError(
                 f"{self.run.folder} has {images or 'no'} training images in memory, but these data "
                 f"give {job.images or 'none'}: resume with the data that it was started with"
+            )
+        batch = saved.get("loader_batch")
+        if batch and job.loader_batch and batch != job.loader_batch:
+            raise UserError(
+                f"{self.run.folder} took {batch} images in a step from its DataLoader, but this "
+                f"one gives {job.loader_batch}: resume with the batch size that it was started with"
             )
         if begun != now:
             self.say(

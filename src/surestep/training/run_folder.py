@@ -250,13 +250,14 @@ class RunFolder:
                 settings[name] = begun.get(name, "auto")
         return parse(type(config), settings, f"{self.config}: ")
 
-    def check_same(self, settings: Mapping[str, Any]) -> None:
+    def check_same(self, settings: Mapping[str, Any]) -> list[str]:
         """Refuse to resume with settings other than those the run was started with.
 
-        Those in ``CHANGEABLE`` may differ.
+        Returns:
+            A line for each of ``CHANGEABLE``, which may differ, that does.
 
         Raises:
-            UserError: naming the first that differs.
+            UserError: naming the first of the others that differs.
         """
         # A setting that did not exist when the run started counts as its default.
         defaults = {k: f.default for k, f in RunConfig.model_fields.items()}
@@ -266,9 +267,16 @@ class RunFolder:
         begun = {**{k: defaults.get(k) for k in settings}, **read_yaml(self.config)}
         before = {name: known[name] for name in settings["params"]}
         begun["params"] = {**before, **(begun["params"] or {})}
-        for name in begun:
-            if name not in CHANGEABLE and begun[name] != settings.get(name):
+        changed = []
+        for name, then in begun.items():
+            now = settings.get(name)
+            if then == now:
+                continue
+            if name not in CHANGEABLE:
                 raise UserError(
-                    f"cannot resume {self.folder} with {name} {settings.get(name)!r}: it was begun "
-                    f"with {begun.get(name)!r}"
+                    f"cannot resume {self.folder} with {name} {now!r}: it was begun with {then!r}"
                 )
+            computes = name in ("device", "max_memory")
+            more = "; results may differ from an uninterrupted run's" if computes else ""
+            changed.append(f"{name} {str(then).lower()} then, {str(now).lower()} now{more}")
+        return changed

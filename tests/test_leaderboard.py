@@ -41,7 +41,7 @@ def line(entry, seed, worst, verdict, seconds, machine="one"):
             "clean": "0.9",
             "fgsm": "0.8",
         },
-        **{"found": "0.5", "worst_case": str(worst), "verdict": verdict},
+        **{"found": "0.5", "audit_n": "100", "worst_case": str(worst), "verdict": verdict},
         **{"train_seconds": str(seconds), "machine": machine, "date": "2026-11-23"},
     }
 
@@ -203,6 +203,20 @@ def test_the_best_sat_is_held_against_the_best_of_the_rest():
     assert "-3.0 points" in text
     # Nothing to compare with.
     assert page.against(page.means(rows[1:2])) == ""
+
+
+@pytest.mark.parametrize(
+    ("verdict", "found", "date", "told"),
+    [
+        ("not robust", "0.2", "2026-11-29T10", "not robust ‡"),
+        ("not robust", "0.02", "2026-11-29T10", "not robust"),  # surely below 15% of 90%
+        ("not robust", "0.2", "2026-11-29T11", "not robust"),
+        ("inconclusive", "0.2", "2026-11-29T10", "inconclusive"),
+    ],
+)
+def test_a_verdict_that_the_rule_of_today_might_change_is_marked(verdict, found, date, told):
+    row = {**line("one", 0, 0.2, verdict, 80), "found": found, "date": date}
+    assert page.means([row])[0]["verdict"] == told
 
 
 def test_a_seed_that_diverged_is_named_and_counts_in_no_mean():

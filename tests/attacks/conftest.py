@@ -84,3 +84,20 @@ def digits():
         return x, torch.randint(4, (n,), generator=g)
 
     return draw
+
+
+@pytest.fixture
+def autocast_at_logits(monkeypatch):
+    """Return a function that notes for a module, at each pass of its model, if autocast is on."""
+
+    def watch(module):
+        seen, forward = [], module.forward_logits
+
+        def noting(model, x):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return forward(model, x)
+
+        monkeypatch.setattr(module, "forward_logits", noting)
+        return seen
+
+    return watch

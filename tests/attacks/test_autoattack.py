@@ -198,16 +198,9 @@ def test_square_moves_squares_of_images_without_a_channel(threat, pixels):
 
 
 @pytest.mark.parametrize("part", autoattack.PARTS)
-def test_it_decides_in_float32(pixels, part, monkeypatch):
+def test_it_decides_in_float32(pixels, part, autocast_at_logits):
     """The package leaves a point that is wrong, be it by a hair of bf16's."""
-    seen = []
-    forward = autoattack.forward_logits
-
-    def noting(model, x):
-        seen.append(torch.is_autocast_enabled("cpu"))
-        return forward(model, x)
-
-    monkeypatch.setattr(autoattack, "forward_logits", noting)
+    seen = autocast_at_logits(autoattack)
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), pixels[:8]
     with torch.autocast("cpu", torch.bfloat16):

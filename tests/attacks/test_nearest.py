@@ -103,16 +103,9 @@ def test_a_norm_in_which_it_does_not_look():
         suite.parse("cw-l2", surestep.Linf(0.3))
 
 
-def test_it_decides_in_float32(digits, mlp, monkeypatch):
+def test_it_decides_in_float32(digits, mlp, autocast_at_logits):
     """foolbox keeps the nearest point that is wrong, be it by a hair of bf16's."""
-    seen = []
-    forward = nearest.forward_logits
-
-    def noting(model, x):
-        seen.append(torch.is_autocast_enabled("cpu"))
-        return forward(model, x)
-
-    monkeypatch.setattr(nearest, "forward_logits", noting)
+    seen = autocast_at_logits(nearest)
     x = digits(4)[0].float()
     net = mlp.float()
     with torch.autocast("cpu", torch.bfloat16):

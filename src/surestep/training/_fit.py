@@ -165,10 +165,10 @@ def fit(
         "bounds": list(threat.bounds),
         "margin": float(method.margin),
     }
-    changed: list[str] = []
+    notes: list[str] = []
     if run and resume:
         config = run.as_begun(config)
-        changed = run.check_same({**describe, **config.model_dump(mode="json")})
+        notes += run.check_same({**describe, **config.model_dump(mode="json")})
     if workers < 0:
         raise UserError(f"workers {workers}: give 0 or more")
     if steps_per_epoch is not None and steps_per_epoch < 1:
@@ -188,7 +188,6 @@ def fit(
     processes.barrier(target)
     own = run if processes.rank() == 0 else None
     with ExitStack() as folder:
-        differences: list[str] = []
         trouble: UserError | None = None
         if own:
             try:
@@ -197,7 +196,10 @@ def fit(
                         {**describe, **job.config.model_dump(mode="json")}, overwrite=overwrite
                     )
                 folder.enter_context(own.held())
-                differences = own.note_environment()
+                notes += [
+                    f"results may differ in the last digits: {difference}"
+                    for difference in own.note_environment()
+                ]
             except UserError as e:
                 trouble = e
         # Send errors, too: the other processes would wait for one that has left.
@@ -205,7 +207,7 @@ def fit(
         if trouble:
             raise trouble
         trainer = Trainer(job, run, quiet=quiet, on_epoch=on_epoch)
-        at = trainer.train(resume=resume, changed=changed, differences=differences)
+        at = trainer.train(resume=resume, notes=notes)
     place = run.folder if run else None
     return FitResult(job.model, at.history, at.best_epoch, at.train_seconds, place, job.method)
 

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NoReturn
 
@@ -69,13 +69,12 @@ class Trainer:
         self._began = 0.0
         self._best: dict[str, Tensor] = {}
 
-    def train(self, *, resume: bool, changed: list[str], differences: list[str]) -> RunState:
+    def train(self, *, resume: bool, notes: Sequence[str]) -> RunState:
         """Train to the end, and leave the selected weights in the model.
 
         Args:
             resume: continue from the newest checkpoint.
-            changed: which settings differ from those that the run was started with.
-            differences: how the environment differs from the one the run was started in.
+            notes: lines to show first, on what differs from when the run was started.
         """
         job = self.job
         if job.config.tensorboard:
@@ -83,10 +82,8 @@ class Trainer:
         with self.display:
             if job.pick:
                 self.display.say(str(job.pick))
-            for change in changed:
-                self.display.say(change)
-            for difference in differences:
-                self.display.say(f"results may differ in the last digits: {difference}")
+            for note in notes:
+                self.display.say(note)
             interrupted = self._resume() if resume else None
             # Without a folder there is nothing to resume: signals keep their usual effect.
             with self.stop.handling_signals() if self.run else nullcontext():

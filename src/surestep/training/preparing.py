@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from surestep import files, processes
 from surestep.attacks.core import share_of
@@ -40,6 +40,7 @@ from surestep.training.source import (
     Source,
     batch_size_of,
     first_item_as_batch,
+    is_stream,
     make_source,
     with_workers_ignoring_signals,
 )
@@ -201,8 +202,7 @@ def prepare(
     # Check this before the first collective call (the engine trial), in which processes that
     # disagree would hang.
     processes.check_alike("training steps", total, device)
-    streams = isinstance(train, DataLoader) and isinstance(train.dataset, IterableDataset)
-    for what, part in (("training", None if streams else train), ("held-out", held_out)):
+    for what, part in (("training", None if is_stream(train) else train), ("held-out", held_out)):
         processes.check_alike(f"{what} images (or batches)", _length_of(part), device)
     batch, size = _batch_of(train, config)
     module = uncompiled(model)

@@ -151,8 +151,8 @@ class Checkpoints:
         steps, expected = saved["steps_per_epoch"], job.source.steps_per_epoch
         begun, now = len(saved["rng"]), processes.world_size()
         # Any number of processes draws the same order of images in memory, but not of a Dataset.
-        within = step % steps and step < job.total
-        if begun != now and (job.own_batches or (within and not job.images)):
+        batches_left = step % steps and step < job.total
+        if begun != now and (job.own_batches or (batches_left and not job.images)):
             raise UserError(
                 f"{self.run.folder} was run on {begun} processes and cannot resume on {now}, which "
                 "would split a Dataset or DataLoader differently: use the same number"

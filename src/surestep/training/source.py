@@ -224,6 +224,11 @@ def batch_size_of(loader: DataLoader) -> int | None:
     return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
 
 
+def is_stream(data: Any) -> bool:
+    """Tell whether data are a DataLoader that reads a stream, which cannot be divided by index."""
+    return isinstance(data, DataLoader) and isinstance(data.dataset, IterableDataset)
+
+
 def with_workers_ignoring_signals(data: Any) -> Any:
     """Return a DataLoader whose workers ignore signals to the process group; other data as given.
 
@@ -301,9 +306,8 @@ def make_source(
             f"augment={augmentation!r} works on tensors in memory: augment in your Dataset, or "
             "pass a pair of tensors"
         )
-    stream = isinstance(data, DataLoader) and isinstance(data.dataset, IterableDataset)
     # Of a stream of a given length each process yields its own part.
-    divided = world > 1 and not (stream and steps is not None)
+    divided = world > 1 and not (is_stream(data) and steps is not None)
     if isinstance(data, Dataset):
         if batch_size % world:
             raise UserError(f"batch_size {batch_size} is not divisible by {world} processes")
@@ -340,7 +344,7 @@ def _check_shardable(loader: DataLoader) -> None:
             f"the batches of a {kind} without an attribute batch_size may differ in size and "
             "cannot be split over several processes: let it have one, and batches of that size"
         )
-    if isinstance(loader.dataset, IterableDataset):
+    if is_stream(loader):
         raise UserError(
             "an IterableDataset cannot be split over several processes: give a Dataset with "
             "__getitem__, or steps_per_epoch and a stream that yields each process its own part"

@@ -71,7 +71,12 @@ def seed_everything(seed: int) -> None:
     """Seed python, numpy and torch: a model may draw from any of them."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
-    torch.manual_seed(seed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        # torch.manual_seed would format the call stack three times, for devices that may come yet:
+        # one to three milliseconds, as long as a pass of a small network.
+        torch.default_generator.manual_seed(seed)
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import textwrap
 from types import SimpleNamespace
 
 import numpy as np
@@ -344,6 +345,38 @@ class TestFolders:
         assert isinstance(run, surestep.Run)
         x = torch.rand(4, *files.read_signature(run.weights).shape)
         assert torch.equal(run.model(x), result.model.eval()(x))
+
+    @pytest.mark.parametrize(
+        ("engine", "flatten", "last"),
+        [
+            ("fast", "x.flatten(1)", True),
+            ("fast", "x.view(len(x), -1)", False),
+            ("reference", "x.flatten(1)", False),
+        ],
+    )
+    def test_its_model_is_laid_out_as_the_engine_trained_it(
+        self, config, tmp_path, engine, flatten, last
+    ):
+        source = f"""
+            import torch
+
+            class Net(torch.nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.first, self.second = torch.nn.Conv2d(1, 3, 3), torch.nn.Conv2d(3, 2, 3)
+                    self.head = torch.nn.Linear(32, 3)
+
+                def forward(self, x):
+                    x = self.second(self.first(x).relu())
+                    return self.head({flatten})
+
+        """
+        (tmp_path / "net.py").write_text(textwrap.dedent(source))
+        values = {"model": f"{tmp_path / 'net.py'}:Net", "engine": engine}
+        runs.train(config.model_copy(update=values), tmp_path / "run", quiet=True)
+        weight = runs.load(tmp_path / "run", "cpu").model.second.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) is last
+        assert weight.is_contiguous() is not last
 
     def test_an_explicit_zero_counts(self, config, tmp_path):
         """Of a part that the method brings along."""

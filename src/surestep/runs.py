@@ -31,7 +31,7 @@ from surestep.methods import Method
 from surestep.posthoc import insert
 from surestep.presets import resolve, usual_preset
 from surestep.threat import ThreatModel
-from surestep.training import FitResult, checkpoint, fit
+from surestep.training import Engine, FitResult, checkpoint, fit
 from surestep.training.run_folder import RunFolder
 
 __all__ = [
@@ -394,6 +394,8 @@ def read_config(folder: str | Path) -> RunConfig:
 def load(folder: str | Path, device: str | None = None) -> Run:
     """Load a run folder (``surestep.load``), without its data if the weights name the classes.
 
+    The model is in the memory format of the run's engine, as ``train`` returned it.
+
     Args:
         folder: as written by ``surestep train``.
         device: for the model; by default the best available.
@@ -417,4 +419,7 @@ def load(folder: str | Path, device: str | None = None) -> Run:
             images = load_data(config, "validation", 1)
     model = build_model(config, images)
     files.load_weights(weights, model)
-    return Run(config, model.to(pick_device(device)).eval(), build_threat(config), folder)
+    model.to(pick_device(device)).eval()
+    engine = Engine.choose(config.engine, "fp32", device_of(model))
+    engine.suited(engine.place(model), torch.Size(images.image_shape))
+    return Run(config, model, build_threat(config), folder)

@@ -16,12 +16,11 @@ from torch.utils._pytree import tree_iter
 from torch.utils.data import DataLoader, TensorDataset
 
 import surestep
-from surestep import L2, Linf, UserError, devices, methods, posthoc
-from surestep.attacks.lending import forked_rng
+from surestep import L2, Linf, UserError, devices, methods, posthoc, randomness
 from surestep.auditing import stand_ins
 from surestep.data import as_images, augment
 from surestep.data._splits import divide, mixed
-from surestep.training import randomness
+from surestep.randomness import forked_rng
 from surestep.training.holding_out import hold_out
 
 

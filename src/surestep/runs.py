@@ -20,7 +20,7 @@ from torch import nn
 
 from surestep import data, files, methods, models, posthoc, threat
 from surestep.attacks.inputs import count_classes
-from surestep.attacks.lending import device_of, forked_rng
+from surestep.attacks.lending import device_of
 from surestep.clock import each_minute
 from surestep.config import FitSettings, RunConfig, parse, read_yaml
 from surestep.data import Images
@@ -30,6 +30,7 @@ from surestep.evaluation import Evaluation, evaluate, suite
 from surestep.methods import Method
 from surestep.posthoc import insert
 from surestep.presets import resolve, usual_preset
+from surestep.randomness import forked_rng
 from surestep.threat import ThreatModel
 from surestep.training import Engine, FitResult, checkpoint, fit
 from surestep.training.run_folder import RunFolder

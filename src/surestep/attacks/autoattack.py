@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from surestep.attacks.core import in_turn, input_gradient
 from surestep.attacks.gradient import pgd
 from surestep.attacks.inputs import check_inputs, forward_logits
-from surestep.attacks.lending import attacking, forked_rng, frozen
+from surestep.attacks.lending import attacking, frozen
 from surestep.devices import exact, finest
 from surestep.errors import UserError, need
+from surestep.randomness import forked_rng
 from surestep.threat import L2, Linf, ThreatModel
 
 _SMALLEST = 5  # pixels, of images that Square divides in the l2 norm

@@ -8,15 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.lending import (
-    attacking,
-    check_module,
-    compiled_whole,
-    forked_rng,
-    uncompiled,
-    unwrapped,
-)
+from surestep.attacks.lending import attacking, check_module, compiled_whole, uncompiled, unwrapped
 from surestep.errors import UserError
+from surestep.randomness import forked_rng
 from surestep.threat import ThreatModel
 
 

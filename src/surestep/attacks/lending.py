@@ -5,11 +5,9 @@ Modes, ``requires_grad`` flags, ``.grad`` and buffers are left as they were foun
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -44,39 +42,6 @@ def check_module(model: object) -> None:
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of a model's parameters; the CPU if it has none."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-@contextmanager
-def forked_rng(device: torch.device) -> Iterator[None]:
-    """Restore the random states of python, numpy, torch and the device on exit.
-
-    Inside the block, ``torch.manual_seed`` seeds every device.
-    """
-    # A model may draw from any of these.
-    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
-    # torch's fork_rng addresses devices by their index, which mps does not have.
-    state = torch.mps.get_rng_state() if device.type == "mps" else None
-    used = torch.cuda.is_initialized() or device.type == "cuda"
-    try:
-        with torch.random.fork_rng(range(torch.cuda.device_count()) if used else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)  # noqa: NPY002
-        if state is not None:
-            torch.mps.set_rng_state(state)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch: a model may draw from any of them."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    if torch.accelerator.is_available():
-        torch.manual_seed(seed)
-    else:
-        # torch.manual_seed would format the call stack three times, for devices that may come yet:
-        # one to three milliseconds, as long as a pass of a small network.
-        torch.default_generator.manual_seed(seed)
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

@@ -20,9 +20,7 @@ from surestep.attacks.lending import (
     attacking,
     check_module,
     device_of,
-    forked_rng,
     interpreted,
-    seed_everything,
     uncompiled,
     unwrapped,
 )
@@ -45,6 +43,7 @@ from surestep.evaluation import Adapted, doubts, wilson_interval
 from surestep.evaluation.batches import batches_of, warn_of_one_class
 from surestep.evaluation.substitute import substitute
 from surestep.evaluation.suite import Attack, transfer
+from surestep.randomness import forked_rng, seed_everything
 from surestep.threat import ThreatModel
 from surestep.threat import check as check_threat
 

@@ -21,13 +21,13 @@ from surestep.attacks import losses
 from surestep.attacks.core import SAME, Ascent, input_gradient, logit_distance, share_of
 from surestep.attacks.gradient import pgd_step_size
 from surestep.attacks.inputs import forward_logits
-from surestep.attacks.lending import seed_everything
 from surestep.auditing._subject import Subject
 from surestep.auditing.binarization import binarization_rates
 from surestep.devices import autocast, exact, finest
 from surestep.evaluation import doubts, evaluate, suite
 from surestep.evaluation.adapt import seeds_of
 from surestep.files import plain
+from surestep.randomness import seed_everything
 from surestep.threat import Linf, per_sample
 
 BETWEEN = 100

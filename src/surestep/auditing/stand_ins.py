@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from surestep.attacks.core import in_turn, share_of
 from surestep.attacks.gradient import pgd
 from surestep.attacks.inputs import forward_logits
-from surestep.attacks.lending import forked_rng, seed_everything
 from surestep.auditing.checks import CONTRADICTED
 from surestep.devices import finest
 from surestep.evaluation.suite import Attack
+from surestep.randomness import forked_rng, seed_everything
 from surestep.threat import ThreatModel
 
 EOT_SAMPLES = 10

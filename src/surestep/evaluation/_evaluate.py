@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from surestep.activations import straight_through_layers
-from surestep.attacks.lending import attacking, check_module, device_of, forked_rng, seed_everything
+from surestep.attacks.lending import attacking, check_module, device_of
 from surestep.data import Images
 from surestep.devices import memory_for
 from surestep.errors import SurestepWarning, UserError
@@ -27,6 +27,7 @@ from surestep.evaluation.batches import batches_of, warn_of_one_class
 from surestep.evaluation.judge import Judge
 from surestep.evaluation.result import Evaluation
 from surestep.evaluation.substitute import substitute
+from surestep.randomness import forked_rng, seed_everything
 from surestep.threat import ThreatModel
 from surestep.threat import check as check_threat
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from surestep.attacks.inputs import forward_logits, reason_of
-from surestep.attacks.lending import forked_rng, seed_everything, unwrapped
+from surestep.attacks.lending import unwrapped
 from surestep.devices import out_of_memory
 from surestep.errors import UserError
+from surestep.randomness import forked_rng, seed_everything
 
 # Two seeds that no model is likely to use itself.
 _SEEDS = 778_012_351, 1_903_118_207

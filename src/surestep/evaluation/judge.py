@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from surestep.attacks.core import misclassified, passes_agree, round_up, share_of
 from surestep.attacks.inputs import check_inputs, forward_logits
-from surestep.attacks.lending import forked_rng, seed_everything
 from surestep.data import mixed
 from surestep.devices import autocast, exact
 from surestep.errors import UserError
@@ -24,6 +23,7 @@ from surestep.evaluation._state import State
 from surestep.evaluation.result import Evaluation, wilson_interval
 from surestep.evaluation.suite import AttackResult
 from surestep.files import digest
+from surestep.randomness import forked_rng, seed_everything
 from surestep.threat import ThreatModel
 
 _ROUNDED = 0.01  # share of images that rounding on another machine may misclassify

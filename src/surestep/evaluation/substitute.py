@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.attacks.inputs import forward_logits
-from surestep.attacks.lending import attacking, forked_rng, seed_everything
+from surestep.attacks.lending import attacking
+from surestep.randomness import forked_rng, seed_everything
 from surestep.threat import ThreatModel
 
 STEPS, BATCH, WIDTH = 250, 64, 16

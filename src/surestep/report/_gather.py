@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from surestep.attacks import pgd
 from surestep.attacks.core import input_gradient
 from surestep.attacks.inputs import check_inputs, forward_logits
-from surestep.attacks.lending import attacking, forked_rng
+from surestep.attacks.lending import attacking
 from surestep.attacks.losses import cross_entropy
 from surestep.devices import exact, memory_for
 from surestep.errors import UserError
+from surestep.randomness import forked_rng
 from surestep.report import _png
 from surestep.threat import ThreatModel, per_sample
 

@@ -15,18 +15,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from surestep import processes
-from surestep.attacks.lending import (
-    attacking,
-    buffers_kept,
-    device_of,
-    forked_rng,
-    uncompiled,
-    unwrapped,
-)
+from surestep.attacks.lending import attacking, buffers_kept, device_of, uncompiled, unwrapped
 from surestep.data import augment
 from surestep.devices import autocast, has_bf16
 from surestep.errors import UserError, look_up, unknown_name
 from surestep.methods import Method, StepResult
+from surestep.randomness import forked_rng
 from surestep.training.averaging import WeightAverage
 from surestep.training.awp import perturbed_weights
 

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from surestep import files, processes
-from surestep.attacks.lending import attacking, forked_rng
+from surestep.attacks.lending import attacking
 from surestep.errors import UserError
 from surestep.methods import StepResult
+from surestep.randomness import forked_rng
 from surestep.training import checkpoint
 from surestep.training.course import apply_schedules
 from surestep.training.display import Display
 from surestep.training.preparing import Job
-from surestep.training.randomness import RandomStates
+from surestep.training.random_states import RandomStates
 from surestep.training.resuming import Checkpoints, Interrupted
 from surestep.training.run_folder import RunFolder
 from surestep.training.source import Batch

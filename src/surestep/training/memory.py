@@ -21,9 +21,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from surestep.attacks.inputs import forward_logits
-from surestep.attacks.lending import attacking, device_of, forked_rng, uses_batch_statistics
+from surestep.attacks.lending import attacking, device_of, uses_batch_statistics
 from surestep.errors import UserError
 from surestep.methods import Method
+from surestep.randomness import forked_rng
 from surestep.training.engine import Engine
 
 _BACKWARD = 1.4

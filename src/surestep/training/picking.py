@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from surestep import processes
 from surestep.attacks.inputs import count_classes
-from surestep.attacks.lending import device_of, forked_rng
+from surestep.attacks.lending import device_of
 from surestep.devices import out_of_memory
 from surestep.methods import Method, Progress
+from surestep.randomness import forked_rng
 from surestep.training.engine import Engine, make_optimizer, make_step
 
 MIN_STEPS = 100

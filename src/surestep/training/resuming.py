@@ -13,7 +13,7 @@ from surestep.errors import UserError
 from surestep.training import checkpoint
 from surestep.training.engine import match_layout
 from surestep.training.preparing import Job
-from surestep.training.randomness import RandomStates
+from surestep.training.random_states import RandomStates
 from surestep.training.run_folder import RunFolder
 from surestep.training.state import EpochMeans, RunState
 

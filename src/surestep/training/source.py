@@ -25,7 +25,7 @@ from torch.utils.data import (
 from surestep.data import Batches, as_pair, as_pixels, augment
 from surestep.devices import move
 from surestep.errors import SurestepWarning, UserError
-from surestep.training.randomness import OwnRandom
+from surestep.randomness import OwnRandom
 
 NO_LENGTH = (
     "has no length, which schedules need: give steps_per_epoch with a DataLoader, or a Dataset "

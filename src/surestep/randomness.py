@@ -1,0 +1,107 @@
+"""The random states of python, numpy, torch and the devices: kept, set and seeded."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_Host = tuple[Any, Any, Tensor]
+"""The states of python, numpy and torch on the CPU, as each of them returns its own."""
+
+
+def _read() -> _Host:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+
+
+def _write(python: Any, numpy: Any, cpu: Tensor) -> None:
+    random.setstate(python)
+    np.random.set_state(numpy)  # noqa: NPY002
+    torch.set_rng_state(cpu)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch: a model may draw from any of them."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        # torch.manual_seed would format the call stack three times, for devices that may come yet:
+        # one to three milliseconds, as long as a pass of a small network.
+        torch.default_generator.manual_seed(seed)
+
+
+@contextmanager
+def forked_rng(device: torch.device) -> Iterator[None]:
+    """Restore the random states of python, numpy, torch and the device on exit.
+
+    Inside the block, ``torch.manual_seed`` seeds every device.
+    """
+    host = _read()
+    # torch's fork_rng addresses devices by their index, which mps does not have.
+    state = torch.mps.get_rng_state() if device.type == "mps" else None
+    used = torch.cuda.is_initialized() or device.type == "cuda"
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if used else []):
+            yield
+    finally:
+        _write(*host)
+        if state is not None:
+            torch.mps.set_rng_state(state)
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """Return the random state of every library a step on ``device`` may draw from.
+
+    It is made of tensors and plain values, for a file.
+    """
+    python, (kind, keys, position, has_gauss, gauss), cpu = _read()
+    return {
+        "python": python,
+        "numpy": (str(kind), [int(k) for k in keys], position, has_gauss, gauss),
+        "torch": cpu,
+        "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
+        "mps": [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Restore what ``rng_state`` returned, on a device whose index may have changed."""
+    kind, keys, *rest = state["numpy"]
+    _write(state["python"], (kind, np.array(keys, dtype=np.uint32), *rest), state["torch"])
+    if state["cuda"] and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"][0], device)
+    if state["mps"] and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(*state["mps"])
+
+
+class OwnRandom:
+    """A random state of python, numpy and torch (on the CPU), separate from the process's.
+
+    Args:
+        seed: seed of this state.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._state: _Host = (
+            random.Random(seed).getstate(),
+            np.random.RandomState(seed % 2**32).get_state(),
+            torch.Generator().manual_seed(seed).get_state(),
+        )
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Inside the block, draw from this state instead of the process's."""
+        before = _read()
+        _write(*self._state)
+        try:
+            yield
+        finally:
+            self._state = _read()
+            _write(*before)

@@ -16,11 +16,10 @@ from torch.utils._pytree import tree_iter
 from torch.utils.data import DataLoader, TensorDataset
 
 import surestep
-from surestep import L2, Linf, UserError, devices, methods, posthoc, randomness
+from surestep import L2, Linf, UserError, devices, methods, posthoc
 from surestep.auditing import stand_ins
 from surestep.data import as_images, augment
 from surestep.data._splits import divide, mixed
-from surestep.randomness import forked_rng
 from surestep.training.holding_out import hold_out
 
 
@@ -123,32 +122,6 @@ def test_channel_statistics(without_float64, net, images):
         assert rough[name][0].dtype == torch.float32
         torch.testing.assert_close(rough[name][0], mean.float())
         torch.testing.assert_close(rough[name][1], std.float())
-
-
-@pytest.fixture
-def apple(monkeypatch):
-    """Play torch.mps: its random state is one tensor that drawing would change."""
-    held = [torch.zeros(2, dtype=torch.uint8)]
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: held[0].clone())
-    monkeypatch.setattr(torch.mps, "set_rng_state", lambda state: held.__setitem__(0, state))
-    return held
-
-
-def test_the_random_state_of_mps_is_left_as_it_was(apple):
-    before = torch.get_rng_state()
-    with forked_rng(torch.device("mps")):
-        torch.rand(1)
-        torch.mps.set_rng_state(torch.ones(2, dtype=torch.uint8))
-    assert apple[0].tolist() == [0, 0]
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_a_checkpoint_holds_the_random_state_of_mps(apple):
-    state = randomness.rng_state(torch.device("cpu"))
-    torch.mps.set_rng_state(torch.ones(2, dtype=torch.uint8))
-    randomness.set_rng_state(state, torch.device("cpu"))
-    assert apple[0].tolist() == [0, 0]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="CUDA on Linux")

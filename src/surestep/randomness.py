@@ -61,10 +61,10 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
     It is made of tensors and plain values, for a file.
     """
-    python, (kind, keys, position, has_gauss, gauss), cpu = _read()
+    (version, numbers, normal), (kind, keys, *rest), cpu = _read()
     return {
-        "python": python,
-        "numpy": (str(kind), [int(k) for k in keys], position, has_gauss, gauss),
+        "python": (version, torch.tensor(numbers), normal),
+        "numpy": (str(kind), torch.from_numpy(keys.astype(np.int64)), *rest),
         "torch": cpu,
         "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
         "mps": [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else [],
@@ -73,8 +73,10 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
     """Restore what ``rng_state`` returned, on a device whose index may have changed."""
-    kind, keys, *rest = state["numpy"]
-    _write(state["python"], (kind, np.array(keys, dtype=np.uint32), *rest), state["torch"])
+    (version, numbers, normal), (kind, keys, *rest) = state["python"], state["numpy"]
+    # Older checkpoints hold lists of numbers.
+    python = version, tuple(torch.as_tensor(numbers).tolist()), normal
+    _write(python, (kind, torch.as_tensor(keys).numpy().astype(np.uint32), *rest), state["torch"])
     if state["cuda"] and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"][0], device)
     if state["mps"] and torch.backends.mps.is_available():

@@ -203,7 +203,7 @@ def test_bpda_explains_what_only_square_had_broken(net, images):
     first = torch.arange(60) < 30
     s.right = {"clean": torch.ones(60, dtype=torch.bool), "square-20": ~first}
     s.broke = {"square-20": first}
-    steps = escalate(s, [flagged("vanishing-gradients"), flagged("broken-gradients")], 1.0)
+    steps = escalate(s, [flagged("vanishing-gradients"), flagged("broken-gradients")])
     assert steps[0]["name"] == "bpda"
     assert int((s.broke["bpda"] & first).sum()) > 25
     assert not (s.right["bpda"] & first).any()
@@ -215,7 +215,7 @@ def test_restarts_are_those_of_the_budget(net, images, monkeypatch):
     s.budget = replace(s.budget, restarts=2)
     s.right["clean"] = torch.ones(60, dtype=torch.bool)
     monkeypatch.setattr(stand_ins, "pgd", lambda _, x, *__, loss, **___: losses.append(loss) or x)
-    steps = escalate(s, [flagged("broken-gradients")], 1.0)
+    steps = escalate(s, [flagged("broken-gradients")])
     assert [step["name"] for step in steps] == ["bpda", "pgd-10x2-margin", "square-30"]
     assert losses == 3 * ["margin", "ce", "margin", "ce"]  # of three batches
 
@@ -407,12 +407,13 @@ def said_of(
     checks=(),
     blind=0.0,
     missed=0,
+    alone=None,
     budget="quick",
 ):
     """Return verdict and sentence where ``found`` of n images withstand everything."""
     interval = wilson_interval(round(found * n), n)
     named = dict(zip(("fgsm", "pgd-10"), claims, strict=True))
-    numbers = AuditNumbers(clean, named, found, interval, chance, blind, missed, n)
+    numbers = AuditNumbers(clean, named, found, interval, chance, blind, missed, n, alone)
     return judge(numbers, list(checks), budget)
 
 
@@ -543,7 +544,7 @@ def test_flags_that_count_by_themselves():
         "abnormal-examples",
         "distorted-boundary",
     }
-    assert given("inconclusive", 0.86, unbounded(10)) == {
+    assert given("inconclusive", 0.86, unbounded(8)) == {
         "vanishing-gradients",
         "broken-gradients",
         "abnormal-examples",
@@ -602,7 +603,10 @@ def test_images_that_only_gradient_free_attacks_break(missed, verdict):
         ([solved(0.0, 0.0, posed=3)], 0.0, "robust"),
         # Surely more than 2% of 100 withstand an attack without bounds, and gradients are suspect.
         ([unbounded(10), flagged("abnormal-examples")], 0.0, "inconclusive"),
-        ([unbounded(10)], 0.0, "robust"),
+        ([unbounded(8), flagged("abnormal-examples")], 0.0, "inconclusive"),
+        ([unbounded(8)], 0.0, "robust"),
+        # Surely more than 5% need no second sign.
+        ([unbounded(10)], 0.0, "inconclusive"),
         ([unbounded(3), flagged("abnormal-examples")], 0.0, "robust"),
     ],
 )
@@ -611,6 +615,29 @@ def test_what_gradients_cannot_judge_is_not_called_robust(checks, blind, verdict
         said, text = said_of(0.86, checks=checks, blind=blind, budget=budget)
         assert said == verdict
         assert (advice in text) is (verdict == "inconclusive")
+
+
+@pytest.mark.parametrize(
+    ("found", "alone", "verdict"),
+    [
+        # Half of the claim is 0.47, the floor 0.232.
+        (0.40, 0.80, "inconclusive"),
+        (0.40, 0.45, "pseudo-robust"),
+        (0.40, None, "pseudo-robust"),
+        (0.86, 0.90, "robust"),
+    ],
+)
+def test_a_random_model_is_not_called_masked_for_the_number_of_attacks(found, alone, verdict):
+    said, text = said_of(found, alone=alone, checks=[flagged("deterministic-forward")])
+    assert said == verdict
+    assert ("Audit the mean of many passes" in text) is (verdict == "inconclusive")
+
+
+@pytest.mark.parametrize(
+    ("alone", "verdict"), [(0.30, "inconclusive"), (0.20, "not robust"), (None, "not robust")]
+)
+def test_nor_undefended(alone, verdict):
+    assert said_of(0.1, alone=alone, claims=(0.2, 0.2))[0] == verdict
 
 
 def test_found_by_is_the_attack_that_broke_the_most(images):

@@ -181,7 +181,7 @@ def audit(
         checks = [check(subject) for check in CHECKS]
         blind = blind_share(subject)
         claims = {name: subject.accuracy(name) for name in ("fgsm", "pgd-10")}
-        steps = escalate(subject, checks, blind)
+        steps = escalate(subject, checks)
         # The escalation may have found what these two checks could not know. A black-box flag stays
         # even if BPDA has since broken the same images: it is the reason why BPDA ran.
         black_box, gaps = CHECKS.index(black_box_beats_white_box), CHECKS.index(gap_profile)
@@ -236,6 +236,7 @@ def _conclude(
         no_gradient_share=blind,
         missed=int(s.only_without_gradients.sum()) + s.square_in_autoattack,
         n=n,
+        alone=s.left_by_the_strongest if s.random else None,
     )
     verdict, sentence = judge(found, checks, budget)
     return Audit(

@@ -29,7 +29,7 @@ from surestep.auditing.budgets import Budget
 from surestep.clock import each_minute
 from surestep.data import mixed
 from surestep.devices import has_bf16
-from surestep.evaluation import Adapted, evaluate, suite
+from surestep.evaluation import Adapted, evaluate, suite, wilson_interval
 from surestep.evaluation.doubts import ROUNDED_IN_HALF, rough_logits
 from surestep.evaluation.suite import Attack
 from surestep.threat import ThreatModel
@@ -111,6 +111,7 @@ class Subject:
         right: by attack, and for "clean": which images (N,) were still right after it. After an
             attack that ran only on survivors these are the survivors it left.
         broke: by attack: which of the images that it ran on it broke, (N,).
+        tried: by attack: the number of images that it ran on and that are right clean.
         square_in_autoattack: number of images that only Square broke of AutoAttack's four parts.
         detached: the model's output has no gradient with respect to its input.
         precision: dtype in which attacks craft their points.
@@ -132,6 +133,7 @@ class Subject:
     state: str | Path | None = None
     right: dict[str, Tensor] = field(default_factory=dict)
     broke: dict[str, Tensor] = field(default_factory=dict)
+    tried: dict[str, int] = field(default_factory=dict)
     square_in_autoattack: int = 0
     detached: bool = False
     precision: torch.dtype = torch.float32
@@ -185,6 +187,16 @@ class Subject:
         """Which images (N,) only gradient-free attacks broke: Square, transfer, random points."""
         return self.white_box & self._broken_by(filter(gradient_free, self.broke))
 
+    @property
+    def left_by_the_strongest(self) -> float:
+        """Accuracy that no attack by itself surely (95%) gets below."""
+        rates = [
+            wilson_interval(tried - int(self.broke[name].sum()), tried)[1]
+            for name, tried in self.tried.items()
+            if tried
+        ]
+        return self.accuracy("clean") * min(rates, default=1.0)
+
     def _broken_by(self, names: Iterable[str]) -> Tensor:
         none = torch.zeros(len(self.x), dtype=torch.bool)
         return torch.stack([none, *(self.broke[name] for name in names)]).any(0)
@@ -195,6 +207,7 @@ class Subject:
         for name in attacks:
             self.right[name] = torch.zeros(len(self.x), dtype=torch.bool)
             self.broke[name] = torch.zeros(len(self.x), dtype=torch.bool)
+            self.tried[name] = 0
         if not len(rows):
             return
         if not isinstance(attacks, dict):
@@ -220,6 +233,7 @@ class Subject:
         for name in attacks:
             self.right[name][rows] = found.right[name]
             self.broke[name][rows] = found.right["clean"] & ~found.right[name]
+            self.tried[name] = int(found.right["clean"].sum())
         if "autoattack" in attacks:
             (row,) = (row for row in found.attacks if row["name"] == "autoattack")
             self.square_in_autoattack += round(_by_square(row["by_part"]) * len(rows))
@@ -234,6 +248,11 @@ class Subject:
         rows = rows if len(rows) else torch.arange(len(self.x))
         at = rows[mixed(len(rows))[: self.budget.probe]].to(self.x.device)
         return self.x[at], self.y[at]
+
+    @cached_property
+    def random(self) -> bool:
+        """Whether two passes of the model differ by more than rounding."""
+        return gradient.varies(self.model, self.probe[0][: min(64, self.batch_size)])
 
     @cached_property
     def pgd_course(self) -> PGDCourse:

@@ -275,14 +275,17 @@ def _difference_ratios(s: Subject, x: Tensor, y: Tensor) -> Tensor:
 
     def measured(point: Tensor) -> tuple[Tensor, Tensor]:
         seeded()
-        logits = forward_logits(s.model, point)
-        return losses.log_odds(logits, y).to(finest(x.device)), logits
+        logits = forward_logits(s.model, point).to(finest(x.device))
+        return losses.log_odds(logits, y), logits
 
     seeded()
     grad = input_gradient(s.model, x, y)[0].nan_to_num(0)
     with torch.no_grad():
         start, logits = measured(x)
-        noise = 64 * torch.finfo(torch.float32).eps * logits.abs().amax(1)
+        # Of the two logits that count: a class that is padded with -1e9 rounds the others no more.
+        own = losses.of_true_class(logits, y)
+        size = torch.maximum(own.abs(), (losses.margin(logits, y) + own).abs())
+        noise = 64 * torch.finfo(torch.float32).eps * size
         noise = torch.maximum(noise, 10 * (measured(x)[0] - start).abs())
         ratios = []
         for stride in STRIDES:

@@ -12,20 +12,10 @@ from typing import Any, NamedTuple
 
 from surestep.activations import straight_through_layers
 from surestep.attacks.core import share_of
-from surestep.attacks.gradient import varies
 from surestep.auditing import stand_ins
 from surestep.auditing._subject import Subject, gradient_free
 from surestep.auditing.checks import Check
 from surestep.evaluation.suite import Attack
-
-BLINDING = {
-    "broken-gradients",
-    "random-beats-gradient",
-    "one-step-beats-many",
-    "black-box-beats-white-box",
-    "optimisation-in-forward",
-}
-"""Checks whose flag may mean that a layer keeps gradients from reaching the image."""
 
 
 class Planned(NamedTuple):
@@ -36,44 +26,35 @@ class Planned(NamedTuple):
     attack: Attack | None = None
 
 
-class Signs(NamedTuple):
-    """What the checks saw.
-
-    Attributes:
-        flagged: names of the checks that flagged.
-        no_gradient_share: share of images on which even log-odds have no gradient.
-    """
-
-    flagged: set[str]
-    no_gradient_share: float
-
-
 Planning = Generator[Planned, None, None]
-Answer = Callable[[Subject, Signs], Planning]
+Answer = Callable[[Subject, set[str]], Planning]
+"""Called with the names of the checks that flagged."""
 
 
-def escalate(s: Subject, checks: Sequence[Check], no_gradient_share: float) -> list[dict[str, Any]]:
+def escalate(s: Subject, checks: Sequence[Check]) -> list[dict[str, Any]]:
     """Run the attacks that the flags call for; return why each was run and what it left."""
-    signs = Signs({check.name for check in checks if check.flagged}, no_gradient_share)
+    flagged = {check.name for check in checks if check.flagged}
     steps: list[dict[str, Any]] = []
     for answer in ANSWERS:
         # Close at once if an attack fails: hooks must not outlive the audit.
-        with closing(answer(s, signs)) as planned:
+        with closing(answer(s, flagged)) as planned:
             for name, why, attack in planned:
                 left = s.survivors
-                if not left.any():
+                if not left.any() and not s.random:
                     return steps
                 # Gradient attacks also try the images that only gradient-free ones broke: breaking
-                # those, too, shows that this attack has gradients that tell something.
+                # those, too, shows that this attack has gradients that tell something. On a random
+                # model they try all, so that each tells by itself how much it breaks.
                 seen = gradient_free(name) or name == "autoattack"
-                on = left if seen else left | s.only_without_gradients
+                further = s.right["clean"] if s.random else s.only_without_gradients
+                on = left if seen else left | further
                 s.attack([name] if attack is None else {name: attack}, on)
                 s.right[name] &= left
                 steps.append({"name": name, "why": why, "accuracy": share_of(s.survivors)})
     return steps
 
 
-def _straight_through(s: Subject, signs: Signs) -> Planning:
+def _straight_through(s: Subject, flagged: set[str]) -> Planning:
     """Attack with straight-through gradients, if layers provide them."""
     layers, steps = straight_through_layers(s.model), 2 * s.budget.steps
     if not layers:
@@ -83,9 +64,9 @@ def _straight_through(s: Subject, signs: Signs) -> Planning:
         yield Planned(name, why)
 
 
-def _undo_softmax(s: Subject, signs: Signs) -> Planning:
+def _undo_softmax(s: Subject, flagged: set[str]) -> Planning:
     """Attack the logarithm of what a model returns as probabilities."""
-    if "logits-not-probabilities" in signs.flagged:
+    if "logits-not-probabilities" in flagged:
         inverse = stand_ins.LogProbabilities(s.model)
         yield Planned(
             "log-probabilities",
@@ -94,10 +75,9 @@ def _undo_softmax(s: Subject, signs: Signs) -> Planning:
         )
 
 
-def _expect(s: Subject, signs: Signs) -> Planning:
+def _expect(s: Subject, flagged: set[str]) -> Planning:
     """Attack a random model's mean over passes."""
-    some = s.probe[0][: min(64, s.batch_size)]
-    if "deterministic-forward" in signs.flagged and varies(s.model, some):
+    if s.random:
         expected = stand_ins.Expected(s.model)
         yield Planned(
             f"eot-{stand_ins.EOT_SAMPLES}",
@@ -106,10 +86,11 @@ def _expect(s: Subject, signs: Signs) -> Planning:
         )
 
 
-def _bpda(s: Subject, signs: Signs) -> Planning:
-    """Go straight through layers that no gradient, or a wrong one, flows through."""
-    if signs.no_gradient_share == 0 and not signs.flagged & BLINDING:
-        return
+def _bpda(s: Subject, flagged: set[str]) -> Planning:
+    """Go straight through layers that no gradient, or a wrong one, flows through.
+
+    Whatever the checks say: one such layer in one of several branches leaves the whole a gradient.
+    """
     some = s.probe[0][: min(64, s.batch_size)]
     layers = stand_ins.flat_layers(s.model, some[:32])
     if not layers:
@@ -124,16 +105,16 @@ def _bpda(s: Subject, signs: Signs) -> Planning:
         )
 
 
-def _longer(s: Subject, signs: Signs) -> Planning:
+def _longer(s: Subject, flagged: set[str]) -> Planning:
     """Search longer, with gradients and without, whichever check flagged."""
-    if signs.flagged:
-        why = f"flagged: {', '.join(sorted(signs.flagged))}"
+    if flagged:
+        why = f"flagged: {', '.join(sorted(flagged))}"
         restarts = f"x{s.budget.restarts}" if s.budget.restarts > 1 else ""
         yield Planned(f"pgd-{2 * s.budget.steps}{restarts}-margin", why)
         yield Planned(f"square-{s.budget.late_queries}", why)
 
 
-def _autoattack(s: Subject, signs: Signs) -> Planning:
+def _autoattack(s: Subject, flagged: set[str]) -> Planning:
     """End with AutoAttack if the budget includes it."""
     if s.budget.autoattack:
         yield Planned("autoattack", "part of this budget")

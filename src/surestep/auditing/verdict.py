@@ -26,7 +26,9 @@ The signs that gradient attacks are blind (``_signs``) explain it, too. The othe
 sound models: some at a single image.
 """
 _SUSPECT = {"vanishing-gradients", "broken-gradients", "abnormal-examples", "binarization"}
-"""Checks of which one must flag, too, if the failure of an unbounded attack is to count."""
+"""Checks by one of which the failure of an unbounded attack on a few images counts, too."""
+_UNBOUNDED = 0.05
+"""Share of images above which the failure of an unbounded attack counts by itself."""
 _HARDLY = 0.15
 """Share of the clean accuracy above chance that still counts as guessing."""
 _BLIND = 0.1
@@ -48,6 +50,7 @@ class AuditNumbers:
         no_gradient_share: share of images on which even log-odds have no gradient.
         missed: number of images that only gradient-free attacks broke.
         n: number of images.
+        alone: of a random model, the accuracy that no attack by itself surely gets below.
     """
 
     clean: float
@@ -58,6 +61,7 @@ class AuditNumbers:
     no_gradient_share: float
     missed: int
     n: int
+    alone: float | None = None
 
     @property
     def floor(self) -> float:
@@ -109,10 +113,27 @@ def judge(f: AuditNumbers, checks: Sequence[Check], budget: str) -> Verdict:
     # check: below the floor only a sign of masking makes the failed claim a pretence. Above it,
     # losing half of the claim is itself unusual, so any flag will do.
     masking = bool(signs) or any(check.flagged and _masks(check) for check in checks)
-    return (
+    return _of_draws(
+        f,
         (_of_claims(f, seen) if masking or (flags and f.found > f.floor) else None)
         or _of_signs(f, signs, budget)
-        or _of_the_floor(f, seen)
+        or _of_the_floor(f, seen),
+    )
+
+
+def _of_draws(f: AuditNumbers, verdict: Verdict) -> Verdict:
+    """Withhold a bad verdict on a random model that no attack by itself bears out.
+
+    Each attack's point is judged by a pass of its own. The more attacks, the fewer images are right
+    in all of these passes, however the attacks fare.
+    """
+    enough = {PSEUDO: 0.5 * f.strongest_claim[0], NOT_ROBUST: f.floor}.get(verdict[0])
+    if f.alone is None or enough is None or f.alone <= enough:
+        return verdict
+    return INCONCLUSIVE, (
+        f"The model is random, and each attack is judged by one pass: {f.found:.1%} of the images "
+        f"are right in all of them, but no attack by itself surely leaves less than "
+        f"{f.alone:.1%}. Audit the mean of many passes, in a module of its own."
     )
 
 
@@ -142,7 +163,8 @@ def _of_signs(f: AuditNumbers, signs: Sequence[str], budget: str) -> Verdict | N
     advice = f"--budget {more}" if more else "an attack written for this model"
     return INCONCLUSIVE, (
         f"{f.found:.1%} withstood everything tried, but gradient attacks are blind here "
-        f"({', '.join(signs)}): {advice} would decide."
+        f"({', '.join(signs)}): {advice} may break more; to show that it is robust, audit it "
+        "without what blocks or misleads its gradients."
     )
 
 
@@ -197,7 +219,7 @@ def _decisive(check: Check, n: int, suspect: bool) -> bool:
         return posed > BY_CHANCE and high < SOLVED and solved <= evidence["random"]
     if check.name == "eps-sweep":
         left, looked_at = evidence["accuracy"][-1], evidence["n"]
-        return suspect and share_interval(left, looked_at)[0] > MISSED
+        return share_interval(left, looked_at)[0] > (MISSED if suspect else _UNBOUNDED)
     # Without gradients, or with those of another function, surviving gradient attacks says
     # nothing. NaN gradients are not decisive here: no_gradient_share counts their images.
     wrong = evidence.get("detached") or evidence.get("contradicted")

@@ -8,8 +8,9 @@
 The base models (LeNet+ on MNIST, eps 0.3) are trained in minutes and kept in --cache. A masked
 model must be judged "pseudo-robust", or "not robust" if its true accuracy is near zero and the
 audit's own attacks see that at once. An undefended model must be "not robust", an honest one
-"robust". With --autoattack, AutoAttack's standard version runs on the same images; the accuracy
-found by the audit must not exceed AutoAttack's.
+"robust". "inconclusive" is right, too, where a line inside the forward blocks the way of one branch
+of two, and where noise turns single passes of an honest model. With --autoattack, AutoAttack's
+standard version runs on the same images; the accuracy found by the audit must not exceed its.
 """
 
 from __future__ import annotations
@@ -273,6 +274,8 @@ ZOO: Zoo = {
         MASKED,
         lambda b: b.run("smooth", "standard", "mnist", epochs=1, lr=0.05, label_smoothing=0.9),
     ),
+    "half quantised": (MASKED, lambda b: Branches(Quantize(), b)),
+    "half detached": (MASKED | {"inconclusive"}, lambda b: Branches(Detach(), b)),
     "purifier": (MASKED, lambda b: nn.Sequential(Purify(b.plain()), b.plain())),
     "plain": ({"not robust"}, Bases.plain),
     "plain x 10": ({"not robust"}, lambda b: nn.Sequential(b.plain(), Scale(10))),
@@ -289,11 +292,26 @@ ZOO: Zoo = {
         HONEST,
         lambda b: nn.Sequential(nn.Dropout(0.5), b.sat_r2(), nn.Dropout(0.5)),
     ),
+    "sat-r2 noise on logits": (
+        HONEST | {"inconclusive"},
+        lambda b: nn.Sequential(b.sat_r2(), Noise(1.0)),
+    ),
     "sat-r3": (HONEST, Bases.sat_r3),
     "n-fgsm": (HONEST, Bases.n_fgsm),
     "pgd": (HONEST, Bases.pgd),
     "trades": (HONEST, Bases.trades),
 }
+
+
+class Branches(nn.Module):
+    """The undefended model behind a mask, and a robust one that adds a little, and a gradient."""
+
+    def __init__(self, mask: nn.Module, bases: Bases) -> None:
+        super().__init__()
+        self.mask, self.net, self.robust = mask, bases.plain(), bases.sat_r2()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.mask(x)) + 0.01 * self.robust(x)
 
 
 class Shift(nn.Module):

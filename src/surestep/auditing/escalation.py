@@ -92,7 +92,8 @@ def _bpda(s: Subject, flagged: set[str]) -> Planning:
     Whatever the checks say: one such layer in one of several branches leaves the whole a gradient.
     """
     some = s.probe[0][: min(64, s.batch_size)]
-    layers = stand_ins.flat_layers(s.model, some[:32])
+    # Few, since the inputs of all layers are held at once: of a large network a gigabyte.
+    layers = stand_ins.flat_layers(s.model, some[:8])
     if not layers:
         return
     wrapping = {id(m): name for name, m in s.model.named_modules()}[id(s.inner)] + "."

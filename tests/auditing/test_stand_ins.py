@@ -8,6 +8,7 @@ from torch import nn
 
 import surestep
 from surestep import UserError
+from surestep.attacks.inputs import features_of
 from surestep.auditing import stand_ins
 from surestep.auditing.binarization import binarization_rates
 
@@ -204,6 +205,19 @@ def test_binarization_on_one_feature(images):
     failing.register_forward_hook(lambda *_: torch.zeros(1))
     with pytest.raises(UserError, match="expected logits"):
         binarization_rates(failing, images[0][:3], THREAT, 1000)
+
+
+def test_features_are_those_of_the_layer_that_runs_last(images):
+    class HeadFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.body = nn.Linear(5, 3), nn.Linear(64, 5)
+
+        def forward(self, x):
+            return self.head(self.body(x.flatten(1)).relu())
+
+    net = HeadFirst()
+    assert torch.equal(features_of(net, images[0]), net.body(images[0].flatten(1)).relu())
 
 
 def test_an_attack_that_fails_leaves_no_hook(run, net, monkeypatch):

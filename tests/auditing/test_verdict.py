@@ -210,6 +210,18 @@ def test_bpda_explains_what_only_square_had_broken(net, images):
     assert int(s.only_without_gradients.sum()) < 5
 
 
+def test_of_a_random_model_each_attack_tells_by_itself(net, images):
+    """Gradient attacks try all images, also those that are broken; the others have none left."""
+    s = subject(nn.Sequential(net, Layer(lambda z: z + 0.1 * torch.randn_like(z))), images)
+    all_of_them = torch.ones(60, dtype=torch.bool)
+    s.right = {"clean": all_of_them, "pgd-5": ~all_of_them}
+    s.broke, s.tried = {"pgd-5": all_of_them}, {"pgd-5": 60}
+    steps = escalate(s, [flagged("deterministic-forward")])
+    assert [step["name"] for step in steps] == ["eot-10", "pgd-10-margin"]
+    assert s.tried["eot-10"] > 50
+    assert s.left_by_the_strongest == pytest.approx(wilson_interval(0, 60)[1])
+
+
 def test_restarts_are_those_of_the_budget(net, images, monkeypatch):
     s, losses = subject(nn.Sequential(Layer(quantise), net), images), []
     s.budget = replace(s.budget, restarts=2)

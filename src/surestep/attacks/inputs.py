@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +47,28 @@ def forward_logits(model: nn.Module, x: Tensor) -> Tensor:
         return logits.float()
     # With CUDA graphs (torch.compile's reduce-overhead) the next pass overwrites the output.
     return logits.clone() if compiled_whole(model) else logits
+
+
+def features_of(model: nn.Module, x: Tensor) -> Tensor:
+    """Run the model and return what its last linear layer to run takes (N, D).
+
+    Without such a layer, return the logits. Compiled modules hide theirs: see ``interpreted``.
+    """
+    features: Tensor | None = None
+
+    def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal features
+        if args and len(args[0]) == len(x):
+            features = args[0]
+
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    hooks = [module.register_forward_pre_hook(note) for module in linear]
+    try:
+        logits = forward_logits(model, x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return (logits if features is None else features).flatten(1)
 
 
 def check_inputs(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.attacks.core import Ascent, Best, NoGradient, share_of
-from surestep.attacks.inputs import forward_logits
+from surestep.attacks.inputs import features_of
 from surestep.devices import finest
 from surestep.threat import ThreatModel
 
@@ -20,7 +20,7 @@ INNER, RANDOM, STEPS = 999, 200, 30
 
 
 class Features(nn.Module):
-    """The input of a model's last linear layer, as if logits (N, D); without one, the logits.
+    """A model's features, as if logits (N, D).
 
     Args:
         model: in eval mode.
@@ -30,22 +30,10 @@ class Features(nn.Module):
         super().__init__()
         self.model = model
         self.training = model.training
-        self._linear = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the features in the finest dtype that the device has."""
-        seen: list[Tensor] = []
-        hooks = [
-            layer.register_forward_hook(lambda _m, args, _out: seen.append(args[0]))
-            for layer in self._linear
-        ]
-        try:
-            logits = forward_logits(self.model, x)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        found = seen[-1].flatten(1) if seen else logits
-        found = (found if len(found) == len(x) else logits).to(finest(x.device))
+        found = features_of(self.model, x).to(finest(x.device))
         # Logits need at least two columns; the readout gives a column of zeros no weight.
         return F.pad(found, (0, 1)) if found.shape[1] < 2 else found
 

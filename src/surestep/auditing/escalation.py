@@ -48,6 +48,8 @@ def escalate(s: Subject, checks: Sequence[Check]) -> list[dict[str, Any]]:
                 seen = gradient_free(name) or name == "autoattack"
                 further = s.right["clean"] if s.random else s.only_without_gradients
                 on = left if seen else left | further
+                if not on.any():
+                    continue
                 s.attack([name] if attack is None else {name: attack}, on)
                 s.right[name] &= left
                 steps.append({"name": name, "why": why, "accuracy": share_of(s.survivors)})

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep import processes
-from surestep.attacks.inputs import forward_logits
+from surestep.attacks.inputs import features_of
 from surestep.attacks.lending import attacking, interpreted, uncompiled
 from surestep.attacks.losses import cross_entropy
 from surestep.methods._base import Cost, register
@@ -46,17 +46,8 @@ class FGSMFUAP(FGSMUAP):
         """Pick with the layer, which learns from the losses of the picks."""
         # Compiled code ignores hooks that are added later.
         with attacking(model) as lent, interpreted(lent), torch.no_grad():
-            inner = uncompiled(lent)
-            linear = [m for m in inner.modules() if isinstance(m, nn.Linear)]
-            seen: list[Tensor] = []
-            hooks = [m.register_forward_pre_hook(lambda _, a: seen.append(a[0])) for m in linear]
-            try:
-                logits = forward_logits(inner, self.threat.random_start(x))
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            last = seen[-1] if seen else logits
-            features = F.normalize(last.flatten(1).to(x.dtype), dim=1)
+            features = features_of(uncompiled(lent), self.threat.random_start(x))
+            features = F.normalize(features.to(x.dtype), dim=1)
             if self._layer.shape != (self.count, features.shape[1]):
                 # From a fixed seed, so that it is the same in every process.
                 own, shape = torch.Generator().manual_seed(0), (self.count, features.shape[1])

@@ -207,7 +207,6 @@ class Subject:
         for name in attacks:
             self.right[name] = torch.zeros(len(self.x), dtype=torch.bool)
             self.broke[name] = torch.zeros(len(self.x), dtype=torch.bool)
-            self.tried[name] = 0
         if not len(rows):
             return
         if not isinstance(attacks, dict):

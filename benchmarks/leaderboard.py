@@ -189,6 +189,11 @@ COMBINED: dict[str, dict[str, Any]] = {
         "eps_warmup": 0.7,
         "params": {"fraction": 1.0, "steps": 5, "lam": 1.0},
     },
+    "sat-r1 (all, K = 7, lam 1) + eps warm-up": {
+        "method": "sat-r1",
+        "eps_warmup": 0.7,
+        "params": {"fraction": 1.0, "steps": 7, "lam": 1.0},
+    },
 }
 """SAT combined with parts that work with any method, or built on another single step."""
 CHANGED = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 import pytest
@@ -207,3 +208,48 @@ def test_it_decides_in_float32(pixels, part, autocast_at_logits):
         autoattack.PARTS[part](net, x, net(x).argmax(1), THREAT, 3)
     assert seen
     assert not any(seen)
+
+
+@pytest.mark.parametrize("part", autoattack.PARTS)
+def test_images_that_lie_in_memory_with_the_channels_last(part, threat_of_color):
+    x = torch.rand(6, 8, 8, 3, generator=torch.Generator().manual_seed(0)).permute(0, 3, 1, 2)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    found = []
+    for images in (x, x.contiguous()):
+        torch.manual_seed(1)
+        run = autoattack.PARTS[part]
+        found.append(run(net, images, net(x).argmax(1), threat_of_color, 3))
+    assert torch.equal(*found)
+
+
+@pytest.fixture(params=[surestep.Linf(0.05), surestep.L2(0.5)])
+def threat_of_color(request):
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("part", "module", "kind"),
+    [
+        ("apgd-ce", "autopgd_base", "APGDAttack"),
+        ("apgd-t", "autopgd_base", "APGDAttack_targeted"),
+        ("fab-t", "fab_pt", "FABAttack_PT"),
+        ("square", "square", "SquareAttack"),
+    ],
+)
+def test_points_hold_on_to_no_graph(pixels, part, module, kind, monkeypatch):
+    """With gradients on throughout, APGD's best points kept those of all iterations in memory."""
+    attack = getattr(importlib.import_module(f"pyautoattack.{module}"), kind)
+    perturb, made = attack.perturb, []
+
+    def watched(*args, **kwargs):
+        made.append(perturb(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(attack, "perturb", watched)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    with torch.enable_grad():
+        autoattack.PARTS[part](net, pixels, net(pixels).argmax(1), THREAT, 3)
+    (points,) = made
+    assert not points.requires_grad

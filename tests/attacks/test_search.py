@@ -189,9 +189,10 @@ def test_attacks_in_turn_see_only_what_is_left():
     torch.testing.assert_close(x_adv, expected, equal_nan=True)
 
 
-def test_attacks_in_turn_leave_the_image_where_none_succeeds():
+def test_attacks_in_turn_return_the_last_point_where_none_succeeds():
+    """A random model may be wrong there in the next pass: the image itself would be another."""
     x, y = torch.tensor([[0.25]]), torch.zeros(1, dtype=torch.int64)
-    assert core.in_turn(Peak(), x, y, [lambda x, _: x + 0.1]).equal(x)
+    assert core.in_turn(Peak(), x, y, [lambda x, _: x + 0.1, lambda x, _: x - 0.1]).equal(x - 0.1)
 
 
 def test_attacks_in_turn_are_decided_in_float32():
@@ -286,8 +287,20 @@ class Slow(core.Best):
         self.first_wrong[rows[wrong & ~was_wrong]] = self.offers
         self.offers += 1
         if self.stop_when_wrong:
-            clearly = losses.margin(logits, self.y[rows]) > self.slack * logits.abs().amax(1)
-            self.done[rows] |= wrong & clearly
+            self.done[rows] |= wrong  # in float64 nothing is wrong by a hair
+
+
+@pytest.mark.parametrize("padding", [-1e9, float("-inf")])
+@pytest.mark.parametrize("slack", [0.0, 0.01])
+def test_a_class_that_is_left_out_does_not_keep_an_image_under_attack(slack, padding):
+    """Clearly wrong is a matter of the two classes that count."""
+    x, y = torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64)
+    best = core.Best(x, y, losses.log_odds, stop_when_wrong=True)
+    best.slack = slack
+    logits = torch.tensor([[1.0, 2.0], [2.0, 1.0], [1.0, 1.001]])
+    best.offer(best.rows(), x, torch.cat([logits, torch.full((3, 1), padding)], 1))
+    assert best.wrong.tolist() == [True, False, True]
+    assert best.done.tolist() == [True, False, slack == 0]
 
 
 class Anew:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,6 +35,8 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., nn.Module]:
             classes = torch.arange(5.0) * 0.1
             return -(x[:, :1] - classes).abs()
 
+    real = suite.parse
+
     def install(**broken: set[int]) -> nn.Module:
         def parse(name: str, threat: object, sources: object = ()) -> Attack:
             def attack(model: nn.Module, x: Tensor, y: Tensor) -> AttackResult:
@@ -43,8 +46,9 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., nn.Module]:
                 x[hit, 0] += 0.1
                 return AttackResult(x)
 
-            steps = suite.gradient_steps(name)
-            return Attack(attack, uses_gradient=bool(steps), gradient_steps=steps)
+            of_ones_own = name.partition("-")[0] not in suite.KINDS
+            known = Attack(attack) if of_ones_own else real(name, threat)
+            return replace(known, run=attack, survivors_only=False)
 
         monkeypatch.setattr("surestep.evaluation.suite.parse", parse)
         return Reader()

@@ -71,7 +71,7 @@ def test_of_a_model(net, images, sign):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         quiet = evaluate(model, images, THREAT, ["fgsm"], doubt=False, eps=[0.02])
-    assert quiet.doubts == []
+    assert quiet.doubts is None
     assert quiet.robust_accuracy == found.robust_accuracy
 
 
@@ -374,10 +374,12 @@ def test_square_after_the_gradients_of_autoattack_is_looked_at(told, monkeypatch
     y = torch.zeros(200, dtype=torch.int64)
     monkeypatch.setattr(doubts, "of_model", lambda *_, **__: [])
     broken = {"pgd-50": set(range(9)), "noise-3": {196, 197, 198}, "apgd-ce": {20}}
-    model = told(**broken, square=set(range(100, 120)))
-    pgd, noise, apgd, square = (suite.parse(name, THREAT) for name in (*broken, "square"))
-    whole = Attack({"apgd-ce": apgd.run, "square": square.run}, survivors_only=True)
-    given = {"pgd-50": pgd, "noise-3": noise, "autoattack": whole}
+    broken |= {"apgd-t": set(), "fab-t": set(), "square": set(range(100, 120))}
+    model = told(**broken)
+    made = {name: suite.parse(name, THREAT) for name in broken}
+    parts = {name: made[name].run for name in ("apgd-ce", "apgd-t", "fab-t", "square")}
+    whole = Attack(parts, survivors_only=True)
+    given = {name: made[name] for name in ("pgd-50", "noise-3")} | {"autoattack": whole}
     with pytest.warns(SurestepWarning):
         found = evaluate(model, (x, y), surestep.Linf(0.2), given)
     assert found.doubts == [

@@ -533,6 +533,14 @@ def test_an_attack_may_not_be_called_what_it_is_held_against(net, images, name):
         evaluate(net, images, THREAT, {name: Attack(keep)})
 
 
+@pytest.mark.parametrize("name", ["autoattack", "autoattack-bpda"])
+def test_an_attack_of_ones_own_may_not_pass_for_autoattack(net, images, name):
+    """RobustBench's entries take the accuracy under these names."""
+    for attack in (keep, Attack({"apgd-ce": keep})):
+        with pytest.raises(UserError, match=f"'{name}' means the four attacks of AutoAttack"):
+            evaluate(net, images, THREAT, {name: attack})
+
+
 def keep(model, x, y):
     return x
 

@@ -16,6 +16,7 @@ def evaluation() -> dict[str, Any]:
         "version": 1,
         "clean_accuracy": 0.8236,
         "robust_accuracy": {"fgsm": 0.6, "pgd-100": 0.55, "autoattack": 0.5049},
+        "doubts": [],
         "worst_case_accuracy": 0.5049,
         "n": 10_000,
         "seed": 0,

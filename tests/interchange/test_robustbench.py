@@ -134,13 +134,16 @@ def test_autoattack_through_layers_that_mask(evaluation: dict[str, Any]) -> None
 
 
 def test_doubts_are_refused_or_told(evaluation: dict[str, Any]) -> None:
-    assert entry({**evaluation, "doubts": []}) == entry(evaluation)
     doubtful = {**evaluation, "doubts": ["the model is random", "no gradient"]}
     message = refused(entry, doubtful)
     assert "may be too high (the model is random; no gradient)" in message
     assert "allow_doubts=True" in message
     told = {"footnote": "may be too high: the model is random; no gradient"}
     assert entry(doubtful, allow_doubts=True) == entry(evaluation) | told
+    # Made with doubt=False.
+    unseen = {k: v for k, v in evaluation.items() if k != "doubts"}
+    assert "(no sign of masking was looked for)" in refused(entry, unseen)
+    assert "was looked for" in entry(unseen, allow_doubts=True)["footnote"]
     # 0 cannot be too high.
     doubtful["robust_accuracy"] = {"autoattack": 0.0}
     assert "footnote" not in entry(doubtful)

@@ -125,8 +125,7 @@ def square(
             return logits - 1e-12 * size * places
 
         attack = SquareAttack(decided, n_queries=queries, resc_schedule=False, **shared)
-        with torch.no_grad():
-            return attack.perturb(z, y)
+        return attack.perturb(z, y)
 
     return _run(run, model, x, y, threat, gradients=False)
 
@@ -141,7 +140,7 @@ def autoattack(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> T
         threat: norm (L-inf or L2), radius and data range.
 
     Returns:
-        x_adv, shaped as x: misclassified where a part succeeded, else the clean image.
+        x_adv, shaped as x: misclassified where a part succeeded, else the last part's point.
 
     Raises:
         UserError: on invalid images or labels, another norm, a model whose output has no input
@@ -187,6 +186,7 @@ def _run(
     if z.dim() == 3 and min(z.shape[1:]) >= _SMALLEST:  # images without a channel
         z = z[:, None]
     z = z if z.dim() == 4 else z.reshape(len(z), 1, 1, -1)
+    z = z.contiguous()  # the package views it as rows; images may lie in memory as (N, H, W, C)
     # Drawn before the fork: the seed of the whole evaluation decides it.
     seed = int(torch.randint(2**31 - 1, ()))
     shared = {"norm": norm, "eps": threat.eps / threat.span, "seed": seed, "device": x.device}
@@ -196,7 +196,9 @@ def _run(
         # The package leaves a point that is wrong by a hair, which TF32 and autocast make.
         exact(x.device),
         warnings.catch_warnings(),
-        torch.enable_grad(),
+        # The package turns gradients on where it takes one. Elsewhere its points would hold on to
+        # the graphs of all iterations.
+        torch.no_grad(),
     ):
         warnings.simplefilter("ignore")
 

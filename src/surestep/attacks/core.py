@@ -147,7 +147,8 @@ def in_turn(
         attacks: each maps images and labels to points, on whatever model it likes.
 
     Returns:
-        x_adv, shaped as x: misclassified where an attack succeeded, else the image itself.
+        x_adv, shaped as x: misclassified where an attack succeeded, else the last one's point. A
+        random model may misclassify it in the next pass, which the image itself would hide.
     """
     x_adv = x.detach().clone()
     left = torch.arange(len(x), device=x.device)
@@ -159,7 +160,7 @@ def in_turn(
             # In float32: what is wrong by a hair in bf16 may be right, and is not done then.
             with torch.no_grad(), exact(x.device):
                 broken = misclassified(forward_logits(inner, found), y[left])
-            x_adv[left[broken]] = found[broken]
+            x_adv[left] = found
             left = left[~broken]
     return x_adv
 
@@ -219,8 +220,10 @@ class Best:
         self.first_wrong[rows] = torch.where(newly, self.offers, self.first_wrong[rows])
         self.offers += 1
         if self.stop_when_wrong:
-            clearly = margin(logits, y) > self.slack * logits.abs().amax(1)
-            self.done[rows] |= wrong & clearly
+            # Of the two classes that count: others may be padded with -1e9 or -inf.
+            true, lead = logits.gather(1, y[:, None]).squeeze(1), margin(logits, y)
+            size = torch.maximum(true.abs(), (true + lead).abs())
+            self.done[rows] |= wrong & (lead > (self.slack * size).nan_to_num(nan=0.0))
 
     @torch.no_grad()
     def try_points(self, model: nn.Module, rows: Tensor, x_adv: Tensor) -> None:

@@ -70,11 +70,6 @@ class PGDCourse(NamedTuple):
     wrong: Tensor
 
 
-def gradient_free(name: str) -> bool:
-    """Tell from an attack's name whether it needs no gradient of the model."""
-    return suite.gradient_steps(name) == 0
-
-
 def _by_square(by_part: Mapping[str, float] | None) -> float:
     """Return the share that Square broke, from the shares that AutoAttack's parts left."""
     if by_part is None or "square" not in by_part:
@@ -179,13 +174,13 @@ class Subject:
         Attacks on stand-ins, such as BPDA, are gradient attacks; AutoAttack does not count.
         """
         return self.right["clean"] & ~self._broken_by(
-            name for name in self.broke if not gradient_free(name) and name != "autoattack"
+            name for name in self.broke if not suite.gradient_free(name) and name != "autoattack"
         )
 
     @property
     def only_without_gradients(self) -> Tensor:
         """Which images (N,) only gradient-free attacks broke: Square, transfer, random points."""
-        return self.white_box & self._broken_by(filter(gradient_free, self.broke))
+        return self.white_box & self._broken_by(filter(suite.gradient_free, self.broke))
 
     @property
     def left_by_the_strongest(self) -> float:

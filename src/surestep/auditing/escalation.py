@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 from surestep.activations import straight_through_layers
 from surestep.attacks.core import share_of
 from surestep.auditing import stand_ins
-from surestep.auditing._subject import Subject, gradient_free
+from surestep.auditing._subject import Subject
 from surestep.auditing.checks import Check
+from surestep.evaluation import suite
 from surestep.evaluation.suite import Attack
 
 
@@ -45,7 +46,7 @@ def escalate(s: Subject, checks: Sequence[Check]) -> list[dict[str, Any]]:
                 # Gradient attacks also try the images that only gradient-free ones broke: breaking
                 # those, too, shows that this attack has gradients that tell something. On a random
                 # model they try all, so that each tells by itself how much it breaks.
-                seen = gradient_free(name) or name == "autoattack"
+                seen = suite.gradient_free(name) or name == "autoattack"
                 further = s.right["clean"] if s.random else s.only_without_gradients
                 on = left if seen else left | further
                 if not on.any():

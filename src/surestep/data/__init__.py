@@ -14,7 +14,6 @@ from pathlib import Path
 from surestep.data import augment
 from surestep.data._batches import Batches, as_pair, as_pixels
 from surestep.data._images import UNLABELLED, Images, as_images, number_names
-from surestep.data._random import seed_of
 from surestep.data._splits import check_judged, check_split, mixed, some
 from surestep.errors import UserError, look_up
 
@@ -32,7 +31,6 @@ __all__ = [
     "mixed",
     "names",
     "number_names",
-    "seed_of",
     "some",
 ]
 

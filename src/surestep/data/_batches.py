@@ -10,9 +10,9 @@ from torch import Tensor
 
 from surestep.data._ahead import read_ahead
 from surestep.data._images import Images, to_pixels
-from surestep.data._random import generator
 from surestep.data.augment import CropFlip, Draw
 from surestep.errors import UserError
+from surestep.randomness import generator
 
 
 def as_pair(batch: Any) -> tuple[Tensor, Tensor]:

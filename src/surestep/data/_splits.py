@@ -9,8 +9,8 @@ from typing import Literal, get_args
 
 import torch
 
-from surestep.data._random import generator
 from surestep.errors import UserError
+from surestep.randomness import generator
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)

@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from surestep.activations import straight_through_layers
+from surestep.attacks import autoattack
 from surestep.attacks.lending import attacking, check_module, device_of
 from surestep.data import Images
 from surestep.devices import memory_for
@@ -89,7 +89,7 @@ def evaluate(
             batch it counts the share of the work that is done.
         tell: called with a few words when an attack begins on a batch.
         doubt: look for signs that attacks are misled by this model, which costs a few passes over
-            96 images, and warn of them unless nothing is left.
+            96 images, and warn of them unless nothing is left. Without, ``doubts`` is None.
 
     Raises:
         UserError: no or an unknown attack or budget, no data, a state file of another evaluation or
@@ -113,21 +113,33 @@ def evaluate(
             with forked_rng(device), memory_for("the substitute", advice):
                 sources = _stand_in(judged, data, batch_size, threat, seed)
         by_name = suite.parse_all(names, threat, sources)
-    attack_within = partial(
-        _attack_within,
-        model=judged,
-        data=data,
-        batch_size=batch_size,
-        n=n,
-        seed=seed,
-        precision=precision,
-        # Without the substitute: it follows from the rest, except for the last digits.
-        digests={} if state is None else _digests(model, preprocess, user_sources),
-        tell=tell,
-        progress=progress,
-    )
+    # Without the substitute: it follows from the rest, except for the last digits.
+    digests = {} if state is None else _digests(model, preprocess, user_sources)
+
+    def attack_within(
+        radius: ThreatModel, attacks: dict[str, suite.Attack], path: str | Path | None
+    ) -> Judge:
+        settings = {
+            "version": 3,
+            "attacks": list(attacks),
+            "threat": radius.to_dict(),
+            "batch_size": batch_size,
+            "n": n,
+            "seed": seed,
+            "precision": str(precision),
+            **digests,
+        }
+        kept = State(path, settings)
+        judge = Judge(judged, radius, attacks, seed, precision, kept, tell, progress)
+        with contextlib.closing(kept):
+            seed_everything(seed)
+            batches, judge.total = batches_of(data, batch_size, n, device, radius.bounds)
+            for x, y in batches:
+                judge.run_batch(x, y)
+        return judge
+
     with attacking(judged), forked_rng(device), memory_for("an attack", advice):
-        judge = attack_within(threat, by_name, state_path=state)
+        judge = attack_within(threat, by_name, state)
         if doubt:
             judge.look_for_doubts(user_sources if "transfer" in by_name else [], batch_size)
         whole = judge.result()
@@ -146,63 +158,9 @@ def evaluate(
             if radius.eps != threat.eps:
                 again = suite.parse_all(by_name, radius, sources)
                 path = None if state is None else f"{state}.eps-{radius.eps:g}"
-                found = attack_within(radius, again, state_path=path).result()
+                found = attack_within(radius, again, path).result()
             curve.append(_row(radius, found))
     return replace(whole, curve=curve, seconds=time.perf_counter() - start)
-
-
-def _attack_within(
-    radius: ThreatModel,
-    attacks: dict[str, suite.Attack],
-    *,
-    model: nn.Module,
-    data: Any,
-    batch_size: int,
-    n: int | None,
-    seed: int,
-    precision: torch.dtype,
-    state_path: str | Path | None,
-    digests: Mapping[str, Any],
-    tell: Callable[[str], None] | None,
-    progress: Callable[[int, int, float], None] | None,
-) -> Judge:
-    """Run the attacks on all images at one radius.
-
-    Seeds the global random state, so the caller must restore it.
-
-    Args:
-        radius: the threat model at this radius.
-        attacks: by name, made for this radius.
-        model: pixels in, logits out, in eval mode.
-        data: as for ``evaluate``, as are the rest.
-        batch_size: number of images attacked at a time.
-        n: number of images.
-        seed: of everything that attacks draw at random.
-        precision: dtype in which the perturbations are crafted.
-        state_path: progress file.
-        digests: of all models that determine the results, for the progress file.
-        tell: called when an attack begins on a batch.
-        progress: called before each attack and after each batch.
-    """
-    settings = {
-        "version": 3,
-        "attacks": list(attacks),
-        "threat": radius.to_dict(),
-        "batch_size": batch_size,
-        "n": n,
-        "seed": seed,
-        "precision": str(precision),
-        **digests,
-    }
-    kept = State(state_path, settings)
-    judge = Judge(model, radius, attacks, seed, precision, kept, tell, progress)
-    with contextlib.closing(kept):
-        seed_everything(seed)
-        device = device_of(model)
-        batches, judge.total = batches_of(data, batch_size, n, device, radius.bounds)
-        for x, y in batches:
-            judge.run_batch(x, y)
-    return judge
 
 
 def _own_attacks(
@@ -214,6 +172,10 @@ def _own_attacks(
         raise UserError(
             f"an attack cannot be called {min(taken)!r}, a name the result needs: rename it"
         )
+    for name in ("autoattack", "autoattack-bpda"):
+        run = made[name].run if name in made else autoattack.PARTS
+        if not isinstance(run, Mapping) or run.keys() != autoattack.PARTS.keys():
+            raise UserError(f"{name!r} means the four attacks of AutoAttack: rename your own")
     if eps:
         raise UserError("eps takes attacks by name: an Attack is made for one radius")
     return made

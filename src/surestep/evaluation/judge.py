@@ -376,9 +376,9 @@ class Judge:
             right={**right, "worst case": worst},
         )
 
-    def _doubts(self, right: Mapping[str, Tensor]) -> list[str]:
+    def _doubts(self, right: Mapping[str, Tensor]) -> list[str] | None:
         if self.doubts is None:
-            return []
+            return None
         # An attack on the survivors cannot be compared with those that ran on all images.
         on_all = {k: attack for k, attack in self.attacks.items() if not attack.survivors_only}
         left = {name: right[name] for name in ("clean", *on_all)}

@@ -34,7 +34,7 @@ class Evaluation:
         right: (n,) each, which images were right "clean", by attack and in the "worst case"; not
             part of ``to_dict``.
         precision: in which the perturbations were made.
-        doubts: signs that the worst case is too high, in words; none where none was looked for.
+        doubts: signs that the worst case is too high, in words; None where none was looked for.
     """
 
     clean_accuracy: float
@@ -51,12 +51,14 @@ class Evaluation:
     curve: list[dict[str, Any]]
     right: dict[str, Tensor] = field(repr=False, compare=False)
     precision: str = "float32"
-    doubts: list[str] = field(default_factory=list)
+    doubts: list[str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings, lists and dicts, as written by ``--json``."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "right"}
         values["intervals"] = {k: list(v) for k, v in self.intervals.items()}
+        if self.doubts is None:
+            del values["doubts"]
         return {"format": FORMAT, "version": VERSION, **values}
 
 

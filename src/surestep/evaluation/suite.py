@@ -166,11 +166,9 @@ def parse(name: str, threat: ThreatModel, sources: Sequence[nn.Module] = ()) -> 
     ):
         raise UserError(f"unknown attack {name!r}: write one of {NAMES}, LOSS ce, margin or dlr")
     count, restarts = int(match["count"] or kind.usual or 0), int(match["restarts"] or 1)
-    made = replace(
-        kind.make(Spec(match["kind"], count, restarts, match["loss"] or "ce", threat, sources)),
-        uses_gradient=kind.uses_gradient,
-        gradient_steps=gradient_steps(name),
-    )
+    made = kind.make(Spec(match["kind"], count, restarts, match["loss"] or "ce", threat, sources))
+    steps = kind.gradient_steps if made.gradient_steps is None else made.gradient_steps
+    made = replace(made, uses_gradient=kind.uses_gradient, gradient_steps=steps)
     return _bpda(made) if match["bpda"] else made
 
 
@@ -188,17 +186,10 @@ def with_bpda(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(every))
 
 
-def gradient_steps(name: str) -> int | None:
-    """Return how many gradient steps an attack takes, by its name; 0 if it uses no gradient.
-
-    It is None for an attack that searches in another way, and for an unknown name.
-    """
+def gradient_free(name: str) -> bool:
+    """Tell from an attack's name whether it needs no gradient of the model."""
     match = _NAME.fullmatch(name)
-    if match is None:
-        return None
-    kind = KINDS[match["kind"]]
-    counts = kind.make is _iterative and match["count"]
-    return int(match["count"]) if counts else kind.gradient_steps
+    return match is not None and not KINDS[match["kind"]].uses_gradient
 
 
 def _bpda(attack: Attack) -> Attack:
@@ -243,7 +234,8 @@ def _iterative(spec: Spec) -> Attack:
         )
         return AttackResult(best.x_adv, best.first_wrong)
 
-    return Attack(run, 2 * steps * spec.restarts, points_tried=(steps + 1) * spec.restarts)
+    passes, points = 2 * steps * spec.restarts, (steps + 1) * spec.restarts
+    return Attack(run, passes, points_tried=points, gradient_steps=steps)
 
 
 def _autoattack(spec: Spec) -> Attack:
@@ -323,7 +315,7 @@ class Kind:
         restarts: whether the name may have xRESTARTS.
         loss: whether the name may have -LOSS.
         gradient_steps: number of steps along the model's gradient, 0 if it uses none; None if
-            the name tells it, or if it searches in another way.
+            ``make`` sets it, or if it searches in another way.
     """
 
     make: Callable[[Spec], Attack]

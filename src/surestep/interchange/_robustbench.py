@@ -144,8 +144,8 @@ def to_model_info(
         reported: robust accuracy in the paper, a fraction in [0, 1]; left empty by default.
         test_set_size: number of test images; known for mnist, cifar10, cifar100 and imagenet.
         allow_subset: accept an evaluation on fewer images than the whole test set.
-        allow_doubts: accept an evaluation that says why its accuracy may be too high; the entry
-            then repeats it as its footnote.
+        allow_doubts: accept an evaluation that says why its accuracy may be too high, or that was
+            made with ``doubt=False``; the entry's footnote then says so.
 
     Raises:
         UserError: the evaluation is invalid, is not of the whole test set, lacks AutoAttack, has
@@ -157,7 +157,8 @@ def to_model_info(
     _check_size(evaluation["n"], dataset, test_set_size, allow_subset)
     accuracies = evaluation["robust_accuracy"]
     robust = min(accuracies[k] for k in ("autoattack", "autoattack-bpda") if k in accuracies)
-    doubts = "; ".join(evaluation.get("doubts", ())) if robust > 0 else ""
+    signs = evaluation.get("doubts", ["no sign of masking was looked for"])
+    doubts = "; ".join(signs) if robust > 0 else ""
     if doubts and not allow_doubts:
         raise UserError(
             f"the evaluation's robust accuracy may be too high ({doubts}): audit the model, or "

@@ -7,10 +7,9 @@ measurable difference between such a model and a robust one. There is no clean t
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -287,6 +286,8 @@ class SAT(OnSingleStep):
     """
 
     kept = ("_count",)
+    update: ClassVar[Callable[..., Update]]
+    """What a step that regularises minimises; the method's parameters are its arguments."""
 
     lam: float
     fraction: float | None
@@ -304,18 +305,12 @@ class SAT(OnSingleStep):
         self._count += 1
         if self._count % self.every:
             return Update(self.between(model, x, y), self.plain_loss(y))
-        common = {
-            "threat": self.threat,
-            "lam": self.every * self.lam,
-            "fraction": self.n_regularised(len(x)) / len(x),
-            "base": self.base,
-            "criterion": self.criterion,
-        }
-        return self.regularise(model, x, y, common)
-
-    @abstractmethod
-    def regularise(self, model: nn.Module, x: Tensor, y: Tensor, common: dict[str, Any]) -> Update:
-        """Return the update of a step that regularises; ``common`` is what all three pass on."""
+        own = {k: v for k, v in self.params().items() if k not in ("every", "perturbation")}
+        own["lam"] = self.every * self.lam
+        own["fraction"] = self.n_regularised(len(x)) / len(x)
+        return self.update(
+            model, x, y, self.threat, base=self.base, criterion=self.criterion, **own
+        )
 
     def between(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return the points (N, ...) that a step without the regularizer trains on."""
@@ -348,6 +343,7 @@ class SATR1(SAT):
 
     summary = "FGSM and I-FGSM must agree, on one image of each batch"
     paper = "Vivek & Babu 2020, arXiv 2002.00614"
+    update = staticmethod(sat_r1_update)
 
     lam: float = 0.2
     steps: int = 10
@@ -375,10 +371,6 @@ class SATR1(SAT):
         "cifar10-speed": recipe(CIFAR_SPEED, lam=0.2, steps=3),
     }
 
-    def regularise(self, model: nn.Module, x: Tensor, y: Tensor, common: dict[str, Any]) -> Update:
-        """Let FGSM and I-FGSM agree."""
-        return sat_r1_update(model, x, y, steps=self.steps, **common)
-
     def cost(self, batch_size: int) -> Cost:
         """FGSM on all; for the regularised share, K - 1 more steps and a second view."""
         share = self.mean_share(batch_size)
@@ -392,6 +384,7 @@ class SATR2(SAT):
 
     summary = "FGSM from the image and from a point beside it must agree"
     paper = "Vivek & Babu 2020, arXiv 2002.00614"
+    update = staticmethod(sat_r2_update)
 
     lam: float = 5.0
     alpha: float = of_eps(1 / 4, most=0.01)
@@ -410,10 +403,6 @@ class SATR2(SAT):
         "cifar10-speed": recipe(CIFAR_SPEED, lam=25.0, alpha=2 / 255),
     }
 
-    def regularise(self, model: nn.Module, x: Tensor, y: Tensor, common: dict[str, Any]) -> Update:
-        """Let FGSM and R-FGSM agree."""
-        return sat_r2_update(model, x, y, alpha=self.alpha, project=self.project, **common)
-
     def cost(self, batch_size: int) -> Cost:
         """Both views of the regularised share go through the attack and the update."""
         views = 1 + self.mean_share(batch_size)
@@ -431,6 +420,7 @@ class SATR3(SAT):
     summary = "the loss must grow along the FGSM direction"
     paper = "Vivek & Babu 2020, arXiv 2002.00614"
     lengths = ("alpha", "eps_low")
+    update = staticmethod(sat_r3_update)
 
     lam: float = 1.0
     tau: float = 0.4
@@ -475,20 +465,6 @@ class SATR3(SAT):
             model, x, y, self.base, self.alpha, self.project, (self.base.size,)
         )
         return far
-
-    def regularise(self, model: nn.Module, x: Tensor, y: Tensor, common: dict[str, Any]) -> Update:
-        """Let the loss grow with the step's length."""
-        return sat_r3_update(
-            model,
-            x,
-            y,
-            tau=self.tau,
-            alpha=self.alpha,
-            eps_low=self.eps_low,
-            project=self.project,
-            per_sample=self.per_sample,
-            **common,
-        )
 
     def cost(self, batch_size: int) -> Cost:
         """One gradient, two points for the regularised share."""

@@ -23,13 +23,13 @@ from surestep.attacks.core import share_of
 from surestep.attacks.inputs import check_inputs, check_labels, count_classes
 from surestep.attacks.lending import compiled_whole, uncompiled
 from surestep.config import FitSettings
-from surestep.data import Images, as_pixels, seed_of
+from surestep.data import Images, as_pixels
 from surestep.devices import memory_for, move
 from surestep.errors import UserError
 from surestep.evaluation import Adapted
 from surestep.methods import Method
 from surestep.methods._dropout import check_dropout
-from surestep.randomness import seed_everything
+from surestep.randomness import seed_everything, seed_of
 from surestep.threat import ThreatModel
 from surestep.training.averaging import WeightAverage
 from surestep.training.engine import Engine, TrainStep, make_optimizer, make_step

@@ -9,8 +9,7 @@ import torch
 from accelerate.utils import gather_object
 
 from surestep import processes
-from surestep.data import seed_of
-from surestep.randomness import rng_state, seed_everything, set_rng_state
+from surestep.randomness import rng_state, seed_everything, seed_of, set_rng_state
 
 
 class RandomStates:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import surestep
 from surestep import attacks
-from surestep.attacks import autoattack
+from surestep.attacks import auto
 from surestep.data import Images
 from surestep.errors import UserError
 from surestep.evaluation import Evaluation, evaluate, suite, wilson_interval
@@ -153,8 +153,8 @@ class TestAgainstAttacks:
         }
 
     def test_the_default_is_the_standard_budget(self, net, images, monkeypatch):
-        for part in autoattack.PARTS:
-            monkeypatch.setitem(autoattack.PARTS, part, lambda model, x, y, threat: x)
+        for part in auto.PARTS:
+            monkeypatch.setitem(auto.PARTS, part, lambda model, x, y, threat: x)
         found = evaluate(net, images, surestep.Linf(0.01), n=2)
         assert tuple(found.robust_accuracy) == BUDGETS["standard"]
         assert [a["scope"] for a in found.attacks] == ["all"] * 4 + ["survivors"]

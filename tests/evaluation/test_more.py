@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import surestep
 from surestep import attacks
-from surestep.attacks import autoattack
+from surestep.attacks import auto
 from surestep.data import Images
 from surestep.errors import UserError
 from surestep.evaluation import Adapted, evaluate, suite
+from surestep.evaluation.batches import batches_of
 from surestep.evaluation.suite import Attack, AttackResult
 from surestep.models import Normalize
 
@@ -312,7 +313,7 @@ def test_an_evaluation_tells_autoattacks_parts_apart_and_resumes_within_a_batch(
             return torch.cat([0.5 - x, x - 0.5], 1)
 
     for name, breaks in (("apgd-ce", 1), ("apgd-t", 0), ("fab-t", 1), ("square", 0)):
-        monkeypatch.setitem(autoattack.PARTS, name, part(name, breaks))
+        monkeypatch.setitem(auto.PARTS, name, part(name, breaks))
     monkeypatch.setattr("surestep.evaluation.judge.round_up", lambda count, _: count)
     data = torch.full((4, 1), 0.2), torch.zeros(4, dtype=torch.int64)
     said: list[str] = []
@@ -421,6 +422,20 @@ def test_a_loader_of_bytes_or_doubles_is_the_same_as_of_pixels(net, images):
     for given in (grey, pixels.double()):
         found = evaluate(net, DataLoader(TensorDataset(given, y), 500), THREAT, ["fgsm"])
         assert torch.equal(found.right["fgsm"], whole.right["fgsm"])
+
+
+@pytest.mark.parametrize(("n", "last"), [(None, [13, 13, 13, 1, 10]), (50, [10])])
+def test_a_loaders_batches_are_divided(images, n, last):
+    """They may be larger than what fits into memory under attack."""
+    loader = DataLoader(TensorDataset(*images), 40)
+    batches, total = batches_of(loader, 13, n, torch.device("cpu"))
+    parts = list(batches)
+    assert [len(x) for x, _ in parts] == [13, 13, 13, 1, *last]
+    assert total == (n or 0)
+    for whole, divided in zip(images, zip(*parts, strict=True), strict=True):
+        assert torch.equal(torch.cat(divided), whole[:n])
+    with pytest.raises(UserError, match="batch size 0: give 1 or more"):
+        batches_of(loader, 0, n, torch.device("cpu"))
 
 
 @pytest.mark.usefixtures("small_budget")
@@ -629,3 +644,15 @@ def test_what_is_adapted_is_not_adapted_again(net, images):
         for model in (adapted, nn.Sequential(adapted)):  # an audit may wrap it once more
             evaluate(model, images, THREAT, ["fgsm"], doubt=False)
     assert set(seen) == {torch.float32}
+
+
+def test_the_radius_is_the_threat_models(net, images):
+    """Elsewhere an attack's eps is one number."""
+    with pytest.raises(UserError, match=r"eps 0\.1 is a number, expected a list of further radii"):
+        evaluate(net, images, THREAT, ["fgsm"], eps=0.1)
+
+
+@pytest.mark.parametrize(("name", "meant"), [("AA", "autoattack"), ("bim", "i-fgsm-10")])
+def test_other_names_of_attacks_are_known(name, meant):
+    with pytest.raises(UserError, match=f"unknown attack '{name}': did you mean {meant}"):
+        suite.parse(name, THREAT)

@@ -464,6 +464,34 @@ def test_a_model_that_views_is_trained_contiguous(engine, kind, monkeypatch):
     assert placed.suited(placed.place(other), torch.Size([3, 8, 8])) == placed
 
 
+def test_a_model_that_views_in_train_mode_alone():
+    class Auxiliary(Viewing):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            x = self.norm(self.conv(x))
+            return self.head(x.view(x.size(0), -1) if self.training else x.flatten(1))
+
+    fast, shape = Engine.choose("fast"), torch.Size([3, 8, 8])
+    model = fast.place(Auxiliary())
+    assert fast.suited(model.eval(), shape).channels_last
+    assert not fast.suited(model.train(), shape).channels_last
+    assert model.conv.weight.is_contiguous()
+    assert int(model.norm.num_batches_tracked) == 0
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_weights_that_are_complex(name):
+    """The fused kernels take none."""
+    weight = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    optimizer = make_optimizer(name, [weight, nn.Parameter(torch.ones(2))], lr=0.1)
+    weight.abs().sum().backward()
+    optimizer.step()
+    assert (weight.abs() < 1).all()
+
+
 def test_only_a_tuned_engine_keeps_freed_memory(tiny, monkeypatch):
     asked = []
     monkeypatch.setattr(engine_room, "keep_freed_memory", lambda: asked.append(1))

@@ -49,7 +49,7 @@ from surestep.training import (
 )
 from surestep.training.run_folder import RunFolder
 from surestep.training.schedules import learning_rate, momentum
-from surestep.training.source import make_source
+from surestep.training.source import first_item_as_batch, make_source
 
 EVERY = 2
 STOPS = {"mid-epoch": 4, "boundary": 5, "mid-epoch 2": 9}
@@ -878,6 +878,46 @@ class TestData:
         with pytest.raises(UserError, match="length"):
             tiny.train(data=Stream(), val_images=0)
 
+    @pytest.mark.parametrize("wrong", ["item", "collate", "validation"])
+    def test_a_mistake_in_a_dataset_costs_no_run(self, tiny, tmp_path, wrong):
+        class Wrong(Pairs):
+            def __getitem__(self, i: int) -> Any:
+                if wrong == "item":
+                    raise KeyError("no such column")
+                return object(), self.y[i]  # such as an image of PIL
+
+        tiny.train(out=tmp_path / "run")
+        before = snapshot(tmp_path)
+        given: Any = {"data": Wrong(*tiny.data())}
+        if wrong == "validation":
+            given = {"validation": DataLoader(given["data"], 4)}
+        error, said = UserError, r"cannot be made part of a batch \(default_collate: .*: return a"
+        if wrong == "item":
+            error, said = KeyError, "no such column"
+        with pytest.raises(error, match=said):
+            tiny.train(out=tmp_path / "run", overwrite=True, **given)
+        assert snapshot(tmp_path) == before
+
+    def test_the_first_item_is_fetched_as_a_loader_fetches_it(self, tiny):
+        class Many(Dataset):
+            def __len__(self) -> int:
+                return 4
+
+            def __getitems__(self, rows: list[int]) -> Any:
+                return [(torch.zeros(1, 8, 8), row) for row in rows]
+
+        class Empty(Many):
+            def __len__(self) -> int:
+                return 0
+
+            def __getitems__(self, rows: list[int]) -> Any:
+                raise IndexError
+
+        batch = first_item_as_batch(Many())
+        assert batch is not None
+        assert batch[1].tolist() == [0]
+        assert first_item_as_batch(Empty()) is None
+
     def test_batches_that_are_no_pairs(self, tiny):
         rows = [{"x": image, "y": label} for image, label in Pairs(*tiny.data())]
         with pytest.raises(UserError, match="pair"):
@@ -1054,14 +1094,9 @@ class TestValidation:
         tiny.train("rs-fgsm", epochs=1, val_attacks=("pgd-2", "fgsm"))
         assert asked == [("fgsm", "pgd-2")] * 2
 
-    @pytest.mark.parametrize("older", [{}, {"best_score": 0.8, "last_robust": 0.8}])
-    def test_collapse_is_seen_across_a_resume(self, tiny, stopping, monkeypatch, tmp_path, older):
+    def test_collapse_is_seen_across_a_resume(self, tiny, stopping, monkeypatch, tmp_path):
         scripted(monkeypatch, [0.8, 0.1])
         stopping(7, lambda: tiny.train(out=tmp_path / "run"))
-        path = checkpoint.found(tmp_path / "run" / "checkpoints")[-1]
-        state = files.load_tree(path)
-        state["progress"] |= older
-        files.save_tree(path, state)
         result = tiny.train(out=tmp_path / "run", resume=True)
         assert result.history[1]["collapse"]
 
@@ -1454,14 +1489,46 @@ class TestLoaders:
             )
 
         stopping(9, lambda: train(8))
-        config = tmp_path / "run" / "config.yaml"
-        begun = yaml.safe_load(config.read_text("utf-8"))
-        assert begun["batch_size"] == 8
+        config = (tmp_path / "run" / "config.yaml").read_text("utf-8")
+        assert yaml.safe_load(config)["batch_size"] == 8
         said = r"took 8 images in a step from its DataLoader, but this one gives 4: resume with the"
         with pytest.raises(UserError, match=said):
             train(4, resume=True)
-        config.write_text(yaml.safe_dump({**begun, "batch_size": 128}))  # as older versions did
         assert [row["step"] for row in train(8, resume=True).history] == [8, 16]
+
+    def test_a_resume_with_other_generators_is_refused(self, tiny, stopping, tmp_path):
+        def train(generator: torch.Generator | None, **place: Any) -> Any:
+            pairs = TensorDataset(*tiny.data())
+            loader = DataLoader(pairs, 8, shuffle=True, generator=generator)
+            return tiny.train(data=loader, val_images=0, out=tmp_path / "run", **place)
+
+        stopping(9, lambda: train(torch.Generator()))
+        said = "drew from 1 random generators of its DataLoader and samplers, but these have 0: res"
+        with pytest.raises(UserError, match=said):
+            train(None, resume=True)
+
+    def test_each_epoch_is_judged_on_the_same_images(self, tiny, monkeypatch):
+        """And a resume, to which a loader comes anew, judges the same as well."""
+        evaluate, judged = validating.evaluate, []
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            found = evaluate(*args, **kwargs)
+            judged.append([row["n"] for row in found.per_class])
+            return found
+
+        monkeypatch.setattr(validating, "evaluate", noted)
+        generator = torch.Generator().manual_seed(1)
+        before = generator.get_state()
+        held = DataLoader(TensorDataset(*tiny.data()), 8, shuffle=True, generator=generator)
+        tiny.train(validation=held, val_images=20, epochs=3)
+        assert judged[0] == judged[1] == judged[2]
+        assert torch.equal(generator.get_state(), before)
+
+    def test_a_last_batch_of_one_image(self, tiny):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+        loader = DataLoader(TensorDataset(*tiny.data(21)), 10)
+        with pytest.raises(UserError, match=r"step 3, of 1 image, leaves .* drop_last=True, or"):
+            tiny.train(model=net, data=loader, val_images=0)
 
     def test_batches_are_moved_here(self, tiny, monkeypatch):
         """Accelerate would wait for the device before it fetches the next."""
@@ -1743,6 +1810,32 @@ def test_a_wrapped_model_is_refused(tiny):
     for model in (Wrapped(tiny.net()), torch.compile(Wrapped(tiny.net()), backend="eager")):
         with pytest.raises(UserError, match=r"DistributedDataParallel: give the module inside"):
             tiny.train(model=model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("FSDP", "wrapped in FullyShardedDataParallel: give the module before it is wrapped"),
+        ("sharded", "the model's 0.bias is a DTensor, as after fully_shard: give the model before"),
+        ("meta", r"the model's 0.weight is on the meta device, .*: call model.to_empty\(device="),
+    ],
+)
+def test_a_model_whose_weights_are_not_here_is_refused(tiny, kind, said):
+    class FullyShardedDataParallel(nn.Sequential):
+        pass
+
+    class DTensor(Tensor):
+        pass
+
+    net = tiny.net()
+    if kind == "FSDP":
+        net = nn.Sequential(FullyShardedDataParallel(net))
+    elif kind == "sharded":
+        net[0].bias = nn.Parameter(net[0].bias.detach().as_subclass(DTensor))
+    else:
+        net.to("meta")
+    with pytest.raises(UserError, match=said):
+        tiny.train(model=net)
 
 
 def test_frees_step_is_of_the_radius_that_its_batch_had(tiny, tmp_path):

@@ -65,5 +65,13 @@ def test_an_old_checkpoint_that_is_being_read_ends_no_run(tmp_path, monkeypatch)
     assert checkpoint.load_newest(tmp_path, print) == {"step": 3}
 
 
+def test_what_a_kill_left_of_a_checkpoint_goes_with_the_next(tmp_path):
+    (tmp_path / ".step-00000001.safetensors.part").write_bytes(b"half")
+    kept = tmp_path / "notes.part"
+    kept.touch()
+    path = checkpoint.save(tmp_path, 2, {"step": 2})
+    assert sorted(tmp_path.iterdir()) == [kept, path]
+
+
 def _refuse():
     raise PermissionError("in use")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
+from rich.console import Console
+from rich.file_proxy import FileProxy
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -190,18 +193,26 @@ def test_during_validation(tiny, whole, tmp_path, monkeypatch, number, epoch):
     same(tiny, tmp_path / "run", uninterrupted)
 
 
-def test_a_validation_that_fails_loses_no_epoch(tiny, tmp_path, monkeypatch):
-    """Memory may be enough for the steps, and not for the attacks."""
+@pytest.mark.parametrize(
+    "error",
+    [UserError("out of memory in an attack: lower batch_size (10)"), OSError("a drive is gone")],
+    ids=["memory", "data"],
+)
+def test_a_validation_that_fails_loses_no_epoch(tiny, tmp_path, monkeypatch, error):
+    """Memory may be enough for the steps, and not for the attacks; data may become unreadable."""
     tiny.train(out=tmp_path / "whole")
 
     def full(*_: Any, **__: Any) -> Any:
         torch.rand(3)
-        raise UserError("out of memory in an attack: lower batch_size (10)")
+        raise error
 
+    told: list[dict[str, bool]] = []
     with monkeypatch.context() as patch:
         patch.setattr(validating, "evaluate", full)
-        with pytest.raises(UserError, match="out of memory"):
+        patch.setattr(stopping.StopRequest, "exchange", lambda *_, **what: told.append(what))
+        with pytest.raises(type(error), match=str(error)[:10]):
             tiny.train(out=tmp_path / "run")
+    assert told == [{"failed": True}]  # other processes would wait
     assert checkpoint.found(tmp_path / "run" / "checkpoints")[-1].stem == f"step-{5:08d}"
     tiny.train(out=tmp_path / "run", resume=True)
     same(tiny, tmp_path / "run", tmp_path / "whole")
@@ -348,13 +359,58 @@ def test_a_loader_is_told_its_epoch(tiny, asking, tmp_path):
     assert sorted(set(seen)) == [1, 2]
 
 
+def test_a_dataset_is_told_its_epoch_though_images_are_held_out(tiny, tmp_path, monkeypatch):
+    """Also where a resume begins with validation, whose images may depend on it."""
+
+    class Told(Noisy):
+        epoch = -1
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            x, y = super().__getitem__(index)
+            return x / (2 + self.epoch), y
+
+    def train(**place: Any) -> Any:
+        return tiny.train(data=Told(*tiny.data()), **place)
+
+    train(out=tmp_path / "whole")
+    evaluate, seen = validating.evaluate, []
+
+    def failing(model: Any, held_out: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(held_out.dataset.epoch)
+        if len(seen) == 2:
+            raise UserError("cannot be judged")
+        return evaluate(model, held_out, *args, **kwargs)
+
+    monkeypatch.setattr(validating, "evaluate", failing)
+    with pytest.raises(UserError, match="cannot be judged"):
+        train(out=tmp_path / "run")
+    train(out=tmp_path / "run", resume=True)
+    assert seen == [0, 1, 1]
+    same(tiny, tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_worker_prints_past_the_bar(monkeypatch):
+    """The bar's lock, if it was held when the worker was forked, is held there for good."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    plain = sys.stdout, sys.stderr
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, FileProxy(Console(), getattr(sys, name)))
+    source._begin_worker(None, 0)
+    assert (sys.stdout, sys.stderr) == plain
+    source._begin_worker(None, 0)  # without a bar
+    assert (sys.stdout, sys.stderr) == plain
+
+
 def test_workers_of_a_loader_that_accelerate_has_wrapped(tiny):
     """The loader inside starts them; the user's own stays as it is."""
     inner = DataLoader(Noisy(*tiny.data(20)), 10, num_workers=1, persistent_workers=True)
     inner._iterator = "of the user"
     shard = prepare_data_loader(inner, put_on_device=False)
     copied = source.with_workers_ignoring_signals(shard)
-    assert copied.base_dataloader.worker_init_fn.func is source._ignore_signals
+    assert copied.base_dataloader.worker_init_fn.func is source._begin_worker
     assert copied.base_dataloader._iterator is None
     assert shard.base_dataloader.worker_init_fn is inner.worker_init_fn is None
     inner._iterator = None

@@ -26,10 +26,14 @@ def batches_of(
 ) -> tuple[Iterator[tuple[Tensor, Tensor]], int]:
     """Return the batches on the device, and the number of images if it is known (else 0).
 
+    A DataLoader's batches that are larger than ``batch_size`` are divided.
+
     Raises:
-        UserError: unsupported data, or, for a data range other than [0, 1], tensors that are not
-            float32 images.
+        UserError: a batch size below 1, unsupported data, or, for a data range other than [0, 1],
+            tensors that are not float32 images.
     """
+    if batch_size < 1:
+        raise UserError(f"batch size {batch_size}: give 1 or more")
     whole = 0
     if isinstance(data, Dataset):
         if isinstance(data, Sized) and not isinstance(data, IterableDataset):
@@ -40,7 +44,7 @@ def batches_of(
         total = whole if n is None else n
         if total and isinstance(data.dataset, Sized):
             total = min(total, len(data.dataset))
-        return _first(data, n, device, bounds), total
+        return _first(data, batch_size, n, device, bounds), total
     if bounds != (0.0, 1.0):
         images = _in_range(data, bounds)
     else:  # a check of all pixels would read a memory-mapped file whole
@@ -78,17 +82,23 @@ def warn_of_one_class(counts: Mapping[int, int], stacklevel: int) -> None:
 
 
 def _first(
-    loader: Iterable[Any], n: int | None, device: torch.device, bounds: tuple[float, float]
+    loader: Iterable[Any],
+    batch_size: int,
+    n: int | None,
+    device: torch.device,
+    bounds: tuple[float, float],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     left = math.inf if n is None else n
     for batch in loader if left else ():
         x, y = as_pair(batch)
         take = int(min(left, len(x)))
         left -= take
-        x = x[:take]
-        # Before it is moved: Apple's GPUs have no float64. float16 images become float32: in half
-        # precision an l2 ball holds hardly any representable point.
-        x = x.float() if x.is_floating_point() else x
-        yield as_pixels(x.to(device), bounds), y[:take].to(device)
+        x, y = x[:take], y[:take]
+        for begin in range(0, take, batch_size):
+            part, labels = (t[begin : begin + batch_size] for t in (x, y))
+            # Before it is moved: Apple's GPUs have no float64. float16 images become float32: in
+            # half precision an l2 ball holds hardly any representable point.
+            part = part.float() if part.is_floating_point() else part
+            yield as_pixels(part.to(device), bounds), labels.to(device)
         if not left:  # a live stream would keep the next batch waiting
             return

@@ -62,7 +62,7 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     workers: int = 0,
     steps_per_epoch: int | None = None,
     describe: Mapping[str, Any] | None = None,
@@ -89,7 +89,8 @@ def fit(
             ``model.safetensors`` and ``checkpoints/``; None writes nothing.
         validation: held-out data, of which at most ``val_images`` are attacked; by default a
             tenth of ``data``, at most as many. Images held out of a Dataset go through its
-            transforms: pass ``validation`` if these are random.
+            transforms: pass ``validation`` if these are random. A DataLoader's generators are put
+            back after each epoch, so that all epochs are judged on the same images.
         resume: continue from the newest checkpoint in ``out``. The result is bit-identical to
             that of an uninterrupted run with up to two processes, and the same to the last digits
             with more, unless their number, ``device`` or ``max_memory`` changes. (On a GPU, only
@@ -109,7 +110,8 @@ def fit(
             and early stopping. If it returns True, training ends as after the last epoch, and the
             row has the entry ``stopped``; a resume trains no further. If it raises, all processes
             end, and the run can be resumed; it is not called again for that epoch.
-        settings: fields of ``surestep.config.FitSettings``: epochs, batch_size, lr, schedule, ...
+        settings: fields of ``surestep.config.FitSettings``: epochs, batch_size, optimizer, lr,
+            schedule, augment, ema, val_attacks, ...; docs/settings.md has them all.
 
     Returns:
         The result; its model is ``model`` itself, or the module inside a compiled one.
@@ -131,8 +133,7 @@ def fit(
             '@surestep.methods.register("my-name") above its @dataclass, or leave out out'
         )
     check_module(model)
-    if unwrapped(model) is not model:
-        raise UserError("the model is wrapped in DistributedDataParallel: give the module inside")
+    _check_whole(model)
     config = parse(FitSettings, settings)
     if config.optimizer != "sgd" and "lr" not in settings:
         raise UserError(
@@ -212,6 +213,30 @@ def fit(
     return FitResult(job.model, at.history, at.best_epoch, at.train_seconds, place, job.method)
 
 
+def _check_whole(model: nn.Module) -> None:
+    """Refuse a model that is wrapped for several processes, or whose weights are not all here."""
+    if unwrapped(model) is not model:
+        raise UserError("the model is wrapped in DistributedDataParallel: give the module inside")
+    # Recognised by their names: importing torch's sharding takes long.
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise UserError(
+            "the model is wrapped in FullyShardedDataParallel: give the module before it is "
+            "wrapped, since fit itself trains it on several processes, by DistributedDataParallel"
+        )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if type(tensor).__name__ == "DTensor":
+            raise UserError(
+                f"the model's {name} is a DTensor, as after fully_shard: give the model before it "
+                "is sharded, since fit itself trains it on several processes, by "
+                "DistributedDataParallel"
+            )
+        if tensor.is_meta:
+            raise UserError(
+                f"the model's {name} is on the meta device, where it has no values: call "
+                "model.to_empty(device='cpu') and initialise or load its weights"
+            )
+
+
 def _batch_size_recorded(
     size: int, config: FitSettings, begun: RunFolder | None, given: Mapping[str, Any]
 ) -> int:
@@ -220,8 +245,8 @@ def _batch_size_recorded(
     Args:
         size: images per batch of the DataLoader.
         config: the settings.
-        begun: the run to resume, if any, which keeps what it recorded: older versions did not ask
-            the DataLoader. Its checkpoints tell what it had.
+        begun: the run to resume, if any, which keeps what it recorded: another number of
+            processes is refused with reasons later, as its checkpoints tell what it had.
         given: the settings that the caller gave.
 
     Raises:

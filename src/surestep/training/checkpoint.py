@@ -15,7 +15,7 @@ _KEPT = 2
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write a checkpoint, then remove all but the newest two.
+    """Write a checkpoint, then remove all but the newest two, and what a kill left of others.
 
     Raises:
         UserError: the disk is full or the file cannot be written.
@@ -23,7 +23,8 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     files.make_folder(folder)
     path = folder / f"step-{step:08d}.safetensors"
     files.save_tree(path, state)
-    for old in found(folder)[:-_KEPT]:
+    # The run's lock is held, so nobody else is writing these.
+    for old in (*found(folder)[:-_KEPT], *folder.glob(".step-*.part")):
         with contextlib.suppress(OSError):  # such as while another program reads it
             old.unlink()
     return path

@@ -95,10 +95,12 @@ class Engine:
     def suited(self, model: nn.Module, shape: torch.Size) -> Engine:
         """Return this engine, without channels_last if the model fails on images in that format.
 
-        A model that flattens with ``view`` accepts only contiguous images.
+        A model that flattens with ``view``, be it in train mode only, accepts only contiguous
+        images.
 
         Args:
-            model: on its device, placed by this engine; made contiguous again if it fails.
+            model: on its device, placed by this engine; made contiguous again if it fails. If it
+                is in train mode, both modes are tried.
             shape: shape of one image.
         """
         if not self.channels_last or len(shape) != 3:
@@ -107,14 +109,15 @@ class Engine:
         model = uncompiled(unwrapped(model))
         x = self.place_images(torch.zeros(2, *shape, device=device))
         try:
-            with (
-                attacking(model) as inner,
-                forked_rng(device),
-                torch.no_grad(),
-                self.autocast(device),
-            ):
-                inner(x)
-        except RuntimeError:
+            for train_mode in (False, True) if model.training else (False,):
+                with (
+                    attacking(model, train_mode=train_mode) as inner,
+                    forked_rng(device),
+                    torch.no_grad(),
+                    self.autocast(device),
+                ):
+                    inner(x)
+        except Exception:  # whatever else is wrong, the step itself will tell
             # torch's own stubs leave this overload out.
             model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
             return replace(self, channels_last=False)
@@ -297,11 +300,13 @@ def make_optimizer(
     kind = look_up("optimizer", name, OPTIMIZERS)
     if not any(p.requires_grad for p in parameters):
         raise UserError("the model has no parameters to train (all of them frozen?)")
-    # The fused kernels update all tensors in one pass over memory.
+    # The fused kernels, for floating point only, update all tensors in one pass over memory.
     options: dict[str, Any] = {
         "lr": lr,
         "weight_decay": weight_decay,
-        "fused": all(p.device.type in ("cpu", "cuda") for p in parameters),
+        "fused": all(
+            p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters
+        ),
     }
     if name == "sgd":
         options["momentum"] = momentum

@@ -157,7 +157,8 @@ class Trainer:
             # A loader draws its order when an epoch begins: restore the state of that moment first.
             self.random.restore(interrupted.epoch_rng, self.state.step)
         self._epoch_rng = self.random.of_all()
-        batches = self.job.source.epoch(self.state.epoch, skip) if left else iter(())
+        # Without steps left this only tells the data their epoch, by which they may be judged.
+        batches = self.job.source.epoch(self.state.epoch, skip if left else 0)
         if interrupted:
             self.random.restore(interrupted.rng, self.state.step)
         return itertools.islice(batches, left)
@@ -183,7 +184,7 @@ class Trainer:
         random_state = self.random.read()
         try:
             self._validate(row)
-        except (StopRequested, UserError) as e:
+        except (StopRequested, Exception) as e:
             stops = isinstance(e, StopRequested)
             # After an error a process may be alone, and saving needs them all.
             if stops or processes.world_size() == 1:

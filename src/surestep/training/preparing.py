@@ -56,7 +56,7 @@ _MOST_GROWTH = 16
 
 @dataclass(frozen=True)
 class Guard:
-    """Turns compiler errors, full memory and unused parameters into one clear line.
+    """Turns errors of a step that have a known cause into one clear line.
 
     Attributes:
         model: the network, whose parameters an error may name.
@@ -89,6 +89,14 @@ class Guard:
                 raise UserError(
                     "several processes need every trainable parameter to affect the logits, but "
                     f"these do not: {which}; freeze them with requires_grad_(False)"
+                ) from e
+            raise
+        except ValueError as e:
+            if "more than 1 value per channel" in str(e):
+                raise UserError(
+                    f"{where}, of {images} image{'s' * (images != 1)}, leaves batch norm a single "
+                    "value per channel, which it cannot normalise: give the DataLoader "
+                    "drop_last=True, or choose another batch size"
                 ) from e
             raise
 

@@ -95,8 +95,6 @@ class Checkpoints:
         saved = checkpoint.load_newest(self.run.checkpoints, self.say)
         if saved is None:
             return self._without_checkpoint(), None
-        for derived in ("best_score", "last_robust"):  # in older checkpoints
-            saved["progress"].pop(derived, None)
         state = RunState(**saved["progress"])
         within = state.step != min(job.total, state.epoch * job.source.steps_per_epoch)
         self._check_data(state.step, saved)
@@ -116,8 +114,7 @@ class Checkpoints:
         if not within:
             self.random.restore(rng, state.step)
             return state, None
-        # Older checkpoints have no epoch_rng.
-        return state, Interrupted(saved["sums"], rng, saved.get("epoch_rng", rng))
+        return state, Interrupted(saved["sums"], rng, saved["epoch_rng"])
 
     def _without_checkpoint(self) -> RunState:
         """Return the progress of a run without checkpoints, which has ended or starts anew."""
@@ -162,17 +159,24 @@ class Checkpoints:
                 f"{self.run.folder} has epochs of {steps} steps, but these data give "
                 f"{expected}: resume with the data and the batch size that it was started with"
             )
-        images = saved.get("images")
-        if images is not None and images != job.images:
+        images = saved["images"]
+        if images != job.images:
             raise UserError(
                 f"{self.run.folder} has {images or 'no'} training images in memory, but these data "
                 f"give {job.images or 'none'}: resume with the data that it was started with"
             )
-        batch = saved.get("loader_batch")
+        batch = saved["loader_batch"]
         if batch and job.loader_batch and batch != job.loader_batch:
             raise UserError(
                 f"{self.run.folder} took {batch} images in a step from its DataLoader, but this "
                 f"one gives {job.loader_batch}: resume with the batch size that it was started with"
+            )
+        # For another number of processes Accelerate may add some.
+        drew, draw = len(saved["rng"][0]["loader"]), len(job.source.generators())
+        if begun == now and drew != draw:
+            raise UserError(
+                f"{self.run.folder} drew from {drew} random generators of its DataLoader and "
+                f"samplers, but these have {draw}: resume with those that it was started with"
             )
         if begun != now:
             self.say(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     SequentialSampler,
+    Subset,
     default_collate,
 )
 
@@ -101,7 +103,7 @@ class LoaderSource:
         """
         # Accelerate counts only completed epochs, so its number is wrong after a partial one. It
         # also never calls set_epoch on a batch sampler, nor on the dataset if the sampler has one.
-        for part in [*self._parts(), self.loader.dataset]:
+        for part in [*_parts_of(self.loader), *_datasets_of(self.loader)]:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
         random = OwnRandom(int(torch.empty((), dtype=torch.int64).random_()))
@@ -135,24 +137,38 @@ class LoaderSource:
 
     def generators(self) -> list[torch.Generator]:
         """Return the random generators of the loader and its samplers, outermost first."""
-        found: list[torch.Generator] = []
-        for place in self._parts():
-            generator = getattr(place, "generator", None)
-            if isinstance(generator, torch.Generator) and generator not in found:
-                found.append(generator)
-        return found
+        return generators_of(self.loader)
 
-    def _parts(self) -> list[Any]:
-        """Return the loader and the samplers in it, each once, outermost first."""
-        found: list[Any] = []
-        places: list[Any] = [self.loader]
-        while places:
-            place = places.pop(0)
-            if not any(place is other for other in found):
-                found.append(place)
-            nested = (getattr(place, name, None) for name in ("batch_sampler", "sampler"))
-            places += [n for n in nested if n is not None]
-        return found
+
+def generators_of(loader: DataLoader) -> list[torch.Generator]:
+    """Return the random generators of a DataLoader and its samplers, outermost first."""
+    found: list[torch.Generator] = []
+    for place in _parts_of(loader):
+        generator = getattr(place, "generator", None)
+        if isinstance(generator, torch.Generator) and generator not in found:
+            found.append(generator)
+    return found
+
+
+def _parts_of(loader: DataLoader) -> list[Any]:
+    """Return a DataLoader and the samplers in it, each once, outermost first."""
+    found: list[Any] = []
+    places: list[Any] = [loader]
+    while places:
+        place = places.pop(0)
+        if not any(place is other for other in found):
+            found.append(place)
+        nested = (getattr(place, name, None) for name in ("batch_sampler", "sampler"))
+        places += [n for n in nested if n is not None]
+    return found
+
+
+def _datasets_of(loader: DataLoader) -> list[Any]:
+    """Return the Dataset of a DataLoader and those that it is a ``Subset`` of, outermost first."""
+    found: list[Any] = [loader.dataset]
+    while isinstance(found[-1], Subset):
+        found.append(found[-1].dataset)
+    return found
 
 
 @dataclass(frozen=True)
@@ -193,29 +209,43 @@ def _without(batches: Iterator[Batch], skip: int) -> Iterator[Batch]:
 def first_item_as_batch(data: Any) -> tuple[Tensor, Tensor] | None:
     """Return a batch of the first item, collated as the Dataset's or DataLoader's batches are.
 
-    Returns None if no item can be read (the data are streamed, empty, or not indexed by integers)
-    or collated, or if the DataLoader has no batch sampler.
+    Returns None if no item can be read (the data are streamed or empty, or a DataLoader's are not
+    indexed by integers) or collated by the DataLoader's own ``collate_fn``, or if it has no batch
+    sampler.
 
     Raises:
-        UserError: the batch is not a pair of tensors.
+        UserError: the item cannot be collated, or the batch is not a pair of tensors.
+        Exception: what a Dataset's ``__getitem__`` raises.
     """
     loader = isinstance(data, DataLoader)
     if loader and data.batch_sampler is None:
         return None
+    dataset = data.dataset if loader else data
+    collate = data.collate_fn if loader else default_collate
     # What an augmentation draws here must not change the random states of training.
     with OwnRandom(0).used():
         try:
-            item = (data.dataset if loader else data)[0]
+            # As a DataLoader fetches it.
+            many = getattr(dataset, "__getitems__", None)
+            item = many([0])[0] if many else dataset[0]
         except (NotImplementedError, TypeError, IndexError, KeyError):
+            # A Dataset itself is indexed from 0 on, so this is a mistake in it.
+            if not loader and not isinstance(data, IterableDataset) and len(data):
+                raise
             return None  # it streams, is empty, or has other keys than numbers
-        collate = data.collate_fn if loader else default_collate
         try:
             batch = collate([item])
-        except Exception:
+        except Exception as e:
             try:  # a collate_fn that mixes images may need two
                 batch = collate([item, item])
             except Exception:
-                return None
+                if collate is not default_collate:
+                    return None  # it may need more
+                reason = " ".join(str(e).split())
+                raise UserError(
+                    f"the first item of the data cannot be made part of a batch ({reason}): return "
+                    "a pair (x, y) of tensors, or pass a DataLoader with a collate_fn"
+                ) from e
     return as_pair(batch)
 
 
@@ -241,13 +271,17 @@ def with_workers_ignoring_signals(data: Any) -> Any:
     if hasattr(data, "base_dataloader"):  # Accelerate's; the loader inside starts the workers
         data.base_dataloader = inner = copy.copy(data.base_dataloader)
     inner._iterator = None  # workers that already run are the user's
-    inner.worker_init_fn = functools.partial(_ignore_signals, inner.worker_init_fn)
+    inner.worker_init_fn = functools.partial(_begin_worker, inner.worker_init_fn)
     return data
 
 
-def _ignore_signals(then: Callable[[int], None] | None, worker: int) -> None:
+def _begin_worker(then: Callable[[int], None] | None, worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # The progress bar prints through itself, under a lock. If that was held at the fork, it stays
+    # held here for good, and a worker that prints or warns would wait for it.
+    sys.stdout = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
+    sys.stderr = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
     if then is not None:
         then(worker)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, Subset
@@ -9,9 +11,9 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from surestep import processes
 from surestep.data import Images, some
 from surestep.devices import out_of_memory
-from surestep.errors import UserError
 from surestep.evaluation import evaluate
 from surestep.training.preparing import Job
+from surestep.training.source import generators_of
 from surestep.training.stopping import FailedElsewhere, StopRequest
 
 COLLAPSE = 0.20
@@ -28,6 +30,7 @@ def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
     Raises:
         StopRequested: a stop was requested during validation.
         UserError: the images cannot be judged.
+        Exception: what the held-out data raise.
     """
     attacks = dict.fromkeys(("fgsm", *job.config.val_attacks))
     held_out, divided = _part_of(job.held_out, job.config.val_images)
@@ -35,7 +38,7 @@ def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
     def check_for_stop(*_: object) -> None:
         stop.exchange(job.device)
 
-    with stop.at_once():
+    with _generators_kept(held_out), stop.at_once():
         try:
             found = evaluate(
                 job.eval_model,
@@ -54,7 +57,7 @@ def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
                 pass  # others have more images
         except FailedElsewhere:
             raise
-        except UserError as e:
+        except Exception as e:
             stop.exchange(job.device, failed=True)  # the others would wait for this one
             cause = e.__cause__
             if isinstance(cause, Exception) and out_of_memory(cause):
@@ -73,6 +76,18 @@ def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
         **{f"val_{name}": share for name, share in zip(attacks, under, strict=True)},
         "val_seconds": found.seconds,
     }
+
+
+@contextmanager
+def _generators_kept(data: Any) -> Iterator[None]:
+    """Restore a DataLoader's generators on exit: each epoch is judged on the same images."""
+    found = generators_of(data) if isinstance(data, DataLoader) else []
+    states = [generator.get_state() for generator in found]
+    try:
+        yield
+    finally:
+        for generator, state in zip(found, states, strict=True):
+            generator.set_state(state)
 
 
 def _part_of(data: Any, n: int) -> tuple[Any, bool]:

@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .PHONY: demo test lint clean
+# A venv that failed (Debian without python3-venv) must not pass for one that is there.
+.DELETE_ON_ERROR:
 
 # Set up, then train and judge two small networks: some minutes with bf16, a quarter of an hour without.
 demo: $(VENV)/.demo

@@ -440,16 +440,6 @@ class TestAgain:
         assert world.done == ["evaluate sat-r2-seed0", "audit sat-r2-seed0"]
         assert told[0].startswith("judging sat-r2-seed0 (1 of 1) anew: its weights, settings or ")
 
-    def test_an_older_version_named_no_split(self, world, tmp_path):
-        first = compare(["sat-r2"], 1, out=tmp_path, **SHORT)
-        kept = tmp_path / "sat-r2-seed0" / "comparison.json"
-        outcome = json.loads(kept.read_text("utf-8"))
-        del outcome["settings"]["split"]
-        kept.write_text(json.dumps(outcome), "utf-8")
-        world.done.clear()
-        assert compare(["sat-r2"], 1, out=tmp_path, **SHORT) == first
-        assert world.done == []
-
     def test_what_an_older_version_judged_is_judged_anew(self, world, tmp_path):
         compare(["sat-r2"], 1, out=tmp_path, **SHORT)
         kept = tmp_path / "sat-r2-seed0" / "comparison.json"

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -254,3 +256,9 @@ def test_weights_are_selected_by_more_than_one_step():
     fields = FitSettings.model_fields
     assert fields["val_attacks"].default == ("fgsm", "pgd-20x2")
     assert fields["select"].default == "best"
+
+
+def test_the_page_of_settings_is_up_to_date():
+    script = Path(__file__).parents[1] / "docs" / "settings.py"
+    page = script.with_name("settings.md").read_text("utf-8")
+    assert page == runpy.run_path(str(script))["page"](), "run python docs/settings.py"

@@ -311,3 +311,9 @@ def test_a_default_device_of_the_users_is_not_for_random_orders():
     finally:
         torch.set_default_device(None)
     assert {value.device.type for value in drawn} == {"cpu"}
+
+
+def test_a_device_may_be_one_of_torchs():
+    assert devices.pick_device(torch.device("cpu")) == devices.pick_device("cpu")
+    with pytest.raises(UserError, match="device 'meta' cannot be used here"):
+        devices.pick_device(torch.device("meta"))

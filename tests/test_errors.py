@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from surestep.errors import UserError, need
+from surestep.errors import UserError, look_up, need
 
 
 def test_a_package_that_is_there_is_returned():
@@ -26,3 +26,9 @@ def test_one_that_fails_by_itself_is_not_called_missing(tmp_path, monkeypatch):
         UserError, match=r"needs half_there, which cannot be imported.*what_it_needs"
     ):
         need("half_there", "this", "half-there")
+
+
+def test_capitals_do_not_hide_what_was_meant():
+    """Papers write SAT-R2."""
+    with pytest.raises(UserError, match="unknown method 'SAT-R2': did you mean 'sat-r2'"):
+        look_up("method", "SAT-R2", {"sat-r2": 1, "fgsm": 2})

@@ -12,7 +12,6 @@ import pytest
 from _table import append, read
 
 from surestep import methods, runs
-from surestep.attacks import autoattack
 
 
 @pytest.mark.parametrize("name", list(board.BOARDS))
@@ -162,7 +161,7 @@ def test_the_benchmarks_own_protocol():
 @pytest.mark.usefixtures("small_budget")
 def test_a_row_is_trained_judged_and_audited(monkeypatch):
     # Of AutoAttack's parts one that finds nothing: what they find is no matter of the board.
-    monkeypatch.setattr(autoattack, "PARTS", {"none": lambda model, x, y, threat: x})
+    monkeypatch.setattr("surestep.attacks.auto.PARTS", {"none": lambda model, x, y, threat: x})
     small = {"model": "lenet+", "epochs": 0.01, "val_images": 50, "val_attacks": ["fgsm"]}
     tiny = replace(
         board.BOARDS["fastat"], settings=small, preset="mnist", steps=2, n=20, audit_n=20

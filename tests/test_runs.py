@@ -593,15 +593,12 @@ class TestPlaces:
         assert found == config.model_copy(update={k: told(v) for k, v in expected.items()})
         assert runs.from_anywhere(found) == found
 
-    @pytest.mark.parametrize("older", [False, True])
-    def test_a_run_goes_on_with_what_it_was_begun_with(self, short, tmp_path, monkeypatch, older):
+    def test_a_run_goes_on_with_what_it_was_begun_with(self, short, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(runs, "fit", lambda *_, describe, **__: describe)
         config = runs.resolve({**short, "data": "a.npz", "val_images": 0, "method": "fgsm"})
         begun = runs.train(config, "run")
         assert begun["data"] == str(tmp_path / "a.npz")
-        # Older versions wrote what was given.
-        begun |= {"data": "a.npz"} if older else {}
         run = RunFolder(tmp_path / "run")
         run.make(begun)
         again = runs.train(config, "run", resume=True)

@@ -1,6 +1,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -220,6 +221,14 @@ def test_small_surface():
 def test_refuses(norm, arguments, words):
     with pytest.raises(UserError, match=one_line(*words)):
         norm(*arguments)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, torch.tensor, int])
+def test_takes_numbers_of_numpy_and_torch(kind):
+    threat = Linf(kind(1), (kind(0), kind(2)))
+    assert (threat.eps, threat.bounds) == (1, (0, 2))
+    assert all(type(number) in (float, int) for number in (threat.eps, *threat.bounds))
+    assert threat == Linf(1.0, (0.0, 2.0))
 
 
 def test_linf_refuses_a_radius_beyond_the_range():

@@ -158,8 +158,8 @@ class RunConfig(FitSettings):
     )
     model: str = Field(
         "lenet+",
-        description="lenet+, resnet18, wrn-28-10, ... (docs/data-and-models.md), timm:NAME or "
-        "FILE.py:FACTORY",
+        description="lenet+, cnn-small, resnet18, resnet34, preactresnet18, preactresnet10-slim, "
+        "wrn-28-10, timm:NAME or FILE.py:FACTORY",
     )
     weights: str | None = Field(
         None, description="Initial weights: a file, or pretrained (timm's own)"

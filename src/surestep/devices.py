@@ -18,7 +18,7 @@ from surestep.errors import UserError
 _WITHOUT_FLOAT64 = {"mps"}
 
 
-def pick_device(name: str | None = None) -> torch.device:
+def pick_device(name: str | torch.device | None = None) -> torch.device:
     """Return the named device; by default an accelerator if there is one, else the CPU.
 
     Also configures what must be set before the device is first used: CUDA's allocator, if it has
@@ -33,6 +33,7 @@ def pick_device(name: str | None = None) -> torch.device:
             name = "cuda"
         else:
             name = "mps" if torch.backends.mps.is_available() else "cpu"
+    name = str(name)
     if name.startswith("cuda"):
         _let_segments_grow()
         name = _own_device(name)

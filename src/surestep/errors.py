@@ -32,7 +32,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str], meant: str = "") ->
         meant: the one to suggest; by default the nearest in spelling.
     """
     names = sorted(known)
-    close = [meant] if meant else difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = [meant] if meant else difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return UserError(f"unknown {kind} {name!r}: {hint}known are {', '.join(names)}")
 

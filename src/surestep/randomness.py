@@ -78,9 +78,8 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
     """Restore what ``rng_state`` returned, on a device whose index may have changed."""
     (version, numbers, normal), (kind, keys, *rest) = state["python"], state["numpy"]
-    # Older checkpoints hold lists of numbers.
-    python = version, tuple(torch.as_tensor(numbers).tolist()), normal
-    _write(python, (kind, torch.as_tensor(keys).numpy().astype(np.uint32), *rest), state["torch"])
+    python = version, tuple(numbers.tolist()), normal
+    _write(python, (kind, keys.numpy().astype(np.uint32), *rest), state["torch"])
     if state["cuda"] and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"][0], device)
     if state["mps"] and torch.backends.mps.is_available():

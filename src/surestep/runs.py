@@ -79,14 +79,8 @@ class Run:
         return RunFolder(self.folder).weights
 
 
-def from_anywhere(config: RunConfig, begun: Mapping[str, Any] | None = None) -> RunConfig:
-    """Return settings with absolute paths, which are valid in any working directory.
-
-    Args:
-        config: the settings.
-        begun: the stored settings of a run to resume, if any. Older runs stored paths as given; a
-            setting that equals the stored one is left unchanged.
-    """
+def from_anywhere(config: RunConfig) -> RunConfig:
+    """Return settings with absolute paths, which are valid in any working directory."""
     kind, colon, root = config.dataset.partition(":")
     found: dict[str, Any] = {
         "data": config.data and _absolute_root(kind, config.data),
@@ -98,10 +92,7 @@ def from_anywhere(config: RunConfig, begun: Mapping[str, Any] | None = None) -> 
         found["weights"] = _absolute(str(config.weights))
     if models.in_file(config.model):
         found["model"] = models.absolute(config.model)
-    given, begun = config.model_dump(mode="json"), begun or {}
-    return config.model_copy(
-        update={k: v for k, v in found.items() if k not in begun or begun[k] != given[k]}
-    )
+    return config.model_copy(update=found)
 
 
 def _absolute(path: str) -> str:
@@ -198,7 +189,7 @@ def harden(
     split: str = "test",
     seed: int = 0,
     batch_size: int = 500,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     overwrite: bool = False,
     progress: Callable[[dict[str, Any]], None] | None = None,
     tell: Callable[[str], None] = lambda _: None,
@@ -327,8 +318,7 @@ def train(
             stacklevel=2,
         )
     settings = {name: getattr(config, name) for name in FitSettings.model_fields}
-    begun = read_yaml(run.config) if run and resume else None
-    written = from_anywhere(config, begun).model_dump(mode="json")
+    written = from_anywhere(config).model_dump(mode="json")
     described = {k: v for k, v in written.items() if k not in FitSettings.model_fields}
     # A run that was stopped before its first checkpoint starts again from the beginning.
     goes_on = (
@@ -392,7 +382,7 @@ def read_config(folder: str | Path) -> RunConfig:
     return parse(RunConfig, values, where=f"{run.config}: ")
 
 
-def load(folder: str | Path, device: str | None = None) -> Run:
+def load(folder: str | Path, device: str | torch.device | None = None) -> Run:
     """Load a run folder (``surestep.load``), without its data if the weights name the classes.
 
     The model is in the memory format of the run's engine, as ``train`` returned it.

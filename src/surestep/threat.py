@@ -37,7 +37,8 @@ class ThreatModel(ABC):
     bounds: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "bounds", tuple(self.bounds))
+        object.__setattr__(self, "eps", _plain(self.eps))
+        object.__setattr__(self, "bounds", tuple(map(_plain, self.bounds)))
         if not (len(self.bounds) == 2 and all(map(_finite, self.bounds)) and self.span > 0):
             raise UserError(f"bounds {self.bounds} are not a range: give (low, high), low < high")
         if not (_finite(self.eps) and self.eps >= 0):
@@ -239,6 +240,11 @@ def check(given: object) -> None:
         raise UserError(
             f"{given!r} is not a threat model: give surestep.Linf(8 / 255) or surestep.L2(0.5)"
         )
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of numpy's or torch's as python's; anything else as it is."""
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def _finite(value: object) -> bool:

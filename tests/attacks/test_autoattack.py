@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import surestep
-from surestep.attacks import autoattack
+from surestep.attacks import auto
 from surestep.errors import UserError
 
 THREAT = surestep.Linf(0.05)
@@ -42,7 +42,7 @@ class TestAutoAttack:
         assert 10 < int(truth.sum()) < 25
         state = torch.get_rng_state()
         for name, count in (("apgd_ce", 20), ("apgd_t", 20), ("fab_t", 10), ("square", 200)):
-            x_adv = getattr(autoattack, name)(net, flat, y, threat, count)
+            x_adv = getattr(auto, name)(net, flat, y, threat, count)
             assert x_adv.shape == flat.shape
             assert (x_adv - flat).abs().max() <= torch.tensor(0.05)
             assert x_adv.abs().max() <= 1
@@ -56,7 +56,7 @@ class TestAutoAttack:
         expected = torch.rand(3)
         torch.set_rng_state(state)
         for _ in range(5):
-            autoattack.square(net, flat, y, threat, 5)
+            auto.square(net, flat, y, threat, 5)
         assert torch.equal(torch.rand(3), expected)
 
     @pytest.mark.parametrize("classes", [2, 4])
@@ -65,7 +65,7 @@ class TestAutoAttack:
         net = nn.Linear(64, classes)
         flat = (pixels[:20] * 2 - 1).flatten(1)
         y = net(flat).argmax(1).detach()
-        x_adv = autoattack.autoattack(net, flat, y, surestep.Linf(0.1, (-1.0, 1.0)))
+        x_adv = auto.autoattack(net, flat, y, surestep.Linf(0.1, (-1.0, 1.0)))
         truth, broken = breakable(net, flat, y, 0.1), net(x_adv).argmax(1) != y
         assert not (broken & ~truth).any()
         assert broken.sum() >= 0.95 * truth.sum() > 0
@@ -76,7 +76,7 @@ class TestAutoAttack:
         net = nn.Linear(64, 3)
         flat = (pixels[:45] * 2 - 1).flatten(1)
         y = net(flat).argmax(1).detach()
-        x_adv = autoattack.apgd_t(net, flat, y, surestep.Linf(0.07, (-1.0, 1.0)), 10)
+        x_adv = auto.apgd_t(net, flat, y, surestep.Linf(0.07, (-1.0, 1.0)), 10)
         truth = breakable(net, flat, y, 0.07)
         assert int(truth.sum()) == 32
         assert torch.equal(net(x_adv).argmax(1) != y, truth)
@@ -84,12 +84,10 @@ class TestAutoAttack:
     def test_missing_package(self, net, pixels, monkeypatch):
         monkeypatch.setitem(sys.modules, "pyautoattack", None)
         with pytest.raises(UserError, match="pip install 'pyautoattack'"):
-            autoattack.square(net, pixels, torch.zeros(90, dtype=torch.int64), THREAT, 5)
+            auto.square(net, pixels, torch.zeros(90, dtype=torch.int64), THREAT, 5)
 
     def test_eps_zero(self, net, pixels):
-        x_adv = autoattack.autoattack(
-            net, pixels, torch.zeros(90, dtype=torch.int64), surestep.Linf(0.0)
-        )
+        x_adv = auto.autoattack(net, pixels, torch.zeros(90, dtype=torch.int64), surestep.Linf(0.0))
         assert torch.equal(x_adv, pixels)
 
     @pytest.mark.parametrize("part", ["apgd_ce", "apgd_t", "fab_t", "autoattack", "square"])
@@ -103,7 +101,7 @@ class TestAutoAttack:
         torch.manual_seed(0)
         net = Detached(64, 4)
         y = net(pixels).argmax(1)
-        attack = getattr(autoattack, part)
+        attack = getattr(auto, part)
         if part == "square":
             assert (net(attack(net, pixels, y, surestep.Linf(0.2), 200)).argmax(1) != y).any()
         else:
@@ -129,9 +127,9 @@ def test_autoattack_is_its_four_parts_on_what_is_left(monkeypatch):
 
     parts = ("apgd-ce", "apgd-t", "fab-t", "square")
     for name in parts:
-        monkeypatch.setitem(autoattack.PARTS, name, spy(name))
+        monkeypatch.setitem(auto.PARTS, name, spy(name))
     x, y = torch.full((5, 1), 0.2), torch.zeros(5, dtype=torch.int64)
-    x_adv = autoattack.autoattack(Half(), x, y, surestep.Linf(0.7))
+    x_adv = auto.autoattack(Half(), x, y, surestep.Linf(0.7))
     assert seen == list(zip(parts, (5, 4, 3, 2), strict=True))
     assert Half()(x_adv).argmax(1).tolist() == [1, 1, 1, 1, 0]
 
@@ -156,7 +154,7 @@ def test_autoattack_is_as_strong_as_the_standard_version(net, pixels, monkeypatc
         monkeypatch.setattr(getattr(room, name), "perturb", spy)
     x = pixels[:4]
     ten = nn.Sequential(nn.Flatten(), nn.Linear(64, 12))  # targets are nine at most
-    autoattack.autoattack(ten, x, ten(x).argmax(1), THREAT)
+    auto.autoattack(ten, x, ten(x).argmax(1), THREAT)
     standard.fab.targeted = True  # as it sets for fab-t when it runs
     theirs = (standard.apgd, standard.apgd_targeted, standard.fab, standard.square)
     for ours, known in zip(made, theirs, strict=True):
@@ -180,7 +178,7 @@ def test_autoattack_on_logits_in_float64(part, threat, pixels):
 
     model, x = Doubles(), pixels
     y = model(x).argmax(1)
-    x_adv = getattr(autoattack, part)(model, x, y, threat, 5)
+    x_adv = getattr(auto, part)(model, x, y, threat, 5)
     assert x_adv.dtype == torch.float32
     assert (model(x_adv).argmax(1) != y).any()
 
@@ -192,25 +190,25 @@ def test_square_moves_squares_of_images_without_a_channel(threat, pixels):
     x = pixels[:, 0]
     y = net(x).argmax(1)
     torch.manual_seed(1)
-    flat = autoattack.square(net, x, y, threat, 30)
+    flat = auto.square(net, x, y, threat, 30)
     torch.manual_seed(1)
-    whole = autoattack.square(net, x[:, None], y, threat, 30)
+    whole = auto.square(net, x[:, None], y, threat, 30)
     assert torch.equal(flat, whole[:, 0])
 
 
-@pytest.mark.parametrize("part", autoattack.PARTS)
+@pytest.mark.parametrize("part", auto.PARTS)
 def test_it_decides_in_float32(pixels, part, autocast_at_logits):
     """The package leaves a point that is wrong, be it by a hair of bf16's."""
-    seen = autocast_at_logits(autoattack)
+    seen = autocast_at_logits(auto)
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), pixels[:8]
     with torch.autocast("cpu", torch.bfloat16):
-        autoattack.PARTS[part](net, x, net(x).argmax(1), THREAT, 3)
+        auto.PARTS[part](net, x, net(x).argmax(1), THREAT, 3)
     assert seen
     assert not any(seen)
 
 
-@pytest.mark.parametrize("part", autoattack.PARTS)
+@pytest.mark.parametrize("part", auto.PARTS)
 def test_images_that_lie_in_memory_with_the_channels_last(part, threat_of_color):
     x = torch.rand(6, 8, 8, 3, generator=torch.Generator().manual_seed(0)).permute(0, 3, 1, 2)
     torch.manual_seed(0)
@@ -218,7 +216,7 @@ def test_images_that_lie_in_memory_with_the_channels_last(part, threat_of_color)
     found = []
     for images in (x, x.contiguous()):
         torch.manual_seed(1)
-        run = autoattack.PARTS[part]
+        run = auto.PARTS[part]
         found.append(run(net, images, net(x).argmax(1), threat_of_color, 3))
     assert torch.equal(*found)
 
@@ -250,6 +248,6 @@ def test_points_hold_on_to_no_graph(pixels, part, module, kind, monkeypatch):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
     with torch.enable_grad():
-        autoattack.PARTS[part](net, pixels, net(pixels).argmax(1), THREAT, 3)
+        auto.PARTS[part](net, pixels, net(pixels).argmax(1), THREAT, 3)
     (points,) = made
     assert not points.requires_grad

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from surestep import attacks
-from surestep.attacks import autoattack
+from surestep.attacks import auto
 from surestep.attacks.core import input_gradient
 from surestep.attacks.inputs import check_inputs, forward_logits
 from surestep.attacks.lending import attacking, buffers_kept, copy_all, interpreted
@@ -68,7 +68,7 @@ def test_no_graph_even_from_images_that_ask_for_one(convnet, images, threat, att
     assert x.grad is None
 
 
-@pytest.mark.parametrize("part", [autoattack.fab_t, autoattack.apgd_ce, autoattack.square])
+@pytest.mark.parametrize("part", [auto.fab_t, auto.apgd_ce, auto.square])
 def test_the_parts_of_autoattack_leave_no_gradients(convnet, images, threat, part):
     x, y = images()
     before = snapshot(convnet)

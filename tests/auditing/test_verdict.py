@@ -87,7 +87,7 @@ def test_bpda_is_run_where_a_layer_is_flat(run, net, mask, monkeypatch):
     def square(_, x, y, threat, **__):
         return torch.where((y == 0).view(-1, 1, 1, 1), attacks.fgsm(net, x, y, threat), x)
 
-    monkeypatch.setattr("surestep.attacks.autoattack.square", square)
+    monkeypatch.setattr("surestep.attacks.auto.square", square)
     found = run(MASKS[mask](net))
     (step,) = [s for s in found.escalation if s["name"] == "bpda"]
     assert step["why"] == "no gradient, or a wrong one, flows through 0: straight through it"
@@ -160,9 +160,9 @@ def test_what_falls_to_square_alone_counts_whenever_it_falls(run, monkeypatch, l
     """After the checks, too: gradients, though right, do not see the stripes."""
     model = Striped(made_up=False, weak=0.4)
     parts = {"apgd-ce": lambda _, x, y, threat: x, "square": trap(model, 0)}
-    monkeypatch.setattr("surestep.attacks.autoattack.PARTS", parts)
+    monkeypatch.setattr("surestep.attacks.auto.PARTS", parts)
     if late == "square-200":
-        monkeypatch.setattr("surestep.attacks.autoattack.square", trap(model, 200))
+        monkeypatch.setattr("surestep.attacks.auto.square", trap(model, 200))
     small = budgets.BUDGETS["quick"]
     monkeypatch.setitem(budgets.BUDGETS, "quick", replace(small, autoattack=late == "autoattack"))
     # Probabilities are flagged, which calls for more queries.
@@ -703,7 +703,7 @@ def test_autoattack_comes_last_and_on_what_is_left(net, images, monkeypatch):
 
     budget = budgets.Budget(5, 5, 20, 30, 1, 30, autoattack=True)
     monkeypatch.setitem(budgets.BUDGETS, "standard", budget)
-    monkeypatch.setattr("surestep.attacks.autoattack.PARTS", {"all": spy})
+    monkeypatch.setattr("surestep.attacks.auto.PARTS", {"all": spy})
     found = audit(net, images, surestep.Linf(0.12), budget="standard")
     assert found.escalation[-1]["name"] == "autoattack"
     left = round(60 * found.found_accuracy)
@@ -846,7 +846,7 @@ def test_layers_with_a_way_through_are_attacked_through_it(run, net, monkeypatch
     monkeypatch.setattr(
         "surestep.auditing._audit.transfer", lambda *_: Attack(lambda model, x, y: AttackResult(x))
     )
-    monkeypatch.setattr("surestep.attacks.autoattack.square", lambda model, x, *_, **__: x)
+    monkeypatch.setattr("surestep.attacks.auto.square", lambda model, x, *_, **__: x)
 
     class Dead(nn.Module):
         straight_through = False

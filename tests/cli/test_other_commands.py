@@ -298,3 +298,10 @@ def test_a_new_plug_in_says_how_it_is_installed(done, tmp_path):
     said = done("methods", "new", "my-way", "--dir", where)
     install = f"pip install -e {where / 'surestep-my-way'}"
     assert said.endswith(f"then: {install}; surestep methods my-way\n")
+
+
+def test_a_new_method_in_another_checkout_says_that_it_must_be_installed(done, tmp_path):
+    """The surestep that runs does not look there."""
+    (tmp_path / "src" / "surestep" / "methods").mkdir(parents=True)
+    said = done("methods", "new", "my-way", "--dir", tmp_path)
+    assert "then: pip install -e . (surestep is installed elsewhere); surestep methods my" in said

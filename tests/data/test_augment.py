@@ -79,7 +79,6 @@ def test_a_slice_of_a_draw_is_the_draw_of_the_slice():
 def test_names_and_mistakes(refused):
     assert augment.get("none") is None
     assert augment.get("crop-flip") == CropFlip(pad=4, flip=True)
-    assert augment.names() == ["none", "crop-flip"]
     refused(lambda: augment.get("cropflip"), "did you mean 'crop-flip'")
     refused(lambda: CropFlip(pad=-1), "-1")
     zeros = torch.zeros(2, dtype=torch.long)

@@ -72,15 +72,3 @@ def test_the_mean_weights_survive_a_resume(make_task):
         losses.append(method(copy.deepcopy(net), task.x, task.y).loss.detach())
     assert torch.equal(*losses)
     assert made[1].state_dict()["centre"]
-
-
-def test_the_mean_weights_of_an_older_checkpoint(make_task):
-    """They were kept by the weights' names."""
-    task = make_task("mlp")
-    method = methods.get("converge-smooth")(Linf(EPS), perturbation="fgsm", pull=0.3)
-    held = {name: p.detach() + 1 for name, p in task.net.named_parameters()}
-    method.load_state_dict({**method.state_dict(), "centre": held})
-    method.progress = methods.Progress(step=1, steps_per_epoch=2, epochs=4, lr=0.1)
-    method(task.net, task.x, task.y)
-    for one, other in zip(method.state_dict()["centre"], held.values(), strict=True):
-        assert torch.equal(one, other)

@@ -26,6 +26,11 @@ def gradients(net, x, y, smoothing=0.0):
     return torch.autograd.grad(goal, leaf)[0]
 
 
+def moved_back(draw, new, old):
+    """Return new values where the crop shows the image, the old ones where it was cropped away."""
+    return draw.undo(new) + (1 - draw.undo(torch.ones_like(new))) * old
+
+
 def unit(grad):
     return grad / grad.abs().flatten(1).sum(1).view(-1, *[1] * (grad.dim() - 1))
 
@@ -85,8 +90,8 @@ class TestMEP:
             grad = gradients(task.net, start, task.y)
             torch.testing.assert_close(found, ball(start + EPS * grad.sign(), x), **EXACT)
             moment = unit(grad) + 0.5 * draw.apply(momentum)
-            delta = draw.undo(ball(start + EPS * moment.sign(), x) - x)
-            momentum = draw.undo(moment)
+            delta = moved_back(draw, ball(start + EPS * moment.sign(), x) - x, delta)
+            momentum = moved_back(draw, moment, momentum)
 
     def test_images_are_told_apart(self, make_task):
         task = make_task("mlp")

@@ -1,7 +1,6 @@
-"""Attacks: (model, x, y, threat) to x_adv; AutoAttack itself is ``autoattack.autoattack``."""
+"""Attacks: (model, x, y, threat) to x_adv."""
 
-from surestep.attacks import autoattack, nearest
-from surestep.attacks.autoattack import apgd_ce, apgd_t, fab_t, square
+from surestep.attacks.auto import apgd_ce, apgd_t, autoattack, fab_t, square
 from surestep.attacks.gradient import fgsm, i_fgsm, mi_fgsm, pgd, r_fgsm, random_noise
 from surestep.attacks.nearest import cw_l2, deepfool
 
@@ -15,7 +14,6 @@ __all__ = [
     "fgsm",
     "i_fgsm",
     "mi_fgsm",
-    "nearest",
     "pgd",
     "r_fgsm",
     "random_noise",

@@ -34,6 +34,16 @@ def apgd_ce(
 ) -> Tensor:
     """APGD on cross entropy: step sizes that adapt themselves (Croce & Hein 2020, section 3).
 
+    Args:
+        model: the classifier.
+        x: images (N, ...) in the threat model's range.
+        y: labels (N,).
+        threat: norm, radius and data range.
+        steps: number of steps, for each target if there are targets.
+
+    Returns:
+        x_adv, shaped as x, within the ball: misclassified where the attack succeeded.
+
     Raises:
         UserError: on invalid images or labels, a norm other than L-inf and L2, or a model whose
             output has no input gradient.
@@ -52,6 +62,16 @@ def apgd_t(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, steps: i
     """APGD on the targeted DLR loss, towards the nine likeliest wrong classes (or all).
 
     With fewer than four classes, where that loss does not exist, PGD on the margin.
+
+    Args:
+        model: the classifier.
+        x: images (N, ...) in the threat model's range.
+        y: labels (N,).
+        threat: norm, radius and data range.
+        steps: number of steps, for each target if there are targets.
+
+    Returns:
+        x_adv, shaped as x, within the ball: misclassified where the attack succeeded.
 
     Raises:
         UserError: on invalid images or labels, a norm other than L-inf and L2, or a model whose
@@ -78,6 +98,16 @@ def apgd_t(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, steps: i
 def fab_t(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, steps: int = 100) -> Tensor:
     """FAB, targeted: steps towards the nearest boundary of each likely class (Croce & Hein 2020b).
 
+    Args:
+        model: the classifier.
+        x: images (N, ...) in the threat model's range.
+        y: labels (N,).
+        threat: norm, radius and data range.
+        steps: number of steps, for each target if there are targets.
+
+    Returns:
+        x_adv, shaped as x, within the ball: misclassified where the attack succeeded.
+
     Raises:
         UserError: on invalid images or labels, a norm other than L-inf and L2, or a model whose
             output has no input gradient.
@@ -100,6 +130,16 @@ def square(
     model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, queries: int = QUERIES
 ) -> Tensor:
     """Square: random square-shaped changes, no gradient at all (Andriushchenko et al. 2020).
+
+    Args:
+        model: the classifier.
+        x: images (N, ...) in the threat model's range.
+        y: labels (N,).
+        threat: norm, radius and data range.
+        queries: number of points tried for each image.
+
+    Returns:
+        x_adv, shaped as x, within the ball: misclassified where the attack succeeded.
 
     Raises:
         UserError: on invalid images or labels, a norm other than L-inf and L2, or in L2 samples

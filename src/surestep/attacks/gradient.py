@@ -22,6 +22,16 @@ _FEW = 8  # images that show whether a model is random
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, loss: str = "ce") -> Tensor:
     """Take one full step along the gradient's sign (Goodfellow et al. 2015).
 
+    Args:
+        model: the classifier.
+        x: images (N, ...) in the threat model's range.
+        y: labels (N,).
+        threat: norm, radius and data range.
+        loss: "ce", "margin" or "dlr".
+
+    Returns:
+        x_adv, shaped as x.
+
     Raises:
         UserError: on invalid images, labels or loss.
     """
@@ -70,6 +80,18 @@ def i_fgsm(
 ) -> Tensor:
     """Take ``steps`` steps of eps / steps from x itself; keep the best point (Kurakin et al. 2017).
 
+    Args:
+        model: the classifier.
+        x: images (N, ...) in the threat model's range.
+        y: labels (N,).
+        threat: norm, radius and data range.
+        steps: number of steps.
+        loss: "ce", "margin" or "dlr".
+
+    Returns:
+        x_adv, shaped as x: of each image's points a misclassified one if there is any, and among
+        these the one of the highest loss.
+
     Raises:
         UserError: on invalid images, labels, steps or loss.
     """
@@ -88,6 +110,18 @@ def mi_fgsm(
     """I-FGSM with momentum: L1-normalised gradients accumulated with ``decay`` (Dong et al. 2018).
 
     As ``i_fgsm``, it keeps the best of its points, not the last.
+
+    Args:
+        model: the classifier.
+        x: images (N, ...) in the threat model's range.
+        y: labels (N,).
+        threat: norm, radius and data range.
+        steps: number of steps of eps / steps.
+        decay: share of the accumulated gradient that is kept at each step.
+        loss: "ce", "margin" or "dlr".
+
+    Returns:
+        x_adv, shaped as x, as of ``i_fgsm``.
 
     Raises:
         UserError: on invalid images, labels, steps or loss.
@@ -211,6 +245,16 @@ def random_noise(
     """Draw ``samples`` uniform points of the ball and keep the worst of them per sample.
 
     No gradient is used: a gradient attack that does worse than this is failing.
+
+    Args:
+        model: the classifier.
+        x: images (N, ...) in the threat model's range.
+        y: labels (N,).
+        threat: norm, radius and data range.
+        samples: number of points for each image.
+
+    Returns:
+        x_adv, shaped as x, as of ``i_fgsm``.
 
     Raises:
         UserError: on invalid images, labels or number of samples.

@@ -110,7 +110,7 @@ def compare(
 
     \b
     Examples:
-      surestep compare --methods fgsm,sat-r1,sat-r2,pgd --preset mnist-fast --out table
+      surestep compare --methods fgsm,sat-r1,sat-r2 --preset mnist-fast --out table
       surestep compare --methods sat-r1,sat-r2,pgd --preset cifar10-speed --out table
       surestep compare runs/one runs/two --budget standard --format md
     """

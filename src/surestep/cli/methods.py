@@ -56,6 +56,8 @@ def methods(name: str | None, new_name: str | None, where: str, json_file: str |
             then = f"pip install -e {Path(projects[0]).parent}; {use}"
         else:
             then = f"{use}; python docs/methods.py (updates the docs)"
+            if Path(zoo.__file__).parent.resolve() != Path(made[0]).parent.resolve():
+                then = f"pip install -e . (surestep is installed elsewhere); {then}"
         lines = [*made, f"fill it in; then: {then}"]
         told = {"name": new_name, "files": made}
         return hand_over(told, json_file, partial(click.echo, "\n".join(lines)))

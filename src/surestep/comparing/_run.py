@@ -182,8 +182,7 @@ def read_saved_outcome(entrant: Entrant, asked: Judging) -> dict[str, Any]:
     if found is None:
         return fresh
     _check_code(entrant, found.get("code"))
-    # Older outcomes name no split.
-    before = {"split": "test", **found["settings"]}
+    before = found["settings"]
     if before == fresh["settings"]:
         return found
     if path != entrant.outcome_path:

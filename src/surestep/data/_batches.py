@@ -11,6 +11,7 @@ from torch import Tensor
 from surestep.data._ahead import read_ahead
 from surestep.data._images import Images, to_pixels
 from surestep.data.augment import CropFlip, Draw
+from surestep.devices import move
 from surestep.errors import UserError
 from surestep.randomness import generator
 
@@ -154,9 +155,7 @@ class Batches:
         shares = [self._rows(order, step) for step in steps]
         for step, index, x in zip(steps, shares, self._stored(shares), strict=True):
             y = self.images.y[index]
-            # On other devices, a non-blocking copy may read memory that has been freed.
-            ahead = self.device.type == "cuda"
-            x, y, index = (t.to(self.device, non_blocking=ahead) for t in (x, y, index))
+            x, y, index = (move(t, self.device) for t in (x, y, index))
             draw = self.draw(epoch, step)
             if draw is not None:
                 x = draw.apply(x)  # before the conversion: a quarter of the bytes to move

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from surestep.devices import move
-from surestep.errors import UserError, unknown_name
+from surestep.errors import UserError, look_up
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,17 +110,13 @@ class CropFlip:
         return Draw(dy, dx, flip if self.flip else torch.zeros_like(flip), self.pad)
 
 
-def names() -> list[str]:
-    """Return the names `get` knows."""
-    return ["none", "crop-flip"]
+AUGMENTATIONS = {"none": None, "crop-flip": CropFlip()}
 
 
 def get(name: str) -> CropFlip | None:
-    """Return the augmentation called ``name``: None for "none", CropFlip() for "crop-flip".
+    """Return the augmentation called ``name``: "none" or "crop-flip".
 
     Raises:
         UserError: for any other name.
     """
-    if name not in names():
-        raise unknown_name("augmentation", name, names())
-    return CropFlip() if name == "crop-flip" else None
+    return look_up("augmentation", name, AUGMENTATIONS)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from surestep.activations import straight_through_layers
-from surestep.attacks import autoattack
+from surestep.attacks import auto
 from surestep.attacks.lending import attacking, check_module, device_of
 from surestep.data import Images
 from surestep.devices import memory_for
@@ -97,6 +97,10 @@ def evaluate(
     """
     check_module(model)
     check_threat(threat)
+    if isinstance(eps, float | int):
+        raise UserError(
+            f"eps {eps:g} is a number, expected a list of further radii: the radius is threat's"
+        )
     other_radii = [threat.with_eps(e) for e in eps]
     device, start = device_of(model), time.perf_counter()
     user_sources = list(sources)
@@ -173,8 +177,8 @@ def _own_attacks(
             f"an attack cannot be called {min(taken)!r}, a name the result needs: rename it"
         )
     for name in ("autoattack", "autoattack-bpda"):
-        run = made[name].run if name in made else autoattack.PARTS
-        if not isinstance(run, Mapping) or run.keys() != autoattack.PARTS.keys():
+        run = made[name].run if name in made else auto.PARTS
+        if not isinstance(run, Mapping) or run.keys() != auto.PARTS.keys():
             raise UserError(f"{name!r} means the four attacks of AutoAttack: rename your own")
     if eps:
         raise UserError("eps takes attacks by name: an Attack is made for one radius")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from surestep import attacks
 from surestep.activations import straight_through
-from surestep.attacks import autoattack, nearest
+from surestep.attacks import auto, nearest
 from surestep.attacks.core import in_turn
 from surestep.attacks.gradient import pgd_step_size, search
 from surestep.attacks.inputs import count_classes
@@ -164,7 +164,11 @@ def parse(name: str, threat: ThreatModel, sources: Sequence[nn.Module] = ()) -> 
         or (match["loss"] is not None and not kind.loss)
         or (match["bpda"] is not None and not kind.uses_gradient)
     ):
-        raise UserError(f"unknown attack {name!r}: write one of {NAMES}, LOSS ce, margin or dlr")
+        meant = _OTHER_NAMES.get(name.lower())
+        hint = f"did you mean {meant}? " if meant else ""
+        raise UserError(
+            f"unknown attack {name!r}: {hint}write one of {NAMES}, LOSS ce, margin or dlr"
+        )
     count, restarts = int(match["count"] or kind.usual or 0), int(match["restarts"] or 1)
     made = kind.make(Spec(match["kind"], count, restarts, match["loss"] or "ce", threat, sources))
     steps = kind.gradient_steps if made.gradient_steps is None else made.gradient_steps
@@ -239,7 +243,7 @@ def _iterative(spec: Spec) -> Attack:
 
 
 def _autoattack(spec: Spec) -> Attack:
-    parts = {name: partial(part, threat=spec.threat) for name, part in autoattack.PARTS.items()}
+    parts = {name: partial(part, threat=spec.threat) for name, part in auto.PARTS.items()}
     # Of apgd-ce 200, of apgd-t 1800, of fab-t 2700, of square 5000.
     return Attack(parts, 9700, survivors_only=True)
 
@@ -356,13 +360,13 @@ KINDS: dict[str, Kind] = {
         gradient_steps=0,
     ),
     "pgd": Kind(_iterative, "STEPS", restarts=True, loss=True),
-    "apgd-ce": Kind(lambda s: _plain(autoattack.apgd_ce, s.threat, 200), gradient_steps=100),
-    "apgd-t": Kind(lambda s: _plain(autoattack.apgd_t, s.threat, 1800), gradient_steps=100),
-    "fab-t": Kind(lambda s: _plain(autoattack.fab_t, s.threat, 2700)),
+    "apgd-ce": Kind(lambda s: _plain(auto.apgd_ce, s.threat, 200), gradient_steps=100),
+    "apgd-t": Kind(lambda s: _plain(auto.apgd_t, s.threat, 1800), gradient_steps=100),
+    "fab-t": Kind(lambda s: _plain(auto.fab_t, s.threat, 2700)),
     "square": Kind(
-        lambda s: _plain(autoattack.square, s.threat, s.count, queries=s.count),
+        lambda s: _plain(auto.square, s.threat, s.count, queries=s.count),
         "QUERIES",
-        autoattack.QUERIES,
+        auto.QUERIES,
         gradient_steps=0,
     ),
     "autoattack": Kind(_autoattack),
@@ -377,6 +381,11 @@ KINDS: dict[str, Kind] = {
     ),
 }
 """Every attack that has a name. A new one is a function in ``attacks/`` and a line here."""
+_OTHER_NAMES = {
+    **{"aa": "autoattack", "bim": "i-fgsm-10", "cw": "pgd-50-margin (or cw-l2)"},
+    **{"apgd": "apgd-ce", "apgd-dlr": "apgd-t", "fab": "fab-t", "pgd": "pgd-50"},
+}
+"""Names of attacks in the literature, and how they are written here."""
 NAMES = ", ".join(kind.written(name) for name, kind in KINDS.items())
 _NAME = re.compile(
     rf"(?P<kind>{'|'.join(KINDS)})"

@@ -2,7 +2,7 @@
 
 Every module of this package registers its methods when it is imported, and so does every installed
 package with an entry point in the group ``surestep.methods``; ``get`` returns them by slug. The
-names below are those that other parts of surestep use directly.
+names below are what a plug-in or a loop of one's own needs, and the classes of the core methods.
 """
 
 from importlib import import_module

@@ -19,6 +19,7 @@ from typing import (
     Any,
     ClassVar,
     NamedTuple,
+    TypeVar,
     Union,
     get_args,
     get_origin,
@@ -493,10 +494,11 @@ def parameter_names(cls: type[Method]) -> list[str]:
     return [f.name for f in fields(cls) if f.name not in ("threat", *SHARED)]
 
 
+M = TypeVar("M", bound=Method)
 METHODS: dict[str, type[Method]] = {}
 
 
-def register(slug: str) -> Callable[[type[Method]], type[Method]]:
+def register(slug: str) -> Callable[[type[M]], type[M]]:
     """Register a subclass of ``Method`` under its slug.
 
     Raises:
@@ -505,7 +507,7 @@ def register(slug: str) -> Callable[[type[Method]], type[Method]]:
             is missing.
     """
 
-    def add(cls: type[Method]) -> type[Method]:
+    def add(cls: type[M]) -> type[M]:
         for name in parameter_names(cls):
             one = cls.__dataclass_fields__[name]
             if one.default is MISSING and one.default_factory is MISSING:

@@ -26,8 +26,8 @@ class Memory:
     """One tensor per image, indexed by the image's position in the data set; zero at first.
 
     Values are kept in the coordinates of the stored image: reads apply the image's current crop
-    and flip, writes undo them. Every process holds the values of all images, because an image may
-    go to another process in the next epoch.
+    and flip, writes undo them. A pixel that was cropped away keeps its value. Every process holds
+    the values of all images, because an image may go to another process in the next epoch.
     """
 
     def __init__(self) -> None:
@@ -50,13 +50,20 @@ class Memory:
     def write(self, index: Tensor, values: Tensor, images: int, draw: Draw | None = None) -> None:
         """Store the values of the images ``index`` (N,), in all processes.
 
+        Pixels outside the crop keep what is stored.
+
         Args:
             index: positions in the data set (N,).
             values: (N, ...), in the coordinates of the images as cropped and flipped.
             images: size of the data set; 0 if unknown, as in ``read``.
             draw: the crops and flips of the images.
         """
-        values = values.detach() if draw is None else draw.undo(values.detach())
+        values = values.detach()
+        if draw is not None:
+            self._grow(index, values, images)
+            assert self.values is not None
+            seen = draw.undo(torch.ones_like(values[:, :1])) > 0
+            values = torch.where(seen, draw.undo(values), self.values[index])
         index, values = processes.gather(index), processes.gather(values)
         self._grow(index, values, images)
         assert self.values is not None

@@ -30,7 +30,7 @@ CIFAR_SAT = Preset(
     },
     model="wrn-28-10",
     dataset="cifar10",
-    source=_V20,
+    source=f"{_V20} (whose WRN-28-10 is another: see the card)",
     normalize=False,
 )
 MNIST_FAST = Preset(

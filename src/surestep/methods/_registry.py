@@ -24,8 +24,8 @@ _OTHER_NAMES = {
 """Names of methods in the literature, and their slugs here."""
 
 
-def get(slug: str) -> type[Method]:
-    """Return the method class of a slug.
+def get(slug: str) -> type[Any]:
+    """Return the method class of a slug, a subclass of ``Method`` with hyperparameters of its own.
 
     Example:
         >>> method = get("sat-r3")(surestep.Linf(8 / 255), tau=0.6)

@@ -5,9 +5,7 @@ Zhao et al. 2023, "Fast Adversarial Training with Smooth Convergence", ICCV.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,12 +91,6 @@ class ConvergeSmooth(Method):
             return total, {**terms, "clean": clean, "jump": jump}
 
         return Update(torch.cat([inner.points, x]), loss, slice(*inner.rows.indices(n)))
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state; older checkpoints have the centre by the weights' names."""
-        super().load_state_dict(state)
-        if isinstance(self._centre, dict):
-            self._centre = list(self._centre.values())
 
     def _sign(self, clean: Tensor) -> Tensor:
         """Return 1 if the loss jumped up, -1 if down, 0 if within T; then record the loss."""

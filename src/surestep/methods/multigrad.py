@@ -22,7 +22,7 @@ class MultiGrad(Doubled):
     presets = {
         # Without eps warm-up it ends in gradient masking (search.csv).
         "mnist": recipe(MNIST_ZOO, starts=3, settings={"eps_warmup": 1.0}),
-        "cifar10": recipe(CIFAR_ZOO, starts=3, source="Golgooni et al. 2021"),
+        "cifar10": recipe(CIFAR_ZOO, starts=3, source="Golgooni et al. 2021; their script differs"),
     }
 
     starts: int = 3

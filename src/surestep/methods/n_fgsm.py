@@ -28,7 +28,9 @@ class NFGSM(SingleStep):
         # The paper has no MNIST; with its noise of 2 eps = 0.6 little is left of a digit.
         "mnist": recipe(MNIST_ZOO, noise=1.0),
         "cifar10": recipe(
-            CIFAR_ZOO, noise=2.0, source="de Jorge et al. 2022 (they use PreActResNet-18)"
+            CIFAR_ZOO,
+            noise=2.0,
+            source="de Jorge et al. 2022 (theirs: PreActResNet-18, a rate that peaks at half)",
         ),
     }
     train_mode = True

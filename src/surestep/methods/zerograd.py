@@ -28,8 +28,10 @@ class ZeroGrad(Doubled):
     paper = "Golgooni et al. 2021, arXiv 2103.15476"
     presets = {
         "mnist": recipe(MNIST_ZOO, q=0.35),
-        "cifar10": recipe(CIFAR_ZOO, q=0.35, source="Golgooni et al. 2021"),
-        "cifar100": recipe(CIFAR100_ZOO, q=0.45, source="Golgooni et al. 2021"),
+        "cifar10": recipe(CIFAR_ZOO, q=0.35, source="Golgooni et al. 2021; their script differs"),
+        "cifar100": recipe(
+            CIFAR100_ZOO, q=0.45, source="Golgooni et al. 2021; their script differs"
+        ),
     }
 
     q: float = 0.35

@@ -57,12 +57,13 @@ class WideResNet(PreActResNet):
                 nn.init.zeros_(module.bias)
 
 
-@for_cifar("wrn-28-10", "WideResNet-28-10, 36.5 M weights, the CIFAR network of the SAT paper")
+@for_cifar("wrn-28-10", "WideResNet-28-10, 36.5 M weights, for CIFAR")
 def wrn_28_10(
     num_classes: int, in_channels: int, image_size: int, normalize: Normalize | None
 ) -> WideResNet:
     """Build WRN-28-10. ``image_size`` is ignored.
 
-    The SAT paper trains it without normalisation; to do so, ``create`` it with mean 0 and std 1.
+    The SAT paper trains a WRN-28-10 without normalisation; to do so, ``create`` it with mean 0 and
+    std 1. The authors' network differs in its blocks and initialisation: see the card of sat-r2.
     """
     return WideResNet(28, 10, num_classes, in_channels, normalize)

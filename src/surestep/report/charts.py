@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from surestep.errors import UserError
 from surestep.report._needs import need
 from surestep.report._read import Row, get, number, pairs, some, stated
+from surestep.report.columns import COSTS
 from surestep.verdicts import INCONCLUSIVE, NOT_ROBUST, PSEUDO, ROBUST
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 440, 260
 WORST = "worst case"
 VERDICTS = [INCONCLUSIVE, PSEUDO, ROBUST, NOT_ROBUST, "not audited"]
-_COSTS = {"passes": "passes per image", "seconds": "training seconds"}
 _METRIC_NAMES = {"adv_accuracy": "training batches", "val_worst_case": WORST}
 
 
@@ -310,7 +310,7 @@ def pareto(rows: Sequence[Mapping[str, Any]], cost: str = "") -> alt.LayerChart:
     base = alt.Chart().encode(
         x=alt.X(
             "cost:Q",
-            title=_COSTS[cost],
+            title=COSTS[cost],
             scale=alt.Scale(**kind),
             axis=alt.Axis(grid=False, format="~g"),
         ),
@@ -318,7 +318,7 @@ def pareto(rows: Sequence[Mapping[str, Any]], cost: str = "") -> alt.LayerChart:
         tooltip=[
             alt.Tooltip("method:N"),
             alt.Tooltip("accuracy:Q", title="worst case", format=".1%"),
-            alt.Tooltip("cost:Q", title=_COSTS[cost], format=".3~g"),
+            alt.Tooltip("cost:Q", title=COSTS[cost], format=".3~g"),
             alt.Tooltip("verdict:N"),
         ],
     )
@@ -342,8 +342,8 @@ def priced(rows: Sequence[Mapping[str, Any]], cost: str = "") -> tuple[str, list
     if not cost:
         known = all(stated(row.get("passes"))[0] is not None for row in rows)
         cost = "passes" if known else "seconds"
-    if cost not in _COSTS:
-        raise UserError(f"unknown cost {cost!r}: known are {', '.join(_COSTS)}")
+    if cost not in COSTS:
+        raise UserError(f"unknown cost {cost!r}: known are {', '.join(COSTS)}")
     points: list[Row] = []
     for row in rows:
         worst, spread, _ = stated(row.get("worst_case_accuracy"))

@@ -153,7 +153,7 @@ def build_model(config: RunConfig, images: Images, *, begin: bool = False) -> nn
             in_channels=shape[0],
             image_size=shape[-1],
             pretrained=pretrained,
-            **models.normalisation(shape[0], inside=config.normalize),
+            normalize=config.normalize,
         )
         named = config.weights if begin and not pretrained else None
         model = _with_head(model, config, None if named is None else Path(_absolute(named)))

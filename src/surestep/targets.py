@@ -324,7 +324,7 @@ def _architecture(
         outputs or images.num_classes,
         in_channels=shape[0],
         image_size=shape[-1],
-        **models.normalisation(shape[0], inside=not bare),
+        normalize=not bare,
     )
     try:
         files.load_any_weights(weights, model)

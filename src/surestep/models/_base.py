@@ -136,7 +136,7 @@ def choose_normalize(
     """Build the normalisation: the user's if given, else the default, else none.
 
     The default is dropped when it is for another number of channels: CIFAR-10 statistics mean
-    nothing for grey images. Mean 0 and std 1 change nothing, so no module is built for them.
+    nothing for grey images.
 
     Raises:
         UserError: only one of the two is given, or there is not one value per channel.
@@ -152,6 +152,4 @@ def choose_normalize(
             f"mean has {len(mean)} values and std {len(std)}: give one of each for every "
             f"channel, here {in_channels}"
         )
-    if all(m == 0 for m in mean) and all(s == 1 for s in std):
-        return None
     return Normalize(mean, std)

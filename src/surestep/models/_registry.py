@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from torch import nn
 
@@ -91,6 +91,7 @@ def create(
     image_size: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    normalize: bool = True,
     pretrained: bool = False,
 ) -> nn.Module:
     """Create a model that maps pixels in [0, 1] to logits, by default with random weights.
@@ -104,8 +105,8 @@ def create(
             average pooling take any size, whatever is given here.
         mean: per-channel mean of pixels in [0, 1], for normalisation inside the model. The default
             is the model's own, or no normalisation if that is for another number of channels.
-            ``mean`` 0 and ``std`` 1 turn normalisation off.
         std: per-channel standard deviation; required with ``mean``.
+        normalize: False leaves normalisation out.
         pretrained: load timm's own weights, downloaded if needed; the last layer is random if
             the number of classes differs.
 
@@ -125,7 +126,9 @@ def create(
         if value is not None and value < 1:
             raise UserError(f"{what} is {value}: give a number of 1 or more")
     if name.startswith(PREFIX):
-        return create_timm(name, num_classes, in_channels or 3, image_size, mean, std, pretrained)
+        return create_timm(
+            name, num_classes, in_channels or 3, image_size, mean, std, normalize, pretrained
+        )
     if pretrained:
         raise UserError(f"{name} has no pretrained weights, only {PREFIX}NAME has: give a file")
     if in_file(name):
@@ -136,20 +139,8 @@ def create(
         num_classes=num_classes,
         in_channels=in_channels,
         image_size=image_size or entry.image_size,
-        normalize=choose_normalize(in_channels, mean, std, entry.statistics),
+        normalize=choose_normalize(in_channels, mean, std, entry.statistics) if normalize else None,
     )
-
-
-def normalisation(channels: int, *, inside: bool) -> dict[str, Any]:
-    """Return ``mean`` and ``std`` for ``create``: the model's own normalisation, or none.
-
-    Args:
-        channels: channels of the images.
-        inside: whether the model normalises inside, by its own statistics.
-    """
-    if inside:
-        return {"mean": None, "std": None}
-    return {"mean": (0.0,) * channels, "std": (1.0,) * channels}
 
 
 def check_name(name: str) -> None:

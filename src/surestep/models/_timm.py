@@ -20,6 +20,7 @@ def create_timm(
     image_size: int | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
+    normalize: bool,
     pretrained: bool = False,
 ) -> Classifier:
     """Create ``timm:NAME``, with the normalisation that its pretrained weights expect.
@@ -56,5 +57,9 @@ def create_timm(
         head=nn.Identity(),
         in_channels=in_channels,
         image_size=fixed_size,
-        normalize=choose_normalize(in_channels, mean, std, (config["mean"], config["std"])),
+        normalize=(
+            choose_normalize(in_channels, mean, std, (config["mean"], config["std"]))
+            if normalize
+            else None
+        ),
     )

@@ -63,7 +63,8 @@ def wrn_28_10(
 ) -> WideResNet:
     """Build WRN-28-10. ``image_size`` is ignored.
 
-    The SAT paper trains a WRN-28-10 without normalisation; to do so, ``create`` it with mean 0 and
-    std 1. The authors' network differs in its blocks and initialisation: see the card of sat-r2.
+    The SAT paper trains a WRN-28-10 without normalisation; to do so, ``create`` it with
+    normalize=False. The authors' network differs in its blocks and initialisation: see the card of
+    sat-r2.
     """
     return WideResNet(28, 10, num_classes, in_channels, normalize)

@@ -21,7 +21,7 @@ import pytest
 import torch
 import yaml
 
-from surestep import UserError, auditing, comparing, evaluation, methods, runs
+from surestep import UserError, auditing, comparing, evaluation, files, methods, runs
 from surestep.comparing import Comparison, Failure, Number, Row, _run, compare, compare_runs, save
 from surestep.comparing._conclude import _precision
 from surestep.data import Images
@@ -66,6 +66,8 @@ class World:
         self.other_images: dict[str | None, Images] = {}
         self.loaded: list[int | None] = []
         self.splits: list[str] = []
+        self.classes: dict[str, tuple[str, ...]] = {}
+        self.labels: list[list[int]] = []
 
     def train(self, arguments: list[str], tell: Any) -> tuple[int, int, str]:
         assert arguments.pop(0) == "train"
@@ -100,6 +102,7 @@ class World:
 
     def evaluate(self, model: str, images: Images, threat: Any, attacks: Any, **options: Any):
         self.judge("evaluate", model)
+        self.labels.append(images.y.tolist())
         self.sizes.append(options.get("batch_size"))
         shift = 0.01 * int(model[-1]) if model[-1].isdigit() else 0.0
         scores = {name: self.accuracies.get(name, 0.4) + shift for name in attacks}
@@ -109,9 +112,13 @@ class World:
 
     def audit(self, model: str, images: Images, threat: Any, **options: Any):
         self.judge("audit", model)
+        self.labels.append(images.y.tolist())
         self.sizes.append(options.get("batch_size"))
         verdict = self.verdicts.get(model, "robust")
         return SimpleNamespace(to_dict=lambda: audited(verdict, self.found))
+
+    def signature(self, weights: Path) -> files.Signature:
+        return files.Signature(self.classes.get(weights.parent.name, ()))
 
     def judge(self, what: str, model: str) -> None:
         if what in self.breaks:
@@ -127,6 +134,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr(runs, "load_data", made.load_data)
     monkeypatch.setattr(evaluation, "evaluate", made.evaluate)
     monkeypatch.setattr(auditing, "audit", made.audit)
+    monkeypatch.setattr(files, "read_signature", made.signature)
     return made
 
 
@@ -367,8 +375,25 @@ class TestAgain:
         config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
         world.write(folder, config, epochs=1)
         world.done.clear()
-        compare(["sat-r2"], 1, out=tmp_path, **SHORT)
-        assert world.done[0] == "resume sat-r2-seed0"
+        # The last of its processes is measured alone; and when what was found is used again.
+        for _ in range(2):
+            found = compare(["sat-r2", "fgsm"], 1, out=tmp_path, **SHORT)
+            assert world.done[0] == "resume sat-r2-seed0"
+            assert ["peak_memory_mb" in row.numbers for row in found.rows] == [False, True]
+            assert "Peak memory is unknown where training was resumed: sat-r2-seed0." in found.notes
+        again = compare_runs([folder], n=7)
+        assert "Peak memory is unknown where training was resumed: sat-r2-seed0." in again.notes
+
+    def test_a_run_that_was_stopped_before_its_first_checkpoint_is_measured(self, world, tmp_path):
+        """It begins again."""
+        world.ends = {"sat-r2-seed0": (143, 0, "")}
+        with pytest.raises(UserError, match="killed by signal 15"):
+            compare(["sat-r2"], 1, out=tmp_path, **SHORT)
+        world.ends = {}
+        found = compare(["sat-r2"], 1, out=tmp_path, **SHORT)
+        assert world.done[1] == "resume sat-r2-seed0"
+        assert found.rows[0].numbers["peak_memory_mb"].mean > 400
+        assert not any("resumed" in note for note in found.notes)
 
     def test_a_run_without_its_last_checkpoint_goes_on(self, world, tmp_path):
         compare(["sat-r2"], 1, out=tmp_path, **SHORT)
@@ -589,6 +614,77 @@ class TestRunFolders:
         folders = [run_of("a", params={"lam": 5}), run_of("b", params={"lam": 10.5}, seed=1)]
         found = compare_runs(folders)
         assert [row.method for row in found.rows] == ["sat-r2 (lam=5)", "sat-r2 (lam=10.5)"]
+
+    def test_floats_that_differ_by_rounding_are_one_setting(self, run_of):
+        """Lengths that were scaled to eps, and back."""
+        steps = (0.375, 0.37499999999999994)
+        folders = [
+            run_of(name, method="rs-fgsm", seed=k, params={"alpha": alpha}, lr=lr)
+            for k, (name, alpha, lr) in enumerate(zip("ab", steps, (0.1, 0.1 + 1e-15), strict=True))
+        ]
+        found = compare_runs(folders)
+        assert [(row.method, row.seeds) for row in found.rows] == [("rs-fgsm", [0, 1])]
+        other = run_of("c", method="fgsm", lr=0.1)
+        assert not any("different settings" in n for n in compare_runs([folders[1], other]).notes)
+
+    def test_no_row_is_lost_whose_settings_read_alike(self, run_of):
+        rates = (0.0392157, 10 / 255, 0.5)
+        found = compare_runs([run_of(f"a{k}", lr=lr) for k, lr in enumerate(rates)])
+        assert [row.method for row in found.rows] == [
+            "sat-r2 (lr=0.0392157)",
+            f"sat-r2 (lr={10 / 255})",
+            "sat-r2 (lr=0.5)",
+        ]
+        assert [row.numbers["clean_accuracy"].mean for row in found.rows] == [0.9, 0.91, 0.92]
+
+    def test_labels_are_numbered_as_each_run_numbers_its_classes(self, world, run_of, tmp_path):
+        y = torch.arange(40) % 2
+        world.images = Images(torch.zeros(40, 1, 4, 4), y, classes=("cat", "dog"))
+        world.classes = {"b": ("dog", "cat"), "c": ("dog", "ape")}
+        told: list[str] = []
+        options = {"out": tmp_path / "out", "tell": told.append}
+        found = compare_runs([run_of("a"), run_of("b", seed=1), run_of("c", seed=2)], **options)
+        assert world.labels == [y.tolist()] * 2 + [(1 - y).tolist()] * 2
+        assert [line for line in told if "renumbered" in line] == [
+            f"the labels are renumbered to the class order of {tmp_path / 'b'}, by class name"
+        ]
+        (failure,) = found.failures
+        assert f"{tmp_path / 'c'} does not know the class 'cat'" in failure.message
+        # What was judged with labels in another order is not used again.
+        world.classes = {"a": ("dog", "cat"), "b": ("dog", "cat"), "c": ("dog", "cat")}
+        compare_runs([tmp_path / name for name in "abc"], **options)
+        assert world.done[4:] == [
+            f"{step} {name}" for name in "ac" for step in ("evaluate", "audit")
+        ]
+
+    def test_a_hardened_run_is_no_place_for_results(self, run_of):
+        folder, out = run_of("a"), run_of("hard")
+        (out / "metrics.jsonl").unlink()
+        with pytest.raises(UserError, match=r"hard is a run folder, whose report would be over"):
+            compare_runs([folder], out=out)
+
+    @pytest.mark.parametrize(
+        ("device", "gpus", "host"),
+        [
+            ("cuda", None, True),
+            ("cpu", ["A100"], False),
+            (None, ["A100"], True),
+            (None, None, False),
+        ],
+    )
+    def test_the_note_on_memory_is_of_where_a_run_was_trained(
+        self, world, tmp_path, device, gpus, host
+    ):
+        compare(["sat-r2"], 1, out=tmp_path, **SHORT)
+        folder = tmp_path / "sat-r2-seed0"
+        config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+        (folder / "config.yaml").write_text(yaml.safe_dump(config | {"device": device}), "utf-8")
+        facts = {"torch": "2.9.0"} | ({"gpus": gpus} if gpus else {})
+        (folder / "environment.json").write_text(json.dumps(facts), "utf-8")
+        for judged_on in ("cpu", "cuda"):
+            notes = compare_runs([folder], device=judged_on).notes
+            (note,) = (n for n in notes if n.startswith("Peak memory is"))
+            assert ("on the host only" in note) == host
 
     def test_peak_memory_is_known_of_runs_that_were_compared(self, world, tmp_path):
         compare(["sat-r2"], 1, out=tmp_path, **SHORT)

@@ -450,3 +450,45 @@ def test_on_windows_a_file_that_is_open_elsewhere_is_waited_for(tmp_path, monkey
     tried.clear()
     with pytest.raises(PermissionError):
         files._replace(tmp_path / "part", tmp_path / "whole")
+
+
+class Versioned(nn.Linear):
+    """A layer that once stored its weight doubled, and now refuses weights of the future."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, metadata, *rest):
+        version = metadata.get("version") or 1
+        if version < 2:
+            state[f"{prefix}weight"] = state[f"{prefix}weight"] / 2
+        if version > 2:
+            raise ValueError(f"version {version} is newer than 2")
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "_orig_mod.", "module._orig_mod."])
+def test_modules_are_told_the_version_of_their_weights(tmp_path, prefix):
+    net = nn.Sequential(Versioned(2, 2))
+    wrapped = net
+    for part in reversed(prefix.split(".")[:-1]):
+        wrapped = nn.Sequential(OrderedDict([(part, wrapped)]))
+    torch.save({"state_dict": wrapped.state_dict()}, tmp_path / "w.pt")
+    safetensors.torch.save_file(wrapped.state_dict(), tmp_path / "w.safetensors")
+    for name in ("w.pt", "w.safetensors"):
+        other = nn.Sequential(Versioned(2, 2))
+        files.load_any_weights(tmp_path / name, other)
+        assert torch.equal(other[0].weight, net[0].weight)
+    files.save_weights(tmp_path / "own", net)
+    files.load_weights(tmp_path / "own", other)
+    assert torch.equal(other[0].weight, net[0].weight)
+
+
+def test_weights_that_a_module_refuses(tmp_path):
+    net = Versioned(2, 2)
+    net._version = 3
+    torch.save(net.state_dict(), tmp_path / "w.pt")
+    files.save_weights(tmp_path / "w", net)
+    with pytest.raises(UserError, match="does not fit the model: version 3 is newer than 2"):
+        files.load_any_weights(tmp_path / "w.pt", Versioned(2, 2))
+    with pytest.raises(UserError, match="does not fit the model: version 3 is newer than 2"):
+        files.load_weights(tmp_path / "w", net)

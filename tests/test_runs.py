@@ -88,6 +88,10 @@ class TestResolve:
         found = runs.resolve({"method": method, "dataset": dataset, "eps": eps})
         assert lam in (None, found.params["lam"])
 
+    def test_an_l2_radius_is_near_to_no_preset(self):
+        values = {"method": "gradalign", "dataset": "cifar10", "norm": "l2", "eps": "128/255"}
+        assert runs.resolve(values).params["lam"] == 0.2
+
     @pytest.mark.parametrize("dataset", ["npz", "folder:x", "unknown"])
     def test_no_preset_for_other_data(self, dataset):
         config = runs.resolve({"dataset": dataset, "eps": 0.2})
@@ -106,6 +110,26 @@ class TestResolve:
         with pytest.raises(UserError, match=r"no radius is known for sat-r2 on .*: give --eps"):
             runs.resolve(values)
         assert runs.resolve({**values, "eps": 0.25}).eps == 0.25
+
+    @pytest.mark.parametrize(
+        ("file", "values", "said"),
+        [
+            ({"dataset": "mnist"}, {"norm": "l2"}, "for mnist in linf, .* about mnist in l2: give"),
+            ({"norm": "l2"}, {"norm": "linf"}, "in l2, .* in linf: give --eps, too$"),
+            ({"dataset": "mnist"}, {"dataset": "cifar10"}, "for mnist .* about cifar10 in linf"),
+            ({"dataset": "npz:a"}, {"dataset": "npz:b", "norm": "linf"}, None),
+            ({"dataset": "cifar10"}, {"dataset": "cifar100"}, None),
+            ({}, {"dataset": "cifar10"}, None),
+        ],
+    )
+    def test_a_files_radius_is_for_its_norm_and_data(self, file, values, said):
+        file = {"eps": "8/255", **file}
+        if said:
+            with pytest.raises(UserError, match=f"the file's eps 0.0313725 is .*{said}"):
+                runs.resolve(values, "none", file)
+        else:
+            assert runs.resolve(values, "none", file).eps == 8 / 255
+        assert runs.resolve({**values, "eps": 0.5}, "none", file).eps == 0.5
 
     @pytest.mark.parametrize("values", [{"dataset": "npz:no.npz"}, {"dataset": "folder:no.npz"}])
     def test_a_place_that_is_not_there_is_told_before_the_radius(self, values):
@@ -530,7 +554,8 @@ def run_of_nothing(monkeypatch, tmp_path):
     judged = SimpleNamespace(right={"worst case": torch.ones(3, dtype=torch.bool)}, to_dict=dict)
     run = runs.Run(RunConfig(), torch.nn.Identity(), surestep.Linf(0.3), tmp_path / "run")
     monkeypatch.setattr(runs, "load", lambda *_: run)
-    monkeypatch.setattr(runs, "load_data", lambda *_: None)
+    images = data.Images(torch.zeros(2, 1, 2, 2), torch.tensor([0, 1]), ("cat", "dog"))
+    monkeypatch.setattr(runs, "load_data", lambda *_: images)
     monkeypatch.setattr(runs, "evaluate", lambda *_, **__: judged)
     found = posthoc.Hardened(run.model, 0.1, [])
     monkeypatch.setattr(runs.posthoc, "harden", lambda *_, **__: found)
@@ -549,6 +574,29 @@ def test_a_full_disk_leaves_no_hardened_run_without_weights(run_of_nothing, monk
     with pytest.raises(UserError, match="no space left"):
         runs.harden(run_of_nothing.folder, tmp_path / "more")
     assert not (tmp_path / "more").exists()
+
+
+def test_a_run_is_hardened_on_labels_in_its_class_order(run_of_nothing, monkeypatch, tmp_path):
+    labels, told = [], []
+
+    def harden(model, train, validation, *_, **__):
+        labels.append(validation.y.tolist())
+        return posthoc.Hardened(model, 0.1, [])
+
+    def evaluate(model, images, *_, **__):
+        labels.append(images.y.tolist())
+        right = {"worst case": torch.ones(2, dtype=torch.bool)}
+        return SimpleNamespace(right=right, to_dict=dict)
+
+    monkeypatch.setattr(runs.posthoc, "harden", harden)
+    monkeypatch.setattr(runs, "evaluate", evaluate)
+    monkeypatch.setattr(files, "read_signature", lambda _: files.Signature(("dog", "cat")))
+    folder = run_of_nothing.folder
+    runs.harden(folder, tmp_path / "hard", tell=told.append)
+    assert labels == [[1, 0]] * 3
+    for part in ("test", "validation"):
+        said = f"the {part} labels are renumbered to the class order of {folder}, by class name"
+        assert said in told
 
 
 def test_a_hardened_runs_settings_train_nothing(tmp_path):

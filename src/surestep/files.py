@@ -11,6 +11,7 @@ import os
 import pickle
 import time
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -207,7 +208,18 @@ def _load_strictly(path: Path, state: dict[str, Tensor], model: nn.Module) -> No
                 f"{path} does not fit the model: {name} has shape {tuple(tensor.shape)}, "
                 f"expected {tuple(expected[name].shape)}"
             )
-    model.load_state_dict(state)
+    # With the versions of its modules, which safetensors do not keep: a module may take weights
+    # without one for those of its first version, and convert them.
+    expected.update(state)
+    _load_into(path, expected, model)
+
+
+def _load_into(path: Path, state: Mapping[str, Any], model: nn.Module) -> None:
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, ValueError) as e:
+        reason = " ".join(str(e).split())
+        raise UserError(f"{path} does not fit the model: {reason[:300]}") from e
 
 
 def load_any_weights(path: Path, model: nn.Module) -> None:
@@ -254,12 +266,7 @@ def load_any_weights(path: Path, model: nn.Module) -> None:
             f"{path} holds no state_dict but {holds}: save model.state_dict(), alone or in a dict "
             f"as {' or '.join(map(repr, _ENTRIES))}"
         )
-    state, part = _matched(found, model)
-    try:
-        part.load_state_dict(state)
-    except RuntimeError as e:
-        reason = " ".join(str(e).split())
-        raise UserError(f"{path} does not fit the model: {reason[:300]}") from e
+    _load_into(path, *_matched(found, model))
 
 
 def _matched(found: Mapping[str, Any], model: nn.Module) -> tuple[dict[str, Any], nn.Module]:
@@ -277,11 +284,31 @@ def _without_prefix(found: Mapping[str, Any], model: nn.Module) -> dict[str, Any
     """Drop prefixes that wrappers add to names, where the model's names do not have them."""
     expected = model.state_dict()
     if not any(_COMPILED in name for name in expected):  # of the whole model or of parts
-        found = {name.replace(_COMPILED, ""): v for name, v in found.items()}
-    state = dict(found)
+        found = _renamed(found, inside=_COMPILED)
+    state = _renamed(found)
     for prefix in ("module.", "model.", "module.model."):
         if not expected.keys() & state.keys():
-            state = {k.removeprefix(prefix): v for k, v in found.items()}
+            state = _renamed(found, prefix=prefix)
+    return state
+
+
+def _renamed(found: Mapping[str, Any], *, prefix: str = "", inside: str = "") -> dict[str, Any]:
+    """Return weights under shorter names, with the versions of modules that torch keeps with them.
+
+    Args:
+        found: weights, as ``state_dict`` returns them.
+        prefix: dropped from the beginning of names.
+        inside: dropped from anywhere in names.
+    """
+
+    def rename(name: str) -> str:
+        return name.replace(inside, "").removeprefix(prefix)
+
+    state = OrderedDict((rename(name), value) for name, value in found.items())
+    versions = getattr(found, "_metadata", None)
+    if isinstance(versions, Mapping):  # by the names of modules, which have no dot at the end
+        of_modules = {rename(f"{name}.").removesuffix("."): v for name, v in versions.items()}
+        state._metadata = of_modules  # type: ignore[attr-defined]
     return state
 
 

@@ -40,8 +40,9 @@ def resolve(
 
     Raises:
         UserError: an unknown name or an invalid value; no eps, if there is no default for this
-            data set and norm; a head scale or margin for a head that is not a hypersphere; another
-            optimizer with the learning rate that was meant for SGD.
+            data set and norm; a file's eps for another norm or kind of data set; a head scale or
+            margin for a head that is not a hypersphere; another optimizer with the learning rate
+            that was meant for SGD.
     """
     user, from_file = values, file or {}
     given = {**from_file, **user, "params": user.get("params") or {}}
@@ -62,6 +63,8 @@ def resolve(
     config = parse(RunConfig, {**preset_values, **given})
     _check_head(config, user)
     _check_rate(preset_values, from_file, user)
+    if "eps" in from_file and "eps" not in user:
+        _check_radius_applies(config, from_file)
     if from_file:
         params = from_file.get("params") or {}
         stored = parse(RunConfig, {**preset_values, **from_file, "params": params})
@@ -81,7 +84,9 @@ def _preset_for(method: str, given: Mapping[str, Any], preset: str | None) -> st
     known = methods.get(method).presets
     dataset = str(_setting(given, "dataset"))
     if preset is None:
-        return usual_preset(method, dataset, given.get("eps")) or "none"
+        # The radii of presets are for l-inf: an l2 radius is near to none of them.
+        eps = given.get("eps") if _setting(given, "norm") == "linf" else None
+        return usual_preset(method, dataset, eps) or "none"
     full = f"{dataset.partition(':')[0]}-{preset}"
     return full if full in known else preset
 
@@ -105,6 +110,29 @@ def _check_radius_known(method: str, given: Mapping[str, Any], preset: str) -> N
     raise UserError(
         f"no radius is known for {method} on {dataset} in {norm}: give --eps, such as 8/255"
     )
+
+
+def _check_radius_applies(config: RunConfig, from_file: Mapping[str, Any]) -> None:
+    """Refuse a file's radius for another norm, or another kind of data set, than the file's.
+
+    A file that names no data set is for any.
+
+    Raises:
+        UserError: the user has changed one of these.
+    """
+    values = {"dataset": config.dataset, **from_file}
+    dataset, norm = (str(_setting(values, key)) for key in _RADIUS_KEYS)
+    if norm != config.norm or _kind(dataset) != _kind(config.dataset):
+        raise UserError(
+            f"the file's eps {config.eps:g} is for {dataset} in {norm}, which says nothing about "
+            f"{config.dataset} in {config.norm}: give --eps, too"
+        )
+
+
+def _kind(dataset: str) -> str:
+    """Return a data set's kind: its name without its place, or that of one with its radii."""
+    name = dataset.partition(":")[0]
+    return _PRESETS_OF.get(name, name)
 
 
 def _scaled_params(
@@ -169,8 +197,8 @@ def usual_preset(method: str, dataset: str, eps: Any = None) -> str | None:
     Args:
         method: the method's slug.
         dataset: as for training.
-        eps: the radius, if given: among the data set's presets, the one for the nearest radius is
-            returned, since regularizer weights depend on it.
+        eps: the radius in l-inf, if given: among the data set's presets, the one for the nearest
+            radius is returned, since regularizer weights depend on it.
     """
     kind = dataset.partition(":")[0]
     known = methods.get(method).presets

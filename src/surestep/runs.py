@@ -11,19 +11,19 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from surestep import data, files, methods, models, posthoc, threat
 from surestep.attacks.inputs import count_classes
 from surestep.attacks.lending import device_of
 from surestep.clock import each_minute
 from surestep.config import FitSettings, RunConfig, parse, read_yaml
-from surestep.data import Images
+from surestep.data import Images, number_names
 from surestep.devices import pick_device
 from surestep.errors import SurestepWarning, UserError
 from surestep.evaluation import Evaluation, evaluate, suite
@@ -43,6 +43,7 @@ __all__ = [
     "check_rerunnable",
     "from_anywhere",
     "harden",
+    "in_class_order_of",
     "load",
     "load_data",
     "read_config",
@@ -130,6 +131,39 @@ def load_data(config: RunConfig, split: str, n: int | None = None) -> Images:
     return data.load(config.dataset, split, root=config.data, image_size=config.image_size, n=n)
 
 
+def in_class_order_of(name: str, theirs: Sequence[str], images: Images) -> Images:
+    """Return the images with labels in a model's class order, if the class names tell it.
+
+    Args:
+        name: the model, as errors name it.
+        theirs: the class names of its outputs; empty if unknown.
+        images: labelled in the data's class order; returned as they are if that is the same.
+
+    Raises:
+        UserError: the model knows only some of the data's classes.
+    """
+    ours = images.classes
+    known = set(theirs) & set(ours)
+    ambiguous = len(set(theirs)) < len(theirs) or len(set(ours)) < len(ours)
+    if tuple(ours) == tuple(theirs) or not known or ambiguous:
+        return images
+    unknown = [one for one in ours if one not in known]
+    numbers = any(tuple(names) == number_names(len(names)) for names in (ours, theirs))
+    # Some names may differ, if all shared names have the same positions in both.
+    alike = len(ours) == len(theirs) and all(ours.index(k) == theirs.index(k) for k in known)
+    if unknown and (numbers or alike):
+        return images
+    if unknown:
+        raise UserError(
+            f"{name} does not know the class {unknown[0]!r} of the data, but it knows "
+            f"{len(known)} of {len(ours)}: rename the data's classes as the model names them, or "
+            "leave out those that it was not trained on"
+        )
+    number = torch.tensor([theirs.index(one) for one in ours])
+    labels = torch.where(images.y < 0, images.y, number[images.y])
+    return replace(images, y=labels, classes=tuple(theirs))
+
+
 def build_model(config: RunConfig, images: Images, *, begin: bool = False) -> nn.Module:
     """Build a run's model for its data, with the random weights of its seed.
 
@@ -156,23 +190,27 @@ def build_model(config: RunConfig, images: Images, *, begin: bool = False) -> nn
             normalize=config.normalize,
         )
         named = config.weights if begin and not pretrained else None
-        model = _with_head(model, config, None if named is None else Path(_absolute(named)))
+        weights = None if named is None else Path(_absolute(named))
+        model = _with_head(model, config, images.pixels(slice(0, 1)), weights)
     if config.mean_sparse is not None:
         model = insert(model, images.pixels(slice(0, 1)), config.mean_sparse)
     return model
 
 
-def _with_head(model: nn.Module, config: RunConfig, weights: Path | None) -> nn.Module:
-    """Return the model with the run's head, and with weights from a model with either head."""
+def _with_head(model: nn.Module, config: RunConfig, x: Tensor, weights: Path | None) -> nn.Module:
+    """Return the model with the run's head, and with weights from a model with either head.
+
+    The model is run on the image ``x`` (1, C, H, W) to find the layer that the head replaces.
+    """
     if config.head == "hypersphere":
         plain = copy.deepcopy(model) if weights else model
-        model = models.on_hypersphere(model, config.head_scale)
+        model = models.on_hypersphere(model, config.head_scale, x)
         if weights is not None:
             try:
                 files.load_any_weights(weights, model)
             except UserError:
                 files.load_any_weights(weights, plain)
-                return models.on_hypersphere(plain, config.head_scale)
+                return models.on_hypersphere(plain, config.head_scale, x)
     elif weights is not None:
         files.load_any_weights(weights, model)
     return model
@@ -219,7 +257,8 @@ def harden(
         many of the images were saved and lost: a net gain of only a few is noise.
 
     Raises:
-        UserError: ``folder`` is not a run folder or is hardened already, or ``out`` exists.
+        UserError: ``folder`` is not a run folder, is hardened already or does not know all classes
+            of its data, or ``out`` exists.
     """
     run = load(folder, device)
     if run.config.mean_sparse is not None:
@@ -231,13 +270,21 @@ def harden(
     files.make_folder(hardened.folder.parent)  # fails before the work rather than after it
     data.check_judged(split)
     options: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
+
+    def labelled(part: str, count: int | None) -> Images:
+        found = load_data(run.config, part, count)
+        ordered = in_class_order_of(str(folder), run.classes, found)
+        if ordered is not found:
+            tell(f"the {part} labels are renumbered to the class order of {folder}, by class name")
+        return ordered
+
     # Missing data and misspelt attacks are reported before the search, which may take hours.
-    images = load_data(run.config, split, n)
+    images = labelled(split, n)
     suite.parse_all(attacks or posthoc.JUDGES, run.threat, [run.model])
     found = posthoc.harden(
         run.model,
         load_data(run.config, "train"),
-        load_data(run.config, "validation", n_search),
+        labelled("validation", n_search),
         run.threat,
         thresholds=thresholds,
         attacks=attacks or posthoc.ATTACKS,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +119,15 @@ def open_target(
     file = RunFolder(folder).weights if of_run else Path(weights or "")
     classes = files.read_signature(file).classes if _has_header(file) else ()
     if of_run:
-        numbered = _in_class_order_of(name, classes, images)
+        numbered = runs.in_class_order_of(name, classes, images)
         model = runs.load(folder, device).model
     else:
         model = _load(name, weights, images, classes, bare=statistics is not None)
-        numbered = _in_class_order_of(name, classes or _class_names(model), images)
-    notes = [_note_on_class_count(name, model, numbered)]
+        classes = classes or _class_names(model)
+        numbered = runs.in_class_order_of(name, classes, images)
+    notes = [
+        _note_on_class_count(name, model, numbered) or _note_on_class_names(name, classes, numbered)
+    ]
     if numbered is not images:
         notes.append(f"the labels are renumbered to the class order of {name}, by class name")
     return Target(
@@ -186,7 +189,7 @@ def open_source(name: str, target: Target) -> nn.Module:
         _check_kind(name, None)
         model = _eval(_load(name, None, target.images).to(device))
         classes = _class_names(model)
-    if _in_class_order_of(name, classes, target.images) is not target.images:
+    if runs.in_class_order_of(name, classes, target.images) is not target.images:
         raise UserError(
             f"the source {name} has another class order than the target: use one with the same"
         )
@@ -208,34 +211,6 @@ def _class_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(str(named[k]) for k in sorted(named))
 
 
-def _in_class_order_of(name: str, theirs: Sequence[str], images: Images) -> Images:
-    """Return the images with labels in the model's class order, if the class names tell it.
-
-    Raises:
-        UserError: the model knows only some of the data's classes.
-    """
-    ours = images.classes
-    known = set(theirs) & set(ours)
-    ambiguous = len(set(theirs)) < len(theirs) or len(set(ours)) < len(ours)
-    if tuple(ours) == tuple(theirs) or not known or ambiguous:
-        return images
-    unknown = [one for one in ours if one not in known]
-    numbers = any(tuple(names) == number_names(len(names)) for names in (ours, theirs))
-    # Some names may differ, if all shared names have the same positions in both.
-    alike = len(ours) == len(theirs) and all(ours.index(k) == theirs.index(k) for k in known)
-    if unknown and (numbers or alike):
-        return images
-    if unknown:
-        raise UserError(
-            f"{name} does not know the class {unknown[0]!r} of the data, but it knows "
-            f"{len(known)} of {len(ours)}: rename the data's classes as the model names them, or "
-            "leave out those that it was not trained on"
-        )
-    number = torch.tensor([theirs.index(one) for one in ours])
-    labels = torch.where(images.y < 0, images.y, number[images.y])
-    return replace(images, y=labels, classes=tuple(theirs))
-
-
 def _note_on_class_count(name: str, model: nn.Module, images: Images) -> str:
     """Return a note if a pretrained model has another number of classes than the data."""
     known = getattr(_without_normalisation(model), "num_classes", None)
@@ -245,6 +220,18 @@ def _note_on_class_count(name: str, model: nn.Module, images: Images) -> str:
     return (
         f"{name} has {outputs} classes, the data {images.num_classes}: label k of the data is "
         "taken to be output k of the model"
+    )
+
+
+def _note_on_class_names(name: str, theirs: Sequence[str], images: Images) -> str:
+    """Return a note if the model and the data name their classes, but none alike."""
+    ours = images.classes
+    numbers = any(tuple(names) == number_names(len(names)) for names in (ours, theirs))
+    if numbers or set(theirs) & set(ours):
+        return ""
+    return (
+        f"no class name of {name} agrees with the data's: label k of the data is taken to be "
+        "output k of the model"
     )
 
 

@@ -34,9 +34,12 @@ class Parts(nn.Module):
     Attributes:
         broad: by a bright quarter, from which eps is far.
         fine: by checkers of less than eps, which an attack takes away.
+
+    Args:
+        code: size of the checkers in the images.
     """
 
-    def __init__(self):
+    def __init__(self, code=0.04):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         quarters = torch.zeros(3, 1, SIDE, SIDE)
@@ -49,7 +52,7 @@ class Parts(nn.Module):
         self.fine, self.broad = matched(codes), matched(quarters)
         self.y = torch.arange(60) % 3
         noise = 0.01 * torch.randn(60, 1, SIDE, SIDE, generator=generator)
-        self.x = 0.4 + 0.3 * quarters[self.y] + 0.04 * codes[self.y] + noise
+        self.x = 0.4 + 0.3 * quarters[self.y] + code * codes[self.y] + noise
 
 
 class Branches(Parts):
@@ -96,6 +99,82 @@ def test_a_mask_in_one_branch(run, mask):
         assert "sweep of eps" in found.sentence
 
 
+class Hidden(Parts):
+    """What the fine classifier says, through a hole in the graph; the broad one has its own say.
+
+    Unbounded, an attack on the broad one wins.
+    """
+
+    def __init__(self, hide=torch.Tensor.detach):
+        super().__init__(code=0.02)
+        self.hide = hide
+
+    def forward(self, x):
+        return 10 * self.fine(self.hide(x)) + self.broad(x)
+
+
+def on_some(x):
+    """Detach two images of five."""
+    return torch.where((torch.arange(len(x)) % 5 < 2)[:, None, None, None], x.detach(), x)
+
+
+def round_half(x):
+    """Round the differences inside blocks of two by two pixels, and not their mean."""
+    mean = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="nearest")
+    return mean + (25 * (x - mean)).round() / 25
+
+
+@pytest.mark.parametrize("hide", [torch.Tensor.detach, on_some, round_half])
+def test_a_hole_that_lies_across_the_gradient(run, hide):
+    """Along the gradient the loss grows as predicted, and the unbounded attack wins."""
+    model = Hidden(hide).eval()
+    assert accuracy_of(model, Hidden(lambda x: x).eval()) < 0.7
+    found = run(model, EPS, data=(model.x, model.y))
+    check = found.checks[3]
+    assert check.evidence["difference error"] < 0.5
+    assert check.evidence["off across"] > 0.3 * check.evidence["looked at across"] > 5
+    assert "along random directions finite differences contradict the gradient" in check.sentence
+    assert found.verdict == "inconclusive"
+
+
+def test_nothing_lies_across_a_sound_gradient(run):
+    model = Hidden(lambda x: x).eval()
+    evidence = run(model, EPS, data=(model.x, model.y)).checks[3].evidence
+    assert evidence["off across"] == 0
+    assert evidence["looked at across"] > 20
+    assert not evidence["contradicted"]
+
+
+class Rejecting(Parts):
+    """The broad classifier's answer, or a fourth class where the fine one disagrees."""
+
+    def __init__(self, sign=False):
+        super().__init__(code=0.02)
+        self.odd = nn.Linear(1, 1, bias=False)
+        nn.init.ones_(self.odd.weight)
+        self.sign = sign
+
+    def forward(self, x):
+        broad, fine = self.broad(x), self.fine(x)
+        odd = (broad.argmax(1) != fine.argmax(1))[:, None]
+        if self.sign:  # a detector with one output
+            own = fine.gather(1, broad.argmax(1)[:, None])
+            odd = self.odd(fine.topk(2, dim=1).values.sum(1, keepdim=True) - 2 * own) > 0
+        return torch.cat([torch.where(odd, broad - 50, broad), torch.where(odd, 20.0, -50.0)], 1)
+
+
+@pytest.mark.parametrize("sign", [False, True])
+def test_what_decides_without_a_gradient_is_attacked(run, sign):
+    model = Rejecting(sign).eval()
+    found = run(model, EPS, data=(model.x, model.y))
+    steps = {step["name"]: step for step in found.escalation}
+    name = "switch-odd" if sign else "switch-fine"
+    assert "reaches the logits through no gradient" in steps[name]["why"]
+    assert steps[name]["accuracy"] == 0
+    assert found.found_accuracy == 0
+    assert found.verdict in ("not robust", "pseudo-robust")
+
+
 class MadeUp(Parts):
     """The fine classifier's logits with the gradient of the broad one."""
 
@@ -114,7 +193,8 @@ def test_a_padded_class_hides_no_made_up_gradient(run, pad):
     model = MadeUp(pad).eval()
     found = run(model, EPS, data=(model.x, model.y))
     assert found.checks[3].evidence["difference error"] > 0.5
-    assert found.verdict == "inconclusive"
+    assert found.verdict == "pseudo-robust"
+    assert "switch-fine" in {step["name"] for step in found.escalation}
 
 
 class Noisy(Parts):

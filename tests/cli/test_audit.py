@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import surestep
-from surestep import UserError, evaluation, files, models, targets
+from surestep import UserError, evaluation, files, models, runs, targets
 from surestep.data import Images
 
 pytestmark = pytest.mark.usefixtures("small_budget")
@@ -283,6 +283,28 @@ def test_the_number_of_outputs(told, note):
 
 
 @pytest.mark.parametrize(
+    ("theirs", "ours", "noted"),
+    [
+        (("tabby", "hound"), ("cat", "dog"), True),
+        (("tabby", "dog"), ("cat", "dog"), False),
+        (("0", "1"), ("cat", "dog"), False),
+        (("cat", "dog"), None, False),
+        ((), ("cat", "dog"), False),
+    ],
+)
+def test_names_of_classes_of_which_none_agrees(monkeypatch, tmp_path, theirs, ours, noted):
+    images = Images(torch.zeros(2, 1, 28, 28), torch.tensor([0, 1]), classes=ours)
+    monkeypatch.setattr(targets.runs, "load_data", lambda *_: images)
+    file = tmp_path / "w.safetensors"
+    files.save_weights(file, models.create("cnn-small", 2), files.Signature(theirs, (1, 28, 28)))
+    note = targets.open_target(
+        "cnn-small", weights=str(file), dataset="mnist", eps=0.1, device="cpu"
+    ).note
+    said = "no class name of cnn-small agrees with the data's: label k of the data is taken to be"
+    assert (said in note) is noted
+
+
+@pytest.mark.parametrize(
     ("theirs", "ours", "labels"),
     [
         (("cat", "dog"), ("cat", "dog"), [0, 1, -1]),
@@ -302,7 +324,7 @@ def test_the_number_of_outputs(told, note):
 def test_labels_are_numbered_by_the_names_of_the_classes(theirs, ours, labels):
     y = torch.tensor([0, 1, -1])
     images = Images(torch.zeros(3, 3, 8, 8), y, classes=ours)
-    found = targets._in_class_order_of("hf:pets", theirs, images)
+    found = runs.in_class_order_of("hf:pets", theirs, images)
     assert found.y.tolist() == labels
     assert images.y.tolist() == [0, 1, -1]
     if found is not images:
@@ -313,7 +335,7 @@ def test_a_class_that_the_model_was_not_trained_on():
     images = Images(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]), classes=("cat", "emu"))
     said = "hf:pets does not know the class 'emu' of the data, but it knows 1 of 2: rename the"
     with pytest.raises(UserError, match=said):
-        targets._in_class_order_of("hf:pets", ("dog", "cat"), images)
+        runs.in_class_order_of("hf:pets", ("dog", "cat"), images)
 
 
 def test_a_folder_with_some_of_the_classes_that_a_run_was_trained_on(cli, tmp_path):

@@ -296,7 +296,7 @@ class TestReal:
         found = json.loads(done(*args, "--json", "-"))
         assert kept.stat().st_mtime_ns == before
         assert [row["method"] for row in found["rows"]] == ["fgsm", "sat-r3"]
-        assert 100 < found["rows"][1]["peak_memory_mb"]["mean"] < 2000
+        assert found["rows"][1]["peak_memory_mb"] is None  # of several processes
         whole = tmp_path / "whole"
         done("train", "--method", "sat-r3", *small, *alone, "--out", whole)
         weights = "model.safetensors"

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 import surestep
-from surestep import UserError, models
+from surestep import UserError, comparing, models
 from surestep.cli._options import hand_over
 from surestep.training.run_folder import RunFolder
 
@@ -532,19 +532,39 @@ class TestOurs:
         assert code == 130
         assert err.strip().startswith("stopped; an evaluation with --state FILE")
 
+    @pytest.mark.parametrize(
+        ("args", "said"),
+        [
+            (("run",), "stopped; a comparison of run folders keeps its results only with --out\n"),
+            (("run", "--out=x"), "stopped; rerun with the same --out to continue\n"),
+            (("--methods", "fgsm"), "stopped; rerun with the same --out to continue\n"),
+        ],
+    )
+    def test_control_c_of_a_comparison(self, cli, tmp_path, monkeypatch, args, said):
+        def stop(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.chdir(tmp_path)
+        for name in ("compare", "compare_runs"):
+            monkeypatch.setattr(comparing, name, stop)
+        code, _, err = cli("compare", *args)
+        assert code == 130
+        assert err.lstrip() == said
+
     def test_control_c_says_how_to_go_on(self, cli, small, tmp_path, monkeypatch):
         assert "--resume" in self.interrupt(cli, small, tmp_path, monkeypatch).err
 
-    def test_a_reader_that_leaves(self, process):
-        """As in `surestep methods | head`: no complaint."""
+    @pytest.mark.parametrize("args", [("methods",), ("methods", "--json", "-")])
+    def test_a_reader_that_leaves(self, process, args):
+        """As in `surestep methods | head`: no complaint, and no fault of ours."""
         read, write = os.pipe()
         os.close(read)
         try:
-            ended = process("methods", capture_output=False, stdout=write, stderr=subprocess.PIPE)
+            ended = process(*args, capture_output=False, stdout=write, stderr=subprocess.PIPE)
         finally:
             os.close(write)
         assert ended.stderr == ""
-        assert ended.returncode == 1
+        assert ended.returncode == 141
 
     def test_a_reader_that_leaves_costs_no_result(self, process, finished, tmp_path):
         """As in `surestep evaluate RUN --json FILE | less`, left before the end."""

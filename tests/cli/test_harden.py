@@ -13,6 +13,25 @@ from surestep.posthoc.mean_sparse import layers
 QUICK = ("--mean-sparse", "--n", "40", "--n-search", "20", "--attacks", "pgd-5,square-20")
 
 
+def judged(before, after):
+    """What a hardening found: these worst cases, on many images."""
+
+    def accuracies(worst, attacks):
+        shares = {"clean_accuracy": 1.0, "worst_case_accuracy": worst, "n": 8000}
+        return {**shares, "robust_accuracy": dict.fromkeys(attacks, 0.5)}
+
+    names = ("apgd-ce", "pgd-50-margin", "square-1000", "transfer")
+    through = ("apgd-ce-bpda", "pgd-50-margin-bpda")
+    return {
+        "threshold": 0.2,
+        "split": "test",
+        "before": accuracies(before, names),
+        "after": accuracies(after, (*names, *through)),
+        "saved": 1,
+        "lost": 4,
+    }
+
+
 class TestHarden:
     def test_it_writes_a_run_that_the_other_commands_take(self, done, finished, tmp_path):
         out, numbers = tmp_path / "hard", tmp_path / "found.json"
@@ -87,8 +106,11 @@ class TestHarden:
         [
             ((), "--mean-sparse"),
             (("--mean-sparse", "--threshold", "much"), "'much'"),
-            (("--mean-sparse", "--threshold", ","), "--threshold ',': give standard deviations"),
-            (("--mean-sparse", "--threshold", "-1"), "-1.0"),
+            (("--mean-sparse", "--threshold", ","), "--threshold ',': give finite standard dev"),
+            *(
+                (("--mean-sparse", "--threshold", value), f"'{value}': give finite standard dev")
+                for value in ("-1", "0.1,inf", "nan")
+            ),
             (("--mean-sparse", "--attacks", "pdg"), "'pdg'"),
             (("--mean-sparse",), "cannot make the folder"),
         ],
@@ -121,6 +143,33 @@ class TestHarden:
         monkeypatch.chdir(tmp_path)
         refused("harden", run, "--mean-sparse")
         assert asked == [folder.format(here=tmp_path, above=tmp_path.parent)]
+
+    def test_rows_of_the_search_are_progress(self, cli, tmp_path, monkeypatch):
+        """The reader of stdout may leave before anything is written."""
+        row = {"threshold": 0.2, "n": 20, "clean_accuracy": 1.0, "worst_case_accuracy": 0.5}
+
+        def harden(*_, progress, **__):
+            progress(row)
+            return judged(before=0.5, after=0.5)
+
+        monkeypatch.setattr(runs, "harden", harden)
+        found = cli("harden", "run", "--mean-sparse", "--out", tmp_path / "hard")
+        assert "threshold 0.2, on 20 validation images: clean 100.0%" in found.err
+        assert "on 20 validation" not in found.out
+        assert "before" in found.out
+
+    def test_no_number_is_cut(self, done, monkeypatch):
+        monkeypatch.setattr(runs, "harden", lambda *_, **__: judged(before=0.5004, after=0.5))
+        monkeypatch.setenv("COLUMNS", "80")
+        folder = f"runs/{'long' * 30}-hardened"
+        said = done("harden", "run", "--mean-sparse", "--out", folder)
+        assert "…" not in said
+        for name in ("apgd-ce", "pgd-50-margin", "square-1000", "transfer", "pgd-50-margin-bpda"):
+            (line,) = (line.split() for line in said.splitlines() if line.split()[:1] == [name])
+            shares = ["50.0%", "(48.9-51.1)"]
+            assert line[1:] == (shares if name.endswith("-bpda") else shares * 2)
+        assert "worst case +0.0 points" in said
+        assert f"written to {folder}; audit it: surestep audit {folder}\n" in said
 
     def test_an_existing_folder_is_left_alone(self, refused, finished, run):
         assert "--overwrite" in refused("harden", finished, *QUICK, "--out", run)

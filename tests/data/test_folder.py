@@ -375,3 +375,62 @@ def test_names_that_are_no_text_and_folders_that_are_hidden(flat):
     ]
     assert len(found) == 40
     assert 222 not in found
+
+
+def linked(link: Path, to: Path) -> None:
+    try:
+        link.symlink_to(to, target_is_directory=True)
+    except OSError:
+        pytest.skip("no links here")
+
+
+def test_folders_behind_links(flat, tmp_path_factory):
+    """Each once, and none that is around the class; a folder called as an image is none."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for k in range(3):
+        paint(elsewhere / "more" / f"{k}.png", 200 + k)
+    (flat / "cat" / "none.tif").mkdir()
+    linked(flat / "cat" / "a link", elsewhere / "more")
+    linked(elsewhere / "more" / "loop", elsewhere / "more")
+    linked(flat / "dog" / "all", flat)
+    linked(flat / "dog" / "again", elsewhere / "more")
+    linked(elsewhere / "twice", elsewhere / "more")
+    linked(flat / "dog" / "twice", elsewhere / "twice")
+    splits = [data.load(f"folder:{flat}", s) for s in ("train", "validation", "test")]
+    found = sorted(v for split in splits for v in values(split))
+    assert found == sorted([*range(20), *range(100, 120), *range(200, 203), *range(200, 203)])
+
+
+def test_validation_and_test_may_lack_a_class_whose_folder_is_there(tmp_path, refused):
+    for split in ("train", "val", "test"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+        paint(tmp_path / split / "b" / "0.png", 0)
+    for split in ("validation", "test"):
+        images = data.load(f"folder:{tmp_path}", split)
+        assert (images.y.tolist(), images.num_classes) == ([1], 2)
+    refused(lambda: data.load(f"folder:{tmp_path}"), f"{tmp_path / 'train' / 'a'} holds no images")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_pictures_are_turned_as_their_exif_data_say(tmp_path, mode):
+    """As viewers, and the loader of the Hub, show them."""
+    pixels = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
+    upright = Image.fromarray(pixels)
+    upright.putpalette([v for k in range(256) for v in (k, k, k)]) if mode == "P" else None
+    (tmp_path / "test" / "a").mkdir(parents=True)
+    sideways = upright.convert(mode).transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    sideways.save(tmp_path / "test" / "a" / "0.png", exif=exif)
+    upright.convert(mode).save(tmp_path / "test" / "a" / "1.png")
+    x = data.load(f"folder:{tmp_path}", "test").x
+    assert x.shape[2:] == (3, 4)
+    assert all(np.array_equal(image[0], pixels) for image in x)
+
+
+def test_damaged_exif_data_are_no_damaged_picture(tmp_path):
+    path = tmp_path / "test" / "a" / "0.png"
+    path.parent.mkdir(parents=True)
+    Image.new("RGB", (4, 3), (7, 8, 9)).save(path, exif=b"Exif\0\0nonsense")
+    assert data.load(f"folder:{tmp_path}", "test").x[0, :, 0, 0].tolist() == [7, 8, 9]

@@ -43,6 +43,18 @@ def test_subsets():
     assert len(images.subset([])) == 0
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 0, 2, 1], [2, 1, -1, 0]])
+def test_the_first_of_images_that_lie_class_by_class_are_of_all(order):
+    y = torch.tensor(order).repeat_interleave(50)
+    first = as_images((torch.zeros(200, 1), y)).first(40)
+    assert set(first.y.tolist()) == set(order)
+
+
+def test_the_first_of_mixed_images_are_the_first():
+    y = torch.arange(200) % 4
+    assert as_images((torch.arange(200.0)[:, None] / 200, y)).first(9).y.tolist() == y[:9].tolist()
+
+
 @pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8, np.uint16, ">i4"])
 def test_integer_labels_of_any_width(dtype):
     images = as_images((X.numpy(), Y.numpy().astype(dtype)))

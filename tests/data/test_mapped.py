@@ -40,6 +40,35 @@ def test_batches_are_those_from_memory(stored):
             assert all(torch.equal(s, t) for s, t in zip(one, other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_strided_files_are_not_copied(tmp_path, dtype):
+    """Such as images with channels last; what PyTorch cannot take as it is, is copied."""
+    x = np.random.default_rng(0).random((600, 4, 5, 3)).astype(np.float32)
+    x = (255 * x).astype(dtype) if dtype is np.uint8 else x
+    np.save(tmp_path / "x.npy", x)
+    mapped, y = np.load(tmp_path / "x.npy", mmap_mode="r"), np.arange(600) % 3
+    for view, copied in (
+        (mapped.transpose(0, 3, 1, 2), False),
+        (mapped.transpose(0, 3, 1, 2)[::2], False),
+        (mapped[:, :, ::-1], True),
+    ):
+        images = as_images((view, y[: len(view)]))
+        assert (images.x.data_ptr() == view.ctypes.data) is not copied
+        assert np.array_equal(images.stored().numpy(), view)
+        batch, _, index = next(Batches(images, 7).epoch(0))
+        assert torch.equal(batch, images.pixels(index))
+
+
+@pytest.mark.parametrize(("value", "said"), [(-1, "normalises inside"), (np.nan, "holds NaN")])
+def test_all_of_a_strided_file_is_checked(tmp_path, value, said):
+    x = np.zeros((600, 4, 5, 3), np.float32)
+    x[300, 1, 1, 1] = value
+    np.save(tmp_path / "x.npy", x)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r").transpose(0, 3, 1, 2)
+    with pytest.raises(UserError, match=said):
+        as_images((mapped, np.arange(600) % 3))
+
+
 def test_batches_move_to_the_device_one_by_one(stored):
     mapped, _, y = stored
     batches = Batches(as_images((mapped, y)), 10, device="meta")

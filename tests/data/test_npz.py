@@ -68,6 +68,21 @@ def test_x_and_y_are_divided(tmp_path):
         assert part.num_classes == 4
 
 
+@pytest.mark.parametrize("lacking", [0, 4])
+def test_every_class_must_be_trained_on_after_the_division(tmp_path, refused, lacking):
+    """A class of one image may fall into the test part; the first may be missed, or the last."""
+    x = np.arange(20)[:, None, None] * np.ones((1, 4, 6)) / 255
+    (held, *_) = data.load(save(tmp_path, x=x, y=Y), "test").x[:, 0, 0, 0].mul(255).round().tolist()
+    y = Y + 1 if lacking == 0 else Y.copy()
+    y[int(held)] = lacking
+    place = save(tmp_path, x=x, y=y)
+    for split in ("train", "validation"):
+        refused(lambda s=split: data.load(place, s), f"no training images of class {lacking} once")
+    assert len(data.load(place, "test")) == 2  # that it may be judged on, all the same
+    named = save(tmp_path, x_train=x, y_train=np.arange(20), x_test=x, y_test=Y)
+    refused(lambda: data.load(named), "no training images of class")
+
+
 def test_without_validation_arrays_a_tenth_is_held_out(tmp_path):
     x = RNG.integers(0, 256, (20, 1, 3, 3), dtype=np.uint8)
     place = save(tmp_path, x_train=x, y_train=Y, x_test=x[:5], y_test=Y[:5])

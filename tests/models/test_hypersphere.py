@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from surestep import UserError, models
+from surestep import UserError, data, models, runs
+from surestep.config import RunConfig
 
 
 def test_logits_are_scaled_cosines():
@@ -78,3 +79,52 @@ def test_what_cannot_have_one():
         models.on_hypersphere(nn.Sequential(nn.Conv2d(1, 2, 3)))
     with pytest.raises(UserError, match="scale is -1"):
         models.on_hypersphere(models.create("lenet+"), -1.0)
+
+
+ODD = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, last):
+        super().__init__()
+        self.head = last
+        self.hidden = nn.LazyLinear(8)
+
+    def forward(self, x):
+        return self.head(self.hidden(x.flatten(1)))
+
+def named_first():
+    return Net(nn.Linear(8, 3))
+
+class Gated(Net):
+    def forward(self, x):
+        return self.head(x.flatten(2)).flatten(1) * self.hidden(x.flatten(1)).mean()
+
+def gated():
+    return Gated(nn.Conv1d(1, 3, 16))
+
+class Unused(Net):
+    def forward(self, x):
+        return x.flatten(1)
+
+def unused():
+    return Unused(nn.Linear(8, 3))
+"""
+
+
+def test_the_layer_that_runs_last_is_replaced_not_the_one_registered_last(tmp_path):
+    """Or else none: a hidden layer would be trained on the sphere, and the logits not."""
+    (tmp_path / "odd.py").write_text(ODD)
+    images = data.as_images((torch.rand(3, 1, 4, 4), torch.arange(3)))
+
+    def build(factory):
+        config = RunConfig(model=f"{tmp_path / 'odd.py'}:{factory}", head="hypersphere")
+        return runs.build_model(config, images)
+
+    model = build("named_first")
+    assert isinstance(model.head, models.HypersphereHead)
+    assert type(model.hidden) is nn.Linear
+    with pytest.raises(UserError, match="runs last, hidden, has 8 outputs, but the model 3 logits"):
+        build("gated")
+    with pytest.raises(UserError, match="no linear layer of the model runs"):
+        build("unused")

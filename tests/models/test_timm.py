@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from surestep import targets
+from surestep import files, runs, targets
+from surestep.config import RunConfig
 from surestep.data import Images
 from surestep.errors import UserError
 from surestep.models import create
@@ -56,12 +57,35 @@ def test_timm_model_normalises_as_pretrained():
 
 def test_timm_model_takes_other_statistics_and_channels():
     grey = create("timm:net", in_channels=1)
-    assert grey.normalize is None
+    assert grey.normalize.mean.flatten().tolist() == [pytest.approx(sum(MEAN) / 3)]
     assert grey(torch.rand(2, 1, 8, 8)).shape == (2, 10)
     own = create("timm:net", mean=(0.1, 0.2, 0.3), std=(1, 1, 1))
     assert own.normalize.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
     with pytest.raises(UserError, match="mean has 1 values"):
         create("timm:net", mean=(0.1,), std=(0.2,))
+
+
+def test_pretrained_weights_for_other_channels_expect_the_mean_statistics(tmp_path, monkeypatch):
+    mean, std = (pytest.approx(sum(values) / 3) for values in (MEAN, STD))
+    for channels in (1, 4):
+        found = create("timm:net", in_channels=channels, pretrained=True).normalize
+        assert found.mean.flatten().tolist() == [mean] * channels
+        assert found.std.flatten().tolist() == [std] * channels
+    assert create("timm:net", in_channels=1, pretrained=True, normalize=False).normalize is None
+    # A run that began with them is loaded without them, also as weights alone.
+    images = Images(torch.rand(2, 1, 8, 8), torch.tensor([0, 1]))
+    config = RunConfig(model="timm:net", weights="pretrained")
+    begun = runs.build_model(config, images, begin=True)
+    files.save_weights(tmp_path / "w.safetensors", begun)
+    loaded = runs.build_model(config, images)
+    assert not loaded.body.pretrained
+    files.load_weights(tmp_path / "w.safetensors", loaded)
+    torch.testing.assert_close(loaded(images.x), begun(images.x))
+    monkeypatch.setattr(targets.runs, "load_data", lambda *_: images)
+    asked = {"dataset": "npz:any", "eps": 0.1, "device": "cpu"}
+    weights = str(tmp_path / "w.safetensors")
+    judged = targets.open_target("timm:net", weights=weights, **asked).model
+    torch.testing.assert_close(judged(images.x), begun(images.x))
 
 
 def test_image_size_reaches_only_models_of_a_fixed_size():

@@ -239,9 +239,10 @@ class Alive(TorchDispatchMode):
         return out
 
 
-def test_one_layer_at_a_time_is_kept(images):
+@pytest.mark.parametrize("layer", [lambda: nn.Conv2d(1, 1, 1), lambda: nn.Linear(8, 8)])
+def test_one_layer_at_a_time_is_kept(images, layer):
     def most(depth):
-        layers = [m for _ in range(depth) for m in (nn.Conv2d(1, 1, 1), nn.ReLU())]
+        layers = [m for _ in range(depth) for m in (layer(), nn.ReLU())]
         with Alive(images.x.numel()) as alive:
             posthoc.measure(nn.Sequential(*layers).eval(), images)
         return alive.most
@@ -261,8 +262,9 @@ def test_full_memory_is_told_in_one_line(trained, images):
 def test_what_cannot_be_hardened(trained, images):
     with pytest.raises(UserError, match="no activation modules"):
         posthoc.harden(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), images, images, Linf(0.1))
-    with pytest.raises(UserError, match=r"thresholds \[-1.0\]"):
-        posthoc.harden(trained, images, images, Linf(0.1), thresholds=[-1.0])
+    for threshold in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(UserError, match=rf"thresholds \[{threshold}\]: give finite standard"):
+            posthoc.harden(trained, images, images, Linf(0.1), thresholds=[threshold])
 
 
 class Tokens(nn.Module):
@@ -297,3 +299,79 @@ def test_channels_of_tokens_are_last(images):
     expected = torch.where(near, mean.expand_as(features), features).reshape(70, 8, 5).float()
     assert 0.2 < near.float().mean() < 0.6
     assert torch.allclose(sparse(images.x), model.down(model.act(expected)).mean(1), atol=1e-6)
+
+
+class Gated(nn.Module):
+    """The gate is computed before what it gates, as in a SwiGLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.act, self.down = (
+            *(nn.Linear(8, 5), nn.Linear(8, 5), nn.SiLU(), nn.Linear(5, 3)),
+        )
+
+    def forward(self, x):
+        x = x.squeeze(1)
+        gate, up = self.gate(x), self.up(x)
+        return self.down(self.act(gate) * up).mean(1)
+
+
+def test_channels_of_a_gate_are_last(images):
+    model = Gated().eval()
+    (mean, std) = posthoc.measure(model, images)["act"]
+    features = model.gate(images.x.squeeze(1)).detach().double().reshape(-1, 5)
+    torch.testing.assert_close(mean, features.mean(0))
+    torch.testing.assert_close(std, features.std(0, correction=0))
+    (layer,) = layers(posthoc.insert(model, images.x[:1], 0.5))
+    assert (layer.dim, len(layer.mean)) == (-1, 5)
+
+
+class Held(nn.Module):
+    """An activation that is registered in two places; the second is called."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.act, self.net = net[2], net
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_an_activation_is_replaced_wherever_it_is_held(trained, images):
+    model = Held(trained).eval()
+    hard = sparse(model, images, 0.5)
+    assert len(layers(hard)) == 1
+    assert hard.act is hard.net[2]
+    assert torch.equal(hard(images.x), sparse(trained, images, 0.5)(images.x))
+
+
+class Transformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(
+            8, 2, 16, activation=nn.ReLU(), batch_first=True, dropout=0
+        )
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.encoder(x.squeeze(1)).mean(1))
+
+
+@pytest.fixture
+def fused():
+    """Whether torch's fused path is on, as a function that turns it on and off."""
+    yield torch.backends.mha.set_fastpath_enabled
+    torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_a_layer_that_only_runs_with_gradients_is_refused(images, fused):
+    model = Transformer().eval()
+    said = r"leaves MeanSparse before encoder\.activation out of passes without .*fastpath_enabled"
+    with pytest.raises(UserError, match=said):
+        posthoc.insert(copy.deepcopy(model), images.x[:1], 0.5)
+    fused(False)
+    hard = sparse(model, images, 0.5)
+    with torch.no_grad():
+        judged, dense = hard(images.x), model(images.x)
+    torch.testing.assert_close(hard(images.x.clone().requires_grad_()), judged)
+    assert not torch.allclose(judged, dense, atol=1e-3)

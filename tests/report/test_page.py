@@ -62,8 +62,8 @@ def test_the_verdict_comes_first(page):
     text = page.text
     assert text.index("pseudo-robust") < text.index("Accuracy under attack")
     assert "It looks 95% robust, and a stronger attack leaves 1%." in text
-    assert "A weak report claims 95.4% under fgsm alone" in text
-    assert "This audit finds 1.2% 0.5–2.7 · most broken by pgd-50-margin" in text
+    assert "A weak report claims 95.4% under fgsm alone · of 500 images" in text
+    assert "This audit finds 1.2% 0.5–2.7 · most broken by pgd-50-margin · of 500 images" in text
     assert "Checks flagged 1 of 20" in text
 
 
@@ -233,8 +233,17 @@ def test_an_evaluation_alone_says_that_it_is_no_audit(evaluation):
     assert "Checks" not in text
 
 
+@pytest.mark.parametrize("n", [500, 1000])
+def test_an_audit_of_fewer_images_than_the_evaluation(evaluation, audit, n):
+    found = {**evaluation, "clean_accuracy": 0.961, "n": n}
+    text = Page(Report("one", evaluation=found, audit=audit).to_html()).text
+    assert "Clean accuracy 96.1%" in text
+    assert ("most broken by pgd-50-margin · of 500 images" in text) == (n != 500)
+
+
 def test_an_audit_alone(audit):
     page = Page(Report("one", audit=audit).to_html())
+    assert "of 500 images" not in page.text
     assert set(page.specs()) == {
         "accuracy-by-eps",
         "accuracy-by-step",

@@ -34,7 +34,7 @@ from surestep.auditing.checks import (
     gap_profile,
 )
 from surestep.auditing.escalation import escalate
-from surestep.auditing.stand_ins import EOT_SAMPLES
+from surestep.auditing.stand_ins import EOT_SAMPLES, switches
 from surestep.auditing.verdict import AuditNumbers, judge
 from surestep.data import Images
 from surestep.devices import autocast, has_bf16, memory_for
@@ -313,6 +313,7 @@ def estimate(
     with attacking(adapted) as inner, forked_rng(device):
         if varies(inner, x):  # PGD with two losses on the mean of several passes
             forwards += 3 * 2 * spend.steps * EOT_SAMPLES
+        forwards += 3 * spend.steps * len(switches(inner, x[:8]))
     # 9700 in suite.py, where a gradient counts as two forwards.
     forwards += 12_000 if spend.autoattack else 0
     # The checks' gradients, most of them of eps-sweep and convergence, and binarization's 1,250

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from surestep.activations import straight_through_layers
 from surestep.attacks import losses
 from surestep.attacks.core import SAME, Ascent, input_gradient, logit_distance, share_of
 from surestep.attacks.gradient import pgd_step_size
@@ -24,7 +26,7 @@ from surestep.attacks.inputs import forward_logits
 from surestep.auditing._subject import Subject
 from surestep.auditing.binarization import binarization_rates
 from surestep.devices import autocast, exact, finest
-from surestep.evaluation import doubts, evaluate, suite
+from surestep.evaluation import doubts, evaluate, suite, wilson_interval
 from surestep.evaluation.adapt import seeds_of
 from surestep.files import plain
 from surestep.randomness import seed_everything
@@ -43,6 +45,17 @@ CONTRADICTED = 0.5
 
 Measured: 0.001 on trained models, with kwta or dead zones too, up to 0.2 in bfloat16; 0.9 or more
 where the gradient is that of another function.
+"""
+
+DIRECTIONS = 16
+"""Number of random directions along which gradients are compared with finite differences."""
+ACROSS = (0.01, 0.1)
+"""Lengths, in eps, of these steps. What is wrong over both is neither rounding nor curvature."""
+MISLED = 0.1
+"""Share of images with a gradient that is wrong across it above which gradients count as wrong.
+
+Measured at a relative error of ``CONTRADICTED``: no image of a trained model, robust or not; all of
+one with a branch that is detached or quantised.
 """
 
 C19 = "Carlini et al. 2019"
@@ -270,37 +283,104 @@ def _difference_ratios(s: Subject, x: Tensor, y: Tensor) -> Tensor:
     The steps are steepest ascent, clipped to the data range.
     """
 
-    def seeded() -> None:
-        seed_everything(s.seed)  # a random model must draw the same in every pass
-
-    def measured(point: Tensor) -> tuple[Tensor, Tensor]:
-        seeded()
-        logits = forward_logits(s.model, point).to(finest(x.device))
-        return losses.log_odds(logits, y), logits
-
-    seeded()
-    grad = input_gradient(s.model, x, y)[0].nan_to_num(0)
-    with torch.no_grad():
-        start, logits = measured(x)
-        # Of the two logits that count: a class that is padded with -1e9 rounds the others no more.
-        own = losses.of_true_class(logits, y)
-        size = torch.maximum(own.abs(), (losses.margin(logits, y) + own).abs())
-        noise = 64 * torch.finfo(torch.float32).eps * size
-        noise = torch.maximum(noise, 10 * (measured(x)[0] - start).abs())
-        ratios = []
-        for stride in STRIDES:
-            step = s.threat.clip(x + s.threat.steepest_step(grad, stride * s.threat.eps)) - x
-            growth = measured(x + step)[0] - start
-            predicted = (grad.to(growth) * step.to(growth)).flatten(1).sum(1)
-            ratios.append(torch.where(predicted > noise, growth / predicted, math.nan))
+    grad, measured = _gradient_and_values(s, x, y, losses.log_odds)
+    start, noise = _start_and_noise(measured, x, y)
+    ratios = []
+    for stride in STRIDES:
+        step = s.threat.clip(x + s.threat.steepest_step(grad, stride * s.threat.eps)) - x
+        growth = measured(x + step)[0] - start
+        predicted = _predicted(grad, step)
+        ratios.append(torch.where(predicted > noise, growth / predicted, math.nan))
     return torch.stack(ratios, 1)
+
+
+Measured = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def _gradient_and_values(
+    s: Subject, x: Tensor, y: Tensor, objective: losses.Objective
+) -> tuple[Tensor, Measured]:
+    """Return an objective's gradient at x, and what gives its values, with the logits, at points.
+
+    A random model draws the same in every pass.
+    """
+
+    @torch.no_grad()
+    def measured(point: Tensor) -> tuple[Tensor, Tensor]:
+        seed_everything(s.seed)
+        logits = forward_logits(s.model, point).to(finest(x.device))
+        return objective(logits, y), logits
+
+    seed_everything(s.seed)
+    return input_gradient(s.model, x, y, objective)[0].nan_to_num(0), measured
+
+
+def _start_and_noise(measured: Measured, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return an objective's values (N,) at x, and how large a difference noise alone may make."""
+    start, logits = measured(x)
+    # Of the two logits that count: a class that is padded with -1e9 rounds the others no more.
+    own = losses.of_true_class(logits, y)
+    size = torch.maximum(own.abs(), (losses.margin(logits, y) + own).abs())
+    noise = 64 * torch.finfo(torch.float32).eps * size
+    return start, torch.maximum(noise, 10 * (measured(x)[0] - start).abs())
+
+
+def _predicted(grad: Tensor, step: Tensor) -> Tensor:
+    """Return the growth (N,) that gradients predict for steps."""
+    kind = finest(grad.device)
+    return (grad.to(kind) * step.to(kind)).flatten(1).sum(1)
+
+
+def _errors_across(s: Subject, x: Tensor, y: Tensor) -> Tensor:
+    """Return how far gradients are from differences along random directions, relative to these.
+
+    A branch whose gradient is blocked adds nothing along the gradient of the others, so only steps
+    in other directions show it. One error for each image where noise does not hide the differences;
+    none at all if it does on most.
+    """
+    with exact(x.device):
+        short, long = (s.map(partial(_error_across, s, length), x, y) for length in ACROSS)
+    error = torch.fmin(short, long)
+    found = error[error.isfinite()]
+    return found if len(found) >= 0.5 * len(x) else found[:0]
+
+
+def _error_across(s: Subject, length: float, x: Tensor, y: Tensor) -> Tensor:
+    """Return the errors (N,) over steps of a length; NaN where noise hides it, or gradients are 0.
+
+    The slope is half of the difference between a step's ends, the bend how far its middle lies from
+    their mean.
+    """
+    grad, measured = _gradient_and_values(s, x, y, losses.margin)
+    start, noise = _start_and_noise(measured, x, y)
+    low, high = s.threat.bounds
+    slopes: list[Tensor] = []
+    bends: list[Tensor] = []
+    errors: list[Tensor] = []
+    for _ in range(DIRECTIONS):
+        seed_everything(s.seed + len(slopes))  # a pass has seeded the generators
+        step = s.threat.random_step(x, length * s.threat.eps)
+        # A model may clip what lies outside the data range.
+        step = torch.where((x - step.abs() >= low) & (x + step.abs() <= high), step, 0)
+        up, down = measured(x + step)[0], measured(x - step)[0]
+        slopes.append((up - down) / 2)
+        bends.append((up + down) / 2 - start)
+        errors.append(slopes[-1] - _predicted(grad, step))
+    slope, bend, error = (
+        torch.stack(rows).square().mean(0).sqrt() for rows in (slopes, bends, errors)
+    )
+    # Of values that are independent at the three points, as where a model rounds inside, the ratio
+    # of bend to slope is the square root of 3; of those that jump at random, 1. Error and slope are
+    # equal if nothing was predicted.
+    known = (slope > 4 * noise) & (bend < 1.3 * slope) & (error != slope)
+    return torch.where(known, error / slope, math.nan)
 
 
 @_check(
     4,
     "Broken gradients",
-    "graph broken, NaN or Inf in gradients or logits, or gradients off by > half of themselves "
-    "from finite differences",
+    "graph broken, NaN or Inf in gradients or logits, or gradients off by > half from finite "
+    "differences, along them in the median or, along random directions, on surely > 10% of images",
     IOAF,
 )
 def broken_gradients(s: Subject) -> Measurement:
@@ -315,17 +395,34 @@ def broken_gradients(s: Subject) -> Measurement:
     }
     error = _difference_error(s, near, y)
     contradicted = error is not None and error > CONTRADICTED
-    worst = max(1.0 if s.detached or contradicted else 0.0, *shares.values())
+    # Layers that know a way straight through them are attacked along it; weights of 16 bits round
+    # such short steps away.
+    unsuited = straight_through_layers(s.model) or doubts.rounding_of(s.model) > doubts.ROUNDED
+    across = torch.tensor([]) if unsuited else _errors_across(s, near, y)
+    off = int((across > CONTRADICTED).sum())
+    hidden = wilson_interval(off, len(across))[0] > MISLED
+    worst = max(1.0 if s.detached or contradicted or hidden else 0.0, *shares.values())
     if s.detached:
         said = "the output does not depend on the input through autograd"
     elif contradicted:
         said = f"finite differences contradict the gradient, which is off by {error:.0%}"
+    elif hidden:
+        said = (
+            f"along random directions finite differences contradict the gradient on {off} of "
+            f"{len(across)} images"
+        )
     elif worst:
         of_grads, of_logits = shares["gradients"], shares["logits"]
         said = f"NaN or Inf in {of_grads:.0%} of gradients, {of_logits:.1%} of logits"
     else:
         said = "all finite"
-    evidence = {"detached": s.detached, "difference error": error, "contradicted": contradicted}
+    evidence = {
+        "detached": s.detached,
+        "difference error": error,
+        "off across": off,
+        "looked at across": len(across),
+        "contradicted": contradicted or hidden,
+    }
     return Measurement(worst > 0, worst, said, {**shares, **evidence})
 
 

@@ -99,13 +99,31 @@ def _bpda(s: Subject, flagged: set[str]) -> Planning:
     layers = stand_ins.flat_layers(s.model, some[:8])
     if not layers:
         return
-    wrapping = {id(m): name for name, m in s.model.named_modules()}[id(s.inner)] + "."
-    names = ", ".join(name.removeprefix(wrapping) for name in layers)
+    names = ", ".join(name.removeprefix(_wrapping(s)) for name in layers)
     with stand_ins.bpda(s.model, some, layers) as smooth:
         yield Planned(
             "bpda",
             f"no gradient, or a wrong one, flows through {names}: straight through it",
             stand_ins.on_stand_in(smooth, s.threat, s.budget.steps, s.budget.restarts),
+        )
+
+
+def _wrapping(s: Subject) -> str:
+    """Return what the names of modules begin with before those of the user's own model."""
+    return {id(m): name for name, m in s.model.named_modules()}[id(s.inner)] + "."
+
+
+def _switch(s: Subject, flagged: set[str]) -> Planning:
+    """Change what decides without a gradient, such as which expert answers.
+
+    Whatever the checks say: each expert's gradient is sound, and leads nowhere.
+    """
+    for name in stand_ins.switches(s.model, s.probe[0][: min(8, s.batch_size)]):
+        own = name.removeprefix(_wrapping(s))
+        yield Planned(
+            f"switch-{own}",
+            f"what {own} returns reaches the logits through no gradient: change what it decides",
+            stand_ins.on_switch(s.model, name, s.threat, s.budget.steps),
         )
 
 
@@ -129,6 +147,7 @@ ANSWERS: tuple[Answer, ...] = (
     _undo_softmax,
     _expect,
     _bpda,
+    _switch,
     _longer,
     _autoattack,
 )

@@ -178,13 +178,98 @@ def bpda(model: nn.Module, x: Tensor, names: list[str]) -> Iterator[nn.Module]:
 
             with module.register_forward_hook(note), torch.no_grad():
                 forward_logits(model, x)
-            smooth = _surrogate(*seen[0])
+            # Copies, since a forward in inference mode makes tensors that nothing can be fitted to.
+            smooth = _surrogate(*(tensor.clone() for tensor in seen[0]))
             if smooth is not None:
                 handles.append(module.register_forward_hook(partial(_backward_through, smooth)))
         yield model
     finally:
         for handle in handles:
             handle.remove()
+
+
+MOST_SWITCHES = 3
+"""Number of outputs that only switch something to attack, the last to be computed first."""
+
+
+def switches(model: nn.Module, x: Tensor) -> list[str]:
+    """Return modules that the logits depend on through no gradient, such as a router's argmax.
+
+    Their own gradients are sound, so that they can be attacked by themselves. A head that the
+    logits do not depend on at all is among them.
+
+    Args:
+        model: in eval mode.
+        x: some images (N, ...).
+    """
+    seen: dict[str, Tensor] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if name and not isinstance(module, torch.jit.ScriptModule):
+
+            def note(_m: nn.Module, _args: Any, out: Any, name: str = name) -> None:
+                if isinstance(out, Tensor) and out.requires_grad and out.dim() == 2:
+                    seen.pop(name, None)
+                    seen[name] = out
+
+            handles.append(module.register_forward_hook(note))
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            logits = forward_logits(model, x.detach().clone().requires_grad_())
+    finally:
+        for handle in handles:
+            handle.remove()
+    names = [name for name, out in seen.items() if len(out) == len(x)]
+    if logits.requires_grad and names:
+        outs = [seen[name] for name in names]
+        grads = torch.autograd.grad(logits.sum(), outs, allow_unused=True)
+        names = [name for name, grad in zip(names, grads, strict=True) if grad is None]
+    outermost = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
+    return outermost[: -MOST_SWITCHES - 1 : -1]
+
+
+class Output(nn.Module):
+    """What a module inside a model returns, as logits.
+
+    Args:
+        model: pixels in, logits out.
+        name: of the module, whose output is (N, K); K = 1 stands for two classes, by its sign.
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        super().__init__()
+        self.model, self.name = model, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the module's output (N, K) for images."""
+        seen: list[Tensor] = []
+        module = self.model.get_submodule(self.name)
+        handle = module.register_forward_hook(lambda _m, _args, out: seen.append(out))
+        try:
+            forward_logits(self.model, x)
+        finally:
+            handle.remove()
+        out = seen[-1]
+        return out if out.shape[1] > 1 else torch.cat([out, -out], 1)
+
+
+def on_switch(model: nn.Module, name: str, threat: ThreatModel, steps: int) -> Attack:
+    """Return PGD that changes what a module inside the model decides, judged by the model itself.
+
+    Args:
+        model: the model.
+        name: of the module, see ``switches``.
+        threat: norm, radius and data range.
+        steps: PGD steps.
+    """
+    output = Output(model, name)
+
+    def run(_model: nn.Module, x: Tensor, _y: Tensor) -> Tensor:
+        with torch.no_grad():
+            own = output(x).argmax(1)
+        return pgd(output, x, own, threat, steps, loss="margin")
+
+    return Attack(run, 2 * steps)
 
 
 def _backward_through(

@@ -181,9 +181,14 @@ def _of_the_floor(f: AuditNumbers, seen: str) -> Verdict:
             f"{f.found:.1%} withstand all attacks ({f.between}), too close to what counts as "
             f"guessing ({f.floor:.1%}) to tell on {f.n:,} images: give more with --n."
         )
+    constant = (
+        f", fewer than an answer that never changes gets right ({f.chance:.1%})"
+        if f.found < f.chance and f.chance > 0.5
+        else ""
+    )
     return NOT_ROBUST, (
-        f"The model is not robust: {f.found:.1%} of the images withstand all attacks, clean "
-        f"accuracy is {f.clean:.1%}; {seen}."
+        f"The model is not robust: {f.found:.1%} of the images withstand all attacks{constant}, "
+        f"clean accuracy is {f.clean:.1%}; {seen}."
     )
 
 

@@ -8,7 +8,8 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -37,6 +38,7 @@ _HOW_TO_CONTINUE = {
 }
 
 _TERMINATED = 128 + signal.SIGTERM
+_PIPE_CLOSED = 128 + 13  # SIGPIPE, which Windows has not
 
 
 class _Lazy(click.Group):
@@ -63,6 +65,26 @@ class _Lazy(click.Group):
             raise unknown_name("command", args[0], _COMMANDS)
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        with _closed_pipes():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _closed_pipes() -> Iterator[None]:
+    """Exit with a code of its own if the reader of a pipe has left; click and rich exit with 1."""
+    try:
+        yield
+    except (BrokenPipeError, SystemExit) as e:
+        if isinstance(e, SystemExit) and not isinstance(e.__context__, BrokenPipeError):
+            raise
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except BrokenPipeError:  # what is left in it would be a complaint of Python's at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        sys.exit(_PIPE_CLOSED)
+
 
 @click.group(
     cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -87,7 +109,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line.
 
     The exit code is 0 on success, 2 on a user's mistake, 1 on a bug in surestep, 130 after Ctrl-C,
-    and 143 if SIGTERM stopped a training.
+    141 if the reader of a pipe left before the end, and 143 if SIGTERM stopped a training.
 
     Args:
         args: the arguments without the program's name; by default those of the process.
@@ -139,7 +161,12 @@ def _say(line: str) -> None:
 
 
 def _stopped(given: Sequence[str], code: int) -> None:
-    _say(f"stopped{_HOW_TO_CONTINUE.get(given[0] if given else '', '')}")
+    command = given[0] if given else ""
+    named = {argument.partition("=")[0] for argument in given}
+    if command == "compare" and not named & {"--methods", "--out"}:
+        _say("stopped; a comparison of run folders keeps its results only with --out")
+    else:
+        _say(f"stopped{_HOW_TO_CONTINUE.get(command, '')}")
     sys.exit(code)
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from surestep.cli._options import check_writable, hand_over, json_option, names, seed_option
-from surestep.cli._show import share_of_images
+from surestep.cli._show import share_of_images, wide_console
 from surestep.cli._target import POSITIVE, split_option
 from surestep.errors import UserError
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 _SAME_IMAGES = "; optimistic: the threshold was chosen on the same split"
 
@@ -86,21 +84,19 @@ def harden(
     check_writable(json_file)
     values = None if threshold is None else _numbers(threshold)
 
-    from rich.console import Console
-
     from surestep import runs
     from surestep.posthoc import THRESHOLDS
     from surestep.training.engine import keep_freed_memory
 
     keep_freed_memory()
-    console = Console(quiet=json_file == "-")
 
     def show(row: dict[str, Any]) -> None:
-        console.print(
+        # As progress, since the reader of a pipe may leave before the work is done.
+        click.echo(
             f"threshold {row['threshold']:g}, on {row['n']} validation images: "
             f"clean {share_of_images(row['clean_accuracy'], row['n'])}, "
             f"worst case {share_of_images(row['worst_case_accuracy'], row['n'])}",
-            highlight=False,
+            err=True,
         )
 
     folder = out or _default_out(run)
@@ -119,26 +115,37 @@ def harden(
         progress=show,
         tell=partial(click.echo, err=True),
     )
-    hand_over(found, json_file, partial(_tables, console, found, folder))
+    hand_over(found, json_file, partial(_tables, found, folder))
 
 
-def _tables(console: Console, found: dict[str, Any], folder: str) -> None:
+def _tables(found: dict[str, Any], folder: str) -> None:
     """Print the accuracies before and after, and the gain."""
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
-    for column in ("", "clean", "worst case", *found["after"]["robust_accuracy"]):
-        table.add_column(column, justify="right" if column else "left")
+    table.add_column("", overflow="fold")
     for name in ("before", "after"):
-        judged = found[name]
-        shares = [judged["clean_accuracy"], judged["worst_case_accuracy"]]
-        shares += [judged["robust_accuracy"].get(a) for a in found["after"]["robust_accuracy"]]
-        told = ("" if share is None else share_of_images(share, judged["n"]) for share in shares)
-        table.add_row(name, *told)
+        table.add_column(name, justify="right", overflow="fold")
+    shares = {
+        name: {
+            "clean": found[name]["clean_accuracy"],
+            "worst case": found[name]["worst_case_accuracy"],
+            **found[name]["robust_accuracy"],
+        }
+        for name in ("before", "after")
+    }
+    for row in shares["after"]:  # it has attacks more: those with straight-through gradients
+        told = (
+            share_of_images(shares[name][row], found[name]["n"]) if row in shares[name] else ""
+            for name in shares
+        )
+        table.add_row(row, *told)
+    console = wide_console(80)
     console.print(table)
-    gain = found["after"]["worst_case_accuracy"] - found["before"]["worst_case_accuracy"]
+    gain = 100 * (found["after"]["worst_case_accuracy"] - found["before"]["worst_case_accuracy"])
     console.print(
-        f"threshold {found['threshold']:g}, worst case {100 * gain:+.1f} points on "
+        # + 0.0 turns a rounded -0.0 into 0.0.
+        f"threshold {found['threshold']:g}, worst case {round(gain, 1) + 0.0:+.1f} points on "
         f"{found['after']['n']} {found['split']} images ({found['saved']} saved, "
         f"{found['lost']} lost)"
         + (": no threshold helped" if found["threshold"] == 0 else "")
@@ -146,6 +153,7 @@ def _tables(console: Console, found: dict[str, Any], folder: str) -> None:
         + f"\nwritten to {folder}; audit it: surestep audit {folder}",
         markup=False,
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -162,6 +170,8 @@ def _numbers(text: str) -> list[float]:
         found = [float(part) for part in names(text)]
     except ValueError:
         found = []
-    if not found:
-        raise UserError(f"--threshold {text!r}: give standard deviations, such as 0.1,0.2")
+    if not found or not all(math.isfinite(value) and value >= 0 for value in found):
+        raise UserError(
+            f"--threshold {text!r}: give finite standard deviations >= 0, such as 0.1,0.2"
+        )
     return found

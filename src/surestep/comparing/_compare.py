@@ -196,7 +196,9 @@ def _check_out(out: str | Path) -> Path:
     if Path(out).exists() and not Path(out).is_dir():
         raise UserError(f"{out} is a file: give a folder for the results")
     run = RunFolder(Path(out))
-    if run.config.is_file() and any(p.exists() for p in (run.environment, run.metrics)):
+    # A hardened run has only its weights beside its settings.
+    marks = (run.environment, run.metrics, run.weights)
+    if run.config.is_file() and any(mark.exists() for mark in marks):
         raise UserError(f"{out} is a run folder, whose report would be overwritten: give another")
     page = Path(out) / "report.html"
     if page.exists() and not (Path(out) / "comparison.json").exists():

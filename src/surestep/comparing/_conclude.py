@@ -92,7 +92,8 @@ def conclude(
             *_of_settings(ended),
             *_of_engines(every),
             *_of_machines(every),
-            *_of_memory(rows, every),
+            *_of_memory(every),
+            *_of_resumed(every),
             *_of_failures(failures),
         ],
     )
@@ -215,13 +216,27 @@ def _of_machines(every: Sequence[_Ended]) -> list[str]:
     ]
 
 
-def _of_memory(rows: Sequence[Row], every: Sequence[_Ended]) -> list[str]:
-    if not any("peak_memory_mb" in row.numbers for row in rows):
+def _of_memory(every: Sequence[_Ended]) -> list[str]:
+    measured = [run for run in every if run.numbers["peak_memory_mb"] is not None]
+    if not measured:
         return []
-    entrants = [run.entrant for run in every]
-    devices = {pick_device(e.device or e.config.device).type for e in entrants}
-    host = "" if devices == {"cpu"} else ", on the host only"
+    host = ", on the host only" if any(map(_on_accelerator, measured)) else ""
     return [f"Peak memory is the training process's resident memory{host}."]
+
+
+def _on_accelerator(run: _Ended) -> bool:
+    """Tell whether a run was trained on a GPU, whatever it is judged on."""
+    device = run.entrant.config.device
+    if device is not None:
+        return not device.startswith("cpu")
+    there = RunFolder(run.entrant.folder).begun_on() or {}
+    # Of Apple's GPUs nothing is recorded; assume that the run was trained on this machine.
+    return bool(there.get("gpus")) or pick_device().type == "mps"
+
+
+def _of_resumed(every: Sequence[_Ended]) -> list[str]:
+    named = ", ".join(run.label for run in every if run.outcome.get("resumed"))
+    return [f"Peak memory is unknown where training was resumed: {named}."] if named else []
 
 
 def _of_failures(failures: Sequence[Failure]) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from surestep.comparing._run import Entrant
@@ -41,12 +42,21 @@ def _alike(entrants: list[Entrant], of: Callable[[RunConfig], object]) -> list[l
     groups: list[list[Entrant]] = []
     for entrant in entrants:
         for group in groups:
-            if of(group[0].config) == of(entrant.config):
+            if _equal(of(group[0].config), of(entrant.config)):
                 group.append(entrant)
                 break
         else:
             groups.append([entrant])
     return groups
+
+
+def _equal(one: object, other: object) -> bool:
+    """Compare settings; floats may differ by rounding, as lengths scaled to eps do."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-9)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(v, other[k]) for k, v in one.items())
+    return one == other
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
@@ -67,15 +77,25 @@ def _row_names(groups: list[list[Entrant]]) -> list[str]:
         mine = _settings(group[0].config)
         same = [_settings(g[0].config) for g in groups if g[0].config.method == mine["method"]]
         told = ", ".join(
-            f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
+            f"{key}={_text(value, [other[key] for other in same])}"
             for key, value in mine.items()
-            if any(other[key] != value for other in same)
+            if not all(_equal(other[key], value) for other in same)
         )
         names.append(f"{mine['method']} ({told})" if told else mine["method"])
     return [
         f"{name} ({engine_and_precision(group[0].config)})" if names.count(name) > 1 else name
         for name, group in zip(names, groups, strict=True)
     ]
+
+
+def _text(value: object, others: Iterable[object]) -> str:
+    """Return a setting as text, in full if another value would read the same when rounded."""
+    alike = (o for o in others if _rounded(o) == _rounded(value))
+    return _rounded(value) if all(_equal(other, value) for other in alike) else repr(value)
+
+
+def _rounded(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def different_settings(groups: Mapping[str, list[Entrant]]) -> list[str]:
@@ -86,6 +106,7 @@ def different_settings(groups: Mapping[str, list[Entrant]]) -> list[str]:
         if key in ("method", "params", "data", *_MAY_DIFFER):
             continue
         values = {name: getattr(config, key) for name, config in configs.items()}
-        if len(set(values.values())) > 1:
+        first, *others = values.values()
+        if not all(_equal(first, other) for other in others):
             told.append(f"{key} {', '.join(f'{v} ({name})' for name, v in values.items())}")
     return told

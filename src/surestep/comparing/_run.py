@@ -170,6 +170,7 @@ def read_saved_outcome(entrant: Entrant, asked: Judging) -> dict[str, Any]:
         "weights": None,
         "subject": None,
         "peak_memory_mb": None,
+        "resumed": False,
         "code": None,
         "evaluation": None,
         "audit": None,
@@ -186,7 +187,8 @@ def read_saved_outcome(entrant: Entrant, asked: Judging) -> dict[str, Any]:
     if before == fresh["settings"]:
         return found
     if path != entrant.outcome_path:
-        return fresh | {k: found.get(k) for k in ("weights", "peak_memory_mb", "code")}
+        kept = ("weights", "peak_memory_mb", "resumed", "code")
+        return fresh | {k: found.get(k) for k in kept}
     name = next(k for k, v in fresh["settings"].items() if before.get(k) != v)
     one, other = (_told(s.get(name)) for s in (before, fresh["settings"]))
     raise UserError(
@@ -270,7 +272,7 @@ def complete_run(
         entrant: the run.
         outcome: what is known of it, as from ``read_saved_outcome``.
         asked: how to judge it.
-        images: the images to judge it on.
+        images: the images to judge it on, with labels in the data's class order.
         told: the run as progress lines name it.
         tell: called with one line of text on what is being done.
 
@@ -279,22 +281,27 @@ def complete_run(
 
     Raises:
         Failed: the training ended without a result.
-        UserError: the run cannot be loaded or judged, or a file cannot be written.
+        UserError: the run cannot be loaded or judged, it does not know all classes of the data, or
+            a file cannot be written.
     """
     if entrant.trains and not is_finished(entrant.folder, entrant.config):
         tell(f"training {told}")
         outcome = _trained(entrant, outcome, tell)
-    outcome = _without_stale_results(entrant, outcome, asked, images, told, tell)
+    classes = files.read_signature(RunFolder(entrant.folder).weights).classes
+    numbered = runs.in_class_order_of(entrant.name, classes, images)
+    outcome = _without_stale_results(entrant, outcome, asked, numbered, told, tell)
     unjudged = outcome["evaluation"] is None
     unaudited = asked.audit is not None and outcome["audit"] is None
     if unjudged or unaudited:
+        if numbered is not images:
+            tell(f"the labels are renumbered to the class order of {entrant.name}, by class name")
         run = runs.load(entrant.folder, entrant.device or entrant.config.device)
         if unjudged:
             tell(f"evaluating {told}")
-            outcome = _evaluated(entrant, outcome, run, asked, images, tell)
+            outcome = _evaluated(entrant, outcome, run, asked, numbered, tell)
         if unaudited:
             tell(f"auditing {told}")
-            outcome = _audited(entrant, outcome, run, asked, images, tell)
+            outcome = _audited(entrant, outcome, run, asked, numbered, tell)
     return outcome
 
 
@@ -302,6 +309,7 @@ def _trained(entrant: Entrant, outcome: dict[str, Any], tell: Tell) -> dict[str,
     """Train the run; return the outcome with its code, weights and peak memory."""
     code = code_of(entrant.config.method)  # read now: it may be edited during the training
     outcome = outcome | {"code": code}
+    resumed = bool(checkpoint.found(RunFolder(entrant.folder).checkpoints))
     try:
         peak = _train(entrant, tell)
     except BaseException:
@@ -310,7 +318,9 @@ def _trained(entrant: Entrant, outcome: dict[str, Any], tell: Tell) -> dict[str,
         raise
     weights = _weights_digest(entrant)
     if weights != outcome["weights"]:
-        outcome = outcome | {"weights": weights, "peak_memory_mb": peak}
+        # The peak of the last of several processes is not the training's.
+        known = {"peak_memory_mb": None if resumed else peak, "resumed": resumed}
+        outcome = outcome | {"weights": weights, **known}
     return outcome
 
 
@@ -320,7 +330,7 @@ def _without_stale_results(
     """Return the outcome without results of other weights, settings, images or versions."""
     weights = _weights_digest(entrant)
     if weights != outcome["weights"]:  # the peak memory was that of another training
-        outcome = outcome | {"weights": weights, "peak_memory_mb": None}
+        outcome = outcome | {"weights": weights, "peak_memory_mb": None, "resumed": False}
     subject = _judged_digest(entrant.config, weights, images.first(asked.n))
     if subject == outcome.get("subject"):
         return outcome

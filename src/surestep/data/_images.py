@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -77,15 +77,17 @@ class Images:
     def first(self, n: int) -> Images:
         """Return the first ``n`` images, or all of them if there are fewer.
 
-        If the images are sorted by class, the n are drawn from all of them, always the same ones.
+        If the images lie class by class, the n are drawn from all of them, always the same ones.
 
         Raises:
             UserError: if ``n`` is less than 1.
         """
         if n < 1:
             raise UserError(f"cannot take the first {n} images of {self.name}: give 1 or more")
-        if n < len(self) and self.num_classes > 1 and bool((self.y.diff() >= 0).all()):
-            return self.subset(some(len(self), n))
+        if n < len(self) and self.num_classes > 1:
+            changes = int((self.y.diff() != 0).sum())
+            if changes < len(self.y.unique()):  # one block for each class, in any order
+                return self.subset(some(len(self), n))
         return self.subset(slice(0, n))
 
     def to(self, device: torch.device | str) -> Images:
@@ -169,14 +171,17 @@ def _tensor(value: Any, what: str) -> Tensor:
     if not isinstance(value, np.ndarray):
         raise UserError(f"{what} is {_kind(value)}: give a tensor or a NumPy array")
     # PyTorch refuses negative strides and foreign byte orders and warns about read-only memory;
-    # np.require copies in those cases only. A memory-mapped file must not be copied; nothing here
-    # writes to it, so the warning is suppressed.
+    # np.require copies in those cases only. A memory-mapped file must not be copied, not even a
+    # transposed one; nothing here writes to it, so the warning is suppressed.
     native = value.dtype.newbyteorder("=")
-    mapped = isinstance(value, np.memmap)
+    needs: list[Literal["C", "W"]] = ["C", "W"]
+    if isinstance(value, np.memmap):
+        whole = all(step >= 0 and step % value.itemsize == 0 for step in value.strides)
+        needs = [] if whole else ["C"]
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            return torch.from_numpy(np.require(value, native, ["C"] if mapped else ["C", "W"]))
+            return torch.from_numpy(np.require(value, native, needs))
     except TypeError:
         raise UserError(
             f"{what} has dtype {value.dtype}: give numbers, pixels as uint8 or float32 and "
@@ -207,7 +212,10 @@ def _check_pixels(x: Tensor, name: str) -> None:
             f"{name}: x has dtype {_dtype(x)}: give uint8 in 0..255, or float32 in [0, 1] "
             "(x.float())"
         )
-    low, high = (float(v) for v in torch.aminmax(x))
+    # aminmax would copy a strided tensor, such as a transposed file, at once.
+    parts = [x] if x.is_contiguous() else x.split(256)
+    ranges = torch.stack([torch.stack(torch.aminmax(part)) for part in parts])
+    low, high = (float(v) for v in torch.aminmax(ranges))
     if not np.isfinite([low, high]).all():  # aminmax carries a NaN through
         raise UserError(f"{name}: x holds NaN or infinity: expected pixels in [0, 1]")
     found = f"{name}: x ranges from {low:.4g} to {high:.4g}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import struct
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -141,6 +142,7 @@ def _decode(name: str, picture: Picture, image_size: int | None, grey: bool) -> 
             f"{name} has pixels of mode {picture.mode!r}: expected 8 bits per channel; convert it"
         )
     with reading(name):
+        picture = _upright(picture)
         if grey or not has_colour(picture):
             picture = picture.convert("L")
         else:
@@ -152,6 +154,18 @@ def _decode(name: str, picture: Picture, image_size: int | None, grey: bool) -> 
         picture = ImageOps.fit(picture, side, method=Image.Resampling.BILINEAR)
     array = np.asarray(picture)
     return array.reshape(*array.shape[:2], -1)
+
+
+def _upright(picture: Picture) -> Picture:
+    """Return a picture as its EXIF data say that it is to be shown: cameras are held sideways."""
+    from PIL import ExifTags, ImageOps
+
+    picture.load()  # some formats tell their EXIF data only then
+    try:
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(picture) if turned else picture
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):
+        return picture  # damaged EXIF data are no damaged picture
 
 
 def _size(array: np.ndarray) -> str:

@@ -8,6 +8,7 @@ Needs Pillow: pip install 'surestep[folder]'.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterable
 from functools import partial
@@ -120,7 +121,7 @@ def _find(root: Path, split: Split) -> tuple[tuple[str, ...], dict[str, list[Pat
         raise UserError(
             f"{root} has no {split} split: expected a folder {expected} of classes{instead(split)}"
         )
-    files = _files(wanted)
+    files = _files(wanted, training=split == "train")
     classes = tuple(_class_folders(train)) if train else tuple(files)
     extra = sorted(set(files) - set(classes))
     if extra:
@@ -170,30 +171,48 @@ def _class_folders(folder: Path) -> dict[str, Path]:
     return {p.name: p for p in sorted(found, key=lambda p: p.name)}
 
 
-def _files(folder: Path) -> dict[str, list[Path]]:
-    """Return the image files of each class under ``folder``, in a fixed order."""
+def _files(folder: Path, *, training: bool) -> dict[str, list[Path]]:
+    """Return the image files of each class under ``folder``, in a fixed order.
+
+    Raises:
+        UserError: a class, if for training, or every class has none.
+    """
     found = {name: _images_in(place) for name, place in _class_folders(folder).items()}
-    for name, paths in found.items():
-        if not paths:
-            raise UserError(
-                f"{folder / name} holds no images: expected files ending in {', '.join(_SUFFIXES)}"
-            )
     if not found:
         raise UserError(f"{folder} holds no class folders: give one with CLASS/*.png")
+    empty = [name for name, paths in found.items() if not paths]
+    if empty and (training or len(empty) == len(found)):
+        raise UserError(
+            f"{folder / empty[0]} holds no images: expected files ending in {', '.join(_SUFFIXES)}"
+        )
     return found
 
 
 def _images_in(folder: Path) -> list[Path]:
-    found = (p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
-    shown = (p for p in found if not any(part.startswith(".") for part in p.parts))
-    return [folder / p for p in sorted(shown, key=lambda p: p.as_posix())]
+    """Return the image files under ``folder``, also behind links, but not in hidden folders."""
+    found: list[Path] = []
+    # A link to a folder around this one would lead to other classes.
+    seen = {str(around) for around in Path(os.path.realpath(folder)).parents}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        # A folder that several links lead to, or a link in it, counts once.
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        # Links last, so that of a folder within this one and a link to it, the folder counts.
+        shown = (name for name in folders if not name.startswith("."))
+        folders[:] = sorted(shown, key=lambda n: (os.path.islink(os.path.join(place, n)), n))
+        paths = (Path(place, name) for name in names if not name.startswith("."))
+        found += (path for path in paths if path.suffix.lower() in _SUFFIXES)
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def _part_of(
     folder: Path, split: Split, *, test: bool
 ) -> tuple[tuple[str, ...], dict[str, list[Path]]]:
     """Divide the files under ``folder`` class by class and keep those of ``split``."""
-    files = _files(folder)
+    files = _files(folder, training=True)
     kept = {}
     for name, paths in files.items():
         keys = [path.relative_to(folder).as_posix() for path in paths]

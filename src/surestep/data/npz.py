@@ -37,8 +37,8 @@ def load(split: Split, path: str | Path) -> Images:
 
     Raises:
         UserError: a missing file, key or channel dimension; a damaged or pickled file; training
-            labels that do not start at 0 or leave numbers out; pixels or labels that
-            `surestep.data.as_images` refuses.
+            labels that do not start at 0 or leave numbers out, also after the division; pixels or
+            labels that `surestep.data.as_images` refuses.
     """
     path = Path(path)
     try:
@@ -92,9 +92,22 @@ def _load(archive: Any, split: Split, path: Path) -> Images:
 
 
 def _divided(images: Images, split: Split, what: str, test: bool) -> Images:
-    """Divide the labelled images; unlabelled ones all go to training."""
+    """Divide the labelled images; unlabelled ones all go to training.
+
+    Raises:
+        UserError: too few images; or, unless they are only judged on, a class without training
+            images.
+    """
     labelled, rest = images.by_label()
-    rows = labelled[divide(len(labelled), split, what=what, test=test)]
+    rows, trained = (
+        labelled[divide(len(labelled), part, what=what, test=test)] for part in (split, "train")
+    )
+    lacking = sorted(set(range(images.num_classes)) - set(images.y[trained].tolist()))
+    if lacking and split != "test":
+        raise UserError(
+            f"{what} has no training images of class {lacking[0]} once it is divided: give more "
+            "images of it, or arrays x_train, y_train, x_val, y_val, x_test, y_test"
+        )
     return images.subset(torch.cat([rows, rest]) if split == "train" else rows)
 
 

@@ -104,7 +104,8 @@ def create(
         image_size: height and width of the images; default: the model's own. Models with global
             average pooling take any size, whatever is given here.
         mean: per-channel mean of pixels in [0, 1], for normalisation inside the model. The default
-            is the model's own, or no normalisation if that is for another number of channels.
+            is the model's own; if that is for another number of channels, its average for timm's
+            models, and no normalisation for others.
         std: per-channel standard deviation; required with ``mean``.
         normalize: False leaves normalisation out.
         pretrained: load timm's own weights, downloaded if needed; the last layer is random if

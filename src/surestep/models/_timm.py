@@ -25,6 +25,9 @@ def create_timm(
 ) -> Classifier:
     """Create ``timm:NAME``, with the normalisation that its pretrained weights expect.
 
+    Where the number of channels differs, timm makes the weights from those for colour, which
+    expect the colours' mean statistics in each channel.
+
     timm's own classifier stays inside ``body``; ``head`` is the identity.
 
     Raises:
@@ -47,6 +50,9 @@ def create_timm(
 
     model = build()
     config = model.pretrained_cfg
+    own = [config["mean"], config["std"]]
+    if len(config["mean"]) != in_channels:
+        own = [[sum(values) / len(values)] * in_channels for values in own]
     # Only models of a fixed size, such as vision transformers, take the option img_size.
     fixed_size = config["input_size"][-1] if config.get("fixed_input_size") else None
     if fixed_size and image_size not in (None, fixed_size):
@@ -57,9 +63,5 @@ def create_timm(
         head=nn.Identity(),
         in_channels=in_channels,
         image_size=fixed_size,
-        normalize=(
-            choose_normalize(in_channels, mean, std, (config["mean"], config["std"]))
-            if normalize
-            else None
-        ),
+        normalize=choose_normalize(in_channels, mean, std, (own[0], own[1])) if normalize else None,
     )

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surestep.attacks.inputs import count_classes
+from surestep.attacks.lending import device_of, interpreted
 from surestep.devices import without_autocast
 from surestep.errors import UserError
 
@@ -50,22 +52,29 @@ class HypersphereHead(nn.Linear):
             return self.scale * F.linear(unit, F.normalize(self.weight, dim=1))
 
 
-def on_hypersphere(model: nn.Module, scale: float = 15.0) -> nn.Module:
+def on_hypersphere(model: nn.Module, scale: float = 15.0, x: Tensor | None = None) -> nn.Module:
     """Replace a model's last linear layer by a hypersphere head, and return the model.
 
+    Args:
+        model: a model whose logits a linear layer makes.
+        scale: of the head.
+        x: an image (1, ...), with which the model is run to see which layer runs last; without it,
+            the layer that was registered last is taken.
+
     Raises:
-        UserError: the model has no linear layer, or several that may make the logits together,
-            or the scale is not positive.
+        UserError: the model has no linear layer, or several that may make the logits together, or
+            none that makes the logits alone, or the scale is not positive.
     """
     if not scale > 0:
         raise UserError(f"the head's scale is {scale:g}: give a positive number, such as 15")
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     if not linear:
         raise UserError("the model has no linear layer that a hypersphere head could replace")
-    *others, (place, last) = linear.items()
+    place = list(linear)[-1] if x is None else _last_to_run(model, linear, x)
+    last = linear.pop(place)
     # From attributes, since the weights of a lazy layer have no shape yet.
     shape = (last.in_features, last.out_features)
-    alike = [name for name, m in others if (m.in_features, m.out_features) == shape]
+    alike = [name for name, m in linear.items() if (m.in_features, m.out_features) == shape]
     if alike and last.in_features != last.out_features:  # square ones are inside transformers
         # Such as the heads of distilled transformers, whose logits are averaged.
         raise UserError(
@@ -78,3 +87,28 @@ def on_hypersphere(model: nn.Module, scale: float = 15.0) -> nn.Module:
     parent, _, name = place.rpartition(".")
     setattr(model.get_submodule(parent), name, head)
     return model
+
+
+def _last_to_run(model: nn.Module, linear: dict[str, nn.Linear], x: Tensor) -> str:
+    """Run a model and return the name of the linear layer that makes its logits.
+
+    Raises:
+        UserError: no linear layer runs, or the last one has another number of outputs.
+    """
+    ran: list[nn.Module] = []
+    hooks = [m.register_forward_pre_hook(lambda m, _: ran.append(m)) for m in linear.values()]
+    try:
+        with interpreted(model):
+            logits = count_classes(model, x.to(device_of(model)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not ran:
+        raise UserError("no linear layer of the model runs as a module: keep the linear head")
+    place = next(name for name, m in linear.items() if m is ran[-1])
+    if linear[place].out_features != logits:
+        raise UserError(
+            f"the linear layer that runs last, {place}, has {linear[place].out_features} outputs, "
+            f"but the model {logits} logits, so something else makes these: keep the linear head"
+        )
+    return place

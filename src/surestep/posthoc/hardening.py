@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,11 +73,11 @@ def harden(
 
     Raises:
         UserError: the model has no activation modules or is hardened already, a threshold is
-            negative, or memory is full.
+            negative or not finite, or memory is full.
     """
-    if any(t < 0 for t in thresholds):
+    if not all(math.isfinite(t) and t >= 0 for t in thresholds):
         raise UserError(
-            f"thresholds {list(thresholds)}: give standard deviations >= 0, such as 0.2"
+            f"thresholds {list(thresholds)}: give finite standard deviations >= 0, such as 0.2"
         )
     dense = uncompiled(model)
     if layers(dense):

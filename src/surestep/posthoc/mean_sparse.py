@@ -8,7 +8,8 @@ zero, which masks gradients by construction: judge the result with ``straight_th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -71,12 +72,12 @@ def _watching(
     Raises:
         UserError: an activation is used twice in one pass.
     """
-    linear: Tensor | None = None
+    # Several, as in a gated MLP: act(gate(x)) * up(x). Weakly, so that a pass frees them as usual.
+    linear: list[weakref.ref[Tensor]] = []
     met: set[str] = set()
 
     def made(_module: nn.Module, _args: object, out: Tensor) -> None:
-        nonlocal linear
-        linear = out
+        linear.append(weakref.ref(out))
 
     def note(name: str, args: tuple[Tensor, ...]) -> None:
         if name in met:
@@ -86,7 +87,8 @@ def _watching(
             )
         met.add(name)
         # The output of a linear layer has its channels last.
-        see(name, args[0].detach(), -1 if args[0] is linear else 1)
+        of_linear = any(out() is args[0] for out in linear)
+        see(name, args[0].detach(), -1 if of_linear else 1)
 
     handles = [
         module.register_forward_pre_hook(lambda m, args, name=name: note(name, args))
@@ -99,6 +101,7 @@ def _watching(
 
             def run(x: Tensor) -> None:
                 met.clear()
+                linear.clear()
                 inner(x)
 
             yield run
@@ -160,7 +163,8 @@ def insert(model: nn.Module, image: Tensor, threshold: float) -> nn.Module:
         threshold: in standard deviations.
 
     Raises:
-        UserError: the model has no activation module, or one without channels or used twice.
+        UserError: the model has no activation module, or one without channels or used twice, or it
+            does not run an inserted layer; it may then have been changed.
     """
     seen: dict[str, tuple[Tensor, int]] = {}
     model = uncompiled(model)  # compiled code would not run the new modules
@@ -171,17 +175,56 @@ def insert(model: nn.Module, image: Tensor, threshold: float) -> nn.Module:
             "the model has no activation modules (nn.ReLU and the like) to sparsify before: "
             "activations called as functions cannot be found"
         )
+    inserted: dict[str, MeanSparse] = {}
     for name, (values, dim) in seen.items():
         if values.dim() < 2:
             raise UserError(
                 f"the input of {name} has shape {tuple(values.shape)}, expected (N, C, ...): give "
                 "the model activations whose inputs have channels"
             )
-        parent, _, own = name.rpartition(".")
-        holder = model.get_submodule(parent)
+        activation = model.get_submodule(name)
         sparse = MeanSparse(values.shape[dim], threshold, dim).to(values.device)
-        setattr(holder, own, nn.Sequential(sparse, getattr(holder, own)))
+        both = nn.Sequential(sparse, activation)
+        # A module may be registered in several places, any of which the model may call.
+        places = [(m, k) for m in model.modules() for k, v in m._modules.items() if v is activation]
+        for holder, own in places:
+            setattr(holder, own, both)
+        inserted[name] = sparse
+    _check_run(model, image, inserted)
     return model
+
+
+def _check_run(model: nn.Module, image: Tensor, inserted: Mapping[str, MeanSparse]) -> None:
+    """Refuse a model that leaves inserted layers out of a pass without gradients.
+
+    nn.TransformerEncoderLayer does: its fused path computes the activation itself. Clean images
+    would be judged by the model without the layers, and attacks would climb the one with them.
+    """
+    ran: set[nn.Module] = set()
+
+    def noted(layer: MeanSparse) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            ran.add(layer)
+            return MeanSparse.forward(layer, x)
+
+        return forward
+
+    # Hooks would turn the fused path off.
+    for layer in inserted.values():
+        vars(layer)["forward"] = noted(layer)
+    try:
+        with attacking(model) as inner, interpreted(inner), torch.no_grad():
+            inner(image)
+    finally:
+        for layer in inserted.values():
+            del vars(layer)["forward"]
+    left_out = next((name for name, layer in inserted.items() if layer not in ran), None)
+    if left_out is not None:
+        raise UserError(
+            f"the model leaves MeanSparse before {left_out} out of passes without gradients: turn "
+            "off torch's fused transformer layers, in the file that makes the model, with "
+            "torch.backends.mha.set_fastpath_enabled(False)"
+        )
 
 
 def layers(model: nn.Module) -> list[MeanSparse]:

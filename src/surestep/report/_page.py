@@ -133,21 +133,25 @@ def _verdict(report: Report) -> dict[str, str] | None:
 def _tiles(report: Report) -> list[dict[str, str]]:
     """Return the key numbers shown beside the verdict: label, value, note."""
     tiles = []
-    source = report.audit or report.evaluation
+    source = report.evaluation or report.audit
     if source is None:
         return []
     clean = get(source, "clean_accuracy", "the audit or evaluation")
     tiles.append(("Clean accuracy", percent(clean), ""))
     if report.audit is not None:
+        n = get(report.audit, "n", "the audit")
+        # The page states the evaluation's number of images.
+        of = f"of {n:,} images" if n != get(source, "n", "the evaluation") else ""
         claims = get(report.audit, "claims", "the audit")
         if claims:
             name, value = max(claims.items(), key=lambda item: number(item[1]) or 0.0)
-            tiles.append(("A weak report claims", percent(value), f"under {name} alone"))
+            notes = [f"under {name} alone", of]
+            tiles.append(("A weak report claims", percent(value), _joined(notes)))
         found = percent(get(report.audit, "found_accuracy", "the audit"))
         interval = span(report.audit.get("found_interval"))
         by = report.audit.get("found_by")
-        notes = [interval, f"most broken by {by}" if by else ""]
-        tiles.append(("This audit finds", found, " · ".join(filter(None, notes))))
+        notes = [interval, f"most broken by {by}" if by else "", of]
+        tiles.append(("This audit finds", found, _joined(notes)))
         flagged = sum(c.get("status") == "flagged" for c in report.checks)
         tiles.append(("Checks flagged", f"{flagged} of {len(report.checks)}", ""))
     if report.evaluation is not None:
@@ -159,6 +163,10 @@ def _tiles(report: Report) -> list[dict[str, str]]:
             else ("Worst case of all attacks", percent(worst), "")
         )
     return [dict(zip(("label", "value", "note"), tile, strict=True)) for tile in tiles]
+
+
+def _joined(notes: Sequence[str]) -> str:
+    return " · ".join(filter(None, notes))
 
 
 def _setting(report: Report) -> list[str]:

@@ -450,6 +450,14 @@ def test_the_rule(fgsm, pgd, found, verdict):
     assert f"{found:.1%}" in sentence
 
 
+def test_where_one_class_is_most_of_the_images_the_floor_is_explained():
+    claims = {"claims": (0.75, 0.75), "clean": 1.0, "chance": 0.9}
+    assert said_of(0.75, **claims)[0] == "not robust"
+    said = "withstand all attacks, fewer than an answer that never changes gets right (90.0%), "
+    assert said in said_of(0.75, **claims)[1]
+    assert "never changes" not in said_of(0.05, chance=0.1)[1]
+
+
 @pytest.mark.parametrize(
     ("found", "n", "verdict", "words"),
     [

@@ -276,6 +276,7 @@ ZOO: Zoo = {
     ),
     "half quantised": (MASKED, lambda b: Branches(Quantize(), b)),
     "half detached": (MASKED | {"inconclusive"}, lambda b: Branches(Detach(), b)),
+    "hard gate": (MASKED, lambda b: Gate(b)),
     "purifier": (MASKED, lambda b: nn.Sequential(Purify(b.plain()), b.plain())),
     "plain": ({"not robust"}, Bases.plain),
     "plain x 10": ({"not robust"}, lambda b: nn.Sequential(b.plain(), Scale(10))),
@@ -312,6 +313,26 @@ class Branches(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(self.mask(x)) + 0.01 * self.robust(x)
+
+
+class Halves(nn.Module):
+    """Tell only whether a digit is below five."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return torch.stack([half.logsumexp(1) for half in logits.split(5, dim=1)], 1)
+
+
+class Gate(nn.Module):
+    """A robust model that may answer only with a digit of the half that the undefended one says."""
+
+    def __init__(self, bases: Bases) -> None:
+        super().__init__()
+        self.router, self.expert = nn.Sequential(bases.plain(), Halves()), bases.sat_r2()
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = self.router(x).argmax(1, keepdim=True)
+        allowed = torch.arange(10, device=x.device) // 5 == half
+        return torch.where(allowed, self.expert(x), -20.0)
 
 
 class Shift(nn.Module):

@@ -23,7 +23,7 @@ from surestep.attacks.inputs import count_classes
 from surestep.attacks.lending import device_of
 from surestep.clock import each_minute
 from surestep.config import FitSettings, RunConfig, parse, read_yaml
-from surestep.data import Images, number_names
+from surestep.data import Images, are_numbers
 from surestep.devices import pick_device
 from surestep.errors import SurestepWarning, UserError
 from surestep.evaluation import Evaluation, evaluate, suite
@@ -148,7 +148,7 @@ def in_class_order_of(name: str, theirs: Sequence[str], images: Images) -> Image
     if tuple(ours) == tuple(theirs) or not known or ambiguous:
         return images
     unknown = [one for one in ours if one not in known]
-    numbers = any(tuple(names) == number_names(len(names)) for names in (ours, theirs))
+    numbers = are_numbers(ours) or are_numbers(theirs)
     # Some names may differ, if all shared names have the same positions in both.
     alike = len(ours) == len(theirs) and all(ours.index(k) == theirs.index(k) for k in known)
     if unknown and (numbers or alike):
@@ -457,7 +457,7 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Run:
             images = load_data(config, "validation", 1)
     model = build_model(config, images)
     files.load_weights(weights, model)
-    model.to(pick_device(device)).eval()
+    model.to(pick_device(device)).train()  # as where its engine was made to suit it
     engine = Engine.choose(config.engine, "fp32", device_of(model))
     engine.suited(engine.place(model), torch.Size(images.image_shape))
-    return Run(config, model, build_threat(config), folder)
+    return Run(config, model.eval(), build_threat(config), folder)

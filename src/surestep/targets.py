@@ -19,7 +19,7 @@ from torch import nn
 from surestep import data, files, models, runs
 from surestep.attacks.lending import device_of
 from surestep.config import RunConfig, parse
-from surestep.data import Images, number_names
+from surestep.data import Images, are_numbers
 from surestep.devices import pick_device
 from surestep.errors import UserError, need
 from surestep.threat import ThreatModel
@@ -226,8 +226,7 @@ def _note_on_class_count(name: str, model: nn.Module, images: Images) -> str:
 def _note_on_class_names(name: str, theirs: Sequence[str], images: Images) -> str:
     """Return a note if the model and the data name their classes, but none alike."""
     ours = images.classes
-    numbers = any(tuple(names) == number_names(len(names)) for names in (ours, theirs))
-    if numbers or set(theirs) & set(ours):
+    if are_numbers(ours) or are_numbers(theirs) or set(theirs) & set(ours):
         return ""
     return (
         f"no class name of {name} agrees with the data's: label k of the data is taken to be "

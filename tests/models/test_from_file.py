@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import pickle
 import sys
 
 import pytest
 import torch
 
-from surestep import models
+from surestep import UserError, models
 
 NET = """
 from torch import nn
@@ -45,7 +43,7 @@ def scale(x):
 @pytest.fixture
 def nets(tmp_path, monkeypatch):
     """Two files of one name in two folders, and all beside them of one name, too."""
-    monkeypatch.setattr(models._from_file, "_BESIDE", {})
+    monkeypatch.setattr(models._from_file, "_FOLDERS", set())
     places = []
     for k in (1, 2):
         folder = tmp_path / str(k)
@@ -55,25 +53,23 @@ def nets(tmp_path, monkeypatch):
         (folder / "helpers.py").write_text(HELPERS.format(10 * k))
         places.append(f"{folder / 'net.py'}:make")
     yield places
-    for name in ("net", "parts", "helpers"):
-        for key in [key for key in sys.modules if key.split()[0].partition(".")[0] == name]:
-            del sys.modules[key]
+    for key in [key for key in sys.modules if key.partition(".")[0] in ("net", "parts", "helpers")]:
+        del sys.modules[key]
 
 
-def test_two_files_with_other_modules_of_the_same_names_beside_them(nets):
-    one, two = map(models.from_file, nets)
-    again = models.from_file(nets[0])
-    x = torch.zeros(1)
-    assert [float(net(x)) for net in (one, two, again)] == [10, 40, 10]
-    assert type(again.block) is type(one.block)
+def test_a_neighbour_of_another_file_is_not_taken_for_ones_own(nets):
+    """Python would silently import the first file's helpers for the second."""
+    one, again = (models.from_file(nets[0]) for _ in range(2))
+    assert float(one(torch.zeros(1))) == float(again(torch.zeros(1))) == 10
+    with pytest.raises(UserError, match=r"lies beside a module 'helpers', but .* has another"):
+        models.from_file(nets[1])
 
 
-def test_what_looks_for_their_modules_finds_the_right_ones(nets):
-    """Pickle, which goes by the classes' names, those of the first; torch.compile all."""
-    one, two = map(models.from_file, nets)
-    assert float(pickle.loads(pickle.dumps(one))(torch.zeros(1))) == 10
-    for net in (one, two):
-        for function in (net.forward, net.block.forward, net.forward.__globals__["scale"]):
-            # As torch.compile does, without the seconds that it takes.
-            inside = function.__globals__
-            assert vars(importlib.import_module(inside["__name__"])) is inside
+def test_files_of_one_name_without_neighbours_are_their_own(nets, tmp_path):
+    for k in (3, 4):
+        (tmp_path / f"{k}").mkdir()
+        (tmp_path / f"{k}" / "net.py").write_text(
+            f"from torch import nn\ndef make(): return nn.ReLU() if {k} == 3 else nn.GELU()\n"
+        )
+    made = [type(models.from_file(f"{tmp_path / str(k) / 'net.py'}:make")).__name__ for k in (3, 4)]
+    assert made == ["ReLU", "GELU"]

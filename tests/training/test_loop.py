@@ -1507,8 +1507,9 @@ class TestLoaders:
         with pytest.raises(UserError, match=said):
             train(None, resume=True)
 
-    def test_each_epoch_is_judged_on_the_same_images(self, tiny, monkeypatch):
-        """And a resume, to which a loader comes anew, judges the same as well."""
+    @pytest.mark.parametrize("workers", [{}, {"num_workers": 1, "persistent_workers": True}])
+    def test_each_epoch_is_judged_on_the_same_images(self, tiny, monkeypatch, workers):
+        """And those that a loader of a resume, made anew, would begin with."""
         evaluate, judged = validating.evaluate, []
 
         def noted(*args: Any, **kwargs: Any) -> Any:
@@ -1519,7 +1520,8 @@ class TestLoaders:
         monkeypatch.setattr(validating, "evaluate", noted)
         generator = torch.Generator().manual_seed(1)
         before = generator.get_state()
-        held = DataLoader(TensorDataset(*tiny.data()), 8, shuffle=True, generator=generator)
+        pairs = TensorDataset(*tiny.data())
+        held = DataLoader(pairs, 8, shuffle=True, generator=generator, **workers)
         tiny.train(validation=held, val_images=20, epochs=3)
         assert judged[0] == judged[1] == judged[2]
         assert torch.equal(generator.get_state(), before)
@@ -1527,7 +1529,9 @@ class TestLoaders:
     def test_a_last_batch_of_one_image(self, tiny):
         net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
         loader = DataLoader(TensorDataset(*tiny.data(21)), 10)
-        with pytest.raises(UserError, match=r"step 3, of 1 image, leaves .* drop_last=True, or"):
+        with pytest.raises(
+            UserError, match=r"step 3, of 1 image, leaves .*: choose another .*drop_last=True"
+        ):
             tiny.train(model=net, data=loader, val_images=0)
 
     def test_batches_are_moved_here(self, tiny, monkeypatch):

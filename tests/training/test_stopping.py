@@ -409,7 +409,7 @@ def test_workers_of_a_loader_that_accelerate_has_wrapped(tiny):
     inner = DataLoader(Noisy(*tiny.data(20)), 10, num_workers=1, persistent_workers=True)
     inner._iterator = "of the user"
     shard = prepare_data_loader(inner, put_on_device=False)
-    copied = source.with_workers_ignoring_signals(shard)
+    copied = source.with_workers_of_a_run(shard)
     assert copied.base_dataloader.worker_init_fn.func is source._begin_worker
     assert copied.base_dataloader._iterator is None
     assert shard.base_dataloader.worker_init_fn is inner.worker_init_fn is None

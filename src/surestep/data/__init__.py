@@ -13,7 +13,7 @@ from pathlib import Path
 
 from surestep.data import augment
 from surestep.data._batches import Batches, as_pair, as_pixels
-from surestep.data._images import UNLABELLED, Images, as_images, number_names
+from surestep.data._images import UNLABELLED, Images, are_numbers, as_images
 from surestep.data._splits import check_judged, check_split, mixed, some
 from surestep.errors import UserError, look_up
 
@@ -21,6 +21,7 @@ __all__ = [
     "UNLABELLED",
     "Batches",
     "Images",
+    "are_numbers",
     "as_images",
     "as_pair",
     "as_pixels",
@@ -30,7 +31,6 @@ __all__ = [
     "load",
     "mixed",
     "names",
-    "number_names",
     "some",
 ]
 

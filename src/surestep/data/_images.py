@@ -118,6 +118,11 @@ def number_names(count: int) -> tuple[str, ...]:
     return tuple(str(k) for k in range(count))
 
 
+def are_numbers(names: Sequence[str]) -> bool:
+    """Tell whether class names are those of unnamed classes; True if there is none."""
+    return tuple(names) == number_names(len(names))
+
+
 def to_pixels(x: Tensor) -> Tensor:
     """Turn uint8 0..255 into float32 in [0, 1]; float32 pixels pass through unchanged."""
     return x.float() / 255 if x.dtype == torch.uint8 else x

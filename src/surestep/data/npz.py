@@ -95,8 +95,7 @@ def _divided(images: Images, split: Split, what: str, test: bool) -> Images:
     """Divide the labelled images; unlabelled ones all go to training.
 
     Raises:
-        UserError: too few images; or, unless they are only judged on, a class without training
-            images.
+        UserError: too few images; or, unless for the test split, a class without training images.
     """
     labelled, rest = images.by_label()
     rows, trained = (

@@ -62,7 +62,7 @@ class Memory:
         if draw is not None:
             self._grow(index, values, images)
             assert self.values is not None
-            seen = draw.undo(torch.ones_like(values[:, :1])) > 0
+            seen = draw.undo(torch.ones_like(values[:, :1], dtype=torch.bool))
             values = torch.where(seen, draw.undo(values), self.values[index])
         index, values = processes.gather(index), processes.gather(values)
         self._grow(index, values, images)

@@ -7,6 +7,7 @@ measurable difference between such a model and a robust one. There is no clean t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -305,7 +306,8 @@ class SAT(OnSingleStep):
         self._count += 1
         if self._count % self.every:
             return Update(self.between(model, x, y), self.plain_loss(y))
-        own = {k: v for k, v in self.params().items() if k not in ("every", "perturbation")}
+        taken = inspect.signature(self.update).parameters
+        own = {k: v for k, v in self.params().items() if k in taken}
         own["lam"] = self.every * self.lam
         own["fraction"] = self.n_regularised(len(x)) / len(x)
         return self.update(

@@ -5,17 +5,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 
 from torch import nn
 
 from surestep.errors import UserError
 
-_BESIDE: dict[str, dict[str, ModuleType]] = {}
-"""By folder, the modules that model files have imported from it."""
+_FOLDERS: set[str] = set()
+"""Where model files have been that have run in this process."""
 
 
 def in_file(name: str) -> bool:
@@ -41,7 +39,8 @@ def from_file(name: str) -> nn.Module:
         name: FILE.py:FACTORY; the factory takes no arguments.
 
     Raises:
-        UserError: there is no such file or function, it fails, or it returns no module.
+        UserError: there is no such file or function, it fails, or it returns no module; or it would
+            import what another model file has imported from a file of the same name.
     """
     path, _, factory = name.rpartition(":")
     file = Path(path)
@@ -51,20 +50,29 @@ def from_file(name: str) -> nn.Module:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # As in a script, files beside it can be imported. Dataclasses look up their own module.
+    folder = str(file.parent.resolve())
+    _check_neighbours(folder, file)
+    _FOLDERS.add(folder)
+    sys.path.insert(0, folder)
+    before = sys.modules.get(file.stem)
+    sys.modules[file.stem] = module
     try:
-        with _importing_from(str(file.parent.resolve()), file.stem, module):
-            spec.loader.exec_module(module)
-            make = getattr(module, factory, None)
-            if make is None:
-                known = ", ".join(
-                    k for k, v in vars(module).items() if callable(v) and not k.startswith("_")
-                )
-                raise UserError(f"{file} has no {factory!r}: it has {known or 'nothing'}")
-            model = make()
+        spec.loader.exec_module(module)
+        make = getattr(module, factory, None)
+        if make is None:
+            known = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
+            raise UserError(f"{file} has no {factory!r}: it has {', '.join(known) or 'nothing'}")
+        model = make()
     except UserError:
         raise
     except (Exception, SystemExit) as e:  # a script that runs, and exits, when imported
         raise UserError(f"{file}:{factory} fails: {type(e).__name__} {e}") from e
+    finally:
+        with suppress(ValueError):  # the file may have changed the path itself
+            sys.path.remove(folder)
+        if before is not None:
+            sys.modules[file.stem] = before
     if not isinstance(model, nn.Module):
         raise UserError(
             f"{file}:{factory} returned a {type(model).__name__}, expected a torch.nn.Module"
@@ -72,49 +80,22 @@ def from_file(name: str) -> nn.Module:
     return model
 
 
-@contextmanager
-def _importing_from(folder: str, name: str, module: ModuleType) -> Iterator[None]:
-    """Let a file import those beside it, as in a script, and not those beside other model files.
+def _check_neighbours(folder: str, file: Path) -> None:
+    """Refuse a file beside which lies one whose name already stands for another file's neighbour.
 
-    What is imported stays in ``sys.modules``, where torch.compile and pickle look for it; where
-    there was a module of that name before, under another name.
-
-    Args:
-        folder: the file's folder.
-        name: the file's name as a module.
-        module: its module, which dataclasses look up.
+    Python would silently give it that one. Modules must stay imported: torch.compile and pickle
+    look for them.
     """
-    others = {
-        key: found
-        for place, modules in _BESIDE.items()
-        for key, found in modules.items()
-        if place != folder and sys.modules.get(key) is found
-    }
-    for key in others:
-        del sys.modules[key]  # until the end
-    own = _BESIDE.setdefault(folder, {})
-    known, before = set(sys.modules), sys.modules.get(name)
-    for key, found in own.items():
-        found.__name__ = key
-    sys.modules.update({**own, name: module})
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        with suppress(ValueError):  # the file may have changed the path itself
-            sys.path.remove(folder)
-        new = {key: found for key, found in sys.modules.items() if key not in known}
-        own.update({k: m for k, m in new.items() if m is module or _is_in(folder, k)})
-        sys.modules.update(others if before is None else {**others, name: before})
-        for key, found in own.items():
-            if sys.modules.get(key) is not found:
-                # Else torch.compile, which goes by this name, would take the other's globals.
-                found.__name__ = f"{key} in {folder}"
-                sys.modules[found.__name__] = found
-
-
-def _is_in(folder: str, name: str) -> bool:
-    """Tell whether an imported module is a file or package in ``folder``, or part of such one."""
-    top = sys.modules.get(name.partition(".")[0])
-    places = getattr(top, "__path__", None) or [getattr(top, "__file__", None) or ""]
-    return any(os.path.dirname(place) == folder for place in places)
+    for name, module in list(sys.modules.items()):
+        place = os.path.dirname(getattr(module, "__file__", None) or "")
+        place = os.path.dirname(place) if hasattr(module, "__path__") else place
+        beside = os.path.join(folder, name)
+        if (
+            place in _FOLDERS - {folder}
+            and name != file.stem
+            and (os.path.isfile(f"{beside}.py") or os.path.isdir(beside))
+        ):
+            raise UserError(
+                f"{file} lies beside a module {name!r}, but {place} has another one of that name, "
+                "which is in use: rename one of them, or load the models in different processes"
+            )

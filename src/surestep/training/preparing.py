@@ -43,7 +43,7 @@ from surestep.training.source import (
     first_item_as_batch,
     is_stream,
     make_source,
-    with_workers_ignoring_signals,
+    with_workers_of_a_run,
 )
 
 MOST_JUDGED = 500
@@ -95,8 +95,8 @@ class Guard:
             if "more than 1 value per channel" in str(e):
                 raise UserError(
                     f"{where}, of {images} image{'s' * (images != 1)}, leaves batch norm a single "
-                    "value per channel, which it cannot normalise: give the DataLoader "
-                    "drop_last=True, or choose another batch size"
+                    f"value per channel, which it cannot normalise: choose another {self.size}, "
+                    "or give a DataLoader drop_last=True"
                 ) from e
             raise
 
@@ -201,7 +201,7 @@ def prepare(
     rank = processes.rank()
     seed_everything(seed_of("process", config.seed, rank) if rank else config.seed)
     train, held_out = split(data, validation, config.val_images, config.seed)
-    held_out = with_workers_ignoring_signals(held_out)
+    held_out = with_workers_of_a_run(held_out)
     in_memory = train if isinstance(train, Images) else None
     _check_data(method, in_memory, train, held_out)
     source = _open(

@@ -142,7 +142,7 @@ class Checkpoints:
 
         Args:
             step: the run's steps so far.
-            saved: its checkpoint; older ones do not hold the numbers of images.
+            saved: its checkpoint.
         """
         job = self.job
         steps, expected = saved["steps_per_epoch"], job.source.steps_per_epoch

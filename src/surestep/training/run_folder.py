@@ -231,7 +231,7 @@ class RunFolder:
         return []
 
     def begun_on(self) -> dict[str, Any] | None:
-        """Return the recorded environment; None for a new run, or one of an older version."""
+        """Return the recorded environment; None for a new run."""
         try:
             found = json.loads(self.environment.read_text("utf-8"))
         except (OSError, ValueError):

@@ -112,10 +112,7 @@ class LoaderSource:
     def _batches(self, random: OwnRandom) -> Iterator[Batch]:
         # Order and transforms must not depend on what the steps between batches draw.
         made = 0
-        inner: Any = getattr(self.loader, "base_dataloader", self.loader)  # Accelerate wraps it
-        if getattr(inner, "persistent_workers", False):
-            # Start new workers with this epoch's seed and data set, as a resume would.
-            inner._iterator = None
+        end_workers(self.loader)
         with random.used():
             batches = iter(self.loader)
         while self._max_steps is None or made < self._max_steps:
@@ -138,6 +135,13 @@ class LoaderSource:
     def generators(self) -> list[torch.Generator]:
         """Return the random generators of the loader and its samplers, outermost first."""
         return generators_of(self.loader)
+
+
+def end_workers(loader: DataLoader) -> None:
+    """Let the next epoch start new workers with its own seed and data set, as a resume would."""
+    inner: Any = getattr(loader, "base_dataloader", loader)  # Accelerate wraps it
+    if getattr(inner, "persistent_workers", False):
+        inner._iterator = None
 
 
 def generators_of(loader: DataLoader) -> list[torch.Generator]:
@@ -211,14 +215,14 @@ def first_item_as_batch(data: Any) -> tuple[Tensor, Tensor] | None:
 
     Returns None if no item can be read (the data are streamed or empty, or a DataLoader's are not
     indexed by integers) or collated by the DataLoader's own ``collate_fn``, or if it has no batch
-    sampler.
+    sampler or yields something else.
 
     Raises:
         UserError: the item cannot be collated, or the batch is not a pair of tensors.
         Exception: what a Dataset's ``__getitem__`` raises.
     """
     loader = isinstance(data, DataLoader)
-    if loader and data.batch_sampler is None:
+    if loader and (data.batch_sampler is None or _yields_otherwise(data)):
         return None
     dataset = data.dataset if loader else data
     collate = data.collate_fn if loader else default_collate
@@ -259,8 +263,10 @@ def is_stream(data: Any) -> bool:
     return isinstance(data, DataLoader) and isinstance(data.dataset, IterableDataset)
 
 
-def with_workers_ignoring_signals(data: Any) -> Any:
+def with_workers_of_a_run(data: Any) -> Any:
     """Return a DataLoader whose workers ignore signals to the process group; other data as given.
+
+    Nor do they print through the run's progress bar.
 
     After a signal the run needs its workers to finish a step and save. When it ends, it shuts them
     down, or they notice that it is gone.
@@ -356,13 +362,18 @@ def make_source(
     elif divided:
         _check_shardable(data)
         _warn_if_orders_differ(data)
-    data = with_workers_ignoring_signals(data)
+    data = with_workers_of_a_run(data)
     return LoaderSource(prepare(data) if divided else data, device, bounds, steps)
+
+
+def _yields_otherwise(loader: DataLoader) -> bool:
+    """Tell whether a subclass of DataLoader changes what one yields."""
+    return type(loader).__iter__ not in (DataLoader.__iter__, DataLoaderShard.__iter__)
 
 
 def _check_shardable(loader: DataLoader) -> None:
     """Refuse a DataLoader whose batches cannot be split over several processes."""
-    if type(loader).__iter__ not in (DataLoader.__iter__, DataLoaderShard.__iter__):
+    if _yields_otherwise(loader):
         raise UserError(
             f"the batches of a {type(loader).__name__}, which changes what a DataLoader yields, "
             "cannot be split over several processes: do that in its Dataset or collate_fn"

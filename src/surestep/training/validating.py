@@ -13,7 +13,7 @@ from surestep.data import Images, some
 from surestep.devices import out_of_memory
 from surestep.evaluation import evaluate
 from surestep.training.preparing import Job
-from surestep.training.source import generators_of
+from surestep.training.source import end_workers, generators_of
 from surestep.training.stopping import FailedElsewhere, StopRequest
 
 COLLAPSE = 0.20
@@ -81,6 +81,8 @@ def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
 @contextmanager
 def _generators_kept(data: Any) -> Iterator[None]:
     """Restore a DataLoader's generators on exit: each epoch is judged on the same images."""
+    if isinstance(data, DataLoader):
+        end_workers(data)
     found = generators_of(data) if isinstance(data, DataLoader) else []
     states = [generator.get_state() for generator in found]
     try:

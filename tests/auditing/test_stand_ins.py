@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import surestep
@@ -232,3 +233,53 @@ def test_an_attack_that_fails_leaves_no_hook(run, net, monkeypatch):
         run(model, 0.05)
     assert caught.tb  # it holds all frames
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Heads(nn.Module):
+    """A gate, and modules that a look at what decides must pass over."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.body = nn.Linear(64, 2), nn.Linear(64, 3)
+        self.aside, self.probe, self.rare = nn.Linear(64, 4), nn.Linear(64, 2), nn.Linear(64, 2)
+        self.some = nn.Linear(64, 2)
+
+    def forward(self, x):
+        z = x.flatten(1)
+        gate = self.gate(z).argmax(1, keepdim=True)
+        self.aside(z)  # nothing depends on it
+        self.probe(z.detach())
+        if len(x) == 8:
+            gate = gate + 0 * self.rare(z).argmax(1, keepdim=True)
+        shown = z[z[:, 0] < 2] if len(x) == 8 else z[:1]
+        turn = self.some(shown).argmax(1).float().mean()  # does not answer for each image
+        return self.body(z) * (1 + gate) + turn
+
+
+def test_only_what_decides_is_a_switch():
+    torch.manual_seed(0)
+    model, x = Heads().eval(), torch.rand(8, 1, 8, 8)
+    assert stand_ins.switches(model, x) == ["some", "gate"]
+    x, y = torch.rand(20, 1, 8, 8), torch.zeros(20, dtype=torch.int64)
+    threat = surestep.Linf(0.3)
+    moved = stand_ins.on_switch(model, "gate", threat, 10).run(model, x, y)
+    turned = [model.gate(z.flatten(1)).argmax(1) for z in (x, moved)]
+    assert (turned[0] != turned[1]).float().mean() > 0.5
+    assert (moved - x).abs().max() <= 0.3 + 1e-6
+    for name in ("some", "rare"):  # on twenty images it does not answer for each, or not at all
+        assert stand_ins.on_switch(model, name, threat, 10).run(model, x, y) is x
+
+
+def test_what_votes_without_any_gradient_is_a_switch():
+    torch.manual_seed(0)
+
+    class Vote(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(64, 3), nn.Linear(64, 3)
+
+        def forward(self, x):
+            nets = (self.one, self.two)
+            return sum(F.one_hot(net(x.flatten(1)).argmax(1), 3).float() for net in nets)
+
+    assert stand_ins.switches(Vote().eval(), torch.rand(8, 1, 8, 8)) == ["two", "one"]

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.lending import attacking, compiled, uses_batch_statistics
-from surestep.attacks.losses import Objective, cross_entropy, dlr, log_odds, margin
+from surestep.attacks.losses import (
+    Objective,
+    cross_entropy,
+    dlr,
+    log_odds,
+    margin,
+    size_of_margin,
+)
 from surestep.devices import exact, finest, in_fp16, rounding
 from surestep.errors import UserError
 from surestep.threat import ThreatModel, per_sample
@@ -220,10 +227,8 @@ class Best:
         self.first_wrong[rows] = torch.where(newly, self.offers, self.first_wrong[rows])
         self.offers += 1
         if self.stop_when_wrong:
-            # Of the two classes that count: others may be padded with -1e9 or -inf.
-            true, lead = logits.gather(1, y[:, None]).squeeze(1), margin(logits, y)
-            size = torch.maximum(true.abs(), (true + lead).abs())
-            self.done[rows] |= wrong & (lead > (self.slack * size).nan_to_num(nan=0.0))
+            least = (self.slack * size_of_margin(logits, y)).nan_to_num(nan=0.0)
+            self.done[rows] |= wrong & (margin(logits, y) > least)
 
     @torch.no_grad()
     def try_points(self, model: nn.Module, rows: Tensor, x_adv: Tensor) -> None:

@@ -76,6 +76,15 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     return _others(logits, y).amax(dim=1) - of_true_class(logits, y)
 
 
+def size_of_margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the larger absolute value (N,) of the two logits that make the margin.
+
+    Others do not round it: a class that is left out may be padded with -1e9 or -inf.
+    """
+    true = of_true_class(logits, y)
+    return torch.maximum(true.abs(), (margin(logits, y) + true).abs())
+
+
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
     """Return the difference of logits ratio (Croce & Hein 2020, eq. 6).
 

@@ -64,7 +64,8 @@ class Audit:
         found_interval: its 95% interval.
         found_by: the attack that broke the most images; "" if none broke any.
         attacks: accuracy by attack; for attacks on survivors only, the share left after them.
-        escalation: the attacks run because checks flagged, why, and what they left.
+        escalation: the attacks run because of what the checks or the layers showed, why, and what
+            they left.
         chance: share of the most common label.
         n: number of images.
         budget: name of the budget.
@@ -290,7 +291,7 @@ def estimate(
     device = device_of(model)
     batch = images.first(min(100, batch_size, len(images)))
     x, y = batch.pixels().to(device), batch.y.to(device)
-    adapted = Adapted(model, preprocess)
+    adapted = Adapted(uncompiled(unwrapped(model)), preprocess)
     check_labels(y, count_classes(adapted, x))
 
     def forward_seconds(precision: torch.dtype) -> float:
@@ -310,7 +311,7 @@ def estimate(
     forwards = 3 * (2 * spend.steps + 12 + 70) + spend.noise + spend.queries
     # The answers to flags: BPDA with two losses, and PGD of twice the steps.
     forwards += 3 * 4 * spend.steps * spend.restarts + spend.late_queries
-    with attacking(adapted) as inner, forked_rng(device):
+    with attacking(adapted) as inner, forked_rng(device), interpreted(adapted):
         if varies(inner, x):  # PGD with two losses on the mean of several passes
             forwards += 3 * 2 * spend.steps * EOT_SAMPLES
         forwards += 3 * spend.steps * len(switches(inner, x[:8]))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise
 from typing import Any
 
@@ -49,8 +49,8 @@ where the gradient is that of another function.
 
 DIRECTIONS = 16
 """Number of random directions along which gradients are compared with finite differences."""
-ACROSS = (0.01, 0.1)
-"""Lengths, in eps, of these steps. What is wrong over both is neither rounding nor curvature."""
+ACROSS = (0.01, 0.1, 1.0)
+"""Lengths, in eps, of these steps. What is wrong over all is neither rounding nor curvature."""
 MISLED = 0.1
 """Share of images with a gradient that is wrong across it above which gradients count as wrong.
 
@@ -318,10 +318,7 @@ def _gradient_and_values(
 def _start_and_noise(measured: Measured, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Return an objective's values (N,) at x, and how large a difference noise alone may make."""
     start, logits = measured(x)
-    # Of the two logits that count: a class that is padded with -1e9 rounds the others no more.
-    own = losses.of_true_class(logits, y)
-    size = torch.maximum(own.abs(), (losses.margin(logits, y) + own).abs())
-    noise = 64 * torch.finfo(torch.float32).eps * size
+    noise = 64 * torch.finfo(torch.float32).eps * losses.size_of_margin(logits, y)
     return start, torch.maximum(noise, 10 * (measured(x)[0] - start).abs())
 
 
@@ -339,10 +336,10 @@ def _errors_across(s: Subject, x: Tensor, y: Tensor) -> Tensor:
     none at all if it does on most.
     """
     with exact(x.device):
-        short, long = (s.map(partial(_error_across, s, length), x, y) for length in ACROSS)
-    error = torch.fmin(short, long)
+        errors = [s.map(partial(_error_across, s, length), x, y) for length in ACROSS]
+    error = reduce(torch.fmin, errors)
     found = error[error.isfinite()]
-    return found if len(found) >= 0.5 * len(x) else found[:0]
+    return found if len(found) >= max(3, 0.5 * len(x)) else found[:0]
 
 
 def _error_across(s: Subject, length: float, x: Tensor, y: Tensor) -> Tensor:
@@ -354,21 +351,16 @@ def _error_across(s: Subject, length: float, x: Tensor, y: Tensor) -> Tensor:
     grad, measured = _gradient_and_values(s, x, y, losses.margin)
     start, noise = _start_and_noise(measured, x, y)
     low, high = s.threat.bounds
-    slopes: list[Tensor] = []
-    bends: list[Tensor] = []
-    errors: list[Tensor] = []
-    for _ in range(DIRECTIONS):
-        seed_everything(s.seed + len(slopes))  # a pass has seeded the generators
+    rows = []
+    for k in range(DIRECTIONS):
+        seed_everything(s.seed + 1 + k)  # a pass draws from the seed itself
         step = s.threat.random_step(x, length * s.threat.eps)
         # A model may clip what lies outside the data range.
         step = torch.where((x - step.abs() >= low) & (x + step.abs() <= high), step, 0)
         up, down = measured(x + step)[0], measured(x - step)[0]
-        slopes.append((up - down) / 2)
-        bends.append((up + down) / 2 - start)
-        errors.append(slopes[-1] - _predicted(grad, step))
-    slope, bend, error = (
-        torch.stack(rows).square().mean(0).sqrt() for rows in (slopes, bends, errors)
-    )
+        slope = (up - down) / 2
+        rows.append(torch.stack([slope, (up + down) / 2 - start, slope - _predicted(grad, step)]))
+    slope, bend, error = torch.stack(rows).square().mean(0).sqrt()
     # Of values that are independent at the three points, as where a model rounds inside, the ratio
     # of bend to slope is the square root of 3; of those that jump at random, 1. Error and slope are
     # equal if nothing was predicted.

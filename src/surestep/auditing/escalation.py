@@ -1,4 +1,4 @@
-"""Escalation: the attacks that answer a flag, each made for one way of hiding gradients.
+"""Escalation: attacks that are each made for one way of hiding gradients, flagged or not.
 
 Each answer is a generator of attacks. What it sets up, such as hooks on the model, stays in place
 while its attacks run one after another on the images that nothing has broken so far.

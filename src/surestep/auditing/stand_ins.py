@@ -19,6 +19,7 @@ from surestep.attacks.gradient import pgd
 from surestep.attacks.inputs import forward_logits
 from surestep.auditing.checks import CONTRADICTED
 from surestep.devices import finest
+from surestep.errors import UserError
 from surestep.evaluation.suite import Attack
 from surestep.randomness import forked_rng, seed_everything
 from surestep.threat import ThreatModel
@@ -193,39 +194,67 @@ MOST_SWITCHES = 3
 
 
 def switches(model: nn.Module, x: Tensor) -> list[str]:
-    """Return modules that the logits depend on through no gradient, such as a router's argmax.
+    """Return modules that the logits depend on, but through no gradient, as on a router's argmax.
 
-    Their own gradients are sound, so that they can be attacked by themselves. A head that the
-    logits do not depend on at all is among them.
+    The modules' own outputs have a gradient, so that they can be attacked by themselves.
 
     Args:
         model: in eval mode.
         x: some images (N, ...).
     """
-    seen: dict[str, Tensor] = {}
-    handles = []
-    for name, module in model.named_modules():
-        if name and not isinstance(module, torch.jit.ScriptModule):
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        seen: dict[str, Tensor] = {}
 
-            def note(_m: nn.Module, _args: Any, out: Any, name: str = name) -> None:
-                if isinstance(out, Tensor) and out.requires_grad and out.dim() == 2:
-                    seen.pop(name, None)
-                    seen[name] = out
+        def note(name: str, out: Any) -> None:
+            if isinstance(out, Tensor) and out.dim() == 2 and len(out) == len(x):
+                seen.pop(name, None)
+                seen[name] = out
 
-            handles.append(module.register_forward_hook(note))
+        logits = _hooked(model, x, note)
+        names = []
+        for name, out in seen.items():
+            (of_x,) = _gradient(out, x)
+            if of_x is not None and _gradient(logits, out) == (None,):
+                names.append(name)
+    outermost = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
+    found: list[str] = []
+    for name in reversed(outermost):
+        with forked_rng(x.device), torch.no_grad():
+            passes = []
+            for sign in (1, -1):
+                seed_everything(0)  # of a random model, the same pass twice
+                turn = model.get_submodule(name).register_forward_hook(
+                    lambda _m, _args, out, sign=sign: sign * out
+                )
+                try:
+                    passes.append(forward_logits(model, x))
+                finally:
+                    turn.remove()
+        if len(found) < MOST_SWITCHES and not torch.equal(*passes):
+            found.append(name)
+    return found
+
+
+def _gradient(out: Tensor, of: Tensor) -> tuple[Tensor | None, ...]:
+    if not out.requires_grad or not of.requires_grad:
+        return (None,)
+    return torch.autograd.grad(out.sum(), of, allow_unused=True, retain_graph=True)
+
+
+def _hooked(model: nn.Module, x: Tensor, note: Callable[[str, Any], None]) -> Tensor:
+    """Return the logits (N, K); call ``note`` with the name and output of each module that runs."""
+    handles = [
+        module.register_forward_hook(lambda _m, _args, out, name=name: note(name, out))
+        for name, module in model.named_modules()
+        # TorchScript's modules take no hooks.
+        if name and not isinstance(module, torch.jit.ScriptModule)
+    ]
     try:
-        with torch.inference_mode(False), torch.enable_grad():
-            logits = forward_logits(model, x.detach().clone().requires_grad_())
+        return forward_logits(model, x)
     finally:
         for handle in handles:
             handle.remove()
-    names = [name for name, out in seen.items() if len(out) == len(x)]
-    if logits.requires_grad and names:
-        outs = [seen[name] for name in names]
-        grads = torch.autograd.grad(logits.sum(), outs, allow_unused=True)
-        names = [name for name, grad in zip(names, grads, strict=True) if grad is None]
-    outermost = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
-    return outermost[: -MOST_SWITCHES - 1 : -1]
 
 
 class Output(nn.Module):
@@ -241,7 +270,11 @@ class Output(nn.Module):
         self.model, self.name = model, name
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the module's output (N, K) for images."""
+        """Return the module's output (N, K) for images.
+
+        Raises:
+            UserError: on these images it has none.
+        """
         seen: list[Tensor] = []
         module = self.model.get_submodule(self.name)
         handle = module.register_forward_hook(lambda _m, _args, out: seen.append(out))
@@ -249,6 +282,8 @@ class Output(nn.Module):
             forward_logits(self.model, x)
         finally:
             handle.remove()
+        if not seen or len(seen[-1]) != len(x):
+            raise UserError(f"{self.name} does not answer for each of {len(x)} images")
         out = seen[-1]
         return out if out.shape[1] > 1 else torch.cat([out, -out], 1)
 
@@ -265,9 +300,12 @@ def on_switch(model: nn.Module, name: str, threat: ThreatModel, steps: int) -> A
     output = Output(model, name)
 
     def run(_model: nn.Module, x: Tensor, _y: Tensor) -> Tensor:
-        with torch.no_grad():
-            own = output(x).argmax(1)
-        return pgd(output, x, own, threat, steps, loss="margin")
+        try:
+            with torch.no_grad():
+                own = output(x).argmax(1)
+            return pgd(output, x, own, threat, steps, loss="margin")
+        except UserError:  # a module that runs on some images only
+            return x
 
     return Attack(run, 2 * steps)
 

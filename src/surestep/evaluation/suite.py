@@ -382,8 +382,13 @@ KINDS: dict[str, Kind] = {
 }
 """Every attack that has a name. A new one is a function in ``attacks/`` and a line here."""
 _OTHER_NAMES = {
-    **{"aa": "autoattack", "bim": "i-fgsm-10", "cw": "pgd-50-margin (or cw-l2)"},
-    **{"apgd": "apgd-ce", "apgd-dlr": "apgd-t", "fab": "fab-t", "pgd": "pgd-50"},
+    "aa": "autoattack",
+    "apgd": "apgd-ce",
+    "apgd-dlr": "apgd-t",
+    "bim": "i-fgsm-10",
+    "cw": "pgd-50-margin (or cw-l2)",
+    "fab": "fab-t",
+    "pgd": "pgd-50",
 }
 """Names of attacks in the literature, and how they are written here."""
 NAMES = ", ".join(kind.written(name) for name, kind in KINDS.items())

@@ -289,8 +289,8 @@ def pareto(rows: Sequence[Mapping[str, Any]], cost: str = "") -> alt.LayerChart:
 
     Args:
         rows: the rows of a comparison.
-        cost: "passes" (per image) or "seconds" (of training); by default passes if all
-            rows have it.
+        cost: "passes" (per image), "seconds" (of training) or "peak_memory_mb"; by default passes
+            if all rows have it.
 
     Raises:
         UserError: no row has both numbers, or ``cost`` is unknown.

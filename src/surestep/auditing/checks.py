@@ -282,7 +282,6 @@ def _difference_ratios(s: Subject, x: Tensor, y: Tensor) -> Tensor:
 
     The steps are steepest ascent, clipped to the data range.
     """
-
     grad, measured = _gradient_and_values(s, x, y, losses.log_odds)
     start, noise = _start_and_noise(measured, x, y)
     ratios = []

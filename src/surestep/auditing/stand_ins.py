@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -218,22 +219,25 @@ def switches(model: nn.Module, x: Tensor) -> list[str]:
             if of_x is not None and _gradient(logits, out) == (None,):
                 names.append(name)
     outermost = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
-    found: list[str] = []
-    for name in reversed(outermost):
-        with forked_rng(x.device), torch.no_grad():
-            passes = []
-            for sign in (1, -1):
-                seed_everything(0)  # of a random model, the same pass twice
-                turn = model.get_submodule(name).register_forward_hook(
-                    lambda _m, _args, out, sign=sign: sign * out
-                )
-                try:
-                    passes.append(forward_logits(model, x))
-                finally:
-                    turn.remove()
-        if len(found) < MOST_SWITCHES and not torch.equal(*passes):
-            found.append(name)
-    return found
+    deciding = (name for name in reversed(outermost) if _decides(model, name, x))
+    return list(islice(deciding, MOST_SWITCHES))
+
+
+def _decides(model: nn.Module, name: str, x: Tensor) -> bool:
+    """Tell whether the logits change where a module's output changes its sign."""
+
+    def turned(_module: nn.Module, _args: Any, out: Any) -> Any:
+        return -out if isinstance(out, Tensor) else out
+
+    with forked_rng(x.device), torch.no_grad():
+        seed_everything(0)  # a random model must draw the same in both passes
+        before = forward_logits(model, x)
+        seed_everything(0)
+        handle = model.get_submodule(name).register_forward_hook(turned)
+        try:
+            return not torch.equal(before, forward_logits(model, x))
+        finally:
+            handle.remove()
 
 
 def _gradient(out: Tensor, of: Tensor) -> tuple[Tensor | None, ...]:

@@ -35,11 +35,11 @@ FROM_X = {"start_radius": 0.0, "decay": None}
         ("pgd-100-margin", "search", (100, 0.01, 1, "margin", PGD)),
         ("pgd-50x10-dlr", "search", (50, 0.015, 10, "dlr", PGD)),
         ("pgd-1-ce", "search", (1, 0.75, 1, "ce", PGD)),
-        ("square", "autoattack.square", (5000,)),
-        ("square-30", "autoattack.square", (30,)),
-        ("apgd-ce", "autoattack.apgd_ce", ()),
-        ("apgd-t", "autoattack.apgd_t", ()),
-        ("fab-t", "autoattack.fab_t", ()),
+        ("square", "auto.square", (5000,)),
+        ("square-30", "auto.square", (30,)),
+        ("apgd-ce", "auto.apgd_ce", ()),
+        ("apgd-t", "auto.apgd_t", ()),
+        ("fab-t", "auto.fab_t", ()),
         ("deepfool", "nearest.deepfool", (50,)),
         ("deepfool-7", "nearest.deepfool", (7,)),
     ],
@@ -103,7 +103,7 @@ def test_names(monkeypatch, name, called, args):
     ],
 )
 def test_what_is_no_name(name):
-    with pytest.raises(UserError, match=r"unknown attack .*: write one of fgsm\[") as caught:
+    with pytest.raises(UserError, match=r"unknown attack .*write one of fgsm\[") as caught:
         suite.parse(name, THREAT)
     assert "\n" not in str(caught.value)
     assert repr(name) in str(caught.value)

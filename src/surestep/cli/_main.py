@@ -76,15 +76,13 @@ def _closed_pipes() -> Iterator[None]:
     try:
         yield
     except (BrokenPipeError, SystemExit) as e:
-        closed = isinstance(e.__context__, BrokenPipeError)  # rich has exited for this reason
+        if isinstance(e, SystemExit) and not isinstance(e.__context__, BrokenPipeError):
+            raise
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
             except BrokenPipeError:  # what is left in it would be a complaint of Python's at exit
-                closed = True
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        if not closed:  # another pipe, such as to a worker, or another reason to exit
-            raise
         sys.exit(_PIPE_CLOSED)
 
 

@@ -7,6 +7,7 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 
 from torch import nn
 
@@ -39,8 +40,8 @@ def from_file(name: str) -> nn.Module:
         name: FILE.py:FACTORY; the factory takes no arguments.
 
     Raises:
-        UserError: there is no such file or function, it fails, or it returns no module; or it would
-            import what another model file has imported from a file of the same name.
+        UserError: there is no such file or function, it fails, or it returns no module; or it
+            imports a module from beside it of whose name another model file has imported another.
     """
     path, _, factory = name.rpartition(":")
     file = Path(path)
@@ -52,7 +53,9 @@ def from_file(name: str) -> nn.Module:
     module = importlib.util.module_from_spec(spec)
     # As in a script, files beside it can be imported. Dataclasses look up their own module.
     folder = str(file.parent.resolve())
-    _check_neighbours(folder, file)
+    others = _imported_from_elsewhere(folder)
+    for key in others:
+        del sys.modules[key]
     _FOLDERS.add(folder)
     sys.path.insert(0, folder)
     before = sys.modules.get(file.stem)
@@ -73,6 +76,13 @@ def from_file(name: str) -> nn.Module:
             sys.path.remove(folder)
         if before is not None:
             sys.modules[file.stem] = before
+        twice = sorted(others.keys() & sys.modules.keys() - {file.stem})
+        sys.modules.update(others)
+    if twice:
+        raise UserError(
+            f"{file} imports {twice[0]!r} from beside it, but another model file has imported "
+            "another module of that name: rename one, or load the models in different processes"
+        )
     if not isinstance(model, nn.Module):
         raise UserError(
             f"{file}:{factory} returned a {type(model).__name__}, expected a torch.nn.Module"
@@ -80,22 +90,17 @@ def from_file(name: str) -> nn.Module:
     return model
 
 
-def _check_neighbours(folder: str, file: Path) -> None:
-    """Refuse a file beside which lies one whose name already stands for another file's neighbour.
+def _imported_from_elsewhere(folder: str) -> dict[str, ModuleType]:
+    """Return the modules that model files in other folders have imported from beside them.
 
-    Python would silently give it that one. Modules must stay imported: torch.compile and pickle
-    look for them.
+    They must stay imported, because torch.compile and pickle look for them.
     """
-    for name, module in list(sys.modules.items()):
-        place = os.path.dirname(getattr(module, "__file__", None) or "")
-        place = os.path.dirname(place) if hasattr(module, "__path__") else place
-        beside = os.path.join(folder, name)
-        if (
-            place in _FOLDERS - {folder}
-            and name != file.stem
-            and (os.path.isfile(f"{beside}.py") or os.path.isdir(beside))
-        ):
-            raise UserError(
-                f"{file} lies beside a module {name!r}, but {place} has another one of that name, "
-                "which is in use: rename one of them, or load the models in different processes"
-            )
+
+    def place(module: ModuleType) -> str:
+        paths = list(getattr(module, "__path__", ())) or [getattr(module, "__file__", None) or ""]
+        return os.path.dirname(paths[0])
+
+    modules = dict(sys.modules)
+    others = _FOLDERS - {folder}
+    beside = {name for name, m in modules.items() if "." not in name and place(m) in others}
+    return {name: m for name, m in modules.items() if name.partition(".")[0] in beside}

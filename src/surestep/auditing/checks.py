@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial, reduce
+from functools import reduce
 from itertools import pairwise
 from typing import Any
 
@@ -335,20 +335,33 @@ def _errors_across(s: Subject, x: Tensor, y: Tensor) -> Tensor:
     none at all if it does on most.
     """
     with exact(x.device):
-        errors = [s.map(partial(_error_across, s, length), x, y) for length in ACROSS]
-    error = reduce(torch.fmin, errors)
+        error = s.map(lambda a, b: _error_across(s, a, b), x, y)
     found = error[error.isfinite()]
     return found if len(found) >= max(3, 0.5 * len(x)) else found[:0]
 
 
-def _error_across(s: Subject, length: float, x: Tensor, y: Tensor) -> Tensor:
-    """Return the errors (N,) over steps of a length; NaN where noise hides it, or gradients are 0.
+def _error_across(s: Subject, x: Tensor, y: Tensor) -> Tensor:
+    """Return the errors (N,) at the best length; NaN where noise hides them, or gradients are 0."""
+    grad, measured = _gradient_and_values(s, x, y, losses.margin)
+    start, noise = _start_and_noise(measured, x, y)
+    over = (_error_over(s, length, x, grad, measured, start, noise) for length in ACROSS)
+    return reduce(torch.fmin, over)
+
+
+def _error_over(
+    s: Subject,
+    length: float,
+    x: Tensor,
+    grad: Tensor,
+    measured: Measured,
+    start: Tensor,
+    noise: Tensor,
+) -> Tensor:
+    """Return the errors (N,) over steps of a length, in eps.
 
     The slope is half of the difference between a step's ends, the bend how far its middle lies from
     their mean.
     """
-    grad, measured = _gradient_and_values(s, x, y, losses.margin)
-    start, noise = _start_and_noise(measured, x, y)
     low, high = s.threat.bounds
     rows = []
     for k in range(DIRECTIONS):

@@ -300,14 +300,14 @@ class SAT(OnSingleStep):
         self.require(self.fraction is None or 0 < self.fraction <= 1, "fraction", "in (0, 1]")
         self.require(self.every >= 1, "every", ">= 1")
         self._count = 0
+        self._taken = tuple(inspect.signature(self.update).parameters)
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Regularise on every k-th step; train on ``between`` on the others."""
         self._count += 1
         if self._count % self.every:
             return Update(self.between(model, x, y), self.plain_loss(y))
-        taken = inspect.signature(self.update).parameters
-        own = {k: v for k, v in self.params().items() if k in taken}
+        own = {k: v for k, v in self.params().items() if k in self._taken}
         own["lam"] = self.every * self.lam
         own["fraction"] = self.n_regularised(len(x)) / len(x)
         return self.update(

@@ -21,6 +21,8 @@ RULE_CHANGED = "2026-11-29T10:31"
 NAMED = ("sat-r1", "sat-r2", "sat-r3", "fgsm", "rs-fgsm", "n-fgsm", "pgd", "trades", "free")
 """Entries that the plot labels even if they are not on the front."""
 
+_OTHER = "best other method"
+
 Means = dict[str, Any]
 
 
@@ -120,20 +122,21 @@ def against(lines: list[Means]) -> str:
     sound = [line for line in lines if line["sound"]]
     sat = [line for line in sound if line["entry"].startswith("sat-")]
     groups = {
-        "The best SAT alone": [line for line in sat if " " not in line["entry"]],
-        "with a part or on another step": [line for line in sat if " " in line["entry"]],
-        "the best of the rest": [line for line in sound if line not in sat],
+        "Best SAT entry without additions": [line for line in sat if " " not in line["entry"]],
+        "with additions": [line for line in sat if " " in line["entry"]],
+        _OTHER: [line for line in sound if line not in sat],
     }
     best = {name: group[0] for name, group in groups.items() if group}
-    if "the best of the rest" not in best or len(best) == 1:
+    if _OTHER not in best or len(best) == 1:
         return ""
     text = "; ".join(
         f"{name}: **{line['entry']}**, {line['worst']:.1f}"
         + ("" if math.isnan(line["ratio"]) else f" at {line['ratio']:.2f} times the time")
         for name, line in best.items()
     )
-    lead = sat[0]["worst"] - best["the best of the rest"]["worst"]
-    return f"{text}. SAT's distance to it: {lead:+.1f} points.\n\n"
+    lead = sat[0]["worst"] - best[_OTHER]["worst"]
+    beside = "above" if lead >= 0 else "below"
+    return f"{text}. The best SAT entry is {abs(lead):.1f} points {beside} it.\n\n"
 
 
 def plot(lines: list[Means], path: Path) -> None:

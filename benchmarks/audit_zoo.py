@@ -28,9 +28,10 @@ from _table import append, read
 from torch import Tensor, nn
 
 import surestep
-from surestep import files, models, runs
+from surestep import models, runs
 from surestep.auditing._subject import Graphed
 from surestep.data import Images, load
+from surestep.weights import load_weights, save_weights
 
 MASKED = {"pseudo-robust", "not robust"}
 HONEST = {"robust"}
@@ -182,9 +183,9 @@ class Bases:
         if not path.exists():
             start = time.time()
             path.parent.mkdir(parents=True, exist_ok=True)
-            files.save_weights(path, make())
+            save_weights(path, make())
             print(f"trained {name} in {time.time() - start:.0f} s", flush=True)
-        files.load_weights(path, model)
+        load_weights(path, model)
         return model.eval()
 
     def plain(self) -> nn.Module:

@@ -311,7 +311,7 @@ def train_judge_audit(name: str, row: Row, data: str | None) -> dict[str, Any]:
         "method": row.method,
         "eps": round(config.eps, 4),
         "seed": row.seed,
-        "passes": round(runs.build_method(config).cost(config.batch_size).total, 2),
+        "passes": round(runs.passes_of(config), 2),
         "settings": json.dumps(trained_with(config)),
         "params": json.dumps(config.params),
         "torch": torch.__version__,

@@ -45,7 +45,7 @@ def cost(row: Row) -> float:
     from surestep import runs
 
     config = row.resolve()
-    return config.epochs * runs.build_method(config).cost(config.batch_size).total / 3
+    return config.epochs * runs.passes_of(config) / 3
 
 
 def run(row: Row, args: argparse.Namespace) -> None:

@@ -7,9 +7,10 @@ from surestep.auditing import CHECKS
 PAGE = Path(__file__).with_name("checks.md")
 HEAD = """# The twenty checks
 
-What `surestep audit` looks at for signs of masked gradients. A flag is a reason to look harder: it
-decides which attacks run next ([audit.md](audit.md)); the verdict rests on what those find. This
-page is written by `python docs/checks.py`.
+What `surestep audit` looks at for signs of masked gradients. A flag is a reason to look harder:
+further attacks follow, and the verdict rests on what all attacks find. Some flags also count in
+the verdict: they can withhold `robust`, or tell masking from plain weakness
+([audit.md](audit.md)). This page is written by `python docs/checks.py`.
 
 | | check | flags when | why | source |
 |---|---|---|---|---|

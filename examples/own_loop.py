@@ -19,3 +19,5 @@ for x, y, _ in data.Batches(images, batch_size=128).epoch(0):
     optimizer.step()
 
 print({name: f"{value:.3f}" for name, value in result.terms.items()})
+found = surestep.evaluate(model, data.load("mnist", "test").first(500), threat, ["fgsm", "pgd-20"])
+print(f"clean {found.clean_accuracy:.1%}, worst case {found.worst_case_accuracy:.1%}")

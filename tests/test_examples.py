@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
 import re
 import runpy
 import shlex
@@ -13,6 +15,8 @@ import click
 import pytest
 import torch
 
+import surestep
+from surestep.config import FitSettings
 from surestep.data import Images
 from surestep.methods._base import METHODS
 
@@ -58,11 +62,95 @@ def test_ones_own_loop_is_short():
     assert len(lines) <= 25
 
 
-def test_python_in_the_documents_compiles(blocks):
-    found = [(page, text) for page, language, text in blocks if language == "python"]
-    assert len({page for page, _ in found}) > 1
-    for page, text in found:
-        compile(text, page, "exec")
+class Names(ast.NodeVisitor):
+    """Looks up what a program names of surestep, and whether its calls can be made.
+
+    Attributes:
+        known: what a name stands for, of names that surestep or one of its parts was given.
+        found: how many names and calls were looked at.
+    """
+
+    def __init__(self):
+        self.known, self.found = {"surestep": surestep}, 0
+
+    def visit_Import(self, node):
+        for one in node.names:
+            if one.name.split(".")[0] == "surestep":
+                module = importlib.import_module(one.name)
+                self.known[one.asname or "surestep"] = module if one.asname else surestep
+
+    def visit_ImportFrom(self, node):
+        if node.module.split(".")[0] == "surestep":
+            for one in node.names:
+                module = importlib.import_module(node.module)
+                self.known[one.asname or one.name] = getattr(module, one.name)
+                self.found += 1
+
+    def visit_Attribute(self, node):
+        self.meaning(node)
+        self.generic_visit(node)
+
+    def visit_Call(self, node):
+        function = self.meaning(node.func)
+        if function is not None:
+            self.found += 1
+            names = [k.arg for k in node.keywords if k.arg]
+            if not any(isinstance(a, ast.Starred) for a in node.args):
+                given = dict.fromkeys(names)
+                inspect.signature(function).bind_partial(*node.args, **given)
+            if function is surestep.fit:
+                own = inspect.signature(function).parameters
+                assert {*names} <= {*own, *FitSettings.model_fields}
+        self.generic_visit(node)
+
+    def meaning(self, node):
+        """Return what an expression stands for; None if that is not surestep's or not known."""
+        if isinstance(node, ast.Name):
+            return self.known.get(node.id)
+        if isinstance(node, ast.Attribute):
+            whole = self.meaning(node.value)
+            if whole is None or not (inspect.ismodule(whole) or inspect.isclass(whole)):
+                return None  # an attribute of a value, which may be made when it is created
+            self.found += 1
+            return getattr(whole, node.attr)
+        if isinstance(node, ast.Call) and self.meaning(node.func) is surestep.methods.get:
+            return surestep.methods.get(ast.literal_eval(node.args[0]))
+        return None
+
+
+def test_python_in_the_documents_names_what_there_is(blocks):
+    """Not what its variables hold: most blocks begin where another ends."""
+    programs = [(page, text) for page, language, text in blocks if language == "python"]
+    assert len({page for page, _ in programs}) > 1
+    names = Names()
+    for page, text in programs:
+        names.known = {"surestep": surestep}
+        names.visit(ast.parse(text, page))
+    assert names.found > 20
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_between_the_words_names_what_there_is(page):
+    text = BLOCK.sub("", page.read_text("utf-8"))
+    for code in re.findall(r"`@?(surestep\.[^`]+)`", text):
+        Names().visit(ast.parse(" ".join(code.split()), page.name))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "surestep.evaluat(model)",
+        "surestep.methods.Progres",
+        "from surestep.evaluation import suit",
+        "from surestep import methods\nmethods.SATR2(threat, lamb=1)",
+        "surestep.methods.get('sat-r3')(threat, taw=1)",
+        "surestep.fit(model, data, method, epoch=3)",
+        "surestep.load('a', 'b', 'c')",
+    ],
+)
+def test_a_name_that_is_not_there_is_seen(wrong):
+    with pytest.raises((AttributeError, TypeError, AssertionError)):
+        Names().visit(ast.parse(wrong))
 
 
 def test_commands_in_the_documents_exist(blocks):

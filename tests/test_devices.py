@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -122,26 +120,6 @@ def test_channel_statistics(without_float64, net, images):
         assert rough[name][0].dtype == torch.float32
         torch.testing.assert_close(rough[name][0], mean.float())
         torch.testing.assert_close(rough[name][1], std.float())
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="CUDA on Linux")
-@pytest.mark.parametrize("own", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
-def test_cuda_memory_grows_unless_the_user_says_otherwise(monkeypatch, own):
-    name = "PYTORCH_CUDA_ALLOC_CONF"
-    for each in (name, own):
-        monkeypatch.setenv(each, "")
-        monkeypatch.delenv(each)
-
-    def picked(device):
-        with contextlib.suppress(surestep.UserError):
-            devices.pick_device(device)
-        return os.environ.get(name)
-
-    assert picked("cpu") is None
-    assert picked("cuda:99") == "expandable_segments:True"
-    monkeypatch.delenv(name)
-    monkeypatch.setenv(own, "max_split_size_mb:512")
-    assert picked("cuda:99") == (None if own != name else "max_split_size_mb:512")
 
 
 @pytest.mark.parametrize(
@@ -317,3 +295,28 @@ def test_a_device_may_be_one_of_torchs():
     assert devices.pick_device(torch.device("cpu")) == devices.pick_device("cpu")
     with pytest.raises(UserError, match="device 'meta' cannot be used here"):
         devices.pick_device(torch.device("meta"))
+
+
+@pytest.mark.parametrize(
+    ("takes", "asked"),
+    [
+        (lambda size: True, [(-3, 1 << 30), (-1, (1 << 31) - 1)]),
+        (lambda size: size <= 32 << 20, [(-3, 1 << 30), (-3, 32 << 20), (-1, (1 << 31) - 1)]),
+        (lambda size: False, [(-3, 1 << 30), (-3, 32 << 20)]),
+    ],
+)
+def test_freed_memory_is_kept_as_far_as_the_c_library_lets_it(monkeypatch, takes, asked):
+    """An older glibc refuses more than 32 MiB."""
+    calls = []
+
+    class Libc:
+        gnu_get_libc_version = None
+
+        def mallopt(self, option, value):
+            calls.append((option, value))
+            return int(option == -1 or takes(value))
+
+    monkeypatch.setattr(devices.sys, "platform", "linux")
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda _: Libc())
+    devices.keep_freed_memory.__wrapped__()
+    assert calls == asked

@@ -105,20 +105,20 @@ class ThreatModel(ABC):
     def shrink(self, delta: Tensor, radius: float) -> Tensor:
         """Bring perturbations (N, ...) into the ball of ``radius``, whatever the data range."""
 
-    @abstractmethod
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Bring ``x_adv`` back into the ball around ``x`` and into the data range.
 
         Exact under rounding: the distance of the result from ``x``, computed in the tensors'
         own dtype, never exceeds eps. ``x`` must lie in the data range.
         """
+        return self.around(x)(x_adv)
 
+    @abstractmethod
     def around(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """Return ``project`` for many points around the same ``x``.
 
         What depends on ``x`` alone is computed once.
         """
-        return lambda x_adv: self.project(x_adv, x)
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -158,12 +158,8 @@ class Linf(ThreatModel):
         """Clip each pixel to [-radius, radius]."""
         return delta.clamp(-radius, radius)
 
-    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """Clip each pixel to [x - eps, x + eps] and to the data range."""
-        return self.around(x)(x_adv)
-
     def around(self, x: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return ``project`` for many points around the same ``x``."""
+        """Clip each pixel to [x - eps, x + eps] and to the data range."""
         low, high = self.bounds
         top, bottom = x + self.eps, x - self.eps
         # x + eps rounds, so (x + eps) - x can come out above eps: where it does, the next
@@ -200,17 +196,21 @@ class L2(ThreatModel):
         norm = per_sample(delta.flatten(1).norm(dim=1), delta)
         return delta * torch.where(norm > radius, radius / norm, 1)
 
-    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+    def around(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """Scale the perturbation back to norm eps, then clip to the data range."""
-        x_adv = self.clip(x_adv)
-        delta = x_adv - x
-        norm = delta.flatten(1).to(finest(x.device)).norm(dim=1)
         # x + delta rounds each pixel by half an ulp at most: the radius gives way by that much.
         ulp = torch.finfo(x.dtype).eps * max(abs(b) for b in self.bounds)
         radius = max(0.0, self.eps - ulp * math.sqrt(math.prod(x.shape[1:])))
-        factor = torch.where(norm > self.eps, radius / norm, 1.0).to(x.dtype)
-        inside = per_sample(norm <= self.eps, x)
-        return torch.where(inside, x_adv, self.clip(x + delta * per_sample(factor, x)))
+
+        def project(x_adv: Tensor) -> Tensor:
+            x_adv = self.clip(x_adv)
+            delta = x_adv - x
+            norm = delta.flatten(1).to(finest(x.device)).norm(dim=1)
+            factor = torch.where(norm > self.eps, radius / norm, 1.0).to(x.dtype)
+            inside = per_sample(norm <= self.eps, x)
+            return torch.where(inside, x_adv, self.clip(x + delta * per_sample(factor, x)))
+
+        return project
 
 
 NORMS: dict[str, type[ThreatModel]] = {"linf": Linf, "l2": L2}
@@ -230,7 +230,7 @@ def make(norm: str, eps: float, bounds: tuple[float, float] = (0.0, 1.0)) -> Thr
     return look_up("norm", norm, NORMS)(eps, bounds)
 
 
-def check(given: object) -> None:
+def check_threat(given: object) -> None:
     """Refuse what is not a threat model.
 
     Raises:

@@ -245,3 +245,17 @@ def test_points_hold_on_to_no_graph(pixels, part, kind, monkeypatch):
         auto.PARTS[part](net, pixels, net(pixels).argmax(1), THREAT, 3)
     (points,) = made
     assert not points.requires_grad
+
+
+def test_deterministic_mode_is_off_only_for_the_package(pixels, monkeypatch):
+    """On CUDA FAB's sums have no deterministic kernel, so that the mode would end in an error."""
+    net, seen = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), []
+    net.register_forward_hook(lambda *_: seen.append(torch.are_deterministic_algorithms_enabled()))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        auto.fab_t(net, pixels[:5], net(pixels[:5]).argmax(1), THREAT, 2)
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not seen[-1]

@@ -12,7 +12,7 @@ from surestep import attacks
 from surestep.attacks import auto
 from surestep.attacks.core import input_gradient
 from surestep.attacks.inputs import check_inputs, forward_logits
-from surestep.attacks.lending import attacking, buffers_kept, copy_all, interpreted
+from surestep.attacks.lending import attacking, buffers_kept, copy_all, hooked, interpreted
 
 
 def snapshot(net):
@@ -353,3 +353,18 @@ def test_values_that_rounding_took_out_of_the_range(mlp, digits, threat):
     x[0, 0, 0, 0] = 1 + 1e-7
     with pytest.raises(ValueError, match=r"1\.0000001\], expected \[0, 1\]: if this is rounding"):
         check_inputs(mlp, x, y, threat)
+
+
+def test_hooks_are_taken_off_even_if_one_cannot_be_put_on():
+    layers = [nn.Linear(2, 2) for _ in range(2)]
+
+    def hooks():
+        yield layers[0].register_forward_hook(lambda *_: None)
+        raise RuntimeError("no hooks here")
+
+    with pytest.raises(RuntimeError, match="no hooks here"), hooked(hooks()):
+        pass
+    assert not layers[0]._forward_hooks
+    with hooked(layer.register_forward_hook(lambda *_: None) for layer in layers):
+        assert all(layer._forward_hooks for layer in layers)
+    assert not any(layer._forward_hooks for layer in layers)

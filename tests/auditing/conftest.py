@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import surestep
-from surestep.auditing import Audit, audit, budgets
+from surestep.auditing import Audit, audit, binarization, budgets
+from surestep.evaluation import substitute
 
 
 @pytest.fixture(scope="session")
@@ -20,8 +22,8 @@ def images() -> tuple[Tensor, Tensor]:
     return x.clamp(0, 1), y
 
 
-@pytest.fixture
-def net(images: tuple[Tensor, Tensor]) -> nn.Module:
+@pytest.fixture(scope="session")
+def trained_once(images: tuple[Tensor, Tensor]) -> nn.Module:
     """A network that tells the templates apart, so that it withstands eps 0.05 and not 0.3."""
     x, y = images
     with torch.random.fork_rng(), torch.enable_grad():
@@ -39,10 +41,18 @@ def net(images: tuple[Tensor, Tensor]) -> nn.Module:
 
 
 @pytest.fixture
+def net(trained_once: nn.Module) -> nn.Module:
+    """A copy that a test may change."""
+    return copy.deepcopy(trained_once)
+
+
+SMALL = budgets.Budget(20, 20, 60, 30, 1, 200, autoattack=False)
+"""With it an audit takes a second, and still comes to the right verdict."""
+
+
+@pytest.fixture
 def small_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A quick audit takes a second, and still comes to the right verdict."""
-    small = budgets.Budget(20, 20, 60, 30, 1, 200, autoattack=False)
-    monkeypatch.setitem(budgets.BUDGETS, "quick", small)
+    monkeypatch.setitem(budgets.BUDGETS, "quick", SMALL)
 
 
 @pytest.fixture
@@ -53,3 +63,21 @@ def run(images, small_budget: None) -> Callable[..., Audit]:
         return audit(model, data, surestep.Linf(eps), budget="quick", **more)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def plain(trained_once: nn.Module, images: tuple[Tensor, Tensor]) -> Audit:
+    """What ``run(net)`` returns, for tests that only read it."""
+    with pytest.MonkeyPatch.context() as patch:
+        # As for a single test; the fixtures that do so are not there yet.
+        patch.setitem(budgets.BUDGETS, "quick", SMALL)
+        patch.setattr(substitute, "STEPS", 80)
+        patch.setattr(binarization, "INNER", 199)
+        return audit(copy.deepcopy(trained_once), images, surestep.Linf(0.3), budget="quick")
+
+
+@pytest.fixture
+def little_else(monkeypatch):
+    """Still less of what costs time: how good the substitute and binarization are says nothing."""
+    monkeypatch.setattr("surestep.evaluation.substitute.STEPS", 20)
+    monkeypatch.setattr("surestep.auditing.binarization.INNER", 30)

@@ -10,24 +10,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from constructed import Layer
 from torch import nn
 
 import surestep
 from surestep.attacks.gradient import pgd_step_size
 from surestep.auditing import CHECKS, budgets, checks
+from surestep.auditing._check import over as over_limit
 from surestep.auditing._subject import Subject
 from surestep.evaluation import Adapted
 
 BY_NAME = {check.name: check for check in CHECKS}
 
 
-class Layer(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
+def curve(accuracies):
+    """What an evaluation tells of a PGD-50 at several radii."""
+    return [{"robust_accuracy": {"pgd-50": accuracy}} for accuracy in accuracies]
 
 
 @pytest.fixture
@@ -381,7 +379,9 @@ def test_sat_properties_against_plain_loops(ask, task):
 def test_what_flags_a_sweep(ask, net, monkeypatch, accuracy, flagged):
     left = iter(accuracy)
     monkeypatch.setattr(
-        checks, "evaluate", lambda *_, **__: SimpleNamespace(worst_case_accuracy=next(left))
+        checks,
+        "evaluate",
+        lambda *_, **__: SimpleNamespace(curve=curve(left)),
     )
     found = ask("eps-sweep", net)
     assert found.evidence["accuracy"] == accuracy
@@ -392,7 +392,9 @@ def test_a_ball_that_holds_every_image(ask, net, monkeypatch):
     """In L2 its radius is the diagonal of 64 pixels; nothing is said there of half the range."""
     left = iter([0.9, 0.9, 0.9, 0.9, 0.9, 0.0])
     monkeypatch.setattr(
-        checks, "evaluate", lambda *_, **__: SimpleNamespace(worst_case_accuracy=next(left))
+        checks,
+        "evaluate",
+        lambda *_, **__: SimpleNamespace(curve=curve(left)),
     )
     found = ask("eps-sweep", net, 0.5, surestep.L2)
     assert found.evidence["eps"] == [0.125, 0.25, 0.375, 0.5, 0.75, 8.0]
@@ -679,7 +681,7 @@ def test_a_check_finds_the_same_whichever_ran_before(net, images):
     [(0.88 - 0.85, 0.03, False), (0.95 - 0.94, 0.01, False), (0.88 - 0.84, 0.03, True)],
 )
 def test_a_difference_of_shares_is_not_above_its_limit_by_rounding(gap, limit, over):
-    assert checks._over(gap, limit) is over
+    assert over_limit(gap, limit) is over
 
 
 def test_a_close_look_at_sorted_images_sees_every_class(net, images):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from constructed import Layer
 from torch import nn
 
 import surestep
@@ -16,31 +17,22 @@ from surestep.auditing.binarization import binarization_rates
 THREAT = surestep.Linf(0.3)
 
 
-class Layer(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
-
-
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_a_torchscript_program_has_no_layers_to_look_into(net, images):
     program = torch.jit.trace(net.eval(), images[0][:2])
-    assert stand_ins.flat_layers(program, images[0]) == []
+    assert stand_ins.blocking_layers(program, images[0]) == []
 
 
-def test_flat_layers_are_the_innermost(net, images):
+def test_blocking_layers_are_the_innermost(net, images):
     model = nn.Sequential(
         nn.Sequential(nn.Identity(), Layer(torch.round), nn.Identity()),
         net,
         nn.Sequential(nn.Identity()),
     )
-    assert stand_ins.flat_layers(model, images[0]) == ["0.1"]
-    assert stand_ins.flat_layers(net, images[0]) == []
+    assert stand_ins.blocking_layers(model, images[0]) == ["0.1"]
+    assert stand_ins.blocking_layers(net, images[0]) == []
     hidden = nn.Sequential(Layer(torch.Tensor.detach), net)
-    assert stand_ins.flat_layers(hidden, images[0]) == ["0"]
+    assert stand_ins.blocking_layers(hidden, images[0]) == ["0"]
 
 
 def test_a_layer_with_a_wrong_backward_is_passed_straight_through(net, images):
@@ -53,7 +45,7 @@ def test_a_layer_with_a_wrong_backward_is_passed_straight_through(net, images):
         return (z * 7).round().detach() / 7 + fake - fake.detach()
 
     model = nn.Sequential(Layer(forward), net)
-    assert stand_ins.flat_layers(model, x) == ["0"]
+    assert stand_ins.blocking_layers(model, x) == ["0"]
     with stand_ins.bpda(model, x, ["0"]) as smooth:
         z = x.clone().requires_grad_()
         (grad,) = torch.autograd.grad(smooth(z).sum(), z)
@@ -77,10 +69,10 @@ def test_sound_layers_are_not_taken_for_wrong_ones(images):
         nn.Flatten(),
         nn.Linear(512, 3),
     )
-    assert stand_ins.flat_layers(model.eval(), images[0][:32]) == []
+    assert stand_ins.blocking_layers(model.eval(), images[0][:32]) == []
     half = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Linear(64, 3)).bfloat16()
     wrapped = nn.Sequential(Layer(torch.Tensor.bfloat16), half)
-    assert stand_ins.flat_layers(wrapped, images[0]) == []
+    assert stand_ins.blocking_layers(wrapped, images[0]) == []
 
 
 def test_straight_through_keeps_the_forward_and_gives_a_gradient(net, images):
@@ -139,7 +131,7 @@ def test_codes_that_are_whole_numbers_are_not_replaced(run, images):
     torch.manual_seed(0)
     codes = Layer(lambda z: (z.flatten(1) > 0.5).long())
     model = nn.Sequential(codes, nn.Embedding(2, 2), nn.Flatten(), nn.Linear(128, 3))
-    assert stand_ins.flat_layers(model, images[0]) == []
+    assert stand_ins.blocking_layers(model, images[0]) == []
     found = run(model, data=(images[0], model(images[0]).argmax(1)))
     assert found.verdict != "robust"
 
@@ -163,7 +155,8 @@ def test_a_fit_that_fails_leaves_no_hook(images, net, monkeypatch):
     assert not any(m._forward_hooks for m in model.modules())
 
 
-def test_expectation_over_passes(net, images):
+def test_expectation_over_passes(net, images, monkeypatch):
+    monkeypatch.setattr(stand_ins, "EOT_SAMPLES", 25)
     x, _ = images
     noisy = nn.Sequential(Layer(lambda z: z + 0.3 * torch.randn_like(z)), net)
     torch.manual_seed(0)
@@ -171,7 +164,7 @@ def test_expectation_over_passes(net, images):
     def spread(model):
         return torch.stack([model(x).log_softmax(1) for _ in range(8)]).std(0).mean()
 
-    assert spread(stand_ins.Expected(noisy, 25)) < 0.4 * spread(noisy)
+    assert spread(stand_ins.Expected(noisy)) < 0.4 * spread(noisy)
 
 
 def test_log_probabilities_undo_a_softmax(net, images):
@@ -283,3 +276,11 @@ def test_what_votes_without_any_gradient_is_a_switch():
             return sum(F.one_hot(net(x.flatten(1)).argmax(1), 3).float() for net in nets)
 
     assert stand_ins.switches(Vote().eval(), torch.rand(8, 1, 8, 8)) == ["two", "one"]
+
+
+def test_rounding_to_a_lower_precision_is_no_wrong_gradient():
+    """The small steps that layers are compared on would be lost in bfloat16, or TF32 on a GPU."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Flatten(), nn.Linear(192, 3)).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert stand_ins.blocking_layers(net, torch.rand(8, 3, 8, 8)) == []

@@ -12,11 +12,17 @@ EPS = 0.1
 
 
 @pytest.mark.parametrize("inside", methods.names())
-def test_the_flags_of_the_method_inside(inside):
+def test_the_method_inside_keeps_its_flags_and_takes_its_step(inside, make_task):
     ours = methods.get("converge-smooth")(Linf(EPS), perturbation=inside)
     alone = methods.get(inside)(Linf(EPS))
     for name in ("needs_index", "second_order", "replays", "dropout"):
         assert getattr(ours, name) == getattr(alone, name)
+    task = make_task("mlp")
+    ours.progress = methods.Progress(step=3, steps_per_epoch=10, epochs=2, images=6)
+    result = ours(task.net, task.x, task.y, task.index)
+    result.loss.backward()
+    assert bool(result.loss.isfinite())
+    assert all(bool(p.grad.isfinite().all()) for p in task.net.parameters())
 
 
 def test_the_steps_of_the_method_inside():
@@ -72,3 +78,17 @@ def test_the_mean_weights_survive_a_resume(make_task):
         losses.append(method(copy.deepcopy(net), task.x, task.y).loss.detach())
     assert torch.equal(*losses)
     assert made[1].state_dict()["centre"]
+
+
+def test_the_method_inside_attacks_its_sources(make_task):
+    task, asked = make_task("mlp"), []
+    source = copy.deepcopy(task.net)
+    source.register_forward_hook(lambda *_: asked.append(1))
+    ours = methods.get("converge-smooth")(Linf(EPS), perturbation="eat")
+    assert ours.takes_sources
+    assert not methods.get("converge-smooth")(Linf(EPS), perturbation="fgsm").takes_sources
+    ours.sources = [source]
+    for number in range(4):
+        ours.progress = methods.Progress(step=number, steps_per_epoch=10, epochs=2, images=6)
+        ours(task.net, task.x, task.y)
+    assert asked

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from families import joined, merged
+from families import joined, merged, remembering
 from families.reading import NoReading
+from families.trees import same
 from torch import nn
 
 from surestep import L2, Linf, UserError, methods
@@ -17,6 +18,7 @@ def state(net):
     return {name: value.clone() for name, value in net.state_dict().items()}
 
 
+@pytest.mark.parametrize("task", ["conv", "flat"], indirect=True)
 @pytest.mark.parametrize("train", [True, False])
 def test_modes_flags_and_inputs_stay(method, task, train):
     net = task.net.train(train)
@@ -108,7 +110,28 @@ def test_what_is_compared_lies_where_the_perturbation_does(slug, base, make_task
     assert far == pytest.approx(0.1 + (method.alpha if free else 0), abs=1e-6)
 
 
-def test_images_that_ask_for_a_gradient_leave_no_graph(method, task):
+@pytest.mark.parametrize("slug", ["gradalign", "elle", "elle-a", "eat"])
+@pytest.mark.parametrize(
+    "base", ["fgsm", "r-fgsm", "rs-fgsm", "n-fgsm", "zerograd", "multigrad", "sads"]
+)
+def test_what_builds_on_any_single_step_takes_it(slug, base, make_task):
+    """Their image is the base's own; EAT's has the label that is predicted, not the true one."""
+    task, points = make_task("conv"), []
+    method = methods.get(slug)(Linf(0.1), perturbation=base)
+    for each in (method, methods.get(base)(Linf(0.1))):
+        each.progress = methods.Progress(step=3, steps_per_epoch=10, epochs=2, images=64)
+        torch.manual_seed(0)
+        points.append(each(copy.deepcopy(task.net), task.x, task.y).x_adv)
+    assert slug == "eat" or torch.equal(*points)
+    result = method(task.net, task.x, task.y)
+    result.loss.backward()
+    assert bool(result.loss.isfinite())
+    assert all(bool(p.grad.isfinite().all()) for p in task.net.parameters())
+    assert bool(task.net[0].weight.grad.any())
+
+
+def test_images_that_ask_for_a_gradient_leave_no_graph(method, make_task):
+    task = make_task("conv")
     task.x.requires_grad_()
     result = method(task.net, task.x, task.y, task.index)
     assert not result.x_adv.requires_grad
@@ -116,8 +139,8 @@ def test_images_that_ask_for_a_gradient_leave_no_graph(method, task):
     assert task.x.grad is None
 
 
-def test_same_seed_same_step(build, slug, task):
-    losses = []
+def test_same_seed_same_step(build, slug, make_task):
+    task, losses = make_task("mlp"), []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
         losses.append(
@@ -141,14 +164,21 @@ def test_dropout_and_other_threats(build, slug, make_task):
         net = nn.Sequential(*list(task.net)[:-1], nn.Dropout(0.5), task.net[-1])
         method = type(build(slug))(threat, **build(slug).params())
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-        losses = []
+        losses, moves = [], []
         for _ in range(2):
             optimizer.zero_grad()
-            losses.append(method(net, task.x, task.y, task.index).loss)
+            result = method(net, task.x, task.y, task.index)
+            losses.append(result.loss)
             losses[-1].backward()
             optimizer.step()
+            move = (result.x_adv - task.x).flatten(1)
+            moves.append(move.norm(dim=1) if isinstance(threat, L2) else move.abs().amax(1))
         assert bool(torch.stack(losses).isfinite().all())
         assert len({float(value.detach()) for value in losses}) == 2
+        slack = merged("REACH").get(slug, 0.0) * threat.eps / 0.1
+        far = float(torch.cat(moves).max())
+        assert far <= threat.eps + slack + 1e-6
+        assert (far > 0.1 * threat.eps) == (slug != "standard")
 
 
 def test_in_a_round_ball_every_move_is_a_step_of_its_norm(build, slug, make_task, monkeypatch):
@@ -222,16 +252,31 @@ def test_the_first_batch_is_checked(method, make_task, kind):
 def test_state_survives_a_resume(build, slug, make_task):
     task = make_task("conv")
     method, resumed = build(slug), build(slug)
-    index = torch.arange(len(task.x))
     for _ in range(2):
-        method(task.net, task.x, task.y, index)
+        method(task.net, task.x, task.y, task.index)
     resumed.load_state_dict(copy.deepcopy(method.state_dict()))
+    assert same(resumed.state_dict(), method.state_dict())
     losses = []
     for each in (method, resumed):
+        # In the first epoch what is remembered of an image is not read yet.
+        each.progress = methods.Progress(step=13, steps_per_epoch=10, epochs=2, images=64)
         torch.manual_seed(0)
-        losses.append(each(copy.deepcopy(task.net), task.x, task.y, index).loss)
+        losses.append(each(copy.deepcopy(task.net), task.x, task.y, task.index).loss)
     assert torch.equal(*losses)
-    assert str(resumed.state_dict()) == str(method.state_dict())
+    assert same(resumed.state_dict(), method.state_dict())
+
+
+@pytest.mark.parametrize("slug", remembering())
+def test_a_state_that_lacks_something_leaves_it_as_it_is(build, slug, make_task):
+    task, method = make_task("conv"), build(slug)
+    begun = copy.deepcopy(method.state_dict())
+    for step in (3, 13):  # of two epochs
+        method.progress = methods.Progress(step, steps_per_epoch=10, epochs=2, images=64)
+        method(task.net, task.x, task.y, task.index)
+    before = copy.deepcopy(method.state_dict())
+    assert not same(before, begun)
+    method.load_state_dict({})
+    assert same(method.state_dict(), before)
 
 
 def test_half_strength_is_the_method_of_half_the_lengths(slug, build, make_task):

@@ -43,42 +43,47 @@ def test_cosines_are_float32_under_autocast():
 
 @pytest.mark.parametrize("name", ["lenet+", "preactresnet18"])
 def test_it_replaces_the_last_layer(name):
-    model = models.on_hypersphere(models.create(name, 7), 20.0)
-    assert isinstance(model.head, models.HypersphereHead)
-    assert model.head.scale == 20
     size = 28 if name == "lenet+" else 32
     channels = 1 if name == "lenet+" else 3
-    logits = model.eval()(torch.rand(2, channels, size, size))
+    x = torch.rand(2, channels, size, size)
+    model = models.on_hypersphere(models.create(name, 7), x, 20.0)
+    assert isinstance(model.head, models.HypersphereHead)
+    assert model.head.scale == 20
+    logits = model.eval()(x)
     assert logits.shape == (2, 7)
     assert float(logits.detach().abs().max()) <= 20.001
 
 
 def test_a_model_that_is_its_last_layer():
-    assert isinstance(models.on_hypersphere(nn.Linear(4, 3)), models.HypersphereHead)
+    assert isinstance(
+        models.on_hypersphere(nn.Linear(4, 3), torch.rand(1, 4)), models.HypersphereHead
+    )
 
 
 def test_two_layers_that_may_make_the_logits():
-    model = nn.ModuleDict({"body": nn.Linear(9, 4), "head": nn.Linear(4, 3)})
-    models.on_hypersphere(model)
-    model["head_dist"] = nn.Linear(4, 3)
-    said = "several linear layers of one shape, head, head_dist, and which of them make the logits"
+    x, model = torch.rand(1, 9), nn.Sequential()
+    model.add_module("body", nn.Linear(9, 4))
+    model.add_module("head", nn.Linear(4, 3))
+    models.on_hypersphere(model, x)
+    model.head.register_module("dist", nn.Linear(4, 3))
+    said = "several linear layers of one shape, head.dist, head, and which of them make the logits"
     with pytest.raises(UserError, match=said):
-        models.on_hypersphere(model)
+        models.on_hypersphere(model, x)
 
 
 def test_layers_inside_are_no_heads():
     """Those that are square, as a transformer's are, and those that have no shape yet."""
     for inside, last in ((nn.LazyLinear(4), (4, 3)), (nn.Linear(4, 4), (4, 4))):
-        model = models.on_hypersphere(nn.Sequential(inside, nn.Linear(*last)))
+        model = models.on_hypersphere(nn.Sequential(inside, nn.Linear(*last)), torch.rand(1, 4))
         assert isinstance(model[1], models.HypersphereHead)
         assert model[0] is inside
 
 
 def test_what_cannot_have_one():
     with pytest.raises(UserError, match="no linear layer"):
-        models.on_hypersphere(nn.Sequential(nn.Conv2d(1, 2, 3)))
+        models.on_hypersphere(nn.Sequential(nn.Conv2d(1, 2, 3)), torch.rand(1, 1, 8, 8))
     with pytest.raises(UserError, match="scale is -1"):
-        models.on_hypersphere(models.create("lenet+"), -1.0)
+        models.on_hypersphere(models.create("lenet+"), torch.rand(1, 1, 28, 28), -1.0)
 
 
 ODD = """

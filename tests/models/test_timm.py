@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from surestep import files, runs, targets
+from surestep import runs, targets
 from surestep.config import RunConfig
 from surestep.data import Images
 from surestep.errors import UserError
 from surestep.models import create
+from surestep.weights import load_weights, save_weights
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -76,10 +77,10 @@ def test_pretrained_weights_for_other_channels_expect_the_mean_statistics(tmp_pa
     images = Images(torch.rand(2, 1, 8, 8), torch.tensor([0, 1]))
     config = RunConfig(model="timm:net", weights="pretrained")
     begun = runs.build_model(config, images, begin=True)
-    files.save_weights(tmp_path / "w.safetensors", begun)
+    save_weights(tmp_path / "w.safetensors", begun)
     loaded = runs.build_model(config, images)
     assert not loaded.body.pretrained
-    files.load_weights(tmp_path / "w.safetensors", loaded)
+    load_weights(tmp_path / "w.safetensors", loaded)
     torch.testing.assert_close(loaded(images.x), begun(images.x))
     monkeypatch.setattr(targets.runs, "load_data", lambda *_: images)
     asked = {"dataset": "npz:any", "eps": 0.1, "device": "cpu"}

@@ -205,3 +205,16 @@ def full(
         return report.Report(**{**parts, **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def made() -> dict[str, str]:
+    return {}
+
+
+@pytest.fixture
+def full_html(request: pytest.FixtureRequest, made: dict[str, str]) -> str:
+    """The page of the full report; made once, for that takes long."""
+    if not made:
+        made["full"] = request.getfixturevalue("full")().to_html()
+    return made["full"]

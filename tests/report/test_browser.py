@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from surestep import report
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -30,16 +28,8 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture(scope="module")
-def pages() -> dict[str, str]:
-    """Made once: to make a page takes longer than to open it."""
-    return {}
-
-
 @pytest.fixture
-def show(
-    chromium: Any, pages: dict[str, str], full: Callable[..., report.Report], tmp_path: Path
-) -> Iterator[Any]:
+def show(chromium: Any, full_html: str, tmp_path: Path) -> Iterator[Any]:
     """Return ``show(**context)``: open the full report and wait until it is drawn.
 
     At the end nothing may have been said on the console, and nothing asked of the network.
@@ -48,9 +38,7 @@ def show(
     asked: list[str] = []
     contexts = []
     path = tmp_path / "report.html"
-    if not pages:
-        pages["full"] = full().to_html()
-    path.write_text(pages["full"], encoding="utf-8")
+    path.write_text(full_html, encoding="utf-8")
 
     def open_page(**settings: Any) -> Any:
         settings = {"viewport": {"width": 1280, "height": 900}, **settings}
@@ -116,8 +104,16 @@ def test_every_plot_is_drawn(show):
     assert len({line.evaluate("e => getComputedStyle(e).stroke") for line in lines.all()}) == 3
 
 
-def test_a_tooltip_appears_on_pointing(show):
+def test_what_a_reader_does(show):
+    """One after the other on one page: to open it and draw nine plots takes longest."""
     page = show()
+    a_tooltip_appears_on_pointing(page)
+    pointing_at_the_surface_moves_the_cross_section(page)
+    the_menu_shows_single_images(page)
+    evidence_unfolds(page)
+
+
+def a_tooltip_appears_on_pointing(page):
     tip = page.locator("#vg-tooltip-element")
     page.locator("#plot-accuracy-by-step").scroll_into_view_if_needed()
     points = page.locator("#plot-accuracy-by-step .mark-symbol path").all()
@@ -128,8 +124,7 @@ def test_a_tooltip_appears_on_pointing(show):
     assert "88.0%" in tip.inner_text()
 
 
-def test_pointing_at_the_surface_moves_the_cross_section(show):
-    page = show()
+def pointing_at_the_surface_moves_the_cross_section(page):
     page.locator("#plot-loss-surface-1").scroll_into_view_if_needed()
     before = cross_section(page)
     page.mouse.move(*cell(page, f=3, r=0))
@@ -137,8 +132,7 @@ def test_pointing_at_the_surface_moves_the_cross_section(show):
     assert "random direction" in page.locator("#vg-tooltip-element").inner_text()
 
 
-def test_the_menu_shows_single_images(show):
-    page = show()
+def the_menu_shows_single_images(page):
     before = cross_section(page)
     menu = page.locator("#plot-loss-surface-1 select")
     options = menu.locator("option").all_inner_texts()
@@ -149,8 +143,7 @@ def test_the_menu_shows_single_images(show):
     assert page.locator("#plot-loss-surface-1 .mark-rect.role-mark path").count() == 25
 
 
-def test_evidence_unfolds(show):
-    page = show()
+def evidence_unfolds(page):
     words = page.get_by_text("share", exact=True)
     assert not words.is_visible()
     page.locator(".checks summary").first.click()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import io
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,6 @@ def decode(uri: str):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_png_keeps_every_pixel(channels):
-    import numpy as np
-
     picture = torch.arange(channels * 5 * 7).view(channels, 5, 7) / 200
     array = np.asarray(decode(_png.data_uri(picture))).reshape(5, 7, channels)
     expected = (picture * 255).round().permute(1, 2, 0).byte().numpy()
@@ -171,3 +170,15 @@ def test_too_little_memory(net, images, monkeypatch):
         surestep.UserError, match=r"memory in the report's pictures: lower batch_size \(8\)"
     ):
         gather(net, x, y, LINF, batch_size=8)
+
+
+def test_models_that_draw_from_numpy_get_the_same_pictures_again(net, images):
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return net(x * float(np.random.rand()))  # noqa: NPY002 (as models do)
+
+    found = []
+    for state in (1, 2):
+        np.random.seed(state)  # noqa: NPY002
+        found.append(gather(Noisy(), *images, LINF, samples=2, points=3, steps=2))
+    assert found[0] == found[1]

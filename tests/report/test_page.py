@@ -54,8 +54,8 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def page(full) -> Page:
-    return Page(full().to_html())
+def page(full_html) -> Page:
+    return Page(full_html)
 
 
 def test_the_verdict_comes_first(page):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -39,7 +40,7 @@ def apgd_ce(
         x: images (N, ...) in the threat model's range.
         y: labels (N,).
         threat: norm, radius and data range.
-        steps: number of steps, for each target if there are targets.
+        steps: number of steps.
 
     Returns:
         x_adv, shaped as x, within the ball: misclassified where the attack succeeded.
@@ -68,7 +69,7 @@ def apgd_t(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, steps: i
         x: images (N, ...) in the threat model's range.
         y: labels (N,).
         threat: norm, radius and data range.
-        steps: number of steps, for each target if there are targets.
+        steps: number of steps for each target.
 
     Returns:
         x_adv, shaped as x, within the ball: misclassified where the attack succeeded.
@@ -103,7 +104,7 @@ def fab_t(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, steps: in
         x: images (N, ...) in the threat model's range.
         y: labels (N,).
         threat: norm, radius and data range.
-        steps: number of steps, for each target if there are targets.
+        steps: number of steps for each target.
 
     Returns:
         x_adv, shaped as x, within the ball: misclassified where the attack succeeded.
@@ -235,6 +236,7 @@ def _run(
         forked_rng(x.device),
         # The package leaves a point that is wrong by a hair, which TF32 and autocast make.
         exact(x.device),
+        _any_algorithm(),
         warnings.catch_warnings(),
         # The package turns gradients on where it takes one. Elsewhere its points would hold on to
         # the graphs of all iterations.
@@ -254,6 +256,18 @@ def _run(
     # A failed part may return NaN (FAB, on a flat model): the image itself then.
     found = torch.where(found.isfinite(), found, x)
     return threat.project(found, x)
+
+
+@contextmanager
+def _any_algorithm() -> Iterator[None]:
+    """Allow what is not deterministic: on CUDA, FAB's sums have no other kernel."""
+    asked = torch.are_deterministic_algorithms_enabled()
+    only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(asked, warn_only=only_warn)
 
 
 def _unscale(x: Tensor, threat: ThreatModel) -> Tensor:

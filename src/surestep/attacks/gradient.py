@@ -60,6 +60,9 @@ def r_fgsm(
         alpha: size of the random step, at most eps; eps / 2 by default, as in the paper.
         loss: "ce", "margin" or "dlr".
 
+    Returns:
+        x_adv, shaped as x.
+
     Raises:
         UserError: on invalid images, labels, alpha or loss.
     """
@@ -71,8 +74,7 @@ def r_fgsm(
     start = threat.clip(x + threat.random_step(x, alpha))
     with attacking(model) as inner:
         grad, _ = input_gradient(inner, start, y, losses.get(loss))
-    step = threat.steepest_step(grad.nan_to_num(0.0), threat.eps - alpha)
-    return threat.project(start + step, x)
+    return threat.ascend(start, grad.nan_to_num(0.0), threat.eps - alpha, x)
 
 
 def i_fgsm(

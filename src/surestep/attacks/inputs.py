@@ -9,7 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.lending import attacking, check_module, compiled_whole, uncompiled, unwrapped
+from surestep.attacks.lending import (
+    attacking,
+    check_module,
+    compiled_whole,
+    hooked,
+    uncompiled,
+    unwrapped,
+)
 from surestep.errors import UserError
 from surestep.randomness import forked_rng
 from surestep.threat import ThreatModel
@@ -61,13 +68,9 @@ def features_of(model: nn.Module, x: Tensor) -> Tensor:
         if args and len(args[0]) == len(x):
             features = args[0]
 
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    hooks = [module.register_forward_pre_hook(note) for module in linear]
-    try:
+    linear = (module for module in model.modules() if isinstance(module, nn.Linear))
+    with hooked(module.register_forward_pre_hook(note) for module in linear):
         logits = forward_logits(model, x)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return (logits if features is None else features).flatten(1)
 
 

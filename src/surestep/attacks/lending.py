@@ -5,13 +5,14 @@ Modes, ``requires_grad`` flags, ``.grad`` and buffers are left as they were foun
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from surestep.devices import drop_casts_without_gradients
 from surestep.errors import UserError
@@ -74,6 +75,27 @@ def interpreted(model: nn.Module) -> Iterator[None]:
             yield
     else:
         yield
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Keep hooks on modules for the block.
+
+    Args:
+        handles: what registers the hooks, one after another, as a generator does: if one of them
+            cannot be, those before it are taken off, too.
+    """
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.enter_context(handle)
+        yield
+
+
+def hookable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the names and modules inside a model that take hooks: TorchScript's do not."""
+    for name, module in model.named_modules():
+        if name and not isinstance(module, torch.jit.ScriptModule):
+            yield name, module
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

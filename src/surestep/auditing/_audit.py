@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from surestep.attacks.core import input_gradient, share_of
-from surestep.attacks.gradient import varies
-from surestep.attacks.inputs import check_inputs, check_labels, count_classes, forward_logits
+from surestep.attacks.core import share_of
+from surestep.attacks.inputs import check_inputs
 from surestep.attacks.lending import (
     attacking,
     check_module,
@@ -24,28 +23,21 @@ from surestep.attacks.lending import (
     uncompiled,
     unwrapped,
 )
+from surestep.auditing._check import CHECKS, Check
 from surestep.auditing._subject import Subject
 from surestep.auditing.budgets import budget_of
-from surestep.auditing.checks import (
-    CHECKS,
-    Check,
-    black_box_beats_white_box,
-    blind_share,
-    gap_profile,
-)
+from surestep.auditing.checks import black_box_beats_white_box, gap_profile, vanishing_gradients
 from surestep.auditing.escalation import escalate
-from surestep.auditing.stand_ins import EOT_SAMPLES, switches
 from surestep.auditing.verdict import AuditNumbers, judge
 from surestep.data import Images
-from surestep.devices import autocast, has_bf16, memory_for
+from surestep.devices import memory_for
 from surestep.errors import UserError
-from surestep.evaluation import Adapted, doubts, wilson_interval
+from surestep.evaluation import Adapted, doubts, suite, wilson_interval
 from surestep.evaluation.batches import batches_of, warn_of_one_class
 from surestep.evaluation.substitute import substitute
-from surestep.evaluation.suite import Attack, transfer
+from surestep.evaluation.suite import Attack
 from surestep.randomness import forked_rng, seed_everything
-from surestep.threat import ThreatModel
-from surestep.threat import check as check_threat
+from surestep.threat import ThreatModel, check_threat
 
 FORMAT, VERSION = "surestep-audit", 1
 
@@ -175,32 +167,38 @@ def audit(
         if n is not None:
             warn_of_one_class(Counter(y.tolist()), stacklevel=2)
         subject = Subject(
-            adapted, x, y, threat, spend, seed, batch_size, tell, list(sources), state
+            model=adapted,
+            x=x,
+            y=y,
+            threat=threat,
+            budget=spend,
+            seed=seed,
+            batch_size=batch_size,
+            tell=tell,
+            sources=list(sources),
+            state=state,
         )
         _suite(subject)
         tell("masking checks")
-        checks = [check(subject) for check in CHECKS]
-        blind = blind_share(subject)
+        checks = {check.name: check(subject) for check in CHECKS}
         claims = {name: subject.accuracy(name) for name in ("fgsm", "pgd-10")}
-        steps = escalate(subject, checks)
+        steps = escalate(subject, checks.values())
         # The escalation may have found what these two checks could not know. A black-box flag stays
         # even if BPDA has since broken the same images: it is the reason why BPDA ran.
-        black_box, gaps = CHECKS.index(black_box_beats_white_box), CHECKS.index(gap_profile)
-        if not checks[black_box].flagged:
-            checks[black_box] = black_box_beats_white_box(subject)
-        checks[gaps] = gap_profile(subject)
-    return _conclude(subject, checks, claims, steps, blind, budget, time.perf_counter() - start)
+        if not checks[black_box_beats_white_box.name].flagged:
+            checks[black_box_beats_white_box.name] = black_box_beats_white_box(subject)
+        checks[gap_profile.name] = gap_profile(subject)
+    return _conclude(subject, checks, claims, steps, budget, time.perf_counter() - start)
 
 
 def _suite(s: Subject) -> None:
     """Run the attacks of every audit on every image that is right clean."""
     steps, budget = s.budget.steps, s.budget
-    s.attack(
-        [
-            *("fgsm", "fgsm-margin", "pgd-10", f"noise-{budget.noise}"),
-            *(f"pgd-{steps}", f"pgd-{steps}-margin", f"square-{budget.queries}"),
-        ]
-    )
+    names = [
+        *("fgsm", "fgsm-margin", "pgd-10", f"noise-{budget.noise}"),
+        *(f"pgd-{steps}", f"pgd-{steps}-margin", f"square-{budget.queries}"),
+    ]
+    s.attack(suite.parse_all(names, s.threat))
     if s.right["clean"].any():
         attack = _from_a_substitute(s)
         s.attack({"transfer": attack}, s.right["clean"])
@@ -209,21 +207,20 @@ def _suite(s: Subject) -> None:
 def _from_a_substitute(s: Subject) -> Attack:
     """Return the transfer attack from a substitute for the subject and from the given sources."""
     s.tell("training a substitute for the transfer attack")
-    stand_in = substitute(s.model, s.x, s.threat, s.seed)
+    own = substitute(s.model, s.x, s.threat, s.seed)
     with torch.no_grad():
-        alike = s.logits(s.x).argmax(1) == s.map(stand_in, s.x).argmax(1)
+        alike = s.logits(s.x).argmax(1) == s.map(own, s.x).argmax(1)
     s.agreement = share_of(alike)
     for doubt in doubts.of_sources(s.sources, *s.probe, s.batch_size):
         s.tell(doubt)
-    return transfer([stand_in, *s.sources], s.threat)
+    return suite.transfer([own, *s.sources], s.threat)
 
 
 def _conclude(
     s: Subject,
-    checks: list[Check],
+    checks: Mapping[str, Check],
     claims: dict[str, float],
     steps: list[dict[str, Any]],
-    blind: float,
     budget: str,
     seconds: float,
 ) -> Audit:
@@ -234,16 +231,17 @@ def _conclude(
         found=share_of(left),
         interval=wilson_interval(int(left.sum()), n),
         chance=s.y.bincount().max().item() / n,
-        no_gradient_share=blind,
+        no_gradient_share=_share_without_gradient(checks[vanishing_gradients.name]),
         missed=int(s.only_without_gradients.sum()) + s.square_in_autoattack,
         n=n,
         alone=s.left_by_the_strongest if s.random else None,
     )
-    verdict, sentence = judge(found, checks, budget)
+    in_order = list(checks.values())
+    verdict, sentence = judge(found, in_order, budget)
     return Audit(
         verdict=verdict,
         sentence=sentence,
-        checks=checks,
+        checks=in_order,
         clean_accuracy=found.clean,
         claims=claims,
         found_accuracy=found.found,
@@ -260,65 +258,13 @@ def _conclude(
     )
 
 
+def _share_without_gradient(vanishing: Check) -> float:
+    """Return the share of images at which, or beside which, even log-odds have no gradient."""
+    shares = vanishing.evidence["shares"]
+    return max(share for name, share in shares.items() if name.startswith("log-odds"))
+
+
 def _most_broken_by(broke: Mapping[str, Tensor]) -> str:
     """Return the name of the attack that broke the most images; "" if none broke any."""
     name = max(broke, key=lambda name: int(broke[name].sum()))
     return name if broke[name].any() else ""
-
-
-def estimate(
-    model: nn.Module,
-    images: Images,
-    budget: str,
-    n: int,
-    preprocess: nn.Module | None = None,
-    batch_size: int = 250,
-) -> float:
-    """Estimate how many seconds an audit takes at most: the cost for a fully robust model.
-
-    Args:
-        model: the model, on its device.
-        images: images to audit on.
-        budget: name of the budget.
-        n: number of images.
-        preprocess: as for ``audit``.
-        batch_size: images per pass of the attacks.
-
-    Raises:
-        UserError: the model fails on these images, or has no such labels.
-    """
-    spend = budget_of(budget)
-    device = device_of(model)
-    batch = images.first(min(100, batch_size, len(images)))
-    x, y = batch.pixels().to(device), batch.y.to(device)
-    adapted = Adapted(uncompiled(unwrapped(model)), preprocess)
-    check_labels(y, count_classes(adapted, x))
-
-    def forward_seconds(precision: torch.dtype) -> float:
-        for _ in range(2):  # the first pass prepares kernels
-            start = time.perf_counter()
-            with attacking(adapted), autocast(device, precision):
-                try:
-                    values = input_gradient(adapted, x, y)[0]
-                except UserError:  # without a gradient the forward is all the cost, or fails again
-                    values = forward_logits(adapted, x)
-                float(values.flatten()[0])  # reading a number waits for the GPU
-        return (time.perf_counter() - start) / len(x) / 3  # a gradient is about three forwards
-
-    full = forward_seconds(torch.float32)
-    fast = forward_seconds(torch.bfloat16) if spend.fast and has_bf16(device) else full
-    # Gradients: PGD with two losses, fgsm, fgsm-margin and pgd-10, and 70 for the transfer attack.
-    forwards = 3 * (2 * spend.steps + 12 + 70) + spend.noise + spend.queries
-    # The answers to flags: BPDA with two losses, and PGD of twice the steps.
-    forwards += 3 * 4 * spend.steps * spend.restarts + spend.late_queries
-    with attacking(adapted) as inner, forked_rng(device), interpreted(adapted):
-        if varies(inner, x):  # PGD with two losses on the mean of several passes
-            forwards += 3 * 2 * spend.steps * EOT_SAMPLES
-        forwards += 3 * spend.steps * len(switches(inner, x[:8]))
-    # 9700 in suite.py, where a gradient counts as two forwards.
-    forwards += 12_000 if spend.autoattack else 0
-    # The checks' gradients, most of them of eps-sweep and convergence, and binarization's 1,250
-    # passes for a fifth of the images.
-    close = (3 * 900 + 250) * spend.probe
-    questions = 20_000  # of the substitute
-    return fast * forwards * n + full * (close + questions)

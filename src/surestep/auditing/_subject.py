@@ -29,8 +29,7 @@ from surestep.auditing.budgets import Budget
 from surestep.clock import each_minute
 from surestep.data import mixed
 from surestep.devices import has_bf16
-from surestep.evaluation import Adapted, evaluate, suite, wilson_interval
-from surestep.evaluation.doubts import ROUNDED_IN_HALF, rough_logits
+from surestep.evaluation import Adapted, doubts, evaluate, suite, wilson_interval
 from surestep.evaluation.suite import Attack
 from surestep.threat import ThreatModel
 
@@ -68,14 +67,6 @@ class PGDCourse(NamedTuple):
     losses: list[float]
     ever_wrong: Tensor
     wrong: Tensor
-
-
-def _by_square(by_part: Mapping[str, float] | None) -> float:
-    """Return the share that Square broke, from the shares that AutoAttack's parts left."""
-    if by_part is None or "square" not in by_part:
-        return 0.0
-    *_, before, after = by_part.values()  # Square is the last part
-    return before - after
 
 
 class _Watch(Best):
@@ -126,13 +117,13 @@ class Subject:
     tell: Callable[[str], None]
     sources: Sequence[nn.Module] = ()
     state: str | Path | None = None
-    right: dict[str, Tensor] = field(default_factory=dict)
-    broke: dict[str, Tensor] = field(default_factory=dict)
-    tried: dict[str, int] = field(default_factory=dict)
-    square_in_autoattack: int = 0
-    detached: bool = False
-    precision: torch.dtype = torch.float32
-    agreement: float | None = None
+    right: dict[str, Tensor] = field(init=False, default_factory=dict)
+    broke: dict[str, Tensor] = field(init=False, default_factory=dict)
+    tried: dict[str, int] = field(init=False, default_factory=dict)
+    square_in_autoattack: int = field(init=False, default=0)
+    detached: bool = field(init=False, default=False)
+    precision: torch.dtype = field(init=False, default=torch.float32)
+    agreement: float | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         try:
@@ -146,17 +137,17 @@ class Subject:
     def _agrees_in_bf16(self) -> bool:
         """Tell whether the model answers alike in bfloat16, on every image that is looked at."""
         some = self.x[:64]
-        full, half = self.logits(some), rough_logits(torch.bfloat16, self.model, some, len(some))
-        close = logit_distance(full, half) < ROUNDED_IN_HALF
+        full = self.logits(some)
+        half = doubts.logits(self.model, some, len(some), precision=torch.bfloat16)
+        close = logit_distance(full, half) < doubts.ROUNDED_IN_HALF
         return close and full.argmax(1).equal(half.argmax(1))
 
-    @property
-    def inner(self) -> nn.Module:
-        """The user's own model, without what the audit wrapped around it."""
-        model = self.model
+    def own_name(self, name: str) -> str:
+        """Return what a module is called in the user's model, without the audit's wrappers."""
+        model, wrapped = self.model, 0
         while isinstance(model, Graphed | Adapted):
-            model = model.model
-        return model
+            model, wrapped = model.model, wrapped + 1
+        return name.removeprefix("model." * wrapped)
 
     @property
     def survivors(self) -> Tensor:
@@ -173,9 +164,7 @@ class Subject:
 
         Attacks on stand-ins, such as BPDA, are gradient attacks; AutoAttack does not count.
         """
-        return self.right["clean"] & ~self._broken_by(
-            name for name in self.broke if not suite.gradient_free(name) and name != "autoattack"
-        )
+        return self.right["clean"] & ~self._broken_by(filter(suite.by_gradient, self.broke))
 
     @property
     def only_without_gradients(self) -> Tensor:
@@ -196,17 +185,16 @@ class Subject:
         none = torch.zeros(len(self.x), dtype=torch.bool)
         return torch.stack([none, *(self.broke[name] for name in names)]).any(0)
 
-    def attack(self, attacks: list[str] | dict[str, Attack], on: Tensor | None = None) -> None:
-        """Run attacks on the images ``on`` (N,), by default all, and record what they left."""
+    def attack(self, attacks: Mapping[str, Attack], on: Tensor | None = None) -> None:
+        """Run attacks on the images ``on`` (N,), by default all, and record what they left.
+
+        Of attacks that are given as names, ``evaluate`` would add BPDA variants; escalation.py runs
+        its own.
+        """
         rows = torch.arange(len(self.x)) if on is None else on.nonzero().squeeze(1)
         for name in attacks:
             self.right[name] = torch.zeros(len(self.x), dtype=torch.bool)
             self.broke[name] = torch.zeros(len(self.x), dtype=torch.bool)
-        if not len(rows):
-            return
-        if not isinstance(attacks, dict):
-            # Given as names, ``evaluate`` would add BPDA variants; escalation.py runs its own.
-            attacks = suite.parse_all(attacks, self.threat, self.sources)
         self.tell(f"{', '.join(attacks)} on {len(rows):,} images")
         at = rows.to(self.x.device)
         found = evaluate(
@@ -229,8 +217,9 @@ class Subject:
             self.broke[name][rows] = found.right["clean"] & ~found.right[name]
             self.tried[name] = int(found.right["clean"].sum())
         if "autoattack" in attacks:
-            (row,) = (row for row in found.attacks if row["name"] == "autoattack")
-            self.square_in_autoattack += round(_by_square(row["by_part"]) * len(rows))
+            (row,) = found.attacks  # it runs alone
+            *_, before, after = row["by_part"].values()  # Square is the last part
+            self.square_in_autoattack = round((before - after) * len(rows))
 
     @property
     def probe(self) -> tuple[Tensor, Tensor]:
@@ -279,8 +268,7 @@ class Subject:
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits (N, K) of images."""
-        with torch.no_grad():
-            return self.map(lambda z: forward_logits(self.model, z), x)
+        return doubts.logits(self.model, x, self.batch_size)
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the cross entropy (N,) of images."""

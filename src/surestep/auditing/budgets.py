@@ -35,10 +35,35 @@ class Budget:
 
 
 BUDGETS = {
-    "quick": Budget(50, 50, 200, 100, 1, 300, autoattack=False, fast=True),
-    "standard": Budget(100, 500, 1000, 200, 3, 2000, autoattack=True),
-    # The later Square has its own name and therefore its own random numbers.
-    "thorough": Budget(200, 10_000, 5000, 500, 5, 10_000, autoattack=True),
+    "quick": Budget(
+        steps=50,
+        noise=50,
+        queries=200,
+        probe=100,
+        restarts=1,
+        late_queries=300,
+        autoattack=False,
+        fast=True,
+    ),
+    "standard": Budget(
+        steps=100,
+        noise=500,
+        queries=1000,
+        probe=200,
+        restarts=3,
+        late_queries=2000,
+        autoattack=True,
+    ),
+    "thorough": Budget(
+        steps=200,
+        noise=10_000,
+        queries=5000,
+        probe=500,
+        restarts=5,
+        # This Square has its own name and therefore its own random numbers.
+        late_queries=10_000,
+        autoattack=True,
+    ),
 }
 
 

@@ -7,50 +7,32 @@ on the models of benchmarks/audit_zoo.py, whose truth is known.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from functools import reduce
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from surestep.activations import straight_through_layers
 from surestep.attacks import losses
-from surestep.attacks.core import SAME, Ascent, input_gradient, logit_distance, share_of
+from surestep.attacks.core import SAME, Ascent, logit_distance, share_of
 from surestep.attacks.gradient import pgd_step_size
 from surestep.attacks.inputs import forward_logits
+from surestep.auditing._check import Measurement, masking_check, over
 from surestep.auditing._subject import Subject
 from surestep.auditing.binarization import binarization_rates
-from surestep.devices import autocast, exact, finest
-from surestep.evaluation import doubts, evaluate, suite, wilson_interval
+from surestep.auditing.finite_differences import CONTRADICTED, error_along, errors_across
+from surestep.devices import finest
+from surestep.evaluation import doubts, evaluate, wilson_interval
 from surestep.evaluation.adapt import seeds_of
-from surestep.files import plain
-from surestep.randomness import seed_everything
 from surestep.threat import Linf, per_sample
 
 BETWEEN = 100
 """Number of points tried on the line from an image to its FGSM point."""
-STRIDES = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
-"""Lengths, in eps, of the steps over which gradients are compared with finite differences."""
 GAP = 0.08
 """Largest usual gap between PGD and all attacks with AutoAttack, as a share of the images."""
 SOLVED = 0.8
 """Share of the binarization test's problems that a working attack solves."""
-CONTRADICTED = 0.5
-"""Relative error, the median over the images, above which a gradient counts as wrong.
-
-Measured: 0.001 on trained models, with kwta or dead zones too, up to 0.2 in bfloat16; 0.9 or more
-where the gradient is that of another function.
-"""
-
-DIRECTIONS = 16
-"""Number of random directions along which gradients are compared with finite differences."""
-ACROSS = (0.01, 0.1, 1.0)
-"""Lengths, in eps, of these steps. What is wrong over all is neither rounding nor curvature."""
 MISLED = 0.1
 """Share of images with a gradient that is wrong across it above which gradients count as wrong.
 
@@ -64,119 +46,7 @@ AA = "Croce & Hein 2020, AutoAttack"
 IOAF = "Pintor et al. 2022, indicators of attack failure"
 
 
-@dataclass(frozen=True)
-class Check:
-    """What one masking check found.
-
-    Attributes:
-        number: 1 to 20.
-        name: identifier for programs.
-        title: name for people.
-        status: "passed", "flagged" or "skipped".
-        value: the measured value; None if nothing was measured.
-        threshold: in words, when the check flags.
-        sentence: what the value means for this model.
-        source: where the check is from.
-        evidence: the numbers behind it.
-    """
-
-    number: int
-    name: str
-    title: str
-    status: str
-    value: float | None
-    threshold: str
-    sentence: str
-    source: str
-    evidence: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def flagged(self) -> bool:
-        """Whether the check gives a reason to doubt."""
-        return self.status == "flagged"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values; None for numbers that are not finite, which JSON lacks."""
-        found: dict[str, Any] = plain(asdict(self))
-        return found
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What a check's function returns: whether it flags (None: not applicable), value, sentence."""
-
-    flag: bool | None
-    value: float | None
-    sentence: str
-    evidence: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class CheckDefinition:
-    """One masking check, called with a subject.
-
-    Attributes:
-        number: 1 to 20.
-        title: name for people.
-        threshold: in words, when the check flags.
-        source: where the check is from.
-        function: measures the subject.
-    """
-
-    number: int
-    title: str
-    threshold: str
-    source: str
-    function: Callable[[Subject], Measurement]
-
-    @property
-    def name(self) -> str:
-        """Identifier for programs: the function's name with hyphens."""
-        return self.function.__name__.replace("_", "-")
-
-    @property
-    def reason(self) -> str:
-        """Why the check tells anything."""
-        return (self.function.__doc__ or "").strip()
-
-    def __call__(self, subject: Subject) -> Check:
-        """Make the check on a subject."""
-        seed_everything(subject.seed * 100 + self.number)
-        found = self.function(subject)
-        return Check(
-            number=self.number,
-            name=self.name,
-            title=self.title,
-            status={None: "skipped", True: "flagged", False: "passed"}[found.flag],
-            value=found.value,
-            threshold=self.threshold,
-            sentence=found.sentence,
-            source=self.source,
-            evidence=found.evidence,
-        )
-
-
-CHECKS: list[CheckDefinition] = []
-
-
-def _over(gap: float, limit: float) -> bool:
-    """Tell whether a difference of shares is above a limit, beyond rounding (.88 - .85 > .03)."""
-    return gap > limit + 1e-9
-
-
-def _check(
-    number: int, title: str, threshold: str, source: str
-) -> Callable[[Callable[[Subject], Measurement]], CheckDefinition]:
-    """Register a check; its name is the function's."""
-
-    def register(function: Callable[[Subject], Measurement]) -> CheckDefinition:
-        CHECKS.append(CheckDefinition(number, title, threshold, source, function))
-        return CHECKS[-1]
-
-    return register
-
-
-@_check(
+@masking_check(
     1,
     "Deterministic forward",
     "normalised logits differ by > 1e-4, #right differs, relative logits differ by > 0.01 in other "
@@ -186,34 +56,28 @@ def _check(
 def deterministic_forward(s: Subject) -> Measurement:
     """Repeated passes, a pass in other batches and a pass with gradients on must all agree."""
     x, y = s.probe
-    first, *repeated = [doubts.logits(s.model, x, s.batch_size) for _ in range(3)]
+    first, *repeated = [s.logits(x) for _ in range(3)]
     others = {
         "depends on the rest of the batch": doubts.regrouped(s.model, x, s.batch_size),
         "answers differently with gradients on": doubts.logits(
             s.model, x, s.batch_size, gradients=True
         ),
     }
-    equal, changed = (
-        [int((out.argmax(1) == y).sum()) for out in outs]
-        for outs in ([first, *repeated], others.values())
-    )
+    right = [int((out.argmax(1) == y).sum()) for out in (first, *repeated, *others.values())]
     distance = max(logit_distance(first, run) for run in repeated)
-    signs = []
-    if not distance <= SAME or len(set(equal)) > 1:
-        signs.append("is random")
+    if not distance <= SAME or len(set(right[:3])) > 1:
+        signs = ["is random"]
     else:
         limit = doubts.rounding_of(s.model)
-        for sign, run in others.items():
-            if doubts.differ_on_many(first, run, limit):
-                signs.append(sign)
-                distance = max(distance, logit_distance(first, run))
+        signs = [name for name, run in others.items() if doubts.differ_on_many(first, run, limit)]
+        distance = max([distance, *(logit_distance(first, others[name]) for name in signs)])
     if seeds := seeds_of(s.model):
         signs.append(f"seeds the random generator of {', '.join(seeds)} in its forward")
     said = f"the model {' and '.join(signs)}" if signs else "passes agree"
-    return Measurement(bool(signs), distance, said, {"right": [*equal, *changed]})
+    return Measurement(bool(signs), distance, said, {"right": right})
 
 
-@_check(
+@masking_check(
     2,
     "Logits, not probabilities",
     "outputs in [0, 1] that sum to 1 within 1e-5 (16-bit weights: .02)",
@@ -228,17 +92,7 @@ def logits_not_probabilities(s: Subject) -> Measurement:
     return Measurement(flag, off, said, {"min": out.min().item(), "max": out.max().item()})
 
 
-def _flat_share(s: Subject, x: Tensor, y: Tensor, objective: losses.Objective) -> float:
-    return share_of(doubts.is_flat(s.gradient(x, y, objective)))
-
-
-def blind_share(s: Subject) -> float:
-    """Return the share of images at which, or beside which, even log-odds have no gradient."""
-    x, y = s.probe
-    return max(_flat_share(s, z, y, losses.log_odds) for z in (x, s.threat.random_start(x)))
-
-
-@_check(
+@masking_check(
     3,
     "Vanishing gradients",
     "any image whose input gradient is zero, or NaN in a tenth",
@@ -250,7 +104,7 @@ def vanishing_gradients(s: Subject) -> Measurement:
     near = s.threat.random_start(x)
     kinds = {"ce": losses.cross_entropy, "log-odds": losses.log_odds, "margin": losses.margin}
     shares = {
-        f"{name} at {where}": _flat_share(s, z, y, objective)
+        f"{name} at {where}": share_of(doubts.is_flat(s.gradient(z, y, objective)))
         for name, objective in kinds.items()
         for where, z in (("x", x), ("a random start", near))
     }
@@ -260,127 +114,7 @@ def vanishing_gradients(s: Subject) -> Measurement:
     return Measurement(flag, worst, said, {"shares": shares})
 
 
-def _difference_error(s: Subject, x: Tensor, y: Tensor) -> float | None:
-    """Return how far gradients are from finite differences along them, relative to themselves.
-
-    The median over the images, for the stride where it is smallest: shorter strides drown in
-    rounding, longer ones leave the region where the model is linear. None if rounding, or
-    randomness that no seed repeats, hides the differences on nine tenths of the images.
-    """
-    with exact(x.device):
-        ratios = s.map(lambda a, b: _difference_ratios(s, a, b), x, y)
-    errors = []
-    for ratio in ratios.unbind(1):
-        known = ratio[ratio.isfinite()]
-        if len(known) >= max(3, 0.1 * len(x)):
-            errors.append((known - 1).abs().median().item())
-    return min(errors, default=None)
-
-
-def _difference_ratios(s: Subject, x: Tensor, y: Tensor) -> Tensor:
-    """Return measured over predicted growth of the loss, (N, strides); NaN where noise hides it.
-
-    The steps are steepest ascent, clipped to the data range.
-    """
-    grad, measured = _gradient_and_values(s, x, y, losses.log_odds)
-    start, noise = _start_and_noise(measured, x, y)
-    ratios = []
-    for stride in STRIDES:
-        step = s.threat.clip(x + s.threat.steepest_step(grad, stride * s.threat.eps)) - x
-        growth = measured(x + step)[0] - start
-        predicted = _predicted(grad, step)
-        ratios.append(torch.where(predicted > noise, growth / predicted, math.nan))
-    return torch.stack(ratios, 1)
-
-
-Measured = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-def _gradient_and_values(
-    s: Subject, x: Tensor, y: Tensor, objective: losses.Objective
-) -> tuple[Tensor, Measured]:
-    """Return an objective's gradient at x, and what gives its values, with the logits, at points.
-
-    A random model draws the same in every pass.
-    """
-
-    @torch.no_grad()
-    def measured(point: Tensor) -> tuple[Tensor, Tensor]:
-        seed_everything(s.seed)
-        logits = forward_logits(s.model, point).to(finest(x.device))
-        return objective(logits, y), logits
-
-    seed_everything(s.seed)
-    return input_gradient(s.model, x, y, objective)[0].nan_to_num(0), measured
-
-
-def _start_and_noise(measured: Measured, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return an objective's values (N,) at x, and how large a difference noise alone may make."""
-    start, logits = measured(x)
-    noise = 64 * torch.finfo(torch.float32).eps * losses.size_of_margin(logits, y)
-    return start, torch.maximum(noise, 10 * (measured(x)[0] - start).abs())
-
-
-def _predicted(grad: Tensor, step: Tensor) -> Tensor:
-    """Return the growth (N,) that gradients predict for steps."""
-    kind = finest(grad.device)
-    return (grad.to(kind) * step.to(kind)).flatten(1).sum(1)
-
-
-def _errors_across(s: Subject, x: Tensor, y: Tensor) -> Tensor:
-    """Return how far gradients are from differences along random directions, relative to these.
-
-    A branch whose gradient is blocked adds nothing along the gradient of the others, so only steps
-    in other directions show it. One error for each image where noise does not hide the differences;
-    none at all if it does on most.
-    """
-    with exact(x.device):
-        error = s.map(lambda a, b: _error_across(s, a, b), x, y)
-    found = error[error.isfinite()]
-    return found if len(found) >= max(3, 0.5 * len(x)) else found[:0]
-
-
-def _error_across(s: Subject, x: Tensor, y: Tensor) -> Tensor:
-    """Return the errors (N,) at the best length; NaN where noise hides them, or gradients are 0."""
-    grad, measured = _gradient_and_values(s, x, y, losses.margin)
-    start, noise = _start_and_noise(measured, x, y)
-    over = (_error_over(s, length, x, grad, measured, start, noise) for length in ACROSS)
-    return reduce(torch.fmin, over)
-
-
-def _error_over(
-    s: Subject,
-    length: float,
-    x: Tensor,
-    grad: Tensor,
-    measured: Measured,
-    start: Tensor,
-    noise: Tensor,
-) -> Tensor:
-    """Return the errors (N,) over steps of a length, in eps.
-
-    The slope is half of the difference between a step's ends, the bend how far its middle lies from
-    their mean.
-    """
-    low, high = s.threat.bounds
-    rows = []
-    for k in range(DIRECTIONS):
-        seed_everything(s.seed + 1 + k)  # a pass draws from the seed itself
-        step = s.threat.random_step(x, length * s.threat.eps)
-        # A model may clip what lies outside the data range.
-        step = torch.where((x - step.abs() >= low) & (x + step.abs() <= high), step, 0)
-        up, down = measured(x + step)[0], measured(x - step)[0]
-        slope = (up - down) / 2
-        rows.append(torch.stack([slope, (up + down) / 2 - start, slope - _predicted(grad, step)]))
-    slope, bend, error = torch.stack(rows).square().mean(0).sqrt()
-    # Of values that are independent at the three points, as where a model rounds inside, the ratio
-    # of bend to slope is the square root of 3; of those that jump at random, 1. Error and slope are
-    # equal if nothing was predicted.
-    known = (slope > 4 * noise) & (bend < 1.3 * slope) & (error != slope)
-    return torch.where(known, error / slope, math.nan)
-
-
-@_check(
+@masking_check(
     4,
     "Broken gradients",
     "graph broken, NaN or Inf in gradients or logits, or gradients off by > half from finite "
@@ -397,12 +131,12 @@ def broken_gradients(s: Subject) -> Measurement:
         "gradients": share_of((~grad.isfinite()).any(1)),
         "logits": share_of((~out.isfinite()).any(1)),
     }
-    error = _difference_error(s, near, y)
+    error = error_along(s, near, y)
     contradicted = error is not None and error > CONTRADICTED
-    # Layers that know a way straight through them are attacked along it; weights of 16 bits round
-    # such short steps away.
+    # Layers with a straight-through gradient are attacked along it; weights of 16 bits round such
+    # short steps away.
     unsuited = straight_through_layers(s.model) or doubts.rounding_of(s.model) > doubts.ROUNDED
-    across = torch.tensor([]) if unsuited else _errors_across(s, near, y)
+    across = torch.tensor([]) if unsuited else errors_across(s, near, y)
     off = int((across > CONTRADICTED).sum())
     hidden = wilson_interval(off, len(across))[0] > MISLED
     worst = max(1.0 if s.detached or contradicted or hidden else 0.0, *shares.values())
@@ -430,7 +164,7 @@ def broken_gradients(s: Subject) -> Measurement:
     return Measurement(worst > 0, worst, said, {**shares, **evidence})
 
 
-@_check(5, "Optimisation inside forward", "autograd called in forward", AA)
+@masking_check(5, "Optimisation inside forward", "autograd called in forward", AA)
 def optimisation_in_forward(s: Subject) -> Measurement:
     """A forward that itself follows gradients adapts to the attack."""
     calls = 0
@@ -452,16 +186,18 @@ def optimisation_in_forward(s: Subject) -> Measurement:
     return Measurement(calls > 0, float(calls), said)
 
 
-@_check(6, "One step beats many", "accuracy under FGSM < under PGD, by > .005", f"{C19}; {A18}")
+@masking_check(
+    6, "One step beats many", "accuracy under FGSM < under PGD, by > .005", f"{C19}; {A18}"
+)
 def one_step_beats_many(s: Subject) -> Measurement:
     """More steps must find at least as much; when one finds more, the gradients mislead."""
     fgsm, pgd = s.accuracy("fgsm"), s.accuracy(f"pgd-{s.budget.steps}")
     # The two are measured on the same images: half a point is five of a thousand.
-    flag = _over(pgd - fgsm, doubts.BEATEN)
+    flag = over(pgd - fgsm, doubts.BEATEN)
     return Measurement(flag, pgd - fgsm, f"FGSM leaves {fgsm:.1%}, PGD {pgd:.1%}")
 
 
-@_check(
+@masking_check(
     7,
     "Collapse",
     "FGSM leaves > half of clean accuracy and PGD > 20 points less",
@@ -470,11 +206,11 @@ def one_step_beats_many(s: Subject) -> Measurement:
 def collapse(s: Subject) -> Measurement:
     """Catastrophic overfitting: robust to the one-step attack only."""
     fgsm, pgd = s.accuracy("fgsm"), min(s.accuracy(n) for n in s.right if n.startswith("pgd"))
-    flag = fgsm > 0.5 * s.accuracy("clean") and _over(fgsm - pgd, 0.2)
+    flag = fgsm > 0.5 * s.accuracy("clean") and over(fgsm - pgd, 0.2)
     return Measurement(flag, fgsm - pgd, f"FGSM leaves {fgsm:.1%}, PGD {pgd:.1%}")
 
 
-@_check(
+@masking_check(
     8,
     "Black-box beats white-box",
     "Square or transfer leaves less than gradients, by > .002, or breaks > .02 that they do not",
@@ -497,14 +233,14 @@ def black_box_beats_white_box(s: Subject) -> Measurement:
         said += f"; the substitute answers as the model on {s.agreement:.0%} of the images"
         evidence["substitute agrees"] = s.agreement
     return Measurement(
-        _over(best - black[name], 0.002) or max(only.values()) > doubts.MISSED * len(white),
+        over(best - black[name], 0.002) or max(only.values()) > doubts.MISSED * len(white),
         best - black[name],
         said,
         evidence,
     )
 
 
-@_check(
+@masking_check(
     9,
     "Random beats gradient",
     "random points break an image that gradients do not",
@@ -521,7 +257,7 @@ def random_beats_gradient(s: Subject) -> Measurement:
     return Measurement(value > 0, value, said)
 
 
-@_check(
+@masking_check(
     10,
     "Sweep of eps",
     "accuracy grows with eps by > .02, is > .05 above chance at eps .5, or unbounded > 0",
@@ -536,31 +272,29 @@ def eps_sweep(s: Subject) -> Measurement:
     if linf:
         multiples = {min(r, span) for r in multiples} | {span / 2}
     radii = sorted(multiples | {top})
-    accuracy = []
-    for eps in radii:
-        radius = s.threat.with_eps(eps)
-        found = evaluate(
-            s.model,
-            (x, y),
-            radius,
-            suite.parse_all(["pgd-50"], radius),
-            batch_size=s.batch_size,
-            seed=s.seed,
-            precision=s.precision,
-            doubt=False,
-        )
-        accuracy.append(found.worst_case_accuracy)
+    found = evaluate(
+        s.model,
+        (x, y),
+        s.threat,
+        ["pgd-50"],
+        eps=radii,
+        batch_size=s.batch_size,
+        seed=s.seed,
+        precision=s.precision,
+        doubt=False,
+    )
+    accuracy = [point["robust_accuracy"]["pgd-50"] for point in found.curve]
     rise = max(max(b - a for a, b in pairwise(accuracy)), 0.0)
     chance = s.y.bincount().max().item() / len(s.y)
     wide = [a for r, a in zip(radii, accuracy, strict=True) if linf and r >= span / 2]
     half = max(wide, default=0.0)
-    flag = _over(rise, 0.02) or _over(half - chance, 0.05) or accuracy[-1] > 0
+    flag = over(rise, 0.02) or over(half - chance, 0.05) or accuracy[-1] > 0
     said = f"accuracy without bounds {accuracy[-1]:.0%}, largest rise {rise:.1%}"
     evidence = {"eps": radii, "accuracy": accuracy, "n": len(x)}
     return Measurement(flag, accuracy[-1], said, evidence)
 
 
-@_check(
+@masking_check(
     11,
     "Convergence",
     "twice the steps or restarts change accuracy by > .01, or loss still moves",
@@ -571,21 +305,18 @@ def convergence(s: Subject) -> Measurement:
     x, y = s.probe
     steps = [5, 10, 25, 50, 100]
     size = pgd_step_size(s.threat.eps, 100)
-    with autocast(x.device, s.precision):
-        best = s.search(x, y, 100, size, stop_when_wrong=True)
+    best = s.search(x, y, 100, size, stop_when_wrong=True)
     broken = [int(((best.first_wrong >= 0) & (best.first_wrong <= k)).sum()) for k in steps]
     by_step = [1 - b / len(x) for b in broken]
     left, by_restart = best.wrong.logical_not(), [by_step[-1]]
     for _ in range(2):
         if left.any():
-            rest = x[left], y[left]
-            with autocast(x.device, s.precision):
-                again = s.search(*rest, 50, 2 * size, stop_when_wrong=True)
+            again = s.search(x[left], y[left], 50, 2 * size, stop_when_wrong=True)
             left[left.clone()] = ~again.wrong
         by_restart.append(share_of(left))
     moving = _late_movement(s)
     late, restart = by_step[-2] - by_step[-1], by_restart[0] - by_restart[1]
-    flag = _over(late, 0.01) or _over(restart, 0.01) or moving > 0.05
+    flag = over(late, 0.01) or over(restart, 0.01) or moving > 0.05
     said = (
         f"steps 50 to 100 find {late:.1%} more, a restart {restart:.1%}; the loss still moves by "
         f"{moving:.0%} of its range"
@@ -611,24 +342,26 @@ def _late_movement(s: Subject) -> float:
     return (max(last) - min(last)) / whole if whole > 0 else 0.0
 
 
-@_check(12, "Silent success", "> 1% of images were broken on the way and right at the end", IOAF)
+@masking_check(
+    12, "Silent success", "> 1% of images were broken on the way and right at the end", IOAF
+)
 def silent_success(s: Subject) -> Measurement:
     """An attack that returns its last iterate loses these; surestep's keep the best."""
     lost = share_of(s.pgd_course.ever_wrong & ~s.pgd_course.wrong)
     return Measurement(lost > 0.01, lost, f"{lost:.1%} were broken only on the way")
 
 
-@_check(13, "Cross entropy against margin", "the margin attack leaves > .05 less", AA)
+@masking_check(13, "Cross entropy against margin", "the margin attack leaves > .05 less", AA)
 def losses_agree(s: Subject) -> Measurement:
     """Scaled or smoothed logits blind one loss and not the other."""
     steps = s.budget.steps
     ce, other = s.accuracy(f"pgd-{steps}"), s.accuracy(f"pgd-{steps}-margin")
     return Measurement(
-        _over(ce - other, 0.05), ce - other, f"cross entropy leaves {ce:.1%}, margin {other:.1%}"
+        over(ce - other, 0.05), ce - other, f"cross entropy leaves {ce:.1%}, margin {other:.1%}"
     )
 
 
-@_check(
+@masking_check(
     14,
     "Gradient alignment",
     "mean cosine of gradients at x and nearby < .2",
@@ -646,7 +379,7 @@ def gradient_alignment(s: Subject) -> Measurement:
     return Measurement(cosine < 0.2, cosine, said, {"fgsm_pgd": to_pgd})
 
 
-@_check(
+@masking_check(
     15,
     "Local linearity",
     "error of linear interpolation > half the mean loss",
@@ -665,7 +398,7 @@ def local_linearity(s: Subject) -> Measurement:
     return Measurement(not value <= 0.5, value, f"relative error {value:.2f}", {"error": error})
 
 
-@_check(
+@masking_check(
     16,
     "Abnormal examples",
     "the FGSM step lowers the loss of > 5% of images",
@@ -680,7 +413,7 @@ def abnormal_examples(s: Subject) -> Measurement:
     )
 
 
-@_check(
+@masking_check(
     17,
     "Distorted boundary",
     f"> 5% of images right at both ends are wrong at one of {BETWEEN} points between",
@@ -699,10 +432,10 @@ def distorted_boundary(s: Subject) -> Measurement:
         left = left[s.logits(between).argmax(1) == y[left]] if len(left) else left
     share = 1 - len(left) / int(both.sum())
     said = f"of {int(both.sum())} images right at both ends, {share:.1%} are wrong between"
-    return Measurement(_over(share, 0.05), share, said, {"right at both ends": int(both.sum())})
+    return Measurement(over(share, 0.05), share, said, {"right at both ends": int(both.sum())})
 
 
-@_check(
+@masking_check(
     18,
     "The SAT properties",
     "loss at eps / 3 > .9 of the loss at eps, on images FGSM leaves right",
@@ -739,7 +472,7 @@ def sat_properties(s: Subject) -> Measurement:
     return Measurement(ratio > 0.9, ratio, said, {"step": shares, "loss": course, **distances})
 
 
-@_check(
+@masking_check(
     19,
     "Binarization test",
     "PGD solves < 80% of problems that have a solution, or random as many",
@@ -760,7 +493,7 @@ def binarization(s: Subject) -> Measurement:
     return Measurement(flag, pgd, said, {"pgd": pgd, "random": noise, "posed": posed})
 
 
-@_check(
+@masking_check(
     20,
     "Profile of gaps",
     "PGD over AutoAttack > 8 points, or PGD-10 over PGD > 3",
@@ -770,9 +503,9 @@ def gap_profile(s: Subject) -> Measurement:
     """How much each stronger attack takes, against what is usual."""
     pgd, ten = s.accuracy(f"pgd-{s.budget.steps}"), s.accuracy("pgd-10")
     gaps = {"pgd-10 over pgd": ten - pgd}
-    flag = _over(ten - pgd, 0.03)
+    flag = over(ten - pgd, 0.03)
     if "autoattack" in s.right:  # run on what the others left, so its share includes theirs
         gaps["pgd over all with autoattack"] = pgd - share_of(s.survivors)
-        flag |= _over(gaps["pgd over all with autoattack"], GAP)
+        flag |= over(gaps["pgd over all with autoattack"], GAP)
     said = ", ".join(f"{name} {100 * gap:.1f} points" for name, gap in gaps.items())
     return Measurement(flag, max(gaps.values()), said, gaps)

@@ -6,15 +6,15 @@ while its attacks run one after another on the images that nothing has broken so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from typing import Any, NamedTuple
 
 from surestep.activations import straight_through_layers
 from surestep.attacks.core import share_of
 from surestep.auditing import stand_ins
+from surestep.auditing._check import Check
 from surestep.auditing._subject import Subject
-from surestep.auditing.checks import Check
 from surestep.evaluation import suite
 from surestep.evaluation.suite import Attack
 
@@ -32,7 +32,7 @@ Answer = Callable[[Subject, set[str]], Planning]
 """Called with the names of the checks that flagged."""
 
 
-def escalate(s: Subject, checks: Sequence[Check]) -> list[dict[str, Any]]:
+def escalate(s: Subject, checks: Iterable[Check]) -> list[dict[str, Any]]:
     """Run the attacks that the flags call for; return why each was run and what it left."""
     flagged = {check.name for check in checks if check.flagged}
     steps: list[dict[str, Any]] = []
@@ -46,12 +46,11 @@ def escalate(s: Subject, checks: Sequence[Check]) -> list[dict[str, Any]]:
                 # Gradient attacks also try the images that only gradient-free ones broke: breaking
                 # those, too, shows that this attack has gradients that tell something. On a random
                 # model they try all, so that each tells by itself how much it breaks.
-                seen = suite.gradient_free(name) or name == "autoattack"
                 further = s.right["clean"] if s.random else s.only_without_gradients
-                on = left if seen else left | further
+                on = left | further if suite.by_gradient(name) else left
                 if not on.any():
                     continue
-                s.attack([name] if attack is None else {name: attack}, on)
+                s.attack({name: attack or suite.parse(name, s.threat, s.sources)}, on)
                 s.right[name] &= left
                 steps.append({"name": name, "why": why, "accuracy": share_of(s.survivors)})
     return steps
@@ -96,10 +95,10 @@ def _bpda(s: Subject, flagged: set[str]) -> Planning:
     """
     some = s.probe[0][: min(64, s.batch_size)]
     # Few, since the inputs of all layers are held at once: of a large network a gigabyte.
-    layers = stand_ins.flat_layers(s.model, some[:8])
+    layers = stand_ins.blocking_layers(s.model, some[:8])
     if not layers:
         return
-    names = ", ".join(name.removeprefix(_wrapping(s)) for name in layers)
+    names = ", ".join(map(s.own_name, layers))
     with stand_ins.bpda(s.model, some, layers) as smooth:
         yield Planned(
             "bpda",
@@ -108,18 +107,13 @@ def _bpda(s: Subject, flagged: set[str]) -> Planning:
         )
 
 
-def _wrapping(s: Subject) -> str:
-    """Return what the names of modules begin with before those of the user's own model."""
-    return {id(m): name for name, m in s.model.named_modules()}[id(s.inner)] + "."
-
-
 def _switch(s: Subject, flagged: set[str]) -> Planning:
     """Change what decides without a gradient, such as which expert answers.
 
     Whatever the checks say: each expert's gradient is sound, and leads nowhere.
     """
     for name in stand_ins.switches(s.model, s.probe[0][: min(8, s.batch_size)]):
-        own = name.removeprefix(_wrapping(s))
+        own = s.own_name(name)
         yield Planned(
             f"switch-{own}",
             f"what {own} returns reaches the logits through no gradient: change what it decides",

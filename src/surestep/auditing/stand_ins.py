@@ -6,7 +6,7 @@ The points they find count only if the model itself misclassifies them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from surestep.attacks.core import in_turn, share_of
 from surestep.attacks.gradient import pgd
 from surestep.attacks.inputs import forward_logits
-from surestep.auditing.checks import CONTRADICTED
-from surestep.devices import finest
+from surestep.attacks.lending import hookable, hooked
+from surestep.auditing.finite_differences import CONTRADICTED
+from surestep.devices import exact, finest, out_of_memory
 from surestep.errors import UserError
 from surestep.evaluation.suite import Attack
 from surestep.randomness import forked_rng, seed_everything
@@ -44,13 +45,13 @@ class LogProbabilities(nn.Module):
 class Expected(nn.Module):
     """A random model's mean prediction over several passes (expectation over transformation)."""
 
-    def __init__(self, model: nn.Module, samples: int = EOT_SAMPLES) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.samples = model, samples
+        self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the mean of the log probabilities (N, K)."""
-        runs = [F.log_softmax(forward_logits(self.model, x), dim=1) for _ in range(self.samples)]
+        runs = [F.log_softmax(forward_logits(self.model, x), dim=1) for _ in range(EOT_SAMPLES)]
         return torch.stack(runs).mean(0)
 
 
@@ -70,46 +71,45 @@ def on_stand_in(stand_in: nn.Module, threat: ThreatModel, steps: int, restarts: 
     return Attack(partial(in_turn, attacks=tries), 4 * steps * restarts)
 
 
-def flat_layers(model: nn.Module, x: Tensor) -> list[str]:
+def blocking_layers(model: nn.Module, x: Tensor) -> list[str]:
     """Return the names of the innermost layers through which no gradient, or a wrong one, flows.
 
     Args:
         model: in eval mode.
         x: some images (N, ...).
     """
-    flat: list[str] = []
-    seen: dict[str, tuple[Tensor, nn.Module]] = {}
-    handles = []
-    for name, module in model.named_modules():
-        # TorchScript's modules take no hooks.
-        if name and not isinstance(module, torch.jit.ScriptModule):
+    seen: dict[str, tuple[nn.Module, Tensor]] = {}
 
-            def note(m: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
-                    seen.setdefault(name, (args[0].detach().clone(), m))
+    def note(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+            # A copy, before a layer that works in place overwrites it.
+            seen.setdefault(name, (module, args[0].detach().clone()))
 
-            handles.append(module.register_forward_pre_hook(note))
+    hooks = (m.register_forward_pre_hook(partial(note, name)) for name, m in hookable(model))
+    with hooked(hooks), torch.no_grad():
+        forward_logits(model, x)
+    blocking = [n for n, layer in seen.items() if _is_flat(*layer) or _is_contradicted(*layer)]
+    return [n for n in blocking if not any(other.startswith(f"{n}.") for other in blocking)]
+
+
+def _alone(module: nn.Module, given: Tensor) -> Tensor | None:
+    """Return what a layer by itself makes of its input; None if that is no tensor of floats."""
     try:
-        with torch.no_grad():
-            forward_logits(model, x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, (given, module) in seen.items():
-        if _is_flat(module, given) or _is_contradicted(module, given):
-            flat.append(name)
-    return [n for n in flat if not any(other.startswith(f"{n}.") for other in flat)]
+        out = module(given)
+    except Exception as e:  # a layer that takes more than one argument
+        if out_of_memory(e):
+            raise
+        return None
+    # Integers have no gradient, and what follows takes nothing else.
+    return out if isinstance(out, Tensor) and out.is_floating_point() else None
 
 
 def _is_flat(module: nn.Module, given: Tensor) -> bool:
     with torch.enable_grad():
         given = given.clone().requires_grad_()
-        try:
-            out = module(given)
-        except Exception:  # a layer that takes more than one argument
+        out = _alone(module, given)
+        if out is None:
             return False
-        if not isinstance(out, Tensor) or not out.is_floating_point():
-            return False  # integers have no gradient, and what follows takes nothing else
         if torch.equal(out, given):
             return not out.requires_grad
         if not out.requires_grad:
@@ -131,18 +131,16 @@ def _is_contradicted(module: nn.Module, given: Tensor) -> bool:
         return False
     # Beside the activations: where several tie, max-pooling has no slope to compare with.
     size = given.std().nan_to_num(0).clamp(min=1e-6)
-    with forked_rng(given.device), torch.enable_grad():
+    # Rounded to TF32, the step would be lost.
+    with forked_rng(given.device), exact(given.device), torch.enable_grad():
         at = (given + 1e-2 * size * torch.randn_like(given)).requires_grad_()
         step = 1e-5 * size * torch.randn_like(given)
         weight = torch.randn_like(given)
 
         def passed(z: Tensor) -> Tensor | None:
             seed_everything(0)  # a random layer must draw the same in both passes
-            try:
-                out = module(z)
-            except Exception:  # a layer that takes more than one argument
-                return None
-            same = isinstance(out, Tensor) and out.dtype == z.dtype and out.shape == z.shape
+            out = _alone(module, z)
+            same = out is not None and out.dtype == z.dtype and out.shape == z.shape
             return out if same else None
 
         out, moved = passed(at), passed(at.detach() + step)
@@ -167,10 +165,9 @@ def bpda(model: nn.Module, x: Tensor, names: list[str]) -> Iterator[nn.Module]:
     Args:
         model: in eval mode.
         x: some images (N, ...) to fit the networks on.
-        names: names of the layers, see ``flat_layers``.
+        names: names of the layers, see ``blocking_layers``.
     """
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for name in names:
             module = model.get_submodule(name)
             seen: list[tuple[Tensor, Tensor]] = []
@@ -183,11 +180,9 @@ def bpda(model: nn.Module, x: Tensor, names: list[str]) -> Iterator[nn.Module]:
             # Copies, since a forward in inference mode makes tensors that nothing can be fitted to.
             smooth = _surrogate(*(tensor.clone() for tensor in seen[0]))
             if smooth is not None:
-                handles.append(module.register_forward_hook(partial(_backward_through, smooth)))
+                through = partial(_backward_through, smooth)
+                hooks.enter_context(module.register_forward_hook(through))
         yield model
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 MOST_SWITCHES = 3
@@ -212,12 +207,17 @@ def switches(model: nn.Module, x: Tensor) -> list[str]:
                 seen.pop(name, None)
                 seen[name] = out
 
-        logits = _hooked(model, x, note)
-        names = []
-        for name, out in seen.items():
-            (of_x,) = _gradient(out, x)
-            if of_x is not None and _gradient(logits, out) == (None,):
-                names.append(name)
+        hooks = (
+            module.register_forward_hook(lambda _m, _args, out, name=name: note(name, out))
+            for name, module in hookable(model)
+        )
+        with hooked(hooks):
+            logits = forward_logits(model, x)
+        names = [
+            name
+            for name, out in seen.items()
+            if _gradient(out, x) is not None and _gradient(logits, out) is None
+        ]
     outermost = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
     deciding = (name for name in reversed(outermost) if _decides(model, name, x))
     return list(islice(deciding, MOST_SWITCHES))
@@ -233,32 +233,15 @@ def _decides(model: nn.Module, name: str, x: Tensor) -> bool:
         seed_everything(0)  # a random model must draw the same in both passes
         before = forward_logits(model, x)
         seed_everything(0)
-        handle = model.get_submodule(name).register_forward_hook(turned)
-        try:
+        with model.get_submodule(name).register_forward_hook(turned):
             return not torch.equal(before, forward_logits(model, x))
-        finally:
-            handle.remove()
 
 
-def _gradient(out: Tensor, of: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(out: Tensor, of: Tensor) -> Tensor | None:
     if not out.requires_grad or not of.requires_grad:
-        return (None,)
-    return torch.autograd.grad(out.sum(), of, allow_unused=True, retain_graph=True)
-
-
-def _hooked(model: nn.Module, x: Tensor, note: Callable[[str, Any], None]) -> Tensor:
-    """Return the logits (N, K); call ``note`` with the name and output of each module that runs."""
-    handles = [
-        module.register_forward_hook(lambda _m, _args, out, name=name: note(name, out))
-        for name, module in model.named_modules()
-        # TorchScript's modules take no hooks.
-        if name and not isinstance(module, torch.jit.ScriptModule)
-    ]
-    try:
-        return forward_logits(model, x)
-    finally:
-        for handle in handles:
-            handle.remove()
+        return None
+    (grad,) = torch.autograd.grad(out.sum(), of, allow_unused=True, retain_graph=True)
+    return grad
 
 
 class Output(nn.Module):
@@ -281,11 +264,8 @@ class Output(nn.Module):
         """
         seen: list[Tensor] = []
         module = self.model.get_submodule(self.name)
-        handle = module.register_forward_hook(lambda _m, _args, out: seen.append(out))
-        try:
+        with module.register_forward_hook(lambda _m, _args, out: seen.append(out)):
             forward_logits(self.model, x)
-        finally:
-            handle.remove()
         if not seen or len(seen[-1]) != len(x):
             raise UserError(f"{self.name} does not answer for each of {len(x)} images")
         out = seen[-1]

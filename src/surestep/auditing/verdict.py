@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from surestep.auditing.checks import GAP, SOLVED, Check
+from surestep.auditing._check import Check
+from surestep.auditing.checks import GAP, SOLVED
 from surestep.evaluation import share_interval, wilson_interval
 from surestep.evaluation.doubts import BY_CHANCE, MISSED
 from surestep.verdicts import INCONCLUSIVE, NOT_ROBUST, PSEUDO, ROBUST
@@ -113,12 +114,8 @@ def judge(f: AuditNumbers, checks: Sequence[Check], budget: str) -> Verdict:
     # check: below the floor only a sign of masking makes the failed claim a pretence. Above it,
     # losing half of the claim is itself unusual, so any flag will do.
     masking = bool(signs) or any(check.flagged and _masks(check) for check in checks)
-    return _of_draws(
-        f,
-        (_of_claims(f, seen) if masking or (flags and f.found > f.floor) else None)
-        or _of_signs(f, signs, budget)
-        or _of_the_floor(f, seen),
-    )
+    broken_claim = _of_claims(f, seen) if masking or (flags and f.found > f.floor) else None
+    return _of_draws(f, broken_claim or _of_signs(f, signs, budget) or _of_the_floor(f, seen))
 
 
 def _of_draws(f: AuditNumbers, verdict: Verdict) -> Verdict:

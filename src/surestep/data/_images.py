@@ -125,7 +125,8 @@ def are_numbers(names: Sequence[str]) -> bool:
 
 def to_pixels(x: Tensor) -> Tensor:
     """Turn uint8 0..255 into float32 in [0, 1]; float32 pixels pass through unchanged."""
-    return x.float() / 255 if x.dtype == torch.uint8 else x
+    # By a number a GPU multiplies with its reciprocal, which may be off by the last bit.
+    return x.float() / torch.full((), 255.0, device=x.device) if x.dtype == torch.uint8 else x
 
 
 def as_images(data: Any, *, num_classes: int | None = None, name: str = "data") -> Images:

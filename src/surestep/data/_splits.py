@@ -14,6 +14,12 @@ from surestep.randomness import generator
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+KNOWN_AS: dict[Split, tuple[str, ...]] = {
+    "train": ("train",),
+    "validation": ("validation", "val", "valid"),
+    "test": ("test",),
+}
+"""What the splits of other people's data are called."""
 
 
 def check_split(split: str) -> Split:

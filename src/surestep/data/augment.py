@@ -89,14 +89,13 @@ class Draw:
 
 @dataclass(frozen=True)
 class CropFlip:
-    """Zero padding by ``pad`` pixels, random crop, then (if ``flip``) a mirror image half the time.
+    """Zero padding by ``pad`` pixels, random crop, then a mirror image half the time.
 
     Raises:
         UserError: if ``pad`` is negative.
     """
 
     pad: int = 4
-    flip: bool = True
 
     def __post_init__(self) -> None:
         if self.pad < 0:
@@ -106,8 +105,7 @@ class CropFlip:
         """Draw crops and flips for ``n`` images from a CPU ``generator``."""
         dy, dx = torch.randint(-self.pad, self.pad + 1, (2, n), generator=generator, device="cpu")
         flip = torch.randint(2, (n,), generator=generator, dtype=torch.bool, device="cpu")
-        # The flips are drawn even when unused, so that later crops do not depend on the option.
-        return Draw(dy, dx, flip if self.flip else torch.zeros_like(flip), self.pad)
+        return Draw(dy, dx, flip, self.pad)
 
 
 AUGMENTATIONS = {"none": None, "crop-flip": CropFlip()}

@@ -20,18 +20,13 @@ import torch
 from surestep.data._images import Images
 from surestep.data._pillow import Unreadable, has_colour, reading, stack
 from surestep.data._room import check_room
-from surestep.data._splits import SPLITS, Split, divide, instead, mixed
+from surestep.data._splits import KNOWN_AS, SPLITS, Split, divide, instead, mixed
 from surestep.errors import UserError, need
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-_FOLDERS: dict[Split, tuple[str, ...]] = {
-    "train": ("train",),
-    "validation": ("validation", "val", "valid"),
-    "test": ("test",),
-}
 
 
 def load(
@@ -117,7 +112,7 @@ def _find(root: Path, split: Split) -> tuple[tuple[str, ...], dict[str, list[Pat
     if train and folders["validation"] is None and split != "test":
         return _part_of(train, split, test=False)
     if wanted is None:
-        expected = " or ".join(_FOLDERS[split])
+        expected = " or ".join(KNOWN_AS[split])
         raise UserError(
             f"{root} has no {split} split: expected a folder {expected} of classes{instead(split)}"
         )
@@ -133,7 +128,7 @@ def _find(root: Path, split: Split) -> tuple[tuple[str, ...], dict[str, list[Pat
 
 def _split_folder(root: Path, split: Split) -> Path | None:
     """Return the folder of ``split`` if it holds class folders (else it may be a class itself)."""
-    for name in _FOLDERS[split]:
+    for name in KNOWN_AS[split]:
         if _class_folders(root / name):
             return root / name
     return None
@@ -146,7 +141,7 @@ def _check_no_splits(root: Path) -> None:
         UserError: all folders are named like splits but hold no class folders; or one is named
             like a split, and all share at least two names of sub-folders.
     """
-    known = {name for names in _FOLDERS.values() for name in names}
+    known = {name for names in KNOWN_AS.values() for name in names}
     if (found := set(_class_folders(root))) and found <= known:
         raise UserError(
             f"{root} holds {', '.join(sorted(found))}, which hold no class folders: arrange the "

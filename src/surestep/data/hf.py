@@ -11,14 +11,9 @@ from torch import Tensor
 
 from surestep.data._images import Images, number_names
 from surestep.data._pillow import Opener, stack
-from surestep.data._splits import Split, divide, instead, mixed
+from surestep.data._splits import KNOWN_AS, Split, divide, instead, mixed
 from surestep.errors import UserError, need
 
-_SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
-    "train": ("train",),
-    "validation": ("validation", "valid", "val"),
-    "test": ("test",),
-}
 _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
 
@@ -100,7 +95,7 @@ def _stored_split(name: str, split: Split, available: list[str]) -> str | None:
     """Return the Hub's name of ``split``; None if it must be divided off the training split."""
     stored = {
         part: next((known for known in known_as if known in available), None)
-        for part, known_as in _SPLIT_NAMES.items()
+        for part, known_as in KNOWN_AS.items()
     }
     if split != "test" and stored["train"] and not stored["validation"]:
         return None

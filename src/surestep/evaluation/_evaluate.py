@@ -28,8 +28,7 @@ from surestep.evaluation.judge import Judge
 from surestep.evaluation.result import Evaluation
 from surestep.evaluation.substitute import substitute
 from surestep.randomness import forked_rng, seed_everything
-from surestep.threat import ThreatModel
-from surestep.threat import check as check_threat
+from surestep.threat import ThreatModel, check_threat
 
 _ASKED_ABOUT = 1000  # images that a substitute is trained on
 
@@ -67,8 +66,8 @@ def evaluate(
         threat: norm, radius and data range.
         attacks: names, see ``surestep.evaluation.suite``, or a ``suite.Attack`` or a function of
             (model, x, y) that returns x_adv, by name; its points are projected to the ball. By
-            default the attacks of the budget. If the model has layers that know a way straight
-            through them (MeanSparse), each name that uses the gradient also runs as "NAME-bpda".
+            default the attacks of the budget. If the model has layers with a straight-through
+            gradient (MeanSparse), each name that uses the gradient also runs as "NAME-bpda".
         budget: "quick", "standard" or "thorough"; ignored if ``attacks`` is given.
         batch_size: number of images attacked at a time.
         n: number of images, all by default: the first n; of tensors that are sorted by class, and
@@ -115,7 +114,7 @@ def evaluate(
         names = _names(attacks, budget, model)
         if "transfer" in names and not sources:
             with forked_rng(device), memory_for("the substitute", advice):
-                sources = _stand_in(judged, data, batch_size, threat, seed)
+                sources = _substitute_for(judged, data, batch_size, threat, seed)
         by_name = suite.parse_all(names, threat, sources)
     # Without the substitute: it follows from the rest, except for the last digits.
     digests = {} if state is None else _digests(model, preprocess, user_sources)
@@ -195,7 +194,7 @@ def _names(attacks: str | Sequence[str] | None, budget: str, model: nn.Module) -
     return suite.with_bpda(names) if straight_through_layers(model) else names
 
 
-def _stand_in(
+def _substitute_for(
     model: nn.Module, data: Any, batch_size: int, threat: ThreatModel, seed: int
 ) -> list[nn.Module]:
     """Train a substitute on the model's answers to the first images."""

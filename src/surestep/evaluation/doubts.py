@@ -62,8 +62,8 @@ def of_model(
         x: images (N, ...) that are right as they are.
         y: labels (N,).
         threat: norm, radius and data range.
-        attacks: if none uses the gradient, gradients are not looked at; if some went straight
-            through layers that know such a way, these gradients are.
+        attacks: gradients are looked at only if one of them uses these, and straight through layers
+            if one went so.
         batch_size: of the passes.
     """
     uses_gradient = any(attack.uses_gradient for attack in attacks)
@@ -114,7 +114,14 @@ def _of_passes(
     return found
 
 
-def logits(model: nn.Module, x: Tensor, batch_size: int, *, gradients: bool = False) -> Tensor:
+def logits(
+    model: nn.Module,
+    x: Tensor,
+    batch_size: int,
+    *,
+    gradients: bool = False,
+    precision: torch.dtype = torch.float32,
+) -> Tensor:
     """Return the logits (N, K) of images.
 
     Args:
@@ -122,13 +129,15 @@ def logits(model: nn.Module, x: Tensor, batch_size: int, *, gradients: bool = Fa
         x: images (N, ...).
         batch_size: of the passes.
         gradients: let the passes record a graph from the images, as in a gradient attack.
+        precision: float32 computes exactly, another runs under autocast to it.
     """
 
     def run(z: Tensor) -> Tensor:
         return forward_logits(model, z.detach().clone().requires_grad_(gradients)).detach()
 
+    within = exact(x.device) if precision == torch.float32 else autocast(x.device, precision)
     # An image that was made in inference mode cannot require a gradient in it.
-    with torch.inference_mode(False), torch.set_grad_enabled(gradients), exact(x.device):
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients), within:
         return map_batches(batch_size, run, x)
 
 
@@ -139,18 +148,13 @@ def of_precision(precision: torch.dtype, model: nn.Module, x: Tensor, batch_size
     """
     if precision == torch.float32:
         return []
-    full, half = logits(model, x, batch_size), rough_logits(precision, model, x, batch_size)
+    full, half = (
+        logits(model, x, batch_size, precision=kind) for kind in (torch.float32, precision)
+    )
     if not differ_on_many(full, half, ROUNDED_IN_HALF):
         return []
     name = str(precision).removeprefix("torch.")
     return [f"it answers differently in {name}, in which its attacks were made"]
-
-
-@torch.no_grad()
-def rough_logits(precision: torch.dtype, model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
-    """Return the logits (N, K) of images under autocast to a precision."""
-    with autocast(x.device, precision):
-        return map_batches(batch_size, lambda z: forward_logits(model, z), x)
 
 
 def regrouped(model: nn.Module, x: Tensor, batch_size: int, *, gradients: bool = False) -> Tensor:

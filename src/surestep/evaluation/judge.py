@@ -89,6 +89,7 @@ class Judge:
         self.labels: list[Tensor] = []
         self.worst: list[Tensor] = []
         self.n_done = self.n_robust = self.batch_index = 0
+        self.worst_case = 1.0  # of the images so far, for ``tell``
         self.total = 0  # 0: unknown
         self.kept_images: list[tuple[Tensor, Tensor]] = []
         self.doubts: list[str] | None = None
@@ -101,13 +102,14 @@ class Judge:
         todo = sum(attack.passes for attack in self.attacks.values()) or 1
         spent = 0.0
         for name in self.order:
-            worst_case = (self.n_robust + int(worst.sum())) / (self.n_done + len(x))
+            self.worst_case = (self.n_robust + int(worst.sum())) / (self.n_done + len(x))
             if self.progress:
-                self.progress(self.n_done + int(spent / todo * len(x)), self.total, worst_case)
+                done = self.n_done + int(spent / todo * len(x))
+                self.progress(done, self.total, self.worst_case)
             attack = self.attacks[name]
             spent += attack.passes
             targets = worst if attack.survivors_only else clean
-            run = partial(self._attack, name, x, y, targets, worst_case)
+            run = partial(self._attack, name, x, y, targets)
             worst &= self._count(name, self._known_or_run(name, run), targets)
         self._keep_some(x, y, clean)
         self.right["clean"].append(clean)
@@ -230,9 +232,7 @@ class Judge:
                 f"same ({told}): restore its code and attributes, or give another state file"
             )
 
-    def _attack(
-        self, name: str, x: Tensor, y: Tensor, targets: Tensor, worst_case: float
-    ) -> Outcome:
+    def _attack(self, name: str, x: Tensor, y: Tensor, targets: Tensor) -> Outcome:
         """Run one attack, part by part if it has parts.
 
         Args:
@@ -240,17 +240,16 @@ class Judge:
             x: the images (N, ...) of a batch.
             y: their labels (N,).
             targets: which of them (N,) to attack.
-            worst_case: accuracy so far, for ``tell``.
         """
         attack = self.attacks[name]
         if not isinstance(attack.run, Mapping):
-            return self._run(name, attack.run, attack.last_step, x, y, targets, worst_case)
+            return self._run(name, attack.run, attack.last_step, x, y, targets)
         broken: list[int] = []
         parts, seconds, left = {}, 0.0, targets.clone()
         for part, run in attack.run.items():
             label = f"{name}: {part}"
             outcome = self._known_or_run(
-                label, partial(self._run, label, run, attack.last_step, x, y, left, worst_case)
+                label, partial(self._run, label, run, attack.last_step, x, y, left)
             )
             left[outcome.broken] = False
             broken += outcome.broken
@@ -266,13 +265,12 @@ class Judge:
         x: Tensor,
         y: Tensor,
         targets: Tensor,
-        worst_case: float,
     ) -> Outcome:
         """Run an attack, or a part of one; arguments as for ``_attack``."""
         if self.tell:
             of = f" of {self.total:,}" if self.total else ""
             images = f"{self.n_done + 1:,} to {self.n_done + len(x):,}{of}"
-            self.tell(f"{name} on images {images}; worst case {worst_case:.1%} so far")
+            self.tell(f"{name} on images {images}; worst case {self.worst_case:.1%} so far")
         begin = time.perf_counter()
         broken: list[int] = []
         steps: list[int] = []

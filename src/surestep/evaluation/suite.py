@@ -64,7 +64,7 @@ class Attack:
             so, an evaluation looks for gradients that are lost (``doubts``).
         gradient_steps: number of steps along the model's gradient, 0 if it uses none; None if it
             searches in another way, or if this is unknown.
-        bpda: whether gradients go straight through layers that know such a way.
+        bpda: whether gradients go straight through the layers that provide this.
     """
 
     run: AttackFn | Mapping[str, AttackFn]
@@ -145,7 +145,7 @@ def parse(name: str, threat: ThreatModel, sources: Sequence[nn.Module] = ()) -> 
     Args:
         name: such as "fgsm", "pgd-100", "pgd-20x2" (two restarts), "pgd-100-margin", "noise-10",
             "square-1000", "autoattack". If it uses the gradient, "-bpda" at the end sends the
-            gradient straight through layers that know such a way, see ``with_bpda``.
+            gradient straight through the layers that provide this, see ``with_bpda``.
         threat: norm, radius and data range.
         sources: models for "transfer".
 
@@ -196,8 +196,16 @@ def gradient_free(name: str) -> bool:
     return match is not None and not KINDS[match["kind"]].uses_gradient
 
 
+def by_gradient(name: str) -> bool:
+    """Tell from an attack's name whether it counts as one by gradients.
+
+    AutoAttack does not: it ends with Square.
+    """
+    return not gradient_free(name) and name != "autoattack"
+
+
 def _bpda(attack: Attack) -> Attack:
-    """Return the attack with gradients that go straight through layers that know such a way."""
+    """Return the attack with gradients that go straight through the layers that provide them."""
     if isinstance(attack.run, Mapping):
         parts = {name: partial(_straight, run) for name, run in attack.run.items()}
         return replace(attack, run=parts, bpda=True)

@@ -35,8 +35,7 @@ from surestep.errors import SurestepWarning, UserError
 from surestep.methods._dropout import activation_dropout
 from surestep.methods._losses import one_hot
 from surestep.methods._memory import Draw
-from surestep.threat import Linf, ThreatModel
-from surestep.threat import check as check_threat
+from surestep.threat import Linf, ThreatModel, check_threat
 
 Criterion = Callable[..., Tensor]
 """Called as ``criterion(logits, y, reduction="mean" | "none")``, as ``F.cross_entropy`` is."""
@@ -169,7 +168,7 @@ class Preset:
         model: the architecture.
         dataset: the data.
         source: where the recipe comes from.
-        normalize: whether the model normalises its input, with the data set's statistics.
+        normalize: whether the model normalises its input, if it has a normalisation of its own.
     """
 
     eps: float

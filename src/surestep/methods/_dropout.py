@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.activations import activations
-from surestep.attacks.lending import compiled
+from surestep.attacks.lending import compiled, hooked
 from surestep.errors import UserError
 
 
@@ -51,9 +51,5 @@ def activation_dropout(model: nn.Module, p: float) -> Iterator[None]:
         drop_from = F.dropout2d if output.dim() == 4 else F.dropout
         return drop_from(output, p, module.training)
 
-    handles = [m.register_forward_hook(drop) for m in layers]
-    try:
+    with hooked(m.register_forward_hook(drop) for m in layers):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -14,6 +14,16 @@ def one_hot(y: Tensor, classes: int) -> Tensor:
     return y[:, None] == torch.arange(classes, device=y.device)
 
 
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return KL(p || q) per sample (N,) from log-probabilities (N, K)."""
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+
+
+def pairing(one: Tensor, other: Tensor) -> Tensor:
+    """Return the mean squared difference between two sets of logits (N, K)."""
+    return (one - other).square().mean()
+
+
 def relaxed_cross_entropy(logits: Tensor, y: Tensor, share: float) -> Tensor:
     """Return the cross entropy (N,) with labels that give ``share`` to the true class.
 

@@ -49,6 +49,10 @@ class SingleStep(Method):
         """Return what projects points (N, ...) to the ball, or only to the data range."""
         return self.threat.around(x) if self.ball else self.threat.clip
 
+    def step(self, start: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+        """Return the end (N, ...) of the step from a start along its gradient."""
+        return self.finish(start + self.threat.steepest_step(grad, self.size), x)
+
     def finish(self, point: Tensor, x: Tensor) -> Tensor:
         """Return the end (N, ...) of a step. To end it otherwise, override ``around``."""
         return self.around(x)(point)
@@ -62,7 +66,7 @@ class SingleStep(Method):
         with attacking(model, train_mode=train_mode) as inner:
             start = self.start(x)
             grad = self.gradient(inner, start, y)
-            return self.finish(start + self.threat.steepest_step(grad, self.size), x)
+            return self.step(start, grad, x)
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Train on the perturbed images."""

@@ -67,7 +67,7 @@ class AAER(OnSingleStep):
             start = base.start(x)
             grad, was = input_gradient(inner, start, y, base.objective)
         before = cross_entropy(was, y)
-        x_adv = base.finish(start + self.threat.steepest_step(grad, base.size), x)
+        x_adv = base.step(start, grad, x)
         # At the weights of the attack: AWP's second pass is at others, where the loss is higher.
         fallen = once(lambda after: (after < before).to(after.dtype).detach())
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from surestep.methods._base import Cost, Terms, Update, register
+from surestep.methods._losses import pairing
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.methods.pgd import PGD
 
@@ -36,8 +37,8 @@ class ALP(PGD):
         def loss(logits: Tensor) -> Terms:
             clean, adversarial = logits.chunk(2)
             ce = self.criterion(logits, y.repeat(2))
-            pairing = (clean - adversarial).square().mean()
-            return ce + self.lam * pairing, {"ce": ce, "pairing": pairing}
+            apart = pairing(clean, adversarial)
+            return ce + self.lam * apart, {"ce": ce, "pairing": apart}
 
         return Update(points, loss, slice(len(x), None))
 

@@ -57,7 +57,7 @@ class ConvergeSmooth(Method):
         self.not_negative("gamma", "weight", "pull")
         self.base = build_written(self.perturbation, self.threat)
         self.needs_index, self.replays = self.base.needs_index, self.base.replays
-        self.second_order = self.base.second_order
+        self.second_order, self.takes_sources = self.base.second_order, self.base.takes_sources
         self.remembers_images = self.base.remembers_images
         self.dropout = max(self.dropout, self.base.dropout)
         # Clean loss: sum and count in this epoch, then the last two means (B-CS: batches).
@@ -69,7 +69,7 @@ class ConvergeSmooth(Method):
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
         """Append the clean images to the wrapped method's update."""
-        for part in ("progress", "draw", "label_smoothing", "margin"):
+        for part in ("progress", "draw", "sources", "label_smoothing", "margin"):
             setattr(self.base, part, getattr(self, part))
         inner = self.base.craft(model, x, y, index)
         self._turn(model)

@@ -14,13 +14,9 @@ from torch import Tensor, nn
 from surestep.attacks.core import input_gradient, l1_unit
 from surestep.attacks.lending import attacking
 from surestep.methods._base import Cost, Criterion, Method, Terms, Update, of_eps, register
+from surestep.methods._losses import pairing
 from surestep.methods._memory import Memory
 from surestep.methods._presets import CIFAR100_RESNET, CIFAR_RESNET, MNIST_ZOO, recipe, smoothed
-
-
-def pairing(one: Tensor, other: Tensor) -> Tensor:
-    """Return the mean squared difference between two sets of logits (N, K)."""
-    return (one - other).square().mean()
 
 
 def paired(start: Tensor, x_adv: Tensor, y: Tensor, criterion: Criterion, lam: float) -> Update:

@@ -15,10 +15,9 @@ from surestep.attacks.core import input_gradient
 from surestep.attacks.lending import attacking
 from surestep.attacks.losses import of_true_class
 from surestep.methods._base import Cost, Method, Terms, Update, register
-from surestep.methods._losses import relaxed_cross_entropy
+from surestep.methods._losses import pairing, relaxed_cross_entropy
 from surestep.methods._memory import Memory
 from surestep.methods._presets import CIFAR100_RESNET, CIFAR_RESNET, MNIST_ZOO, recipe, smoothed
-from surestep.methods.fgsm_mep import pairing
 from surestep.threat import per_sample
 
 

@@ -17,9 +17,8 @@ from surestep.attacks.core import input_gradient, map_batches
 from surestep.attacks.inputs import count_classes
 from surestep.attacks.lending import attacking
 from surestep.methods._base import Cost, Method, Terms, Update, register
-from surestep.methods._losses import one_hot
+from surestep.methods._losses import kl, one_hot
 from surestep.methods._presets import CIFAR100_RESNET, CIFAR_RESNET, MNIST_ZOO, recipe
-from surestep.methods.trades import kl
 from surestep.threat import Linf, per_sample
 
 

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from surestep.attacks.losses import of_true_class
 from surestep.methods._base import Cost, Terms, Update, of_span, register
-from surestep.methods._losses import one_hot
+from surestep.methods._losses import kl, one_hot
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.methods.pgd import PGD
-from surestep.methods.trades import kl
 
 
 @register("mart")

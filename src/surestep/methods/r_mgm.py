@@ -44,7 +44,7 @@ class RMGM(Method):
             starts = [view.start(x) for view in views]
             grads = views[0].gradient(inner, torch.cat(starts), y.repeat(2)).chunk(2)
         points = [
-            view.finish(start + self.threat.steepest_step(grad, view.size), x)
+            view.step(start, grad, x)
             for view, start, grad in zip(views, starts, grads, strict=True)
         ]
 

@@ -62,11 +62,6 @@ def _base_within(threat: ThreatModel, base: SingleStep | None) -> SingleStep:
     return base
 
 
-def is_plain_fgsm_step(base: SingleStep) -> bool:
-    """Return whether a method steps as FGSM does: from the image, by eps, back into the ball."""
-    return unchanged(type(base), "start", "size", "around", "finish")
-
-
 def _finish_beyond_ball(base: SingleStep, point: Tensor, x: Tensor, project: bool) -> Tensor:
     """Finish a point (N, ...) whose step began alpha away from the base's start.
 
@@ -75,7 +70,8 @@ def _finish_beyond_ball(base: SingleStep, point: Tensor, x: Tensor, project: boo
     """
     if project:
         return base.threat.project(point, x)
-    return base.threat.clip(point) if is_plain_fgsm_step(base) else base.finish(point, x)
+    as_fgsm = unchanged(type(base), "start", "size", "around", "finish")
+    return base.threat.clip(point) if as_fgsm else base.finish(point, x)
 
 
 def sat_r1_update(
@@ -119,7 +115,7 @@ def sat_r1_update(
     with attacking(model, train_mode=base.train_mode) as inner:
         start = base.start(x)
         grad = base.gradient(inner, start, y)
-        x_fgsm = base.finish(start + threat.steepest_step(grad, base.size), x)
+        x_fgsm = base.step(start, grad, x)
     with attacking(model) as inner:
         # FGSM's gradient is I-FGSM's first. Eval mode: n images are too few for batch statistics.
         y_n, size, finish = y[-n:], base.size / steps, base.around(x[-n:])

@@ -44,7 +44,7 @@ class SSAT(RSFGSM):
         with attacking(model, train_mode=self.train_mode) as inner:
             start = self.start(x)
             grad, logits = input_gradient(inner, start, y, self.objective)
-        delta = self.finish(start + self.threat.steepest_step(grad, self.size), x) - x
+        delta = self.step(start, grad, x) - x
         share = torch.ones_like(x.flatten(1)[:, 0])
         if c > 1:
             between = torch.cat([x + k / c * delta for k in range(1, c)])

@@ -13,13 +13,9 @@ from surestep.attacks.inputs import forward_logits
 from surestep.attacks.lending import attacking
 from surestep.methods._base import Cost, Criterion, Method, Terms, Update, of_eps, of_span, register
 from surestep.methods._functional import stepping
+from surestep.methods._losses import kl
 from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
 from surestep.threat import ThreatModel
-
-
-def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return KL(p || q) per sample from log-probabilities (N, K)."""
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
 
 
 def ascend_kl(

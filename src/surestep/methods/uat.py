@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.methods._base import Cost, Terms, Update, register
+from surestep.methods._losses import kl
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
 from surestep.methods.pgd import PGD
-from surestep.methods.trades import ascend_kl, kl
+from surestep.methods.trades import ascend_kl
 
 
 @register("uat")

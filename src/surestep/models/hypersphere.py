@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.attacks.inputs import count_classes
-from surestep.attacks.lending import device_of, interpreted
+from surestep.attacks.lending import device_of, hooked, interpreted
 from surestep.devices import without_autocast
 from surestep.errors import UserError
 
@@ -52,14 +52,13 @@ class HypersphereHead(nn.Linear):
             return self.scale * F.linear(unit, F.normalize(self.weight, dim=1))
 
 
-def on_hypersphere(model: nn.Module, scale: float = 15.0, x: Tensor | None = None) -> nn.Module:
+def on_hypersphere(model: nn.Module, x: Tensor, scale: float = 15.0) -> nn.Module:
     """Replace a model's last linear layer by a hypersphere head, and return the model.
 
     Args:
         model: a model whose logits a linear layer makes.
+        x: an image (1, ...), with which the model is run to see which layer runs last.
         scale: of the head.
-        x: an image (1, ...), with which the model is run to see which layer runs last; without it,
-            the layer that was registered last is taken.
 
     Raises:
         UserError: the model has no linear layer, or several that may make the logits together, or
@@ -70,7 +69,7 @@ def on_hypersphere(model: nn.Module, scale: float = 15.0, x: Tensor | None = Non
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     if not linear:
         raise UserError("the model has no linear layer that a hypersphere head could replace")
-    place = list(linear)[-1] if x is None else _last_to_run(model, linear, x)
+    place = _last_to_run(model, linear, x)
     last = linear.pop(place)
     # From attributes, since the weights of a lazy layer have no shape yet.
     shape = (last.in_features, last.out_features)
@@ -96,13 +95,9 @@ def _last_to_run(model: nn.Module, linear: dict[str, nn.Linear], x: Tensor) -> s
         UserError: no linear layer runs, or the last one has another number of outputs.
     """
     ran: list[nn.Module] = []
-    hooks = [m.register_forward_pre_hook(lambda m, _: ran.append(m)) for m in linear.values()]
-    try:
-        with interpreted(model):
-            logits = count_classes(model, x.to(device_of(model)))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    hooks = (m.register_forward_pre_hook(lambda m, _: ran.append(m)) for m in linear.values())
+    with hooked(hooks), interpreted(model):
+        logits = count_classes(model, x.to(device_of(model)))
     if not ran:
         raise UserError("no linear layer of the model runs as a module: keep the linear head")
     place = next(name for name, m in linear.items() if m is ran[-1])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from surestep.activations import activations
-from surestep.attacks.lending import attacking, device_of, interpreted, uncompiled
+from surestep.attacks.lending import attacking, device_of, hooked, interpreted, uncompiled
 from surestep.data import Images, as_images
 from surestep.devices import finest
 from surestep.errors import UserError
@@ -90,24 +90,20 @@ def _watching(
         of_linear = any(out() is args[0] for out in linear)
         see(name, args[0].detach(), -1 if of_linear else 1)
 
-    handles = [
+    noting = (
         module.register_forward_pre_hook(lambda m, args, name=name: note(name, args))
         for name, module in activations(model).items()
-    ]
-    handles += [m.register_forward_hook(made) for m in model.modules() if isinstance(m, nn.Linear)]
-    try:
-        # Compiled parts would ignore the hooks.
-        with attacking(model) as inner, interpreted(inner), torch.no_grad():
+    )
+    making = (m.register_forward_hook(made) for m in model.modules() if isinstance(m, nn.Linear))
+    with hooked(noting), hooked(making), attacking(model) as inner:
 
-            def run(x: Tensor) -> None:
-                met.clear()
-                linear.clear()
-                inner(x)
+        def run(x: Tensor) -> None:
+            met.clear()
+            linear.clear()
+            inner(x)
 
+        with interpreted(inner), torch.no_grad():  # compiled parts would ignore the hooks
             yield run
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def measure(
@@ -125,7 +121,7 @@ def measure(
         (float32 on mps).
 
     Raises:
-        UserError: an activation is used twice in a pass, or ``images`` are none.
+        UserError: an activation is used twice in a pass, or there are no images.
     """
     model = uncompiled(model)  # compiled code ignores hooks that are added later
     device, images = device_of(model), as_images(images)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from surestep.attacks import pgd
 from surestep.attacks.core import input_gradient
 from surestep.attacks.inputs import check_inputs, forward_logits
-from surestep.attacks.lending import attacking
+from surestep.attacks.lending import attacking, device_of
 from surestep.attacks.losses import cross_entropy
 from surestep.devices import exact, memory_for
 from surestep.errors import UserError
-from surestep.randomness import forked_rng
+from surestep.randomness import forked_rng, seed_everything
 from surestep.report import _png
 from surestep.threat import ThreatModel, per_sample
 
@@ -65,14 +65,14 @@ def gather(
             raise UserError(f"{what} {value}: give 1 or more")
     if points % 2 == 0 or points < 3:
         raise UserError(f"points {points}: give an odd number >= 3, so that one is the image")
-    device = next((p.device for p in model.parameters()), x.device)
+    device = device_of(model)
     with (
         memory_for("the report's pictures", f"lower batch_size ({batch_size})"),
         attacking(model) as inner,
         forked_rng(device),
         exact(device),
     ):
-        torch.manual_seed(seed)
+        seed_everything(seed)
         x, y = _choose(inner, x, y, threat, samples, batch_size, device)
         surface = _surface(inner, x, y, threat, points, batch_size)
         described = threat.to_dict()

@@ -157,11 +157,8 @@ def _tiles(report: Report) -> list[dict[str, str]]:
     if report.evaluation is not None:
         worst = get(report.evaluation, "worst_case_accuracy", "the evaluation")
         interval = span(get(report.evaluation, "intervals", "the evaluation").get("worst case"))
-        tiles.append(
-            ("Worst case of all attacks", percent(worst), f"95% interval {interval}")
-            if interval
-            else ("Worst case of all attacks", percent(worst), "")
-        )
+        note = f"95% interval {interval}" if interval else ""
+        tiles.append(("Worst case of all attacks", percent(worst), note))
     return [dict(zip(("label", "value", "note"), tile, strict=True)) for tile in tiles]
 
 

@@ -40,13 +40,9 @@ def accuracy_by_eps(source: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> 
     else:
         rows = []
         for point in source:
-            eps = number(get(point, "eps", "a point of the curve"))
-            accuracies = {
-                "clean": get(point, "clean_accuracy", "a point of the curve"),
-                **get(point, "robust_accuracy", "a point of the curve"),
-                WORST: get(point, "worst_case_accuracy", "a point of the curve"),
-            }
-            rows += [{"x": eps, "accuracy": v, "attack": k} for k, v in accuracies.items()]
+            what = "a point of the curve"
+            eps, found = number(get(point, "eps", what)), named_accuracies(point, what)
+            rows += [{"x": eps, "accuracy": v, "attack": k} for k, v in found.items()]
     return _lines(some(rows, "the curve"), "eps", "accuracy", share=True)
 
 
@@ -356,16 +352,18 @@ def priced(rows: Sequence[Mapping[str, Any]], cost: str = "") -> tuple[str, list
     return cost, points
 
 
-def named_accuracies(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """Return an evaluation's accuracies by name: clean, the attacks, the worst case.
+def named_accuracies(
+    evaluation: Mapping[str, Any], what: str = "the evaluation"
+) -> dict[str, float]:
+    """Return the accuracies of an evaluation by name: clean, the attacks, the worst case.
 
     Raises:
-        UserError: the evaluation lacks one of them.
+        UserError: ``what`` lacks one of them.
     """
     return {
-        "clean": get(evaluation, "clean_accuracy", "the evaluation"),
-        **get(evaluation, "robust_accuracy", "the evaluation"),
-        WORST: get(evaluation, "worst_case_accuracy", "the evaluation"),
+        "clean": get(evaluation, "clean_accuracy", what),
+        **get(evaluation, "robust_accuracy", what),
+        WORST: get(evaluation, "worst_case_accuracy", what),
     }
 
 

@@ -1,0 +1,114 @@
+"""Which attacks the flags call for, in which order and on which images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from constructed import MASKS, Layer, flagged, quantise, subject
+from torch import nn
+
+import surestep
+from surestep.auditing import _subject, audit, budgets, stand_ins
+from surestep.auditing.escalation import escalate
+from surestep.evaluation import wilson_interval
+from surestep.evaluation.suite import Attack, AttackResult
+
+
+def test_bpda_explains_what_only_square_had_broken(net, images):
+    """It also tries images that Square broke, but what is left counts without them."""
+    s = subject(nn.Sequential(Layer(quantise), net), images)
+    first = torch.arange(60) < 30
+    s.right = {"clean": torch.ones(60, dtype=torch.bool), "square-20": ~first}
+    s.broke = {"square-20": first}
+    steps = escalate(s, [flagged("vanishing-gradients"), flagged("broken-gradients")])
+    assert steps[0]["name"] == "bpda"
+    assert int((s.broke["bpda"] & first).sum()) > 25
+    assert not (s.right["bpda"] & first).any()
+    assert int(s.only_without_gradients.sum()) < 5
+
+
+def test_of_a_random_model_each_attack_tells_by_itself(net, images):
+    """Gradient attacks try all images, also those that are broken; the others have none left."""
+    s = subject(nn.Sequential(net, Layer(lambda z: z + 0.1 * torch.randn_like(z))), images)
+    all_of_them = torch.ones(60, dtype=torch.bool)
+    s.right = {"clean": all_of_them, "pgd-5": ~all_of_them}
+    s.broke, s.tried = {"pgd-5": all_of_them}, {"pgd-5": 60}
+    steps = escalate(s, [flagged("deterministic-forward")])
+    assert [step["name"] for step in steps] == ["eot-10", "pgd-10-margin"]
+    assert s.tried["eot-10"] > 50
+    assert s.left_by_the_strongest == pytest.approx(wilson_interval(0, 60)[1])
+
+
+def test_restarts_are_those_of_the_budget(net, images, monkeypatch):
+    s, losses = subject(nn.Sequential(Layer(quantise), net), images), []
+    s.budget = replace(s.budget, restarts=2)
+    s.right["clean"] = torch.ones(60, dtype=torch.bool)
+    monkeypatch.setattr(stand_ins, "pgd", lambda _, x, *__, loss, **___: losses.append(loss) or x)
+    steps = escalate(s, [flagged("broken-gradients")])
+    assert [step["name"] for step in steps] == ["bpda", "pgd-10x2-margin", "square-30"]
+    assert losses == 3 * ["margin", "ce", "margin", "ce"]  # of three batches
+
+
+@pytest.mark.parametrize(
+    ("mask", "name"),
+    [("noise", "eot-10"), ("probabilities", "log-probabilities")],
+)
+def test_what_a_flag_calls_for_is_run(run, net, mask, name, monkeypatch):
+    """Also where the other attacks would do: here they leave some images."""
+    monkeypatch.setattr(_subject.Subject, "survivors", property(lambda s: s.right["clean"]))
+    found = run(MASKS[mask](net))
+    names = [step["name"] for step in found.escalation]
+    assert name in names
+    assert names[-2:] == ["pgd-40-margin", "square-200"]
+
+
+def test_autoattack_comes_last_and_on_what_is_left(net, images, monkeypatch):
+    seen = []
+
+    def spy(model, x, y, threat):
+        seen.append(len(x))
+        return x.clone()
+
+    budget = budgets.Budget(5, 5, 20, 30, 1, 30, autoattack=True)
+    monkeypatch.setitem(budgets.BUDGETS, "standard", budget)
+    monkeypatch.setattr("surestep.attacks.auto.PARTS", {"all": spy, "square": spy})
+    found = audit(net, images, surestep.Linf(0.12), budget="standard")
+    assert found.escalation[-1]["name"] == "autoattack"
+    left = round(60 * found.found_accuracy)
+    assert 0 < left < 60
+    assert seen == [left, left]
+
+
+def test_layers_with_a_way_through_are_attacked_through_it(plain, run, net, monkeypatch):
+    """MeanSparse, say: dead in places, where the check for dead layers sees nothing.
+
+    Nothing that needs no gradient may break the model first.
+    """
+    monkeypatch.setattr(
+        "surestep.evaluation.suite.transfer", lambda *_: Attack(lambda model, x, y: AttackResult(x))
+    )
+    monkeypatch.setattr("surestep.attacks.auto.square", lambda model, x, *_, **__: x)
+
+    class Dead(nn.Module):
+        straight_through = False
+
+        def forward(self, x):
+            dead = (x * 7).round() / 7
+            return dead + (x - x.detach()) if self.straight_through else dead
+
+    hidden = Dead()
+    found = run(nn.Sequential(hidden, net))
+    steps = {step["name"]: step for step in found.escalation}
+    why = "1 layers pass no gradient in places: straight through them"
+    assert steps["pgd-40-margin-bpda"]["why"] == why
+    assert steps["pgd-40-margin-bpda"]["accuracy"] < 0.1
+    assert hidden.straight_through is False
+    assert not any("bpda" in step["name"] for step in plain.escalation)
+
+
+def test_a_later_attack_has_a_name_of_its_own():
+    """Of the same name it would draw the same numbers, and take the first one's place."""
+    for budget in budgets.BUDGETS.values():
+        assert budget.queries != budget.late_queries

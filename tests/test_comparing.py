@@ -21,11 +21,22 @@ import pytest
 import torch
 import yaml
 
-from surestep import UserError, auditing, comparing, evaluation, files, methods, runs
-from surestep.comparing import Comparison, Failure, Number, Row, _run, compare, compare_runs, save
+from surestep import UserError, auditing, comparing, evaluation, methods, runs
+from surestep.comparing import (
+    Comparison,
+    Failure,
+    Number,
+    Row,
+    _process,
+    _run,
+    compare,
+    compare_runs,
+    save,
+)
 from surestep.comparing._conclude import _precision
 from surestep.data import Images
 from surestep.evaluation import wilson_interval
+from surestep.weights import Signature
 
 HOSTILE = "a|b_[red]&%\\<script>$\n#{x}"
 SHORT = {"dataset": "mnist", "preset": "none", "epochs": 2}
@@ -117,8 +128,8 @@ class World:
         verdict = self.verdicts.get(model, "robust")
         return SimpleNamespace(to_dict=lambda: audited(verdict, self.found))
 
-    def signature(self, weights: Path) -> files.Signature:
-        return files.Signature(self.classes.get(weights.parent.name, ()))
+    def signature(self, weights: Path) -> Signature:
+        return Signature(self.classes.get(weights.parent.name, ()))
 
     def judge(self, what: str, model: str) -> None:
         if what in self.breaks:
@@ -129,12 +140,12 @@ class World:
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     made = World()
-    monkeypatch.setattr(_run, "_measured", made.train)
+    monkeypatch.setattr(_process, "measured", made.train)
     monkeypatch.setattr(runs, "load", made.load)
     monkeypatch.setattr(runs, "load_data", made.load_data)
     monkeypatch.setattr(evaluation, "evaluate", made.evaluate)
     monkeypatch.setattr(auditing, "audit", made.audit)
-    monkeypatch.setattr(files, "read_signature", made.signature)
+    monkeypatch.setattr("surestep.comparing._run.read_signature", made.signature)
     return made
 
 
@@ -226,6 +237,11 @@ class TestTraining:
             assert number.n == 2
         unit = 1 if sys.platform == "darwin" else 1024
         assert row.numbers["peak_memory_mb"].mean == pytest.approx(500_000 * unit / 1e6)
+
+    def test_awp_takes_the_update_twice(self, world, tmp_path):
+        plain = compare(["fgsm"], 1, out=tmp_path / "a", **SHORT).rows[0].numbers["passes"].mean
+        found = compare(["fgsm"], 1, out=tmp_path / "b", awp=0.01, **SHORT).rows[0]
+        assert found.numbers["passes"].mean == plain + 3
 
     def test_one_seed_has_no_deviation(self, world, tmp_path):
         found = compare(["sat-r2"], 1, out=tmp_path, **SHORT)
@@ -371,7 +387,7 @@ class TestAgain:
     def test_a_half_finished_run_goes_on(self, world, tmp_path):
         compare(["sat-r2"], 1, out=tmp_path, **SHORT)
         folder = tmp_path / "sat-r2-seed0"
-        (folder / "comparison.json").unlink()
+        (folder / "judged.json").unlink()
         config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
         world.write(folder, config, epochs=1)
         world.done.clear()
@@ -467,7 +483,7 @@ class TestAgain:
 
     def test_what_an_older_version_judged_is_judged_anew(self, world, tmp_path):
         compare(["sat-r2"], 1, out=tmp_path, **SHORT)
-        kept = tmp_path / "sat-r2-seed0" / "comparison.json"
+        kept = tmp_path / "sat-r2-seed0" / "judged.json"
         outcome = json.loads(kept.read_text("utf-8"))
         del outcome["subject"]
         kept.write_text(json.dumps(outcome), "utf-8")
@@ -508,7 +524,7 @@ class TestAgain:
     )
     def test_a_damaged_outcome(self, world, tmp_path, text, said):
         compare(["sat-r2"], 1, out=tmp_path, **SHORT)
-        (tmp_path / "sat-r2-seed0" / "comparison.json").write_text(text, "utf-8")
+        (tmp_path / "sat-r2-seed0" / "judged.json").write_text(text, "utf-8")
         with pytest.raises(UserError, match=said):
             compare(["sat-r2"], 1, out=tmp_path, **SHORT)
 
@@ -702,7 +718,7 @@ class TestRunFolders:
         compare_runs([folder], out=tmp_path / "out")
         assert len(world.done) == 4
         assert sorted(p.name for p in folder.iterdir()) == before
-        assert (tmp_path / "out" / "a" / "comparison.json").is_file()
+        assert (tmp_path / "out" / "a" / "judged.json").is_file()
 
     def test_folders_of_one_name(self, run_of, tmp_path):
         found = compare_runs([run_of("x/run"), run_of("y/run", seed=1)], out=tmp_path / "out")
@@ -909,21 +925,21 @@ class TestMeasuring:
 
     def test_peak_memory_is_the_childs(self):
         told: list[str] = []
-        code, peak, error = _run._measured(["--version"], told.append)
+        code, peak, error = _process.measured(["--version"], told.append)
         assert (code, error, told) == (0, "", [])
         # This process holds torch, and a fork of it would be told to have needed as much.
         unit = 1 if sys.platform == "darwin" else 1024
         assert 1 < peak * unit / 1e6 < 100
 
     def test_the_error_line_is_passed_on(self):
-        code, _, error = _run._measured(["trian"], lambda _: None)
+        code, _, error = _process.measured(["trian"], lambda _: None)
         assert code == 2
         assert error.startswith("unknown command 'trian': did you mean 'train'?")
 
     def test_the_end_of_the_comparison_ends_the_training(self):
         sleep = [sys.executable, "-I", "-c", "import time; time.sleep(100)"]
         ended = subprocess.run(
-            [sys.executable, "-I", "-c", _run.MEASURE, *sleep],
+            [sys.executable, "-I", "-c", _process.MEASURE, *sleep],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -113,6 +113,14 @@ def test_a_value_that_is_wrong_is_named_in_one_line(name, value, why):
     assert "\n" not in message
 
 
+def test_a_list_without_examples_is_named_like_the_others():
+    class More(FitSettings):
+        tags: tuple[str, ...] = ()
+
+    with pytest.raises(UserError, match=r"^tags 'a' is invalid: expected a list such as \[one, "):
+        parse(More, {"tags": "a"})
+
+
 def test_the_first_of_several_errors_is_said():
     with pytest.raises(UserError, match=r"^epochs 0 is invalid"):
         run(epochs=0, lr=-1, norm="l1")

@@ -45,31 +45,49 @@ def test_import_is_light():
     assert not heavy & set(json.loads(loaded))
 
 
-def test_every_module_without_the_optional_packages():
-    """Also shows that no import asks for the network, and that every public name resolves."""
-    optional = [
-        "altair",
-        "vl_convert",
-        "tabulate",
-        "jsonschema",
-        "pyautoattack",
-        "torchvision",
-        "PIL",
-        "timm",
-        "datasets",
-        "tensorboard",
-        "torch.utils.tensorboard",
-    ]
+OPTIONAL = [
+    *("altair", "vl_convert", "jinja2", "tabulate", "jsonschema", "pyautoattack", "torchvision"),
+    *("PIL", "timm", "datasets", "tensorboard", "torch.utils.tensorboard"),
+]
+LIGHT = {
+    "data": ["PIL", "datasets", "rich", "urllib.request"],
+    "report": ["altair", "vl_convert", "jinja2"],
+}
+"""What a room leaves alone until it is needed."""
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[str, list[str]]:
+    """What a new interpreter says after some imports; one does it all, as torch takes seconds."""
     code = f"""
-import importlib, sys
-sys.modules |= dict.fromkeys({optional})
+import importlib, json, sys
+import torch  # what it imports itself is not ours to judge
+before, found = set(sys.modules), {{}}
+for room, names in {LIGHT}.items():
+    importlib.import_module("surestep." + room)
+    found[room] = sorted({{*names}} & set(sys.modules) - before)
+# Once more, and everything, where nothing optional can be imported.
+for name in [name for name in sys.modules if name.split(".")[0] == "surestep"]:
+    del sys.modules[name]
+sys.modules |= dict.fromkeys({OPTIONAL})
 for name in {MODULES}:
     importlib.import_module(name)
 import surestep
-print([name for name in surestep.__all__ if getattr(surestep, name, None) is None])
+found["lost"] = [name for name in surestep.__all__ if getattr(surestep, name, None) is None]
+print(json.dumps(found))
 """
-    assert fresh(code) == "[]\n"
+    return json.loads(fresh(code))
+
+
+def test_every_module_without_the_optional_packages(told):
+    """Also shows that no import asks for the network, and that every public name resolves."""
+    assert told["lost"] == []
     assert len(MODULES) > 40
+
+
+@pytest.mark.parametrize("room", LIGHT)
+def test_a_room_imports_what_is_heavy_where_it_is_needed(told, room):
+    assert told[room] == []
 
 
 @pytest.mark.parametrize("name", surestep.__all__)

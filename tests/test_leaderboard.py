@@ -115,7 +115,7 @@ def test_rows_of_a_method_as_it_was_lead_nothing(monkeypatch):
         {**line("new", 0, 0.8, "robust", 0), "machine": "without a standard row"},
     ]
     text = page.against(page.means(rows, board.outdated))
-    assert "the best of the rest: **new**, 80.0. SAT's distance to it: -10.0" in text
+    assert "best other method: **new**, 80.0. The best SAT entry is 10.0 points below it" in text
 
 
 def test_a_row_is_run_again_when_its_settings_change():
@@ -162,7 +162,7 @@ def test_the_benchmarks_own_protocol():
 def test_a_row_is_trained_judged_and_audited(monkeypatch):
     # Of AutoAttack's parts one that finds nothing: what they find is no matter of the board.
     monkeypatch.setattr("surestep.attacks.auto.PARTS", {"none": lambda model, x, y, threat: x})
-    small = {"model": "lenet+", "epochs": 0.01, "val_images": 50, "val_attacks": ["fgsm"]}
+    small = {"model": "cnn-small", "epochs": 0.01, "val_images": 50, "val_attacks": ["fgsm"]}
     tiny = replace(
         board.BOARDS["fastat"], settings=small, preset="mnist", steps=2, n=20, audit_n=20
     )
@@ -196,10 +196,10 @@ def test_the_best_sat_is_held_against_the_best_of_the_rest():
         line("pgd", 0, 0.78, "robust", 400),
     ]
     text = page.against(page.means(rows))
-    assert "The best SAT alone: **sat-r2**, 70.0 at 2.00 times the time" in text
+    assert "Best SAT entry without additions: **sat-r2**, 70.0 at 2.00 times the time" in text
     assert "**sat-r2 + ema**, 75.0 at 2.50" in text
     assert "**pgd**, 78.0 at 10.00" in text
-    assert "-3.0 points" in text
+    assert "3.0 points below it" in text
     # Nothing to compare with.
     assert page.against(page.means(rows[1:2])) == ""
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from surestep import processes
+from surestep import UserError, processes
 from surestep.training import preparing
 
 DEVICES = [("cuda:0", [0]), ("cuda:3", [3]), ("cpu", None), ("mps:0", None)]
@@ -41,6 +41,48 @@ def test_gradients_are_shared_on_the_gpu_that_the_model_is_on(monkeypatch, devic
     net = nn.Linear(2, 2)
     preparing._wrap_ddp(net, torch.device(device))
     assert made == [(net, own, False)]
+
+
+class TestWhatTheFirstDoes:
+    """Two processes, one after the other: what the first sends is kept for the second."""
+
+    @pytest.fixture
+    def ranks(self, monkeypatch):
+        post = []
+
+        def send(objects, source):
+            assert source == 0
+            if processes.rank() == 0:
+                post[:] = objects
+            objects[:] = post
+
+        monkeypatch.setattr(processes.dist, "broadcast_object_list", send)
+
+        def each(then):
+            for rank in (0, 1):
+                monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+                then()
+
+        return each
+
+    def test_all_get_its_result(self, ranks):
+        did, got = [], []
+        ranks(lambda: got.append(processes.by_first(lambda: did.append("once") or "found")))
+        assert (did, got) == (["once"], ["found", "found"])
+
+    def test_all_raise_its_error(self, ranks):
+        def fails():
+            raise UserError("no space left")
+
+        def ask():
+            with pytest.raises(UserError, match="no space left"):
+                processes.by_first(fails)
+
+        ranks(ask)
+
+    def test_one_alone_sends_nothing(self, monkeypatch):
+        monkeypatch.setattr(processes, "world_size", lambda: 1)
+        assert processes.by_first(lambda: 3) == 3
 
 
 @pytest.mark.parametrize(("device", "own"), DEVICES)

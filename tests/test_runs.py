@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import surestep
-from surestep import data, files, methods, posthoc, runs
+from surestep import data, methods, posthoc, runs
 from surestep.config import RunConfig
 from surestep.devices import has_bf16
 from surestep.errors import UserError
@@ -19,6 +19,7 @@ from surestep.models.hypersphere import HypersphereHead
 from surestep.posthoc.mean_sparse import layers
 from surestep.training import TrainStep
 from surestep.training.run_folder import RunFolder
+from surestep.weights import Signature, read_signature, save_weights
 
 DEFAULT = {name: field.default for name, field in RunConfig.model_fields.items()}
 
@@ -230,6 +231,22 @@ class TestParts:
         assert method.eps_low == pytest.approx(0.04)
         assert method.threat == surestep.Linf(0.12)
 
+    @pytest.mark.parametrize(
+        ("settings", "passes"),
+        [
+            ({"method": "standard"}, 3),
+            ({"method": "fgsm"}, 5),
+            ({"method": "free", "params": {"replays": 4}}, 3),
+            ({"method": "fgsm", "awp": 0.01}, 8),
+            ({"method": "trades", "params": {"steps": 1}, "awp": 0.01}, 15),
+            # In the last of four epochs.
+            ({"method": "fgsm", "awp": 0.01, "epochs": 4, "awp_from": 3}, 5.75),
+            ({"method": "fgsm", "awp": 0.01, "epochs": 4, "awp_from": 5}, 5),
+        ],
+    )
+    def test_passes(self, settings, passes):
+        assert runs.passes_of(runs.resolve(settings, "none")) == passes
+
     @pytest.mark.parametrize(("split", "n"), [("train", 24), ("validation", 3), ("test", 3)])
     def test_data(self, tmp_path, split, n):
         x = np.zeros((30, 8, 8, 3), np.uint8)
@@ -367,7 +384,7 @@ class TestFolders:
         (tmp_path / "a.npz").unlink()
         run = surestep.load(tmp_path / "run", "cpu")
         assert isinstance(run, surestep.Run)
-        x = torch.rand(4, *files.read_signature(run.weights).shape)
+        x = torch.rand(4, *read_signature(run.weights).shape)
         assert torch.equal(run.model(x), result.model.eval()(x))
 
     @pytest.mark.parametrize(
@@ -466,7 +483,7 @@ class TestWeightsToBeginWith:
         model = runs.build_model(given, runs.load_data(given, "test", 1))
         with torch.no_grad():
             next(model.parameters()).fill_(0.125)
-        files.save_weights(file, model)
+        save_weights(file, model)
         config = runs.resolve({"method": "fgsm", "lr": 1e-12, "weights": str(file), **values})
         with monkeypatch.context() as patch:
             patch.setattr(TrainStep, "__call__", lambda *_: {}["a crash"])
@@ -482,7 +499,7 @@ class TestWeightsToBeginWith:
         images = runs.load_data(given, "test", 1)
         for head in ("hypersphere", "linear"):
             old = runs.build_model(given.model_copy(update={"head": head, "seed": 7}), images)
-            files.save_weights(tmp_path / f"{head}.safetensors", old)
+            save_weights(tmp_path / f"{head}.safetensors", old)
             named = given.model_copy(update={"weights": str(tmp_path / f"{head}.safetensors")})
             new = runs.build_model(named, images, begin=True)
             assert isinstance(new.head, HypersphereHead)
@@ -513,11 +530,11 @@ def test_weights_are_chosen_on_validation_images_alone(monkeypatch, tmp_path):
         split: data.load("mnist", split).first(60) for split in ("train", "validation", "test")
     }
 
-    def load(config, split, n=None):
+    def load(dataset, split, *, n=None, **_):
         asked.append((split, n))
         return digits[split]
 
-    monkeypatch.setattr(runs, "load_data", load)
+    monkeypatch.setattr(data, "load", load)
     settings = {"method": "fgsm", "model": "cnn-small", "epochs": 1, "val_attacks": ("fgsm",)}
     config = runs.resolve(settings, "none")
     runs.train(config, tmp_path / "run", quiet=True)
@@ -529,15 +546,15 @@ def test_weights_are_chosen_on_validation_images_alone(monkeypatch, tmp_path):
         sparse = posthoc.insert(copy.deepcopy(model), train.pixels(slice(0, 1)), 0.1)
         return posthoc.Hardened(sparse, 0.1, [])
 
-    def evaluate(model, images, threat, attacks, *, n, sources, **_):
+    def evaluate(model, images, threat, attacks, *, sources, **_):
         sparse = bool(layers(model))
         assert [bool(layers(source)) for source in sources] == [False]  # the run as it was
-        assert (images is digits["test"], n) == (True, 4)
+        assert images is digits["test"]
         right = torch.tensor([True, True, True, False] if sparse else [False, True, False, True])
         return SimpleNamespace(right={"worst case": right}, to_dict=lambda: {"sparse": sparse})
 
-    monkeypatch.setattr(runs.posthoc, "harden", harden)
-    monkeypatch.setattr(runs, "evaluate", evaluate)
+    monkeypatch.setattr(posthoc, "harden", harden)
+    monkeypatch.setattr("surestep.runs._harden.evaluate", evaluate)
     asked.clear()
     found = runs.harden(tmp_path / "run", tmp_path / "hard", attacks=["fgsm"], n=4, n_search=5)
     ((train, validation),) = judged
@@ -553,13 +570,14 @@ def run_of_nothing(monkeypatch, tmp_path):
     """A run whose hardening costs nothing."""
     judged = SimpleNamespace(right={"worst case": torch.ones(3, dtype=torch.bool)}, to_dict=dict)
     run = runs.Run(RunConfig(), torch.nn.Identity(), surestep.Linf(0.3), tmp_path / "run")
-    monkeypatch.setattr(runs, "load", lambda *_: run)
+    monkeypatch.setattr("surestep.runs._harden.load", lambda *_: run)
     images = data.Images(torch.zeros(2, 1, 2, 2), torch.tensor([0, 1]), ("cat", "dog"))
-    monkeypatch.setattr(runs, "load_data", lambda *_: images)
-    monkeypatch.setattr(runs, "evaluate", lambda *_, **__: judged)
+    monkeypatch.setattr(data, "load", lambda *_, **__: images)
+    monkeypatch.setattr("surestep.runs._harden.evaluate", lambda *_, **__: judged)
     found = posthoc.Hardened(run.model, 0.1, [])
-    monkeypatch.setattr(runs.posthoc, "harden", lambda *_, **__: found)
-    monkeypatch.setattr(files, "read_signature", lambda _: files.Signature())
+    monkeypatch.setattr(posthoc, "harden", lambda *_, **__: found)
+    for room in ("_load", "_harden"):
+        monkeypatch.setattr(f"surestep.runs.{room}.read_signature", lambda _: Signature())
     return run
 
 
@@ -570,7 +588,7 @@ def test_a_full_disk_leaves_no_hardened_run_without_weights(run_of_nothing, monk
     out = tmp_path / "hard"
     runs.harden(run_of_nothing.folder, out)
     assert {path.name for path in out.iterdir()} == {"config.yaml", "model.safetensors"}
-    monkeypatch.setattr(files, "save_weights", full)
+    monkeypatch.setattr("surestep.runs._harden.save_weights", full)
     with pytest.raises(UserError, match="no space left"):
         runs.harden(run_of_nothing.folder, tmp_path / "more")
     assert not (tmp_path / "more").exists()
@@ -588,9 +606,9 @@ def test_a_run_is_hardened_on_labels_in_its_class_order(run_of_nothing, monkeypa
         right = {"worst case": torch.ones(2, dtype=torch.bool)}
         return SimpleNamespace(right=right, to_dict=dict)
 
-    monkeypatch.setattr(runs.posthoc, "harden", harden)
-    monkeypatch.setattr(runs, "evaluate", evaluate)
-    monkeypatch.setattr(files, "read_signature", lambda _: files.Signature(("dog", "cat")))
+    monkeypatch.setattr(posthoc, "harden", harden)
+    monkeypatch.setattr("surestep.runs._harden.evaluate", evaluate)
+    monkeypatch.setattr("surestep.runs._load.read_signature", lambda _: Signature(("dog", "cat")))
     folder = run_of_nothing.folder
     runs.harden(folder, tmp_path / "hard", tell=told.append)
     assert labels == [[1, 0]] * 3
@@ -643,7 +661,7 @@ class TestPlaces:
 
     def test_a_run_goes_on_with_what_it_was_begun_with(self, short, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(runs, "fit", lambda *_, describe, **__: describe)
+        monkeypatch.setattr("surestep.runs._train.fit", lambda *_, describe, **__: describe)
         config = runs.resolve({**short, "data": "a.npz", "val_images": 0, "method": "fgsm"})
         begun = runs.train(config, "run")
         assert begun["data"] == str(tmp_path / "a.npz")

@@ -129,6 +129,7 @@ class FitSettings(BaseModel):
     val_attacks: tuple[str, ...] = Field(
         ("fgsm", "pgd-20x2"),
         description="Validation attacks (fgsm is always added); their worst case selects",
+        examples=["fgsm", "pgd-20"],
     )
     select: Literal["best", "last"] = Field(
         "best", description="Weights to keep: best worst case in validation, or the last epoch's"
@@ -147,10 +148,14 @@ class RunConfig(FitSettings):
     method: str = Field("sat-r2", description="Training method; see `surestep methods`")
     params: dict[str, Param] = Field({}, description="The method's hyperparameters, by name")
     sources: tuple[str, ...] = Field(
-        (), description="Run folders whose models are attacked in turn (eat)"
+        (),
+        description="Run folders whose models are attacked in turn (eat)",
+        examples=["runs/one", "runs/two"],
     )
     dataset: str = Field(
-        "mnist", description="Data set: mnist (embedded), cifar10, cifar100, folder, npz or hf"
+        "mnist",
+        description="Data set: mnist (embedded), cifar10, cifar100, folder:DIR, npz:FILE or "
+        "hf:NAME",
     )
     data: str | None = Field(None, description="Location of the data set (folder or file)")
     image_size: Positive | None = Field(
@@ -193,7 +198,6 @@ CHANGEABLE = ("device", "max_memory", "checkpoint_every", "tensorboard")
 """Settings that a resumed run may change: where and how it is computed and saved, not what."""
 
 C = TypeVar("C", bound=BaseModel)
-_LISTS = {"val_attacks": "fgsm, pgd-20", "sources": "runs/one, runs/two"}
 
 
 def parse(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
@@ -224,7 +228,8 @@ def parse(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
         if name.startswith("params."):
             message = "expected a number, a ratio such as 8/255, true, false, none or a name"
         if first["type"] == "tuple_type":
-            message = f"expected a list such as [{_LISTS[name]}]"
+            entries = cls.model_fields[name].examples or ["one", "two"]
+            message = f"expected a list such as [{', '.join(entries)}]"
         raise UserError(f"{where}{name} {value!r} is invalid: {message}") from None
 
 

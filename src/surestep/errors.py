@@ -10,6 +10,9 @@ from typing import Any, TypeVar
 
 V = TypeVar("V")
 
+ERROR = "surestep: error: "
+"""What the command line writes before an error; a comparison finds its trainings' errors by it."""
+
 
 class UserError(ValueError):
     """Bad input. The message is one line: the value, what was expected, what to do.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from surestep.errors import UserError
+
+T = TypeVar("T")
 
 _alone = False
 
@@ -45,6 +48,31 @@ def barrier(device: torch.device) -> None:
     """
     if world_size() > 1:
         dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def by_first(do: Callable[[], T]) -> T:
+    """Let the first process do something; return what it returned in all of them.
+
+    Args:
+        do: called in the first process only; what it returns is pickled.
+
+    Raises:
+        UserError: ``do`` raised it. It is sent to all processes, since the others would wait for a
+            process that has left.
+    """
+    if world_size() == 1:
+        return do()
+    sent: list[T | UserError | None] = [None]
+    if rank() == 0:
+        try:
+            sent = [do()]
+        except UserError as e:
+            sent = [e]
+    dist.broadcast_object_list(sent, 0)
+    (found,) = sent
+    if isinstance(found, UserError):
+        raise found
+    return cast(T, found)
 
 
 def mean(value: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from surestep import data, files, models, runs
+from surestep import data, models, runs
 from surestep.attacks.lending import device_of
 from surestep.config import RunConfig, parse
 from surestep.data import Images, are_numbers
@@ -24,6 +24,7 @@ from surestep.devices import pick_device
 from surestep.errors import UserError, need
 from surestep.threat import ThreatModel
 from surestep.training.run_folder import RunFolder
+from surestep.weights import load_any_weights, read_signature
 
 KINDS = (
     "a run folder, FILE.py:FACTORY, an architecture such as lenet+ or timm:NAME with --weights, a "
@@ -117,7 +118,7 @@ def open_target(
             f"each for every channel, here {images.image_shape[0]}"
         )
     file = RunFolder(folder).weights if of_run else Path(weights or "")
-    classes = files.read_signature(file).classes if _has_header(file) else ()
+    classes = read_signature(file).classes if _has_header(file) else ()
     if of_run:
         numbered = runs.in_class_order_of(name, classes, images)
         model = runs.load(folder, device).model
@@ -287,7 +288,7 @@ def _load(
     if models.in_file(name):
         model = models.from_file(name)
         if weights is not None:
-            files.load_any_weights(Path(weights), model)
+            load_any_weights(Path(weights), model)
         return model
     if weights is not None:
         raise UserError(
@@ -313,7 +314,7 @@ def _architecture(
         normalize=not bare,
     )
     try:
-        files.load_any_weights(weights, model)
+        load_any_weights(weights, model)
     except UserError as e:
         if bare and "normalize.mean" in str(e):
             raise UserError(

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 import surestep
-from surestep import UserError, evaluation, files, models, runs, targets
+from surestep import UserError, evaluation, models, runs, targets
 from surestep.data import Images
+from surestep.weights import Signature, load_weights, read_signature, save_weights
 
 pytestmark = pytest.mark.usefixtures("small_budget")
 
@@ -71,9 +72,9 @@ def weights(finished, tmp_path_factory):
     """The finished run's weights, as others save them; and the file that makes the model."""
     tmp_path = tmp_path_factory.mktemp("weights")
     model = models.create("cnn-small", 10)
-    files.load_weights(finished / "model.safetensors", model)
+    load_weights(finished / "model.safetensors", model)
     (tmp_path / "net.py").write_text(MODEL)
-    files.save_weights(tmp_path / "w.safetensors", model)
+    save_weights(tmp_path / "w.safetensors", model)
     torch.save(model.state_dict(), tmp_path / "plain.pt")
     wrapped = {f"module.{k}": v for k, v in model.state_dict().items()}
     torch.save({"state_dict": wrapped, "epoch": 3}, tmp_path / "wrapped.pth")
@@ -296,7 +297,7 @@ def test_names_of_classes_of_which_none_agrees(monkeypatch, tmp_path, theirs, ou
     images = Images(torch.zeros(2, 1, 28, 28), torch.tensor([0, 1]), classes=ours)
     monkeypatch.setattr(targets.runs, "load_data", lambda *_: images)
     file = tmp_path / "w.safetensors"
-    files.save_weights(file, models.create("cnn-small", 2), files.Signature(theirs, (1, 28, 28)))
+    save_weights(file, models.create("cnn-small", 2), Signature(theirs, (1, 28, 28)))
     note = targets.open_target(
         "cnn-small", weights=str(file), dataset="mnist", eps=0.1, device="cpu"
     ).note
@@ -351,7 +352,7 @@ def test_a_folder_with_some_of_the_classes_that_a_run_was_trained_on(cli, tmp_pa
     how = ("--lr", "0.02", "--epochs", "30", "--batch-size", "8", "--engine", "reference")
     out = tmp_path / "run"
     assert cli(*train, *model, *how, "--out", out)
-    assert files.read_signature(out / "model.safetensors") == (("dark", "grey", "white"), (3, 8, 8))
+    assert read_signature(out / "model.safetensors") == (("dark", "grey", "white"), (3, 8, 8))
 
     def judged(*place):
         result = cli("evaluate", out, "--attacks", "fgsm", "--json", "-", *place)

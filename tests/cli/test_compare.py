@@ -18,6 +18,7 @@ import yaml
 from surestep import UserError, comparing
 from surestep.cli import main
 from surestep.comparing import Comparison, Failure, Number, Row
+from surestep.training.run_folder import RunFolder
 
 QUICK = ("--attacks", "fgsm,pgd-2,pgd-2-margin", "--no-audit", "--n", "20")
 
@@ -61,7 +62,7 @@ def trained_here(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         main([*arguments, "--quiet"])
         return 0, 300_000, ""
 
-    monkeypatch.setattr(comparing._run, "_measured", train)
+    monkeypatch.setattr(comparing._process, "measured", train)
     return calls
 
 
@@ -229,7 +230,7 @@ class TestReal:
         assert code == 0, err
         (row,) = csv.DictReader(io.StringIO(text))
         assert (row["method"], row["seeds"], row["passes_mean"]) == ("fgsm", "1", "5.0")
-        outcome = json.loads((out / "fgsm-seed0" / "comparison.json").read_text("utf-8"))
+        outcome = json.loads((out / "fgsm-seed0" / "judged.json").read_text("utf-8"))
         assert outcome["evaluation"]["format"] == "surestep-evaluation"
         assert outcome["audit"]["format"] == "surestep-audit"
         assert outcome["audit"]["budget"] == "quick"
@@ -238,6 +239,7 @@ class TestReal:
         assert row["verdict"] == outcome["audit"]["verdict"]
         assert {p.name for p in out.iterdir()} >= {"comparison.json", "comparison.csv"}
         assert not list(out.glob("*/*.state"))
+        RunFolder.plan(out / "fgsm-seed0", overwrite=True)  # its results are a run's own files
         before = {name: data for name, data in tools.contents(out).items() if "/" in name}
         trained_here.clear()
         again = cli(*args, "--format", "csv")
@@ -265,7 +267,7 @@ class TestReal:
         assert row["method"] == "sat-r3"
         assert row["passes"] == {"mean": 8.0, "std": None, "n": 1}
         assert row["peak_memory_mb"] is None
-        assert not (finished / "comparison.json").exists()
+        assert not (finished / "judged.json").exists()
 
     def test_killed_and_continued(self, done, small, tmp_path, tools, monkeypatch):
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -288,7 +290,7 @@ class TestReal:
         # Nobody goes on training: another comparison may take the folder.
         _, alive = psutil.wait_procs(family, timeout=60)
         assert alive == []
-        kept = out / "fgsm-seed0" / "comparison.json"
+        kept = out / "fgsm-seed0" / "judged.json"
         before = kept.stat().st_mtime_ns
         metrics = folder / "metrics.jsonl"
         assert not metrics.exists() or len(metrics.read_text("utf-8").splitlines()) < 3

@@ -554,7 +554,9 @@ class TestOurs:
     def test_control_c_says_how_to_go_on(self, cli, small, tmp_path, monkeypatch):
         assert "--resume" in self.interrupt(cli, small, tmp_path, monkeypatch).err
 
-    @pytest.mark.parametrize("args", [("methods",), ("methods", "--json", "-")])
+    @pytest.mark.parametrize(
+        "args", [("methods",), ("methods", "--json", "-"), ("--help",), ("train", "--help")]
+    )
     def test_a_reader_that_leaves(self, process, args):
         """As in `surestep methods | head`: no complaint, and no fault of ours."""
         read, write = os.pipe()

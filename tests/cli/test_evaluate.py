@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import surestep
-from surestep import files, models, runs
+from surestep import models, runs
+from surestep.weights import read_signature, save_weights
 
 ATTACKS = ("--attacks", "fgsm,pgd-3,pgd-3-margin")
 
@@ -126,11 +127,12 @@ def test_sources_are_where_the_model_is(cli, finished, monkeypatch):
 def test_sources_of_any_kind(done, refused, able, tmp_path):
     """The points of the model itself break it as its own gradients do; those of another do not."""
     (tmp_path / "net.py").write_text(
-        "from surestep import files, models\n"
+        "from surestep import models\n"
+        "from surestep.weights import load_weights\n"
         "from pathlib import Path\n"
         "def same():\n"
         "    net = models.create('cnn-small', 10)\n"
-        f"    files.load_weights(Path({str(able / 'model.safetensors')!r}), net)\n"
+        f"    load_weights(Path({str(able / 'model.safetensors')!r}), net)\n"
         "    return net\n"
         "def other():\n"
         "    return models.create('cnn-small', 10)\n"
@@ -144,10 +146,10 @@ def test_sources_of_any_kind(done, refused, able, tmp_path):
     assert same == left("--source", able)
     assert same < left("--source", f"{tmp_path}/net.py:other")
     swapped = shutil.copytree(able, tmp_path / "swapped")
-    signature = files.read_signature(able / "model.safetensors")
+    signature = read_signature(able / "model.safetensors")
     net = models.create("cnn-small", 10)
     classes = (signature.classes[1], signature.classes[0], *signature.classes[2:])
-    files.save_weights(swapped / "model.safetensors", net, signature._replace(classes=classes))
+    save_weights(swapped / "model.safetensors", net, signature._replace(classes=classes))
     refusal = refused("evaluate", able, "--attacks", "transfer", "--source", swapped)
     assert "has another class order than the target" in refusal
     refusal = refused("evaluate", able, "--attacks", "transfer", "--source", tmp_path / "none")

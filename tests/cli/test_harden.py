@@ -6,8 +6,7 @@ import pytest
 import yaml
 
 import surestep
-from surestep import UserError, runs
-from surestep.posthoc import hardening
+from surestep import UserError, data, runs
 from surestep.posthoc.mean_sparse import layers
 
 QUICK = ("--mean-sparse", "--n", "40", "--n-search", "20", "--attacks", "pgd-5,square-20")
@@ -70,10 +69,10 @@ class TestHarden:
 
         def evaluate(model, data, threat, attacks, **options):
             asked.append((tuple(attacks), options["batch_size"], len(options["sources"])))
-            return surestep.evaluate(model, data, threat, ["fgsm"], n=options["n"])
+            return surestep.evaluate(model, data, threat, ["fgsm"], n=options.get("n"))
 
-        for judging in (hardening, runs):
-            monkeypatch.setattr(judging, "evaluate", evaluate)
+        for judging in ("posthoc.hardening", "runs._harden"):
+            monkeypatch.setattr(f"surestep.{judging}.evaluate", evaluate)
         few = ("--n", "20", "--n-search", "10", "--batch-size", "64", "--out", tmp_path / "hard")
         on = ("--split", split, "--json", numbers)
         result = cli("harden", finished, "--mean-sparse", "--threshold", "0.2", *few, *on)
@@ -91,13 +90,15 @@ class TestHarden:
     def test_data_without_a_test_split_are_told_first(
         self, refused, finished, tmp_path, monkeypatch
     ):
-        def no_test(config, split, n=None):
+        load = data.load
+
+        def no_test(dataset, split, **options):
             if split == "test":
                 raise UserError("it has no test split")
-            return runs.data.load(config.dataset, split, root=config.data, n=n)
+            return load(dataset, split, **options)
 
-        monkeypatch.setattr(runs, "load_data", no_test)
-        monkeypatch.setattr(runs.posthoc, "harden", lambda *_, **__: pytest.fail("it searched"))
+        monkeypatch.setattr(data, "load", no_test)
+        monkeypatch.setattr("surestep.posthoc.harden", lambda *_, **__: pytest.fail("it searched"))
         line = refused("harden", finished, "--mean-sparse", "--out", tmp_path / "out")
         assert "it has no test split" in line
 

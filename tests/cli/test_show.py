@@ -14,8 +14,8 @@ def test_a_long_attack_reports_while_it_runs(monkeypatch):
     said = io.StringIO()
     monkeypatch.setattr(sys, "stderr", said)
     with progress_bar("attacking") as watched:
-        watched.progress(250, 1000, 0.25)
-        watched.tell("pgd-100 on images 1 to 500; worst case 25.0% so far")
+        watched["progress"](250, 1000, 0.25)
+        watched["tell"]("pgd-100 on images 1 to 500; worst case 25.0% so far")
         end = time.monotonic() + 60
         while said.getvalue().count("worst case") < 2 and time.monotonic() < end:
             time.sleep(0.01)

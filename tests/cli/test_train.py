@@ -246,16 +246,24 @@ class TestWhatItSays:
         assert config["params"]["eps_low"] == 0.1
 
     @pytest.mark.filterwarnings("always")
-    @pytest.mark.parametrize("rank", ["0", "1"])
-    def test_of_several_processes_only_the_first_warns(self, cli, monkeypatch, rank):
+    @pytest.mark.parametrize(
+        ("rank", "local_rank", "warns"), [("0", "0", True), ("1", "1", False), ("1", None, True)]
+    )
+    def test_of_several_processes_only_the_first_warns(
+        self, cli, monkeypatch, rank, local_rank, warns
+    ):
+        """A RANK alone, such as a job's of an array, is no launcher's."""
+
         def read(_):
             warnings.warn("mind this", SurestepWarning, stacklevel=1)
             raise UserError("no such run")
 
         monkeypatch.setenv("RANK", rank)
+        if local_rank is not None:
+            monkeypatch.setenv("LOCAL_RANK", local_rank)
         monkeypatch.setattr("surestep.runs.read_config", read)
         err = cli("train", "--resume", "run").err
-        assert ("surestep: warning: mind this\n" in err) == (rank == "0")
+        assert ("surestep: warning: mind this\n" in err) == warns
         assert "surestep: error: no such run\n" in err
 
     @pytest.mark.slow

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from surestep import UserError, methods
+from surestep import UserError, methods, runs
 from surestep.training import engine as room
 from surestep.training import make_step
 from surestep.training.awp import perturbed_weights
@@ -37,7 +37,6 @@ def test_the_gradient_is_that_of_the_moved_weights(tiny):
                 weight += gamma * size * weight.grad
     for weight in ahead.parameters():
         weight.grad = None
-    once = copy.deepcopy(start)
     for own, buffer in zip(ahead.buffers(), start.buffers(), strict=True):
         own.copy_(buffer)
     torch.nn.functional.cross_entropy(ahead(x_adv), y).backward()
@@ -50,7 +49,6 @@ def test_the_gradient_is_that_of_the_moved_weights(tiny):
     ):
         torch.testing.assert_close(own, before - 0.1 * moved.grad, **exact)
     # Batch norm has counted one pass: that of the moved weights.
-    once.train()
     for own, expected in zip(model.buffers(), ahead.buffers(), strict=True):
         torch.testing.assert_close(own, expected, **exact)
     assert int(model[1].num_batches_tracked) == int(start[1].num_batches_tracked) + 1
@@ -75,6 +73,29 @@ def test_every_method_takes_it(tiny, slug):
     for _ in range(2):
         step(*tiny.data(), torch.arange(64))
     assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("slug", ["fgsm", "sat-r2", "trades"])
+def test_its_passes_are_counted(tiny, slug):
+    """A pass backward computes gradients of activations and of weights: two passes' work."""
+    x, y = tiny.data(8)
+    forward, backward, declared = [], [], []
+    for awp in (None, 0.05):
+        model, method, passes = tiny.net().train(), tiny.method(slug), [0, 0]
+
+        def count(which, n, passes=passes):
+            passes[which] += n
+
+        model.register_forward_pre_hook(lambda _, args, count=count: count(0, len(args[0])))
+        model[-1].register_full_backward_hook(lambda m, _, grad, c=count: c(1, len(grad[0])))
+        step_of(tiny, model, method, awp=awp)(x, y)
+        forward.append(passes[0] / 8)
+        backward.append(passes[1] / 8)
+        settings = {"method": slug, "params": method.params(), "awp": awp, "batch_size": 8}
+        declared.append(runs.passes_of(runs.resolve(settings, "none")))
+    more = [after - before for before, after in (forward, backward, declared)]
+    assert more[2] == pytest.approx(more[0] + 2 * more[1])
+    assert more[0] == more[1] == method.cost(8).weight_grad
 
 
 def test_a_gradient_that_overflows_leaves_no_trace(tiny):

@@ -499,28 +499,3 @@ def test_only_a_tuned_engine_keeps_freed_memory(tiny, monkeypatch):
     assert not asked
     FAST32.place(tiny.net())
     assert asked
-
-
-@pytest.mark.parametrize(
-    ("takes", "asked"),
-    [
-        (lambda size: True, [(-3, 1 << 30), (-1, (1 << 31) - 1)]),
-        (lambda size: size <= 32 << 20, [(-3, 1 << 30), (-3, 32 << 20), (-1, (1 << 31) - 1)]),
-        (lambda size: False, [(-3, 1 << 30), (-3, 32 << 20)]),
-    ],
-)
-def test_freed_memory_is_kept_as_far_as_the_c_library_lets_it(monkeypatch, takes, asked):
-    """An older glibc refuses more than 32 MiB."""
-    calls = []
-
-    class Libc:
-        gnu_get_libc_version = None
-
-        def mallopt(self, option, value):
-            calls.append((option, value))
-            return int(option == -1 or takes(value))
-
-    monkeypatch.setattr(engine_room.sys, "platform", "linux")
-    monkeypatch.setattr(engine_room.ctypes, "CDLL", lambda _: Libc())
-    engine_room.keep_freed_memory.__wrapped__()
-    assert calls == asked

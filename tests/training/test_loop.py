@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from torch.utils.data import (
 )
 
 import surestep
-from surestep import data, files, methods
+from surestep import data, files, methods, processes
 from surestep.config import FitSettings
 from surestep.errors import UserError
 from surestep.evaluation import Evaluation
@@ -47,9 +47,11 @@ from surestep.training import (
     preparing,
     validating,
 )
+from surestep.training.loaders import first_item_as_batch
 from surestep.training.run_folder import RunFolder
 from surestep.training.schedules import learning_rate, momentum
-from surestep.training.source import first_item_as_batch, make_source
+from surestep.training.source import make_source
+from surestep.weights import load_weights
 
 EVERY = 2
 STOPS = {"mid-epoch": 4, "boundary": 5, "mid-epoch 2": 9}
@@ -93,7 +95,7 @@ class TestARun:
             assert row["val_n"] == 6
             assert row["val_worst_case"] <= min(row["val_fgsm"], row["val_pgd-2"])
         kept = tiny.net()
-        files.load_weights(out / "model.safetensors", kept)
+        load_weights(out / "model.safetensors", kept)
         assert tiny.same_weights(kept, result.model)
         assert not any(m.training for m in result.model.modules())
         assert result.out == out
@@ -1032,7 +1034,7 @@ class TestValidation:
         assert tiny.same_weights(result.model, shown[kept - 1])
         if place:
             loaded = tiny.net()
-            files.load_weights(place / "model.safetensors", loaded)
+            load_weights(place / "model.safetensors", loaded)
             assert tiny.same_weights(loaded, shown[kept - 1])
 
     def test_a_weak_attack_does_not_choose(self, tiny, monkeypatch):
@@ -1346,13 +1348,29 @@ class TestImagesWithoutALabel:
             tiny.train("uat", data=tiny.data(), validation=partly, val_images=4)
 
 
+def source_of(
+    given: Any,
+    *,
+    device: str = "cpu",
+    shard: Callable[[Any], Any] = lambda loader: loader,
+    steps: int | None = None,
+) -> Any:
+    config = FitSettings(batch_size=4, augment="none")
+    place, bounds = torch.device(device), (0.0, 1.0)
+    return make_source(given, config, place, shard=shard, workers=0, bounds=bounds, steps=steps)
+
+
+@pytest.fixture
+def second_of_two(monkeypatch):
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    monkeypatch.setattr(processes, "rank", lambda: 1)
+
+
 def test_what_a_gpu_fetches_is_pinned():
     """A Dataset's loader, which the loop makes itself."""
     pairs = TensorDataset(torch.rand(8, 1, 4, 4), torch.arange(8))
-    options = {"batch_size": 4, "seed": 0, "augmentation": "none"}
-    options |= {"rank": 0, "world": 1, "prepare": lambda loader: loader}
     for device, pinned in (("cuda", True), ("cpu", False)):
-        source = make_source(pairs, device=torch.device(device), **options)
+        source = source_of(pairs, device=device)
         assert source.loader.pin_memory is pinned
 
 
@@ -1424,7 +1442,7 @@ class TestLoaders:
             ("any sizes", "of a list without an attribute batch_size may differ in size"),
         ],
     )
-    def test_but_not_shared_out(self, tiny, kind, said):
+    def test_but_not_shared_out(self, tiny, second_of_two, kind, said):
         class Own(DataLoader):
             def __iter__(self):
                 return super().__iter__()
@@ -1434,12 +1452,7 @@ class TestLoaders:
         if kind == "any sizes":
             loader = DataLoader(pairs, batch_sampler=[[0, 1], [2]])
         with pytest.raises(UserError, match=said):
-            make_source(
-                loader,
-                **{"batch_size": 8, "seed": 0, "augmentation": "none", "rank": 0, "world": 2},
-                device=torch.device("cpu"),
-                prepare=lambda _: pytest.fail("was shared out"),
-            )
+            source_of(loader, shard=lambda _: pytest.fail("was shared out"))
 
     def test_full_memory_names_the_loaders_own_size(self, tiny, monkeypatch):
         def full(*_: Any) -> Any:
@@ -1538,25 +1551,24 @@ class TestLoaders:
         """Accelerate would wait for the device before it fetches the next."""
         given: list[Any] = []
 
-        def noted(*args: Any, prepare: Any, **options: Any) -> Any:
-            given.append(prepare)
-            return make_source(*args, prepare=prepare, **options)
+        def noted(*args: Any, shard: Any, **options: Any) -> Any:
+            given.append(shard)
+            return make_source(*args, shard=shard, **options)
 
         monkeypatch.setattr(preparing, "make_source", noted)
         tiny.train(data=TensorDataset(*tiny.data()), validation=tiny.data(8), epochs=1)
-        (prepare,) = given
-        assert prepare.func.__name__ == "prepare_data_loader"
-        assert prepare.keywords == {"device_placement": False}
+        (shard,) = given
+        assert shard.func.__name__ == "prepare_data_loader"
+        assert shard.keywords == {"device_placement": False}
 
-    def test_shares_are_not_shared_out_again(self, tiny):
+    def test_shares_are_not_shared_out_again(self, tiny, monkeypatch):
         pairs = TensorDataset(*tiny.data())
         sampler = DistributedSampler(pairs, num_replicas=2, rank=0)
         loader = DataLoader(pairs, 4, sampler=sampler)
-        options = {"batch_size": 4, "seed": 0, "augmentation": "none", "rank": 0}
-        options |= {"device": torch.device("cpu"), "prepare": lambda loader: loader}
+        assert source_of(loader).steps_per_epoch == 8
+        monkeypatch.setattr(processes, "world_size", lambda: 2)
         with pytest.raises(UserError, match=r"has a DistributedSampler, .*: give one without"):
-            make_source(loader, world=2, **options)
-        assert make_source(loader, world=1, **options).steps_per_epoch == 8
+            source_of(loader)
 
     @pytest.mark.parametrize(
         ("kind", "lacking"),
@@ -1569,7 +1581,7 @@ class TestLoaders:
         ],
     )
     def test_an_order_that_each_process_would_draw_for_itself_is_said(
-        self, tiny, recwarn, kind, lacking
+        self, tiny, recwarn, monkeypatch, kind, lacking
     ):
         class Own(torch.utils.data.Sampler):
             def __iter__(self) -> Any:
@@ -1585,10 +1597,9 @@ class TestLoaders:
         if "batches" in kind:
             sampler.generator, sampler.batch_size = None, 4
             loader = DataLoader(pairs, batch_sampler=sampler)
-        options = {"batch_size": 4, "seed": 0, "augmentation": "none", "rank": 0}
-        options |= {"device": torch.device("cpu"), "prepare": lambda loader: loader}
-        make_source(loader, world=1, **options)
-        make_source(loader, world=2, **options)
+        source_of(loader)
+        monkeypatch.setattr(processes, "world_size", lambda: 2)
+        source_of(loader)
         said = [str(w.message) for w in recwarn if "has no" in str(w.message)]
         assert len(said) == (lacking is not None)
         assert all(f"the DataLoader's {lacking}: if it draws" in one for one in said)
@@ -1645,12 +1656,11 @@ class TestStreams:
         assert tiny.weights(out) == tiny.weights(whole)
         assert tiny.rows(out) == tiny.rows(whole)
 
-    def test_each_process_has_its_own(self, stream):
-        options = {"batch_size": 8, "seed": 0, "augmentation": "none", "rank": 1, "world": 2}
-        options |= {"device": torch.device("cpu"), "prepare": lambda _: pytest.fail("was split")}
-        assert len(list(make_source(stream(), steps=3, **options).epoch(0))) == 3
+    def test_each_process_has_its_own(self, stream, second_of_two):
+        options = {"shard": lambda _: pytest.fail("was split")}
+        assert len(list(source_of(stream(), steps=3, **options).epoch(0))) == 3
         with pytest.raises(UserError, match="steps_per_epoch and a stream that yields each"):
-            make_source(stream(), **options)
+            source_of(stream(), **options)
 
     def test_what_is_refused(self, tiny, stream):
         with pytest.raises(UserError, match=r"has no length, .*: give steps_per_epoch with a Data"):
@@ -1757,6 +1767,34 @@ def test_on_epoch_can_end_the_training(tiny, tmp_path, select):
         assert not result.model.training
     assert [row.get("stopped") for row in tiny.rows(out)] == [None, True]
     assert RunFolder(out).ended(4)
+
+
+@pytest.mark.parametrize(
+    ("method", "epochs", "lengths"),
+    [
+        ("fgsm", 1.1, [3]),  # 3.3 steps
+        ("fgsm", 1.2, [3, 4]),
+        ("fgsm", 2, [3, 6]),
+        ("fgsm", 0.4, [1]),
+        ("free", 1.1, [6, 7]),  # two replays
+    ],
+)
+def test_a_run_ends_with_its_last_whole_step(tiny, tmp_path, capsys, method, epochs, lengths):
+    out = tmp_path / "run"
+
+    def train(**place: Any) -> Any:
+        return tiny.train(method, batch_size=19, epochs=epochs, out=out, quiet=False, **place)
+
+    train()
+    assert [row["step"] for row in tiny.rows(out)] == lengths
+    shown = [line.split()[1] for line in capsys.readouterr().err.splitlines()]
+    assert shown == [f"{n}/{len(lengths)}" for n in range(1, len(lengths) + 1)]
+    run = RunFolder(out)
+    assert run.ended(epochs)
+    shutil.rmtree(run.checkpoints)
+    assert len(train(resume=True).history) == len(lengths)
+    run.metrics.write_text("".join(run.metrics.read_text().splitlines(keepends=True)[:-1]))
+    assert not run.ended(epochs)
 
 
 def test_a_logger_changes_nothing_of_what_follows(tiny, tmp_path):

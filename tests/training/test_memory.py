@@ -212,6 +212,34 @@ class TestTraining:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
         assert tiny.rows(tmp_path / "tight")[-1].keys() == tiny.rows(tmp_path / "free")[-1].keys()
 
+    def test_a_limit_a_little_above_what_a_refusal_asks_for(self, tiny, monkeypatch):
+        """Chosen by the limit alone, training goes in chunks and ends as without one."""
+        found, sizes = [], []
+
+        def noting(*args):
+            found.append(fit_into(*args))
+            return found[-1]
+
+        def train(**limit):
+            net = tiny.net(norm=False)
+            sizes.clear()
+            net.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+            return tiny.train("sat-r2", model=net, **limit)
+
+        monkeypatch.setattr(preparing, "fit_into", noting)
+        with pytest.raises(UserError) as refused:
+            train(max_memory=1e-7)
+        (asked,) = re.findall(r"needs about (\S+) GiB", str(refused.value))
+        free, tight = train(), train(max_memory=1.05 * float(asked))
+        (frugal,) = found
+        assert isinstance(frugal, Frugal)
+        assert max(sizes) == frugal.images < 20  # which SAT-R2's two views of ten are
+        initial = tiny.net(norm=False).parameters()
+        pairs = zip(free.model.parameters(), tight.model.parameters(), initial, strict=True)
+        for ours, theirs, before in pairs:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+            assert (ours - before).abs().max() > 1e-3, "it must have learnt something"
+
     @pytest.mark.parametrize(
         ("limit", "parts", "room", "expected"),
         [

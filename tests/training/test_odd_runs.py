@@ -15,7 +15,7 @@ from surestep.config import FitSettings
 from surestep.training import _fit, make_optimizer, make_step, stopping
 from surestep.training.display import Display
 from surestep.training.engine import Engine
-from surestep.training.preparing import _batch_of
+from surestep.training.preparing import Guard, _batch_of
 
 
 class Promises(BatchSampler):
@@ -120,7 +120,7 @@ def test_of_processes_that_validate_one_that_fails_is_heard(monkeypatch):
     others = [stopping._WORKING, stopping._DONE]
     assert stop.exchange(device, done=True)
     others = [stopping._FAILED, 0]
-    with pytest.raises(stopping.FailedElsewhere, match="of another process cannot be judged"):
+    with pytest.raises(stopping.FailedElsewhere):
         stop.exchange(device)
     stop.exchange(device, failed=True)
     others = [signal.SIGINT, 0]
@@ -132,6 +132,15 @@ def test_of_processes_that_validate_one_that_fails_is_heard(monkeypatch):
         stop.exchange(device, done=True)
     failed = stopping._FAILED
     assert told == [1, 0, failed, 0, 1, failed, 1, signal.SIGTERM]
+
+
+def test_images_that_another_process_cannot_judge_are_said(tiny, monkeypatch):
+    def elsewhere(*_, **__):
+        raise stopping.FailedElsewhere
+
+    monkeypatch.setattr(stopping.StopRequest, "exchange", elsewhere)
+    with pytest.raises(UserError, match="held-out images of another process cannot be judged"):
+        tiny.train("fgsm", epochs=1)
 
 
 def test_a_radius_that_was_set_stays_through_a_warm_up(tiny, monkeypatch):
@@ -204,3 +213,11 @@ def test_a_loader_has_its_own_batch_size(tiny, monkeypatch, together, wrong):
 
 def test_numbers_that_nobody_sees_are_read_rarely():
     assert Display(10, quiet=True)._numbers.seconds == 10
+
+
+def test_an_assertion_on_the_gpu_is_explained(tiny):
+    """Whatever comes after it in that process fails, too, and says nothing of labels."""
+    guard = Guard(tiny.net(), "batch_size (8)", None)
+    said = "a step, of 8 images, stopped on the GPU: a label is probably outside 0 to K - 1"
+    with pytest.raises(UserError, match=said), guard("a step", 8):
+        raise RuntimeError("CUDA error: device-side assert triggered")

@@ -9,7 +9,7 @@ import torch
 import yaml
 from torch import nn
 
-from surestep import UserError, methods
+from surestep import UserError, data, methods
 from surestep.config import FitSettings
 from surestep.training import picking, preparing
 from surestep.training.picking import Pick, pick_engine
@@ -159,9 +159,9 @@ class TestTraining:
         """Its passes would wait for processes that are waiting for the pick."""
         net = nn.SyncBatchNorm.convert_sync_batchnorm(tiny.net())
         assert isinstance(net[1], nn.SyncBatchNorm)
-        config, guard = FitSettings(engine="auto"), preparing.Guard(net, "batch_size (10)", None)
-        assert preparing._pick(net, tiny.method("sat-r2"), SHAPE, 10, config, guard) is None
-        assert not self.picks
+        config, images = FitSettings(engine="auto"), data.as_images(tiny.data())
+        assert preparing._worth_timing(config, tiny.net(), images, total=1)
+        assert not preparing._worth_timing(config, net, images, total=1)
 
     def test_the_pick_is_used_said_and_written_down(self, tiny, tmp_path, capsys):
         tiny.train("sat-r2", engine="auto", out=tmp_path / "run", quiet=False)

@@ -69,8 +69,8 @@ def test_what_a_kill_left_of_a_checkpoint_goes_with_the_next(tmp_path):
     (tmp_path / ".step-00000001.safetensors.part").write_bytes(b"half")
     kept = tmp_path / "notes.part"
     kept.touch()
-    path = checkpoint.save(tmp_path, 2, {"step": 2})
-    assert sorted(tmp_path.iterdir()) == [kept, path]
+    checkpoint.save(tmp_path, 2, {"step": 2})
+    assert sorted(tmp_path.iterdir()) == [kept, *checkpoint.found(tmp_path)]
 
 
 def _refuse():

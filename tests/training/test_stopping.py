@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from surestep import UserError
-from surestep.training import TrainStep, checkpoint, loop, source, stopping, validating
+from surestep.training import TrainStep, checkpoint, loaders, loop, stopping, validating
 
 ENDS = {signal.SIGTERM: (SystemExit, "143"), signal.SIGINT: (KeyboardInterrupt, None)}
 
@@ -398,9 +398,9 @@ def test_a_worker_prints_past_the_bar(monkeypatch):
     plain = sys.stdout, sys.stderr
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, FileProxy(Console(), getattr(sys, name)))
-    source._begin_worker(None, 0)
+    loaders._begin_worker(None, 0)
     assert (sys.stdout, sys.stderr) == plain
-    source._begin_worker(None, 0)  # without a bar
+    loaders._begin_worker(None, 0)  # without a bar
     assert (sys.stdout, sys.stderr) == plain
 
 
@@ -409,8 +409,8 @@ def test_workers_of_a_loader_that_accelerate_has_wrapped(tiny):
     inner = DataLoader(Noisy(*tiny.data(20)), 10, num_workers=1, persistent_workers=True)
     inner._iterator = "of the user"
     shard = prepare_data_loader(inner, put_on_device=False)
-    copied = source.with_workers_of_a_run(shard)
-    assert copied.base_dataloader.worker_init_fn.func is source._begin_worker
+    copied = loaders.with_workers_of_a_run(shard)
+    assert copied.base_dataloader.worker_init_fn.func is loaders._begin_worker
     assert copied.base_dataloader._iterator is None
     assert shard.base_dataloader.worker_init_fn is inner.worker_init_fn is None
     inner._iterator = None

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from surestep import __version__
-from surestep.errors import SurestepWarning, UserError, unknown_name
+from surestep.errors import ERROR, SurestepWarning, UserError, unknown_name
 
 _COMMANDS = {
     "train": "Train a robust classifier with a method.",
@@ -64,6 +64,10 @@ class _Lazy(click.Group):
         if args[0] not in _COMMANDS and not args[0].startswith("-"):
             raise unknown_name("command", args[0], _COMMANDS)
         return super().resolve_command(ctx, args)
+
+    def make_context(self, *args: Any, **more: Any) -> click.Context:
+        with _closed_pipes():  # it prints the help
+            return super().make_context(*args, **more)
 
     def invoke(self, ctx: click.Context) -> Any:
         with _closed_pipes():
@@ -150,8 +154,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def is_first_process() -> bool:
-    """Tell whether this is the first of the processes of a launcher, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+    """Tell whether this is the first of the processes of a launcher, or the only one.
+
+    Accelerate goes by LOCAL_RANK, too: a RANK alone may number the jobs of an array.
+    """
+    return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def _say(line: str) -> None:
@@ -171,5 +178,5 @@ def _stopped(given: Sequence[str], code: int) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"surestep: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{ERROR}{' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)

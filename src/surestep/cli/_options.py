@@ -76,20 +76,19 @@ def _metavar(annotation: Any) -> str:
 
 def given(values: dict[str, Any]) -> dict[str, Any]:
     """Return the options that the user gave as settings; "none" becomes None where allowed."""
-    settings = {k: v for k, v in values.items() if v is not None}
-    for listed in ("val_attacks", "sources"):
-        if listed in settings:
-            settings[listed] = names(settings[listed])
-    return {k: None if v == "none" and _optional(k) else v for k, v in settings.items()}
+    return {name: _setting(name, v) for name, v in values.items() if v is not None}
+
+
+def _setting(name: str, value: Any) -> Any:
+    annotation = RunConfig.model_fields[name].annotation
+    if get_origin(annotation) is tuple:
+        return names(value)
+    return None if value == "none" and type(None) in get_args(annotation) else value
 
 
 def names(text: str) -> list[str]:
     """Read "a, b" as ["a", "b"]."""
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _optional(name: str) -> bool:
-    return type(None) in get_args(RunConfig.model_fields[name].annotation)
 
 
 def parse_params(pairs: Iterable[str]) -> dict[str, str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from surestep import verdicts
 
@@ -18,18 +18,12 @@ if TYPE_CHECKING:
     from surestep.evaluation import Evaluation
 
 
-class Watched(NamedTuple):
-    """The callbacks ``progress`` and ``tell`` of ``surestep.evaluate``."""
-
-    progress: Callable[[int, int, float], None]
-    tell: Callable[[str], None]
-
-
 @contextmanager
-def progress_bar(what: str) -> Iterator[Watched]:
-    """Show a bar on stderr, or a line a minute if it is not a terminal; yield the callbacks.
+def progress_bar(what: str) -> Iterator[dict[str, Any]]:
+    """Show a bar on stderr, or a line a minute if it is not a terminal.
 
-    The lines come from a thread of their own: one attack on one batch can take many minutes.
+    Yields the arguments ``progress`` and ``tell`` of ``surestep.evaluate``. The lines come from a
+    thread of their own: one attack on one batch can take many minutes.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -72,7 +66,7 @@ def progress_bar(what: str) -> Iterator[Watched]:
         if not console.is_terminal:
             reporter.start()
         try:
-            yield Watched(progress, tell)
+            yield {"progress": progress, "tell": tell}
         finally:
             stopped.set()
 
@@ -155,7 +149,7 @@ def _more_of(found: Evaluation) -> str:
 
 
 def audit_tables(name: str, found: Audit) -> None:
-    """Print an audit: verdict, claimed and found accuracy, the twenty checks and any escalation."""
+    """Print an audit: verdict, claimed and found accuracy, the checks and any escalation."""
     from rich.markup import escape
     from rich.table import Table
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surestep.cli._options import seed_option
+from surestep.cli._options import names, seed_option
 from surestep.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,6 +68,19 @@ def budget_option(what: str) -> Callable[..., Any]:
     )
 
 
+def chosen_attacks(attacks: str | None, budget: str | None) -> list[str] | None:
+    """Return the names that ``--attacks`` gives; None if it is not given.
+
+    Raises:
+        UserError: ``--budget`` is given, too.
+    """
+    if attacks is None:
+        return None
+    if budget is not None:
+        raise UserError("--attacks and --budget exclude each other: give one of them")
+    return names(attacks)
+
+
 def source_option(on_substitute: str) -> Callable[..., Any]:
     """Return the option ``--source``; its help ends with ``on_substitute``."""
     return click.option(
@@ -100,11 +113,11 @@ def open_target(
         UserError: as in ``surestep.targets.open_target``, or a source is not a model.
     """
     from surestep import targets
-    from surestep.training.engine import keep_freed_memory
+    from surestep.devices import keep_freed_memory
 
     keep_freed_memory()  # otherwise every attack step pays for page faults on its activations
-    names = ("weights", "dataset", "root", "image_size", "norm", "device", "split")
-    options = {name: values.pop(name) for name in names}
+    described = ("weights", "dataset", "root", "image_size", "norm", "device", "split")
+    options = {name: values.pop(name) for name in described}
     mean, std = (_numbers(name, values.pop(name)) for name in ("mean", "std"))
     target = targets.open_target(values.pop("model"), eps=eps, mean=mean, std=std, n=n, **options)
     if options["split"] != "test":

@@ -20,9 +20,9 @@ from surestep.cli._options import (
     new_folder,
 )
 from surestep.cli._show import provenance, wide_console
-from surestep.cli._target import POSITIVE, split_option
+from surestep.cli._target import POSITIVE, chosen_attacks, split_option
 from surestep.config import RunConfig
-from surestep.errors import UserError
+from surestep.errors import ERROR, UserError
 
 if TYPE_CHECKING:
     from surestep.comparing import Comparison
@@ -102,7 +102,8 @@ def compare(
     json_file: str | None,
     **options: Any,
 ) -> None:
-    """Train METHODS with several seeds each and judge them the same way, or judge run folders.
+    """Train the methods named by --methods with several seeds each and judge them the same way, or
+    judge the given run folders.
 
     Runs are trained one after another into DIR/<method>-seed<k>, each in its own process, then
     evaluated and audited. A stopped comparison continues when it is rerun with the same --out. The
@@ -123,13 +124,11 @@ def compare(
         tell = _after(
             f"runs and results go to {out}: to continue this comparison, give --out {out}"
         )
-    chosen = names(attacks) if attacks is not None else None
-    if chosen is not None and budget is not None:
-        raise UserError("--attacks and --budget exclude each other: give one of them")
+    chosen = chosen_attacks(attacks, budget)
     counted = _seeds(seeds)
 
     from surestep import comparing
-    from surestep.training.engine import keep_freed_memory
+    from surestep.devices import keep_freed_memory
 
     keep_freed_memory()  # this process judges all runs
     if style in ("md", "latex"):
@@ -238,6 +237,6 @@ def _end(found: Comparison) -> None:
     count = f"{len(found.failures)} of {len(found.failures) + len(found.runs)} runs failed"
     message = f"{count}; {first.run}: {first.message}"
     if any(failure.fault for failure in found.failures):
-        _tell(f"surestep: error: {message}")
+        _tell(f"{ERROR}{message}")
         sys.exit(1)
     raise UserError(message)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,6 +21,7 @@ from surestep.cli._show import evaluation_table, progress_bar, provenance, share
 
 if TYPE_CHECKING:
     from surestep.auditing import Audit
+    from surestep.config import RunConfig
     from surestep.evaluation import Evaluation
 
 _METHODS = ("fgsm", "sat-r2")
@@ -59,106 +62,141 @@ def demo(
     # The next import takes a moment, so print something first.
     click.echo("surestep demo: LeNet+ on MNIST, l-inf eps 0.3, two training methods", err=True)
 
-    import surestep
-    from surestep import runs, verdicts
+    from surestep import runs
     from surestep.training.run_folder import RunFolder
 
     for name in _METHODS if out else ():
         RunFolder.plan(f"{out}/{name}", overwrite=overwrite)
     start = time.perf_counter()
-    results, audits, costs, seconds, pictures = {}, {}, {}, {}, {}
+    pictured = bool(html or plots)
+    found = {}
     for name in _METHODS:
         config = runs.resolve({"method": name, "seed": seed}, "mnist-demo")
-        click.echo(f"training with {name}", err=True)
-        fitted = runs.train(config, f"{out}/{name}" if out else None, overwrite=overwrite)
-        images, threat = runs.load_data(config, "test"), runs.build_threat(config)
-        with progress_bar(f"attacking {name}") as watched:
-            results[name] = surestep.evaluate(
-                fitted.model,
-                images,
-                threat,
-                ("fgsm", "pgd-100", "pgd-100-margin"),
-                n=n,
-                seed=seed,
-                **watched._asdict(),
-            )
-        click.echo(f"auditing {name}", err=True)
-        audits[name] = surestep.audit(
-            fitted.model, images, threat, budget="quick", n=min(n, _AUDITED), seed=seed
-        )
-        costs[name] = runs.build_method(config).cost(config.batch_size).total
-        seconds[name] = fitted.train_seconds
-        if html or plots:
-            pictures[name] = of_model(fitted.model, images, threat, name, config.batch_size)
-    told = {
-        name: {
-            **results[name].to_dict(),
-            "passes": costs[name],
-            "train_seconds": seconds[name],
-            "audit": audits[name].to_dict(),
-        }
-        for name in _METHODS
-    }
+        folder = f"{out}/{name}" if out else None
+        found[name] = _train_and_judge(config, folder, n, overwrite=overwrite, pictured=pictured)
 
     def report() -> None:
-        if html or plots:
-            # A model without pictures has no surfaces.
-            shown = [one.get("surfaces", {}) for one in pictures.values()]
-            surfaces = {name: surface for one in shown for name, surface in one.items()}
-            parts = {**pictures["sat-r2"], "surfaces": surfaces, "seeds": {"training": seed}}
-            comparison = [_row(k, results[k], audits[k], costs[k], seconds[k]) for k in _METHODS]
-            parts["config"] = {
-                "data set": config.dataset,
-                "norm": config.norm,
-                "eps": threat.eps,
-                "test images": n,
-                "audited images": audits["sat-r2"].n,
-            }
-            parts["notes"] = [
-                f"The accuracies are on {n:,} test images, worst case (95% interval): "
-                + ", ".join(f"{k} {_worst(results[k])}" for k in _METHODS)
-                + f". The verdicts come from an audit of {audits['sat-r2'].n:,} of them."
-            ]
-            write_report(html, plots, "demo", comparison=comparison, **parts, **provenance())
+        if pictured:
+            write_report(html, plots, "demo", **_report(found), **provenance())
 
     def show() -> None:
-        rows = {
-            f"audit, {audits['fgsm'].n} images": {
-                k: f"{found.verdict}, {found.found_accuracy:.0%} left"
-                for k, found in audits.items()
-            },
-            "passes per image": {k: f"{v:g}" for k, v in costs.items()},
-            "training seconds": {k: f"{v:.0f}" for k, v in seconds.items()},
-        }
-        evaluation_table(results, rows)
-        masked = audits["fgsm"].verdict == verdicts.PSEUDO
-        click.echo(_sentence(results["fgsm"], results["sat-r2"], masked=masked))
-        for name, found in audits.items():
-            click.echo(f"audit of {name}: {found.sentence}")
+        _show(found)
         click.echo(f"({time.perf_counter() - start:.0f} s in all)")
 
-    hand_over(told, json_file, show, report)
+    hand_over({name: one.to_dict() for name, one in found.items()}, json_file, show, report)
 
 
-def _worst(judged: Evaluation) -> str:
-    return share_of_images(judged.worst_case_accuracy, judged.n)
+@dataclass(frozen=True)
+class _Trained:
+    """A model of the demo.
+
+    Attributes:
+        config: the settings of its run.
+        evaluation, audit: what was found about it.
+        passes: per image and step of its training.
+        seconds: of its training.
+        pictures: parts of the report about it; empty if no report is asked for.
+    """
+
+    config: RunConfig
+    evaluation: Evaluation
+    audit: Audit
+    passes: float
+    seconds: float
+    pictures: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **self.evaluation.to_dict(),
+            "passes": self.passes,
+            "train_seconds": self.seconds,
+            "audit": self.audit.to_dict(),
+        }
+
+    def row(self) -> dict[str, Any]:
+        """Return a row of the report's comparison."""
+        robust = self.evaluation.robust_accuracy
+        return {
+            "method": self.config.method,
+            "clean_accuracy": self.evaluation.clean_accuracy,
+            "fgsm": robust["fgsm"],
+            "pgd": min(v for k, v in robust.items() if k.startswith("pgd")),
+            "worst_case_accuracy": self.evaluation.worst_case_accuracy,
+            "verdict": self.audit.verdict,
+            "passes": self.passes,
+            "seconds": self.seconds,
+        }
 
 
-def _row(
-    name: str, judged: Evaluation, found: Audit, passes: float, seconds: float
-) -> dict[str, Any]:
-    """Return a row of the report's comparison."""
-    pgd = min(v for k, v in judged.robust_accuracy.items() if k.startswith("pgd"))
+def _train_and_judge(
+    config: RunConfig, out: str | None, n: int, *, overwrite: bool, pictured: bool
+) -> _Trained:
+    """Train a run, then attack it on ``n`` test images and audit it on some of them."""
+    import surestep
+    from surestep import runs
+
+    name = config.method
+    click.echo(f"training with {name}", err=True)
+    fitted = runs.train(config, out, overwrite=overwrite)
+    images, threat = runs.load_data(config, "test"), runs.build_threat(config)
+    attacks = ("fgsm", "pgd-100", "pgd-100-margin")
+    judged = (fitted.model, images, threat)
+    with progress_bar(f"attacking {name}") as watched:
+        evaluation = surestep.evaluate(*judged, attacks, n=n, seed=config.seed, **watched)
+    click.echo(f"auditing {name}", err=True)
+    audit = surestep.audit(*judged, budget="quick", n=min(n, _AUDITED), seed=config.seed)
+    pictures = of_model(*judged, name, config.batch_size) if pictured else {}
+    passes = runs.passes_of(config)
+    return _Trained(config, evaluation, audit, passes, fitted.train_seconds, pictures)
+
+
+def _report(found: Mapping[str, _Trained]) -> dict[str, Any]:
+    """Return the parts of the report: SAT's pictures, and both loss surfaces and rows."""
+    sat = found["sat-r2"]
+    n, audited = sat.evaluation.n, sat.audit.n
+    worst = ", ".join(
+        f"{name} {share_of_images(one.evaluation.worst_case_accuracy, n)}"
+        for name, one in found.items()
+    )
+    # A model without pictures has no surfaces.
+    shown = [one.pictures.get("surfaces", {}) for one in found.values()]
     return {
-        "method": name,
-        "clean_accuracy": judged.clean_accuracy,
-        "fgsm": judged.robust_accuracy["fgsm"],
-        "pgd": pgd,
-        "worst_case_accuracy": judged.worst_case_accuracy,
-        "verdict": found.verdict,
-        "passes": passes,
-        "seconds": seconds,
+        **sat.pictures,
+        "surfaces": {name: surface for one in shown for name, surface in one.items()},
+        "seeds": {"training": sat.config.seed},
+        "comparison": [one.row() for one in found.values()],
+        "config": {
+            "data set": sat.config.dataset,
+            "norm": sat.config.norm,
+            "eps": sat.config.eps,
+            "test images": n,
+            "audited images": audited,
+        },
+        "notes": [
+            f"The accuracies are on {n:,} test images, worst case (95% interval): {worst}. The "
+            f"verdicts come from an audit of {audited:,} of them."
+        ],
     }
+
+
+def _show(found: Mapping[str, _Trained]) -> None:
+    """Print the table, a sentence on what it shows, and the audits' sentences."""
+    from surestep import verdicts
+
+    fgsm, sat = found["fgsm"], found["sat-r2"]
+    rows = {
+        f"audit, {fgsm.audit.n} images": {
+            name: f"{one.audit.verdict}, {one.audit.found_accuracy:.0%} left"
+            for name, one in found.items()
+        },
+        "passes per image": {name: f"{one.passes:g}" for name, one in found.items()},
+        "training seconds": {name: f"{one.seconds:.0f}" for name, one in found.items()},
+    }
+    evaluation_table({name: one.evaluation for name, one in found.items()}, rows)
+    masked = fgsm.audit.verdict == verdicts.PSEUDO
+    click.echo(_sentence(fgsm.evaluation, sat.evaluation, masked=masked))
+    for name, one in found.items():
+        click.echo(f"audit of {name}: {one.audit.sentence}")
 
 
 def _sentence(fgsm: Evaluation, sat: Evaluation, *, masked: bool) -> str:

@@ -14,6 +14,7 @@ from surestep.cli._target import (
     BUDGET,
     POSITIVE,
     budget_option,
+    chosen_attacks,
     open_target,
     source_option,
     target_options,
@@ -89,9 +90,7 @@ def evaluate(
         raise UserError(
             f"--eps {eps!r} holds no radius: give one, such as 8/255, or several with commas"
         )
-    chosen = names(attacks) if attacks is not None else None
-    if chosen is not None and budget is not None:
-        raise UserError("--attacks and --budget exclude each other: give one of them")
+    chosen = chosen_attacks(attacks, budget)
     budget = budget or BUDGET
     if sources and chosen is not None and "transfer" not in chosen:
         raise UserError("--source is for the transfer attack: add transfer to --attacks")
@@ -113,7 +112,7 @@ def evaluate(
             eps=more,
             preprocess=target.preprocess,
             sources=others,
-            **watched._asdict(),
+            **watched,
             **values,
         )
     if _at_chance(result):

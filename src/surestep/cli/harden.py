@@ -19,7 +19,9 @@ _SAME_IMAGES = "; optimistic: the threshold was chosen on the same split"
 
 @click.command(short_help="Harden a trained run (MeanSparse) and judge it before and after.")
 @click.argument("run", metavar="RUN")
-@click.option("--mean-sparse", is_flag=True, help="Sparsify activations around their means.")
+@click.option(
+    "--mean-sparse", is_flag=True, help="Replace activations near their channel's mean by the mean."
+)
 @click.option(
     "--threshold",
     metavar="T,...",
@@ -85,8 +87,8 @@ def harden(
     values = None if threshold is None else _numbers(threshold)
 
     from surestep import runs
+    from surestep.devices import keep_freed_memory
     from surestep.posthoc import THRESHOLDS
-    from surestep.training.engine import keep_freed_memory
 
     keep_freed_memory()
 

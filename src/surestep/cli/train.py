@@ -106,8 +106,6 @@ def train(
 
     check_overwrite(overwrite, out, "RUN")
 
-    from accelerate import PartialState
-
     from surestep import runs
 
     on_start: Callable[[], None] | None = None
@@ -144,8 +142,7 @@ def train(
         _leave_group(together=isinstance(e, SystemExit))
         raise
     _leave_group(together=True)
-    state = PartialState()
-    if not state.is_main_process:
+    if not is_first_process():
         return
     _report(config, out, result.model)
     last = next(r for r in result.history if r["epoch"] == result.best_epoch)

@@ -12,13 +12,13 @@ from surestep import methods as zoo
 from surestep import runs
 from surestep.auditing.budgets import budget_of
 from surestep.comparing._conclude import conclude
+from surestep.comparing._process import TrainingFailed
 from surestep.comparing._rows import different_settings, group_by_row
 from surestep.comparing._run import (
     OUTCOME_FILE,
     Entrant,
-    Failed,
     Judging,
-    complete_run,
+    Work,
     is_finished,
     read_saved_outcome,
     resolved,
@@ -55,7 +55,7 @@ def compare(
 
     Runs are trained one after another into ``out/<method>-seed<k>``, each in its own process, then
     evaluated and audited. Each run's results are saved there in
-    ``comparison.json``: when called again, finished runs are skipped and a half-finished one is
+    ``judged.json``: when called again, finished runs are skipped and a half-finished one is
     continued.
 
     A run that fails does not end the comparison; it is listed in ``failures``.
@@ -146,7 +146,7 @@ def compare_runs(
     entrants: list[Entrant] = []
     for folder in _distinct("run folder", [Path(f) for f in folders]):
         config = runs.read_config(folder)
-        if not is_finished(folder, config):
+        if not is_finished(RunFolder(folder), config):
             done = len(RunFolder(folder).history())
             raise UserError(
                 f"{folder} is not finished (epoch {done} of {config.epochs}): continue it with "
@@ -231,9 +231,10 @@ def _compare(entrants: list[Entrant], asked: Judging, tell: Tell) -> Comparison:
         try:
             told = f"{entrant.label} ({k} of {len(entrants)})"
             before = known[entrant.label]
-            outcomes[entrant.label] = complete_run(entrant, before, asked, images, told, tell)
-        except (UserError, Failed) as e:
-            failures.append(Failure(entrant.label, str(e), isinstance(e, Failed) and e.is_bug))
+            outcomes[entrant.label] = Work(entrant, before, asked, images, told, tell).complete()
+        except (UserError, TrainingFailed) as e:
+            fault = isinstance(e, TrainingFailed) and e.fault
+            failures.append(Failure(entrant.label, str(e), fault))
             tell(f"{entrant.label} failed: {e}")
     if not outcomes:
         first = failures[0]

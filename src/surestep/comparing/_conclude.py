@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from surestep import environment, runs
+from surestep.comparing._outcome import Outcome
 from surestep.comparing._rows import different_settings, engine_and_precision
 from surestep.comparing._run import Entrant, Judging, numbers_of
 from surestep.comparing._table import Comparison, Failure, Number, Row
 from surestep.devices import pick_device
 from surestep.evaluation import share_interval
 from surestep.report.columns import COLUMNS
-from surestep.training.run_folder import RunFolder
 from surestep.verdicts import SEVERITY
 
 
@@ -23,7 +23,7 @@ class _Ended:
     """A run that was trained, evaluated and, if asked for, audited."""
 
     entrant: Entrant
-    outcome: Mapping[str, Any]
+    outcome: Outcome
     numbers: Mapping[str, float | None]
 
     @property
@@ -31,24 +31,28 @@ class _Ended:
         return self.entrant.label
 
     @property
+    def evaluation(self) -> Mapping[str, Any]:
+        assert self.outcome.evaluation is not None
+        return self.outcome.evaluation
+
+    @property
     def audit(self) -> Mapping[str, Any] | None:
-        found: Mapping[str, Any] | None = self.outcome["audit"]
-        return found
+        return self.outcome.audit
 
     @property
     def worst_case(self) -> float:
-        return float(self.outcome["evaluation"]["worst_case_accuracy"])
+        return float(self.evaluation["worst_case_accuracy"])
 
     @property
     def doubts(self) -> list[str]:
         """The signs that the run's worst case is too high; none if it is 0."""
-        found = self.outcome["evaluation"].get("doubts") or ()
+        found = self.evaluation.get("doubts") or ()
         return list(found) if self.worst_case > 0 else []
 
 
 def conclude(
     groups: Mapping[str, Sequence[Entrant]],
-    outcomes: Mapping[str, Mapping[str, Any]],
+    outcomes: Mapping[str, Outcome],
     failures: list[Failure],
     asked: Judging,
 ) -> Comparison:
@@ -72,7 +76,7 @@ def conclude(
     rows = [_row(name, group) for name, group in ended.items()]
     every = [run for group in ended.values() for run in group]
     config = every[0].entrant.config
-    n = every[0].outcome["evaluation"]["n"]
+    n = every[0].evaluation["n"]
     return Comparison(
         rows=rows,
         runs=[_summary(run) for run in every],
@@ -197,7 +201,7 @@ def _of_machines(every: Sequence[_Ended]) -> list[str]:
     known = [
         (run.label, there)
         for run in every
-        if (there := RunFolder(run.entrant.folder).begun_on()) is not None
+        if (there := run.entrant.run.recorded_environment()) is not None
     ]
     others: dict[tuple[environment.Difference, ...], str] = {}
     for label, there in known[1:]:
@@ -229,13 +233,13 @@ def _on_accelerator(run: _Ended) -> bool:
     device = run.entrant.config.device
     if device is not None:
         return not device.startswith("cpu")
-    there = RunFolder(run.entrant.folder).begun_on() or {}
+    there = run.entrant.run.recorded_environment() or {}
     # Of Apple's GPUs nothing is recorded; assume that the run was trained on this machine.
     return bool(there.get("gpus")) or pick_device().type == "mps"
 
 
 def _of_resumed(every: Sequence[_Ended]) -> list[str]:
-    named = ", ".join(run.label for run in every if run.outcome.get("resumed"))
+    named = ", ".join(run.label for run in every if run.outcome.resumed)
     return [f"Peak memory is unknown where training was resumed: {named}."] if named else []
 
 

@@ -41,8 +41,8 @@ def accuracy_by_eps(source: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> 
         rows = []
         for point in source:
             what = "a point of the curve"
-            eps, found = number(get(point, "eps", what)), named_accuracies(point, what)
-            rows += [{"x": eps, "accuracy": v, "attack": k} for k, v in found.items()]
+            eps, accuracies = number(get(point, "eps", what)), named_accuracies(point, what)
+            rows += [{"x": eps, "accuracy": v, "attack": k} for k, v in accuracies.items()]
     return _lines(some(rows, "the curve"), "eps", "accuracy", share=True)
 
 

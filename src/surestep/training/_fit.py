@@ -7,13 +7,14 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -25,10 +26,14 @@ from surestep.errors import UserError, need
 from surestep.evaluation import suite
 from surestep.methods import Method, settle
 from surestep.methods._base import METHODS
+from surestep.training.loaders import batch_size_of
 from surestep.training.loop import Trainer
 from surestep.training.preparing import prepare
 from surestep.training.run_folder import RunFolder
-from surestep.training.source import batch_size_of
+
+_PATIENCE = timedelta(hours=6)
+"""How long processes wait for one that evaluates in ``on_epoch``, or attacks more images; NCCL's
+own ten minutes would end such a run."""
 
 
 @dataclass
@@ -122,16 +127,7 @@ def fit(
         KeyboardInterrupt: Ctrl-C; with ``out``, a checkpoint of the last step was written.
         SystemExit: SIGTERM (code 143); with ``out``, likewise.
     """
-    if not isinstance(method, Method):
-        raise UserError(
-            f"{method!r} is not a method: give one such as "
-            "surestep.methods.get('sat-r2')(surestep.Linf(0.3))"
-        )
-    if out is not None and METHODS.get(method.slug) is not type(method):
-        raise UserError(
-            f"a run folder names its method, but {type(method).__name__} has no name: put "
-            '@surestep.methods.register("my-name") above its @dataclass, or leave out out'
-        )
+    _check_method(method, named=out is not None)
     check_module(model)
     _check_whole(model)
     config = parse(FitSettings, settings)
@@ -140,6 +136,7 @@ def fit(
             f"optimizer {config.optimizer!r} needs a learning rate of its own: give lr, such as "
             f"1e-3; the default, {config.lr:g}, is meant for sgd"
         )
+    _check_arguments(out, workers, steps_per_epoch, describe, tensorboard=config.tensorboard)
     if compiled_whole(model):
         config = config.model_copy(update={"compile": True})
     # Settings that change a method change a copy of it, never the caller's.
@@ -149,31 +146,17 @@ def fit(
         suite.parse_all(config.val_attacks, method.threat)
     run = RunFolder.plan(out, resume=resume, overwrite=overwrite)
     target = pick_device(device)
-    accelerator = _accelerator(target, run, tensorboard=config.tensorboard)
+    accelerator = _accelerator(target, run if config.tensorboard else None)
     if device is None and processes.world_size() > 1:
         target = accelerator.device
     if isinstance(data, DataLoader) and (size := batch_size_of(data)):
         recorded = _batch_size_recorded(size, config, run if resume else None, settings)
         config = config.model_copy(update={"batch_size": recorded})
-    threat = method.threat
-    if describe and not {"method", "params"} <= describe.keys():
-        raise UserError("describe needs the entries method and params, by which a run is resumed")
-    describe = describe or {
-        "method": method.slug,
-        "params": method.params(),
-        "norm": threat.to_dict()["norm"],
-        "eps": float(threat.eps),
-        "bounds": list(threat.bounds),
-        "margin": float(method.margin),
-    }
+    described = describe or _description(method)
     notes: list[str] = []
     if run and resume:
         config = run.as_begun(config)
-        notes += run.check_same({**describe, **config.model_dump(mode="json")})
-    if workers < 0:
-        raise UserError(f"workers {workers}: give 0 or more")
-    if steps_per_epoch is not None and steps_per_epoch < 1:
-        raise UserError(f"steps_per_epoch {steps_per_epoch}: give 1 or more")
+        notes += run.check_same({**described, **config.model_dump(mode="json")})
     job = prepare(
         model,
         data,
@@ -187,30 +170,73 @@ def fit(
     )
     # Only now is everything checked: a mistake must not cost an old run.
     processes.barrier(target)
-    own = run if processes.rank() == 0 else None
-    with ExitStack() as folder:
-        trouble: UserError | None = None
-        if own:
-            try:
-                if not resume:
-                    own.make(
-                        {**describe, **job.config.model_dump(mode="json")}, overwrite=overwrite
-                    )
-                folder.enter_context(own.held())
-                notes += [
-                    f"results may differ in the last digits: {difference}"
-                    for difference in own.note_environment()
-                ]
-            except UserError as e:
-                trouble = e
-        # Send errors, too: the other processes would wait for one that has left.
-        (trouble,) = broadcast_object_list([trouble])
-        if trouble:
-            raise trouble
+    with ExitStack() as held:
+
+        def take_folder() -> list[str]:
+            """Make the run folder, or go on with it; return how its environment differs."""
+            if run is None:
+                return []
+            if not resume:
+                run.make({**described, **job.config.model_dump(mode="json")}, overwrite=overwrite)
+            held.enter_context(run.held())
+            return run.note_environment()
+
+        notes += [
+            f"results may differ in the last digits: {difference}"
+            for difference in processes.by_first(take_folder)
+        ]
         trainer = Trainer(job, run, quiet=quiet, on_epoch=on_epoch)
         at = trainer.train(resume=resume, notes=notes)
     place = run.folder if run else None
     return FitResult(job.model, at.history, at.best_epoch, at.train_seconds, place, job.method)
+
+
+def _check_method(method: Any, *, named: bool) -> None:
+    """Refuse what is not a method or, where it is to be ``named``, has no name."""
+    if not isinstance(method, Method):
+        raise UserError(
+            f"{method!r} is not a method: give one such as "
+            "surestep.methods.get('sat-r2')(surestep.Linf(0.3))"
+        )
+    if named and METHODS.get(method.slug) is not type(method):
+        raise UserError(
+            f"a run folder names its method, but {type(method).__name__} has no name: put "
+            '@surestep.methods.register("my-name") above its @dataclass, or leave out out'
+        )
+
+
+def _check_arguments(
+    out: str | Path | None,
+    workers: int,
+    steps_per_epoch: int | None,
+    describe: Mapping[str, Any] | None,
+    *,
+    tensorboard: bool,
+) -> None:
+    """Refuse arguments of ``fit`` that are wrong whatever the model and the data are."""
+    if workers < 0:
+        raise UserError(f"workers {workers}: give 0 or more")
+    if steps_per_epoch is not None and steps_per_epoch < 1:
+        raise UserError(f"steps_per_epoch {steps_per_epoch}: give 1 or more")
+    if describe and not {"method", "params"} <= describe.keys():
+        raise UserError("describe needs the entries method and params, by which a run is resumed")
+    if tensorboard:
+        if out is None:
+            raise UserError("tensorboard=True needs a run folder to write to: give out=...")
+        need("tensorboard", "tensorboard=True", "surestep[tensorboard]")
+
+
+def _description(method: Method) -> dict[str, Any]:
+    """Return what ``config.yaml`` says of a method and its threat model."""
+    threat = method.threat
+    return {
+        "method": method.slug,
+        "params": method.params(),
+        "norm": threat.to_dict()["norm"],
+        "eps": float(threat.eps),
+        "bounds": list(threat.bounds),
+        "margin": float(method.margin),
+    }
 
 
 def _check_whole(model: nn.Module) -> None:
@@ -262,7 +288,8 @@ def _batch_size_recorded(
     return recorded.get("batch_size", size * count)
 
 
-def _accelerator(device: torch.device, run: RunFolder | None, *, tensorboard: bool) -> Accelerator:
+def _accelerator(device: torch.device, logged: RunFolder | None) -> Accelerator:
+    """Return the accelerator of a run on this device, ``logged`` to TensorBoard in its folder."""
     # Without accelerators, several processes find each other only with cpu=True. A single process
     # chooses the device for each run: it may train on a GPU first and on the CPU afterwards.
     names = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -272,11 +299,9 @@ def _accelerator(device: torch.device, run: RunFolder | None, *, tensorboard: bo
         # Override the precision and compilation of a launcher's configuration. Once the process
         # has an Accelerator, these can no longer be changed.
         options |= {"mixed_precision": "no", "dynamo_backend": "no"}
-    if tensorboard:
-        if run is None:
-            raise UserError("tensorboard=True needs a run folder to write to: give out=...")
-        need("tensorboard", "tensorboard=True", "surestep[tensorboard]")
-        options |= {"log_with": "tensorboard", "project_dir": run.folder}
+        options["kwargs_handlers"] = [InitProcessGroupKwargs(timeout=_PATIENCE)]
+    if logged is not None:
+        options |= {"log_with": "tensorboard", "project_dir": logged.folder}
     try:
         return Accelerator(**options)
     except NotImplementedError as e:  # NCCL with GPUs that lack what it uses by default

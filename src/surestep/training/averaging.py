@@ -24,6 +24,11 @@ class WeightAverage:
         model: the module whose weights are averaged.
         decay: d, in (0, 1); None for the plain mean (SWA, Izmailov et al. 2018, arXiv 1803.05407).
 
+    Attributes:
+        updates: how many times weights were added; until the first, ``model`` has those of the
+            start.
+        model: a copy of the module, with the averaged weights.
+
     Raises:
         UserError: the model cannot be copied.
     """

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -17,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from surestep import processes
 from surestep.attacks.lending import attacking, buffers_kept, device_of, uncompiled, unwrapped
 from surestep.data import augment
-from surestep.devices import autocast, has_bf16
+from surestep.devices import autocast, has_bf16, keep_freed_memory
 from surestep.errors import UserError, look_up, unknown_name
 from surestep.methods import Method, StepResult
 from surestep.randomness import forked_rng
@@ -153,27 +150,13 @@ def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
             optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
-@functools.cache
-def keep_freed_memory() -> None:
-    """Ask glibc to keep freed memory for reuse, once per process; elsewhere do nothing.
-
-    By default it returns each large buffer to the system, and the next step pays for that in page
-    faults: a tenth to a third of the time of a step on large batches.
-    """
-    m_trim_threshold, m_mmap_threshold = -1, -3
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "gnu_get_libc_version"):
-        return
-    # glibc up to 2.34 accepts at most 32 MiB, and a refused value changes nothing. If both are
-    # refused, setting only the trim threshold would stop the mmap threshold from adapting itself.
-    if any(libc.mallopt(m_mmap_threshold, size) for size in (1 << 30, 32 << 20)):
-        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
-
-
 class TrainStep:
-    """One training step, called as ``step(x, y)``; see ``make_step``."""
+    """One training step, called as ``step(x, y)``; see ``make_step``.
+
+    Attributes:
+        averaging: whether the weight average, if there is one, takes the step's weights in.
+        perturbing: whether the step perturbs the weights, if ``awp`` is set.
+    """
 
     def __init__(
         self,
@@ -196,11 +179,11 @@ class TrainStep:
         )
         if self.scaler.is_enabled():
             _begin_momentum(optimizer)
-        self._unsettled = True
+        self._first = True
 
-    def _settle(self, x: Tensor) -> None:
+    def _suit_first_batch(self, x: Tensor) -> None:
         """Drop channels_last if the model cannot run on the first images in that format."""
-        self._unsettled = False
+        self._first = False
         suited = self.engine.suited(self.model, x.shape[1:])
         if suited is not self.engine:
             self.engine = suited
@@ -213,8 +196,8 @@ class TrainStep:
 
         Does not wait for the device, except on the first batch, which is checked, and in NuAT.
         """
-        if self._unsettled:
-            self._settle(x)
+        if self._first:
+            self._suit_first_batch(x)
         if isinstance(self.model, DistributedDataParallel):
             # Before the attack, which must see the batch statistics that the update begins with.
             processes.broadcast_first(list(self.model.buffers()))

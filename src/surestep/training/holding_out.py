@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from surestep.data import Images, as_images
 from surestep.errors import UserError
-from surestep.training.source import NO_LENGTH
+from surestep.training.loaders import NO_LENGTH
 
 
 def hold_out(n: int, wanted: int, seed: int) -> tuple[Tensor, Tensor]:

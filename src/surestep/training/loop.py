@@ -31,6 +31,7 @@ from surestep.training.source import Batch
 from surestep.training.state import EpochMeans, RunState, has_stopped
 from surestep.training.stopping import StopRequest, StopRequested, is_meeting
 from surestep.training.validating import find_masking, validate
+from surestep.weights import load_weights, save_weights
 
 _GO_ON, _END, _FAILED = 0, 1, 2
 """What the first process tells the others after its callback."""
@@ -55,12 +56,14 @@ class Trainer:
         job: Job,
         run: RunFolder | None,
         *,
-        quiet: bool = False,
-        on_epoch: Callable[[dict[str, Any], nn.Module], object] | None = None,
+        quiet: bool,
+        on_epoch: Callable[[dict[str, Any], nn.Module], object] | None,
     ) -> None:
         first = processes.rank() == 0
         self.job, self.run = job, run
         self.on_epoch = on_epoch if first else None
+        # Not those of the settings, which may end with less than half a step.
+        self.epochs = math.ceil(job.total / job.source.steps_per_epoch)
         self.state = RunState()
         self.stop = StopRequest()
         self.display = Display(job.total, quiet=quiet or not first)
@@ -76,6 +79,16 @@ class Trainer:
         Args:
             resume: continue from the newest checkpoint.
             notes: lines to show first, on what differs from when the run was started.
+
+        Returns:
+            The progress of the run, with its history.
+
+        Raises:
+            UserError: there is nothing to resume from; a step, validation or ``on_epoch`` failed;
+                a file cannot be written.
+            TrainingDiverged: the loss or the weights are no longer finite.
+            KeyboardInterrupt: Ctrl-C, after a checkpoint was written.
+            SystemExit: SIGTERM, likewise.
         """
         job = self.job
         if job.config.tensorboard:
@@ -88,8 +101,7 @@ class Trainer:
             interrupted = self._resume() if resume else None
             # Without a folder there is nothing to resume: signals keep their usual effect.
             with self.stop.handling_signals() if self.run else nullcontext():
-                epochs = math.ceil(job.total / job.source.steps_per_epoch)
-                while self.state.epoch < epochs and not has_stopped(self.state.history):
+                while self.state.epoch < self.epochs and not has_stopped(self.state.history):
                     self._epoch(interrupted)
                     interrupted = None
         self._finish_writing()
@@ -101,9 +113,10 @@ class Trainer:
     def _resume(self) -> Interrupted | None:
         """Restore the newest checkpoint; return the epoch in which it was written, if any."""
         assert self.checkpoints is not None
+        assert self.run is not None
         self.state, interrupted = self.checkpoints.restore()
         processes.check_alike("finished steps", self.state.step, self.job.device)
-        if interrupted is None and checkpoint.found(self.checkpoints.run.checkpoints):
+        if interrupted is None and checkpoint.found(self.run.checkpoints):
             self._save_if_best()  # in case the run ended right after this checkpoint
         return interrupted
 
@@ -146,6 +159,8 @@ class Trainer:
             means.add(self.state.step, len(x), values)
             # Of several processes only the first shows anything.
             if self.display.due() and processes.rank() == 0:
+                if processes.world_size() == 1:  # several check where they meet, all of them
+                    self._check_finite(means)
                 self._show(means)
             if is_meeting(self.state.step):
                 self._check_finite(means)
@@ -226,13 +241,11 @@ class Trainer:
             return job.take_step(x, y, index, draw)
 
     def _show(self, means: EpochMeans) -> None:
-        if processes.world_size() == 1:  # otherwise the check waits for the others
-            self._check_finite(means)
         self._read_clock()
         scores = self.state.scores
         robust = f"  robust {scores[-1]:.1%}" if scores else ""
         parts = "  ".join(f"{k} {v:.3f}" for k, v in means.local().items() if k != "adv_accuracy")
-        epoch = f"epoch {self.state.epoch + 1}/{math.ceil(self.job.config.epochs)}"
+        epoch = f"epoch {self.state.epoch + 1}/{self.epochs}"
         speed = f"{self._images_per_second(means):,.0f} img/s"
         self.display.step(self.state.step, epoch, f"{parts}{robust}  {speed}")
 
@@ -279,9 +292,8 @@ class Trainer:
         job.accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=state.step)
         robust = f"  robust {row['val_worst_case']:.1%}" if "val_worst_case" in row else ""
         clean = f"  clean {row['val_clean']:.1%}" if "val_clean" in row else ""
-        epochs = math.ceil(job.config.epochs)
         self.display.say(
-            f"epoch {state.epoch}/{epochs}  loss {row['loss']:.4f}{clean}{robust}"
+            f"epoch {state.epoch}/{self.epochs}  loss {row['loss']:.4f}{clean}{robust}"
             f"  {row['images_per_second']:,.0f} img/s"
         )
         # Checkpoint first: without it a resume repeats the epoch, whose weights must not have been
@@ -290,7 +302,9 @@ class Trainer:
         self._save_if_best()
         if self._asks_to_end(row) and state.step < job.total:
             row["stopped"] = True
-            self.display.say(f"ended after epoch {state.epoch} of {epochs}: on_epoch returned True")
+            self.display.say(
+                f"ended after epoch {state.epoch} of {self.epochs}: on_epoch returned True"
+            )
             self._save(EpochMeans(job.device))
             self._save_if_best()
 
@@ -324,7 +338,7 @@ class Trainer:
             self._best = copy.deepcopy(job.eval_model.state_dict()) if best else self._best
         elif processes.rank() == 0:
             if best:
-                files.save_weights(self.run.weights, job.eval_model, job.signature)
+                save_weights(self.run.weights, job.eval_model, job.signature)
             rows = "".join(json.dumps(r) + "\n" for r in state.history)
             files.write_atomically(self.run.metrics, rows)
 
@@ -346,7 +360,7 @@ class Trainer:
     def _load_selected(self) -> None:
         """Load the selected weights into the model, and put it into eval mode."""
         if self.run:
-            files.load_weights(self.run.weights, self.job.model)
+            load_weights(self.run.weights, self.job.model)
         else:
             self.job.model.load_state_dict(self._best)
         self.job.model.eval()

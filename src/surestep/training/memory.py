@@ -1,4 +1,4 @@
-"""Training steps that fit into a memory limit: keep fewer activations, recompute the rest.
+"""Activation checkpointing: training steps that fit into a memory limit.
 
 Most memory of a step is taken by the activations that forward passes keep for backward. ``Frugal``
 keeps fewer of them and recomputes the rest. That costs one more forward pass and changes no

@@ -13,15 +13,14 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from surestep import files, processes
+from surestep import processes
 from surestep.attacks.core import share_of
 from surestep.attacks.inputs import check_inputs, check_labels, count_classes
-from surestep.attacks.lending import compiled_whole, uncompiled
+from surestep.attacks.lending import compiled_whole, device_of, uncompiled
 from surestep.config import FitSettings
 from surestep.data import Images, as_pixels
 from surestep.devices import memory_for, move
@@ -34,17 +33,16 @@ from surestep.threat import ThreatModel
 from surestep.training.averaging import WeightAverage
 from surestep.training.engine import Engine, TrainStep, make_optimizer, make_step
 from surestep.training.holding_out import split
-from surestep.training.memory import Frugal, fit_into, images_within
-from surestep.training.picking import MIN_STEPS, Pick, pick_engine
-from surestep.training.source import (
-    Replayed,
-    Source,
+from surestep.training.loaders import (
     batch_size_of,
     first_item_as_batch,
     is_stream,
-    make_source,
     with_workers_of_a_run,
 )
+from surestep.training.memory import Frugal, fit_into, images_within
+from surestep.training.picking import MIN_STEPS, Pick, pick_engine
+from surestep.training.source import Replayed, Source, make_source
+from surestep.weights import Signature
 
 MOST_JUDGED = 500
 """Maximum number of images that validation attacks at a time."""
@@ -83,6 +81,12 @@ class Guard:
             # Recognised by its module: importing the compiler takes seconds.
             if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise _compiler_error(e) from e
+            if "device-side assert" in str(e):
+                raise UserError(
+                    f"{where}, of {images} images, stopped on the GPU: a label is probably outside "
+                    "0 to K - 1 (in a DataLoader only those of the first batch are checked); "
+                    "continue in a new process"
+                ) from e
             if unused := re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(e)):
                 names = [n for n, p in self.model.named_parameters() if p.requires_grad]
                 which = ", ".join(names[int(k)] for k in unused[1].split()[:5])
@@ -149,7 +153,7 @@ class Job:
     own_batches: bool
     loader_batch: int
     labelled: float
-    signature: files.Signature | None
+    signature: Signature | None
     total: int
     eval_batch_size: int
     guard: Guard
@@ -173,9 +177,9 @@ def prepare(
     accelerator: Accelerator,
     device: torch.device,
     *,
-    validation: Any = None,
-    workers: int = 0,
-    steps_per_epoch: int | None = None,
+    validation: Any,
+    workers: int,
+    steps_per_epoch: int | None,
 ) -> Job:
     """Build everything that a run needs, and check its inputs.
 
@@ -204,10 +208,20 @@ def prepare(
     held_out = with_workers_of_a_run(held_out)
     in_memory = train if isinstance(train, Images) else None
     _check_data(method, in_memory, train, held_out)
-    source = _open(
-        train, config, method, accelerator, device, workers=workers, steps=steps_per_epoch
-    )
-    total = _count_steps(source, method, config)
+    with memory_for("moving the data", "give memory-mapped arrays or a DataLoader"):
+        source = make_source(
+            train,
+            config,
+            device,
+            # Batches are moved by the source, without waiting for the device.
+            shard=functools.partial(accelerator.prepare_data_loader, device_placement=False),
+            workers=workers,
+            bounds=method.threat.bounds,
+            steps=steps_per_epoch,
+        )
+    if method.replays > 1:
+        source = Replayed(source, method.replays)
+    total = _count_steps(source, config)
     # Check this before the first collective call (the engine trial), in which processes that
     # disagree would hang.
     processes.check_alike("training steps", total, device)
@@ -219,12 +233,11 @@ def prepare(
     module.to(device)
     if not module.training:  # otherwise keep layers that the user has put into eval mode
         module.train()
-    shape = _check_taken(module, method, train, held_out, device)
+    shape = _shape_taken(module, method, train, held_out, device)
     guard = Guard(module, size, config.max_memory, _remembered(method, in_memory))
     pick = None
-    # With a memory limit there is no room for trials, and little to choose.
-    if in_memory is not None and total >= MIN_STEPS and not config.max_memory:
-        pick = _pick(module, method, torch.Size(in_memory.image_shape), batch, config, guard)
+    if shape and _worth_timing(config, module, in_memory, total):
+        pick = _pick(module, method, shape, batch, config, guard)
     engine, config = _place(module, shape, pick, config, device)
     average = WeightAverage(module, config.ema) if config.ema or config.swa else None
     optimizer = make_optimizer(
@@ -241,23 +254,17 @@ def prepare(
     if config.max_memory:
         # Weight-sized tensors beyond those of plain SGD: Adam's second moments, the average, AWP's
         # saved weights.
-        copies = sum(map(bool, (config.optimizer != "sgd", average, config.awp)))
+        # Several processes exchange their gradients in buckets, which hold a copy.
+        kept = (config.optimizer != "sgd", average, config.awp, processes.world_size() > 1)
+        copies = sum(map(bool, kept))
         step_model = fit_into(module, method, engine, shape, batch, config.max_memory, copies)
-    judged = method.peak_images(batch)
+    most = method.peak_images(batch)
     if isinstance(step_model, Frugal):
-        judged = min(judged, step_model.images)
-    elif held_out is not None and shape and not config.max_memory:
-        # Small batches of an attack would leave the device idle. The bound is for models that
-        # hide what they keep.
-        room = images_within(ROOM_TO_JUDGE, module, engine, shape)
-        judged = max(judged, min(room, _MOST_GROWTH * judged))
-    # The same in each process, so that all make equally many collective calls.
-    eval_batch_size = processes.all_min(min(MOST_JUDGED, judged), device)
+        most = min(most, step_model.images)
+    roomy = held_out is not None and not config.max_memory
+    eval_batch_size = _images_to_judge(most, module, engine, shape if roomy else None)
     if processes.world_size() > 1:
         step_model = _wrap_ddp(step_model, device)
-    signature = None
-    if in_memory is not None:
-        signature = files.Signature(in_memory.classes, in_memory.image_shape)
     return Job(
         model=module,
         method=method,
@@ -266,13 +273,15 @@ def prepare(
         config=config,
         accelerator=accelerator,
         device=device,
-        source=Replayed(source, method.replays) if method.replays > 1 else source,
+        source=source,
         held_out=held_out,
         images=0 if in_memory is None else len(in_memory),
         own_batches=isinstance(train, DataLoader),
         loader_batch=_loader_batch(train),
         labelled=1.0 if in_memory is None else share_of(in_memory.y >= 0),
-        signature=signature,
+        signature=None
+        if in_memory is None
+        else Signature(in_memory.classes, in_memory.image_shape),
         total=total,
         eval_batch_size=eval_batch_size,
         guard=guard,
@@ -347,36 +356,7 @@ def _check_state(model: nn.Module) -> None:
             )
 
 
-def _open(
-    train: Any,
-    config: FitSettings,
-    method: Method,
-    accelerator: Accelerator,
-    device: torch.device,
-    *,
-    workers: int,
-    steps: int | None,
-) -> Source:
-    """Return the source of batches."""
-    # Batches are moved by the source, without waiting for the device.
-    sharding = functools.partial(accelerator.prepare_data_loader, device_placement=False)
-    with memory_for("moving the data", "give memory-mapped arrays or a DataLoader"):
-        return make_source(
-            train,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            augmentation=config.augment,
-            device=device,
-            rank=processes.rank(),
-            world=processes.world_size(),
-            prepare=sharding,
-            workers=workers,
-            bounds=method.threat.bounds,
-            steps=steps,
-        )
-
-
-def _count_steps(source: Source, method: Method, config: FitSettings) -> int:
+def _count_steps(source: Source, config: FitSettings) -> int:
     """Return the number of steps of the whole run.
 
     Raises:
@@ -385,7 +365,7 @@ def _count_steps(source: Source, method: Method, config: FitSettings) -> int:
     steps = source.steps_per_epoch
     if not steps:
         raise UserError("there is no batch to train on: the data hold fewer images than one batch")
-    total = round(method.replays * steps * config.epochs)
+    total = round(steps * config.epochs)
     if not total:
         raise UserError(
             f"{config.epochs:g} epochs of {steps} steps are less than one step: give more epochs"
@@ -426,33 +406,35 @@ def _remembered(method: Method, images: Images | None) -> str:
     )
 
 
-def _check_taken(
+def _shape_taken(
     model: nn.Module, method: Method, train: Any, held_out: Any, device: torch.device
 ) -> torch.Size | None:
-    """Check that the model takes the data and the method's dropout.
+    """Return the shape of a training image, once the model takes the data and the dropout.
 
     Returns:
-        The shape of a training image; None if none can be read.
+        The shape; None if no image can be read.
 
     Raises:
         UserError: the model does not.
     """
     check_dropout(model, method.dropout)  # later, --overwrite would have deleted the old run
-    shape = _look_at(train, model, method, device, unlabelled=method.takes_unlabelled)
+    shape = _checked_shape(train, model, method, device, unlabelled=method.takes_unlabelled)
     if held_out is not None:
         # Validation wraps the model like this for a Dataset or DataLoader.
         eval_model = model if isinstance(held_out, Images) else Adapted(model)
-        _look_at(held_out, eval_model, method, device, unlabelled=False)
+        _checked_shape(held_out, eval_model, method, device, unlabelled=False)
     return shape
 
 
-def _look_at(
+def _checked_shape(
     data: Any, model: nn.Module, method: Method, device: torch.device, *, unlabelled: bool
 ) -> torch.Size | None:
-    """Check all labels of in-memory Images; of a Dataset or DataLoader, check one item.
+    """Return the shape of an image, once the data are checked.
+
+    All labels of in-memory Images are; of a Dataset or DataLoader, one item is.
 
     Returns:
-        The shape of an image; None if no item can be read.
+        The shape; None if no item can be read.
 
     Raises:
         UserError: the data cannot be used for training or validation.
@@ -470,6 +452,29 @@ def _look_at(
     return x.shape[1:]
 
 
+def _worth_timing(
+    config: FitSettings, model: nn.Module, in_memory: Images | None, total: int
+) -> bool:
+    """Tell whether to time the engines.
+
+    Not with a memory limit, where there is no room for trials and little to choose, and not if the
+    model has SyncBatchNorm, which would wait for the other processes.
+
+    Args:
+        config: the settings.
+        model: the network.
+        in_memory: the training images; None for a Dataset or a DataLoader, which are not timed.
+        total: steps of the whole run.
+    """
+    return (
+        config.engine == "auto"
+        and not config.max_memory
+        and in_memory is not None
+        and total >= MIN_STEPS
+        and not any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+    )
+
+
 def _pick(
     model: nn.Module,
     method: Method,
@@ -480,27 +485,17 @@ def _pick(
 ) -> Pick | None:
     """Time the engines in the first process, and return the fastest to all processes.
 
-    Returns None if the settings name an engine, or if the model has SyncBatchNorm, which would
-    wait for the other processes, or if it cannot be copied.
+    Returns None if the model cannot be copied.
 
     Raises:
         UserError: in all processes, the trial failed, such as for lack of memory.
     """
-    waits = any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
-    if config.engine != "auto" or waits:
-        return None
-    found: Pick | UserError | None = None
-    if processes.rank() == 0:
-        try:
-            with guard("the trial of engines", batch):
-                found = pick_engine(model, method, shape, batch, config.precision)
-        except UserError as e:
-            found = e
-    # Send errors, too: the other processes would wait for one that has left.
-    (found,) = broadcast_object_list([found])
-    if isinstance(found, UserError):
-        raise found
-    return found
+
+    def time_them() -> Pick | None:
+        with guard("the trial of engines", batch):
+            return pick_engine(model, method, shape, batch, config.precision)
+
+    return processes.by_first(time_them)
 
 
 def _place(
@@ -524,6 +519,24 @@ def _place(
     if shape:
         engine = engine.suited(model, shape)
     return engine, config.model_copy(update={"precision": engine.precision_name})
+
+
+def _images_to_judge(most: int, model: nn.Module, engine: Engine, shape: torch.Size | None) -> int:
+    """Return the images that validation attacks at a time, the same in each process.
+
+    Args:
+        most: images in the largest pass of a step.
+        model: the network.
+        engine: how it is run.
+        shape: of an image, to find out how many more than ``most`` there is room for; else None.
+    """
+    if shape:
+        # Small batches of an attack would leave the device idle. The bound is for models that
+        # hide what they keep.
+        room = images_within(ROOM_TO_JUDGE, model, engine, shape)
+        most = max(most, min(room, _MOST_GROWTH * most))
+    # All processes make equally many collective calls.
+    return processes.all_min(min(MOST_JUDGED, most), device_of(model))
 
 
 def _compile(module: nn.Module) -> nn.Module:

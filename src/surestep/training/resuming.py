@@ -143,6 +143,9 @@ class Checkpoints:
         Args:
             step: the run's steps so far.
             saved: its checkpoint.
+
+        Raises:
+            UserError: it cannot, and the message names what differs.
         """
         job = self.job
         steps, expected = saved["steps_per_epoch"], job.source.steps_per_epoch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import uuid
@@ -21,7 +20,7 @@ from surestep.training.state import has_stopped
 C = TypeVar("C", bound=FitSettings)
 _ENTRIES = {
     *("config.yaml", "metrics.jsonl", "model.safetensors", "checkpoints", "report.html"),
-    *("tensorboard", "comparison.json", "environment.json"),
+    *("tensorboard", "judged.json", "environment.json"),
 }
 _LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
 """Files that file managers leave in folders."""
@@ -82,10 +81,17 @@ class RunFolder:
         """Tell whether the last epoch has its row and the selected weights are saved.
 
         A run that ``on_epoch`` stopped has ended, too.
+
+        Raises:
+            UserError: the history is damaged.
         """
         rows = self.history()
-        stopped = has_stopped(rows)
-        return (stopped or len(rows) >= math.ceil(epochs)) and self.weights.is_file()
+        if not rows or not self.weights.is_file():
+            return False
+        # The first epoch is whole, unless it is all. Rounded as by the loop, to whole steps: 1.1
+        # epochs of 3 steps each are one.
+        total = round(rows[0]["step"] * max(1, epochs))
+        return has_stopped(rows) or rows[-1]["step"] >= total
 
     @classmethod
     def plan(
@@ -223,14 +229,14 @@ class RunFolder:
 
     def note_environment(self) -> list[str]:
         """Record a new run's environment; for a resumed run, return how it differs from then."""
-        now, before = environment.describe(), self.begun_on()
+        now, before = environment.describe(), self.recorded_environment()
         if before is not None:
             changed = environment.differences(before, now)
             return [f"{c.name} {c.before} then, {c.now} now" for c in changed]
         files.write_atomically(self.environment, json.dumps(now, indent=2) + "\n")
         return []
 
-    def begun_on(self) -> dict[str, Any] | None:
+    def recorded_environment(self) -> dict[str, Any] | None:
         """Return the recorded environment; None for a new run."""
         try:
             found = json.loads(self.environment.read_text("utf-8"))

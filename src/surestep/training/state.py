@@ -21,7 +21,15 @@ def has_stopped(history: Sequence[Mapping[str, Any]]) -> bool:
 
 @dataclass
 class RunState:
-    """The progress of a run: its counters and history, as in a checkpoint."""
+    """The progress of a run: its counters and history, as in a checkpoint.
+
+    Attributes:
+        step: steps taken.
+        epoch: epochs finished.
+        best_epoch: the epoch whose weights are selected, counted from 1; 0 if none is finished.
+        train_seconds: time of the training steps, without validation and checkpoints.
+        history: a row for each finished epoch, as in ``metrics.jsonl``.
+    """
 
     step: int = 0
     epoch: int = 0

@@ -13,7 +13,6 @@ from typing import NoReturn
 import torch
 
 from surestep import processes
-from surestep.errors import UserError
 
 ASK_EVERY = 10
 """Steps between exchanges of stop requests and failures: all must stop after the same step."""
@@ -34,8 +33,8 @@ class StopRequested(BaseException):
     """Raised where a request to stop takes effect at once."""
 
 
-class FailedElsewhere(UserError):
-    """Raised where another process failed."""
+class FailedElsewhere(Exception):
+    """Raised where another process failed, for the caller to say at what."""
 
 
 class StopRequest:
@@ -122,7 +121,7 @@ class StopRequest:
         if most == _FAILED:
             if failed:
                 return False
-            raise FailedElsewhere("held-out images of another process cannot be judged")
+            raise FailedElsewhere
         if most > _WORKING:
             raise StopRequested
         return most == _WORKING

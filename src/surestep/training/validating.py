@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from surestep import processes
 from surestep.data import Images, some
 from surestep.devices import out_of_memory
+from surestep.errors import UserError
 from surestep.evaluation import evaluate
+from surestep.training.loaders import end_workers, generators_of
 from surestep.training.preparing import Job
-from surestep.training.source import end_workers, generators_of
 from surestep.training.stopping import FailedElsewhere, StopRequest
 
 COLLAPSE = 0.20
@@ -55,8 +56,8 @@ def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
             )
             while stop.exchange(job.device, done=True):
                 pass  # others have more images
-        except FailedElsewhere:
-            raise
+        except FailedElsewhere as e:
+            raise UserError("held-out images of another process cannot be judged") from e
         except Exception as e:
             stop.exchange(job.device, failed=True)  # the others would wait for this one
             cause = e.__cause__
@@ -81,9 +82,11 @@ def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
 @contextmanager
 def _generators_kept(data: Any) -> Iterator[None]:
     """Restore a DataLoader's generators on exit: each epoch is judged on the same images."""
-    if isinstance(data, DataLoader):
-        end_workers(data)
-    found = generators_of(data) if isinstance(data, DataLoader) else []
+    if not isinstance(data, DataLoader):
+        yield
+        return
+    end_workers(data)
+    found = generators_of(data)
     states = [generator.get_state() for generator in found]
     try:
         yield

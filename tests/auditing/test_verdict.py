@@ -30,7 +30,7 @@ def test_hidden_or_not_a_weak_model_is_not_called_robust(run, net, mask):
 def test_bpda_is_run_where_a_layer_is_flat(run, net, mask, monkeypatch):
     """What needs no gradient may break only one of three classes first."""
     monkeypatch.setattr(
-        "surestep.auditing._audit.transfer", lambda *_: Attack(lambda model, x, y: AttackResult(x))
+        "surestep.evaluation.suite.transfer", lambda *_: Attack(lambda model, x, y: AttackResult(x))
     )
 
     def square(_, x, y, threat, **__):

@@ -36,7 +36,8 @@ EACH = {
     for slug in methods.names()
 }
 """The run of each method: memory is read in the second epoch."""
-EACH["converge-smooth"]["epochs"] = 3  # the first that it compares with an earlier one
+PARAMS = {**merged("APART"), "converge-smooth": {"compare": "batch"}}
+"""By epochs converge-smooth compares from the third on, and hardly tells whose mean loss it is."""
 
 
 def torchrun(script: Path, *args: object) -> None:
@@ -62,7 +63,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny: Any, stopping: Any) ->
     pairs = {"data": TensorDataset(*tiny.data()), "validation": tiny.data(21)}
     pairs |= {"model": tiny.net(norm=False), "out": place / "alone-dataset"}
     stopping(6, lambda: tiny.train("fgsm", **pairs))
-    here, settings = Path(__file__).parent, json.dumps([REMEMBER, COMBINED, EACH])
+    here, settings = Path(__file__).parent, json.dumps([REMEMBER, COMBINED, EACH, PARAMS])
     torchrun(here / "two_processes.py", here / "conftest.py", place, settings)
     return place
 
@@ -133,7 +134,7 @@ def test_every_method_on_two_processes(tiny, place, slug):
     if reason := merged("COUPLED").get(slug):
         pytest.skip(f"one loss of the whole batch: {reason}")
     with tiny.nothing_random():
-        method = tiny.method(slug, **merged("APART").get(slug, {}))
+        method = tiny.method(slug, **PARAMS.get(slug, {}))
         one = tiny.train(method, model=tiny.net(norm=False), **EACH[slug])
     initial = tiny.net(norm=False).state_dict()
     for key, value in one.model.state_dict().items():

@@ -4,7 +4,7 @@ Usage: torchrun --nproc_per_node 2 two_processes.py CONFTEST FOLDER SETTINGS
 
 CONFTEST has the helpers of this folder, results are left in FOLDER, and SETTINGS is JSON: which
 methods keep a state of their own, the settings of the runs that are compared with one process, and
-those of the run of each method.
+those of the run of each method, with the method's parameters.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ spec = importlib.util.spec_from_file_location("helpers", sys.argv[1])
 tiny = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tiny)
 place = Path(sys.argv[2])
-REMEMBER, COMBINED, EACH = json.loads(sys.argv[3])
+REMEMBER, COMBINED, EACH, PARAMS = json.loads(sys.argv[3])
 rank = int(os.environ["RANK"])
 train = functools.partial(tiny.train, device="cpu")
 os.fsync = lambda _: None  # as in the tests of one process
@@ -89,7 +89,7 @@ with tiny.nothing_random():
     for method in tiny.methods.names():
         # Each rank begins with weights of its own: those of rank 0 must win.
         net = tiny.make_net(seed=rank, norm=False)
-        made = tiny.make_method(method, **tiny.merged("APART").get(method, {}))
+        made = tiny.make_method(method, **PARAMS.get(method, {}))
         keep(method, train(made, model=net, **EACH[method]))
 keep("average", train("fgsm", model=tiny.make_net(seed=rank, norm=False), ema=0.9))
 keep("augmented", train("fgsm", model=tiny.make_net(norm=False), augment="crop-flip"))

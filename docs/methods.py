@@ -12,7 +12,8 @@ All that `surestep train --method NAME` takes, the cheapest step first; `sureste
 shows the card that a name here leads to: what it is for, hyperparameters, formulas, known
 failures. Passes are forward, input-gradient and weight-gradient passes per image of a step at
 batch size 128, of about equal work; standard training takes 3. A test compares each method's step
-with formulas written independently from the papers (`tests/methods/test_formulas.py`). How they
+with a second implementation, written separately from the papers' formulas
+(`tests/methods/test_formulas.py`). How they
 compare under one protocol: [leaderboard.md](leaderboard.md). This page is written by
 `python docs/methods.py`.
 

@@ -79,6 +79,7 @@ class World:
         self.splits: list[str] = []
         self.classes: dict[str, tuple[str, ...]] = {}
         self.labels: list[list[int]] = []
+        self.states: list[Path | None] = []
 
     def train(self, arguments: list[str], tell: Any) -> tuple[int, int, str]:
         assert arguments.pop(0) == "train"
@@ -112,6 +113,7 @@ class World:
         return self.other_images.get(config.data, self.images)
 
     def evaluate(self, model: str, images: Images, threat: Any, attacks: Any, **options: Any):
+        self.states.append(options["state"])
         self.judge("evaluate", model)
         self.labels.append(images.y.tolist())
         self.sizes.append(options.get("batch_size"))
@@ -129,6 +131,8 @@ class World:
         return SimpleNamespace(to_dict=lambda: audited(verdict, self.found))
 
     def signature(self, weights: Path) -> Signature:
+        if not weights.is_file():
+            raise UserError(f"{weights} is gone")
         return Signature(self.classes.get(weights.parent.name, ()))
 
     def judge(self, what: str, model: str) -> None:
@@ -383,6 +387,24 @@ class TestAgain:
         assert world.done == [f"{step} sat-r2-seed0" for step in steps]
         # Measured in the first attempt, and not lost with it.
         assert found.rows[0].numbers["peak_memory_mb"].mean > 400
+        # A stopped evaluation continues: both attempts have the same state.
+        (state,) = set(world.states)
+        assert state is not None
+        assert state.parent == tmp_path / "sat-r2-seed0"
+        assert len(world.states) == (2 if at == "evaluate" else 1)
+
+    def test_a_run_whose_weights_vanish_meanwhile_fails_alone(self, world, run_of, monkeypatch):
+        folders = [run_of(name, seed=k) for k, name in enumerate(("one", "two", "three"))]
+
+        def deleting(model, *args, **options):
+            if model == "one":
+                (folders[1] / "model.safetensors").unlink()
+            return world.evaluate(model, *args, **options)
+
+        monkeypatch.setattr(evaluation, "evaluate", deleting)
+        found = compare_runs(folders, n=7)
+        assert [failure.run for failure in found.failures] == ["two"]
+        assert [r["run"] for r in found.runs] == ["one", "three"]
 
     def test_a_half_finished_run_goes_on(self, world, tmp_path):
         compare(["sat-r2"], 1, out=tmp_path, **SHORT)

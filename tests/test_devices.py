@@ -297,6 +297,15 @@ def test_a_device_may_be_one_of_torchs():
         devices.pick_device(torch.device("meta"))
 
 
+def test_a_kind_of_device_whose_random_state_is_not_kept_is_refused(monkeypatch):
+    class There:
+        device = torch.device("xpu", 0)
+
+    monkeypatch.setattr(devices.torch, "ones", lambda *_, **__: There())
+    with pytest.raises(UserError, match=r"'xpu' cannot be used here \(xpu is not supported\)"):
+        devices.pick_device("xpu")
+
+
 @pytest.mark.parametrize(
     ("takes", "asked"),
     [

@@ -80,6 +80,23 @@ class TestWhatTheFirstDoes:
 
         ranks(ask)
 
+    def test_another_failure_of_it_ends_all(self, ranks):
+        """The others would wait for hours for a process that has left."""
+
+        def fails():
+            raise PermissionError("not yours")
+
+        raised = []
+
+        def ask():
+            with pytest.raises((UserError, PermissionError)) as info:
+                processes.by_first(fails)
+            raised.append((info.type, str(info.value)))
+
+        ranks(ask)
+        said = "the first process failed; its output says why"
+        assert raised == [(PermissionError, "not yours"), (UserError, said)]
+
     def test_one_alone_sends_nothing(self, monkeypatch):
         monkeypatch.setattr(processes, "world_size", lambda: 1)
         assert processes.by_first(lambda: 3) == 3

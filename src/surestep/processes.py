@@ -57,21 +57,28 @@ def by_first(do: Callable[[], T]) -> T:
         do: called in the first process only; what it returns is pickled.
 
     Raises:
-        UserError: ``do`` raised it. It is sent to all processes, since the others would wait for a
-            process that has left.
+        UserError: ``do`` raised it, or failed otherwise. It is raised in all processes, since the
+            others would wait for a process that has left.
+        Exception: in the first process, whatever ``do`` raised.
     """
     if world_size() == 1:
         return do()
     sent: list[T | UserError | None] = [None]
+    failure: Exception | None = None
     if rank() == 0:
         try:
             sent = [do()]
-        except UserError as e:
-            sent = [e]
+        except Exception as e:
+            failure = e
+            sent = [
+                e
+                if isinstance(e, UserError)
+                else UserError("the first process failed; its output says why")
+            ]
     dist.broadcast_object_list(sent, 0)
     (found,) = sent
     if isinstance(found, UserError):
-        raise found
+        raise failure or found
     return cast(T, found)
 
 

@@ -23,9 +23,15 @@ from surestep.evaluation import Adapted
 BY_NAME = {check.name: check for check in CHECKS}
 
 
-def curve(accuracies):
-    """What an evaluation tells of a PGD-50 at several radii."""
-    return [{"robust_accuracy": {"pgd-50": accuracy}} for accuracy in accuracies]
+def told(accuracies):
+    """An evaluation that leaves these, one after the other, and the radii and attacks it saw."""
+    left, seen = iter(accuracies), []
+
+    def evaluate(_model, _data, threat, attacks, **_):
+        seen.append((threat.eps, list(attacks)))
+        return SimpleNamespace(worst_case_accuracy=next(left))
+
+    return evaluate, seen
 
 
 @pytest.fixture
@@ -377,25 +383,18 @@ def test_sat_properties_against_plain_loops(ask, task):
     ],
 )
 def test_what_flags_a_sweep(ask, net, monkeypatch, accuracy, flagged):
-    left = iter(accuracy)
-    monkeypatch.setattr(
-        checks,
-        "evaluate",
-        lambda *_, **__: SimpleNamespace(curve=curve(left)),
-    )
+    evaluate, seen = told(accuracy)
+    monkeypatch.setattr(checks, "evaluate", evaluate)
     found = ask("eps-sweep", net)
+    assert seen == [(eps, ["pgd-50"]) for eps in found.evidence["eps"]]
     assert found.evidence["accuracy"] == accuracy
     assert (found.status == "flagged") is flagged
 
 
 def test_a_ball_that_holds_every_image(ask, net, monkeypatch):
     """In L2 its radius is the diagonal of 64 pixels; nothing is said there of half the range."""
-    left = iter([0.9, 0.9, 0.9, 0.9, 0.9, 0.0])
-    monkeypatch.setattr(
-        checks,
-        "evaluate",
-        lambda *_, **__: SimpleNamespace(curve=curve(left)),
-    )
+    evaluate, _ = told([0.9, 0.9, 0.9, 0.9, 0.9, 0.0])
+    monkeypatch.setattr(checks, "evaluate", evaluate)
     found = ask("eps-sweep", net, 0.5, surestep.L2)
     assert found.evidence["eps"] == [0.125, 0.25, 0.375, 0.5, 0.75, 8.0]
     assert found.status == "passed"

@@ -247,20 +247,23 @@ class TestWhatItSays:
 
     @pytest.mark.filterwarnings("always")
     @pytest.mark.parametrize(
-        ("rank", "local_rank", "warns"), [("0", "0", True), ("1", "1", False), ("1", None, True)]
+        ("variables", "warns"),
+        [
+            ({"RANK": "0", "LOCAL_RANK": "0"}, True),
+            ({"RANK": "1", "LOCAL_RANK": "1"}, False),
+            ({"RANK": "1", "WORLD_SIZE": "2"}, False),
+            ({"RANK": "1"}, True),
+        ],
     )
-    def test_of_several_processes_only_the_first_warns(
-        self, cli, monkeypatch, rank, local_rank, warns
-    ):
+    def test_of_several_processes_only_the_first_warns(self, cli, monkeypatch, variables, warns):
         """A RANK alone, such as a job's of an array, is no launcher's."""
 
         def read(_):
             warnings.warn("mind this", SurestepWarning, stacklevel=1)
             raise UserError("no such run")
 
-        monkeypatch.setenv("RANK", rank)
-        if local_rank is not None:
-            monkeypatch.setenv("LOCAL_RANK", local_rank)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
         monkeypatch.setattr("surestep.runs.read_config", read)
         err = cli("train", "--resume", "run").err
         assert ("surestep: warning: mind this\n" in err) == warns

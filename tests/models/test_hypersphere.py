@@ -46,7 +46,7 @@ def test_it_replaces_the_last_layer(name):
     size = 28 if name == "lenet+" else 32
     channels = 1 if name == "lenet+" else 3
     x = torch.rand(2, channels, size, size)
-    model = models.on_hypersphere(models.create(name, 7), x, 20.0)
+    model = models.on_hypersphere(models.create(name, 7), x, scale=20.0)
     assert isinstance(model.head, models.HypersphereHead)
     assert model.head.scale == 20
     logits = model.eval()(x)
@@ -83,7 +83,7 @@ def test_what_cannot_have_one():
     with pytest.raises(UserError, match="no linear layer"):
         models.on_hypersphere(nn.Sequential(nn.Conv2d(1, 2, 3)), torch.rand(1, 1, 8, 8))
     with pytest.raises(UserError, match="scale is -1"):
-        models.on_hypersphere(models.create("lenet+"), torch.rand(1, 1, 28, 28), -1.0)
+        models.on_hypersphere(models.create("lenet+"), torch.rand(1, 1, 28, 28), scale=-1.0)
 
 
 ODD = """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +42,8 @@ def check_module(model: object) -> None:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device of a model's parameters; the CPU if it has none."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+    """Return the device of a model's parameters, or else of its buffers; the CPU if it has none."""
+    return next((t.device for t in chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

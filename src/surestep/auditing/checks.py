@@ -23,7 +23,7 @@ from surestep.auditing._subject import Subject
 from surestep.auditing.binarization import binarization_rates
 from surestep.auditing.finite_differences import CONTRADICTED, error_along, errors_across
 from surestep.devices import finest
-from surestep.evaluation import doubts, evaluate, wilson_interval
+from surestep.evaluation import doubts, evaluate, suite, wilson_interval
 from surestep.evaluation.adapt import seeds_of
 from surestep.threat import Linf, per_sample
 
@@ -272,18 +272,20 @@ def eps_sweep(s: Subject) -> Measurement:
     if linf:
         multiples = {min(r, span) for r in multiples} | {span / 2}
     radii = sorted(multiples | {top})
-    found = evaluate(
-        s.model,
-        (x, y),
-        s.threat,
-        ["pgd-50"],
-        eps=radii,
-        batch_size=s.batch_size,
-        seed=s.seed,
-        precision=s.precision,
-        doubt=False,
-    )
-    accuracy = [point["robust_accuracy"]["pgd-50"] for point in found.curve]
+    accuracy = []
+    for radius in map(s.threat.with_eps, radii):
+        found = evaluate(
+            s.model,
+            (x, y),
+            radius,
+            # Of a name, ``evaluate`` would add the BPDA variant.
+            suite.parse_all(["pgd-50"], radius),
+            batch_size=s.batch_size,
+            seed=s.seed,
+            precision=s.precision,
+            doubt=False,
+        )
+        accuracy.append(found.worst_case_accuracy)
     rise = max(max(b - a for a, b in pairwise(accuracy)), 0.0)
     chance = s.y.bincount().max().item() / len(s.y)
     wide = [a for r, a in zip(radii, accuracy, strict=True) if linf and r >= span / 2]

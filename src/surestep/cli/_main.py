@@ -156,9 +156,10 @@ def main(args: Sequence[str] | None = None) -> None:
 def is_first_process() -> bool:
     """Tell whether this is the first of the processes of a launcher, or the only one.
 
-    Accelerate goes by LOCAL_RANK, too: a RANK alone may number the jobs of an array.
+    A RANK alone may number the jobs of an array.
     """
-    return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
+    launched = "LOCAL_RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"
+    return not launched or os.environ.get("RANK", "0") == "0"
 
 
 def _say(line: str) -> None:

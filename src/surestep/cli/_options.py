@@ -50,7 +50,7 @@ def _option(name: str, field: FieldInfo) -> Decorator:
     if field.annotation is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
     default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
-    if name == "eps":  # see presets.resolve
+    if name == "eps":  # see runs.resolve
         text += " [default: the preset's; without one, 0.3 for mnist in linf, else to be given]"
     elif default not in (None, ""):
         said = f"{default:g}" if isinstance(default, float) else default

@@ -64,7 +64,8 @@ class Outcome:
         except (OSError, ValueError) as e:
             raise UserError(f"{path} cannot be read ({e}): delete it to judge the run again") from e
         kind = (_FORMAT, _VERSION)
-        if not isinstance(found, dict) or (found.get("format"), found.get("version")) != kind:
+        known = isinstance(found, dict) and (found.get("format"), found.get("version")) == kind
+        if not known or "settings" not in found:
             raise UserError(f"{path} is not an outcome of a run: delete it, or give another --out")
         return cls(
             **{field.name: found[field.name] for field in fields(cls) if field.name in found}

@@ -252,11 +252,11 @@ class Work:
 
     def _drop_stale_results(self) -> None:
         """Forget results of other weights, settings, images or versions."""
+        images = self._numbered.first(self.asked.n)  # reads the weights file, if it can be read
         weights = files.digest(self.entrant.run.weights.read_bytes())
         if weights != self.outcome.weights:  # the peak memory was that of another training
             known = replace(self.outcome, weights=weights, peak_memory_mb=None, resumed=False)
             self.outcome = known
-        images = self._numbered.first(self.asked.n)
         subject = _judged_digest(self.entrant.config, weights, images)
         if subject == self.outcome.subject:
             return

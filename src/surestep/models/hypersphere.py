@@ -52,7 +52,7 @@ class HypersphereHead(nn.Linear):
             return self.scale * F.linear(unit, F.normalize(self.weight, dim=1))
 
 
-def on_hypersphere(model: nn.Module, x: Tensor, scale: float = 15.0) -> nn.Module:
+def on_hypersphere(model: nn.Module, x: Tensor, *, scale: float = 15.0) -> nn.Module:
     """Replace a model's last linear layer by a hypersphere head, and return the model.
 
     Args:

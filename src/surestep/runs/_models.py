@@ -64,13 +64,13 @@ def _with_head(model: nn.Module, config: RunConfig, x: Tensor, weights: Path | N
     """
     if config.head == "hypersphere":
         plain = copy.deepcopy(model) if weights else model
-        model = models.on_hypersphere(model, x, config.head_scale)
+        model = models.on_hypersphere(model, x, scale=config.head_scale)
         if weights is not None:
             try:
                 load_any_weights(weights, model)
             except UserError:
                 load_any_weights(weights, plain)
-                return models.on_hypersphere(plain, x, config.head_scale)
+                return models.on_hypersphere(plain, x, scale=config.head_scale)
     elif weights is not None:
         load_any_weights(weights, model)
     return model

@@ -45,7 +45,8 @@ def passes_of(config: RunConfig) -> float:
 
     A step with AWP takes its update twice: one more forward pass and backward pass, of which the
     gradients of the activations and of the weights count as a pass each. Steps before ``awp_from``
-    take it once, so this is the mean over the run.
+    take it once, so this is the mean over the run. (That AWP also differentiates GradAlign's
+    gradient a second time is not counted.)
 
     Raises:
         UserError: as ``build_method``.

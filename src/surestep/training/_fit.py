@@ -33,7 +33,7 @@ from surestep.training.run_folder import RunFolder
 
 _PATIENCE = timedelta(hours=6)
 """How long processes wait for one that evaluates in ``on_epoch``, or attacks more images; NCCL's
-own ten minutes would end such a run."""
+own ten minutes would end such a run. A process that already has its group keeps that one's."""
 
 
 @dataclass

@@ -1273,6 +1273,8 @@ def test_a_launchers_precision_is_not_followed(tiny, monkeypatch):
     tiny.train(epochs=0.4)
     tiny.train(epochs=0.4)  # now there is one, which may be the user's
     alone = {"cpu": False}
+    (waits,) = asked[0].pop("kwargs_handlers")
+    assert waits.timeout.total_seconds() > 3600, "one may evaluate in on_epoch for long"
     assert asked == [{"mixed_precision": "no", "dynamo_backend": "no", **alone}, alone]
 
 

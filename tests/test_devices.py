@@ -271,7 +271,6 @@ def test_a_gpu_that_all_processes_would_share(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")  # which is left alone
     with pytest.raises(UserError, match="'cuda:1' would be shared by all processes on this"):
         devices.pick_device("cuda:1")
 

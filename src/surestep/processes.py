@@ -70,11 +70,8 @@ def by_first(do: Callable[[], T]) -> T:
             sent = [do()]
         except Exception as e:
             failure = e
-            sent = [
-                e
-                if isinstance(e, UserError)
-                else UserError("the first process failed; its output says why")
-            ]
+            other = UserError("the first process failed; its output says why")
+            sent = [e if isinstance(e, UserError) else other]
     dist.broadcast_object_list(sent, 0)
     (found,) = sent
     if isinstance(found, UserError):

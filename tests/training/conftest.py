@@ -136,6 +136,10 @@ def without_times(row: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in row.items() if k not in TIMES}
 
 
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
@@ -188,6 +192,7 @@ def tiny() -> SimpleNamespace:
         train=train,
         rows=rows,
         without_times=without_times,
+        snapshot=snapshot,
         weights=weights,
         same_weights=same_weights,
         state_of=state_of,

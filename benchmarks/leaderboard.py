@@ -3,6 +3,7 @@
     python benchmarks/leaderboard.py mnist                     # LeNet+, eps 0.3, all methods
     python benchmarks/leaderboard.py cifar10 --data DIR        # slim PreActResNet, 8/255 and 16/255
     python benchmarks/leaderboard.py fastat --data DIR --jobs 1  # ResNet-18, 100 epochs: for a GPU
+    python benchmarks/leaderboard.py mnist --plain             # without the combinations of SAT
     python benchmarks/leaderboard.py mnist --only fgsm sat-r2 --seeds 0
     python benchmarks/leaderboard.py --table docs/leaderboard.md
 
@@ -218,10 +219,13 @@ def entries(board: Board) -> dict[str, dict[str, Any]]:
     return {**{name: {"method": name, **board.own.get(name, {})} for name in names}, **combined}
 
 
-def rows(name: str, only: list[str], seeds: list[int] | None) -> Iterator[tuple[str, Row]]:
+def rows(
+    name: str, only: list[str], seeds: list[int] | None, plain: bool = False
+) -> Iterator[tuple[str, Row]]:
     """Yield the board's rows, seed after seed."""
     board = BOARDS[name]
-    chosen = {k: v for k, v in entries(board).items() if not only or k in only}
+    wanted = only or [k for k in entries(board) if not (plain and k in COMBINED)]
+    chosen = {k: v for k, v in entries(board).items() if k in wanted}
     for seed in range(board.seeds) if seeds is None else seeds:
         for entry, own in chosen.items():
             for eps in board.eps:
@@ -373,6 +377,9 @@ def main() -> None:
     parser.add_argument("board", nargs="?", choices=list(BOARDS))
     parser.add_argument("--only", nargs="*", default=[], help="entries to run")
     parser.add_argument(
+        "--plain", action="store_true", help="leave out the combinations of SAT with other parts"
+    )
+    parser.add_argument(
         "--seeds", type=int, nargs="*", help="seeds to run instead of all the board's"
     )
     parser.add_argument("--jobs", type=int, default=2, help="rows at a time, one core each")
@@ -392,7 +399,7 @@ def main() -> None:
         return write(found, args.table, radii, outdated)
     if args.board is None:
         parser.error(f"name a board to run, one of {', '.join(BOARDS)}; or --table PAGE")
-    todo = missing(args.board, rows(args.board, args.only, args.seeds), found)
+    todo = missing(args.board, rows(args.board, args.only, args.seeds, args.plain), found)
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda pair: run(pair[0], pair[1], args), todo))
 

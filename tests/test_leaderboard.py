@@ -28,6 +28,8 @@ def test_every_row_is_a_run_that_can_be_made(name):
     # All methods have one seed before any has two.
     seeds = [row.seed for _, row in found]
     assert seeds == sorted(seeds)
+    plain = {entry for entry, _ in board.rows(name, [], None, plain=True)}
+    assert plain == {entry for entry, _ in found} - set(board.COMBINED)
 
 
 def line(entry, seed, worst, verdict, seconds, machine="one"):

@@ -6,9 +6,7 @@ import torch
 
 import surestep
 from surestep import data, models
-from surestep.attacks.core import input_gradient
-from surestep.attacks.lending import attacking
-from surestep.methods import Cost, Method, Update
+from surestep.methods import Cost, Method, Update, attack_gradient
 
 
 @surestep.methods.register("half-clean")  # its name in run folders
@@ -19,10 +17,9 @@ class HalfClean(Method):
     summary = "FGSM; half of the loss is on clean images"
     paper = "Goodfellow et al. 2015, arXiv 1412.6572"
 
-    def craft(self, model, x, y, index):
+    def craft(self, model, x, y):
         """Return the images of the update's forward pass, the loss there, and which are x_adv."""
-        with attacking(model) as inner:  # eval mode; leaves the model as it was
-            grad, _ = input_gradient(inner, x, y)
+        grad, _ = attack_gradient(model, x, y)  # in eval mode; leaves the model as it was
         x_adv = self.threat.ascend(x, grad, self.threat.eps, x)
         return Update(torch.cat([x, x_adv]), self.plain_loss(y.repeat(2)), slice(len(x), None))
 

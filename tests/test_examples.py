@@ -18,7 +18,7 @@ import torch
 import surestep
 from surestep.config import FitSettings
 from surestep.data import Images
-from surestep.methods._base import METHODS
+from surestep.methods._registry import METHODS
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

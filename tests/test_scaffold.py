@@ -14,7 +14,7 @@ import pytest
 
 import surestep
 from surestep import UserError, scaffold
-from surestep.methods import _base
+from surestep.methods import _registry
 
 ROOT = Path(__file__).parent.parent
 
@@ -139,7 +139,7 @@ def test_a_hyperparameter_needs_a_default():
 
 
 def test_a_method_without_a_card(monkeypatch):
-    monkeypatch.setitem(_base.METHODS, "cardless", surestep.methods.Standard)
+    monkeypatch.setitem(_registry.METHODS, "cardless", surestep.methods.Standard)
     with pytest.raises(UserError, match="'cardless' has no card"):
         surestep.methods.card("cardless")
 

@@ -23,12 +23,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import input_gradient
-from surestep.attacks.lending import attacking
-from surestep.methods import Cost, Method, Update, recipe_of, register
+from surestep.methods import (
+    Cost,
+    LossAndTerms,
+    Method,
+    Update,
+    attack_gradient,
+    param,
+    recipe_of,
+    register,
+)
 
 
 @register("{slug}")
@@ -43,17 +49,16 @@ class {name}(Method):
         "cifar10": recipe_of("fgsm", "cifar10", lam=0.001),
     }}
 
-    lam: float = 0.001
+    lam: float = param(0.001, ge=0)
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor) -> Update:
         """Attack, and return the images to train on and the loss to minimise."""
-        with attacking(model) as inner:
-            grad, _ = input_gradient(inner, x, y)
-            x_adv = self.threat.ascend(x, grad, self.threat.eps, x)
+        grad, _ = attack_gradient(model, x, y)
+        x_adv = self.threat.ascend(x, grad, self.threat.eps, x)
 
-        def loss(logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss(logits: Tensor) -> LossAndTerms:
             ce = self.criterion(logits, y)
-            penalty = torch.square(logits).sum(1).mean()
+            penalty = logits.square().sum(1).mean()
             return ce + self.lam * penalty, {{"ce": ce, "penalty": penalty}}
 
         return Update(x_adv, loss)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from surestep import L2, Linf, attacks
-from surestep.attacks.core import NoGradient, input_gradient
+from surestep.attacks.gradients import NoGradient, input_gradient
 from surestep.attacks.lending import attacking
 from surestep.attacks.losses import cross_entropy, log_odds
 

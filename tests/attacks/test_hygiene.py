@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from surestep import attacks
 from surestep.attacks import auto
-from surestep.attacks.core import input_gradient
+from surestep.attacks.gradients import input_gradient
 from surestep.attacks.inputs import check_inputs, forward_logits
 from surestep.attacks.lending import attacking, buffers_kept, copy_all, hooked, interpreted
 

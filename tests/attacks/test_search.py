@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from surestep import L2, Linf, UserError, attacks
-from surestep.attacks import core, losses
+from surestep.attacks import ascent, losses, outcomes
 from surestep.attacks.lending import attacking
 
 
@@ -51,7 +51,7 @@ def test_best_is_kept_per_sample():
 def test_a_nan_point_does_not_keep_its_place():
     """It counts as wrong, but may be right in another precision: a point that is wrong is taken."""
     x, y = torch.zeros(1, 1), torch.tensor([0])
-    best = core.Best(x, y, losses.log_odds)
+    best = ascent.Best(x, y, losses.log_odds)
     for point, leads in ((0.1, float("nan")), (0.2, 1.0), (0.3, 0.5)):
         best.offer(torch.tensor([0]), x + point, torch.tensor([[0.0, leads]]))
     assert best.x_adv.item() == pytest.approx(0.2)
@@ -183,7 +183,7 @@ def test_attacks_in_turn_see_only_what_is_left():
         return attack
 
     tries = [sends(1, 0.57), sends(2, 0.9), sends(0, 0.57), sends(2, float("nan")), sends(3, 0.57)]
-    x_adv = core.in_turn(Peak(), x, y, [*tries, sends(3, 0.57)])
+    x_adv = outcomes.in_turn(Peak(), x, y, [*tries, sends(3, 0.57)])
     assert seen == [[0, 1, 2, 3], [0, 2, 3], [0, 2, 3], [2, 3], [3]]
     expected = torch.tensor([[0.57], [0.57], [float("nan")], [0.57]])
     torch.testing.assert_close(x_adv, expected, equal_nan=True)
@@ -192,7 +192,9 @@ def test_attacks_in_turn_see_only_what_is_left():
 def test_attacks_in_turn_return_the_last_point_where_none_succeeds():
     """A random model may be wrong there in the next pass: the image itself would be another."""
     x, y = torch.tensor([[0.25]]), torch.zeros(1, dtype=torch.int64)
-    assert core.in_turn(Peak(), x, y, [lambda x, _: x + 0.1, lambda x, _: x - 0.1]).equal(x - 0.1)
+    assert outcomes.in_turn(Peak(), x, y, [lambda x, _: x + 0.1, lambda x, _: x - 0.1]).equal(
+        x - 0.1
+    )
 
 
 def test_attacks_in_turn_are_decided_in_float32():
@@ -208,7 +210,7 @@ def test_attacks_in_turn_are_decided_in_float32():
     x, y = torch.ones(3, 1), torch.ones(3, dtype=torch.int64)
     with torch.autocast("cpu", torch.bfloat16):
         assert net(x).argmax(1).tolist() == [0, 0, 0]
-        core.in_turn(net, x, y, [keep, keep])
+        outcomes.in_turn(net, x, y, [keep, keep])
     assert seen == [3, 3]
 
 
@@ -273,12 +275,12 @@ def test_a_nan_gradient_in_a_pixel_costs_no_strength(mlp, digits, name, options,
     assert bool(broken[0].any())
 
 
-class Slow(core.Best):
+class Slow(ascent.Best):
     """Takes points as one would write it first: by booleans, for each of which a GPU is awaited."""
 
     def offer(self, rows, x_adv, logits):
         values = self.objective(logits, self.y[rows]).to(self.values.dtype)
-        wrong = core.misclassified(logits, self.y[rows])
+        wrong = outcomes.misclassified(logits, self.y[rows])
         was_wrong = self.wrong[rows]
         better = (wrong & ~was_wrong) | ((wrong == was_wrong) & (values > self.values[rows]))
         taken = rows[better]
@@ -295,7 +297,7 @@ class Slow(core.Best):
 def test_a_class_that_is_left_out_does_not_keep_an_image_under_attack(slack, padding):
     """Clearly wrong is a matter of the two classes that count."""
     x, y = torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64)
-    best = core.Best(x, y, losses.log_odds, stop_when_wrong=True)
+    best = ascent.Best(x, y, losses.log_odds, stop_when_wrong=True)
     best.slack = slack
     logits = torch.tensor([[1.0, 2.0], [2.0, 1.0], [1.0, 1.001]])
     best.offer(best.rows(), x, torch.cat([logits, torch.full((3, 1), padding)], 1))
@@ -323,13 +325,13 @@ def test_a_search_finds_what_the_plain_way_finds(mlp, digits, stop, decay, threa
     x, _ = digits(200)
     y = mlp(x).argmax(1)
     found = []
-    for kind, limit in ((core.Best, threat), (Slow, Anew(threat))):
+    for kind, limit in ((ascent.Best, threat), (Slow, Anew(threat))):
         torch.manual_seed(3)
         best = kind(x, y, losses.log_odds, stop_when_wrong=stop)
-        ascent = core.Ascent(limit, 7, threat.eps / 4, decay=decay)
+        climber = ascent.Ascent(limit, 7, threat.eps / 4, decay=decay)
         with attacking(mlp) as inner:
             for _ in range(2):
-                ascent.search(inner, best)
+                climber.search(inner, best)
         found.append((best.x_adv, best.values, best.wrong, best.first_wrong, best.done))
     for mine, plain in zip(*found, strict=True):
         assert torch.equal(mine, plain)
@@ -356,9 +358,9 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("stop", [False, True])
 def test_nothing_waits_for_the_device_where_points_are_taken(mlp, digits, stop):
     x, y = digits(64)
-    best = core.Best(x, y, losses.log_odds, stop_when_wrong=stop)
+    best = ascent.Best(x, y, losses.log_odds, stop_when_wrong=stop)
     rows = best.rows()
-    for kind, waits in ((core.Best, False), (Slow, True)):
+    for kind, waits in ((ascent.Best, False), (Slow, True)):
         with Waits() as waited, torch.no_grad():
             kind.offer(best, rows, x, mlp(x))
         assert bool(waited.seen) == waits
@@ -370,8 +372,8 @@ def test_a_step_of_a_search_waits_once_and_only_to_stop_early(mlp, digits):
         counts = []
         for steps in (3, 5):
             with attacking(mlp) as inner, Waits() as waited:
-                best = core.Best(x, y, losses.log_odds, stop_when_wrong=stop)
-                core.Ascent(Linf(1e-4), steps, 1e-5).search(inner, best)
+                best = ascent.Best(x, y, losses.log_odds, stop_when_wrong=stop)
+                ascent.Ascent(Linf(1e-4), steps, 1e-5).search(inner, best)
             counts.append(len(waited.seen))
         assert counts[1] - counts[0] == 2 * each
 
@@ -391,5 +393,5 @@ def test_on_a_random_model_the_climb_goes_on(monkeypatch):
         return float(attacks.pgd(Noisy(), x, y, Linf(0.3), 10, 0.06, **options).mean())
 
     whole = reached()
-    monkeypatch.setattr("surestep.attacks.gradient.varies", lambda *_: False)
+    monkeypatch.setattr("surestep.attacks.white_box.varies", lambda *_: False)
     assert reached() < whole - 0.05

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import surestep
-from surestep.attacks.core import logit_distance
+from surestep.attacks.outcomes import logit_distance
 from surestep.errors import SurestepWarning, UserError
 from surestep.evaluation import Adapted, doubts, evaluate, suite
 from surestep.evaluation.suite import Attack

@@ -66,7 +66,7 @@ class TestWorstCase:
         assert found.worst_case_accuracy == 0.8
 
     def test_images_that_are_wrong_only_fill_up_a_batch(self, told, monkeypatch):
-        monkeypatch.setattr("surestep.attacks.core._BUCKET", 3)
+        monkeypatch.setattr("surestep.attacks.ascent._BUCKET", 3)
         model = told(a={3})
         y = self.y.clone()
         y[:5] = 1

@@ -206,7 +206,7 @@ def test_another_data_range(build, slug, make_task):
         scaled[1].bias.add_(scaled[1].weight.sum(1) / 2)
         scaled[1].weight.div_(2)
     params = build(slug).params()
-    scaling = {*methods.get(slug).lengths, "sigma"}
+    scaling = {*methods.length_names(methods.get(slug)), "sigma"}
     lengths = {k: 2 * v for k, v in params.items() if k in scaling and v}
     losses = []
     for net, x, threat, settings in (

@@ -145,17 +145,6 @@ def test_a_copy_of_a_method_still_asks_for_its_progress(make_task):
         method(task.net, task.x, task.y)
 
 
-@pytest.mark.parametrize("term", ["loss", "lr", "val_clean"])
-def test_terms_do_not_take_the_names_of_the_log(make_task, term):
-    task = make_task("mlp")
-
-    def loss(logits):
-        return logits.sum(), {term: logits.sum()}
-
-    with pytest.raises(UserError, match=f"the term '{term}' has a name that training logs"):
-        methods.Update(task.x, loss).take(task.net)
-
-
 def test_a_length_that_is_set_after_construction_counts():
     method = methods.get("sat-r2")(Linf(0.3))
     method.alpha = 0.1

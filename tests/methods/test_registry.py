@@ -11,7 +11,7 @@ from surestep import L2, Linf, UserError, methods
 from surestep.config import FitSettings
 from surestep.errors import SurestepWarning
 from surestep.methods import _registry
-from surestep.methods._base import METHODS
+from surestep.methods._registry import METHODS
 
 E8, STEP2 = 8 / 255, 2 / 255
 PUBLISHED, REFUSED = joined("PUBLISHED"), joined("REFUSED")
@@ -161,27 +161,44 @@ def test_what_is_no_threat_model_is_refused():
 @pytest.fixture
 def scratch(monkeypatch):
     """What a test registers is gone afterwards."""
-    monkeypatch.setattr("surestep.methods._base.METHODS", dict(METHODS))
+    monkeypatch.setattr("surestep.methods._registry.METHODS", dict(METHODS))
 
 
 @pytest.mark.usefixtures("scratch")
-def test_lengths_are_named():
+def test_lengths_scale_with_eps():
+    @methods.register("mine")
     @dataclass
     class Mine(methods.Standard):
         radius: float = methods.of_eps(0.5)
+        noise: float = methods.of_span(0.1)
 
-    with pytest.raises(UserError, match="radius of the method 'mine' is a length: name it in"):
-        methods.register("mine")(Mine)
-    Mine.lengths = ("radios",)
-    with pytest.raises(UserError, match="radius of the method 'mine' is a length"):
-        methods.register("mine")(Mine)
-    Mine.lengths = ("radius", "radios")
-    with pytest.raises(UserError, match="has no 'radios', which its lengths name"):
-        methods.register("mine")(Mine)
-    Mine.lengths = ("radius",)
-    mine = methods.register("mine")(Mine)(Linf(0.1))
+    mine = Mine(Linf(0.1))
     mine.set_strength(0.5)
-    assert mine.radius == pytest.approx(0.025)
+    assert (mine.radius, mine.noise) == (pytest.approx(0.025), 0.1)
+    assert methods.length_names(Mine) == ["radius"]
+
+
+@pytest.mark.parametrize(
+    ("bounds", "right", "wrong", "said"),
+    [
+        ({"ge": 0}, (0, 2.5), (-0.1,), ">= 0"),
+        ({"gt": 0}, (0.1,), (0,), "> 0"),
+        ({"le": 2}, (2, -5), (2.1,), "<= 2"),
+        ({"lt": 2}, (1.9,), (2,), "< 2"),
+        ({"ge": 0, "lt": 1}, (0, 0.99), (-0.1, 1), r"in \[0, 1\)"),
+        ({"gt": 0, "le": 0.64}, (0.64,), (0, 0.65), r"in \(0, 0.64\]"),
+    ],
+)
+def test_bounds_of_a_hyperparameter(bounds, right, wrong, said):
+    @dataclass
+    class Mine(methods.Standard):
+        share: float | None = methods.param(None, **bounds)
+
+    for value in (None, *right):
+        assert Mine(Linf(0.1), share=value).share == value
+    for value in wrong:
+        with pytest.raises(UserError, match=f"Mine: share {value} is not {said}$"):
+            Mine(Linf(0.1), share=value)
 
 
 def test_a_perturbation_with_state_or_schedule_is_refused(monkeypatch):

@@ -315,9 +315,9 @@ def test_free_takes_each_batch_several_times(tmp_path, make_task):
     seen = []
 
     class Noting(type(methods.get("free")(Linf(EPS)))):
-        def craft(self, model, x, y, index):
-            seen.append(index.tolist())
-            return super().craft(model, x, y, index)
+        def craft(self, model, x, y):
+            seen.append(self.positions.index.tolist())
+            return super().craft(model, x, y)
 
     x, y = torch.rand(40, 1, 4, 4), torch.arange(40) % 4
     net = make_task("mlp", dtype=torch.float32).net

@@ -18,7 +18,7 @@ import surestep
 from surestep import files, methods
 from surestep.config import FitSettings
 from surestep.errors import UserError
-from surestep.methods._base import METHODS
+from surestep.methods._registry import METHODS
 from surestep.training import (
     TrainingDiverged,
     TrainStep,
@@ -182,11 +182,11 @@ class TestARun:
         class Noting(methods.Standard):
             needs_index = True
 
-            def craft(self, model: nn.Module, seen: Tensor, y: Tensor, index: Tensor | None) -> Any:
-                assert index is not None
-                assert torch.equal(seen, self.draw.apply(x[index]))
+            def craft(self, model: nn.Module, seen: Tensor, y: Tensor) -> Any:
+                at = self.positions
+                assert torch.equal(seen, at.draw.apply(x[at.index]))
                 looked.append(seen)
-                return super().craft(model, seen, y, index)
+                return super().craft(model, seen, y)
 
         monkeypatch.setitem(METHODS, Noting.slug, Noting)
 
@@ -653,3 +653,13 @@ def test_frees_step_is_of_the_radius_that_its_batch_had(tiny, tmp_path):
     plain = tiny.train("free", **settings)
     kept = tiny.train("free", out=tmp_path / "run", checkpoint_every=1, **settings)
     assert tiny.same_weights(plain.model, kept.model)
+
+
+@pytest.mark.parametrize("term", ["loss", "lr", "val_clean"])
+def test_terms_do_not_take_the_names_of_the_log(tiny, term):
+    class Named(methods.Standard):
+        def plain_loss(self, y):
+            return lambda logits: (logits.sum(), {term: logits.sum()})
+
+    with pytest.raises(UserError, match=f"the term '{term}' has a name that training logs"):
+        tiny.train(Named(tiny.threat))

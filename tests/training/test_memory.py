@@ -11,7 +11,7 @@ from families import merged
 from torch import Tensor, nn
 
 from surestep import UserError, methods, models
-from surestep.attacks.core import input_gradient
+from surestep.attacks.gradients import input_gradient
 from surestep.attacks.losses import weighted_log_odds
 from surestep.threat import Linf
 from surestep.training import Engine, preparing, validating

@@ -23,7 +23,7 @@ from torch.utils.data import (
 
 from surestep import methods
 from surestep.errors import UserError
-from surestep.methods._base import METHODS
+from surestep.methods._registry import METHODS
 from surestep.training import (
     TrainStep,
     _fit,

@@ -119,10 +119,9 @@ class TestData:
         seen = []
 
         class Noting(methods.Standard):
-            def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Any:
-                assert index is not None
-                seen.append((x, y, index))
-                return super().craft(model, x, y, index)
+            def craft(self, model: nn.Module, x: Tensor, y: Tensor) -> Any:
+                seen.append((x, y, self.positions.index))
+                return super().craft(model, x, y)
 
         tiny.train(Noting(tiny.threat), data=(x, y), val_images=0)
         assert len(seen) == 12

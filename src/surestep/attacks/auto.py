@@ -16,10 +16,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import in_turn, input_gradient
-from surestep.attacks.gradient import pgd
+from surestep.attacks.gradients import input_gradient
 from surestep.attacks.inputs import check_inputs, forward_logits
 from surestep.attacks.lending import attacking, frozen
+from surestep.attacks.outcomes import in_turn
+from surestep.attacks.white_box import pgd
 from surestep.devices import exact, finest
 from surestep.errors import UserError, need
 from surestep.randomness import forked_rng

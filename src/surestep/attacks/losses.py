@@ -15,6 +15,7 @@ from torch import Tensor
 from surestep.errors import UserError, look_up
 
 Objective = Callable[[Tensor, Tensor], Tensor]
+"""Maps logits (N, K) and labels (N,) to values (N,), whose sum an attack ascends."""
 
 
 def _others(logits: Tensor, y: Tensor) -> Tensor:

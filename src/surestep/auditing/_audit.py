@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from surestep.attacks.core import share_of
 from surestep.attacks.inputs import check_inputs
 from surestep.attacks.lending import (
     attacking,
@@ -23,6 +22,7 @@ from surestep.attacks.lending import (
     uncompiled,
     unwrapped,
 )
+from surestep.attacks.outcomes import share_of
 from surestep.auditing._check import CHECKS, Check
 from surestep.auditing._subject import Subject
 from surestep.auditing.budgets import budget_of

@@ -7,10 +7,10 @@ import time
 import torch
 from torch import nn
 
-from surestep.attacks.core import input_gradient
-from surestep.attacks.gradient import varies
+from surestep.attacks.gradients import input_gradient
 from surestep.attacks.inputs import check_labels, count_classes, forward_logits
 from surestep.attacks.lending import attacking, device_of, interpreted, uncompiled, unwrapped
+from surestep.attacks.white_box import varies
 from surestep.auditing.budgets import budget_of
 from surestep.auditing.stand_ins import EOT_SAMPLES, switches
 from surestep.data import Images

@@ -11,20 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks import gradient
-from surestep.attacks.core import (
-    Ascent,
-    Best,
-    NoGradient,
-    input_gradient,
-    logit_distance,
-    map_batches,
-    misclassified,
-    share_of,
-)
-from surestep.attacks.gradient import pgd_step_size
+from surestep.attacks import white_box
+from surestep.attacks.ascent import Ascent, Best
+from surestep.attacks.gradients import NoGradient, input_gradient
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.losses import Objective, cross_entropy, log_odds
+from surestep.attacks.outcomes import logit_distance, map_batches, misclassified, share_of
+from surestep.attacks.white_box import pgd_step_size
 from surestep.auditing.budgets import Budget
 from surestep.clock import each_minute
 from surestep.data import mixed
@@ -235,7 +228,7 @@ class Subject:
     @cached_property
     def random(self) -> bool:
         """Whether two passes of the model differ by more than rounding."""
-        return gradient.varies(self.model, self.probe[0][: min(64, self.batch_size)])
+        return white_box.varies(self.model, self.probe[0][: min(64, self.batch_size)])
 
     @cached_property
     def pgd_course(self) -> PGDCourse:
@@ -256,9 +249,9 @@ class Subject:
     def search(
         self, x: Tensor, y: Tensor, steps: int, size: float, *, stop_when_wrong: bool = False
     ) -> Searched:
-        """Run PGD on images, a batch at a time; see ``surestep.attacks.gradient.search``."""
+        """Run PGD on images, a batch at a time; see ``surestep.attacks.white_box.search``."""
         parts = [
-            gradient.search(
+            white_box.search(
                 self.model, a, b, self.threat, steps, size, stop_when_wrong=stop_when_wrong
             )
             for a, b in zip(x.split(self.batch_size), y.split(self.batch_size), strict=True)

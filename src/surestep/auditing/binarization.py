@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surestep.attacks.core import Ascent, Best, NoGradient, share_of
+from surestep.attacks.ascent import Ascent, Best
+from surestep.attacks.gradients import NoGradient
 from surestep.attacks.inputs import features_of
+from surestep.attacks.outcomes import share_of
 from surestep.devices import finest
 from surestep.threat import ThreatModel
 

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 
 from surestep.activations import straight_through_layers
 from surestep.attacks import losses
-from surestep.attacks.core import SAME, Ascent, logit_distance, share_of
-from surestep.attacks.gradient import pgd_step_size
+from surestep.attacks.ascent import climb
 from surestep.attacks.inputs import forward_logits
+from surestep.attacks.outcomes import SAME, logit_distance, share_of
+from surestep.attacks.white_box import pgd_step_size
 from surestep.auditing._check import Measurement, masking_check, over
 from surestep.auditing._subject import Subject
 from surestep.auditing.binarization import binarization_rates
@@ -449,8 +450,8 @@ def sat_properties(s: Subject) -> Measurement:
     step = s.fgsm_step(x, y)
     at_f = s.logits(s.threat.project(x + step, x))
     # The last iterate, as SAT-R1 has it, not the strongest; the image where a gradient is NaN.
-    ascent = Ascent(s.threat, 10, s.threat.eps / 10)
-    ifgsm = s.map(lambda a, b: ascent.last_iterate(s.model, a, b, a), x, y)
+    size = s.threat.eps / 10
+    ifgsm = s.map(lambda a, b: climb(s.model, a, b, a, s.threat, 10, size), x, y)
     ifgsm = torch.where(ifgsm.isfinite(), ifgsm, x)
     alpha = s.threat.eps / 30
     noisy = s.threat.clip(x + s.threat.random_step(x, alpha))

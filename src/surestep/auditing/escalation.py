@@ -11,7 +11,7 @@ from contextlib import closing
 from typing import Any, NamedTuple
 
 from surestep.activations import straight_through_layers
-from surestep.attacks.core import share_of
+from surestep.attacks.outcomes import share_of
 from surestep.auditing import stand_ins
 from surestep.auditing._check import Check
 from surestep.auditing._subject import Subject

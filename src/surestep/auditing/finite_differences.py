@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from surestep.attacks import losses
-from surestep.attacks.core import input_gradient
+from surestep.attacks.gradients import input_gradient
 from surestep.attacks.inputs import forward_logits
 from surestep.auditing._subject import Subject
 from surestep.devices import exact, finest

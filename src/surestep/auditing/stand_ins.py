@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surestep.attacks.core import in_turn, share_of
-from surestep.attacks.gradient import pgd
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.lending import hookable, hooked
+from surestep.attacks.outcomes import in_turn, share_of
+from surestep.attacks.white_box import pgd
 from surestep.auditing.finite_differences import CONTRADICTED
 from surestep.devices import exact, finest, out_of_memory
 from surestep.errors import UserError

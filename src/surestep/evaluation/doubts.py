@@ -14,16 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from surestep.activations import straight_through
-from surestep.attacks.core import (
-    NoGradient,
-    input_gradient,
-    map_batches,
-    misclassified,
-    passes_agree,
-    share_of,
-)
+from surestep.attacks.gradients import NoGradient, input_gradient
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.lending import attacking
+from surestep.attacks.outcomes import map_batches, misclassified, passes_agree, share_of
 from surestep.devices import autocast, exact, finest
 from surestep.evaluation import suite
 from surestep.evaluation.adapt import Adapted, seeds_of

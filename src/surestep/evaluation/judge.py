@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import misclassified, passes_agree, round_up, share_of
+from surestep.attacks.ascent import round_up
 from surestep.attacks.inputs import check_inputs, forward_logits
+from surestep.attacks.outcomes import misclassified, passes_agree, share_of
 from surestep.data import mixed
 from surestep.devices import autocast, exact
 from surestep.errors import UserError

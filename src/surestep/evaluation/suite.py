@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from surestep import attacks
 from surestep.activations import straight_through
 from surestep.attacks import auto, nearest
-from surestep.attacks.core import in_turn
-from surestep.attacks.gradient import pgd_step_size, search
 from surestep.attacks.inputs import count_classes
+from surestep.attacks.outcomes import in_turn
+from surestep.attacks.white_box import pgd_step_size, search
 from surestep.errors import UserError, look_up
 from surestep.evaluation.adapt import Adapted
 from surestep.threat import ThreatModel

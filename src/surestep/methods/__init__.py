@@ -10,21 +10,25 @@ from importlib.metadata import entry_points
 from pkgutil import iter_modules
 from warnings import warn
 
-from surestep.methods._base import (
-    SHARED,
-    Cost,
-    Method,
-    Preset,
-    Progress,
-    StepResult,
-    Update,
-    of_eps,
-    of_span,
-    register,
-)
-from surestep.methods._functional import once
+from surestep.attacks.gradients import attack_gradient, input_gradient
+from surestep.attacks.lending import attacking
+from surestep.methods._base import Cost, LossAndTerms, Method, Progress, StepResult, Update
+from surestep.methods._hyperparameters import SHARED, length_names, of_eps, of_span, param
+from surestep.methods._losses import once
 from surestep.methods._memory import Memory
-from surestep.methods._registry import build, card, get, names, overview, preset, recipe_of, settle
+from surestep.methods._presets import Preset
+from surestep.methods._registry import (
+    build,
+    card,
+    get,
+    is_registered,
+    names,
+    overview,
+    preset,
+    recipe_of,
+    register,
+    settle,
+)
 from surestep.methods._single_step import OnSingleStep, SingleStep
 from surestep.methods.fgsm import FGSM
 from surestep.methods.n_fgsm import NFGSM
@@ -55,6 +59,7 @@ __all__ = [
     "SHARED",
     "TRADES",
     "Cost",
+    "LossAndTerms",
     "Memory",
     "Method",
     "OnSingleStep",
@@ -64,14 +69,20 @@ __all__ = [
     "Standard",
     "StepResult",
     "Update",
+    "attack_gradient",
+    "attacking",
     "build",
     "card",
     "get",
+    "input_gradient",
+    "is_registered",
+    "length_names",
     "names",
     "of_eps",
     "of_span",
     "once",
     "overview",
+    "param",
     "preset",
     "recipe_of",
     "register",

@@ -12,11 +12,11 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import input_gradient
+from surestep.attacks.gradients import input_gradient
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.lending import attacking
 from surestep.attacks.losses import Objective, log_odds, nowhere_flat_cross_entropy
-from surestep.methods._base import Cost, Method, Terms, Update
+from surestep.methods._base import Cost, LossAndTerms, Method, Update
 
 
 class Guided(Method):
@@ -36,7 +36,7 @@ class Guided(Method):
     def weight(self) -> float:
         """Return the weight of the distance at this point of the training."""
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor) -> Update:
         """Step eps along the gradient of cross entropy, plus the distance on guided steps."""
         lam, n = self.weight(), len(x)
         with attacking(model) as inner:
@@ -46,7 +46,8 @@ class Guided(Method):
                 with torch.no_grad():
                     clean = forward_logits(inner, x)
 
-                # Log-odds have another scale than cross entropy, which matters in a sum.
+                # Log-odds have another scale than cross entropy, which matters in a sum. Each
+                # image has the whole batch's distance over n, n times in the sum of the values.
                 def guide(logits: Tensor, y: Tensor) -> Tensor:
                     ce = nowhere_flat_cross_entropy(logits, y)
                     return ce + lam * self.distance(clean, logits) / n
@@ -55,7 +56,7 @@ class Guided(Method):
             grad, _ = input_gradient(inner, start, y, objective)
         x_adv = self.threat.ascend(start, grad, self.threat.eps, x)
 
-        def loss(logits: Tensor) -> Terms:
+        def loss(logits: Tensor) -> LossAndTerms:
             clean, adversarial = logits.split(n)
             ce, apart = self.criterion(clean, y), self.distance(clean, adversarial) / n
             return ce + lam * apart, {"ce": ce, "distance": apart}

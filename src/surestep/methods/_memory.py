@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,54 +23,50 @@ class Draw(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Positions:
+    """Which images of the data set a batch holds.
+
+    Attributes:
+        index: their positions (N,).
+        images: size of the data set; 0 if unknown, which costs a wait for the device.
+        draw: the crops and flips that were applied to them.
+    """
+
+    index: Tensor
+    images: int = 0
+    draw: Draw | None = None
+
+
 class Memory:
     """One tensor per image, indexed by the image's position in the data set; zero at first.
 
-    Values are kept in the coordinates of the stored image: reads apply the image's current crop
-    and flip, writes undo them. A pixel that was cropped away keeps its value. Every process holds
-    the values of all images, because an image may go to another process in the next epoch.
+    Values shaped as images (N, C, H, W) are kept in the coordinates of the stored image: reads
+    apply the image's current crop and flip, writes undo them. A pixel that was cropped away keeps
+    its value. Every process holds the values of all images, because an image may go to another
+    process in the next epoch.
     """
 
     def __init__(self) -> None:
         self.values: Tensor | None = None
 
-    def read(self, index: Tensor, like: Tensor, images: int, draw: Draw | None = None) -> Tensor:
-        """Return the values of the images ``index`` (N,).
+    def read(self, at: Positions, like: Tensor) -> Tensor:
+        """Return the values of a batch's images, with the shape, dtype and device of ``like``."""
+        found = self._grown(at.index, like, at.images)[at.index]
+        return at.draw.apply(found) if at.draw is not None and found.dim() == 4 else found
 
-        Args:
-            index: positions in the data set (N,).
-            like: a tensor with the shape (N, ...), dtype and device of the values.
-            images: size of the data set; 0 if unknown, which costs a wait for the device.
-            draw: the crops and flips of the images.
-        """
-        self._grow(index, like, images)
-        assert self.values is not None
-        found = self.values[index]
-        return found if draw is None else draw.apply(found)
-
-    def write(self, index: Tensor, values: Tensor, images: int, draw: Draw | None = None) -> None:
-        """Store the values of the images ``index`` (N,), in all processes.
-
-        Pixels outside the crop keep what is stored.
-
-        Args:
-            index: positions in the data set (N,).
-            values: (N, ...), in the coordinates of the images as cropped and flipped.
-            images: size of the data set; 0 if unknown, as in ``read``.
-            draw: the crops and flips of the images.
-        """
-        values = values.detach()
-        if draw is not None:
-            self._grow(index, values, images)
-            assert self.values is not None
-            seen = draw.undo(torch.ones_like(values[:, :1], dtype=torch.bool))
-            values = torch.where(seen, draw.undo(values), self.values[index])
+    def write(self, at: Positions, values: Tensor) -> None:
+        """Store values (N, ...) of a batch's images, as cropped and flipped, in all processes."""
+        index, values = at.index, values.detach()
+        if at.draw is not None and values.dim() == 4:
+            seen = at.draw.undo(torch.ones_like(values[:, :1], dtype=torch.bool))
+            before = self._grown(index, values, at.images)[index]
+            values = torch.where(seen, at.draw.undo(values), before)
         index, values = processes.gather(index), processes.gather(values)
-        self._grow(index, values, images)
-        assert self.values is not None
-        self.values.index_copy_(0, index, values)
+        self._grown(index, values, at.images).index_copy_(0, index, values)
 
-    def _grow(self, index: Tensor, like: Tensor, images: int) -> None:
+    def _grown(self, index: Tensor, like: Tensor, images: int) -> Tensor:
+        """Return the values, with rows for all images and on the device of ``like``."""
         if self.values is not None and self.values.device != like.device:
             self.values = self.values.to(like.device)  # loaded from a checkpoint
         held = 0 if self.values is None else len(self.values)
@@ -77,6 +74,8 @@ class Memory:
         if needed > held:
             more = torch.zeros(needed - held, *like.shape[1:], dtype=like.dtype, device=like.device)
             self.values = more if self.values is None else torch.cat([self.values, more])
+        assert self.values is not None
+        return self.values
 
     def state_dict(self) -> dict[str, Any]:
         """Return the values, if there are any."""

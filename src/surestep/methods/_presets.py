@@ -1,12 +1,34 @@
-"""Training settings that several methods' published recipes share."""
+"""Recipes, and the training settings that several methods' published ones share."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from surestep.methods._base import Preset
+
+@dataclass(frozen=True)
+class Preset:
+    """A recipe: the method's parameters with the training settings they were meant for.
+
+    Attributes:
+        eps: radius of the l-inf threat model.
+        params: the method's hyperparameters, by field name.
+        settings: training settings, by the field names of ``surestep.config.FitSettings``.
+        model: the architecture.
+        dataset: the data.
+        source: where the recipe comes from.
+        normalize: whether the model normalises its input, if it has a normalisation of its own.
+    """
+
+    eps: float
+    params: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    model: str
+    dataset: str
+    source: str
+    normalize: bool = True
+
 
 _V20 = "Vivek & Babu 2020, arXiv 2002.00614, and the authors' code"
 

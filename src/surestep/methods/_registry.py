@@ -1,18 +1,20 @@
-"""Find, build and describe methods by name."""
+"""Register, find, build and describe methods by name."""
 
 from __future__ import annotations
 
 import math
 import sys
 import warnings
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, replace
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 from surestep.config import read_param
 from surestep.errors import SurestepWarning, UserError, look_up, unknown_name
-from surestep.methods._base import METHODS, Method, Preset, parameter_names
+from surestep.methods._base import Method
+from surestep.methods._hyperparameters import kinds_of, own_fields, parameter_names
+from surestep.methods._presets import Preset
 from surestep.threat import Linf, ThreatModel
 
 _SETTABLE = ("label_smoothing", "dropout")
@@ -22,6 +24,38 @@ _OTHER_NAMES = {
     **{"fgsm-ga": "gradalign", "nfgsm": "n-fgsm", "pgd-at": "pgd", "free-at": "free"},
 }
 """Names of methods in the literature, and their slugs here."""
+
+M = TypeVar("M", bound=Method)
+METHODS: dict[str, type[Method]] = {}
+
+
+def register(slug: str) -> Callable[[type[M]], type[M]]:
+    """Register a subclass of ``Method`` under its slug.
+
+    Raises:
+        UserError: the slug is another method's, a hyperparameter has no default or an unsupported
+            type, or the summary or the paper is missing.
+    """
+
+    def add(cls: type[M]) -> type[M]:
+        for one in own_fields(cls):
+            if one.default is MISSING and one.default_factory is MISSING:
+                raise UserError(f"{one.name} of the method {slug!r} has no default: give it one")
+        kinds_of(cls)
+        for name in ("summary", "paper"):
+            if not isinstance(getattr(cls, name, None), str):
+                raise UserError(f"the method {slug!r} has no {name}: set the class attribute")
+        taken = METHODS.get(slug)
+        if taken and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise UserError(
+                f"the method name {slug!r} is taken by {taken.__module__}.{taken.__qualname__}: "
+                f"register {cls.__qualname__} under another name"
+            )
+        cls.slug = slug
+        METHODS[slug] = cls
+        return cls
+
+    return add
 
 
 def get(slug: str) -> type[Any]:
@@ -36,6 +70,11 @@ def get(slug: str) -> type[Any]:
     if slug in _OTHER_NAMES and slug not in METHODS:
         raise unknown_name("method", slug, METHODS, meant=_OTHER_NAMES[slug])
     return look_up("method", slug, METHODS)
+
+
+def is_registered(method: Method) -> bool:
+    """Tell whether a method's class is the one that its slug stands for."""
+    return METHODS.get(method.slug) is type(method)
 
 
 def names() -> list[str]:

@@ -1,7 +1,7 @@
 """Adversarial training with one gradient step, split into parts, and the base class built on it.
 
-All such methods have the same form: a start, one gradient there, one step, an end. They differ in
-the start, the gradient, the step length, and whether the result is projected to the eps ball.
+All such methods have the same form: a start, a gradient there, a step, an end. They differ in the
+start, the gradient, the step length, and whether the result is projected to the eps ball.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from surestep.attacks.core import input_gradient
+from surestep.attacks.gradients import input_gradient
 from surestep.attacks.lending import attacking
 from surestep.attacks.losses import log_odds
-from surestep.methods._base import METHODS, Cost, Method, Update
-from surestep.methods._registry import build_written
+from surestep.methods._base import Cost, Method, Update
+from surestep.methods._registry import METHODS, build_written
 
 
 class SingleStep(Method):
     """One gradient step from a start, then cross entropy at the result.
 
-    Each part is a Python method of its own, so that regularizers can use any of these
+    Subclasses override ``start``, ``gradient`` (or its ``objective``), ``size`` and ``ball`` (or
+    ``around``). Each is a Python method of its own, so that regularizers can use any of these
     perturbations in place of FGSM's.
     """
 
@@ -31,19 +32,21 @@ class SingleStep(Method):
     """What the step raises, per sample (N,), as a function of logits (N, K) and labels (N,)."""
     ball: ClassVar[bool] = True
     """Whether the result is projected to the eps ball; otherwise only to the data range."""
+    gradients = 1
+    """Number of input gradients that a perturbation takes."""
 
     def start(self, x: Tensor) -> Tensor:
         """Return the point (N, ...) at which the gradient is taken."""
         return x
 
+    def gradient(self, model: nn.Module, point: Tensor, y: Tensor) -> Tensor:
+        """Return the gradient (N, ...) to step along; the model is in the mode to attack."""
+        return input_gradient(model, point, y, self.objective)[0]
+
     @property
     def size(self) -> float:
         """Length of the step."""
         return self.threat.eps
-
-    def gradient(self, model: nn.Module, point: Tensor, y: Tensor) -> Tensor:
-        """Return the gradient (N, ...) to step along; the model is in the mode to attack."""
-        return input_gradient(model, point, y, self.objective)[0]
 
     def around(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """Return what projects points (N, ...) to the ball, or only to the data range."""
@@ -51,30 +54,22 @@ class SingleStep(Method):
 
     def step(self, start: Tensor, grad: Tensor, x: Tensor) -> Tensor:
         """Return the end (N, ...) of the step from a start along its gradient."""
-        return self.finish(start + self.threat.steepest_step(grad, self.size), x)
-
-    def finish(self, point: Tensor, x: Tensor) -> Tensor:
-        """Return the end (N, ...) of a step. To end it otherwise, override ``around``."""
-        return self.around(x)(point)
+        return self.around(x)(start + self.threat.steepest_step(grad, self.size))
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return x_adv (N, ...)."""
-        return self.step_on(model, x, y, self.train_mode)
-
-    def step_on(self, model: nn.Module, x: Tensor, y: Tensor, train_mode: bool) -> Tensor:
-        """Return x_adv (N, ...), with the model attacked in train or in eval mode."""
-        with attacking(model, train_mode=train_mode) as inner:
+        with attacking(model, train_mode=self.train_mode) as inner:
             start = self.start(x)
             grad = self.gradient(inner, start, y)
-            return self.step(start, grad, x)
+        return self.step(start, grad, x)
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor) -> Update:
         """Train on the perturbed images."""
         return Update(self.perturb(model, x, y), self.plain_loss(y))
 
     def cost(self, batch_size: int) -> Cost:
-        """One gradient, one update."""
-        return Cost.of(attack=1, update=1)
+        """The gradients, one update."""
+        return Cost.of(attack=self.gradients, update=1)
 
 
 def unchanged(cls: type[Method], *parts: str) -> bool:
@@ -85,8 +80,8 @@ def unchanged(cls: type[Method], *parts: str) -> bool:
 
 
 def _of_parts(cls: type[Method]) -> bool:
-    """Return whether a method is fully described by a start, a gradient, a step and an end."""
-    return unchanged(cls, "perturb", "step_on")
+    """Return whether a method is fully described by a start, a gradient, a size and an end."""
+    return unchanged(cls, "perturb", "step")
 
 
 _LOST = ("needs_index", "needs_progress", "kept", "kept_rows", "second_order")
@@ -101,7 +96,7 @@ class OnSingleStep(Method):
 
     perturbation: str
 
-    def validate(self) -> None:
+    def set_up(self) -> None:
         """Build the perturbation."""
         found = build_written(self.perturbation, self.threat)
         if not _of_parts(type(found)):
@@ -113,12 +108,6 @@ class OnSingleStep(Method):
         self.require(not lost, "perturbation", "a single-step method without schedule or state")
         self.base = found
         self.dropout = max(self.dropout, found.dropout)
-
-    @property
-    def gradients(self) -> float:
-        """Number of input gradients for one perturbation."""
-        cost = self.base.cost(1)
-        return cost.input_grad - cost.weight_grad
 
     def set_strength(self, share: float) -> None:
         """Scale the perturbation too."""

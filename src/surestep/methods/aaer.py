@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surestep.attacks.core import input_gradient
-from surestep.attacks.lending import attacking
+from surestep.attacks.gradients import attack_gradient
 from surestep.attacks.losses import cross_entropy
-from surestep.methods._base import Cost, Terms, Update, register
-from surestep.methods._functional import once
+from surestep.methods._base import Cost, LossAndTerms, Update
+from surestep.methods._hyperparameters import param
+from surestep.methods._losses import once
 from surestep.methods._presets import CIFAR100_ZOO, CIFAR_ZOO, MNIST_ZOO, recipe
+from surestep.methods._registry import register
 from surestep.methods._single_step import OnSingleStep, unchanged
 
 
@@ -46,32 +47,30 @@ class AAER(OnSingleStep):
         "cifar100": recipe(CIFAR100_ZOO, lam=1.0, lam_loss=3.5, lam_spread=1.5),
     }
 
-    lam: float = 1.0
-    lam_loss: float = 2.5
-    lam_spread: float = 1.5
+    lam: float = param(1.0, ge=0)
+    lam_loss: float = param(2.5, ge=0)
+    lam_spread: float = param(1.5, ge=0)
     perturbation: str = "rs-fgsm"
 
-    def validate(self) -> None:
-        """Check the weights, and that the perturbation is a step along a single gradient."""
-        super().validate()
-        self.not_negative("lam_loss", "lam_spread")
+    def set_up(self) -> None:
+        """Check that the perturbation is a step along a single gradient."""
+        super().set_up()
         # The losses at both ends must come from one function, and the update is in train mode.
         plain = unchanged(type(self.base), "gradient") and self.base.train_mode
         expected = "a step along one gradient in train mode, like rs-fgsm and n-fgsm"
         self.require(plain, "perturbation", expected)
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor) -> Update:
         """Compare loss and logits after the step with those at the start, from the attack."""
         base = self.base
-        with attacking(model, train_mode=base.train_mode) as inner:
-            start = base.start(x)
-            grad, was = input_gradient(inner, start, y, base.objective)
+        start = base.start(x)
+        grad, was = attack_gradient(model, start, y, base.objective, train_mode=base.train_mode)
         before = cross_entropy(was, y)
         x_adv = base.step(start, grad, x)
         # At the weights of the attack: AWP's second pass is at others, where the loss is higher.
-        fallen = once(lambda after: (after < before).to(after.dtype).detach())
+        fallen = once(lambda after: (after < before).to(after.dtype))
 
-        def loss(logits: Tensor) -> Terms:
+        def loss(logits: Tensor) -> LossAndTerms:
             ce, after = self.criterion(logits, y), cross_entropy(logits, y)
             abnormal = fallen(after)
             spread = (logits - was).square().sum(1)

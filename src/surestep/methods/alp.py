@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from surestep.methods._base import Cost, Terms, Update, register
+from surestep.methods._base import Cost, LossAndTerms, Update
+from surestep.methods._hyperparameters import param
 from surestep.methods._losses import pairing
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
+from surestep.methods._registry import register
 from surestep.methods.pgd import PGD
 
 
@@ -28,13 +30,13 @@ class ALP(PGD):
         "cifar10": recipe(CIFAR_RESNET, lam=0.5, steps=10, alpha=2 / 255),
     }
 
-    lam: float = 0.5
+    lam: float = param(0.5, ge=0)
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor) -> Update:
         """Pair each image with its perturbed version."""
         points = torch.cat([x, self.perturb(model, x, y)])
 
-        def loss(logits: Tensor) -> Terms:
+        def loss(logits: Tensor) -> LossAndTerms:
             clean, adversarial = logits.chunk(2)
             ce = self.criterion(logits, y.repeat(2))
             apart = pairing(clean, adversarial)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from surestep import processes
 from surestep.attacks.lending import unwrapped
 from surestep.devices import finest
-from surestep.methods._base import Cost, Method, Terms, Update, register
-from surestep.methods._functional import once
+from surestep.methods._base import Cost, LossAndTerms, Method, Update
+from surestep.methods._hyperparameters import param
+from surestep.methods._losses import once
 from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe, smoothed
-from surestep.methods._registry import build_written
+from surestep.methods._registry import build_written, register
 
 
 @register("converge-smooth")
@@ -47,14 +48,13 @@ class ConvergeSmooth(Method):
 
     perturbation: str = "rs-fgsm"
     compare: str = "epoch"
-    gamma: float = 0.03
-    weight: float = 1.0
-    pull: float = 0.0
+    gamma: float = param(0.03, ge=0)
+    weight: float = param(1.0, ge=0)
+    pull: float = param(0.0, ge=0)
 
-    def validate(self) -> None:
-        """Check the hyperparameters and build the wrapped method."""
+    def set_up(self) -> None:
+        """Build the wrapped method, and begin without a history."""
         self.require(self.compare in ("epoch", "batch"), "compare", "'epoch' or 'batch'")
-        self.not_negative("gamma", "weight", "pull")
         self.base = build_written(self.perturbation, self.threat)
         self.needs_index, self.replays = self.base.needs_index, self.base.replays
         self.second_order, self.takes_sources = self.base.second_order, self.base.takes_sources
@@ -67,11 +67,13 @@ class ConvergeSmooth(Method):
         self._steady = self._calm = self.compare == "batch"
         self._centre: list[Tensor] = []
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor) -> Update:
         """Append the clean images to the wrapped method's update."""
-        for part in ("progress", "draw", "sources", "label_smoothing", "margin"):
+        for part in ("progress", "sources", "label_smoothing", "margin"):
             setattr(self.base, part, getattr(self, part))
-        inner = self.base.craft(model, x, y, index)
+        if self.needs_index:
+            self.base.positions = self.positions
+        inner = self.base.craft(model, x, y)
         self._turn(model)
         n = len(inner.points)
         sign = once(self._sign)
@@ -79,7 +81,7 @@ class ConvergeSmooth(Method):
         weights = list(unwrapped(model).parameters()) if self._centre else []
         self._centre = [c.to(w) for c, w in zip(self._centre, weights, strict=True)]
 
-        def loss(logits: Tensor) -> Terms:
+        def loss(logits: Tensor) -> LossAndTerms:
             own, terms = inner.loss(logits[:n])
             clean = self.criterion(logits[n:], y)
             jump = sign(clean.detach()).to(clean.dtype) * clean

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.lending import attacking
 from surestep.attacks.losses import Objective
-from surestep.methods._base import Cost, Terms, Update, register
+from surestep.methods._base import Cost, LossAndTerms, Update
+from surestep.methods._hyperparameters import param
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
+from surestep.methods._registry import register
 from surestep.methods._single_step import OnSingleStep, unchanged
 
 
@@ -44,19 +46,18 @@ class EAT(OnSingleStep):
         "cifar10": recipe(CIFAR_RESNET, source="ours: the field's usual settings"),
     }
 
-    clean: float = 0.5
+    clean: float = param(0.5, ge=0, lt=1)
     perturbation: str = "fgsm"
 
-    def validate(self) -> None:
-        """Check the share of the clean loss."""
-        super().validate()
-        self.require(0 <= self.clean < 1, "clean", "in [0, 1)")
+    def set_up(self) -> None:
+        """Turn the perturbation to the model's own prediction."""
+        super().set_up()
         # A gradient at the image itself comes with the prediction there.
         self.at_image = unchanged(type(self.base), "start", "gradient")
         if self.at_image:
             self.base.objective = partial(at_prediction, self.base.objective)
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor) -> Update:
         """Attack the model whose turn it is."""
         turn = self.progress.step % (1 + len(self.sources))
         attacked = self.sources[turn - 1].to(x.device) if turn else model
@@ -65,18 +66,21 @@ class EAT(OnSingleStep):
         # The engine chose the memory format for the model; another may not take it.
         images = x.contiguous() if turn else x
         labels = y
-        if not self.at_image:
-            with attacking(attacked, train_mode=train_mode) as inner, torch.no_grad():
-                labels = forward_logits(inner, images).argmax(1)
-        x_adv = self.base.step_on(attacked, images, labels, train_mode)
-        x_adv = torch.empty_like(x).copy_(x_adv)
+        with attacking(attacked, train_mode=train_mode) as inner:
+            if not self.at_image:
+                with torch.no_grad():
+                    labels = forward_logits(inner, images).argmax(1)
+            start = self.base.start(images)
+            grad = self.base.gradient(inner, start, labels)
+        x_adv = torch.empty_like(x).copy_(self.base.step(start, grad, images))
 
-        def loss(logits: Tensor) -> Terms:
+        def loss(logits: Tensor) -> LossAndTerms:
             at_clean, at_adv = (self.criterion(part, y) for part in logits.chunk(2))
-            return torch.lerp(at_adv, at_clean, self.clean), {"ce": at_adv, "ce_clean": at_clean}
+            ce = (1 - self.clean) * at_adv + self.clean * at_clean
+            return ce, {"ce": at_adv, "ce_clean": at_clean}
 
         return Update(torch.cat([x, x_adv]), loss, slice(len(x), None))
 
     def cost(self, batch_size: int) -> Cost:
         """One perturbation, and a prediction; clean and perturbed images in the update."""
-        return Cost.of(attack=self.gradients, update=2, forward=0 if self.at_image else 1)
+        return Cost.of(attack=self.base.gradients, update=2, forward=0 if self.at_image else 1)

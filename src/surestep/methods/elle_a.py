@@ -9,8 +9,9 @@ from torch import Tensor
 
 from surestep import processes
 from surestep.devices import finest
-from surestep.methods._base import register
+from surestep.methods._hyperparameters import param
 from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
+from surestep.methods._registry import register
 from surestep.methods.elle import ELLE
 
 
@@ -25,15 +26,14 @@ class ELLEA(ELLE):
         "cifar10": recipe(CIFAR_ZOO, lam=4000.0),
     }
 
-    lam: float = 4000.0
-    decay: float = 0.99
+    lam: float = param(4000.0, ge=0)
+    decay: float = param(0.99, ge=0, lt=1)
 
     kept = ("_history",)
 
-    def validate(self) -> None:
-        """Check the decay."""
-        super().validate()
-        self.require(0 <= self.decay < 1, "decay", "in [0, 1)")
+    def set_up(self) -> None:
+        """Begin without a history."""
+        super().set_up()
         # Count, mean and sum of squared deviations of the gaps so far; the current weight.
         self._history = torch.zeros(4, dtype=torch.float64)
 

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import input_gradient, misclassified
+from surestep.attacks.gradients import input_gradient
 from surestep.attacks.lending import attacking
-from surestep.methods._base import register
+from surestep.attacks.outcomes import misclassified
+from surestep.methods._hyperparameters import param
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
+from surestep.methods._registry import register
 from surestep.methods.pgd import PGD
 from surestep.threat import per_sample
 
@@ -35,12 +37,7 @@ class FAT(PGD):
         "cifar10": recipe(CIFAR_RESNET, tau=1, steps=10, alpha=2 / 255),
     }
 
-    tau: int = 0
-
-    def validate(self) -> None:
-        """Check tau."""
-        super().validate()
-        self.not_negative("tau")
+    tau: int = param(0, ge=0)
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return the point (N, ...) at which each image's attack ended."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from surestep.methods._base import register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_DEMO, MNIST_FAST, MNIST_SAT, recipe
+from surestep.methods._registry import register
 from surestep.methods._single_step import SingleStep
 
 

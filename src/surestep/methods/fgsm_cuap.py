@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from surestep.attacks.inputs import count_classes
-from surestep.methods._base import register
+from surestep.methods._registry import register
 from surestep.methods.fgsm_uap import FGSMUAP, Choice
 
 

@@ -12,8 +12,10 @@ from surestep import processes
 from surestep.attacks.inputs import features_of
 from surestep.attacks.lending import attacking, interpreted, uncompiled
 from surestep.attacks.losses import cross_entropy
-from surestep.methods._base import Cost, register
+from surestep.methods._base import Cost
+from surestep.methods._hyperparameters import param
 from surestep.methods._losses import one_hot
+from surestep.methods._registry import register
 from surestep.methods.fgsm_uap import FGSMUAP, Choice
 
 
@@ -32,14 +34,12 @@ class FGSMFUAP(FGSMUAP):
 
     kept = ("_u", "_m", "_layer")
 
-    count: int = 50
-    pick_lr: float = 0.1
+    count: int = param(50, ge=1)
+    pick_lr: float = param(0.1, ge=0)
 
-    def validate(self) -> None:
-        """Check the number of perturbations and the layer's learning rate."""
-        super().validate()
-        self.require(self.count >= 1, "count", ">= 1")
-        self.not_negative("pick_lr")
+    def set_up(self) -> None:
+        """Begin without a layer."""
+        super().set_up()
         self._layer = torch.zeros(0)
 
     def choose(self, model: nn.Module, x: Tensor, y: Tensor) -> Choice:

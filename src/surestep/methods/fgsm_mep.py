@@ -11,18 +11,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import input_gradient, l1_unit
-from surestep.attacks.lending import attacking
-from surestep.methods._base import Cost, Criterion, Method, Terms, Update, of_eps, register
+from surestep.attacks.gradients import attack_gradient, l1_unit
+from surestep.methods._base import Cost, Criterion, LossAndTerms, Method, Update
+from surestep.methods._hyperparameters import of_eps, param
 from surestep.methods._losses import pairing
 from surestep.methods._memory import Memory
 from surestep.methods._presets import CIFAR100_RESNET, CIFAR_RESNET, MNIST_ZOO, recipe, smoothed
+from surestep.methods._registry import register
 
 
 def paired(start: Tensor, x_adv: Tensor, y: Tensor, criterion: Criterion, lam: float) -> Update:
     """Minimise CE at x_adv (N, ...) plus lam times the ``pairing`` with the logits at ``start``."""
 
-    def loss(logits: Tensor) -> Terms:
+    def loss(logits: Tensor) -> LossAndTerms:
         at_start, at_adv = logits.chunk(2)
         ce, apart = criterion(at_adv, y), pairing(at_adv, at_start)
         return ce + lam * apart, {"ce": ce, "pairing": apart}
@@ -51,38 +52,34 @@ class FGSMMEP(Method):
         "cifar100": recipe(CIFAR100_RESNET, lam=10.0, settings=smoothed(100)),
     }
 
-    lam: float = 10.0
-    decay: float = 0.3
-    reset: int = 40
+    lam: float = param(10.0, ge=0)
+    decay: float = param(0.3, ge=0)
+    reset: int = param(40, ge=1)
     alpha: float = of_eps(1)
 
-    def validate(self) -> None:
-        """Check the hyperparameters, and begin with an empty store."""
-        self.not_negative("decay")
-        self.require(self.reset >= 1, "reset", ">= 1")
+    def set_up(self) -> None:
+        """Begin with an empty store."""
         self._delta, self._momentum, self._round = Memory(), Memory(), 0
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor) -> Update:
         """Step from the stored perturbation, then move that along the gradient momentum."""
-        assert index is not None
-        images, draw, threat = self.progress.images, self.draw, self.threat
+        threat = self.threat
         if (now := self.progress.epoch // self.reset) != self._round:
             self._delta, self._momentum, self._round = Memory(), Memory(), now
         if self.progress.epoch % self.reset == 0:  # nothing is stored yet
             delta = threat.random_delta(x)
         else:
-            delta = self._delta.read(index, x, images, draw)
+            delta = self._delta.read(self.positions, x)
         start = threat.project(x + delta, x)
-        with attacking(model) as inner:
-            grad, _ = input_gradient(inner, start, y)
+        grad, _ = attack_gradient(model, start, y)
         x_adv = threat.ascend(start, grad, self.alpha, x)
-        before = self._momentum.read(index, x, images, draw)
+        before = self._momentum.read(self.positions, x)
         # The authors divide the gradient of the batch's mean loss by the l1 norm of the whole
         # batch, so that confidently classified images hardly count.
         momentum = l1_unit(grad) + self.decay * before
         moved = threat.ascend(start, momentum, self.alpha, x) - x
-        self._momentum.write(index, momentum, images, draw)
-        self._delta.write(index, moved, images, draw)
+        self._momentum.write(self.positions, momentum)
+        self._delta.write(self.positions, moved)
         return paired(start, x_adv, y, self.criterion, self.lam)
 
     def cost(self, batch_size: int) -> Cost:

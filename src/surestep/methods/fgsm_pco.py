@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import input_gradient
-from surestep.attacks.lending import attacking
+from surestep.attacks.gradients import attack_gradient
 from surestep.attacks.losses import of_true_class
-from surestep.methods._base import Cost, Method, Terms, Update, register
+from surestep.methods._base import Cost, LossAndTerms, Method, Update
+from surestep.methods._hyperparameters import param
 from surestep.methods._losses import pairing, relaxed_cross_entropy
 from surestep.methods._memory import Memory
 from surestep.methods._presets import CIFAR100_RESNET, CIFAR_RESNET, MNIST_ZOO, recipe, smoothed
+from surestep.methods._registry import register
 from surestep.threat import per_sample
 
 
@@ -41,33 +42,29 @@ class FGSMPCO(Method):
         "cifar100": recipe(CIFAR100_RESNET, lam=10.0, settings=smoothed(100)),
     }
 
-    lam: float = 10.0
-    stretch: float = 1.5
-    smoothing: float = 0.4
+    lam: float = param(10.0, ge=0)
+    stretch: float = param(1.5, ge=0)
+    smoothing: float = param(0.4, ge=0, lt=1)
 
-    def validate(self) -> None:
-        """Check the hyperparameters."""
-        self.not_negative("stretch")
-        self.require(0 <= self.smoothing < 1, "smoothing", "in [0, 1)")
+    def set_up(self) -> None:
+        """Begin with an empty store."""
         self._delta = Memory()
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor) -> Update:
         """Step from the stored perturbation along the smoothed loss, then mix the two points."""
-        assert index is not None
-        images, threat = self.progress.images, self.threat
-        old = threat.project(x + self._delta.read(index, x, images, self.draw), x)
+        threat = self.threat
+        old = threat.project(x + self._delta.read(self.positions, x), x)
 
         def smoothed(logits: Tensor, y: Tensor) -> Tensor:
             return relaxed_cross_entropy(logits, y, 1 - self.smoothing)
 
-        with attacking(model) as inner:
-            grad, logits = input_gradient(inner, old, y, smoothed)
+        grad, logits = attack_gradient(model, old, y, smoothed)
         new = threat.ascend(old, grad, threat.eps, x)
         p_y = per_sample(of_true_class(logits.softmax(1), y), x).to(x.dtype)
         mixed = threat.clip((1 - p_y) * old + p_y * (x + self.stretch * (new - x)))
-        self._delta.write(index, new - x, images, self.draw)
+        self._delta.write(self.positions, new - x)
 
-        def loss(logits: Tensor) -> Terms:
+        def loss(logits: Tensor) -> LossAndTerms:
             at_old, at_new, at_mixed = logits.chunk(3)
             ce = self.criterion(at_mixed, y)
             gap = (pairing(at_new, at_old) - pairing(at_new, at_mixed)).abs()

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from surestep import processes
-from surestep.attacks.core import input_gradient, l1_unit
-from surestep.attacks.lending import attacking
+from surestep.attacks.gradients import attack_gradient, l1_unit
 from surestep.devices import without_autocast
-from surestep.methods._base import Cost, Method, Update, of_eps, register
+from surestep.methods._base import Cost, Method, Update
+from surestep.methods._hyperparameters import of_eps, param
 from surestep.methods._losses import one_hot
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
+from surestep.methods._registry import register
 from surestep.methods.fgsm_mep import paired
 from surestep.threat import per_sample
 
@@ -34,6 +35,21 @@ class Choice(NamedTuple):
     group: Tensor
     groups: int
     learn: Callable[[Tensor], None] | None = None
+
+
+def mean_by_group(values: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Return each group's mean over all processes (G, ...), and which groups have any images.
+
+    Args:
+        values: of the images (N, ...).
+        group: of each image (N,).
+        groups: their number G.
+    """
+    member = one_hot(group, groups).to(values.dtype)
+    with without_autocast(values.device):  # l1-normalised gradients underflow in fp16
+        total = processes.mean(torch.einsum("ng,n...->g...", member, values))
+    count = per_sample(processes.mean(member.sum(0)), values)
+    return total / torch.where(count > 0, count, 1), count > 0
 
 
 @register("fgsm-uap")
@@ -52,36 +68,29 @@ class FGSMUAP(Method):
         "cifar10": recipe(CIFAR_RESNET, lam=10.0, settings={"label_smoothing": 0.4}),
     }
 
-    lam: float = 10.0
-    decay: float = 0.3
+    lam: float = param(10.0, ge=0)
+    decay: float = param(0.3, ge=0)
     alpha: float = of_eps(1.25)
 
-    def validate(self) -> None:
-        """Check the hyperparameters."""
-        self.not_negative("decay")
+    def set_up(self) -> None:
+        """Begin at zero perturbations."""
         self._u = self._m = torch.zeros(0)
 
     def choose(self, model: nn.Module, x: Tensor, y: Tensor) -> Choice:
         """Choose the perturbation that each image starts at."""
         return Choice(torch.zeros_like(y), 1)
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor) -> Update:
         """Step from the images' universal perturbations, then move those along their momenta."""
         threat, (group, groups, learn) = self.threat, self.choose(model, x, y)
         u, m = (self._of(v, groups, x) for v in (self._u, self._m))
         start = threat.project(x + u[group], x)
-        with attacking(model) as inner:
-            grad, logits = input_gradient(inner, start, y)
+        grad, logits = attack_gradient(model, start, y)
         if learn is not None:
             learn(logits)
         x_adv = threat.ascend(start, grad, threat.eps, x)
-        # The mean gradient of each group, over all processes; a group without images stays put.
-        member = one_hot(group, groups).to(x.dtype)
-        with without_autocast(x.device):  # l1-normalised gradients underflow in fp16
-            total = processes.mean(torch.einsum("ng,n...->g...", member, l1_unit(grad)))
-        count = per_sample(processes.mean(member.sum(0)), x)
-        present = count > 0
-        m = torch.where(present, total / torch.where(present, count, 1) + self.decay * m, m)
+        mean, present = mean_by_group(l1_unit(grad), group, groups)
+        m = torch.where(present, mean + self.decay * m, m)  # without images, a group stays put
         moved = threat.shrink(u + threat.steepest_step(m, self.alpha), self.alpha)
         self._u, self._m = torch.where(present, moved, u), m
         return paired(start, x_adv, y, self.criterion, self.lam)

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surestep.methods._base import Cost, Method, Terms, Update, register
+from surestep.methods._base import Cost, LossAndTerms, Method, Update
+from surestep.methods._hyperparameters import param
 from surestep.methods._memory import carried
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
+from surestep.methods._registry import register
 from surestep.threat import ThreatModel
 
 
@@ -34,22 +36,21 @@ class Free(Method):
         "cifar10": recipe(CIFAR_RESNET, replays=8, settings={"epochs": 12}),
     }
 
-    replays: int = 8
+    replays: int = param(8, ge=1)
 
-    def validate(self) -> None:
-        """Check the replays."""
-        self.require(self.replays >= 1, "replays", ">= 1")
+    def set_up(self) -> None:
+        """Begin without a perturbation."""
         self._delta = torch.zeros(0)
         self._pending: tuple[ThreatModel, Tensor, Tensor] | None = None
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor) -> Update:
         """Apply the current perturbation; it takes its step at the next call, after backward."""
         self._advance()
         last = carried(self._delta, x)
         points = self.threat.project(x if last is None else x + last, x).requires_grad_()
         self._pending, plain = (self.threat, x, points), self.plain_loss(y)
 
-        def loss(logits: Tensor) -> Terms:
+        def loss(logits: Tensor) -> LossAndTerms:
             points.grad = None  # keep only the last of AWP's two passes
             return plain(logits)
 

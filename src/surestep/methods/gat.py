@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from surestep.methods._base import of_eps, register
 from surestep.methods._guided import Guided
+from surestep.methods._hyperparameters import of_eps, param
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
+from surestep.methods._registry import register
 
 # As the authors' MNIST script runs: of its three planned rises of lam only the second happens.
 _MNIST: Any = {"lam": 15.0, "late": 3.0, "late_from": 0.52, "alpha": 0.3, "guide_every": 1}
@@ -37,16 +38,11 @@ class GAT(Guided):
         "cifar10": recipe(CIFAR_RESNET, lam=10.0),
     }
 
-    lam: float = 10.0
+    lam: float = param(10.0, ge=0)
     late: float = 4.0
     late_from: float = 0.86
     alpha: float = of_eps(0.5)
-    guide_every: int = 2
-
-    def validate(self) -> None:
-        """Check how often the attack is guided."""
-        super().validate()
-        self.require(self.guide_every >= 1, "guide_every", ">= 1")
+    guide_every: int = param(2, ge=1)
 
     def weight(self) -> float:
         """Return lam; late in training, ``late`` times lam."""

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surestep.attacks.core import input_gradient
-from surestep.attacks.lending import attacking
+from surestep.attacks.gradients import attack_gradient
 from surestep.attacks.losses import cross_entropy
-from surestep.methods._base import Cost, Terms, Update, register
+from surestep.methods._base import Cost, LossAndTerms, Update
+from surestep.methods._hyperparameters import param
 from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
+from surestep.methods._registry import register
 from surestep.methods._single_step import OnSingleStep
 
 _PAPER: dict[str, Any] = {
@@ -32,6 +33,7 @@ def unit(grad: Tensor) -> tuple[Tensor, Tensor]:
     # Gradients of confident networks are so small that their squares underflow.
     scale = flat.detach().abs().amax(1, keepdim=True)
     there = (scale > 0).squeeze(1)
+    # Scaled ones are at least 1 long, or 0: there eps keeps the derivative finite.
     return F.normalize(flat / torch.where(scale > 0, scale, 1), dim=1, eps=0.1), there
 
 
@@ -50,18 +52,17 @@ class GradAlign(OnSingleStep):
 
     second_order = True
 
-    lam: float = 0.2
+    lam: float = param(0.2, ge=0)
     perturbation: str = "fgsm"
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor) -> Update:
         """Differentiate only the second gradient again, as the authors do."""
         n, x_adv = len(x), self.base.perturb(model, x, y)
-        with attacking(model, train_mode=True) as inner:
-            grad, _ = input_gradient(inner, x, y, cross_entropy)
+        grad, _ = attack_gradient(model, x, y, cross_entropy, train_mode=True)
         here, there = unit(grad)
         points = torch.cat([x_adv, x + self.threat.random_delta(x)]).requires_grad_()
 
-        def loss(logits: Tensor) -> Terms:
+        def loss(logits: Tensor) -> LossAndTerms:
             ce, beside = self.criterion(logits[:n], y), cross_entropy(logits[n:], y).sum()
             (grad,) = torch.autograd.grad(beside, points, create_graph=True)
             other, too = unit(grad[n:])
@@ -73,5 +74,5 @@ class GradAlign(OnSingleStep):
 
     def cost(self, batch_size: int) -> Cost:
         """One more gradient; that of the second view is differentiated again in the update."""
-        g = self.gradients + 1
+        g = self.base.gradients + 1
         return Cost(g + 2, g + 4, 2)

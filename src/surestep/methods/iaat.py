@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import misclassified
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.lending import attacking
-from surestep.methods._base import Cost, Update, register
+from surestep.attacks.outcomes import misclassified
+from surestep.methods._base import Cost, Update
+from surestep.methods._hyperparameters import param
 from surestep.methods._memory import Memory
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
+from surestep.methods._registry import register
 from surestep.methods.pgd import PGD
 from surestep.threat import per_sample
 
@@ -39,24 +41,18 @@ class IAAT(PGD):
         "cifar10": recipe(CIFAR_RESNET, steps=10, alpha=2 / 255),
     }
 
-    gamma: float = 1.9 / 8
-    beta: float = 0.1
-    rest: float = 0.1
+    gamma: float = param(1.9 / 8, gt=0, le=1)
+    beta: float = param(0.1, gt=0, le=1)
+    rest: float = param(0.1, ge=0, le=1)
 
-    def validate(self) -> None:
-        """Check gamma (a share of eps), beta and rest (a share of training)."""
-        super().validate()
-        self.require(0 < self.gamma <= 1, "gamma", "in (0, 1]")
-        self.require(0 < self.beta <= 1, "beta", "in (0, 1]")
-        self.require(0 <= self.rest <= 1, "rest", "in [0, 1]")
+    def set_up(self) -> None:
+        """Begin without radii."""
         self._radius = Memory()  # as a share of eps
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor) -> Update:
         """Attack at eps, move each image's radius, and scale the perturbation to it."""
-        assert index is not None
-        images = self.progress.images
         delta = self.perturb(model, x, y) - x
-        radius = self._radius.read(index, x.flatten(1)[:, 0], images)
+        radius = self._radius.read(self.positions, x.new_empty(len(x)))
         more, less = (radius + self.gamma).clamp(max=1), (radius - self.gamma).clamp(min=0)
 
         def at(share: Tensor) -> Tensor:
@@ -70,7 +66,7 @@ class IAAT(PGD):
         else:
             target = right * torch.where(grows, more, torch.where(stays, radius, less))
             radius = torch.lerp(radius, target, self.beta)
-        self._radius.write(index, radius, images)
+        self._radius.write(self.positions, radius)
         return Update(at(radius), self.plain_loss(y))
 
     def cost(self, batch_size: int) -> Cost:

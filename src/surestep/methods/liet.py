@@ -13,12 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep import processes
-from surestep.attacks.core import input_gradient, map_batches
+from surestep.attacks.gradients import attack_gradient, input_gradient
 from surestep.attacks.inputs import count_classes
 from surestep.attacks.lending import attacking
-from surestep.methods._base import Cost, Method, Terms, Update, register
-from surestep.methods._losses import kl, one_hot
+from surestep.attacks.outcomes import map_batches
+from surestep.methods._base import Cost, LossAndTerms, Method, Update
+from surestep.methods._hyperparameters import param
+from surestep.methods._losses import js, one_hot
 from surestep.methods._presets import CIFAR100_RESNET, CIFAR_RESNET, MNIST_ZOO, recipe
+from surestep.methods._registry import register
 from surestep.threat import Linf, per_sample
 
 
@@ -56,29 +59,23 @@ class LIET(Method):
         ),
     }
 
-    lam: float = 100.0
-    every: int = 20
-    spread: float = 0.6
-    least_noise: float = 0.1
-    most_noise: float = 0.5
+    lam: float = param(100.0, ge=0)
+    every: int = param(20, ge=1)
+    spread: float = param(0.6, ge=0, lt=1)
+    least_noise: float = param(0.1, ge=0, le=1)
+    most_noise: float = param(0.5, ge=0, le=1)
     far: bool | None = None
 
-    def validate(self) -> None:
-        """Check the hyperparameters."""
-        self.require(self.every >= 1, "every", ">= 1")
-        self.require(0 <= self.spread < 1, "spread", "in [0, 1)")
-        self.require(0 <= self.least_noise <= 1, "least_noise", "in [0, 1]")
-        self.require(
-            self.least_noise <= self.most_noise <= 1,
-            "most_noise",
-            f"in [least_noise = {self.least_noise:g}, 1]",
-        )
+    def set_up(self) -> None:
+        """Begin without templates."""
+        least = f"in [least_noise = {self.least_noise:g}, 1]"
+        self.require(self.least_noise <= self.most_noise, "most_noise", least)
         if self.far is None:
             limit = 8.5 / 255 * self.threat.span
             self.far = isinstance(self.threat, Linf) and self.threat.eps > limit
         self._templates, self._made = torch.zeros(0), -1  # (K, ...); when made
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor) -> Update:
         """Start at the template of the label, randomly negated, with noise in some pixels."""
         threat = self.threat
         self._renew(model, x)
@@ -90,8 +87,7 @@ class LIET(Method):
         flip = per_sample(1 - 2 * (torch.rand(len(x), device=x.device) < 0.5).to(x.dtype), x)
         delta = torch.where(noisy, noise, threat.steepest_step(templates[y], threat.eps))
         start = threat.clip(x + flip * delta)
-        with attacking(model) as inner:
-            grad, _ = input_gradient(inner, start, y)
+        grad, _ = attack_gradient(model, start, y)
         x_adv = start + threat.steepest_step(grad, threat.eps)
         x_adv = threat.clip(x_adv) if self.far else threat.project(x_adv, x)
         # Random weights of the wrong classes for each image, with a sum of 1.
@@ -101,12 +97,11 @@ class LIET(Method):
         wrong = wrong / wrong.sum(1, keepdim=True).clamp(min=1e-12)
         lam = self.lam * self.progress.done
 
-        def loss(logits: Tensor) -> Terms:
+        def loss(logits: Tensor) -> LossAndTerms:
             one, other = F.log_softmax(logits, dim=1).chunk(2)
             away = -(wrong.to(other.dtype) * other).sum(1).mean()
             ce = (1 - self.spread) * self.criterion(logits[len(x) :], y) + self.spread * away
-            middle = torch.logaddexp(one, other) - torch.log(torch.full_like(one, 2))
-            apart = (kl(one, middle) + kl(other, middle)).mean() / 2
+            apart = js(one, other).mean()
             return ce + lam * apart, {"ce": ce, "js": apart}
 
         return Update(torch.cat([start, x_adv]), loss, slice(len(x), None))

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surestep.attacks.losses import of_true_class
-from surestep.methods._base import Cost, Terms, Update, of_span, register
+from surestep.methods._base import Cost, LossAndTerms, Update
+from surestep.methods._hyperparameters import of_span, param
 from surestep.methods._losses import kl, one_hot
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
+from surestep.methods._registry import register
 from surestep.methods.pgd import PGD
 
 
@@ -38,27 +40,22 @@ class MART(PGD):
         ),
     }
 
-    beta: float = 5.0
+    beta: float = param(5.0, ge=0)
     sigma: float = of_span(0.001)
-
-    def validate(self) -> None:
-        """Check the weight and the start."""
-        super().validate()
-        self.not_negative("beta", "sigma")
 
     def start(self, x: Tensor) -> Tensor:
         """Return the images with Gaussian noise, as the authors do."""
         return x + self.sigma * torch.randn_like(x)
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor) -> Update:
         """Take the image and its perturbed version through the update."""
         x_adv = self.perturb(model, x, y)
 
-        def loss(logits: Tensor) -> Terms:
+        def loss(logits: Tensor) -> LossAndTerms:
             clean, adversarial = F.log_softmax(logits, dim=1).chunk(2)
             own = one_hot(y, logits.shape[1])
             runner_up = adversarial.exp().masked_fill(own, 0).amax(1)
-            # 1 - p, kept above 0 where the runner-up has all the probability.
+            # 1 - p and the authors' 1e-4, above 0 where the runner-up has all the probability.
             ce = self.criterion(logits[len(x) :], y) - torch.log(1.0001 - runner_up).mean()
             mistaken = 1 - of_true_class(clean.exp(), y)
             divergence = (kl(clean, adversarial) * mistaken).mean()

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from surestep.methods._base import Cost, register
+from surestep.methods._hyperparameters import of_eps, param
 from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
-from surestep.methods.zerograd import Doubled
+from surestep.methods._registry import register
+from surestep.methods.rs_fgsm import RSFGSM
 
 
 @register("multigrad")
 @dataclass
-class MultiGrad(Doubled):
+class MultiGrad(RSFGSM):
     """MultiGrad: steps from the image along the signs on which several random starts agree."""
 
     summary = "one step, only along the gradient signs on which several random starts agree"
@@ -25,12 +26,12 @@ class MultiGrad(Doubled):
         "cifar10": recipe(CIFAR_ZOO, starts=3, source="Golgooni et al. 2021; their script differs"),
     }
 
-    starts: int = 3
+    alpha: float = of_eps(2)
+    starts: int = param(3, ge=1)
 
-    def validate(self) -> None:
-        """Check the number of starts."""
-        self.require(self.starts >= 1, "starts", ">= 1")
-        super().validate()
+    def set_up(self) -> None:
+        """Take a gradient at each start."""
+        self.gradients = self.starts
 
     def start(self, x: Tensor) -> Tensor:
         """Step from the image itself."""
@@ -43,7 +44,3 @@ class MultiGrad(Doubled):
             start = self.threat.clip(point + self.threat.random_delta(point))
             votes += super().gradient(model, start, y).sign()
         return torch.where(votes.abs() == self.starts, votes, 0)
-
-    def cost(self, batch_size: int) -> Cost:
-        """One gradient per start, one update."""
-        return Cost.of(attack=self.starts, update=1)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from surestep.attacks.losses import weighted_log_odds
-from surestep.methods._base import of_eps, register
+from surestep.methods._hyperparameters import of_eps, param
 from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
+from surestep.methods._registry import register
 from surestep.methods._single_step import SingleStep
 
 
@@ -37,12 +38,8 @@ class NFGSM(SingleStep):
     objective = staticmethod(weighted_log_odds)
     ball = False
 
-    noise: float = 2.0
+    noise: float = param(2.0, ge=0)
     alpha: float = of_eps(1)
-
-    def validate(self) -> None:
-        """Check the noise."""
-        self.not_negative("noise")
 
     def start(self, x: Tensor) -> Tensor:
         """Return the noisy image, within the data range."""

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from surestep.methods._base import of_eps, register
 from surestep.methods._guided import Guided
+from surestep.methods._hyperparameters import of_eps, param
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
+from surestep.methods._registry import register
 
 
 @register("nuat")
@@ -31,14 +32,9 @@ class NuAT(Guided):
         ),
     }
 
-    lam: float = 4.5
+    lam: float = param(4.5, ge=0)
     alpha: float = of_eps(0.5)
-    full_from: float = 0.9
-
-    def validate(self) -> None:
-        """Check the ramp."""
-        super().validate()
-        self.require(0 < self.full_from <= 1, "full_from", "in (0, 1]")
+    full_from: float = param(0.9, gt=0, le=1)
 
     def weight(self) -> float:
         """Return lam times the linear ramp."""

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from surestep import processes
-from surestep.attacks.core import input_gradient
-from surestep.attacks.lending import attacking
-from surestep.methods._base import Cost, Method, Terms, Update, register
+from surestep.attacks.gradients import attack_gradient
+from surestep.methods._base import Cost, LossAndTerms, Method, Update
+from surestep.methods._hyperparameters import param
+from surestep.methods._losses import squared_distance
 from surestep.methods._presets import CIFAR_SAT, MNIST_FAST, MNIST_SAT, recipe
-from surestep.methods.sat import agreement, regularised_images
+from surestep.methods._registry import register
+from surestep.methods.sat import regularised_images
 
 FIELDS = ("x", "y", "points")
 
@@ -43,29 +45,25 @@ class PAP(Method):
         "cifar10": recipe(CIFAR_SAT, lam=0.2, steps=3, source="ours: settings of SAT-R1"),
     }
 
-    lam: float = 0.2
-    steps: int = 10
-    fraction: float | None = None
+    lam: float = param(0.2, ge=0)
+    steps: int = param(10, ge=2)
+    fraction: float | None = param(None, gt=0, le=1)
 
-    def validate(self) -> None:
-        """Check the hyperparameters."""
-        self.require(self.steps >= 2, "steps", ">= 2")
-        self.require(self.fraction is None or 0 < self.fraction <= 1, "fraction", "in (0, 1]")
+    def set_up(self) -> None:
+        """Begin with an empty pipeline."""
         # Images, labels and points of all groups, in the order in which they leave.
         self._held: dict[str, Tensor] = {}
         self._age = 0
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor) -> Update:
         """Advance the pipeline, and compare the group that leaves it with its FGSM points."""
         held = self._fill(x, y)
         n = len(held["y"]) // self.steps
         threat, size = self.threat, self.threat.eps / self.steps
         leaving, leaving_y = held["x"][:n], held["y"][:n]
-        with attacking(model) as inner:
-            # Beside their last I-FGSM step, the leaving images need an FGSM point of this model.
-            starts = torch.cat([x, leaving, held["points"]])
-            labels = torch.cat([y, leaving_y, held["y"]])
-            grad, _ = input_gradient(inner, starts, labels)
+        # Beside their last I-FGSM step, the leaving images need an FGSM point of this model.
+        starts = torch.cat([x, leaving, held["points"]])
+        grad, _ = attack_gradient(model, starts, torch.cat([y, leaving_y, held["y"]]))
         clean = torch.cat([x, leaving])
         fgsm = threat.ascend(clean, grad[: len(clean)], threat.eps, clean)
         points = threat.ascend(held["points"], grad[len(clean) :], size, held["x"])
@@ -78,9 +76,10 @@ class PAP(Method):
         }
         self._age = min(self._age + 1, self.steps)
 
-        def loss(logits: Tensor) -> Terms:
+        def loss(logits: Tensor) -> LossAndTerms:
             at_x, at_fgsm, at_ifgsm = logits.split([len(x), n, n])
-            return agreement(self.criterion(at_x, y), weight, at_fgsm, at_ifgsm)
+            ce, distance = self.criterion(at_x, y), squared_distance(at_fgsm, at_ifgsm)
+            return ce + weight * distance, {"ce": ce, "distance": distance}
 
         return Update(torch.cat([fgsm, done]), loss, slice(len(x)))
 

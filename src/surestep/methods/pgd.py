@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from surestep.attacks.core import Ascent
+from surestep.attacks.ascent import climb
 from surestep.attacks.lending import attacking
-from surestep.methods._base import Cost, Method, Update, of_eps, register
+from surestep.methods._base import Cost, Method, Update
+from surestep.methods._hyperparameters import of_eps, param
 from surestep.methods._presets import CIFAR_RESNET, CIFAR_SPEED, MNIST_FAST, MNIST_SPEED, recipe
+from surestep.methods._registry import register
 
 
 @register("pgd")
@@ -30,7 +32,7 @@ class PGD(Method):
         "cifar10-speed": recipe(CIFAR_SPEED, steps=7, alpha=2 / 255),
     }
 
-    steps: int = 10
+    steps: int = param(10, ge=1)
     alpha: float = of_eps(0.25)
 
     def start(self, x: Tensor) -> Tensor:
@@ -40,10 +42,9 @@ class PGD(Method):
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return the last iterate from a random start (N, ...)."""
         with attacking(model) as inner:
-            ascent = Ascent(self.threat, self.steps, self.alpha)
-            return ascent.last_iterate(inner, x, y, self.start(x))
+            return climb(inner, x, y, self.start(x), self.threat, self.steps, self.alpha)
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor) -> Update:
         """Train on the perturbed images."""
         return Update(self.perturb(model, x, y), self.plain_loss(y))
 

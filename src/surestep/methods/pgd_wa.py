@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from surestep.methods._base import register
 from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods._registry import register
 from surestep.methods.pgd import PGD
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from surestep.methods._base import of_eps, register
+from surestep.methods._hyperparameters import of_eps
 from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods._registry import register
 from surestep.methods._single_step import SingleStep
 
 
@@ -25,10 +26,10 @@ class RFGSM(SingleStep):
 
     alpha: float = of_eps(0.5)
 
-    def validate(self) -> None:
+    def set_up(self) -> None:
         """Check that the random step is no longer than eps."""
         eps = self.threat.eps
-        self.require(0 <= self.alpha <= eps, "alpha", f"in [0, eps = {eps:g}]")
+        self.require(self.alpha <= eps, "alpha", f"in [0, eps = {eps:g}]")
 
     def start(self, x: Tensor) -> Tensor:
         """Take the random step."""

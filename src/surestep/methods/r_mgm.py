@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.lending import attacking
-from surestep.methods._base import Cost, Method, Terms, Update, of_eps, register
+from surestep.attacks.gradients import attack_gradient
+from surestep.methods._base import Cost, LossAndTerms, Method, Update
+from surestep.methods._hyperparameters import of_eps, param
+from surestep.methods._losses import squared_distance
 from surestep.methods._presets import CIFAR_SAT, MNIST_SAT, recipe
-from surestep.methods.fgsm import FGSM
-from surestep.methods.r_fgsm import RFGSM
-from surestep.methods.sat import agreement
+from surestep.methods._registry import register
 
 
 @register("r-mgm")
@@ -30,29 +30,28 @@ class RMGM(Method):
         "cifar10": recipe(CIFAR_SAT, lam=25.0, alpha=2 / 255, source="ours: settings of SAT-R2"),
     }
 
-    lam: float = 5.0
+    lam: float = param(5.0, ge=0)
     alpha: float = of_eps(0.5)
 
-    def validate(self) -> None:
-        """Check alpha as R-FGSM does."""
-        RFGSM(self.threat, alpha=self.alpha)
+    def set_up(self) -> None:
+        """Check that the random step is no longer than eps."""
+        eps = self.threat.eps
+        self.require(self.alpha <= eps, "alpha", f"in [0, eps = {eps:g}]")
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
-        """Attack from both starts in one pass, with the parts of FGSM and R-FGSM."""
-        views = FGSM(self.threat), RFGSM(self.threat, alpha=self.alpha)
-        with attacking(model) as inner:
-            starts = [view.start(x) for view in views]
-            grads = views[0].gradient(inner, torch.cat(starts), y.repeat(2)).chunk(2)
-        points = [
-            view.step(start, grad, x)
-            for view, start, grad in zip(views, starts, grads, strict=True)
-        ]
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor) -> Update:
+        """Attack from both starts in one pass."""
+        threat, n = self.threat, len(x)
+        start = threat.clip(x + threat.random_step(x, self.alpha))
+        grad, _ = attack_gradient(model, torch.cat([x, start]), y.repeat(2))
+        x_fgsm = threat.ascend(x, grad[:n], threat.eps, x)
+        x_rfgsm = threat.ascend(start, grad[n:], threat.eps - self.alpha, x)
 
-        def loss(logits: Tensor) -> Terms:
+        def loss(logits: Tensor) -> LossAndTerms:
             at_fgsm, at_rfgsm = logits.chunk(2)
-            return agreement(self.criterion(at_fgsm, y), self.lam, at_fgsm, at_rfgsm)
+            ce, distance = self.criterion(at_fgsm, y), squared_distance(at_fgsm, at_rfgsm)
+            return ce + self.lam * distance, {"ce": ce, "distance": distance}
 
-        return Update(torch.cat(points), loss, slice(len(x)))
+        return Update(torch.cat([x_fgsm, x_rfgsm]), loss, slice(n))
 
     def cost(self, batch_size: int) -> Cost:
         """Both views go through the attack and the update."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from surestep.attacks.losses import weighted_log_odds
-from surestep.methods._base import of_eps, register
+from surestep.methods._hyperparameters import of_eps
 from surestep.methods._presets import CIFAR_RESNET, CIFAR_SPEED, MNIST_RS, recipe
+from surestep.methods._registry import register
 from surestep.methods._single_step import SingleStep
 
 

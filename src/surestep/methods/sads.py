@@ -6,10 +6,11 @@ Vivek & Babu 2020, "Single-step Adversarial Training with Dropout Scheduling", C
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from surestep.methods._base import register
+from surestep.methods._hyperparameters import param
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
+from surestep.methods._registry import register
 from surestep.methods.fgsm import FGSM
 
 
@@ -28,4 +29,4 @@ class SADS(FGSM):
         "cifar10": recipe(CIFAR_RESNET, source="ours: the field's usual settings"),
     }
 
-    dropout: float = field(default=0.4, kw_only=True)
+    dropout: float = param(0.4, ge=0, lt=1, kw_only=True)

@@ -7,21 +7,23 @@ measurable difference between such a model and a robust one. There is no clean t
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surestep.attacks.core import input_gradient
+from surestep.attacks.gradients import input_gradient
 from surestep.attacks.lending import attacking
 from surestep.attacks.losses import cross_entropy
 from surestep.errors import UserError
-from surestep.methods._base import Cost, Criterion, Terms, Update, of_eps, register
+from surestep.methods._base import Cost, Criterion, LossAndTerms, Update
 from surestep.methods._functional import stepping
+from surestep.methods._hyperparameters import of_eps, param
+from surestep.methods._losses import squared_distance
 from surestep.methods._presets import (
     CIFAR_SAT,
     CIFAR_SPEED,
@@ -31,7 +33,8 @@ from surestep.methods._presets import (
     MNIST_SPEED,
     recipe,
 )
-from surestep.methods._single_step import OnSingleStep, SingleStep, unchanged
+from surestep.methods._registry import register
+from surestep.methods._single_step import OnSingleStep, SingleStep
 from surestep.methods.fgsm import FGSM
 from surestep.threat import ThreatModel
 
@@ -39,12 +42,6 @@ from surestep.threat import ThreatModel
 def regularised_images(batch: int, fraction: float | None) -> int:
     """Return how many images of a batch are regularised: one if ``fraction`` is None."""
     return 1 if fraction is None else min(batch, max(1, round(fraction * batch)))
-
-
-def agreement(ce: Tensor, lam: float, one: Tensor, other: Tensor) -> Terms:
-    """Return CE plus lam times the mean squared distance between two sets of logits (n, K)."""
-    distance = (one - other).square().sum(1).mean()
-    return ce + lam * distance, {"ce": ce, "distance": distance}
 
 
 def _base_within(threat: ThreatModel, base: SingleStep | None) -> SingleStep:
@@ -62,16 +59,24 @@ def _base_within(threat: ThreatModel, base: SingleStep | None) -> SingleStep:
     return base
 
 
-def _finish_beyond_ball(base: SingleStep, point: Tensor, x: Tensor, project: bool) -> Tensor:
-    """Finish a point (N, ...) whose step began alpha away from the base's start.
+def _ending(base: SingleStep, x: Tensor, project: bool) -> Callable[[Tensor], Tensor]:
+    """Return what ends a step that began alpha beside the base's start.
 
-    With FGSM as the base it may leave the ball by alpha, as in the authors' code. A base with
-    another start or a longer step would leave it by far more, so its own ``finish`` applies.
+    FGSM's may then leave the ball by alpha, as in the authors' code. A base with another start or
+    a longer step would leave it by far more, so its steps end as they do by themselves.
     """
     if project:
-        return base.threat.project(point, x)
-    as_fgsm = unchanged(type(base), "start", "size", "around", "finish")
-    return base.threat.clip(point) if as_fgsm else base.finish(point, x)
+        return base.threat.around(x)
+    return base.threat.clip if isinstance(base, FGSM) else base.around(x)
+
+
+def _gradient_beside(
+    model: nn.Module, x: Tensor, y: Tensor, base: SingleStep, alpha: float
+) -> tuple[Tensor, Tensor]:
+    """Return points (N, ...) alpha beside the base's start, and the gradients there."""
+    with attacking(model, train_mode=base.train_mode) as inner:
+        point = base.threat.clip(base.start(x) + base.threat.random_step(x, alpha))
+        return point, base.gradient(inner, point, y)
 
 
 def sat_r1_update(
@@ -101,7 +106,7 @@ def sat_r1_update(
         fraction: share of the images to regularise (the distance is averaged over them); None:
             one image per batch.
         base: single-step method to use in place of FGSM; I-FGSM begins at its start, and each
-            I-FGSM step is finished as its own is, in the ball or not.
+            I-FGSM step ends as its own does, in the ball or not.
         criterion: the cross entropy.
 
     Returns:
@@ -115,18 +120,19 @@ def sat_r1_update(
     with attacking(model, train_mode=base.train_mode) as inner:
         start = base.start(x)
         grad = base.gradient(inner, start, y)
-        x_fgsm = base.step(start, grad, x)
+    x_fgsm = base.step(start, grad, x)
     with attacking(model) as inner:
         # FGSM's gradient is I-FGSM's first. Eval mode: n images are too few for batch statistics.
-        y_n, size, finish = y[-n:], base.size / steps, base.around(x[-n:])
-        x_ifgsm = finish(start[-n:] + threat.steepest_step(grad[-n:], size))
+        y_n, size, inside = y[-n:], base.size / steps, base.around(x[-n:])
+        x_ifgsm = inside(start[-n:] + threat.steepest_step(grad[-n:], size))
         for _ in range(steps - 1):
             grad, _ = input_gradient(inner, x_ifgsm, y_n)
-            x_ifgsm = finish(x_ifgsm + threat.steepest_step(grad, size))
+            x_ifgsm = inside(x_ifgsm + threat.steepest_step(grad, size))
 
-    def loss(logits: Tensor) -> Terms:
+    def loss(logits: Tensor) -> LossAndTerms:
         at_fgsm, at_ifgsm = logits.split([len(x), n])
-        return agreement(criterion(at_fgsm, y), lam, at_fgsm[-n:], at_ifgsm)
+        ce, distance = criterion(at_fgsm, y), squared_distance(at_fgsm[-n:], at_ifgsm)
+        return ce + lam * distance, {"ce": ce, "distance": distance}
 
     return Update(torch.cat([x_fgsm, x_ifgsm]), loss, slice(len(x)))
 
@@ -157,7 +163,8 @@ def sat_r2_update(
         lam: weight of the regularizer.
         alpha: size of the random step before R-FGSM's gradient.
         project: project R-FGSM's point to the eps ball. The authors' code does not: there it lies
-            up to eps + alpha from x. If false, a base other than FGSM finishes it as its own.
+            up to eps + alpha from x. If false, steps of a base other than FGSM end as they do by
+            themselves.
         fraction: share of the batch to regularise (its last images); 1 in the paper.
         base: single-step method to use in place of FGSM; R-FGSM begins alpha from its start.
         criterion: the cross entropy.
@@ -172,38 +179,19 @@ def sat_r2_update(
     n = regularised_images(len(x), fraction)
     with attacking(model, train_mode=base.train_mode) as inner:
         start = base.start(x)
-        x_n, start_n = x[-n:], start[-n:]
-        starts = torch.cat([start, start_n + threat.random_step(x_n, alpha)])
-        grad = base.gradient(inner, starts, torch.cat([y, y[-n:]]))
-    points = starts + threat.steepest_step(grad, base.size)
-    x_fgsm, x_rfgsm = points.split([len(x), n])
-    x_fgsm = base.finish(x_fgsm, x)
-    x_rfgsm = _finish_beyond_ball(base, x_rfgsm, x_n, project)
+        beside = start[-n:] + threat.random_step(x[-n:], alpha)  # not clipped, as in their code
+        grad = base.gradient(inner, torch.cat([start, beside]), torch.cat([y, y[-n:]]))
+    at_start, at_beside = grad.split([len(x), n])
+    x_fgsm = base.step(start, at_start, x)
+    end = _ending(base, x[-n:], project)
+    x_rfgsm = end(beside + threat.steepest_step(at_beside, base.size))
 
-    def loss(logits: Tensor) -> Terms:
+    def loss(logits: Tensor) -> LossAndTerms:
         at_fgsm, at_rfgsm = logits.split([len(x), n])
-        return agreement(criterion(at_fgsm, y), lam, at_fgsm[-n:], at_rfgsm)
+        ce, distance = criterion(at_fgsm, y), squared_distance(at_fgsm[-n:], at_rfgsm)
+        return ce + lam * distance, {"ce": ce, "distance": distance}
 
     return Update(torch.cat([x_fgsm, x_rfgsm]), loss, slice(len(x)))
-
-
-def steps_from_noise(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    base: SingleStep,
-    alpha: float,
-    project: bool,
-    sizes: Sequence[float],
-) -> list[Tensor]:
-    """Return the ends (N, ...) of steps along one gradient, taken alpha from the base's start."""
-    threat = base.threat
-    with attacking(model, train_mode=base.train_mode) as inner:
-        start = base.start(x)
-        start = threat.clip(start + threat.random_step(x, alpha))
-        grad = base.gradient(inner, start, y)
-    ends = [start + threat.steepest_step(grad, size) for size in sizes]
-    return [_finish_beyond_ball(base, end, x, project) for end in ends]
 
 
 def sat_r3_update(
@@ -237,7 +225,8 @@ def sat_r3_update(
         alpha: size of the random step before the gradient.
         eps_low: length of the short step.
         project: project both points to the eps ball. The authors' code does not: the far one lies
-            up to eps + alpha from x. If false, a base other than FGSM finishes them as its own.
+            up to eps + alpha from x. If false, steps of a base other than FGSM end as they do by
+            themselves.
         per_sample: apply the hinge to each sample and average, rather than to the batch means.
         fraction: share of the batch to regularise (its last images); 1 in the paper.
         base: single-step method to use in place of FGSM: its start, gradient, length and end.
@@ -251,9 +240,11 @@ def sat_r3_update(
     """
     base = _base_within(threat, base)
     n = regularised_images(len(x), fraction)
-    low, high = steps_from_noise(model, x, y, base, alpha, project, (eps_low, base.size))
+    point, grad = _gradient_beside(model, x, y, base, alpha)
+    end = _ending(base, x, project)
+    low, high = (end(point + threat.steepest_step(grad, size)) for size in (eps_low, base.size))
 
-    def loss(logits: Tensor) -> Terms:
+    def loss(logits: Tensor) -> LossAndTerms:
         # The hinge compares plain cross entropies: label smoothing gives them a positive minimum,
         # so that the loss at eps_low might never get down to tau times that at eps.
         plain = cross_entropy(logits, torch.cat([y[-n:], y]))
@@ -262,8 +253,8 @@ def sat_r3_update(
             hinge = F.relu(at_low - tau * at_high).mean()
         else:
             hinge = F.relu(at_low.mean() - tau * at_high.mean())
-        ce = criterion(logits[n:], y)
-        return ce + lam * hinge, {"ce": ce, "ce_low": at_low.mean(), "hinge": hinge}
+        ce, ce_low = criterion(logits[n:], y), at_low.mean()
+        return ce + lam * hinge, {"ce": ce, "ce_low": ce_low, "hinge": hinge}
 
     return Update(torch.cat([low[-n:], high]), loss, slice(n, None))
 
@@ -283,32 +274,39 @@ class SAT(OnSingleStep):
     """
 
     kept = ("_count",)
-    update: ClassVar[Callable[..., Update]]
-    """What a step that regularises minimises; the method's parameters are its arguments."""
 
     lam: float
     fraction: float | None
     every: int
 
-    def validate(self) -> None:
-        """Check the shared hyperparameters."""
-        super().validate()
-        self.require(self.fraction is None or 0 < self.fraction <= 1, "fraction", "in (0, 1]")
-        self.require(self.every >= 1, "every", ">= 1")
+    def set_up(self) -> None:
+        """Build the perturbation, and count the steps."""
+        super().set_up()
         self._count = 0
-        self._taken = tuple(inspect.signature(self.update).parameters)
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor) -> Update:
         """Regularise on every k-th step; train on ``between`` on the others."""
         self._count += 1
         if self._count % self.every:
             return Update(self.between(model, x, y), self.plain_loss(y))
-        own = {k: v for k, v in self.params().items() if k in self._taken}
-        own["lam"] = self.every * self.lam
-        own["fraction"] = self.n_regularised(len(x)) / len(x)
-        return self.update(
-            model, x, y, self.threat, base=self.base, criterion=self.criterion, **own
+        # As a share, which the three functions turn back into the number.
+        share = self.n_regularised(len(x)) / len(x)
+        return self.regularise(
+            *(model, x, y, self.threat),
+            lam=self.every * self.lam,
+            fraction=share,
+            base=self.base,
+            criterion=self.criterion,
         )
+
+    @abstractmethod
+    def regularise(self, *batch: Any, **shared: Any) -> Update:
+        """Return the update of a step that regularises.
+
+        Args:
+            batch: model, images, labels and threat model, as the three functions take them.
+            shared: the arguments that all three take.
+        """
 
     def between(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return the points (N, ...) that a step without the regularizer trains on."""
@@ -341,12 +339,11 @@ class SATR1(SAT):
 
     summary = "FGSM and I-FGSM must agree, on one image of each batch"
     paper = "Vivek & Babu 2020, arXiv 2002.00614"
-    update = staticmethod(sat_r1_update)
 
-    lam: float = 0.2
-    steps: int = 10
-    fraction: float | None = None
-    every: int = 1
+    lam: float = param(0.2, ge=0)
+    steps: int = param(10, ge=1)
+    fraction: float | None = param(None, gt=0, le=1)
+    every: int = param(1, ge=1)
 
     perturbation: str = "fgsm"
 
@@ -369,10 +366,14 @@ class SATR1(SAT):
         "cifar10-speed": recipe(CIFAR_SPEED, lam=0.2, steps=3),
     }
 
+    def regularise(self, *batch: Any, **shared: Any) -> Update:
+        """See ``sat_r1_update``."""
+        return sat_r1_update(*batch, steps=self.steps, **shared)
+
     def cost(self, batch_size: int) -> Cost:
         """FGSM on all; for the regularised share, K - 1 more steps and a second view."""
         share = self.mean_share(batch_size)
-        return Cost.of(attack=self.gradients + (self.steps - 1) * share, update=1 + share)
+        return Cost.of(attack=self.base.gradients + (self.steps - 1) * share, update=1 + share)
 
 
 @register("sat-r2")
@@ -382,13 +383,12 @@ class SATR2(SAT):
 
     summary = "FGSM from the image and from a point beside it must agree"
     paper = "Vivek & Babu 2020, arXiv 2002.00614"
-    update = staticmethod(sat_r2_update)
 
-    lam: float = 5.0
+    lam: float = param(5.0, ge=0)
     alpha: float = of_eps(1 / 4, most=0.01)
     project: bool = False
-    fraction: float = 1.0
-    every: int = 1
+    fraction: float = param(1.0, gt=0, le=1)
+    every: int = param(1, ge=1)
 
     perturbation: str = "fgsm"
 
@@ -401,10 +401,14 @@ class SATR2(SAT):
         "cifar10-speed": recipe(CIFAR_SPEED, lam=25.0, alpha=2 / 255),
     }
 
+    def regularise(self, *batch: Any, **shared: Any) -> Update:
+        """See ``sat_r2_update``."""
+        return sat_r2_update(*batch, alpha=self.alpha, project=self.project, **shared)
+
     def cost(self, batch_size: int) -> Cost:
         """Both views of the regularised share go through the attack and the update."""
         views = 1 + self.mean_share(batch_size)
-        return Cost.of(attack=self.gradients * views, update=views)
+        return Cost.of(attack=self.base.gradients * views, update=views)
 
 
 @register("sat-r3")
@@ -417,17 +421,15 @@ class SATR3(SAT):
 
     summary = "the loss must grow along the FGSM direction"
     paper = "Vivek & Babu 2020, arXiv 2002.00614"
-    lengths = ("alpha", "eps_low")
-    update = staticmethod(sat_r3_update)
 
-    lam: float = 1.0
-    tau: float = 0.4
+    lam: float = param(1.0, ge=0)
+    tau: float = param(0.4, gt=0)
     alpha: float = of_eps(1 / 4, most=0.01)
     eps_low: float = of_eps(1 / 3)
     project: bool = False
     per_sample: bool = False
-    fraction: float = 1.0
-    every: int = 1
+    fraction: float = param(1.0, gt=0, le=1)
+    every: int = param(1, ge=1)
 
     perturbation: str = "fgsm"
 
@@ -450,20 +452,30 @@ class SATR3(SAT):
         "cifar10": recipe(CIFAR_SAT, lam=1.0, tau=0.6, alpha=2 / 255, eps_low=2 / 255),
     }
 
-    def validate(self) -> None:
-        """Check the hyperparameters."""
-        super().validate()
-        self.require(self.tau > 0, "tau", "> 0")
+    def set_up(self) -> None:
+        """Check that the short step is no longer than the full one."""
+        super().set_up()
         size = self.base.size
-        self.require(0 <= self.eps_low <= size, "eps_low", f"in [0, full step = {size:g}]")
+        self.require(self.eps_low <= size, "eps_low", f"in [0, full step = {size:g}]")
+
+    def regularise(self, *batch: Any, **shared: Any) -> Update:
+        """See ``sat_r3_update``."""
+        return sat_r3_update(
+            *batch,
+            tau=self.tau,
+            alpha=self.alpha,
+            eps_low=self.eps_low,
+            project=self.project,
+            per_sample=self.per_sample,
+            **shared,
+        )
 
     def between(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return the far point."""
-        (far,) = steps_from_noise(
-            model, x, y, self.base, self.alpha, self.project, (self.base.size,)
-        )
-        return far
+        point, grad = _gradient_beside(model, x, y, self.base, self.alpha)
+        end = _ending(self.base, x, self.project)
+        return end(point + self.threat.steepest_step(grad, self.base.size))
 
     def cost(self, batch_size: int) -> Cost:
         """One gradient, two points for the regularised share."""
-        return Cost.of(attack=self.gradients, update=1 + self.mean_share(batch_size))
+        return Cost.of(attack=self.base.gradients, update=1 + self.mean_share(batch_size))

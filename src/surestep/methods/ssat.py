@@ -7,11 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from surestep.attacks.core import input_gradient, misclassified
+from surestep.attacks.gradients import attack_gradient
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.lending import attacking
-from surestep.methods._base import Cost, register
+from surestep.attacks.outcomes import misclassified
+from surestep.methods._base import Cost
+from surestep.methods._hyperparameters import param
 from surestep.methods._presets import CIFAR_ZOO, MNIST_ZOO, recipe
+from surestep.methods._registry import register
 from surestep.methods.rs_fgsm import RSFGSM
 from surestep.threat import per_sample
 
@@ -31,21 +34,15 @@ class SSAT(RSFGSM):
         "cifar10": recipe(CIFAR_ZOO, checkpoints=3),
     }
 
-    checkpoints: int = 3
-
-    def validate(self) -> None:
-        """Check the number of checkpoints."""
-        self.require(self.checkpoints >= 1, "checkpoints", ">= 1")
-        super().validate()
+    checkpoints: int = param(3, ge=1)
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Scale the perturbation; the points between are classified in one pass in eval mode."""
         c, n = self.checkpoints, len(x)
-        with attacking(model, train_mode=self.train_mode) as inner:
-            start = self.start(x)
-            grad, logits = input_gradient(inner, start, y, self.objective)
+        start = self.start(x)
+        grad, logits = attack_gradient(model, start, y, self.objective, train_mode=self.train_mode)
         delta = self.step(start, grad, x) - x
-        share = torch.ones_like(x.flatten(1)[:, 0])
+        share = x.new_ones(n)
         if c > 1:
             between = torch.cat([x + k / c * delta for k in range(1, c)])
             with attacking(model) as inner, torch.no_grad():

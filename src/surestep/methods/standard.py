@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from surestep.methods._base import Cost, Method, Update, register
+from surestep.methods._base import Cost, Method, Update
 from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods._registry import register
 
 
 @register("standard")
@@ -19,7 +20,7 @@ class Standard(Method):
     paper = "the usual empirical risk"
     presets = {"mnist": recipe(MNIST_FAST), "cifar10": recipe(CIFAR_RESNET)}
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor) -> Update:
         """Take the images as they are."""
         return Update(x, self.plain_loss(y))
 

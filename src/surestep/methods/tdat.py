@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surestep.attacks.core import input_gradient
-from surestep.attacks.lending import attacking
+from surestep.attacks.gradients import attack_gradient
 from surestep.attacks.losses import of_true_class
-from surestep.methods._base import Cost, Method, Terms, Update, register
+from surestep.methods._base import Cost, LossAndTerms, Method, Update
+from surestep.methods._hyperparameters import param
 from surestep.methods._losses import relaxed_cross_entropy
 from surestep.methods._memory import carried
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
+from surestep.methods._registry import register
 
 
 @register("tdat")
@@ -41,14 +42,12 @@ class TDAT(Method):
         "cifar10": recipe(CIFAR_RESNET, lam=0.65),
     }
 
-    lam: float = 0.65
-    relax: float = 0.6
-    least: float = 0.15
+    lam: float = param(0.65, ge=0)
+    relax: float = param(0.6, gt=0, le=0.64)
+    least: float = param(0.15, gt=0, lt=1)
 
-    def validate(self) -> None:
-        """Check the hyperparameters."""
-        self.require(0 < self.relax <= 0.64, "relax", "in (0, 0.64], so that the share is below 1")
-        self.require(0 < self.least < 1, "least", "in (0, 1)")
+    def set_up(self) -> None:
+        """Begin without a perturbation."""
         self._delta = torch.zeros(0)
 
     @property
@@ -60,19 +59,18 @@ class TDAT(Method):
         """Return the cross entropy with relaxed labels, per sample."""
         return relaxed_cross_entropy(logits, y, self.share)
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor) -> Update:
         """Step from the previous batch's perturbation (random at first)."""
         threat, last = self.threat, carried(self._delta, x)
         start = threat.random_start(x) if last is None else threat.project(x + last, x)
-        with attacking(model) as inner:
-            grad, _ = input_gradient(inner, start, y, self.relaxed)
+        grad, _ = attack_gradient(model, start, y, self.relaxed)
         x_adv = threat.ascend(start, grad, threat.eps, x)
         self._delta = x_adv - x
 
-        def loss(logits: Tensor) -> Terms:
+        def loss(logits: Tensor) -> LossAndTerms:
             at_start, at_adv = logits.chunk(2)
             away = -F.log_softmax(at_adv, dim=1).mean()
-            ce = torch.lerp(away, self.criterion(at_adv, y), self.share)
+            ce = self.share * self.criterion(at_adv, y) + (1 - self.share) * away
             p_y = of_true_class(at_start.softmax(1), y)
             apart = (at_start - at_adv).square().sum(1)
             drawn = (apart * torch.tanh(1 - p_y)).mean()

@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surestep.attacks.core import Ascent
+from surestep.attacks.ascent import climb
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.lending import attacking
-from surestep.methods._base import Cost, Criterion, Method, Terms, Update, of_eps, of_span, register
+from surestep.methods._base import Cost, Criterion, LossAndTerms, Method, Update
 from surestep.methods._functional import stepping
+from surestep.methods._hyperparameters import of_eps, of_span, param
 from surestep.methods._losses import kl
 from surestep.methods._presets import CIFAR_RESNET, MNIST_FAST, recipe
+from surestep.methods._registry import register
 from surestep.threat import ThreatModel
 
 
@@ -34,8 +36,11 @@ def ascend_kl(
     with attacking(model) as inner:
         with torch.no_grad():
             clean = F.log_softmax(forward_logits(inner, x), dim=1)
-        ascent = Ascent(threat, steps, alpha, lambda z, _: kl(clean, F.log_softmax(z, dim=1)))
-        return ascent.last_iterate(inner, x, y, start)
+
+        def divergence(logits: Tensor, y: Tensor) -> Tensor:
+            return kl(clean, F.log_softmax(logits, dim=1))
+
+        return climb(inner, x, y, start, threat, steps, alpha, divergence)
 
 
 def trades_update(
@@ -72,7 +77,7 @@ def trades_update(
     start = x + sigma * torch.randn_like(x)
     x_adv = ascend_kl(model, x, y, start, threat, steps, alpha)
 
-    def loss(logits: Tensor) -> Terms:
+    def loss(logits: Tensor) -> LossAndTerms:
         clean, adversarial = logits.split(len(x))
         ce = criterion(clean, y)
         divergence = kl(F.log_softmax(clean, dim=1), F.log_softmax(adversarial, dim=1)).mean()
@@ -96,16 +101,12 @@ class TRADES(Method):
         "cifar10": recipe(CIFAR_RESNET, beta=6.0, steps=10, alpha=0.007),
     }
 
-    beta: float = 6.0
-    steps: int = 10
+    beta: float = param(6.0, ge=0)
+    steps: int = param(10, ge=1)
     alpha: float = of_eps(0.007 * 255 / 8)
     sigma: float = of_span(0.001)
 
-    def validate(self) -> None:
-        """Check the hyperparameters."""
-        self.not_negative("beta", "sigma")
-
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor) -> Update:
         """See ``trades_update``."""
         return trades_update(model, x, y, self.threat, criterion=self.criterion, **self.params())
 

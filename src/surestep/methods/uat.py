@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surestep.methods._base import Cost, Terms, Update, register
+from surestep.methods._base import Cost, LossAndTerms, Update
+from surestep.methods._hyperparameters import param
 from surestep.methods._losses import kl
 from surestep.methods._presets import CIFAR_RESNET, MNIST_ZOO, recipe
+from surestep.methods._registry import register
 from surestep.methods.pgd import PGD
 from surestep.methods.trades import ascend_kl
 
@@ -39,25 +41,20 @@ class UAT(PGD):
         "cifar10": recipe(CIFAR_RESNET, labelled=0.1, steps=10, alpha=2 / 255),
     }
 
-    labelled: float = 0.1
-    lam: float = 5.0
-
-    def validate(self) -> None:
-        """Check the share."""
-        super().validate()
-        self.require(0 < self.labelled <= 1, "labelled", "in (0, 1]")
+    labelled: float = param(0.1, gt=0, le=1)
+    lam: float = param(5.0, ge=0)
 
     def known(self, index: Tensor) -> Tensor:
         """Return which images (N,) count as labelled; the same at every call."""
         # Knuth's multiplicative hash separates neighbours, which may all be of one class.
         return (index * 2654435761) % 2**32 < self.labelled * 2**32
 
-    def craft(self, model: nn.Module, x: Tensor, y: Tensor, index: Tensor | None) -> Update:
+    def craft(self, model: nn.Module, x: Tensor, y: Tensor) -> Update:
         """Attack agreement with the clean output rather than with the label."""
-        assert index is not None
+        index = self.positions.index
         x_adv = ascend_kl(model, x, y, self.start(x), self.threat, self.steps, self.alpha)
 
-        def loss(logits: Tensor) -> Terms:
+        def loss(logits: Tensor) -> LossAndTerms:
             known = (self.known(index) & (y >= 0)).to(logits.dtype)
             losses = self.criterion(logits[len(x) :], y.clamp(min=0), reduction="none")
             ce = (known * losses).mean() / (self.labelled * self.progress.labelled)

@@ -7,21 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from surestep.methods._base import of_eps, register
+from surestep.methods._hyperparameters import of_eps, param
 from surestep.methods._presets import CIFAR100_ZOO, CIFAR_ZOO, MNIST_ZOO, recipe
+from surestep.methods._registry import register
 from surestep.methods.rs_fgsm import RSFGSM
-
-
-@dataclass
-class Doubled(RSFGSM):
-    """RS-FGSM with a step of 2 eps, which reaches the ball's surface from any start in it."""
-
-    alpha: float = of_eps(2)
 
 
 @register("zerograd")
 @dataclass
-class ZeroGrad(Doubled):
+class ZeroGrad(RSFGSM):
     """ZeroGrad: the share ``q`` of an image's pixels with the weakest gradient keep their start."""
 
     summary = "RS-FGSM; pixels with a weak gradient keep their random start"
@@ -34,12 +28,8 @@ class ZeroGrad(Doubled):
         ),
     }
 
-    q: float = 0.35
-
-    def validate(self) -> None:
-        """Check q."""
-        self.require(0 <= self.q < 1, "q", "in [0, 1)")
-        super().validate()
+    alpha: float = of_eps(2)  # from any start in the ball, this reaches its surface
+    q: float = param(0.35, ge=0, lt=1)
 
     def gradient(self, model: nn.Module, point: Tensor, y: Tensor) -> Tensor:
         """Return the gradient, zero below the image's q-quantile of absolute values."""

@@ -70,7 +70,7 @@ def resolve(
         stored = parse(RunConfig, {**preset_values, **from_file, "params": params})
         # If the file has no eps, the radius that its lengths are for is unknown: do not scale them.
         layers.append((stored.params, stored.eps if "eps" in from_file else config.eps))
-    scaled = _scaled_params(layers, config.eps, methods.get(method).lengths)
+    scaled = _scaled_params(layers, config.eps, methods.length_names(methods.get(method)))
     return config.model_copy(update={"params": {**scaled, **config.params}})
 
 

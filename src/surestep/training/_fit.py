@@ -18,14 +18,13 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 from torch.utils.data import DataLoader
 
-from surestep import processes
+from surestep import methods, processes
 from surestep.attacks.lending import check_module, compiled_whole, unwrapped
 from surestep.config import FitSettings, parse, read_yaml
 from surestep.devices import pick_device
 from surestep.errors import UserError, need
 from surestep.evaluation import suite
 from surestep.methods import Method, settle
-from surestep.methods._base import METHODS
 from surestep.training.loaders import batch_size_of
 from surestep.training.loop import Trainer
 from surestep.training.preparing import prepare
@@ -198,7 +197,7 @@ def _check_method(method: Any, *, named: bool) -> None:
             f"{method!r} is not a method: give one such as "
             "surestep.methods.get('sat-r2')(surestep.Linf(0.3))"
         )
-    if named and METHODS.get(method.slug) is not type(method):
+    if named and not methods.is_registered(method):
         raise UserError(
             f"a run folder names its method, but {type(method).__name__} has no name: put "
             '@surestep.methods.register("my-name") above its @dataclass, or leave out out'

@@ -203,9 +203,10 @@ class TrainStep:
             processes.broadcast_first(list(self.model.buffers()))
         x = self.engine.place_images(x)
         awp = self.awp if self.perturbing else None
-        probe = nullcontext() if awp is None else buffers_kept(self.model)
+        # AWP's first pass only finds the perturbation: its loss and batch statistics do not count.
+        uncounted = nullcontext() if awp is None else buffers_kept(self.model)
         # One autocast context: attack and update share the cast weights.
-        with probe, self.engine.autocast(self.device):
+        with uncounted, self.engine.autocast(self.device):
             update = self.method.prepare(self.model, x, y, index, draw)
             result = self.method.take(self.model, update)
         self._backward(result)

@@ -35,6 +35,11 @@ from surestep.weights import load_weights, save_weights
 
 _GO_ON, _END, _FAILED = 0, 1, 2
 """What the first process tells the others after its callback."""
+_COLUMNS = {
+    *("loss", "epoch", "step", "lr", "adv_accuracy", "images_per_second", "train_seconds"),
+    *("collapse", "stopped"),
+}
+"""Columns of the log, beside those of validation, whose names no term of a loss may have."""
 
 
 class TrainingDiverged(UserError):
@@ -152,6 +157,8 @@ class Trainer:
         for x, y, index in self._batches(skip, left, interrupted):
             apply_schedules(job, self.state.step)
             result = self._step(x, y, index)
+            if taken := [k for k in result.terms if k in _COLUMNS or k.startswith("val_")]:
+                raise UserError(f"the term {taken[0]!r} has a name that training logs: rename it")
             self.state.step += 1
             # An image without a label never counts as a hit, so average over the labelled ones.
             hits = (result.logits.argmax(1) == y).float().mean() / job.labelled

@@ -18,9 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from surestep import processes
-from surestep.attacks.core import share_of
 from surestep.attacks.inputs import check_inputs, check_labels, count_classes
 from surestep.attacks.lending import compiled_whole, device_of, uncompiled
+from surestep.attacks.outcomes import share_of
 from surestep.config import FitSettings
 from surestep.data import Images, as_pixels
 from surestep.devices import memory_for, move

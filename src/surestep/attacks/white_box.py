@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from surestep.attacks import losses
-from surestep.attacks.core import Ascent, Best, input_gradient, passes_agree
+from surestep.attacks.ascent import Ascent, Best
+from surestep.attacks.gradients import attack_gradient
 from surestep.attacks.inputs import check_inputs, forward_logits
 from surestep.attacks.lending import attacking
+from surestep.attacks.outcomes import passes_agree
 from surestep.errors import UserError
 from surestep.threat import ThreatModel
 
@@ -37,8 +39,7 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, loss: str 
     """
     check_inputs(model, x, y, threat)
     x = x.detach()
-    with attacking(model) as inner:
-        grad, _ = input_gradient(inner, x, y, losses.get(loss))
+    grad, _ = attack_gradient(model, x, y, losses.get(loss))
     return threat.ascend(x, grad.nan_to_num(0.0), threat.eps, x)
 
 
@@ -72,8 +73,7 @@ def r_fgsm(
     if not 0 <= alpha <= threat.eps:
         raise UserError(f"alpha {alpha:g} is outside [0, eps = {threat.eps:g}]")
     start = threat.clip(x + threat.random_step(x, alpha))
-    with attacking(model) as inner:
-        grad, _ = input_gradient(inner, start, y, losses.get(loss))
+    grad, _ = attack_gradient(model, start, y, losses.get(loss))
     return threat.ascend(start, grad.nan_to_num(0.0), threat.eps - alpha, x)
 
 

@@ -207,6 +207,13 @@ def test_a_perturbation_with_state_or_schedule_is_refused(monkeypatch):
         methods.SATR2(Linf(0.1), perturbation="n-fgsm")
 
 
+def test_a_perturbation_with_a_step_of_its_own_is_refused(monkeypatch):
+    """SAT-R2 and SAT-R3 end their steps themselves, so that they would train something else."""
+    monkeypatch.setattr(methods.NFGSM, "step", lambda self, start, grad, x: start)
+    with pytest.raises(UserError, match="perturbation 'n-fgsm' is not a single-step method: "):
+        methods.SATR2(Linf(0.1), perturbation="n-fgsm")
+
+
 def test_a_plug_in_whose_cost_fails_does_not_break_the_list(monkeypatch):
     class Broken(methods.Standard):
         def cost(self, batch_size):

@@ -581,8 +581,11 @@ def test_without_index_a_method_with_memory_says_so(make_task):
     task = make_task("mlp")
     for slug in methods.names():
         if methods.get(slug).needs_index:
-            with pytest.raises(UserError, match=f"{slug} needs .* pass index"):
-                methods.get(slug)(Linf(EPS))(task.net, task.x, task.y)
+            method = methods.get(slug)(Linf(EPS))
+            for index in (None, task.index):
+                with pytest.raises(UserError, match=f"{slug} needs .* pass index"):
+                    method(task.net, task.x, task.y)
+                method(task.net, task.x, task.y, task.index)
 
 
 def test_memory_needs_images_in_memory(make_task):

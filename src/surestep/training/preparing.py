@@ -134,7 +134,6 @@ class Job:
             in ``ROOM_TO_JUDGE`` if that is more and there is no limit.
         guard: explains what fails in a step.
         pick: the result of timing the engines, if they were timed.
-        engine: how a step is computed.
         average: the weight average, if one is configured.
         optimizer: over the model's parameters.
         take_step: takes a training step.
@@ -158,7 +157,6 @@ class Job:
     eval_batch_size: int
     guard: Guard
     pick: Pick | None
-    engine: Engine
     average: WeightAverage | None
     optimizer: torch.optim.Optimizer
     take_step: TrainStep
@@ -286,7 +284,6 @@ def prepare(
         eval_batch_size=eval_batch_size,
         guard=guard,
         pick=pick,
-        engine=engine,
         average=average,
         optimizer=optimizer,
         take_step=make_step(

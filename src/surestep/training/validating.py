@@ -50,7 +50,7 @@ def validate(job: Job, stop: StopRequest) -> dict[str, Any]:
                 n=job.config.val_images,
                 batch_size=job.eval_batch_size,
                 seed=job.config.seed,
-                precision=job.engine.precision,
+                precision=job.take_step.engine.precision,
                 progress=check_for_stop,
                 doubt=False,
             )

@@ -236,7 +236,7 @@ REFUSED = [
     ("aaer", {"lam_loss": -1}, ("aaer", "lam_loss", "-1")),
     ("aaer", {"lam_spread": -1}, ("aaer", "lam_spread", "-1")),
     ("r-mgm", {"lam": -1}, ("r-mgm", "lam", "-1")),
-    ("r-mgm", {"alpha": 0.2}, ("alpha", "0.2", "0.1")),
+    ("r-mgm", {"alpha": 0.2}, ("r-mgm", "alpha", "0.2", "0.1")),
     ("eat", {"clean": 1.0}, ("eat", "clean", "1.0")),
 ]
 PUBLISHED = [

@@ -178,7 +178,9 @@ class TestTraining:
             ("fgsm", [0, 1]),
             ("sat-r2", [0, 1]),
         ]
-        assert told[:2] == ["training fgsm-seed0 (1 of 4)", "  epoch 1/1"]
+        first = f"runs and results go to {tmp_path}: to continue this comparison, give --out "
+        assert told[0] == first + str(tmp_path)
+        assert told[1:3] == ["training fgsm-seed0 (1 of 4)", "  epoch 1/1"]
 
     def test_a_plug_in_that_was_changed_since(self, world, tmp_path, monkeypatch):
         """Its author tries the next idea: a finished run is of the one before."""
@@ -501,7 +503,7 @@ class TestAgain:
         told: list[str] = []
         compare(["sat-r2"], 1, out=tmp_path, tell=told.append, **SHORT)
         assert world.done == ["evaluate sat-r2-seed0", "audit sat-r2-seed0"]
-        assert told[0].startswith("judging sat-r2-seed0 (1 of 1) anew: its weights, settings or ")
+        assert told[1].startswith("judging sat-r2-seed0 (1 of 1) anew: its weights, settings or ")
 
     def test_what_an_older_version_judged_is_judged_anew(self, world, tmp_path):
         compare(["sat-r2"], 1, out=tmp_path, **SHORT)

@@ -23,10 +23,6 @@ _HOMES = {
     "load": "surestep.runs",
     "Run": "surestep.runs",
 }
-_ROOMS = (
-    *("attacks", "auditing", "comparing", "config", "data", "errors", "evaluation"),
-    *("interchange", "methods", "models", "posthoc", "report", "runs", "threat", "training"),
-)
 
 __all__ = [
     "L2",
@@ -86,10 +82,10 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
-    if name in _ROOMS:
-        return importlib.import_module(f"surestep.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in __all__:  # a room
+        return importlib.import_module(f"surestep.{name}")
     raise AttributeError(f"module 'surestep' has no attribute {name!r}")
 
 

@@ -22,16 +22,14 @@ from surestep.config import RunConfig, parse
 from surestep.data import Images, are_numbers
 from surestep.devices import pick_device
 from surestep.errors import UserError, need
+from surestep.models._base import choose_normalize
 from surestep.threat import ThreatModel
-from surestep.training.run_folder import RunFolder
 from surestep.weights import load_any_weights, read_signature
 
 KINDS = (
     "a run folder, FILE.py:FACTORY, an architecture such as lenet+ or timm:NAME with --weights, a "
     "TorchScript (.pt) or torch.export (.pt2) program, or hf:NAME"
 )
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and standard deviation, per channel."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,8 @@ def open_target(
     image_size: int | None = None,
     norm: str | None = None,
     eps: str | float | None = None,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     device: str | None = None,
     split: str = "test",
     n: int | None = None,
@@ -97,35 +95,27 @@ def open_target(
         UserError: the name is none of these, files are missing or do not fit, or the data set or
             the radius is unknown.
     """
-    if (mean is None) != (std is None):
-        raise UserError("mean and std go together: give both or neither")
-    statistics = None if mean is None or std is None else (mean, std)
     folder = Path(name)
     of_run = folder.is_dir()
     normalises = of_run or name.startswith("hf:") or (_of_timm(name) and not weights)
-    if statistics and normalises:
+    if normalises and (mean is not None or std is not None):
         raise UserError(f"{name} normalises its images itself: leave mean and std out")
     torch_device = pick_device(device)
-    preprocess = models.Normalize(*statistics).to(torch_device) if statistics else None
     asked = {"dataset": dataset, "data": root, "image_size": image_size, "norm": norm, "eps": eps}
     make_config = _config_of_run if of_run else _config_from_options
     config = make_config(name, weights, asked)
     data.check_judged(split)
     images, threat = runs.load_data(config, split, n), runs.build_threat(config)
-    if statistics and {len(part) for part in statistics} != {images.image_shape[0]}:
-        raise UserError(
-            f"mean and std have {len(statistics[0])} and {len(statistics[1])} values: give one of "
-            f"each for every channel, here {images.image_shape[0]}"
-        )
-    file = RunFolder(folder).weights if of_run else Path(weights or "")
-    classes = read_signature(file).classes if _has_header(file) else ()
+    preprocess = choose_normalize(images.image_shape[0], mean, std, None)
     if of_run:
-        numbered = runs.in_class_order_of(name, classes, images)
-        model = runs.load(folder, device).model
+        run = runs.load(folder, device)
+        model, classes = run.model, run.classes
     else:
-        model = _load(name, weights, images, classes, bare=statistics is not None)
+        file = Path(weights or "")
+        classes = read_signature(file).classes if file.suffix == ".safetensors" else ()
+        model = _load(name, weights, images, classes, bare=preprocess is not None)
         classes = classes or _class_names(model)
-        numbered = runs.in_class_order_of(name, classes, images)
+    numbered = runs.in_class_order_of(name, classes, images)
     notes = [
         _note_on_class_count(name, model, numbered) or _note_on_class_names(name, classes, numbered)
     ]
@@ -136,7 +126,7 @@ def open_target(
         model=_eval(model.to(torch_device)),
         images=numbered,
         threat=threat,
-        preprocess=preprocess,
+        preprocess=preprocess and preprocess.to(torch_device),
         run=folder if of_run else None,
         note="; ".join(filter(None, notes)),
         judged_on={"dataset": config.dataset, "split": split},
@@ -195,10 +185,6 @@ def open_source(name: str, target: Target) -> nn.Module:
             f"the source {name} has another class order than the target: use one with the same"
         )
     return model
-
-
-def _has_header(file: Path) -> bool:
-    return file.suffix == ".safetensors" and file.is_file()
 
 
 def _without_normalisation(model: nn.Module) -> nn.Module:
@@ -368,7 +354,7 @@ def _hugging_face(name: str) -> nn.Module:
     return nn.Sequential(models.Normalize(*statistics), found) if statistics else found
 
 
-def _statistics(processor: Any) -> Statistics | None:
+def _statistics(processor: Any) -> tuple[Sequence[float], Sequence[float]] | None:
     """Return the mean and std that a processor normalises with, None if it does not."""
     # The wrapper for timm has no do_normalize, and keeps its statistics in timm's own config.
     if of_timm := getattr(processor, "data_config", None):

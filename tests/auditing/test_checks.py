@@ -14,7 +14,7 @@ from constructed import Layer
 from torch import nn
 
 import surestep
-from surestep.attacks.gradient import pgd_step_size
+from surestep.attacks.white_box import pgd_step_size
 from surestep.auditing import CHECKS, budgets, checks
 from surestep.auditing._check import over as over_limit
 from surestep.auditing._subject import Subject

@@ -96,20 +96,11 @@ class TestOptions:
         assert (asked["attacks"], asked["budget"], asked["n"]) == (None, None, 1000)
         assert asked["split"] == "test"
 
-    def test_a_place_of_its_own(self, cli, asked, tmp_path, monkeypatch):
+    def test_a_place_of_its_own(self, done, asked, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(comparing, "save", lambda *_, **__: None)
-        keep = comparing.compare
-
-        def work(*args: Any, **options: Any) -> Comparison:
-            options["tell"]("training")
-            return keep(*args, **options)
-
-        monkeypatch.setattr(comparing, "compare", work)
-        err = cli("compare", "--methods", "fgsm").err
-        assert err.count("to continue this comparison") == 1
+        done("compare", "--methods", "fgsm")
         assert re.fullmatch(r"runs/\d{8}-compare", asked["out"])
-        assert f"to continue this comparison, give --out {asked['out']}\n" in err
 
     def test_a_mistake_announces_no_place(self, refused, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -135,7 +126,7 @@ class TestOptions:
             (["run", "--seeds", "3", "--preset", "x"], "leave out --preset, --seeds"),
             (["--methods", ",", "--out", "x"], "give at least one method"),
             (["--methods", "fgsm", "--out", "x", "--seeds", "0"], "give at least one seed"),
-            (["--methods", "fgsm", "--out", "x", "--seeds", ","], "give at least one seed"),
+            (["--methods", "fgsm", "--out", "x", "--seeds", ","], "--seeds ',': give a number"),
             (["--methods", "fgsm", "--out", "x", "--seeds", "two"], "--seeds 'two': give a number"),
             (["--methods", "sat-r9", "--out", "x"], "unknown method 'sat-r9': did you mean"),
             (["--methods", "fgsm", "--out", "x", "--eps", "9"], "eps 9 is larger than the data"),

@@ -107,10 +107,13 @@ class TestHarden:
         [
             ((), "--mean-sparse"),
             (("--mean-sparse", "--threshold", "much"), "'much'"),
-            (("--mean-sparse", "--threshold", ","), "--threshold ',': give finite standard dev"),
+            (("--mean-sparse", "--threshold", ","), "--threshold ',': give standard deviations"),
             *(
-                (("--mean-sparse", "--threshold", value), f"'{value}': give finite standard dev")
-                for value in ("-1", "0.1,inf", "nan")
+                (
+                    ("--mean-sparse", "--threshold", value),
+                    f"thresholds [{found}]: give finite standard deviations",
+                )
+                for value, found in (("-1", "-1.0"), ("0.1,inf", "0.1, inf"), ("nan", "nan"))
             ),
             (("--mean-sparse", "--attacks", "pdg"), "'pdg'"),
             (("--mean-sparse",), "cannot make the folder"),

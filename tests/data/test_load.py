@@ -5,18 +5,14 @@ import pytest
 from surestep import data
 
 
-def test_names_and_descriptions():
+def test_names():
     assert data.names() == ["mnist", "cifar10", "cifar100", "folder", "npz", "hf"]
-    for name in data.names():
-        assert data.describe(name)
-        assert "\n" not in data.describe(name)
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
         (lambda: data.load("minst"), ["did you mean 'mnist'"]),
-        (lambda: data.describe("minst"), ["did you mean 'mnist'"]),
         (lambda: data.load("mnist", "val"), ["'val'", "train, validation, test"]),
         (lambda: data.load("folder"), ["folder:PATH"]),
         (lambda: data.load("folder:"), ["ends at the colon"]),

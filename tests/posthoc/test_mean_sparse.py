@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from surestep import Linf, UserError, posthoc
 from surestep.activations import straight_through
-from surestep.attacks.core import input_gradient
+from surestep.attacks.gradients import input_gradient
 from surestep.attacks.losses import log_odds
 from surestep.data import as_images
 from surestep.evaluation import evaluate

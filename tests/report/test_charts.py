@@ -128,12 +128,6 @@ def test_training_losses_leave_nan_out(history):
     assert [r["loss"] for r in found if r["term"] == "loss"] == [2.0, 1.0]
 
 
-def test_accuracy_by_attack(evaluation):
-    found = rows(charts.accuracy_by_attack(evaluation))
-    assert [r["attack"] for r in found] == ["clean", "fgsm", "pgd-50", "autoattack", "worst case"]
-    assert found[1] == {"attack": "fgsm", "accuracy": 0.93, "low": 0.91, "high": 0.93 + 0.02}
-
-
 def test_pareto(comparison):
     fgsm, sat = rows(charts.pareto(comparison))
     assert (fgsm["method"], fgsm["cost"], fgsm["low"], fgsm["high"]) == ("fgsm", 5, 0, 0.01)
@@ -153,16 +147,7 @@ def test_long_histories_are_not_refused():
     ("draw", "message"),
     [
         (lambda: charts.accuracy_by_eps([]), "the curve is empty"),
-        (lambda: charts.accuracy_by_eps([{"eps": 1}]), "lacks 'clean_accuracy'"),
-        (lambda: charts.accuracy_by_eps({"eps": [1]}), "lacks 'accuracy'"),
-        (lambda: charts.accuracy_by_eps({"eps": [1], "accuracy": []}), "1 values of 'eps' but 0"),
-        (lambda: charts.accuracy_by_eps({"eps": 1, "accuracy": []}), "'eps' is a int"),
         (lambda: charts.accuracy_by_step([{"name": "fgsm", "by_step": None}]), "is empty"),
-        (lambda: charts.accuracy_by_restart([1]), "is a list, expected a dict"),
-        (
-            lambda: charts.loss_surface({"shares": [0, 1], "n": 1, "mean": [[1]]}),
-            "not a grid of",
-        ),
         (lambda: charts.training_curves([]), "the history is empty"),
         (lambda: charts.training_curves([{"epoch": 1}]), "accuracies of the history is empty"),
         (lambda: charts.pareto([{"method": "a"}]), "worst case and seconds"),

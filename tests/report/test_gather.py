@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import surestep
-from surestep.attacks.core import input_gradient
+from surestep.attacks.gradients import input_gradient
 from surestep.report import _gather, _png, gather
 
 LINF = surestep.Linf(0.3)

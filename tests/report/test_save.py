@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import sys
 import xml.etree.ElementTree as ET
 
@@ -36,28 +35,14 @@ def test_svg(chart, tmp_path):
     assert "eps" in words
 
 
-def test_html_needs_no_network(chart, tmp_path):
-    report.save_chart(chart, tmp_path / "a.html")
-    page = (tmp_path / "a.html").read_text()
-    assert 'src="http' not in page
-    assert len(page) > 500_000
-
-
-def test_json(chart, tmp_path):
-    report.save_chart(chart, tmp_path / "a.json")
-    spec = json.loads((tmp_path / "a.json").read_text())
-    assert "vega-lite" in spec["$schema"]
-    assert len(spec["data"]["values"]) == 9
-
-
 def test_another_ending(chart, tmp_path):
-    with pytest.raises(UserError, match=r"cannot save a chart as a\.gif: use one of \.png, \.svg"):
+    with pytest.raises(UserError, match=r"cannot save a chart as a\.gif: use \.png or \.svg"):
         report.save_chart(chart, tmp_path / "a.gif")
 
 
 def test_a_folder_that_is_not_there(chart, tmp_path):
     with pytest.raises(UserError, match="cannot write"):
-        report.save_chart(chart, tmp_path / "none" / "a.json")
+        report.save_chart(chart, tmp_path / "none" / "a.svg")
 
 
 def test_save_plots(full, tmp_path):

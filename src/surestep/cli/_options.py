@@ -8,7 +8,7 @@ import os
 import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 from pydantic.fields import FieldInfo
@@ -17,9 +17,14 @@ from surestep.config import FitSettings, RunConfig
 from surestep.errors import UserError
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+N = TypeVar("N", int, float)
 
 json_option = click.option(
     "--json", "json_file", metavar="FILE", help="Also write the result as JSON; - is stdout."
+)
+
+device_option = click.option(
+    "--device", metavar="TEXT", help="cpu, cuda, cuda:1 or mps. [default: the best]"
 )
 
 
@@ -89,6 +94,27 @@ def _setting(name: str, value: Any) -> Any:
 def names(text: str) -> list[str]:
     """Read "a, b" as ["a", "b"]."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def numbers(flag: str, text: str, wanted: str, kind: Callable[[str], N]) -> list[N]:
+    """Read "1, 2" as [1, 2].
+
+    Args:
+        flag: the option, for the error message.
+        text: what the user wrote.
+        wanted: what to give, with an example.
+        kind: int or float.
+
+    Raises:
+        UserError: there is no number, or something else.
+    """
+    try:
+        found = [kind(part) for part in names(text)]
+    except ValueError:
+        found = []
+    if not found:
+        raise UserError(f"{flag} {text!r}: give {wanted}")
+    return found
 
 
 def parse_params(pairs: Iterable[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surestep.cli._options import names, seed_option
+from surestep.cli._options import device_option, names, numbers, seed_option
 from surestep.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,17 +54,17 @@ _OPTIONS = (
         metavar="A,B,...",
         help="Standard deviation per channel, with --mean; of pixels in [0, 1].",
     ),
-    click.option("--device", metavar="TEXT", help="cpu, cuda, cuda:1 or mps. [default: the best]"),
+    device_option,
     seed_option("Random seed."),
 )
 
 
-def budget_option(what: str) -> Callable[..., Any]:
+def budget_option(what: str, default: str = BUDGET) -> Callable[..., Any]:
     """Return the option ``--budget``, None if not given; ``what`` begins its help."""
     return click.option(
         "--budget",
         type=click.Choice(["quick", "standard", "thorough"]),
-        help=f"{what}; standard and thorough end with AutoAttack. [default: {BUDGET}]",
+        help=f"{what}; standard and thorough end with AutoAttack. [default: {default}]",
     )
 
 
@@ -118,7 +118,7 @@ def open_target(
     keep_freed_memory()  # otherwise every attack step pays for page faults on its activations
     described = ("weights", "dataset", "root", "image_size", "norm", "device", "split")
     options = {name: values.pop(name) for name in described}
-    mean, std = (_numbers(name, values.pop(name)) for name in ("mean", "std"))
+    mean, std = (_per_channel(f"--{name}", values.pop(name)) for name in ("mean", "std"))
     target = targets.open_target(values.pop("model"), eps=eps, mean=mean, std=std, n=n, **options)
     if options["split"] != "test":
         click.echo(f"judged on the {options['split']} split, not on test images", err=True)
@@ -127,12 +127,6 @@ def open_target(
     return target, [targets.open_source(name, target) for name in sources]
 
 
-def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(
-            f"--{name} {text!r}: give numbers, one per channel: 0.49,0.48,0.45"
-        ) from None
+def _per_channel(flag: str, text: str | None) -> list[float] | None:
+    wanted = "numbers, one per channel: 0.49,0.48,0.45"
+    return None if text is None else numbers(flag, text, wanted, float)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,10 @@ from surestep.cli._options import (
     json_option,
     names,
     new_folder,
+    numbers,
 )
 from surestep.cli._show import provenance, wide_console
-from surestep.cli._target import POSITIVE, chosen_attacks, split_option
+from surestep.cli._target import POSITIVE, budget_option, chosen_attacks, split_option
 from surestep.config import RunConfig
 from surestep.errors import ERROR, UserError
 
@@ -59,11 +59,7 @@ _TRAINING = [
     help="Attacks of the evaluation, as for `surestep evaluate`. "
     "[default: fgsm,pgd-100,pgd-100-margin]",
 )
-@click.option(
-    "--budget",
-    type=click.Choice(["quick", "standard", "thorough"]),
-    help="Set of attacks, instead of --attacks; standard and thorough end with AutoAttack.",
-)
+@budget_option("Set of attacks, instead of --attacks", default="that of --attacks")
 @click.option(
     "--audit/--no-audit", default=True, show_default=True, help="Audit every run with budget quick."
 )
@@ -118,14 +114,10 @@ def compare(
     settings = given(options)
     _check(folders, methods, out, {**settings, "preset": preset, "seeds": seeds})
     check_writable(json_file)
-    tell: Callable[[str], None] = _tell
     if not folders and out is None:
         out = new_folder("compare")
-        tell = _after(
-            f"runs and results go to {out}: to continue this comparison, give --out {out}"
-        )
     chosen = chosen_attacks(attacks, budget)
-    counted = _seeds(seeds)
+    counted = _seeds("3" if seeds is None else seeds)
 
     from surestep import comparing
     from surestep.devices import keep_freed_memory
@@ -141,7 +133,7 @@ def compare(
         "split": split,
         "eval_batch_size": eval_batch_size,
         "out": out,
-        "tell": tell,
+        "tell": _tell,
     }
     if folders:
         found = comparing.compare_runs(folders, **common, **settings)
@@ -163,18 +155,6 @@ def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _after(first: str) -> Callable[[str], None]:
-    """Return a ``_tell`` that also prints ``first``, but only once all checks have passed."""
-    waiting = [first]
-
-    def tell(text: str) -> None:
-        while waiting:
-            _tell(waiting.pop())
-        _tell(text)
-
-    return tell
-
-
 def _check(
     folders: tuple[str, ...], methods: str | None, out: str | None, training: dict[str, Any]
 ) -> None:
@@ -189,14 +169,10 @@ def _check(
         raise UserError(f"run folders are trained already: leave out {named}, or give --methods")
 
 
-def _seeds(text: str | None) -> int | list[int]:
+def _seeds(text: str) -> int | list[int]:
     """Read "3" as the number of seeds, and "3,5" as a list of seeds."""
-    try:
-        if text is None:
-            return 3
-        return [int(part) for part in names(text)] if "," in text else int(text)
-    except ValueError:
-        raise UserError(f"--seeds {text!r}: give a number of seeds (3) or a list (0,5,7)") from None
+    found = numbers("--seeds", text, "a number of seeds (3) or a list (0,5,7)", int)
+    return found if "," in text else found[0]
 
 
 def _show(found: Comparison, style: str) -> None:

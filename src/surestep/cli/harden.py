@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from surestep.cli._options import check_writable, hand_over, json_option, names, seed_option
+from surestep.cli._options import (
+    check_writable,
+    device_option,
+    hand_over,
+    json_option,
+    names,
+    numbers,
+    seed_option,
+)
 from surestep.cli._show import share_of_images, wide_console
 from surestep.cli._target import POSITIVE, split_option
 from surestep.errors import UserError
@@ -50,7 +57,7 @@ _SAME_IMAGES = "; optimistic: the threshold was chosen on the same split"
 @click.option(
     "--batch-size", type=POSITIVE, default=500, show_default=True, help="Images attacked at a time."
 )
-@click.option("--device", metavar="TEXT", help="cpu, cuda, cuda:1 or mps. [default: the best]")
+@device_option
 @json_option
 def harden(
     run: str,
@@ -84,7 +91,8 @@ def harden(
     if not mean_sparse:
         raise UserError("no way of hardening is chosen: add --mean-sparse, the only one so far")
     check_writable(json_file)
-    values = None if threshold is None else _numbers(threshold)
+    wanted = "standard deviations >= 0, such as 0.1,0.2"
+    values = None if threshold is None else numbers("--threshold", threshold, wanted, float)
 
     from surestep import runs
     from surestep.devices import keep_freed_memory
@@ -165,15 +173,3 @@ def _default_out(run: str) -> str:
     if folder.name in ("", ".."):  # paths without a last name, such as "."
         folder = folder.resolve()
     return str(folder.parent / f"{folder.name}-hardened")
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        found = [float(part) for part in names(text)]
-    except ValueError:
-        found = []
-    if not found or not all(math.isfinite(value) and value >= 0 for value in found):
-        raise UserError(
-            f"--threshold {text!r}: give finite standard deviations >= 0, such as 0.1,0.2"
-        )
-    return found

@@ -223,9 +223,11 @@ def _compare(entrants: list[Entrant], asked: Judging, tell: Tell) -> Comparison:
     # Identity stands in for the substitute that a transfer attack trains later.
     suite.parse_all(asked.attacks, runs.build_threat(entrants[0].config), [torch.nn.Identity()])
     known = {entrant.label: read_saved_outcome(entrant, asked) for entrant in entrants}
-    different = different_settings(rows)
-    if different and any(e.trains for e in entrants):  # now as well as in the notes at the end
-        tell(f"the methods are trained with different settings: {'; '.join(different)}")
+    if entrants[0].trains:
+        out = entrants[0].folder.parent
+        tell(f"runs and results go to {out}: to continue this comparison, give --out {out}")
+        if different := different_settings(rows):  # now as well as in the notes at the end
+            tell(f"the methods are trained with different settings: {'; '.join(different)}")
     outcomes, failures = {}, []
     for k, entrant in enumerate(entrants, 1):
         try:

@@ -27,7 +27,6 @@ __all__ = [
     "as_pixels",
     "augment",
     "check_judged",
-    "describe",
     "load",
     "mixed",
     "names",
@@ -37,61 +36,28 @@ __all__ = [
 
 @dataclass(frozen=True)
 class _Source:
-    """A named data set: its one-line description, and how to call its loader in module ``file``."""
+    """How to call the loader of a named data set, in module ``file``, and what it needs."""
 
-    about: str
     file: str
     needs_place: str = ""
+    usage: str = ""
     takes: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
 
 
 _SOURCES = {
-    "mnist": _Source("28 x 28 grey digits, 50k/10k/10k, embedded in surestep", "mnist"),
-    "cifar10": _Source(
-        "32 x 32 colour, 10 classes, 40k/10k/10k, standard files or downloaded",
-        "cifar",
-        takes=("download",),
-        fixed=("cifar10",),
-    ),
-    "cifar100": _Source(
-        "32 x 32 colour, 100 classes, 40k/10k/10k, standard files or downloaded",
-        "cifar",
-        takes=("download",),
-        fixed=("cifar100",),
-    ),
-    "folder": _Source(
-        "folder:PATH, image files in [SPLIT/]CLASS/ folders",
-        "folder",
-        needs_place="a folder",
-        takes=("image_size", "n"),
-    ),
-    "npz": _Source(
-        "npz:FILE, NumPy arrays x_train, y_train, x_test, y_test or x, y",
-        "npz",
-        needs_place="an .npz file",
-    ),
-    "hf": _Source(
-        "hf:NAME, an image data set from the Hugging Face Hub",
-        "hf",
-        needs_place="the name of a data set",
-        takes=("image_size", "n"),
-    ),
+    "mnist": _Source("mnist"),
+    "cifar10": _Source("cifar", takes=("download",), fixed=("cifar10",)),
+    "cifar100": _Source("cifar", takes=("download",), fixed=("cifar100",)),
+    "folder": _Source("folder", "a folder", "folder:PATH", takes=("image_size", "n")),
+    "npz": _Source("npz", "an .npz file", "npz:FILE"),
+    "hf": _Source("hf", "the name of a data set", "hf:NAME", takes=("image_size", "n")),
 }
 
 
 def names() -> list[str]:
     """Return the names `load` knows."""
     return list(_SOURCES)
-
-
-def describe(name: str) -> str:
-    """Return a one-line description of the data set ``name``.
-
-    Raises:
-        UserError: if the name is unknown.
-    """
-    return _source(name).about
 
 
 def resizes(name: str) -> bool:
@@ -149,7 +115,7 @@ def load(
         except RuntimeError as e:  # no such user
             raise UserError(f"cannot resolve the location {str(where)!r}: {e}") from e
     if source.needs_place and where is None:
-        raise UserError(f"{kind!r} needs {source.needs_place}: write {source.about.split(',')[0]}")
+        raise UserError(f"{kind!r} needs {source.needs_place}: write {source.usage}")
     if image_size is not None:
         if "image_size" not in source.takes:
             raise UserError(f"image_size {image_size}: {kind} has a fixed size; leave it out")

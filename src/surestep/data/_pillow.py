@@ -35,9 +35,9 @@ def stack(
     count: int,
     image_size: int | None,
     *,
-    grey: bool = False,
+    colour: bool | None = None,
 ) -> Tensor:
-    """Decode pictures into uint8 (N, C, H, W): C = 1 if all of them are grey, else 3 (RGB).
+    """Decode pictures into uint8 (N, C, H, W), where C is 1 (grey) or 3 (RGB).
 
     Opening and decoding run in several threads, since Pillow releases Python's GIL.
 
@@ -46,7 +46,7 @@ def stack(
         count: number of pictures.
         image_size: side in pixels of the centred square to which each picture is cropped and
             resized (bilinear); None keeps them as they are.
-        grey: convert colour pictures to grey.
+        colour: convert all pictures to RGB, or all to grey; None: to RGB if any has colour.
 
     Raises:
         UserError: pictures cannot be read (all are tried first), have more than 8 bits per channel,
@@ -56,7 +56,7 @@ def stack(
         arrays: list[np.ndarray] = []
         damaged: list[Unreadable] = []
         first, channels = "", 0
-        for name, array in _decoded(iter(pictures), image_size, grey):
+        for name, array in _decoded(iter(pictures), image_size, colour):
             if isinstance(array, Unreadable):
                 damaged.append(array)
                 continue
@@ -93,7 +93,7 @@ def _all_of(damaged: list[Unreadable], count: int) -> UserError:
 
 
 def _decoded(
-    pictures: Iterator[tuple[str, Opener]], image_size: int | None, grey: bool
+    pictures: Iterator[tuple[str, Opener]], image_size: int | None, colour: bool | None
 ) -> Iterator[tuple[str, np.ndarray | Unreadable]]:
     """Yield names and decoded pictures in their order, decoding one block at a time."""
 
@@ -103,7 +103,7 @@ def _decoded(
             with reading(name):
                 picture = opener()
             with picture:
-                return _decode(name, picture, image_size, grey)
+                return _decode(name, picture, image_size, colour)
         except Unreadable as error:
             return error
 
@@ -133,8 +133,8 @@ def has_colour(picture: Picture) -> bool:
     return picture.mode not in _GREY
 
 
-def _decode(name: str, picture: Picture, image_size: int | None, grey: bool) -> np.ndarray:
-    """Decode one picture into uint8 (H, W, 1) or (H, W, 3)."""
+def _decode(name: str, picture: Picture, image_size: int | None, colour: bool | None) -> np.ndarray:
+    """Decode one picture into uint8 (H, W, 1) or, in colour, (H, W, 3); None: as it is."""
     from PIL import Image, ImageOps
 
     if picture.mode not in _GREY | _COLOUR:
@@ -143,12 +143,12 @@ def _decode(name: str, picture: Picture, image_size: int | None, grey: bool) -> 
         )
     with reading(name):
         picture = _upright(picture)
-        if grey or not has_colour(picture):
-            picture = picture.convert("L")
-        else:
+        if colour or (colour is None and has_colour(picture)):
             if "transparency" in picture.info:  # Pillow warns about direct conversion
                 picture = picture.convert("RGBA")
             picture = picture.convert("RGB")
+        else:
+            picture = picture.convert("L")
     if image_size is not None and picture.size != (image_size, image_size):
         side = (image_size, image_size)
         picture = ImageOps.fit(picture, side, method=Image.Resampling.BILINEAR)

@@ -19,7 +19,6 @@ import torch
 
 from surestep.data._images import Images
 from surestep.data._pillow import Unreadable, has_colour, reading, stack
-from surestep.data._room import check_room
 from surestep.data._splits import KNOWN_AS, SPLITS, Split, divide, instead, mixed
 from surestep.errors import UserError, need
 
@@ -62,18 +61,10 @@ def load(
     order = mixed(len(labelled))[:n].tolist()
     y = torch.tensor([labelled[i][0] for i in order])
     paths = [labelled[i][1] for i in order]
-    # All splits have the channels of the images that models are trained on: check those for test.
-    known = _trained_on(root) if split == "test" else set()
-    grey = bool(known) and not _any_colour(known)
+    # All splits have the channels of the images that models are trained on.
+    colour = _any_colour(_trained_on(root) or {path for _, path in labelled})
     pictures = ((str(path), partial(_open, path)) for path in paths)
-    x = stack(pictures, len(paths), image_size, grey=grey)
-    if (
-        x.shape[1] == 1
-        and not grey
-        and _any_colour((_trained_on(root) | {path for _, path in labelled}) - set(paths))
-    ):
-        check_room(len(x), (3, *x.shape[2:]), held=0)
-        x = x.expand(-1, 3, -1, -1).contiguous()
+    x = stack(pictures, len(paths), image_size, colour=colour)
     divided = not any(_split_folder(root, part) for part in SPLITS)
     note = (
         f"{len(labelled):,} images: {root} has no split folders, so it is divided 80/10/10"

@@ -16,15 +16,7 @@ _FILES = {
     "surestep-evaluation": {1: "evaluation-1.json"},
     "surestep-audit": {1: "audit-1.json"},
 }
-_TYPES = {
-    "object": "an object",
-    "array": "a list",
-    "string": "a string",
-    "number": "a finite number",
-    "integer": "an integer",
-    "boolean": "true or false",
-    "null": "null",
-}
+_LONGEST = 200  # characters of a line: messages of jsonschema repeat the value
 
 
 def schema(format: str, version: int = 1) -> dict[str, Any]:
@@ -71,15 +63,17 @@ def validate(document: dict[str, Any]) -> None:
         )
     format, version = document["format"], document["version"]
     schema(format, version)
-    # Report the outermost mistake, and a misspelt key rather than the one missing because of it.
-    errors = _validator(format, version).iter_errors(document)
-    first = min(
-        errors,
-        key=lambda e: (len(e.absolute_path), e.validator != "additionalProperties"),
-        default=None,
+    exceptions = _jsonschema().exceptions
+    error = exceptions.best_match(
+        _validator(format, version).iter_errors(document),
+        # A misspelt key rather than the one missing because of it.
+        key=exceptions.by_relevance(strong={"additionalProperties"}),
     )
-    if first is not None:
-        raise UserError(_sentence(first))
+    if error is not None:
+        line = " ".join(f"{error.json_path}: {error.message}".split())
+        if len(line) > _LONGEST:  # the place is at its beginning, what was expected at its end
+            line = f"{line[: _LONGEST // 2]} ... {line[5 - _LONGEST // 2 :]}"
+        raise UserError(line)
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -119,47 +113,6 @@ def _validator(format: str, version: int) -> Any:
     )
     validator = _jsonschema().validators.extend(draft, type_checker=types)
     return validator(schema(format, version))
-
-
-def _sentence(error: Any) -> str:
-    """Return one line for a jsonschema error: place, value, expectation."""
-    place = _place(error.absolute_path)
-    rule, limit, value = error.validator, error.validator_value, error.instance
-    if rule == "additionalProperties":
-        known = error.schema["properties"]
-        extra = next(str(key) for key in value if key not in known)
-        return f"{place}: {unknown_name('key', extra[:60], known)}"
-    if rule == "required":
-        return f"{place} lacks {', '.join(repr(key) for key in limit if key not in value)}"
-    if rule == "type":
-        kinds = [limit] if isinstance(limit, str) else limit
-        wanted = "plain JSON" if len(kinds) > 3 else " or ".join(_TYPES[k] for k in kinds)
-    elif rule == "enum":
-        wanted = _either(limit)
-    elif rule == "const":
-        wanted = repr(limit)
-    elif rule in ("minimum", "maximum"):
-        low, high = error.schema.get("minimum"), error.schema.get("maximum")
-        wanted = f"at least {low}" if high is None else f"from {low} to {high}"
-    elif rule in ("minItems", "maxItems"):
-        low, high = error.schema.get("minItems"), error.schema.get("maxItems")
-        wanted = f"{low} values" if low == high else f"at least {low} value"
-    elif rule == "minLength":
-        wanted = "some text"
-    else:  # a rule of a later schema, which has no wording here
-        wanted = f"{rule} {shorten(limit)}"
-    return f"{place} is {shorten(value)}, expected {wanted}"
-
-
-def _place(path: Any) -> str:
-    """Return a path as a place in a document, such as ``attacks[0].accuracy``."""
-    place = ""
-    for part in path:
-        if isinstance(part, str) and part.replace("-", "").isidentifier():
-            place += f".{part}" if place else part
-        else:
-            place += f"[{shorten(part)}]"
-    return place or "the document"
 
 
 def _either(names: Any) -> str:

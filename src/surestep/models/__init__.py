@@ -2,7 +2,7 @@
 
 from surestep.models._base import Classifier, Normalize
 from surestep.models._from_file import absolute, file_of, from_file, in_file
-from surestep.models._registry import check_name, create, describe, names, register
+from surestep.models._registry import check_name, create, names, register
 from surestep.models.hypersphere import HypersphereHead, on_hypersphere
 from surestep.models.lenet import CNNSmall, LeNetPlus
 from surestep.models.resnet import PreActResNet, ResNet
@@ -20,7 +20,6 @@ __all__ = [
     "absolute",
     "check_name",
     "create",
-    "describe",
     "file_of",
     "from_file",
     "in_file",

@@ -30,7 +30,6 @@ B = TypeVar("B", bound=Builder)
 @dataclass(frozen=True)
 class _Entry:
     build: Builder
-    description: str
     in_channels: int
     image_size: int
     statistics: tuple[Sequence[float], Sequence[float]] | None
@@ -41,7 +40,6 @@ _ENTRIES: dict[str, _Entry] = {}
 
 def register(
     name: str,
-    description: str,
     *,
     in_channels: int,
     image_size: int,
@@ -51,7 +49,6 @@ def register(
 
     Args:
         name: what users type.
-        description: one line.
         in_channels: default number of channels.
         image_size: default height and width.
         statistics: default normalisation (mean, std) for pixels in [0, 1], or None.
@@ -63,7 +60,7 @@ def register(
     def add(build: B) -> B:
         if name in _ENTRIES:
             raise UserError(f"model {name!r} is already registered: choose another name")
-        _ENTRIES[name] = _Entry(build, description, in_channels, image_size, statistics)
+        _ENTRIES[name] = _Entry(build, in_channels, image_size, statistics)
         return build
 
     return add
@@ -72,15 +69,6 @@ def register(
 def names() -> list[str]:
     """List the registered models; those of timm are available too, as ``timm:NAME``."""
     return list(_ENTRIES)
-
-
-def describe(name: str) -> str:
-    """Return the one-line description of a registered model.
-
-    Raises:
-        UserError: the name is unknown.
-    """
-    return _entry(name).description
 
 
 def create(

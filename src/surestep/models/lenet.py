@@ -10,12 +10,7 @@ from surestep.models._registry import register
 from surestep.models._stem import GreyConv2d
 
 
-@register(
-    "lenet+",
-    "LeNet+ of the SAT paper: two 5x5 convolutions, 3.3 M weights, for MNIST",
-    in_channels=1,
-    image_size=28,
-)
+@register("lenet+", in_channels=1, image_size=28)
 class LeNetPlus(Classifier):
     """LeNet+, the MNIST network of SAT-R1, R2 and R3 (Vivek & Babu 2020, arXiv 2002.00614).
 
@@ -59,12 +54,7 @@ class LeNetPlus(Classifier):
         )
 
 
-@register(
-    "cnn-small",
-    "the CNN of the Fast-AT MNIST script: two strided convolutions, 0.17 M weights",
-    in_channels=1,
-    image_size=28,
-)
+@register("cnn-small", in_channels=1, image_size=28)
 class CNNSmall(Classifier):
     """The MNIST network of "Fast is better than free" (Wong et al. 2020, arXiv 2001.03994).
 

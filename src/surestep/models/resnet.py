@@ -163,10 +163,7 @@ class PreActResNet(Classifier):
         super().__init__(name, body, head, in_channels=in_channels, normalize=normalize)
 
 
-@for_cifar(
-    "preactresnet10-slim",
-    "one pre-activation block per stage, 16 to 128 channels, 0.3 M weights: CIFAR-10 on two cores",
-)
+@for_cifar("preactresnet10-slim")
 def preactresnet10_slim(
     num_classes: int, in_channels: int, image_size: int, normalize: Normalize | None
 ) -> PreActResNet:
@@ -184,7 +181,7 @@ def preactresnet10_slim(
     )
 
 
-@for_cifar("preactresnet18", "pre-activation ResNet-18 as in Fast-AT, 11.2 M weights, for CIFAR")
+@for_cifar("preactresnet18")
 def preactresnet18(
     num_classes: int, in_channels: int, image_size: int, normalize: Normalize | None
 ) -> PreActResNet:
@@ -198,7 +195,7 @@ def preactresnet18(
     )
 
 
-@for_cifar("resnet18", "ResNet-18 with the CIFAR stem, 11.2 M weights")
+@for_cifar("resnet18")
 def resnet18(
     num_classes: int, in_channels: int, image_size: int, normalize: Normalize | None
 ) -> ResNet:
@@ -212,7 +209,7 @@ def resnet18(
     )
 
 
-@for_cifar("resnet34", "ResNet-34 with the CIFAR stem, 21.3 M weights")
+@for_cifar("resnet34")
 def resnet34(
     num_classes: int, in_channels: int, image_size: int, normalize: Normalize | None
 ) -> ResNet:

@@ -57,7 +57,7 @@ class WideResNet(PreActResNet):
                 nn.init.zeros_(module.bias)
 
 
-@for_cifar("wrn-28-10", "WideResNet-28-10, 36.5 M weights, for CIFAR")
+@for_cifar("wrn-28-10")
 def wrn_28_10(
     num_classes: int, in_channels: int, image_size: int, normalize: Normalize | None
 ) -> WideResNet:

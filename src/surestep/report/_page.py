@@ -7,12 +7,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from surestep.errors import UserError
 from surestep.files import plain
 from surestep.report import _evidence, charts
 from surestep.report._needs import need
 from surestep.report._plots import Plot, plots
-from surestep.report._read import get, number, stated
+from surestep.report._read import number, stated
 from surestep.report._save import VEGA_LITE
 from surestep.report.columns import COLUMNS, COSTS
 from surestep.verdicts import INCONCLUSIVE, NOT_ROBUST, PSEUDO, ROBUST
@@ -29,7 +28,7 @@ def render(report: Report) -> str:
     """Return the page of a report.
 
     Raises:
-        UserError: the contents are malformed, or a package is missing.
+        UserError: a package is missing.
     """
     jinja2 = need("jinja2")
     drawn = plots(report)
@@ -97,14 +96,14 @@ def figure(value: Any) -> str:
 
 def _verdict(report: Report) -> dict[str, str] | None:
     if report.audit is not None:
-        verdict = str(get(report.audit, "verdict", "the audit"))
-        sentence = str(get(report.audit, "sentence", "the audit"))
+        verdict = str(report.audit["verdict"])
+        sentence = str(report.audit["sentence"])
         kind = _VERDICTS.get(verdict, "unsure")
         return {"name": verdict, "kind": kind, "sentence": sentence}
     if report.evaluation is not None:
-        worst = percent(get(report.evaluation, "worst_case_accuracy", "the evaluation"))
-        count = len(get(report.evaluation, "robust_accuracy", "the evaluation"))
-        n = get(report.evaluation, "n", "the evaluation")
+        worst = percent(report.evaluation["worst_case_accuracy"])
+        count = len(report.evaluation["robust_accuracy"])
+        n = report.evaluation["n"]
         attacks = "one attack" if count == 1 else f"all {count} attacks"
         left = number(report.evaluation.get("worst_case_accuracy"))
         doubts = report.evaluation.get("doubts") if left else ()
@@ -136,18 +135,16 @@ def _tiles(report: Report) -> list[dict[str, str]]:
     source = report.evaluation or report.audit
     if source is None:
         return []
-    clean = get(source, "clean_accuracy", "the audit or evaluation")
-    tiles.append(("Clean accuracy", percent(clean), ""))
+    tiles.append(("Clean accuracy", percent(source["clean_accuracy"]), ""))
     if report.audit is not None:
-        n = get(report.audit, "n", "the audit")
+        n = report.audit["n"]
         # The page states the evaluation's number of images.
-        of = f"of {n:,} images" if n != get(source, "n", "the evaluation") else ""
-        claims = get(report.audit, "claims", "the audit")
-        if claims:
+        of = f"of {n:,} images" if n != source["n"] else ""
+        if claims := report.audit["claims"]:
             name, value = max(claims.items(), key=lambda item: number(item[1]) or 0.0)
             notes = [f"under {name} alone", of]
             tiles.append(("A weak report claims", percent(value), _joined(notes)))
-        found = percent(get(report.audit, "found_accuracy", "the audit"))
+        found = percent(report.audit["found_accuracy"])
         interval = span(report.audit.get("found_interval"))
         by = report.audit.get("found_by")
         notes = [interval, f"most broken by {by}" if by else "", of]
@@ -155,10 +152,10 @@ def _tiles(report: Report) -> list[dict[str, str]]:
         flagged = sum(c.get("status") == "flagged" for c in report.checks)
         tiles.append(("Checks flagged", f"{flagged} of {len(report.checks)}", ""))
     if report.evaluation is not None:
-        worst = get(report.evaluation, "worst_case_accuracy", "the evaluation")
-        interval = span(get(report.evaluation, "intervals", "the evaluation").get("worst case"))
+        worst = percent(report.evaluation["worst_case_accuracy"])
+        interval = span(report.evaluation["intervals"].get("worst case"))
         note = f"95% interval {interval}" if interval else ""
-        tiles.append(("Worst case of all attacks", percent(worst), note))
+        tiles.append(("Worst case of all attacks", worst, note))
     return [dict(zip(("label", "value", "note"), tile, strict=True)) for tile in tiles]
 
 
@@ -171,13 +168,12 @@ def _setting(report: Report) -> list[str]:
     source = report.evaluation or report.audit
     if source is None:
         return []
-    threat = get(source, "threat", "the audit or evaluation")
+    threat = source["threat"]
     low, high = threat.get("bounds", (0, 1))
     words = [
-        f"{get(threat, 'norm', 'the threat model')} eps "
-        f"{get(threat, 'eps', 'the threat model'):.4g}",
+        f"{threat['norm']} eps {threat['eps']:.4g}",
         f"pixels in [{low:g}, {high:g}]",
-        f"{get(source, 'n', 'the audit or evaluation'):,} images",
+        f"{source['n']:,} images",
     ]
     if source.get("dataset"):
         words.insert(2, f"{source['dataset']}, {source.get('split', 'test')} split")
@@ -194,12 +190,11 @@ def _attack_tables(report: Report) -> list[dict[str, Any]]:
     found = audit.get("attacks") or {}
     if found:
         late = {step.get("name") for step in audit.get("escalation") or ()}
-        n = get(audit, "n", "the audit")
         rows = [
             _attack_row(
                 name,
                 accuracy,
-                _interval(accuracy, n),
+                _interval(accuracy, audit["n"]),
                 scope="survivors" if name in late else None,
             )
             for name, accuracy in found.items()
@@ -211,7 +206,7 @@ def _attack_tables(report: Report) -> list[dict[str, Any]]:
 
 
 def _evaluated(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    intervals = get(evaluation, "intervals", "the evaluation")
+    intervals = evaluation["intervals"]
     seconds = evaluation.get("attack_seconds") or {}
     scopes = {a.get("name"): a.get("scope") for a in evaluation.get("attacks") or ()}
     return [
@@ -239,20 +234,15 @@ def _attack_row(
 
 def _example(example: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Any]:
     def name(key: str) -> str:
-        label = get(example, key, "an example")
+        label = example[key]
         return str(classes[label]) if 0 <= label < len(classes) else str(label)
 
-    for key in ("clean", "perturbation", "adversarial"):
-        if not str(get(example, key, "an example")).startswith("data:image/png;base64,"):
-            raise UserError(
-                f"an example's {key!r} is not a PNG data URI: give the examples of gather"
-            )
     return {
         **example,
         "label": name("label"),
         "clean_name": name("clean_prediction"),
         "adversarial_name": name("adversarial_prediction"),
-        "broken": get(example, "adversarial_prediction", "") != get(example, "label", ""),
+        "broken": example["adversarial_prediction"] != example["label"],
     }
 
 
@@ -263,7 +253,7 @@ def _checks(report: Report) -> list[dict[str, Any]]:
         checks = [
             {
                 "number": check.get("number"),
-                "title": get(check, "title", "a check"),
+                "title": check["title"],
                 "value": "" if check.get("value") is None else figure(check["value"]),
                 "threshold": check.get("threshold") or "",
                 "sentence": check.get("sentence") or "",
@@ -271,7 +261,7 @@ def _checks(report: Report) -> list[dict[str, Any]]:
                 "evidence": _evidence.parts(check.get("evidence") or {}),
             }
             for check in report.checks
-            if get(check, "status", "a check") == status
+            if check["status"] == status
         ]
         if checks:
             groups.append({"status": status, "checks": checks})
@@ -285,7 +275,7 @@ def _per_class(report: Report) -> list[dict[str, Any]]:
         rows = sorted(rows, key=lambda r: number(r.get("worst_case_accuracy")) or 0.0)[:_CLASSES]
     named = []
     for row in rows:
-        label = get(row, "label", "a class")
+        label = row["label"]
         name = report.classes[label] if label < len(report.classes) else str(label)
         named.append({**row, "name": name})
     return named
@@ -301,7 +291,7 @@ def _comparison(report: Report) -> dict[str, Any] | None:
     counts = {n for row in rows for c in columns if (n := stated(row.get(c))[2]) is not None}
     body = [
         {
-            "method": get(row, "method", "a row of the comparison"),
+            "method": row["method"],
             "verdict": row.get("verdict_text") or row.get("verdict") or "",
             "kind": _VERDICTS.get(str(row.get("verdict")), "unsure"),
             "cells": [_cell(row.get(c), c, best) for c in columns],

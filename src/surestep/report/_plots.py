@@ -45,7 +45,7 @@ def plots(report: Report) -> list[Plot]:
     """Return all charts that the report's contents allow.
 
     Raises:
-        UserError: the contents are malformed, or a package is missing.
+        UserError: a package is missing.
     """
     evidence = {c.get("name"): c.get("evidence") or {} for c in report.checks}
     found = [*_curves(report, evidence), *_surfaces(report), *_training(report)]

@@ -1,4 +1,4 @@
-"""Reads the dicts of evaluations, audits and metrics, with one clear line for each mistake."""
+"""Reads numbers from the dicts of evaluations, audits, metrics and comparisons."""
 
 from __future__ import annotations
 
@@ -12,19 +12,6 @@ Row = dict[str, Any]
 T = TypeVar("T")
 
 
-def get(source: Any, key: str, what: str) -> Any:
-    """Return ``source[key]``.
-
-    Raises:
-        UserError: ``source`` is not a dict, or lacks the key.
-    """
-    if not isinstance(source, Mapping):
-        raise UserError(f"{what} is a {type(source).__name__}, expected a dict with {key!r}")
-    if key not in source:
-        raise UserError(f"{what} lacks {key!r}: is it from another version of surestep?")
-    return source[key]
-
-
 def number(value: Any) -> float | None:
     """Return a finite number as float, and None for anything else: charts and JSON have no NaN."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -32,19 +19,9 @@ def number(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def pairs(source: Any, xs: str, ys: str, what: str) -> list[tuple[float | None, float | None]]:
-    """Return the points of two lists of equal length in a dict.
-
-    Raises:
-        UserError: a list is missing, or their lengths differ.
-    """
-    a, b = get(source, xs, what), get(source, ys, what)
-    for name, values in ((xs, a), (ys, b)):
-        if not isinstance(values, Sequence) or isinstance(values, str):
-            raise UserError(f"{what}: {name!r} is a {type(values).__name__}, expected a list")
-    if len(a) != len(b):
-        raise UserError(f"{what}: {len(a)} values of {xs!r} but {len(b)} of {ys!r}")
-    return [(number(x), number(y)) for x, y in zip(a, b, strict=True)]
+def pairs(xs: Sequence[Any], ys: Sequence[Any]) -> list[tuple[float | None, float | None]]:
+    """Return the points of two lists of equal length."""
+    return [(number(x), number(y)) for x, y in zip(xs, ys, strict=True)]
 
 
 def stated(value: Any) -> tuple[float | None, float | None, int | None]:

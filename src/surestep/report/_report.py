@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from surestep import files
+from surestep.auditing import _audit
 from surestep.errors import UserError
+from surestep.evaluation import result
 from surestep.report import _page
 from surestep.report._plots import plots
 from surestep.report._save import save_chart
@@ -33,6 +35,10 @@ class Report:
         versions: package versions; by default the evaluation's or the audit's.
         seeds: seeds by what they seed; by default those of the config, evaluation and audit.
         config: the settings of the run.
+
+    Raises:
+        UserError: the evaluation or the audit is none, or one of another version of the format; or
+            a row of the history is no dict.
     """
 
     title: str
@@ -50,25 +56,23 @@ class Report:
     notes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        given = (("evaluation", "evaluate", self.evaluation), ("audit", "audit", self.audit))
-        for name, command, value in given:
+        # Apart from what is checked here, the parts are taken to be what surestep itself made.
+        for name, kind, command in (
+            ("evaluation", (result.FORMAT, result.VERSION), "evaluate"),
+            ("audit", (_audit.FORMAT, _audit.VERSION), "audit"),
+        ):
+            value = getattr(self, name)
             if value is None:
                 continue
-            expected = f"surestep-{name}"
-            found = value.get("format") if isinstance(value, Mapping) else None
-            if found != expected:
+            known = isinstance(value, Mapping)
+            found = (value.get("format"), value.get("version")) if known else value
+            if found != kind:
                 raise UserError(
-                    f"the {name} has format {found!r}, expected {expected!r}: give what "
+                    f"the {name} has format and version {found}, expected {kind}: give what "
                     f"`surestep {command} --json` wrote"
                 )
-        for name in ("history", "comparison", "examples"):
-            rows = getattr(self, name) or ()
-            if isinstance(rows, Mapping | str) or any(not isinstance(r, Mapping) for r in rows):
-                raise UserError(f"the {name} is not a list of dicts, one per row")
-        if not isinstance(self.surfaces, Mapping):
-            raise UserError(
-                "the surfaces are not a dict by model name: give the surfaces of gather"
-            )
+        if any(not isinstance(row, Mapping) for row in self.history or ()):  # read from a file
+            raise UserError("a row of the history is no dict: is the run's metrics.jsonl damaged?")
 
     @property
     def checks(self) -> Sequence[Mapping[str, Any]]:
@@ -79,7 +83,7 @@ class Report:
         """Return the page: one file that needs no network.
 
         Raises:
-            UserError: the contents are malformed, or a package is missing.
+            UserError: a package is missing.
         """
         return _page.render(self)
 
@@ -88,7 +92,7 @@ def write_html(report: Report, path: str | Path) -> None:
     """Write the page of a report, atomically.
 
     Raises:
-        UserError: the contents are malformed, the file cannot be written, or a package is missing.
+        UserError: the file cannot be written, or a package is missing.
     """
     files.write_atomically(Path(path), report.to_html())
 
@@ -97,7 +101,7 @@ def save_plots(report: Report, folder: str | Path) -> list[Path]:
     """Write every plot of a report as PNG and SVG, and return the paths.
 
     Raises:
-        UserError: the contents are malformed, a file cannot be written, or a package is missing.
+        UserError: a file cannot be written, or a package is missing.
     """
     folder = Path(folder)
     files.make_folder(folder)

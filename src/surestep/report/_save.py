@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,34 +13,30 @@ from surestep.report._needs import need
 if TYPE_CHECKING:
     import altair as alt
 
-FORMATS = (".png", ".svg", ".html", ".json")
+FORMATS = (".png", ".svg")
 VEGA_LITE = "6.4"
 
 
 def save_chart(chart: alt.TopLevelMixin, path: str | Path) -> None:
-    """Write a chart as a picture, as a page that needs no network, or as a Vega-Lite spec.
+    """Write a chart as a picture.
 
     Args:
         chart: any Altair chart, such as those of ``surestep.report.charts``.
-        path: ends in .png, .svg, .html or .json.
+        path: ends in .png or .svg.
 
     Raises:
         UserError: the ending is another one, the file cannot be written, or a package is missing.
     """
     path = Path(path)
     if path.suffix not in FORMATS:
-        raise UserError(f"cannot save a chart as {path.name}: use one of {', '.join(FORMATS)}")
+        raise UserError(f"cannot save a chart as {path.name}: use {' or '.join(FORMATS)}")
     spec = chart.to_dict()
     # Altair's default config sets only a view size, which the charts set themselves.
     spec["config"] = _theme.config()
     convert = need("vl_convert")
     content: bytes | str
-    if path.suffix == ".json":
-        content = json.dumps(spec, indent=1)
-    elif path.suffix == ".png":
+    if path.suffix == ".png":
         content = convert.vegalite_to_png(spec, vl_version=VEGA_LITE, scale=2)
-    elif path.suffix == ".svg":
-        content = convert.vegalite_to_svg(spec, vl_version=VEGA_LITE)
     else:
-        content = convert.vegalite_to_html(spec, vl_version=VEGA_LITE, bundle=True)
+        content = convert.vegalite_to_svg(spec, vl_version=VEGA_LITE)
     files.write_atomically(path, content)

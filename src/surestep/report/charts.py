@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from surestep.errors import UserError
 from surestep.report._needs import need
-from surestep.report._read import Row, get, number, pairs, some, stated
+from surestep.report._read import Row, number, pairs, some, stated
 from surestep.report.columns import COSTS
 from surestep.verdicts import INCONCLUSIVE, NOT_ROBUST, PSEUDO, ROBUST
 
@@ -32,16 +32,15 @@ def accuracy_by_eps(source: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> 
             sweep.
 
     Raises:
-        UserError: the source is empty or malformed.
+        UserError: the source is empty.
     """
     if isinstance(source, Mapping):
-        found = pairs(source, "eps", "accuracy", "the evidence")
+        found = pairs(source["eps"], source["accuracy"])
         rows = [{"x": x, "accuracy": y, "attack": "pgd-50"} for x, y in found]
     else:
         rows = []
         for point in source:
-            what = "a point of the curve"
-            eps, accuracies = number(get(point, "eps", what)), named_accuracies(point, what)
+            eps, accuracies = number(point["eps"]), named_accuracies(point)
             rows += [{"x": eps, "accuracy": v, "attack": k} for k, v in accuracies.items()]
     return _lines(some(rows, "the curve"), "eps", "accuracy", share=True)
 
@@ -54,14 +53,14 @@ def accuracy_by_step(source: Sequence[Mapping[str, Any]] | Mapping[str, Any]) ->
             convergence check.
 
     Raises:
-        UserError: no attack has steps, or the source is malformed.
+        UserError: no attack has steps.
     """
     if isinstance(source, Mapping):
-        found = pairs(source, "steps", "accuracy", "the evidence")
+        found = pairs(source["steps"], source["accuracy"])
         rows = [{"x": x, "accuracy": y, "attack": "pgd"} for x, y in found]
     else:
         rows = [
-            {"x": step, "accuracy": number(accuracy), "attack": get(attack, "name", "an attack")}
+            {"x": step, "accuracy": number(accuracy), "attack": attack["name"]}
             for attack in source
             for step, accuracy in enumerate(attack.get("by_step") or ())
         ]
@@ -75,9 +74,9 @@ def accuracy_by_restart(evidence: Mapping[str, Any]) -> alt.LayerChart:
         evidence: {"restarts", "restart_accuracy"} of the convergence check.
 
     Raises:
-        UserError: the evidence is malformed.
+        UserError: the evidence is empty.
     """
-    found = pairs(evidence, "restarts", "restart_accuracy", "the evidence")
+    found = pairs(evidence["restarts"], evidence["restart_accuracy"])
     rows = [{"x": x, "accuracy": y, "attack": "pgd"} for x, y in found]
     return _lines(some(rows, "the accuracy by restart"), "restarts", "accuracy", share=True)
 
@@ -91,12 +90,12 @@ def loss_along_fgsm(source: Mapping[str, Any]) -> alt.LayerChart:
             of several losses is divided by its maximum.
 
     Raises:
-        UserError: the source is malformed.
+        UserError: the source is empty.
     """
     by_model = {"this model": source} if "loss" in source else source
     rows = []
     for name, one in by_model.items():
-        points = pairs(one, "step", "loss", "the evidence")
+        points = pairs(one["step"], one["loss"])
         # The shape is what matters; losses of different models rarely have the same scale.
         largest = max((y for _, y in points if y is not None), default=0.0) or 1.0
         size = largest if len(by_model) > 1 else 1.0
@@ -109,13 +108,9 @@ def loss_along_fgsm(source: Mapping[str, Any]) -> alt.LayerChart:
 
 
 def along_fgsm(surface: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Return the mean loss along the FGSM direction of a surface, for ``loss_along_fgsm``.
-
-    Raises:
-        UserError: ``surface`` is not a loss surface.
-    """
-    shares, mean = get(surface, "shares", "the surface"), get(surface, "mean", "the surface")
-    middle = mean[len(shares) // 2]
+    """Return the mean loss along the FGSM direction of a surface, for ``loss_along_fgsm``."""
+    shares = surface["shares"]
+    middle = surface["mean"][len(shares) // 2]
     ahead = [(s, v) for s, v in zip(shares, middle, strict=True) if s >= 0]
     return {"step": [s for s, _ in ahead], "loss": [v for _, v in ahead]}
 
@@ -128,20 +123,12 @@ def loss_surface(surface: Mapping[str, Any]) -> alt.VConcatChart:
 
     Args:
         surface: one of the ``surfaces`` of ``gather``.
-
-    Raises:
-        UserError: ``surface`` is not a loss surface.
     """
     alt = need("altair")
-    shares = [float(s) for s in get(surface, "shares", "the surface")]
-    count = len(shares)
-    n = get(surface, "n", "the surface")
-    grids = {f"mean of {n} images": get(surface, "mean", "the surface")}
+    shares = [float(s) for s in surface["shares"]]
+    grids = {f"mean of {surface['n']} images": surface["mean"]}
     for i, one in enumerate(surface.get("samples", ()), 1):
         grids[f"image {i} (label {one['label']})"] = one["loss"]
-    for name, grid in grids.items():
-        if count < 2 or len(grid) != count or any(len(line) != count for line in grid):
-            raise UserError(f"the surface of {name} is not a grid of {count} x {count} losses")
     half = round((shares[1] - shares[0]) / 2, 4)
     rows = [
         {"of": of, "f": f, "r": r, "loss": number(loss)}
@@ -215,7 +202,7 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> alt.LayerChart:
         history: the rows, one per epoch.
 
     Raises:
-        UserError: there is no row, or none with an epoch or an accuracy.
+        UserError: there is no row, or none with an accuracy.
     """
     history = some(history, "the history")
     columns = [
@@ -234,50 +221,13 @@ def training_losses(history: Sequence[Mapping[str, Any]]) -> alt.LayerChart:
         history: the rows, one per epoch.
 
     Raises:
-        UserError: there is no row, or none with an epoch or a loss.
+        UserError: there is no row, or none with a loss.
     """
     history = some(history, "the history")
     others = ("epoch", "step", "lr", "adv_accuracy", "images_per_second", "train_seconds")
     columns = [k for k in _columns(history) if k not in others and not k.startswith("val_")]
     rows = _history(history, columns, "loss", by="term")
     return _lines(some(rows, "the losses of the history"), "epoch", "loss", by="term")
-
-
-def accuracy_by_attack(evaluation: Mapping[str, Any]) -> alt.LayerChart:
-    """Draw the accuracy under each attack with its 95% interval.
-
-    Args:
-        evaluation: as ``Evaluation.to_dict`` gives it.
-
-    Raises:
-        UserError: the evaluation lacks accuracies or intervals.
-    """
-    alt = need("altair")
-    accuracies = named_accuracies(evaluation)
-    intervals = get(evaluation, "intervals", "the evaluation")
-    rows = [
-        {"attack": k, "accuracy": v, "low": intervals[k][0], "high": intervals[k][1]}
-        for k, v in accuracies.items()
-        if k in intervals
-    ]
-    rows = some(rows, "the evaluation")
-    base = alt.Chart().encode(
-        y=alt.Y("attack:N", sort=[r["attack"] for r in rows], title=None),
-        tooltip=[
-            alt.Tooltip("attack:N"),
-            alt.Tooltip("accuracy:Q", format=".1%"),
-            alt.Tooltip("low:Q", title="95% from", format=".1%"),
-            alt.Tooltip("high:Q", title="to", format=".1%"),
-        ],
-    )
-    axis = alt.Axis(format="%")
-    scale = alt.Scale(domain=[0, 1])
-    bars = base.mark_rule(strokeWidth=2).encode(
-        x=alt.X("low:Q", scale=scale, axis=axis, title="accuracy (95% interval)"), x2="high:Q"
-    )
-    dots = base.mark_point(filled=True, size=70, opacity=1).encode(x="accuracy:Q")
-    chart = alt.layer(bars, dots).properties(width=WIDTH, height=28 * len(rows) + 10)
-    return _with(chart, rows)
 
 
 def pareto(rows: Sequence[Mapping[str, Any]], cost: str = "") -> alt.LayerChart:
@@ -333,7 +283,7 @@ def priced(rows: Sequence[Mapping[str, Any]], cost: str = "") -> tuple[str, list
     """Return the cost that ``pareto`` draws, and its points: rows with worst case and cost.
 
     Raises:
-        UserError: ``cost`` is unknown, or a row that can be drawn has no method.
+        UserError: ``cost`` is unknown.
     """
     if not cost:
         known = all(stated(row.get("passes"))[0] is not None for row in rows)
@@ -345,25 +295,19 @@ def priced(rows: Sequence[Mapping[str, Any]], cost: str = "") -> tuple[str, list
         worst, spread, _ = stated(row.get("worst_case_accuracy"))
         price, _, _ = stated(row.get(cost))
         if worst is not None and price is not None and price > 0:
-            point = {"method": get(row, "method", "a row"), "cost": price, "accuracy": worst}
+            point = {"method": row["method"], "cost": price, "accuracy": worst}
             spread = spread or 0.0
             point |= {"low": max(0.0, worst - spread), "high": min(1.0, worst + spread)}
             points.append(point | {"verdict": row.get("verdict") or "not audited"})
     return cost, points
 
 
-def named_accuracies(
-    evaluation: Mapping[str, Any], what: str = "the evaluation"
-) -> dict[str, float]:
-    """Return the accuracies of an evaluation by name: clean, the attacks, the worst case.
-
-    Raises:
-        UserError: ``what`` lacks one of them.
-    """
+def named_accuracies(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """Return the accuracies of an evaluation by name: clean, the attacks, the worst case."""
     return {
-        "clean": get(evaluation, "clean_accuracy", what),
-        **get(evaluation, "robust_accuracy", what),
-        WORST: get(evaluation, "worst_case_accuracy", what),
+        "clean": evaluation["clean_accuracy"],
+        **evaluation["robust_accuracy"],
+        WORST: evaluation["worst_case_accuracy"],
     }
 
 
@@ -377,7 +321,7 @@ def _history(
 ) -> list[Row]:
     return [
         {
-            "x": get(row, "epoch", "a row of the history"),
+            "x": row.get("epoch"),
             value: number(row[column]),
             by: _METRIC_NAMES.get(column, column.removeprefix("val_")),
         }

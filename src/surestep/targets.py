@@ -22,7 +22,6 @@ from surestep.config import RunConfig, parse
 from surestep.data import Images, are_numbers
 from surestep.devices import pick_device
 from surestep.errors import UserError, need
-from surestep.models._base import choose_normalize
 from surestep.threat import ThreatModel
 from surestep.weights import load_any_weights, read_signature
 
@@ -98,6 +97,8 @@ def open_target(
     folder = Path(name)
     of_run = folder.is_dir()
     normalises = of_run or name.startswith("hf:") or (_of_timm(name) and not weights)
+    if (mean is None) != (std is None):  # before anything is loaded, or downloaded
+        raise UserError("mean and std go together: give both or neither")
     if normalises and (mean is not None or std is not None):
         raise UserError(f"{name} normalises its images itself: leave mean and std out")
     torch_device = pick_device(device)
@@ -106,7 +107,7 @@ def open_target(
     config = make_config(name, weights, asked)
     data.check_judged(split)
     images, threat = runs.load_data(config, split, n), runs.build_threat(config)
-    preprocess = choose_normalize(images.image_shape[0], mean, std, None)
+    preprocess = models.choose_normalize(images.image_shape[0], mean, std, None)
     if of_run:
         run = runs.load(folder, device)
         model, classes = run.model, run.classes
@@ -126,7 +127,7 @@ def open_target(
         model=_eval(model.to(torch_device)),
         images=numbered,
         threat=threat,
-        preprocess=preprocess and preprocess.to(torch_device),
+        preprocess=None if preprocess is None else preprocess.to(torch_device),
         run=folder if of_run else None,
         note="; ".join(filter(None, notes)),
         judged_on={"dataset": config.dataset, "split": split},

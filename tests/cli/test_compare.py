@@ -105,6 +105,8 @@ class TestOptions:
     def test_a_mistake_announces_no_place(self, refused, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         assert "unknown method 'nope'" in refused("compare", "--methods", "fgsm,nope")
+        # Found last, after all that is told of the run folders.
+        assert "'nope'" in refused("compare", "--methods", "fgsm", "--attacks", "fgsm,nope")
 
     def test_which_seeds_and_no_audit(self, done, asked, tmp_path):
         done("compare", "--methods", "fgsm", "--seeds", "3,5", "--no-audit", "--out", tmp_path)

@@ -64,6 +64,14 @@ def counted(slug, params, n):
     return method, net
 
 
+def test_what_builds_on_a_single_step_counts_its_gradients():
+    for slug in methods.names():
+        method = methods.get(slug)(Linf(0.1))
+        if isinstance(method, methods.SingleStep):
+            cost = method.cost(1)
+            assert cost.input_grad - cost.weight_grad == method.gradients, slug
+
+
 @pytest.mark.parametrize(("slug", "params", "forward", "input_grad", "weight_grad"), BY_HAND)
 def test_passes(slug, params, forward, input_grad, weight_grad):
     method, net = counted(slug, params, 8)

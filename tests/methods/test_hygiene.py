@@ -10,6 +10,7 @@ from families.trees import same
 from torch import nn
 
 from surestep import L2, Linf, UserError, methods
+from surestep.methods._registry import METHODS
 
 EPS = 0.1
 
@@ -108,6 +109,19 @@ def test_what_is_compared_lies_where_the_perturbation_does(slug, base, make_task
     far = float((method.prepare(task.net, task.x, task.y).points - 0.5).abs().max())
     free = slug != "sat-r1" and base in ("fgsm", "sads")
     assert far == pytest.approx(0.1 + (method.alpha if free else 0), abs=1e-6)
+
+
+@pytest.mark.parametrize("slug", ["sat-r2", "sat-r3"])
+def test_a_longer_fgsm_ends_as_it_does_by_itself(slug, make_task, monkeypatch):
+    class Long(methods.FGSM):
+        size = 0.2
+
+    monkeypatch.setitem(METHODS, "long", Long)
+    task = make_task("conv")
+    task.x.fill_(0.5)
+    method = methods.get(slug)(Linf(0.1), perturbation="long")
+    points = method.prepare(task.net, task.x, task.y).points
+    assert float((points - 0.5).abs().max()) == pytest.approx(0.1, abs=1e-6)
 
 
 @pytest.mark.parametrize("slug", ["gradalign", "elle", "elle-a", "eat"])

@@ -178,6 +178,17 @@ def test_lengths_scale_with_eps():
     assert methods.length_names(Mine) == ["radius"]
 
 
+@pytest.mark.usefixtures("scratch")
+@pytest.mark.parametrize(("old", "new"), [("validate", "set_up"), ("lengths", "of_eps")])
+def test_what_earlier_versions_read_is_refused(old, new):
+    class Mine(methods.Standard):
+        pass
+
+    setattr(Mine, old, ("alpha",))
+    with pytest.raises(UserError, match=f"'mine' has {old}, which nothing reads: use .*{new}"):
+        methods.register("mine")(Mine)
+
+
 @pytest.mark.parametrize(
     ("bounds", "right", "wrong", "said"),
     [

@@ -349,3 +349,8 @@ def test_bad_contents(parts, message):
     with pytest.raises(UserError, match=message) as raised:
         Report("one", **parts)
     assert "\n" not in str(raised.value)
+
+
+def test_rows_of_ones_own_name_their_method():
+    with pytest.raises(UserError, match="a row of the comparison has no method"):
+        Report("one", comparison=[{"label": "one"}])

@@ -109,7 +109,7 @@ def numbers(flag: str, text: str, wanted: str, kind: Callable[[str], N]) -> list
         UserError: there is no number, or something else.
     """
     try:
-        found = [kind(part) for part in names(text)]
+        found = [kind(part) for part in text.split(",")]
     except ValueError:
         found = []
     if not found:

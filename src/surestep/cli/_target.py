@@ -59,12 +59,12 @@ _OPTIONS = (
 )
 
 
-def budget_option(what: str, default: str = BUDGET) -> Callable[..., Any]:
+def budget_option(what: str, default: str = f" [default: {BUDGET}]") -> Callable[..., Any]:
     """Return the option ``--budget``, None if not given; ``what`` begins its help."""
     return click.option(
         "--budget",
         type=click.Choice(["quick", "standard", "thorough"]),
-        help=f"{what}; standard and thorough end with AutoAttack. [default: {default}]",
+        help=f"{what}; standard and thorough end with AutoAttack.{default}",
     )
 
 

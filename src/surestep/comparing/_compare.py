@@ -225,7 +225,7 @@ def _compare(entrants: list[Entrant], asked: Judging, tell: Tell) -> Comparison:
     known = {entrant.label: read_saved_outcome(entrant, asked) for entrant in entrants}
     if entrants[0].trains:
         out = entrants[0].folder.parent
-        tell(f"runs and results go to {out}: to continue this comparison, give --out {out}")
+        tell(f"runs and results go to {out}: the same comparison with this folder continues")
         if different := different_settings(rows):  # now as well as in the notes at the end
             tell(f"the methods are trained with different settings: {'; '.join(different)}")
     outcomes, failures = {}, []

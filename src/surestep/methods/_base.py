@@ -44,7 +44,7 @@ class StepResult(NamedTuple):
     Attributes:
         loss: scalar, to be minimised; the only field with an autograd graph.
         terms: the parts of the loss by name, detached scalars, for logging. Those that the
-            training loop gives its own columns (``loss``, ``lr``, ``val_...``) are refused there.
+            log gives columns of its own (``loss``, ``lr``, ``val_...``) are refused by ``fit``.
         x_adv: the images that ``logits`` belong to (N, ...), detached.
         logits: at ``x_adv`` in the update's forward pass, (N, K), detached.
     """
@@ -157,7 +157,6 @@ class Method(ABC):
     Attributes:
         progress: how far training is; to be set before each step if it ``needs_progress``.
         sources: other models to attack, to be set before training if it ``takes_sources``.
-        positions: which images of the data set the batch holds, if the method ``needs_index``.
 
     Raises:
         UserError: a hyperparameter is outside its range.
@@ -199,7 +198,7 @@ class Method(ABC):
         check_threat(self.threat)
         self.progress = Progress()
         self.sources: Sequence[nn.Module] = ()
-        self.positions: Positions
+        self._positions: Positions | None = None
         self._inputs_checked = self._warned = False
         self.strength = 1.0
         self._full: tuple[ThreatModel, dict[str, float]] | None = None
@@ -209,7 +208,7 @@ class Method(ABC):
                 setattr(self, one.name, one.metadata["of_threat"](self.threat))
             if one.name in kinds:
                 expected = what_is_expected(getattr(self, one.name), kinds[one.name], one)
-                self.require(expected is None, one.name, str(expected))
+                self.require(not expected, one.name, expected)
         self.set_up()
 
     def __call__(
@@ -247,16 +246,18 @@ class Method(ABC):
         draw: Draw | None = None,
     ) -> Update:
         """Attack the model and return the update to take; see ``__call__``."""
+        first = not self._inputs_checked
+        if first:
+            check_inputs(model, x, y, self.threat, unlabelled=self.takes_unlabelled)
         if self.needs_index and index is None:
             raise UserError(
                 f"{self.slug} needs each image's position in the data set: pass index, the "
                 "positions (N,) of the batch's images (surestep.fit does, for images in memory)"
             )
-        if not self._inputs_checked:
-            check_inputs(model, x, y, self.threat, unlabelled=self.takes_unlabelled)
-            self._inputs_checked = True
-        elif not self._warned and self.progress == Progress() and self._follows_a_schedule:
-            # Only from the second call on: a single call needs no schedule.
+        self._inputs_checked = True
+        follows = self.needs_progress or self.dropout > 0
+        # A single call needs no schedule.
+        if follows and not first and not self._warned and self.progress == Progress():
             self._warned = True
             warnings.warn(
                 f"{self.slug} follows a schedule, but its progress is not set: set "
@@ -265,13 +266,14 @@ class Method(ABC):
                 SurestepWarning,
                 stacklevel=3,
             )
-        if index is not None:
-            self.positions = Positions(index, self.progress.images, draw)
+        self._positions = None if index is None else Positions(index, self.progress.images, draw)
         return self.craft(model, x.detach(), y)
 
     @property
-    def _follows_a_schedule(self) -> bool:
-        return self.needs_progress or self.dropout > 0
+    def positions(self) -> Positions:
+        """Which images of the data set the batch holds; for methods that need the ``index``."""
+        assert self._positions is not None
+        return self._positions
 
     def take(self, model: nn.Module, update: Update) -> StepResult:
         """Compute the loss of an update, with the method's dropout."""

@@ -6,7 +6,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import MISSING, Field, field, fields
+from dataclasses import Field, field, fields
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -50,7 +50,8 @@ def param(
         lt: a value above all.
         kw_only: whether it is given by name only.
     """
-    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
+    given = {"ge": ge, "gt": gt, "le": le, "lt": lt}
+    bounds = {kind: bound for kind, bound in given.items() if bound is not None}
     return field(default=default, metadata={"bounds": bounds}, kw_only=kw_only)
 
 
@@ -93,11 +94,6 @@ def length_names(cls: type[Any]) -> list[str]:
     return [one.name for one in own_fields(cls) if "length" in one.metadata]
 
 
-def has_default(one: Field[Any]) -> bool:
-    """Tell whether a field has a default."""
-    return one.default is not MISSING or one.default_factory is not MISSING
-
-
 @functools.cache
 def kinds_of(cls: type[Any]) -> dict[str, tuple[type, ...]]:
     """Return the types that each hyperparameter may have.
@@ -118,20 +114,18 @@ def kinds_of(cls: type[Any]) -> dict[str, tuple[type, ...]]:
     return found
 
 
-def what_is_expected(value: Any, kinds: tuple[type, ...], one: Field[Any]) -> str | None:
-    """Return what a hyperparameter should be, for an error; None if the value is right."""
+def what_is_expected(value: Any, kinds: tuple[type, ...], one: Field[Any]) -> str:
+    """Return what a hyperparameter should be, for an error; nothing if the value is right."""
     if not _fits(value, kinds):
         return " or ".join(_WORDS[kind] for kind in kinds)
-    bounds = {k: v for k, v in one.metadata.get("bounds", {}).items() if v is not None}
-    if value is None or all(_BOUNDS[k][1](value, bound) for k, bound in bounds.items()):
-        return None
-    low = next((k for k in ("ge", "gt") if k in bounds), None)
-    high = next((k for k in ("le", "lt") if k in bounds), None)
-    if low and high:
-        left, right = "[" if low == "ge" else "(", "]" if high == "le" else ")"
-        return f"in {left}{bounds[low]:g}, {bounds[high]:g}{right}"
-    (only,) = bounds
-    return f"{_BOUNDS[only][0]} {bounds[only]:g}"
+    bounds = one.metadata.get("bounds", {})
+    if value is None or all(_BOUNDS[kind][1](value, bound) for kind, bound in bounds.items()):
+        return ""
+    ends = [kind for kind in _BOUNDS if kind in bounds]
+    if len(ends) == 2 and ends[0] in ("ge", "gt") and ends[1] in ("le", "lt"):
+        left, right = "[" if ends[0] == "ge" else "(", "]" if ends[1] == "le" else ")"
+        return f"in {left}{bounds[ends[0]]:g}, {bounds[ends[1]]:g}{right}"
+    return " and ".join(f"{_BOUNDS[kind][0]} {bounds[kind]:g}" for kind in ends)
 
 
 def _fits(value: Any, kinds: tuple[type, ...]) -> bool:

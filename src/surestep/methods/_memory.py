@@ -41,24 +41,28 @@ class Positions:
 class Memory:
     """One tensor per image, indexed by the image's position in the data set; zero at first.
 
-    Values shaped as images (N, C, H, W) are kept in the coordinates of the stored image: reads
-    apply the image's current crop and flip, writes undo them. A pixel that was cropped away keeps
-    its value. Every process holds the values of all images, because an image may go to another
-    process in the next epoch.
+    Every process holds the values of all images, because an image may go to another process in the
+    next epoch.
+
+    Args:
+        pixels: whether the values belong to pixels. They are then kept in the coordinates of the
+            stored image: reads apply the image's current crop and flip, writes undo them. A pixel
+            that was cropped away keeps its value.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, pixels: bool = True) -> None:
+        self.pixels = pixels
         self.values: Tensor | None = None
 
     def read(self, at: Positions, like: Tensor) -> Tensor:
         """Return the values of a batch's images, with the shape, dtype and device of ``like``."""
         found = self._grown(at.index, like, at.images)[at.index]
-        return at.draw.apply(found) if at.draw is not None and found.dim() == 4 else found
+        return at.draw.apply(found) if self.pixels and at.draw is not None else found
 
     def write(self, at: Positions, values: Tensor) -> None:
         """Store values (N, ...) of a batch's images, as cropped and flipped, in all processes."""
         index, values = at.index, values.detach()
-        if at.draw is not None and values.dim() == 4:
+        if self.pixels and at.draw is not None:
             seen = at.draw.undo(torch.ones_like(values[:, :1], dtype=torch.bool))
             before = self._grown(index, values, at.images)[index]
             values = torch.where(seen, at.draw.undo(values), before)

@@ -34,13 +34,16 @@ def register(slug: str) -> Callable[[type[M]], type[M]]:
 
     Raises:
         UserError: the slug is another method's, a hyperparameter has no default or an unsupported
-            type, or the summary or the paper is missing.
+            type, the summary or the paper is missing, or it has what earlier versions read.
     """
 
     def add(cls: type[M]) -> type[M]:
         for one in own_fields(cls):
             if one.default is MISSING and one.default_factory is MISSING:
                 raise UserError(f"{one.name} of the method {slug!r} has no default: give it one")
+        for old, new in (("validate", "set_up"), ("lengths", "fields made by of_eps")):
+            if hasattr(cls, old):
+                raise UserError(f"the method {slug!r} has {old}, which nothing reads: use {new}")
         kinds_of(cls)
         for name in ("summary", "paper"):
             if not isinstance(getattr(cls, name, None), str):

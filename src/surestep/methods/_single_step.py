@@ -33,7 +33,7 @@ class SingleStep(Method):
     ball: ClassVar[bool] = True
     """Whether the result is projected to the eps ball; otherwise only to the data range."""
     gradients = 1
-    """Number of input gradients that a perturbation takes."""
+    """Number of input gradients that ``gradient`` takes, for the cost of what builds on it."""
 
     def start(self, x: Tensor) -> Tensor:
         """Return the point (N, ...) at which the gradient is taken."""

@@ -69,10 +69,8 @@ class ConvergeSmooth(Method):
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor) -> Update:
         """Append the clean images to the wrapped method's update."""
-        for part in ("progress", "sources", "label_smoothing", "margin"):
+        for part in ("progress", "_positions", "sources", "label_smoothing", "margin"):
             setattr(self.base, part, getattr(self, part))
-        if self.needs_index:
-            self.base.positions = self.positions
         inner = self.base.craft(model, x, y)
         self._turn(model)
         n = len(inner.points)

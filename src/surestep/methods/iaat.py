@@ -47,7 +47,7 @@ class IAAT(PGD):
 
     def set_up(self) -> None:
         """Begin without radii."""
-        self._radius = Memory()  # as a share of eps
+        self._radius = Memory(pixels=False)  # as a share of eps
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor) -> Update:
         """Attack at eps, move each image's radius, and scale the perturbation to it."""

@@ -42,7 +42,8 @@ class PGD(Method):
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return the last iterate from a random start (N, ...)."""
         with attacking(model) as inner:
-            return climb(inner, x, y, self.start(x), self.threat, self.steps, self.alpha)
+            start = self.start(x)
+            return climb(inner, x, y, start, self.threat, steps=self.steps, size=self.alpha)
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor) -> Update:
         """Train on the perturbed images."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ from surestep.methods._presets import (
     recipe,
 )
 from surestep.methods._registry import register
-from surestep.methods._single_step import OnSingleStep, SingleStep
+from surestep.methods._single_step import OnSingleStep, SingleStep, unchanged
 from surestep.methods.fgsm import FGSM
 from surestep.threat import ThreatModel
 
@@ -62,12 +62,13 @@ def _base_within(threat: ThreatModel, base: SingleStep | None) -> SingleStep:
 def _ending(base: SingleStep, x: Tensor, project: bool) -> Callable[[Tensor], Tensor]:
     """Return what ends a step that began alpha beside the base's start.
 
-    FGSM's may then leave the ball by alpha, as in the authors' code. A base with another start or
-    a longer step would leave it by far more, so its steps end as they do by themselves.
+    A base that starts, steps and ends as FGSM may then leave the ball by alpha, as in the authors'
+    code. Another would leave it by far more, so its steps end as they do by themselves.
     """
     if project:
         return base.threat.around(x)
-    return base.threat.clip if isinstance(base, FGSM) else base.around(x)
+    as_fgsm = unchanged(type(base), "start", "size", "around", "ball")
+    return base.threat.clip if as_fgsm else base.around(x)
 
 
 def _gradient_beside(
@@ -289,24 +290,18 @@ class SAT(OnSingleStep):
         self._count += 1
         if self._count % self.every:
             return Update(self.between(model, x, y), self.plain_loss(y))
-        # As a share, which the three functions turn back into the number.
-        share = self.n_regularised(len(x)) / len(x)
-        return self.regularise(
+        return self.update()(
             *(model, x, y, self.threat),
             lam=self.every * self.lam,
-            fraction=share,
+            # As a share, which the function turns back into the number.
+            fraction=self.n_regularised(len(x)) / len(x),
             base=self.base,
             criterion=self.criterion,
         )
 
     @abstractmethod
-    def regularise(self, *batch: Any, **shared: Any) -> Update:
-        """Return the update of a step that regularises.
-
-        Args:
-            batch: model, images, labels and threat model, as the three functions take them.
-            shared: the arguments that all three take.
-        """
+    def update(self) -> Callable[..., Update]:
+        """Return the function that a regularising step takes, with the method's own settings."""
 
     def between(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return the points (N, ...) that a step without the regularizer trains on."""
@@ -366,9 +361,9 @@ class SATR1(SAT):
         "cifar10-speed": recipe(CIFAR_SPEED, lam=0.2, steps=3),
     }
 
-    def regularise(self, *batch: Any, **shared: Any) -> Update:
+    def update(self) -> Callable[..., Update]:
         """See ``sat_r1_update``."""
-        return sat_r1_update(*batch, steps=self.steps, **shared)
+        return partial(sat_r1_update, steps=self.steps)
 
     def cost(self, batch_size: int) -> Cost:
         """FGSM on all; for the regularised share, K - 1 more steps and a second view."""
@@ -401,9 +396,9 @@ class SATR2(SAT):
         "cifar10-speed": recipe(CIFAR_SPEED, lam=25.0, alpha=2 / 255),
     }
 
-    def regularise(self, *batch: Any, **shared: Any) -> Update:
+    def update(self) -> Callable[..., Update]:
         """See ``sat_r2_update``."""
-        return sat_r2_update(*batch, alpha=self.alpha, project=self.project, **shared)
+        return partial(sat_r2_update, alpha=self.alpha, project=self.project)
 
     def cost(self, batch_size: int) -> Cost:
         """Both views of the regularised share go through the attack and the update."""
@@ -458,16 +453,15 @@ class SATR3(SAT):
         size = self.base.size
         self.require(self.eps_low <= size, "eps_low", f"in [0, full step = {size:g}]")
 
-    def regularise(self, *batch: Any, **shared: Any) -> Update:
+    def update(self) -> Callable[..., Update]:
         """See ``sat_r3_update``."""
-        return sat_r3_update(
-            *batch,
+        return partial(
+            sat_r3_update,
             tau=self.tau,
             alpha=self.alpha,
             eps_low=self.eps_low,
             project=self.project,
             per_sample=self.per_sample,
-            **shared,
         )
 
     def between(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

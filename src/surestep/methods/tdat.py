@@ -43,7 +43,7 @@ class TDAT(Method):
     }
 
     lam: float = param(0.65, ge=0)
-    relax: float = param(0.6, gt=0, le=0.64)
+    relax: float = param(0.6, gt=0, le=0.64)  # the share begins at relax * tan(1), below 1
     least: float = param(0.15, gt=0, lt=1)
 
     def set_up(self) -> None:

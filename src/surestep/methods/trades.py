@@ -40,7 +40,7 @@ def ascend_kl(
         def divergence(logits: Tensor, y: Tensor) -> Tensor:
             return kl(clean, F.log_softmax(logits, dim=1))
 
-        return climb(inner, x, y, start, threat, steps, alpha, divergence)
+        return climb(inner, x, y, start, threat, steps=steps, size=alpha, objective=divergence)
 
 
 def trades_update(

@@ -1,6 +1,6 @@
 """Image classifiers that take pixels in [0, 1]; any normalisation is inside the model."""
 
-from surestep.models._base import Classifier, Normalize
+from surestep.models._base import Classifier, Normalize, choose_normalize
 from surestep.models._from_file import absolute, file_of, from_file, in_file
 from surestep.models._registry import check_name, create, names, register
 from surestep.models.hypersphere import HypersphereHead, on_hypersphere
@@ -19,6 +19,7 @@ __all__ = [
     "WideResNet",
     "absolute",
     "check_name",
+    "choose_normalize",
     "create",
     "file_of",
     "from_file",

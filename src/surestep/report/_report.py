@@ -38,7 +38,7 @@ class Report:
 
     Raises:
         UserError: the evaluation or the audit is none, or one of another version of the format; or
-            a row of the history is no dict.
+            a row of the history is no dict, or one of the comparison names no method.
     """
 
     title: str
@@ -73,6 +73,8 @@ class Report:
                 )
         if any(not isinstance(row, Mapping) for row in self.history or ()):  # read from a file
             raise UserError("a row of the history is no dict: is the run's metrics.jsonl damaged?")
+        if any("method" not in row for row in self.comparison or ()):  # may be one's own
+            raise UserError("a row of the comparison has no method: give each its method's name")
 
     @property
     def checks(self) -> Sequence[Mapping[str, Any]]:

@@ -78,23 +78,26 @@ def test_accuracy_is_of_all_machines_and_seconds_are_of_each(capsys):
         line("sat-r2", 1, 0.88, 30),
         # On one core of two, beside another: its accuracy counts, its seconds do not.
         line("sat-r2", 2, 0.89, 900, threads="1"),
-        # The same seed again elsewhere: its seconds count there, its accuracy once.
-        line("sat-r2", 1, 0.10, 70, "two"),
+        # The same seed again elsewhere. Its seconds count there, its accuracy only if it differs.
+        line("sat-r2", 1, 0.88, 70, "two"),
+        line("sat-r2", 0, 0.83, 70, "two"),
         line("pgd", 0, 0.91, 200),
         line("pgd", 0, 0.84, 100, epochs="1.25"),
+        line("pgd", 0, 0.86, 40, epochs="1.5"),
         line("sat-r1", 0, 0.5, 10, recipe="cifar10-speed", epochs="4"),
     ]
     race.table(rows, race.RACES["mnist"])
     said = capsys.readouterr().out.splitlines()[2:]
     assert said[0].startswith(
-        "| sat-r2/mnist-speed | 2 | 3 | 90.0 ± 0.0 | 80.0 ± 0.0 | 87.0 ± 2.6 | 80, 85 | "
+        "| sat-r2/mnist-speed | 2 | 4 | 90.0 ± 0.0 | 80.0 ± 0.0 | 86.0 ± 2.9 | 80, 85 | "
     )
     assert said[0].endswith(
-        "20.0 ± 14.1, 0.200, 0.100 (n = 2, one, 2 cores); 70.0, –, – (n = 1, two, 2 cores) |"
+        "20.0 ± 14.1, 0.200, 0.100, 0.500 (n = 2, one, 2 cores); "
+        "70.0 ± 0.0, –, –, – (n = 2, two, 2 cores) |"
     )
-    assert said[1].endswith("| 80, 85, 90 | 200.0, 2.000, 1.000 (n = 1, one, 2 cores) |")
+    assert said[1].endswith("| 80, 85, 90 | 200.0, 2.000, 1.000, 5.000 (n = 1, one, 2 cores) |")
     assert said[2].startswith("| pgd/mnist-speed/1.25 | 1.25 | 1 |")
-    assert len(said) == 3
+    assert len(said) == 4
 
 
 def test_a_recipe_of_the_other_race_is_refused(monkeypatch, capsys):

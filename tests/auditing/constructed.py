@@ -44,8 +44,8 @@ UNSEEN = {"quantised", "detached", "no gradient at all", "thermometer", "nan gra
 """What gradient attacks cannot see at all: these masks make a weak model look robust."""
 
 
-def flagged(name, value=1.0, **evidence):
-    return Check(1, name, name, "flagged", value, "", "", "", evidence)
+def flagged(name, **counts):
+    return Check(1, name, name, "flagged", 1.0, "", "", "", sign=name, **counts)
 
 
 def subject(model, images, *, fast=True):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from constructed import MASKS, Layer, flagged, subject
+from constructed import MASKS, Layer, subject
 from torch import nn
 
 import surestep
+from surestep import attacks
 from surestep.auditing import (
+    CHECKS,
     Check,
     _audit,
     _subject,
@@ -25,12 +28,13 @@ from surestep.errors import UserError
 from surestep.evaluation import substitute, suite
 from surestep.evaluation.judge import Judge
 from surestep.evaluation.suite import Attack, AttackResult
+from surestep.posthoc.mean_sparse import MeanSparse
 
 
 def test_what_an_audit_says(plain):
     found, values = plain, plain.to_dict()
     assert json.loads(json.dumps(values)) == values
-    assert [c["number"] for c in values["checks"]] == list(range(1, 21))
+    assert [c["number"] for c in values["checks"]] == [check.number for check in CHECKS]
     assert values["n"] == 60
     assert set(values["claims"]) == {"fgsm", "pgd-10"}
     assert found.found_accuracy == min(found.attacks.values())
@@ -74,12 +78,11 @@ def test_found_by_is_the_attack_that_broke_the_most(images):
     assert {name: int(rows.sum()) for name, rows in s.broke.items()} == {"few": 10, "many": 40}
     s.attack({"late": moving(slice(0, 5))}, s.survivors)  # of the ten that are left
     claims = {"fgsm": 0.1, "pgd-10": 0.1}
-    checks = {"vanishing-gradients": flagged("vanishing-gradients", shares={"log-odds at x": 0.0})}
-    found = _audit._conclude(s, checks, claims, [], "quick", 1.0)
+    found = _audit._conclude(s, [], claims, [], "quick", 1.0)
     assert found.attacks == pytest.approx({"few": 5 / 6, "many": 1 / 3, "late": 1 / 12})
     assert found.found_by == "many"
     s.broke = {name: rows & False for name, rows in s.broke.items()}
-    assert _audit._conclude(s, checks, claims, [], "quick", 1.0).found_by == ""
+    assert _audit._conclude(s, [], claims, [], "quick", 1.0).found_by == ""
 
 
 def test_the_union_of_what_gradients_do_not_break(net, images):
@@ -95,7 +98,30 @@ def test_the_union_of_what_gradients_do_not_break(net, images):
         "bpda": rows == 9,
         "autoattack": rows == 40,
     }
+    by_gradient = {"pgd-5", "bpda"}
+    s.ran = {name: Attack(attacks.pgd, uses_gradient=name in by_gradient) for name in s.broke}
+    s.ran["autoattack"] = suite.parse("autoattack", s.threat)
     assert s.only_without_gradients.nonzero().squeeze(1).tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert not s.white_box[[0, 9]].any()
+    assert s.white_box[40]
+
+
+def test_what_an_attack_is_counted_as_is_what_it_says_of_itself(net, images):
+    """Whatever its name."""
+    s = subject(net, images)
+    away = Attack(lambda model, x, y: 1 - x)
+    s.attack({"pgd-5": away, "noise-5": Attack(lambda model, x, y: x, uses_gradient=True)})
+    assert s.broke["pgd-5"].any()
+    assert torch.equal(s.only_without_gradients, s.broke["pgd-5"])
+    s.ran["pgd-5"] = replace(away, uses_gradient=True)
+    assert not s.only_without_gradients.any()
+
+
+def test_how_a_check_counts_is_not_told():
+    """The schema of an audit does not know it."""
+    known = {"blind": True, "hints": True, "masks": True, "sign": "no gradient"}
+    told = Check(1, "a", "A", "flagged", 1.0, "", "", "", {}, **known).to_dict()
+    assert not told.keys() & known.keys()
 
 
 def test_numbers_that_are_none_are_null_in_json():
@@ -227,10 +253,21 @@ def test_what_an_audit_spends_whatever_its_budget(monkeypatch):
     assert (binarization.INNER, binarization.RANDOM, binarization.STEPS) == (999, 200, 30)
 
 
-@pytest.mark.parametrize("mask", ["quantised", "noise"])
-def test_an_audit_takes_no_longer_than_estimated(net, images, monkeypatch, mask):
+def sparse(net):
+    """Probabilities of a model whose inputs near the middle are replaced by it."""
+    layer = MeanSparse(1, 0.2)
+    layer.mean += 0.5
+    layer.std += 0.2
+    return nn.Sequential(layer, net, Layer(lambda z: z.softmax(1)))
+
+
+@pytest.mark.parametrize(
+    ("masked", "steps", "restarts"),
+    [(MASKS["quantised"], 20, 2), (MASKS["noise"], 20, 2), (sparse, 50, 1)],
+)
+def test_an_audit_takes_no_longer_than_estimated(net, images, monkeypatch, masked, steps, restarts):
     """Time is counted in images that pass through the model; a gradient is three passes."""
-    budget = budgets.Budget(20, 20, 60, 6, 2, 200, autoattack=False)
+    budget = budgets.Budget(steps, 20, 60, 6, restarts, 200, autoattack=False)
     monkeypatch.setitem(budgets.BUDGETS, "quick", budget)
     monkeypatch.setattr(substitute, "STEPS", 250)
     monkeypatch.setattr(substitute, "WIDTH", 1)
@@ -240,7 +277,7 @@ def test_an_audit_takes_no_longer_than_estimated(net, images, monkeypatch, mask)
         nonlocal passed
         passed += len(args[0]) * (3 if args[0].requires_grad else 1)
 
-    model = MASKS[mask](net).eval()  # flagged, so that the answers to flags are run
+    model = masked(net).eval()  # flagged, so that the answers to flags are run
     model.register_forward_pre_hook(count)
     monkeypatch.setattr(_audit.time, "perf_counter", lambda: float(passed))
     most = estimate(model, surestep.data.as_images(images), "quick", 30)

@@ -18,7 +18,7 @@ from surestep.attacks.white_box import pgd_step_size
 from surestep.auditing import CHECKS, budgets, checks
 from surestep.auditing._check import over as over_limit
 from surestep.auditing._subject import Subject
-from surestep.evaluation import Adapted
+from surestep.evaluation import Adapted, suite
 
 BY_NAME = {check.name: check for check in CHECKS}
 
@@ -57,8 +57,9 @@ def ask(images, in_order):
         for attack, share in right.items():
             left = torch.arange(len(x)) < round(abs(share) * len(x))
             left = left if share >= 0 else left.flip(0)
-            s.right[attack.replace("_", "-")] = left
-            s.broke[attack.replace("_", "-")] = s.right["clean"] & ~left
+            kind = attack.replace("_", "-")
+            s.right[kind], s.broke[kind] = left, s.right["clean"] & ~left
+            s.ran[kind] = suite.parse(kind, s.threat, sources=[model])
         return BY_NAME[name](s)
 
     return call
@@ -278,6 +279,44 @@ def test_limits_that_take_many_images(ask, net, name, right, flagged):
     assert found.status == ("flagged" if flagged else "passed"), found
 
 
+@pytest.mark.parametrize(
+    ("name", "right", "times", "blind"),
+    [
+        # From three images on.
+        ("one-step-beats-many", {"fgsm": 57 / 60, "pgd_20": 1.0}, 1, True),
+        ("one-step-beats-many", {"fgsm": 58 / 60, "pgd_20": 1.0}, 1, False),
+        ("one-step-beats-many", {"fgsm": 1193 / 1200, "pgd_20": 1.0}, 20, True),
+        # More than three, and too few of 1,200 to flag.
+        ("one-step-beats-many", {"fgsm": 1195 / 1200, "pgd_20": 1.0}, 20, False),
+        ("random-beats-gradient", {"pgd_20": 1.0, "noise_20": -57 / 60}, 1, True),
+        ("random-beats-gradient", {"pgd_20": 1.0, "noise_20": -58 / 60}, 1, False),
+        # No other flag of this kind is a sign.
+        ("black-box-beats-white-box", {"pgd_20": 1.0, "square_60": 0.5}, 1, False),
+        ("losses-agree", {"pgd_20": 0.9, "pgd_20_margin": 0.1}, 1, False),
+        ("collapse", {"fgsm": 0.9, "pgd_20": 0.1}, 1, False),
+        ("gap-profile", {"pgd_10": 0.9, "pgd_20": 0.8, "autoattack": 0.1}, 1, False),
+    ],
+)
+def test_accuracies_that_show_gradients_to_be_blind(ask, net, name, right, times, blind):
+    found = ask(name, net, times=times, **right)
+    assert (found.blind, found.sign) == (blind, found.title.lower())
+    assert found.flagged or not blind
+
+
+@pytest.mark.parametrize(
+    ("right", "masks"),
+    [
+        ({"pgd_10": 0.9, "pgd_20": 0.8}, False),
+        ({"pgd_10": 0.9, "pgd_20": 0.8, "autoattack": 0.75}, False),
+        ({"pgd_10": 0.8, "pgd_20": 0.8, "autoattack": 0.7}, True),
+    ],
+)
+def test_which_gap_explains_a_failed_claim(ask, net, right, masks):
+    found = ask("gap-profile", net, **right)
+    assert found.flagged
+    assert found.masks is masks
+
+
 def test_nothing_to_compare_is_skipped(ask, net):
     found = ask("black-box-beats-white-box", net, fgsm=0.9, pgd_20=0.8)
     assert (found.status, found.value) == ("skipped", None)
@@ -391,6 +430,18 @@ def test_what_flags_a_sweep(ask, net, monkeypatch, accuracy, flagged):
     assert (found.status == "flagged") is flagged
 
 
+@pytest.mark.parametrize(
+    ("left", "blind", "hints"),
+    [(4, True, True), (3, False, True), (2, False, False)],  # surely 5.3, 3.5 and 1.8% of thirty
+)
+def test_how_many_may_withstand_an_attack_without_bounds(ask, net, monkeypatch, left, blind, hints):
+    evaluate, _ = told([0.9, 0.8, 0.7, 0.6, 0.4, 0.38, left / 30])
+    monkeypatch.setattr(checks, "evaluate", evaluate)
+    found = ask("eps-sweep", net)
+    assert found.flagged
+    assert (found.blind, found.hints, found.sign) == (blind, hints, "sweep of eps")
+
+
 def test_a_ball_that_holds_every_image(ask, net, monkeypatch):
     """In L2 its radius is the diagonal of 64 pixels; nothing is said there of half the range."""
     evaluate, _ = told([0.9, 0.9, 0.9, 0.9, 0.9, 0.0])
@@ -465,7 +516,7 @@ def test_the_page_of_checks_is_up_to_date():
     script = Path(__file__).parents[2] / "docs" / "checks.py"
     page = script.with_name("checks.md").read_text("utf-8")
     assert page == runpy.run_path(str(script))["page"](), "run python docs/checks.py"
-    assert [check.number for check in CHECKS] == list(range(1, 21))
+    assert [check.number for check in CHECKS] == list(range(1, len(CHECKS) + 1))
 
 
 @pytest.mark.usefixtures("in_order")
@@ -596,6 +647,45 @@ def test_one_image_without_a_gradient_is_enough(ask, net, images):
     assert 0 < found.value < 0.1
 
 
+@pytest.mark.parametrize(
+    ("objective", "flat", "blind"),
+    [("log_odds", 4, True), ("log_odds", 3, False), ("cross_entropy", 30, False)],
+)
+@pytest.mark.parametrize("beside", [False, True])
+def test_how_many_images_without_a_gradient_are_a_sign(
+    ask, net, images, monkeypatch, objective, flat, blind, beside
+):
+    """Of thirty, and where even log-odds have none: at the images or beside them."""
+
+    def gradient(self, x, y, kind):
+        grad = torch.ones_like(x)
+        if kind.__name__ == objective and beside != torch.equal(x, self.probe[0]):
+            grad[:flat] = 0
+        return grad
+
+    monkeypatch.setattr(Subject, "gradient", gradient)
+    found = ask("vanishing-gradients", net)
+    assert found.flagged
+    assert found.blind is blind
+    if blind:
+        assert found.sign == "no gradient on 13% of the images"
+
+
+@pytest.mark.parametrize(
+    ("change", "blind"),
+    [
+        (lambda net: Layer(lambda x: net(x.detach()).detach()), True),
+        (made_up, True),
+        (FLAGGED["broken-gradients"], False),  # NaN gradients
+    ],
+    ids=["detached", "made up", "nan"],
+)
+def test_which_broken_gradients_are_a_sign(ask, net, change, blind):
+    found = ask("broken-gradients", change(net))
+    assert found.flagged
+    assert (found.blind, found.sign) == (blind, "broken gradients")
+
+
 def test_a_model_that_is_flat_beside_the_images(ask, net, images):
     x, _ = images
 
@@ -642,6 +732,28 @@ def test_how_many_problems_are_solved(ask, net, monkeypatch, pgd, noise, flagged
     """Four fifths at least, and more than random points solve."""
     monkeypatch.setattr(checks, "binarization_rates", lambda *_: (pgd, noise, 20))
     assert (ask("binarization", net).status == "flagged") is flagged
+
+
+@pytest.mark.parametrize(
+    ("pgd", "noise", "posed", "blind"),
+    [
+        (0.0, 0.05, 20, True),
+        (0.15, 0.15, 20, True),
+        # More than by chance.
+        (0.3, 0.05, 20, False),
+        # An attack that solves 85% of all problems solves no more than 15 of 20 now and then.
+        (0.75, 0.75, 20, False),
+        (0.0, 0.0, 4, True),
+        (0.0, 0.0, 3, False),
+    ],
+)
+def test_how_few_solved_problems_show_gradients_to_be_blind(
+    ask, net, monkeypatch, pgd, noise, posed, blind
+):
+    monkeypatch.setattr(checks, "binarization_rates", lambda *_: (pgd, noise, posed))
+    found = ask("binarization", net)
+    assert found.flagged
+    assert found.blind is blind
 
 
 @pytest.mark.parametrize(("lowered", "flagged"), [(3, True), (1, False)])

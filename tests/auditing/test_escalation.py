@@ -10,10 +10,12 @@ from constructed import MASKS, Layer, flagged, quantise, subject
 from torch import nn
 
 import surestep
-from surestep.auditing import _subject, audit, budgets, stand_ins
-from surestep.auditing.escalation import escalate
-from surestep.evaluation import wilson_interval
+from surestep.attacks import auto
+from surestep.auditing import _subject, audit, budgets, escalation, stand_ins
+from surestep.auditing.escalation import Planned, escalate
+from surestep.evaluation import suite, wilson_interval
 from surestep.evaluation.suite import Attack, AttackResult
+from surestep.posthoc.mean_sparse import MeanSparse
 
 
 def test_bpda_explains_what_only_square_had_broken(net, images):
@@ -21,7 +23,7 @@ def test_bpda_explains_what_only_square_had_broken(net, images):
     s = subject(nn.Sequential(Layer(quantise), net), images)
     first = torch.arange(60) < 30
     s.right = {"clean": torch.ones(60, dtype=torch.bool), "square-20": ~first}
-    s.broke = {"square-20": first}
+    s.ran, s.broke = suite.parse_all(["square-20"], s.threat), {"square-20": first}
     steps = escalate(s, [flagged("vanishing-gradients"), flagged("broken-gradients")])
     assert steps[0]["name"] == "bpda"
     assert int((s.broke["bpda"] & first).sum()) > 25
@@ -29,11 +31,32 @@ def test_bpda_explains_what_only_square_had_broken(net, images):
     assert int(s.only_without_gradients.sum()) < 5
 
 
+@pytest.mark.parametrize("uses_gradient", [False, True])
+def test_an_answer_that_needs_no_gradient_clears_none(net, images, monkeypatch, uses_gradient):
+    """What it breaks is no sign that gradients see something, whatever it is called."""
+    s = subject(net, images)
+    first = torch.arange(60) < 30
+    s.right = {"clean": torch.ones(60, dtype=torch.bool), "square-20": ~first}
+    s.ran, s.broke = suite.parse_all(["square-20"], s.threat), {"square-20": first}
+    seen = []
+
+    def away(model, x, y):
+        seen.append(len(x))
+        return 1 - x
+
+    boundary = Planned("boundary", "why", Attack(away, uses_gradient=uses_gradient))
+    monkeypatch.setattr(escalation, "ANSWERS", (lambda *_: (p for p in [boundary]),))
+    escalate(s, [])
+    assert sum(seen) == (60 if uses_gradient else 30)
+    assert bool(s.only_without_gradients[first].all()) is not uses_gradient
+
+
 def test_of_a_random_model_each_attack_tells_by_itself(net, images):
     """Gradient attacks try all images, also those that are broken; the others have none left."""
     s = subject(nn.Sequential(net, Layer(lambda z: z + 0.1 * torch.randn_like(z))), images)
     all_of_them = torch.ones(60, dtype=torch.bool)
     s.right = {"clean": all_of_them, "pgd-5": ~all_of_them}
+    s.ran = suite.parse_all(["pgd-5"], s.threat)
     s.broke, s.tried = {"pgd-5": all_of_them}, {"pgd-5": 60}
     steps = escalate(s, [flagged("deterministic-forward")])
     assert [step["name"] for step in steps] == ["eot-10", "pgd-10-margin"]
@@ -106,6 +129,59 @@ def test_layers_with_a_way_through_are_attacked_through_it(plain, run, net, monk
     assert steps["pgd-40-margin-bpda"]["accuracy"] < 0.1
     assert hidden.straight_through is False
     assert not any("bpda" in step["name"] for step in plain.escalation)
+
+
+class Gated(nn.Module):
+    """Scales the answer by what an argmax decides."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.gate = net, nn.Linear(64, 2)
+
+    def forward(self, x):
+        return self.net(x) * (1 + self.gate(x.flatten(1)).argmax(1, keepdim=True))
+
+
+PLAIN = {"straight": False, "probabilities": False, "random": False, "switches": 0}
+"""What calls for no answer."""
+
+
+@pytest.mark.parametrize(
+    ("answer", "masked", "has"),
+    [
+        ("_straight_through", lambda net: nn.Sequential(MeanSparse(1, 1), net), {"straight": True}),
+        ("_undo_softmax", MASKS["probabilities"], {"probabilities": True}),
+        ("_expect", MASKS["noise"], {"random": True}),
+        ("_bpda", MASKS["quantised"], {}),
+        ("_switch", Gated, {"switches": 1}),
+        ("_longer", lambda net: net, {}),
+    ],
+)
+def test_an_answer_takes_what_it_is_counted_with(net, images, monkeypatch, answer, masked, has):
+    """In images that pass through the model, where a gradient counts as three."""
+    s, passed = subject(masked(net), images), 0
+    s.threat, s.budget = surestep.Linf(0.001), replace(s.budget, steps=40, restarts=2)
+    s.right["clean"] = s.logits(s.x).argmax(1) == s.y
+
+    def count(_module, args):
+        nonlocal passed
+        passed += len(args[0]) * (escalation.GRADIENT if args[0].requires_grad else 1)
+
+    s.model.register_forward_pre_hook(count)
+    monkeypatch.setattr(escalation, "ANSWERS", (getattr(escalation, answer),))
+    escalate(s, [flagged("logits-not-probabilities")])
+    most = escalation.most_forwards(s.budget, **{**PLAIN, **has})
+    assert 0.9 * most < passed / 60 < 1.2 * most
+
+
+def test_autoattack_is_counted_with_all_its_parts():
+    budget = budgets.BUDGETS["quick"]
+    without, whole = (
+        escalation.most_forwards(replace(budget, autoattack=given), **PLAIN)
+        for given in (False, True)
+    )
+    parts = suite.parse_all(auto.PARTS, surestep.Linf(0.1)).values()
+    assert whole - without == sum(a.passes * (1.5 if a.uses_gradient else 1) for a in parts)
 
 
 def test_a_later_attack_has_a_name_of_its_own():

@@ -6,7 +6,7 @@ import pytest
 from constructed import flagged
 
 from surestep.auditing import CHECKS
-from surestep.auditing.verdict import AuditNumbers, judge
+from surestep.auditing.verdict import AuditNumbers, decide
 from surestep.evaluation import wilson_interval
 
 COLLAPSE = [flagged("collapse")]
@@ -20,7 +20,6 @@ def said_of(
     clean=0.98,
     chance=0.1,
     checks=(),
-    blind=0.0,
     missed=0,
     alone=None,
     budget="quick",
@@ -28,8 +27,8 @@ def said_of(
     """Return verdict and sentence where ``found`` of n images withstand everything."""
     interval = wilson_interval(round(found * n), n)
     named = dict(zip(("fgsm", "pgd-10"), claims, strict=True))
-    numbers = AuditNumbers(clean, named, found, interval, chance, blind, missed, n, alone)
-    return judge(numbers, list(checks), budget)
+    numbers = AuditNumbers(clean, named, found, interval, chance, missed, n, alone)
+    return decide(numbers, list(checks), budget)
 
 
 @pytest.mark.parametrize(
@@ -121,38 +120,28 @@ def test_a_claim_that_fails_where_no_check_flags_is_not_called_masked():
     assert said_of(0.02, claims=(0.6, 0.5), checks=COLLAPSE)[0] == "pseudo-robust"
 
 
-def solved(pgd, random, posed=20):
-    return flagged("binarization", pgd, pgd=pgd, random=random, posed=posed)
-
-
-def unbounded(left):
-    return flagged("eps-sweep", left / 100, accuracy=[0.9, left / 100], n=100)
+HINT = flagged("eps-sweep", hints=True)
+"""Of a check whose flag is a sign beside that of a suspect gradient alone."""
 
 
 @pytest.mark.parametrize(
     ("checks", "found", "verdict"),
     [
         # Flags that sound models have, too, on an image or two: weak, but nothing hides.
-        ([flagged("vanishing-gradients", 0.01)], 0.1, "no"),
-        ([flagged("random-beats-gradient", 0.001)], 0.1, "no"),
-        ([flagged("convergence", 0.02), flagged("gap-profile", 0.04)], 0.1, "no"),
-        # An attack that solves 85% of all problems solves no more than 15 of 20 now and then.
-        ([flagged("binarization", 0.75, pgd=0.75, random=0.05, posed=20)], 0.1, "no"),
+        ([flagged("vanishing-gradients"), flagged("random-beats-gradient")], 0.1, "no"),
+        ([flagged("convergence"), flagged("gap-profile"), flagged("binarization")], 0.1, "no"),
+        ([HINT], 0.1, "no"),
         # Where much is left the gap is the sign.
-        ([flagged("convergence", 0.02)], 0.4, "pseudo"),
-        ([flagged("losses-agree", 0.3)], 0.1, "pseudo"),
-        ([flagged("gap-profile", 0.3, **{"pgd over all with autoattack": 0.3})], 0.1, "pseudo"),
-        ([flagged("random-beats-gradient", 0.01)], 0.1, "pseudo"),
-        ([flagged("broken-gradients", contradicted=True)], 0.1, "pseudo"),
+        ([flagged("convergence")], 0.4, "pseudo"),
+        ([flagged("losses-agree")], 0.1, "pseudo"),
+        ([flagged("gap-profile", masks=True)], 0.1, "pseudo"),
+        ([flagged("random-beats-gradient", blind=True)], 0.1, "pseudo"),
+        ([HINT, flagged("binarization")], 0.1, "pseudo"),
     ],
 )
 def test_only_a_sign_of_masking_makes_a_failed_claim_a_pretence(checks, found, verdict):
     said, _ = said_of(found, claims=(0.4, 0.9), checks=checks)
     assert said == {"no": "not robust", "pseudo": "pseudo-robust"}[verdict]
-
-
-HARMLESS = {"pgd": 0.75, "random": 0.05, "posed": 20, "accuracy": [0.9, 0.0], "n": 100}
-"""Evidence of the checks that are judged by it."""
 
 
 def test_flags_that_count_by_themselves():
@@ -162,8 +151,7 @@ def test_flags_that_count_by_themselves():
         return {
             check.name
             for check in CHECKS
-            if said_of(found, checks=[flagged(check.name, 0.001, **HARMLESS), *more], **rest)[0]
-            == verdict
+            if said_of(found, checks=[flagged(check.name), *more], **rest)[0] == verdict
         }
 
     assert given("pseudo-robust", 0.1, claims=(0.4, 0.9)) == {
@@ -175,7 +163,7 @@ def test_flags_that_count_by_themselves():
         "abnormal-examples",
         "distorted-boundary",
     }
-    assert given("inconclusive", 0.86, unbounded(8)) == {
+    assert given("inconclusive", 0.86, HINT) == {
         "vanishing-gradients",
         "broken-gradients",
         "abnormal-examples",
@@ -202,42 +190,23 @@ def test_images_that_only_gradient_free_attacks_break(missed, verdict):
 
 
 @pytest.mark.parametrize(
-    ("checks", "blind", "verdict"),
+    ("checks", "signs"),
     [
-        ([], 0.0, "robust"),
-        ([], 0.1, "robust"),
-        ([], 0.2, "inconclusive"),
-        ([flagged("broken-gradients", detached=True)], 0.0, "inconclusive"),
-        # NaN on some images: how many counts, as where the gradient is zero.
-        ([flagged("broken-gradients", 0.01, detached=False)], 0.01, "robust"),
-        ([flagged("broken-gradients", 0.2, detached=False)], 0.2, "inconclusive"),
-        ([flagged("random-beats-gradient")], 0.0, "inconclusive"),
-        ([flagged("random-beats-gradient", 0.002)], 0.0, "robust"),
-        ([flagged("random-beats-gradient", 0.003)], 0.0, "inconclusive"),
-        ([flagged("one-step-beats-many", 0.006)], 0.0, "inconclusive"),
-        ([flagged("vanishing-gradients"), flagged("convergence")], 0.0, "robust"),
-        # A gradient of another function.
-        ([flagged("broken-gradients", contradicted=True)], 0.0, "inconclusive"),
-        # PGD surely solves too few problems, and no more than random points do.
-        ([solved(0.0, 0.05)], 0.0, "inconclusive"),
-        ([solved(0.15, 0.15)], 0.0, "inconclusive"),
-        ([solved(0.3, 0.05)], 0.0, "robust"),
-        ([solved(0.75, 0.75)], 0.0, "robust"),
-        ([solved(0.0, 0.0, posed=3)], 0.0, "robust"),
-        # Surely more than 2% of 100 withstand an attack without bounds, and gradients are suspect.
-        ([unbounded(10), flagged("abnormal-examples")], 0.0, "inconclusive"),
-        ([unbounded(8), flagged("abnormal-examples")], 0.0, "inconclusive"),
-        ([unbounded(8)], 0.0, "robust"),
-        # Surely more than 5% need no second sign.
-        ([unbounded(10)], 0.0, "inconclusive"),
-        ([unbounded(3), flagged("abnormal-examples")], 0.0, "robust"),
+        ([], ""),
+        ([flagged("vanishing-gradients"), flagged("convergence")], ""),
+        ([flagged("convergence"), flagged("binarization", blind=True)], "binarization"),
+        ([flagged("a", blind=True), flagged("b", blind=True)], "a, b"),
+        ([HINT], ""),
+        ([HINT, flagged("convergence")], ""),
+        ([HINT, flagged("abnormal-examples")], "eps-sweep"),
+        ([flagged("abnormal-examples", blind=True)], "abnormal-examples"),
     ],
 )
-def test_what_gradients_cannot_judge_is_not_called_robust(checks, blind, verdict):
+def test_what_gradients_cannot_judge_is_not_called_robust(checks, signs):
     for budget, advice in (("quick", "--budget standard"), ("thorough", "an attack written for")):
-        said, text = said_of(0.86, checks=checks, blind=blind, budget=budget)
-        assert said == verdict
-        assert (advice in text) is (verdict == "inconclusive")
+        said, text = said_of(0.86, checks=checks, budget=budget)
+        assert said == ("inconclusive" if signs else "robust")
+        assert (f"gradient attacks are blind here ({signs}): {advice}" in text) is bool(signs)
 
 
 @pytest.mark.parametrize(

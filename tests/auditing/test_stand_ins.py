@@ -93,6 +93,71 @@ def test_straight_through_keeps_the_forward_and_gives_a_gradient(net, images):
     assert not torch.autograd.grad(model(z).sum(), z)[0].any()
 
 
+def quantise_in_place(x):
+    return x.mul_(7).round_().div_(7)
+
+
+def code_and_overwrite(x):
+    codes = 10 * (x > 0.5).float().repeat(1, 2, 1, 1)
+    x.zero_()
+    return codes
+
+
+def test_layers_that_work_in_place_are_passed_like_others(net, images):
+    """Alone such a layer must not get a leaf, and what it was given is gone when it is done."""
+    x, _ = images
+    model = nn.Sequential(Layer(lambda z: 1 * z), Layer(quantise_in_place), net)
+    plain = model(x)
+    assert stand_ins.blocking_layers(model, x) == ["1"]
+    with stand_ins.bpda(model, x, ["1"]) as smooth:
+        z = x.clone().requires_grad_()
+        out = smooth(z)
+        (grad,) = torch.autograd.grad(out.sum(), z)
+        assert torch.equal(out, plain)
+    q = quantise_in_place(x.clone()).requires_grad_()
+    (expected,) = torch.autograd.grad(net(q).sum(), q)
+    assert torch.allclose(grad, expected, atol=1e-5)
+
+
+def test_a_network_is_fitted_to_what_a_layer_was_given(images, monkeypatch):
+    fitted = []
+    monkeypatch.setattr(stand_ins, "_surrogate", lambda *pair: fitted.append(pair))
+    coded = nn.Sequential(Layer(code_and_overwrite), nn.ReLU6(inplace=True))
+    model = nn.Sequential(Layer(lambda z: 1 * z), coded, nn.Flatten())
+    with stand_ins.bpda(model, images[0], ["1.0"]):
+        pass
+    ((given, returned),) = fitted
+    assert torch.equal(given, images[0])
+    assert torch.equal(returned, code_and_overwrite(images[0].clone()))
+
+
+def test_a_layer_that_others_count_on_to_overwrite_its_input_still_does(images):
+    """As a block whose shortcut is what its first activation has left."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.round = Layer(quantise_in_place)
+
+        def forward(self, x):
+            x = 1 * x
+            return self.round(x) + x
+
+    model, (x, _) = nn.Sequential(Block(), nn.Flatten()), images
+    plain = model(x)
+    with stand_ins.bpda(model, x, ["0.round"]) as smooth:
+        assert torch.equal(smooth(x), plain)
+
+
+@pytest.mark.parametrize("sound", [False, True])
+def test_a_layer_that_changes_nothing_may_block_all_the_same(net, images, sound):
+    """Whole numbers stay as they are when rounded; an identity is sound."""
+    x = images[0].round()
+    model = nn.Sequential(Layer((lambda z: 1 * z) if sound else torch.round), net)
+    assert torch.equal(model[0](x), x)
+    assert stand_ins.blocking_layers(model, x) == ([] if sound else ["0"])
+
+
 LEVELS = torch.arange(0.05, 1, 0.1)
 
 
@@ -152,7 +217,7 @@ def test_a_fit_that_fails_leaves_no_hook(images, net, monkeypatch):
         stand_ins.bpda(model, images[0], ["0", "1"]),
     ):
         pass
-    assert not any(m._forward_hooks for m in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_expectation_over_passes(net, images, monkeypatch):

@@ -16,6 +16,7 @@ from surestep.attacks import auto
 from surestep.data import Images
 from surestep.errors import UserError
 from surestep.evaluation import Evaluation, evaluate, suite, wilson_interval
+from surestep.evaluation.result import at_least, at_most
 from surestep.evaluation.suite import BUDGETS, Attack, AttackResult
 
 THREAT = surestep.Linf(0.05)
@@ -311,6 +312,7 @@ class TestIntervals:
     )
     def test_known_values(self, right, n, expected):
         assert wilson_interval(right, n) == pytest.approx(expected, abs=5e-5)
+        assert (at_least(right, n), at_most(right, n)) == wilson_interval(right, n)
 
     @pytest.mark.parametrize("n", [1, 2, 10, 1000, 10_000])
     def test_it_is_symmetric_and_holds_the_share(self, n):

@@ -560,15 +560,23 @@ def keep(model, x, y):
     return x
 
 
-def test_a_point_that_only_float32_sees_as_wrong_was_found_by_the_last_step(told):
+def test_a_point_that_only_float32_sees_as_wrong_was_found_by_the_last_step(told, tmp_path):
     model = told(a={1})
     x = torch.stack([torch.zeros(3), torch.arange(3) / 1000], 1)
     hit = torch.tensor([[0.0, 0.0], [0.1, 0.0], [0.0, 0.0]])
     attack = Attack(lambda m, x, y: AttackResult(x + hit, torch.full((3,), -1)), points_tried=4)
     y = torch.zeros(3, dtype=torch.int64)
-    found = surestep.evaluate(model, (x, y), surestep.Linf(0.2), {"late": attack})
-    (row,) = found.attacks
-    assert row["by_step"] == pytest.approx([1, 1, 1, 2 / 3])
+    state = tmp_path / "state.jsonl"
+
+    def by_step():
+        found = surestep.evaluate(model, (x, y), surestep.Linf(0.2), {"late": attack}, state=state)
+        return found.attacks[0]["by_step"]
+
+    assert by_step() == by_step() == pytest.approx([1, 1, 1, 2 / 3])
+    written = state.read_text()
+    state.write_text(written.replace('"steps": [-1]', '"steps": [3]'))  # as it was once kept
+    assert state.read_text() != written
+    assert by_step() == pytest.approx([1, 1, 1, 2 / 3])
 
 
 def test_an_attack_that_returns_points_alone_found_them_by_its_last_step(told):
@@ -598,8 +606,12 @@ def test_a_function_is_an_attack(net, images):
     def far(model, x, y):  # outside the ball, to which it is projected
         return attacks.fgsm(model, x, y, surestep.Linf(0.9))
 
-    found = evaluate(net, images, THREAT, {"far": far, "as one": Attack(far)}, doubt=False)
-    assert found.robust_accuracy["far"] == found.robust_accuracy["as one"]
+    def in_place(model, x, y):
+        return x.copy_(far(model, x, y))
+
+    own = {"far": far, "as one": Attack(far), "in place": in_place}
+    found = evaluate(net, images, THREAT, own, doubt=False)
+    assert len(set(found.robust_accuracy.values())) == 1
     assert 0 < found.robust_accuracy["far"] < found.clean_accuracy
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,60 +11,92 @@ from torch import nn
 
 import surestep
 from surestep import attacks
+from surestep.attacks.ascent import Ascent
+from surestep.attacks.losses import dlr, log_odds, margin
+from surestep.attacks.white_box import pgd_step_size
 from surestep.errors import SurestepWarning, UserError
 from surestep.evaluation import evaluate, suite
 
 THREAT = surestep.Linf(0.3)
 
 
-PGD = {"start_radius": None, "decay": None}
-FROM_X = {"start_radius": 0.0, "decay": None}
-
-
 @pytest.mark.parametrize(
     ("name", "called", "args"),
     [
-        ("fgsm", "attacks.fgsm", ("ce",)),
-        ("fgsm-margin", "attacks.fgsm", ("margin",)),
-        ("r-fgsm", "attacks.r_fgsm", ("ce",)),
-        ("noise-10", "attacks.random_noise", (10,)),
-        ("i-fgsm-10", "search", (10, 0.03, 1, "ce", FROM_X)),
-        ("i-fgsm-3-dlr", "search", (3, 0.1, 1, "dlr", FROM_X)),
-        ("mi-fgsm-10", "search", (10, 0.03, 1, "ce", {"start_radius": 0.0, "decay": 1.0})),
-        ("pgd-100", "search", (100, 0.01, 1, "ce", PGD)),
-        ("pgd-20x2", "search", (20, 0.3 / 8, 2, "ce", PGD)),
-        ("pgd-100-margin", "search", (100, 0.01, 1, "margin", PGD)),
-        ("pgd-50x10-dlr", "search", (50, 0.015, 10, "dlr", PGD)),
-        ("pgd-1-ce", "search", (1, 0.75, 1, "ce", PGD)),
-        ("square", "auto.square", (5000,)),
-        ("square-30", "auto.square", (30,)),
-        ("apgd-ce", "auto.apgd_ce", ()),
-        ("apgd-t", "auto.apgd_t", ()),
-        ("fab-t", "auto.fab_t", ()),
-        ("deepfool", "nearest.deepfool", (50,)),
-        ("deepfool-7", "nearest.deepfool", (7,)),
+        ("fgsm", "attacks.fgsm", ["ce"]),
+        ("fgsm-margin", "attacks.fgsm", ["margin"]),
+        ("r-fgsm", "attacks.r_fgsm", ["ce"]),
+        ("noise-10", "attacks.random_noise", [10]),
+        ("square", "auto.square", [5000]),
+        ("square-30", "auto.square", [30]),
+        ("apgd-ce", "auto.apgd_ce", []),
+        ("apgd-t", "auto.apgd_t", []),
+        ("fab-t", "auto.fab_t", []),
+        ("deepfool", "nearest.deepfool", [50]),
+        ("deepfool-7", "nearest.deepfool", [7]),
     ],
 )
 def test_names(monkeypatch, name, called, args):
     calls: list[Any] = []
 
-    def note(model: Any, x: Any, y: Any, threat: Any, *rest: Any, **named: Any) -> Any:
-        calls.append((model, x, y, threat, *rest))
-        if called != "search":
-            calls[-1] += tuple(named.values())
-            return "x_adv"
-        assert named.pop("stop_when_wrong")
-        calls[-1] += (named,)
-        return SimpleNamespace(x_adv="x_adv", first_wrong="steps")
+    def note(model: Any, x: Any, y: Any, threat: Any, **named: Any) -> Any:
+        calls.append((model, x, y, threat, *named.values()))
+        return "x_adv"
 
     monkeypatch.setattr(f"surestep.evaluation.suite.{called}", note)
+    assert suite.parse(name, THREAT).run("model", "x", "y") == "x_adv"
+    assert calls == [("model", "x", "y", THREAT, *args)]
+
+
+@pytest.mark.parametrize(
+    ("name", "ascent", "restarts"),
+    [
+        ("i-fgsm-10", Ascent(THREAT, 10, 0.03, log_odds, None, 0.0), 1),
+        ("i-fgsm-3-dlr", Ascent(THREAT, 3, 0.1, dlr, None, 0.0), 1),
+        ("mi-fgsm-10", Ascent(THREAT, 10, 0.03, log_odds, 1.0, 0.0), 1),
+        ("pgd-100", Ascent(THREAT, 100, 0.01, log_odds, None, None), 1),
+        ("pgd-20x2", Ascent(THREAT, 20, 0.3 / 8, log_odds, None, None), 2),
+        ("pgd-100-margin", Ascent(THREAT, 100, 0.01, margin, None, None), 1),
+        ("pgd-50x10-dlr", Ascent(THREAT, 50, 0.015, dlr, None, None), 10),
+        ("pgd-1-ce", Ascent(THREAT, 1, 0.75, log_odds, None, None), 1),
+    ],
+)
+def test_names_of_ascents(monkeypatch, name, ascent, restarts):
+    calls: list[Any] = []
+
+    def note(*given: Any, stop_when_wrong: bool) -> Any:
+        calls.append((*given, stop_when_wrong))
+        return SimpleNamespace(x_adv="x_adv", first_wrong="steps")
+
+    monkeypatch.setattr("surestep.evaluation.suite.search", note)
     monkeypatch.setattr("surestep.evaluation.suite.count_classes", lambda *_: 3)
-    found = suite.parse(name, THREAT).run("model", "x", "y")
-    assert found == (suite.AttackResult("x_adv", "steps") if called == "search" else "x_adv")
-    (call,) = calls
-    assert call[:4] == ("model", "x", "y", THREAT)
-    given = [pytest.approx(a) if type(a) is float else a for a in args]
-    assert list(call[4:]) == given
+    found = suite.parse(name, THREAT)
+    assert found.run("model", "x", "y") == suite.AttackResult("x_adv", "steps")
+    ((*images, made, times, stops),) = calls
+    assert images == ["model", "x", "y"]
+    assert made.step_size == pytest.approx(ascent.step_size)
+    assert replace(made, step_size=ascent.step_size) == ascent
+    assert (times, stops) == (restarts, True)
+    assert (found.gradient_steps, found.points_tried) == (ascent.steps, times * (ascent.steps + 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "uses_gradient", "steps"),
+    [
+        ("fgsm", True, 1),
+        ("r-fgsm", True, 1),
+        ("apgd-ce", True, 100),
+        ("apgd-t", True, 100),
+        ("fab-t", True, None),
+        ("autoattack", True, None),
+        ("noise-10", False, 0),
+        ("square", False, 0),
+        ("transfer", False, 0),
+    ],
+)
+def test_use_of_the_gradient(net, name, uses_gradient, steps):
+    found = suite.parse(name, THREAT, [net])
+    assert (found.uses_gradient, found.gradient_steps) == (uses_gradient, steps)
 
 
 @pytest.mark.parametrize(
@@ -114,13 +147,13 @@ def test_what_is_no_name(name):
     [(0.3, 100, 0.01), (8 / 255, 10, 2 / 255), (8 / 255, 20, 1 / 255), (0.3, 1000, 0.01)],
 )
 def test_step_sizes(eps, steps, size):
-    assert suite.pgd_step_size(eps, steps) == pytest.approx(size)
+    assert pgd_step_size(eps, steps) == pytest.approx(size)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 20, 100, 1000])
 def test_any_number_of_steps_crosses_the_ball(steps):
     # From one side of the ball to the other is 2 eps.
-    assert steps * suite.pgd_step_size(0.3, steps) >= 2 * 0.3
+    assert steps * pgd_step_size(0.3, steps) >= 2 * 0.3
 
 
 @pytest.mark.parametrize(

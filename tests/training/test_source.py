@@ -242,9 +242,7 @@ class TestImagesWithoutALabel:
         monkeypatch.setattr(
             type(method),
             "craft",
-            lambda self, m, x, y: (
-                seen.append((y, self.progress.labelled)) or craft(self, m, x, y)
-            ),
+            lambda self, m, x, y: seen.append((y, self.progress.labelled)) or craft(self, m, x, y),
         )
         (row,) = tiny.train(method, data=partly, epochs=1, val_images=6).history
         assert math.isfinite(row["loss"])

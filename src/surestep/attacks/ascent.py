@@ -95,6 +95,7 @@ def climb(
     y: Tensor,
     start: Tensor,
     threat: ThreatModel,
+    *,
     steps: int,
     size: float,
     objective: Objective = log_odds,
@@ -118,7 +119,7 @@ def climb(
     return point
 
 
-@dataclass
+@dataclass(frozen=True)
 class Ascent:
     """Steepest ascent that judges every point: I-FGSM, MI-FGSM and PGD are settings of it.
 
@@ -128,6 +129,7 @@ class Ascent:
         step_size: of one step, in pixel units.
         objective: per-sample, to be maximised.
         decay: None for plain steps; else MI-FGSM's momentum (Dong et al. 2018, eq. 6).
+        start_radius: of the random start; eps by default, 0 to start at the image.
     """
 
     threat: ThreatModel
@@ -135,15 +137,16 @@ class Ascent:
     step_size: float
     objective: Objective = log_odds
     decay: float | None = None
+    start_radius: float | None = None
 
-    def search(self, model: nn.Module, best: Best, radius: float | None = None) -> None:
-        """Offer ``best`` every iterate from a random start of ``radius``: what judging uses.
+    def search(self, model: nn.Module, best: Best) -> None:
+        """Offer ``best`` every iterate from a random start: what judging uses.
 
         One forward pass more than there are steps, to judge the last point too.
         """
         rows = best.rows()
         x = best.x[rows]
-        x_adv, momentum = self.threat.random_start(x, radius), None
+        x_adv, momentum = self.threat.random_start(x, self.start_radius), None
         inside = self.threat.around(x)
         for _ in range(self.steps):
             grad, logits = input_gradient(model, x_adv, best.y[rows], self.objective)

@@ -1,6 +1,7 @@
 """What an attack maximises: per-sample objectives of logits (N, K) and labels (N,).
 
-All are computed in float32. Those that attacks offer by name do not vanish on a confident network.
+All are computed in the logits' type, float32 or float64. Those that attacks offer by name do not
+vanish on a confident network.
 """
 
 from __future__ import annotations

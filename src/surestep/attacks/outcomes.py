@@ -32,10 +32,12 @@ def logit_distance(first: Tensor, second: Tensor) -> float:
 
     It is infinite if other entries are finite in the second pass than in the first.
     """
-    whole = first.isfinite()
-    if not whole.equal(second.isfinite()):
+    finite = first.isfinite()
+    if not finite.equal(second.isfinite()):
         return float("inf")
-    one, two = (F.normalize(z.where(whole, 0).to(finest(z.device)), dim=1) for z in (first, second))
+    one, two = (
+        F.normalize(z.where(finite, 0).to(finest(z.device)), dim=1) for z in (first, second)
+    )
     return (one - two).norm(dim=1).max().item()
 
 

@@ -6,6 +6,8 @@ The model is attacked in eval mode and left as it was found.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -77,6 +79,33 @@ def r_fgsm(
     return threat.ascend(start, grad.nan_to_num(0.0), threat.eps - alpha, x)
 
 
+def i_fgsm_ascent(threat: ThreatModel, steps: int, loss: str = "ce") -> Ascent:
+    """Return what ``i_fgsm`` is: steps of eps / steps from x itself."""
+    size = threat.eps / max(steps, 1)
+    return Ascent(threat, steps, size, losses.get(loss), start_radius=0.0)
+
+
+def mi_fgsm_ascent(threat: ThreatModel, steps: int, loss: str = "ce", decay: float = 1.0) -> Ascent:
+    """Return what ``mi_fgsm`` is: ``i_fgsm`` with momentum."""
+    return replace(i_fgsm_ascent(threat, steps, loss), decay=decay)
+
+
+def pgd_ascent(
+    threat: ThreatModel, steps: int, loss: str = "ce", step_size: float | None = None
+) -> Ascent:
+    """Return what ``pgd`` is: steps of ``pgd_step_size`` from anywhere in the ball."""
+    size = pgd_step_size(threat.eps, steps) if step_size is None else step_size
+    return Ascent(threat, steps, size, losses.get(loss))
+
+
+def pgd_step_size(eps: float, steps: int) -> float:
+    """Return the usual step size of PGD: 2.5 eps / steps, but at least eps / 30.
+
+    At eps 0.3 this is 0.01 for PGD-100, at eps 8/255 it is 2/255 for PGD-10.
+    """
+    return eps * max(2.5 / max(steps, 1), 1 / 30)
+
+
 def i_fgsm(
     model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, steps: int = 10, loss: str = "ce"
 ) -> Tensor:
@@ -97,7 +126,7 @@ def i_fgsm(
     Raises:
         UserError: on invalid images, labels, steps or loss.
     """
-    return pgd(model, x, y, threat, steps, threat.eps / max(steps, 1), loss=loss, start_radius=0.0)
+    return search(model, x, y, i_fgsm_ascent(threat, steps, loss)).x_adv
 
 
 def mi_fgsm(
@@ -128,25 +157,7 @@ def mi_fgsm(
     Raises:
         UserError: on invalid images, labels, steps or loss.
     """
-    return pgd(
-        model,
-        x,
-        y,
-        threat,
-        steps,
-        threat.eps / max(steps, 1),
-        loss=loss,
-        start_radius=0.0,
-        decay=decay,
-    )
-
-
-def pgd_step_size(eps: float, steps: int) -> float:
-    """Return the usual step size of PGD: 2.5 eps / steps, but at least eps / 30.
-
-    At eps 0.3 this is 0.01 for PGD-100, at eps 8/255 it is 2/255 for PGD-10.
-    """
-    return eps * max(2.5 / max(steps, 1), 1 / 30)
+    return search(model, x, y, mi_fgsm_ascent(threat, steps, loss, decay)).x_adv
 
 
 def pgd(
@@ -187,51 +198,34 @@ def pgd(
     Raises:
         UserError: on invalid images, labels, steps, restarts, step size or loss.
     """
-    return search(
-        model,
-        x,
-        y,
-        threat,
-        steps,
-        pgd_step_size(threat.eps, steps) if step_size is None else step_size,
-        restarts,
-        loss,
-        start_radius=start_radius,
-        decay=decay,
-        stop_when_wrong=stop_when_wrong,
-    ).x_adv
+    ascent = pgd_ascent(threat, steps, loss, step_size)
+    ascent = replace(ascent, start_radius=start_radius, decay=decay)
+    return search(model, x, y, ascent, restarts, stop_when_wrong=stop_when_wrong).x_adv
 
 
 def search(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    threat: ThreatModel,
-    steps: int,
-    step_size: float,
+    ascent: Ascent,
     restarts: int = 1,
-    loss: str = "ce",
     *,
-    start_radius: float | None = None,
-    decay: float | None = None,
     stop_when_wrong: bool = False,
 ) -> Best:
-    """Run ``pgd`` and return all it found: points, losses, the step at which each was broken."""
-    check_inputs(model, x, y, threat)
+    """Run an ascent and return all it found: points, losses, the step at which each was broken."""
+    check_inputs(model, x, y, ascent.threat)
     x = x.detach()
-    if steps < 1 or restarts < 1:
-        raise UserError(f"steps {steps} and restarts {restarts} must be at least 1")
-    if not step_size >= 0:
-        raise UserError(f"step_size {step_size} must be a number >= 0, in pixel units")
-    objective = losses.get(loss)
-    ascent = Ascent(threat, steps, step_size, objective, decay)
+    if ascent.steps < 1 or restarts < 1:
+        raise UserError(f"steps {ascent.steps} and restarts {restarts} must be at least 1")
+    if not ascent.step_size >= 0:
+        raise UserError(f"step_size {ascent.step_size} must be a number >= 0, in pixel units")
     with attacking(model) as inner:
         # A random model may be wrong on a point once and right the next time: climb to the end.
         stop_when_wrong = stop_when_wrong and not varies(inner, x[:_FEW])
-        best = Best(x, y, objective, stop_when_wrong=stop_when_wrong)
+        best = Best(x, y, ascent.objective, stop_when_wrong=stop_when_wrong)
         for _ in range(restarts):
             if len(best.rows()):
-                ascent.search(inner, best, start_radius)
+                ascent.search(inner, best)
     return best
 
 

@@ -26,9 +26,9 @@ from surestep.attacks.outcomes import share_of
 from surestep.auditing._check import CHECKS, Check
 from surestep.auditing._subject import Subject
 from surestep.auditing.budgets import budget_of
-from surestep.auditing.checks import black_box_beats_white_box, gap_profile, vanishing_gradients
+from surestep.auditing.checks import black_box_beats_white_box, gap_profile
 from surestep.auditing.escalation import escalate
-from surestep.auditing.verdict import AuditNumbers, judge
+from surestep.auditing.verdict import AuditNumbers, decide
 from surestep.data import Images
 from surestep.devices import memory_for
 from surestep.errors import UserError
@@ -49,7 +49,7 @@ class Audit:
     Attributes:
         verdict: "robust", "pseudo-robust", "not robust" or "inconclusive".
         sentence: the verdict in words.
-        checks: the twenty masking checks.
+        checks: the masking checks.
         clean_accuracy: share of images classified right as they are.
         claims: accuracy under FGSM alone and under PGD-10 alone, as a weak report would print it.
         found_accuracy: share of images that nothing broke.
@@ -113,8 +113,8 @@ def audit(
     """Tell whether a model's robustness is real, or gradients are masked.
 
     Accuracy is measured as a weak report would (FGSM, PGD-10), and under attacks that use
-    gradients, queries only, or points made on a substitute. Twenty checks look for masking; where
-    one flags, attacks made for it follow. The verdict rests on what all of these attacks found.
+    gradients, queries only, or points made on a substitute. Checks look for masking; where one
+    flags, attacks made for it follow. The verdict rests on what all of these attacks found.
     The model is judged in eval mode; it and the random state are left as they were found.
 
     Args:
@@ -152,20 +152,7 @@ def audit(
         interpreted(adapted),  # the checks hang hooks on modules
     ):
         seed_everything(seed)
-        batches = list(batches_of(data, batch_size, n, device, threat.bounds)[0])
-        if not batches:
-            raise UserError("there is no image to audit on")
-        sizes = {tuple(images.shape[1:]) for images, _ in batches}
-        if len(sizes) > 1:
-            raise UserError(
-                f"images of several sizes, such as {' and '.join(map(str, sorted(sizes)[:2]))}: an "
-                "audit takes images of one size, resize them"
-            )
-        for batch in batches:
-            check_inputs(adapted, *batch, threat)
-        x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        if n is not None:
-            warn_of_one_class(Counter(y.tolist()), stacklevel=2)
+        x, y = _images(adapted, data, threat, n, batch_size, device)
         subject = Subject(
             model=adapted,
             x=x,
@@ -178,27 +165,49 @@ def audit(
             sources=list(sources),
             state=state,
         )
-        _suite(subject)
+        _first_attacks(subject)
+        claims = {name: subject.accuracy(name) for name in ("fgsm", "pgd-10")}
         tell("masking checks")
         checks = {check.name: check(subject) for check in CHECKS}
-        claims = {name: subject.accuracy(name) for name in ("fgsm", "pgd-10")}
-        steps = escalate(subject, checks.values())
-        # The escalation may have found what these two checks could not know. A black-box flag stays
-        # even if BPDA has since broken the same images: it is the reason why BPDA ran.
-        if not checks[black_box_beats_white_box.name].flagged:
-            checks[black_box_beats_white_box.name] = black_box_beats_white_box(subject)
-        checks[gap_profile.name] = gap_profile(subject)
-    return _conclude(subject, checks, claims, steps, budget, time.perf_counter() - start)
+        answers = escalate(subject, checks.values())
+        _look_again(subject, checks)
+    seconds = time.perf_counter() - start
+    return _conclude(subject, list(checks.values()), claims, answers, budget, seconds)
 
 
-def _suite(s: Subject) -> None:
+def _images(
+    model: nn.Module,
+    data: Images | tuple[Tensor, Tensor] | Dataset | DataLoader,
+    threat: ThreatModel,
+    n: int | None,
+    batch_size: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Return all images to audit on (N, ...) and their labels (N,); arguments as for ``audit``.
+
+    Raises:
+        UserError: there is no image, they are of several sizes, or the model cannot judge them.
+    """
+    batches = list(batches_of(data, batch_size, n, device, threat.bounds)[0])
+    if not batches:
+        raise UserError("there is no image to audit on")
+    sizes = {tuple(images.shape[1:]) for images, _ in batches}
+    if len(sizes) > 1:
+        raise UserError(
+            f"images of several sizes, such as {' and '.join(map(str, sorted(sizes)[:2]))}: an "
+            "audit takes images of one size, resize them"
+        )
+    for batch in batches:
+        check_inputs(model, *batch, threat)
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    if n is not None:
+        warn_of_one_class(Counter(y.tolist()), stacklevel=3)
+    return x, y
+
+
+def _first_attacks(s: Subject) -> None:
     """Run the attacks of every audit on every image that is right clean."""
-    steps, budget = s.budget.steps, s.budget
-    names = [
-        *("fgsm", "fgsm-margin", "pgd-10", f"noise-{budget.noise}"),
-        *(f"pgd-{steps}", f"pgd-{steps}-margin", f"square-{budget.queries}"),
-    ]
-    s.attack(suite.parse_all(names, s.threat))
+    s.attack(suite.parse_all(s.budget.attacks, s.threat))
     if s.right["clean"].any():
         attack = _from_a_substitute(s)
         s.attack({"transfer": attack}, s.right["clean"])
@@ -216,14 +225,24 @@ def _from_a_substitute(s: Subject) -> Attack:
     return suite.transfer([own, *s.sources], s.threat)
 
 
+def _look_again(s: Subject, checks: dict[str, Check]) -> None:
+    """Make again the checks whose answer the escalation may have changed."""
+    # A black-box flag stays even if BPDA has since broken the same images: it is the reason why
+    # BPDA ran.
+    if not checks[black_box_beats_white_box.name].flagged:
+        checks[black_box_beats_white_box.name] = black_box_beats_white_box(s)
+    checks[gap_profile.name] = gap_profile(s)
+
+
 def _conclude(
     s: Subject,
-    checks: Mapping[str, Check],
+    checks: Sequence[Check],
     claims: dict[str, float],
-    steps: list[dict[str, Any]],
-    budget: str,
+    answers: list[dict[str, Any]],
+    budget_name: str,
     seconds: float,
 ) -> Audit:
+    """Return the audit: the verdict on what was found, and all numbers."""
     n, left = len(s.x), s.survivors
     found = AuditNumbers(
         clean=s.accuracy("clean"),
@@ -231,37 +250,29 @@ def _conclude(
         found=share_of(left),
         interval=wilson_interval(int(left.sum()), n),
         chance=s.y.bincount().max().item() / n,
-        no_gradient_share=_share_without_gradient(checks[vanishing_gradients.name]),
         missed=int(s.only_without_gradients.sum()) + s.square_in_autoattack,
         n=n,
         alone=s.left_by_the_strongest if s.random else None,
     )
-    in_order = list(checks.values())
-    verdict, sentence = judge(found, in_order, budget)
+    verdict, sentence = decide(found, checks, budget_name)
     return Audit(
         verdict=verdict,
         sentence=sentence,
-        checks=in_order,
+        checks=list(checks),
         clean_accuracy=found.clean,
         claims=claims,
         found_accuracy=found.found,
         found_interval=found.interval,
         found_by=_most_broken_by(s.broke),
         attacks={name: s.accuracy(name) for name in s.right if name != "clean"},
-        escalation=steps,
+        escalation=answers,
         chance=found.chance,
         n=n,
-        budget=budget,
+        budget=budget_name,
         seed=s.seed,
         threat=s.threat.to_dict(),
         seconds=seconds,
     )
-
-
-def _share_without_gradient(vanishing: Check) -> float:
-    """Return the share of images at which, or beside which, even log-odds have no gradient."""
-    shares = vanishing.evidence["shares"]
-    return max(share for name, share in shares.items() if name.startswith("log-odds"))
 
 
 def _most_broken_by(broke: Mapping[str, Tensor]) -> str:

@@ -16,7 +16,7 @@ class Check:
     """What one masking check found.
 
     Attributes:
-        number: 1 to 20.
+        number: its number, from 1.
         name: identifier for programs.
         title: name for people.
         status: "passed", "flagged" or "skipped".
@@ -25,6 +25,10 @@ class Check:
         sentence: what the value means for this model.
         source: where the check is from.
         evidence: the numbers behind it.
+        blind: how it counts in the verdict, see ``Measurement``.
+        hints: the same.
+        masks: the same.
+        sign: the same, in words.
     """
 
     number: int
@@ -36,6 +40,10 @@ class Check:
     sentence: str
     source: str
     evidence: dict[str, Any] = field(default_factory=dict)
+    blind: bool = False
+    hints: bool = False
+    masks: bool = False
+    sign: str = ""
 
     @property
     def flagged(self) -> bool:
@@ -43,19 +51,40 @@ class Check:
         return self.status == "flagged"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values; None for numbers that are not finite, which JSON lacks."""
+        """Return plain values; None for numbers that are not finite, which JSON lacks.
+
+        How the check counts in the verdict is left out: the verdict's own sentence tells it.
+        """
         found: dict[str, Any] = plain(asdict(self))
+        for counts in ("blind", "hints", "masks", "sign"):
+            del found[counts]
         return found
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a check's function returns: whether it flags (None: not applicable), value, sentence."""
+    """What a check's function returns. The last four say how it counts in the verdict.
+
+    Attributes:
+        flag: whether the check flags; None if it does not apply.
+        value: what was measured; None if nothing was.
+        sentence: what this means for the model.
+        evidence: the numbers behind it.
+        blind: whether this by itself shows that gradient attacks say nothing about the model. Like
+            the next two true only if the check flags.
+        hints: whether it shows that together with a check that makes gradients suspect.
+        masks: whether it explains by masking why a claim failed.
+        sign: what shows that gradient attacks are blind, in words; by default the check's title.
+    """
 
     flag: bool | None
     value: float | None
     sentence: str
     evidence: dict[str, Any] = field(default_factory=dict)
+    blind: bool = False
+    hints: bool = False
+    masks: bool = False
+    sign: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,7 +92,7 @@ class CheckDefinition:
     """One masking check, called with a subject.
 
     Attributes:
-        number: 1 to 20.
+        number: its number, from 1.
         title: name for people.
         threshold: in words, when the check flags.
         source: where the check is from.
@@ -100,6 +129,10 @@ class CheckDefinition:
             sentence=found.sentence,
             source=self.source,
             evidence=found.evidence,
+            blind=found.blind,
+            hints=found.hints,
+            masks=found.masks,
+            sign=found.sign or self.title.lower(),
         )
 
 
@@ -112,12 +145,12 @@ def over(gap: float, limit: float) -> bool:
 
 
 def masking_check(
-    number: int, title: str, threshold: str, source: str
+    number: int, title: str, *, flags_when: str, source: str
 ) -> Callable[[Callable[[Subject], Measurement]], CheckDefinition]:
-    """Register a check; its name is the function's."""
+    """Register a check; its name is the function's, and why it tells anything the docstring."""
 
     def register(function: Callable[[Subject], Measurement]) -> CheckDefinition:
-        CHECKS.append(CheckDefinition(number, title, threshold, source, function))
+        CHECKS.append(CheckDefinition(number, title, flags_when, source, function))
         return CHECKS[-1]
 
     return register

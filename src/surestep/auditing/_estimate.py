@@ -7,17 +7,21 @@ import time
 import torch
 from torch import nn
 
+from surestep.activations import straight_through_layers
 from surestep.attacks.gradients import input_gradient
 from surestep.attacks.inputs import check_labels, count_classes, forward_logits
 from surestep.attacks.lending import attacking, device_of, interpreted, uncompiled, unwrapped
 from surestep.attacks.white_box import varies
 from surestep.auditing.budgets import budget_of
-from surestep.auditing.stand_ins import EOT_SAMPLES, switches
+from surestep.auditing.escalation import GRADIENT, most_forwards
+from surestep.auditing.stand_ins import switches
 from surestep.data import Images
 from surestep.devices import autocast, has_bf16
 from surestep.errors import UserError
-from surestep.evaluation import Adapted
+from surestep.evaluation import Adapted, doubts, suite
+from surestep.evaluation.suite import Attack
 from surestep.randomness import forked_rng
+from surestep.threat import Linf
 
 
 def estimate(
@@ -57,22 +61,29 @@ def estimate(
                 except UserError:  # without a gradient the forward is all the cost, or fails again
                     values = forward_logits(adapted, x)
                 float(values.flatten()[0])  # reading a number waits for the GPU
-        return (time.perf_counter() - start) / len(x) / 3  # a gradient is about three forwards
+        return (time.perf_counter() - start) / len(x) / GRADIENT
 
     full = forward_seconds(torch.float32)
     fast = forward_seconds(torch.bfloat16) if spend.fast and has_bf16(device) else full
-    # Gradients: PGD with two losses, fgsm, fgsm-margin and pgd-10, and 70 for the transfer attack.
-    forwards = 3 * (2 * spend.steps + 12 + 70) + spend.noise + spend.queries
-    # The answers to flags: BPDA with two losses, and PGD of twice the steps.
-    forwards += 3 * 4 * spend.steps * spend.restarts + spend.late_queries
+    any_radius = Linf(1.0)  # none costs more than another
+    forwards = sum(map(_forwards, suite.parse_all(spend.attacks, any_radius).values()))
+    # Of gradients, too, though another model's.
+    forwards += GRADIENT / 2 * suite.transfer([adapted], any_radius).passes
     with attacking(adapted) as inner, forked_rng(device), interpreted(adapted):
-        if varies(inner, x):  # PGD with two losses on the mean of several passes
-            forwards += 3 * 2 * spend.steps * EOT_SAMPLES
-        forwards += 3 * spend.steps * len(switches(inner, x[:8]))
-    # 9700 in suite.py, where a gradient counts as two forwards.
-    forwards += 12_000 if spend.autoattack else 0
+        forwards += most_forwards(
+            spend,
+            straight=bool(straight_through_layers(inner)),
+            probabilities=doubts.are_probabilities(inner, doubts.logits(inner, x, len(x))),
+            random=varies(inner, x),
+            switches=len(switches(inner, x[:8])),
+        )
     # The checks' gradients, most of them of eps-sweep and convergence, and binarization's 1,250
     # passes for a fifth of the images.
-    close = (3 * 900 + 250) * spend.probe
+    close = (900 * GRADIENT + 250) * spend.probe
     questions = 20_000  # of the substitute
     return fast * forwards * n + full * (close + questions)
+
+
+def _forwards(attack: Attack) -> float:
+    """Return how many forward passes an attack takes for an image that withstands it."""
+    return attack.passes * (GRADIENT / 2 if attack.uses_gradient else 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from surestep.attacks import white_box
-from surestep.attacks.ascent import Ascent, Best
 from surestep.attacks.gradients import NoGradient, input_gradient
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.losses import Objective, cross_entropy, log_odds
@@ -22,7 +21,8 @@ from surestep.auditing.budgets import Budget
 from surestep.clock import each_minute
 from surestep.data import mixed
 from surestep.devices import has_bf16
-from surestep.evaluation import Adapted, doubts, evaluate, suite, wilson_interval
+from surestep.evaluation import Adapted, doubts, evaluate
+from surestep.evaluation.result import at_most
 from surestep.evaluation.suite import Attack
 from surestep.threat import ThreatModel
 
@@ -41,7 +41,13 @@ class Graphed(nn.Module):
 
 
 class Searched(NamedTuple):
-    """PGD's points, which are misclassified, and the step of the first success (-1: none)."""
+    """What PGD found on images.
+
+    Attributes:
+        x_adv: its points (N, ...).
+        wrong: which of them (N,) are misclassified.
+        first_wrong: after how many steps (N,) an image was first misclassified; -1 for never.
+    """
 
     x_adv: Tensor
     wrong: Tensor
@@ -62,19 +68,6 @@ class PGDCourse(NamedTuple):
     wrong: Tensor
 
 
-class _Watch(Best):
-    """Records the loss of every point it is offered, and whether the point is misclassified."""
-
-    def __init__(self, x: Tensor, y: Tensor, objective: Objective) -> None:
-        super().__init__(x, y, objective)
-        self.seen: list[Tensor] = []
-
-    def offer(self, rows: Tensor, x_adv: Tensor, logits: Tensor) -> None:
-        """Record the loss and 1 for misclassified, (N, 2)."""
-        loss = cross_entropy(logits, self.y)
-        self.seen.append(torch.stack([loss, misclassified(logits, self.y).to(loss.dtype)], 1))
-
-
 @dataclass
 class Subject:
     """A model under audit.
@@ -89,6 +82,7 @@ class Subject:
         batch_size: images per pass of the attacks.
         right: by attack, and for "clean": which images (N,) were still right after it. After an
             attack that ran only on survivors these are the survivors it left.
+        ran: the attacks that ran, by name.
         broke: by attack: which of the images that it ran on it broke, (N,).
         tried: by attack: the number of images that it ran on and that are right clean.
         square_in_autoattack: number of images that only Square broke of AutoAttack's four parts.
@@ -111,6 +105,7 @@ class Subject:
     sources: Sequence[nn.Module] = ()
     state: str | Path | None = None
     right: dict[str, Tensor] = field(init=False, default_factory=dict)
+    ran: dict[str, Attack] = field(init=False, default_factory=dict)
     broke: dict[str, Tensor] = field(init=False, default_factory=dict)
     tried: dict[str, int] = field(init=False, default_factory=dict)
     square_in_autoattack: int = field(init=False, default=0)
@@ -157,26 +152,33 @@ class Subject:
 
         Attacks on stand-ins, such as BPDA, are gradient attacks; AutoAttack does not count.
         """
-        return self.right["clean"] & ~self._broken_by(filter(suite.by_gradient, self.broke))
+        return self.right["clean"] & ~self._broken_by(gradients=True)
 
     @property
     def only_without_gradients(self) -> Tensor:
         """Which images (N,) only gradient-free attacks broke: Square, transfer, random points."""
-        return self.white_box & self._broken_by(filter(suite.gradient_free, self.broke))
+        return self.white_box & self._broken_by(gradients=False)
 
     @property
     def left_by_the_strongest(self) -> float:
         """Accuracy that no attack by itself surely (95%) gets below."""
         rates = [
-            wilson_interval(tried - int(self.broke[name].sum()), tried)[1]
+            at_most(tried - int(self.broke[name].sum()), tried)
             for name, tried in self.tried.items()
             if tried
         ]
         return self.accuracy("clean") * min(rates, default=1.0)
 
-    def _broken_by(self, names: Iterable[str]) -> Tensor:
-        none = torch.zeros(len(self.x), dtype=torch.bool)
-        return torch.stack([none, *(self.broke[name] for name in names)]).any(0)
+    def _broken_by(self, *, gradients: bool) -> Tensor:
+        """Return which images (N,) attacks with gradients, or those without, broke.
+
+        AutoAttack has parts of both kinds and counts as neither.
+        """
+        broken = torch.zeros(len(self.x), dtype=torch.bool)
+        for name, attack in self.ran.items():
+            if attack.uses_gradient == gradients and not attack.has_parts:
+                broken |= self.broke[name]
+        return broken
 
     def attack(self, attacks: Mapping[str, Attack], on: Tensor | None = None) -> None:
         """Run attacks on the images ``on`` (N,), by default all, and record what they left.
@@ -185,6 +187,7 @@ class Subject:
         its own.
         """
         rows = torch.arange(len(self.x)) if on is None else on.nonzero().squeeze(1)
+        self.ran |= attacks
         for name in attacks:
             self.right[name] = torch.zeros(len(self.x), dtype=torch.bool)
             self.broke[name] = torch.zeros(len(self.x), dtype=torch.bool)
@@ -238,9 +241,14 @@ class Subject:
 
     def _watch_pgd(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the loss, and 1 for wrong, at the start and after each step, (N, 51, 2)."""
-        watch = _Watch(x, y, log_odds)
-        Ascent(self.threat, 50, pgd_step_size(self.threat.eps, 50)).search(self.model, watch)
-        return torch.stack(watch.seen, 1)
+        size, inside = pgd_step_size(self.threat.eps, 50), self.threat.around(x)
+        point, seen = self.threat.random_start(x), []
+        for _ in range(51):
+            grad, logits = input_gradient(self.model, point, y)
+            loss = cross_entropy(logits, y)
+            seen.append(torch.stack([loss, misclassified(logits, y).to(loss.dtype)], 1))
+            point = inside(point + self.threat.steepest_step(grad.nan_to_num(0.0), size))
+        return torch.stack(seen, 1)
 
     def map(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """Apply a function to batches of tensors and concatenate what it returns."""
@@ -250,10 +258,9 @@ class Subject:
         self, x: Tensor, y: Tensor, steps: int, size: float, *, stop_when_wrong: bool = False
     ) -> Searched:
         """Run PGD on images, a batch at a time; see ``surestep.attacks.white_box.search``."""
+        ascent = white_box.pgd_ascent(self.threat, steps, step_size=size)
         parts = [
-            white_box.search(
-                self.model, a, b, self.threat, steps, size, stop_when_wrong=stop_when_wrong
-            )
+            white_box.search(self.model, a, b, ascent, stop_when_wrong=stop_when_wrong)
             for a, b in zip(x.split(self.batch_size), y.split(self.batch_size), strict=True)
         ]
         names = ("x_adv", "wrong", "first_wrong")

@@ -41,7 +41,10 @@ class Features(nn.Module):
 
 
 class _Solved(Best):
-    """Notes which points lie on the planted point's side, where the objective is positive."""
+    """Notes which points lie on the planted point's side, where the objective is positive.
+
+    The labels of these problems are their numbers: the objective takes that problem's readout.
+    """
 
     def offer(self, rows: Tensor, x_adv: Tensor, logits: Tensor) -> None:
         self.wrong[rows] |= self.objective(logits, self.y[rows]) > 0
@@ -50,7 +53,7 @@ class _Solved(Best):
 def binarization_rates(
     model: nn.Module, x: Tensor, threat: ThreatModel, batch_size: int
 ) -> tuple[float, float, int] | None:
-    """Return the success rates of PGD and of random points, and how many problems were posed.
+    """Return the shares of problems that PGD and random points solve, and how many were posed.
 
     Args:
         model: in eval mode.
@@ -82,7 +85,6 @@ def binarization_rates(
         return None
     weight, bias, x = torch.stack(readouts), torch.stack(biases), x[kept]
 
-    # Each image's index takes the place of its label.
     def score(found: Tensor, rows: Tensor) -> Tensor:
         return (found * weight[rows]).sum(1) + bias[rows]
 

@@ -18,7 +18,9 @@ class Budget:
         probe: images that the closer checks look at; binarization takes a fifth of them, but at
             least 20.
         restarts: PGD restarts when a check flags.
-        late_queries: Square's queries per surviving image when a check flags.
+        late_queries: Square's queries per surviving image when a check flags. Never as many as
+            ``queries``: of the same name, this Square would draw the same numbers and take the
+            first one's place.
         autoattack: run AutoAttack's standard version on the surviving images.
         fast: craft the attacks' points in bfloat16 if the device multiplies it and the model
             answers alike in it; whether a point succeeds is always decided in float32.
@@ -32,6 +34,29 @@ class Budget:
     late_queries: int
     autoattack: bool
     fast: bool = False
+
+    @property
+    def pgd(self) -> str:
+        """Name of the PGD that other attacks are held against."""
+        return f"pgd-{self.steps}"
+
+    @property
+    def pgd_margin(self) -> str:
+        """Name of the same on the margin."""
+        return f"{self.pgd}-margin"
+
+    @property
+    def random_points(self) -> str:
+        """Name of the attack by random points."""
+        return f"noise-{self.noise}"
+
+    @property
+    def attacks(self) -> tuple[str, ...]:
+        """Names of the attacks on every image that is right clean; transfer follows them."""
+        return (
+            *("fgsm", "fgsm-margin", "pgd-10", self.random_points),
+            *(self.pgd, self.pgd_margin, f"square-{self.queries}"),
+        )
 
 
 BUDGETS = {
@@ -60,7 +85,6 @@ BUDGETS = {
         queries=5000,
         probe=500,
         restarts=5,
-        # This Square has its own name and therefore its own random numbers.
         late_queries=10_000,
         autoattack=True,
     ),

@@ -1,8 +1,8 @@
-"""The twenty masking checks: each one function with a value, a threshold and its evidence.
+"""The masking checks: each one function with a value, a threshold and its evidence.
 
 A flag is a reason to look harder, not a verdict. The verdict rests on what the attacks that a flag
-calls for then find, though some flags can withhold "robust" (verdict.py). The thresholds were set
-on the models of benchmarks/audit_zoo.py, whose truth is known.
+calls for then find, though a check can withhold "robust" where it shows that gradient attacks are
+blind. The thresholds were set on the models of benchmarks/audit_zoo.py, whose truth is known.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from surestep.activations import straight_through_layers
 from surestep.attacks import losses
@@ -24,12 +25,17 @@ from surestep.auditing._subject import Subject
 from surestep.auditing.binarization import binarization_rates
 from surestep.auditing.finite_differences import CONTRADICTED, error_along, errors_across
 from surestep.devices import finest
-from surestep.evaluation import doubts, evaluate, suite, wilson_interval
+from surestep.evaluation import doubts, evaluate, share_interval, suite
 from surestep.evaluation.adapt import seeds_of
+from surestep.evaluation.result import at_least
 from surestep.threat import Linf, per_sample
 
 BETWEEN = 100
 """Number of points tried on the line from an image to its FGSM point."""
+BLIND = 0.1
+"""Share of images without a gradient above which surviving gradient attacks says little."""
+UNBOUNDED = 0.05
+"""Share of images above which the failure of an unbounded attack counts by itself."""
 GAP = 0.08
 """Largest usual gap between PGD and all attacks with AutoAttack, as a share of the images."""
 SOLVED = 0.8
@@ -50,9 +56,10 @@ IOAF = "Pintor et al. 2022, indicators of attack failure"
 @masking_check(
     1,
     "Deterministic forward",
-    "normalised logits differ by > 1e-4, #right differs, relative logits differ by > 0.01 in other "
-    "batches or with gradients on, or forward seeds a random generator",
-    AA,
+    flags_when=f"normalised logits differ by > {SAME:g}, #right differs, relative logits differ by "
+    f"> {doubts.ROUNDED:g} in other batches or with gradients on, or forward seeds a random "
+    "generator",
+    source=AA,
 )
 def deterministic_forward(s: Subject) -> Measurement:
     """Repeated passes, a pass in other batches and a pass with gradients on must all agree."""
@@ -81,8 +88,8 @@ def deterministic_forward(s: Subject) -> Measurement:
 @masking_check(
     2,
     "Logits, not probabilities",
-    "outputs in [0, 1] that sum to 1 within 1e-5 (16-bit weights: .02)",
-    AA,
+    flags_when="outputs in [0, 1] that sum to 1 within 1e-5 (16-bit weights: 0.02)",
+    source=AA,
 )
 def logits_not_probabilities(s: Subject) -> Measurement:
     """Probabilities saturate and their gradients with them."""
@@ -96,31 +103,39 @@ def logits_not_probabilities(s: Subject) -> Measurement:
 @masking_check(
     3,
     "Vanishing gradients",
-    "any image whose input gradient is zero, or NaN in a tenth",
-    f"{AA}; {IOAF}",
+    flags_when="any image whose input gradient is zero, or NaN in a tenth",
+    source=f"{AA}; {IOAF}",
 )
 def vanishing_gradients(s: Subject) -> Measurement:
     """Gradients of zero tell an attack nothing."""
     x, y = s.probe
-    near = s.threat.random_start(x)
+    places = {"x": x, "a random start": s.threat.random_start(x)}
     kinds = {"ce": losses.cross_entropy, "log-odds": losses.log_odds, "margin": losses.margin}
     shares = {
         f"{name} at {where}": share_of(doubts.is_flat(s.gradient(z, y, objective)))
         for name, objective in kinds.items()
-        for where, z in (("x", x), ("a random start", near))
+        for where, z in places.items()
     }
     worst = max(shares.values())
-    flag = worst > 0
-    said = f"no gradient on up to {worst:.0%} of the images" if flag else "all images have one"
-    return Measurement(flag, worst, said, {"shares": shares})
+    # Of the three, log-odds vanish last.
+    lost = max(shares[f"log-odds at {where}"] for where in places)
+    return Measurement(
+        worst > 0,
+        worst,
+        f"no gradient on up to {worst:.0%} of the images" if worst else "all images have one",
+        {"shares": shares},
+        blind=lost > BLIND,
+        sign=f"no gradient on {lost:.0%} of the images",
+    )
 
 
 @masking_check(
     4,
     "Broken gradients",
-    "graph broken, NaN or Inf in gradients or logits, or gradients off by > half from finite "
-    "differences, along them in the median or, along random directions, on surely > 10% of images",
-    IOAF,
+    flags_when="graph broken, NaN or Inf in gradients or logits, or gradients off by > "
+    f"{CONTRADICTED:.0%} from finite differences, along them in the median or, along random "
+    f"directions, on surely > {MISLED:.0%} of images",
+    source=IOAF,
 )
 def broken_gradients(s: Subject) -> Measurement:
     """NaN stops an ascent; a detached layer or a wrong backward blinds every gradient attack."""
@@ -139,8 +154,9 @@ def broken_gradients(s: Subject) -> Measurement:
     unsuited = straight_through_layers(s.model) or doubts.rounding_of(s.model) > doubts.ROUNDED
     across = torch.tensor([]) if unsuited else errors_across(s, near, y)
     off = int((across > CONTRADICTED).sum())
-    hidden = wilson_interval(off, len(across))[0] > MISLED
-    worst = max(1.0 if s.detached or contradicted or hidden else 0.0, *shares.values())
+    hidden = at_least(off, len(across)) > MISLED
+    blind = s.detached or contradicted or hidden
+    worst = max(float(blind), *shares.values())
     if s.detached:
         said = "the output does not depend on the input through autograd"
     elif contradicted:
@@ -155,17 +171,19 @@ def broken_gradients(s: Subject) -> Measurement:
         said = f"NaN or Inf in {of_grads:.0%} of gradients, {of_logits:.1%} of logits"
     else:
         said = "all finite"
-    evidence = {
+    evidence: dict[str, Any] = {
+        **shares,
         "detached": s.detached,
         "difference error": error,
         "off across": off,
         "looked at across": len(across),
         "contradicted": contradicted or hidden,
     }
-    return Measurement(worst > 0, worst, said, {**shares, **evidence})
+    # NaN gradients are no sign: an attack is blind on their images alone, which check 3 counts.
+    return Measurement(worst > 0, worst, said, evidence, blind=blind)
 
 
-@masking_check(5, "Optimisation inside forward", "autograd called in forward", AA)
+@masking_check(5, "Optimisation inside forward", flags_when="autograd called in forward", source=AA)
 def optimisation_in_forward(s: Subject) -> Measurement:
     """A forward that itself follows gradients adapts to the attack."""
     calls = 0
@@ -188,21 +206,25 @@ def optimisation_in_forward(s: Subject) -> Measurement:
 
 
 @masking_check(
-    6, "One step beats many", "accuracy under FGSM < under PGD, by > .005", f"{C19}; {A18}"
+    6,
+    "One step beats many",
+    flags_when=f"accuracy under FGSM < under PGD, by > {doubts.BEATEN:g}",
+    source=f"{C19}; {A18}",
 )
 def one_step_beats_many(s: Subject) -> Measurement:
     """More steps must find at least as much; when one finds more, the gradients mislead."""
-    fgsm, pgd = s.accuracy("fgsm"), s.accuracy(f"pgd-{s.budget.steps}")
+    fgsm, pgd = s.accuracy("fgsm"), s.accuracy(s.budget.pgd)
     # The two are measured on the same images: half a point is five of a thousand.
     flag = over(pgd - fgsm, doubts.BEATEN)
-    return Measurement(flag, pgd - fgsm, f"FGSM leaves {fgsm:.1%}, PGD {pgd:.1%}")
+    blind = flag and round((pgd - fgsm) * len(s.x)) >= doubts.BY_CHANCE
+    return Measurement(flag, pgd - fgsm, f"FGSM leaves {fgsm:.1%}, PGD {pgd:.1%}", blind=blind)
 
 
 @masking_check(
     7,
     "Collapse",
-    "FGSM leaves > half of clean accuracy and PGD > 20 points less",
-    "Kim et al. 2021; Wong et al. 2020",
+    flags_when="FGSM leaves > half of clean accuracy and PGD > 20 points less",
+    source="Kim et al. 2021; Wong et al. 2020",
 )
 def collapse(s: Subject) -> Measurement:
     """Catastrophic overfitting: robust to the one-step attack only."""
@@ -214,8 +236,9 @@ def collapse(s: Subject) -> Measurement:
 @masking_check(
     8,
     "Black-box beats white-box",
-    "Square or transfer leaves less than gradients, by > .002, or breaks > .02 that they do not",
-    f"{AA}; {A18}; {C19}",
+    flags_when="Square or transfer leaves less than gradients, by > 0.002, or breaks > "
+    f"{doubts.MISSED:g} that they do not",
+    source=f"{AA}; {A18}; {C19}",
 )
 def black_box_beats_white_box(s: Subject) -> Measurement:
     """An attack without gradients must not find what gradients cannot."""
@@ -244,25 +267,27 @@ def black_box_beats_white_box(s: Subject) -> Measurement:
 @masking_check(
     9,
     "Random beats gradient",
-    "random points break an image that gradients do not",
-    f"{C19}; {A18}",
+    flags_when="random points break an image that gradients do not",
+    source=f"{C19}; {A18}",
 )
 def random_beats_gradient(s: Subject) -> Measurement:
     """Random search in a ball finds next to nothing where gradients work."""
-    left = s.right[f"noise-{s.budget.noise}"]
-    value = share_of(s.white_box & ~left)
+    left = s.right[s.budget.random_points]
+    alone = s.white_box & ~left
+    value = share_of(alone)
     said = (
         f"{s.budget.noise:,} random points leave {share_of(left):.1%}, gradients "
         f"{share_of(s.white_box):.1%}, {value:.1%} fall to random points alone"
     )
-    return Measurement(value > 0, value, said)
+    return Measurement(value > 0, value, said, blind=int(alone.sum()) >= doubts.BY_CHANCE)
 
 
 @masking_check(
     10,
     "Sweep of eps",
-    "accuracy grows with eps by > .02, is > .05 above chance at eps .5, or unbounded > 0",
-    f"{C19}; {A18}",
+    flags_when="accuracy grows with eps by > 0.02, is > 0.05 above chance at eps 0.5, or unbounded "
+    "> 0",
+    source=f"{C19}; {A18}",
 )
 def eps_sweep(s: Subject) -> Measurement:
     """A larger ball holds the smaller one; one without bounds holds every image."""
@@ -292,16 +317,22 @@ def eps_sweep(s: Subject) -> Measurement:
     wide = [a for r, a in zip(radii, accuracy, strict=True) if linf and r >= span / 2]
     half = max(wide, default=0.0)
     flag = over(rise, 0.02) or over(half - chance, 0.05) or accuracy[-1] > 0
-    said = f"accuracy without bounds {accuracy[-1]:.0%}, largest rise {rise:.1%}"
-    evidence = {"eps": radii, "accuracy": accuracy, "n": len(x)}
-    return Measurement(flag, accuracy[-1], said, evidence)
+    surely, _ = share_interval(accuracy[-1], len(x))
+    return Measurement(
+        flag,
+        accuracy[-1],
+        f"accuracy without bounds {accuracy[-1]:.0%}, largest rise {rise:.1%}",
+        {"eps": radii, "accuracy": accuracy, "n": len(x)},
+        blind=surely > UNBOUNDED,
+        hints=surely > doubts.MISSED,
+    )
 
 
 @masking_check(
     11,
     "Convergence",
-    "twice the steps or restarts change accuracy by > .01, or loss still moves",
-    f"{C19}; {IOAF}",
+    flags_when="twice the steps or restarts change accuracy by > 0.01, or loss still moves",
+    source=f"{C19}; {IOAF}",
 )
 def convergence(s: Subject) -> Measurement:
     """An attack that still breaks new images has not converged."""
@@ -339,14 +370,17 @@ def convergence(s: Subject) -> Measurement:
 
 
 def _late_movement(s: Subject) -> float:
-    """Return how far the mean loss moves in the last 10 of 50 steps, as a share of its range."""
+    """Return how far the mean loss moves over PGD's last ten points, as a share of its range."""
     course = s.pgd_course.losses
     last, whole = course[-10:], max(course) - min(course)
     return (max(last) - min(last)) / whole if whole > 0 else 0.0
 
 
 @masking_check(
-    12, "Silent success", "> 1% of images were broken on the way and right at the end", IOAF
+    12,
+    "Silent success",
+    flags_when="> 1% of images were broken on the way and right at the end",
+    source=IOAF,
 )
 def silent_success(s: Subject) -> Measurement:
     """An attack that returns its last iterate loses these; surestep's keep the best."""
@@ -354,11 +388,15 @@ def silent_success(s: Subject) -> Measurement:
     return Measurement(lost > 0.01, lost, f"{lost:.1%} were broken only on the way")
 
 
-@masking_check(13, "Cross entropy against margin", "the margin attack leaves > .05 less", AA)
+@masking_check(
+    13,
+    "Cross entropy against margin",
+    flags_when="the margin attack leaves > 0.05 less",
+    source=AA,
+)
 def losses_agree(s: Subject) -> Measurement:
     """Scaled or smoothed logits blind one loss and not the other."""
-    steps = s.budget.steps
-    ce, other = s.accuracy(f"pgd-{steps}"), s.accuracy(f"pgd-{steps}-margin")
+    ce, other = s.accuracy(s.budget.pgd), s.accuracy(s.budget.pgd_margin)
     return Measurement(
         over(ce - other, 0.05), ce - other, f"cross entropy leaves {ce:.1%}, margin {other:.1%}"
     )
@@ -367,8 +405,8 @@ def losses_agree(s: Subject) -> Measurement:
 @masking_check(
     14,
     "Gradient alignment",
-    "mean cosine of gradients at x and nearby < .2",
-    "Andriushchenko & Flammarion 2020, GradAlign",
+    flags_when="mean cosine of gradients at x and nearby < 0.2",
+    source="Andriushchenko & Flammarion 2020, GradAlign",
 )
 def gradient_alignment(s: Subject) -> Measurement:
     """Where the loss is locally linear the gradient is the same nearby."""
@@ -385,8 +423,8 @@ def gradient_alignment(s: Subject) -> Measurement:
 @masking_check(
     15,
     "Local linearity",
-    "error of linear interpolation > half the mean loss",
-    "Abad Rocamora et al. 2024, ELLE",
+    flags_when="error of linear interpolation > half the loss, root mean square of both",
+    source="Abad Rocamora et al. 2024, ELLE",
 )
 def local_linearity(s: Subject) -> Measurement:
     """Between two points of the ball the loss should lie near its linear interpolation."""
@@ -404,8 +442,8 @@ def local_linearity(s: Subject) -> Measurement:
 @masking_check(
     16,
     "Abnormal examples",
-    "the FGSM step lowers the loss of > 5% of images",
-    "Lin et al. 2023, AAER",
+    flags_when="the FGSM step lowers the loss of > 5% of images",
+    source="Lin et al. 2023, AAER",
 )
 def abnormal_examples(s: Subject) -> Measurement:
     """A step along the gradient that lowers the loss went over a ridge."""
@@ -419,8 +457,8 @@ def abnormal_examples(s: Subject) -> Measurement:
 @masking_check(
     17,
     "Distorted boundary",
-    f"> 5% of images right at both ends are wrong at one of {BETWEEN} points between",
-    "Kim et al. 2021",
+    flags_when=f"> 5% of images right at both ends are wrong at one of {BETWEEN} points between",
+    source="Kim et al. 2021",
 )
 def distorted_boundary(s: Subject) -> Measurement:
     """Between an image and its FGSM point, both right, lies another class."""
@@ -441,45 +479,59 @@ def distorted_boundary(s: Subject) -> Measurement:
 @masking_check(
     18,
     "The SAT properties",
-    "loss at eps / 3 > .9 of the loss at eps, on images FGSM leaves right",
-    "Vivek & Babu 2020, arXiv 2002.00614",
+    flags_when="loss at eps / 3 > 0.9 of the loss at eps, on images FGSM leaves right",
+    source="Vivek & Babu 2020, arXiv 2002.00614",
 )
 def sat_properties(s: Subject) -> Measurement:
     """What SAT-R1, R2 and R3 penalise: logits that disagree, a loss that does not grow."""
     x, y = s.probe
     step = s.fgsm_step(x, y)
-    at_f = s.logits(s.threat.project(x + step, x))
-    # The last iterate, as SAT-R1 has it, not the strongest; the image where a gradient is NaN.
-    size = s.threat.eps / 10
-    ifgsm = s.map(lambda a, b: climb(s.model, a, b, a, s.threat, 10, size), x, y)
-    ifgsm = torch.where(ifgsm.isfinite(), ifgsm, x)
-    alpha = s.threat.eps / 30
-    noisy = s.threat.clip(x + s.threat.random_step(x, alpha))
-    rfgsm = s.threat.project(s.fgsm(noisy, y), x)
-    size = at_f.square().sum(1).mean().item() or 1.0
-    distances = {
-        "FGSM to I-FGSM": (at_f - s.logits(ifgsm)).square().sum(1).mean().item() / size,
-        "FGSM to R-FGSM": (at_f - s.logits(rfgsm)).square().sum(1).mean().item() / size,
-    }
+
+    def along(share: float) -> Tensor:
+        return s.threat.project(x + share * step, x)
+
+    at_fgsm = s.logits(along(1))
+    # SAT-R3: the loss grows along the step, on images that FGSM leaves right.
     shares = [k / 10 for k in range(11)]
-    kept = at_f.argmax(1) == y
-    points = [s.loss(s.threat.project(x + share * step, x), y) for share in shares]
-    course = [p.mean().item() for p in points]
-    low = s.loss(s.threat.project(x + step / 3, x), y)
-    held = points[-1][kept].mean().item() if kept.any() else float("nan")
-    ratio = low[kept].mean().item() / held if kept.any() and held > 0 else 0.0
+    course = [s.loss(along(share), y) for share in shares]
+    kept = at_fgsm.argmax(1) == y
+    early, late = s.loss(along(1 / 3), y)[kept], course[-1][kept]
+    ratio = (early.mean() / late.mean()).item() if late.sum() > 0 else 0.0
+
+    # SAT-R1 and SAT-R2: I-FGSM and R-FGSM lead to the same logits.
+    scale = at_fgsm.square().sum(1).mean().item() or 1.0
+
+    def apart(point: Tensor) -> float:
+        return (at_fgsm - s.logits(point)).square().sum(1).mean().item() / scale
+
+    to_i, to_r = apart(_i_fgsm_end(s, x, y)), apart(_r_fgsm_point(s, x, y))
     said = (
-        f"the loss at eps / 3 is {ratio:.2f} of that at eps; logits apart by "
-        f"{distances['FGSM to I-FGSM']:.2f} (I-FGSM) and {distances['FGSM to R-FGSM']:.2f} (R-FGSM)"
+        f"the loss at eps / 3 is {ratio:.2f} of that at eps; logits apart by {to_i:.2f} (I-FGSM) "
+        f"and {to_r:.2f} (R-FGSM)"
     )
-    return Measurement(ratio > 0.9, ratio, said, {"step": shares, "loss": course, **distances})
+    means = [at.mean().item() for at in course]
+    evidence = {"step": shares, "loss": means, "FGSM to I-FGSM": to_i, "FGSM to R-FGSM": to_r}
+    return Measurement(ratio > 0.9, ratio, said, evidence)
+
+
+def _i_fgsm_end(s: Subject, x: Tensor, y: Tensor) -> Tensor:
+    """Return I-FGSM's last iterate, as SAT-R1 has it; the image where a gradient is NaN."""
+    size = s.threat.eps / 10
+    end = s.map(lambda a, b: climb(s.model, a, b, a, s.threat, steps=10, size=size), x, y)
+    return torch.where(end.isfinite(), end, x)
+
+
+def _r_fgsm_point(s: Subject, x: Tensor, y: Tensor) -> Tensor:
+    """Return FGSM's point from beside the image, as SAT-R2 has it."""
+    noisy = s.threat.clip(x + s.threat.random_step(x, s.threat.eps / 30))
+    return s.threat.project(s.fgsm(noisy, y), x)
 
 
 @masking_check(
     19,
     "Binarization test",
-    "PGD solves < 80% of problems that have a solution, or random as many",
-    "Zimmermann et al. 2022",
+    flags_when=f"PGD solves < {SOLVED:.0%} of problems that have a solution, or random as many",
+    source="Zimmermann et al. 2022",
 )
 def binarization(s: Subject) -> Measurement:
     """A readout with a planted adversarial point: an attack that works must find one."""
@@ -491,24 +543,31 @@ def binarization(s: Subject) -> Measurement:
             None, None, "no problem could be posed: points within the ball have the same features"
         )
     pgd, noise, posed = rates
-    flag = pgd < SOLVED or pgd <= noise
-    said = f"of {posed} posed problems PGD solves {pgd:.0%}, random points {noise:.0%}"
-    return Measurement(flag, pgd, said, {"pgd": pgd, "random": noise, "posed": posed})
+    _, at_best = share_interval(pgd, posed)
+    return Measurement(
+        pgd < SOLVED or pgd <= noise,
+        pgd,
+        f"of {posed} posed problems PGD solves {pgd:.0%}, random points {noise:.0%}",
+        {"pgd": pgd, "random": noise, "posed": posed},
+        # Surely fewer than a working attack solves, and no more than random points do. Three
+        # problems or fewer say nothing.
+        blind=posed > doubts.BY_CHANCE and at_best < SOLVED and pgd <= noise,
+    )
 
 
 @masking_check(
     20,
     "Profile of gaps",
-    "PGD over AutoAttack > 8 points, or PGD-10 over PGD > 3",
-    "medians of the 186 runs of the FastAT benchmark, arXiv 2604.22853: 5.2 and 0.7 points",
+    flags_when=f"PGD over all with AutoAttack > {100 * GAP:g} points, or PGD-10 over PGD > 3",
+    source="medians of the 186 runs of the FastAT benchmark, arXiv 2604.22853: 5.2 and 0.7 points",
 )
 def gap_profile(s: Subject) -> Measurement:
     """How much each stronger attack takes, against what is usual."""
-    pgd, ten = s.accuracy(f"pgd-{s.budget.steps}"), s.accuracy("pgd-10")
-    gaps = {"pgd-10 over pgd": ten - pgd}
-    flag = over(ten - pgd, 0.03)
+    pgd, ten = s.accuracy(s.budget.pgd), s.accuracy("pgd-10")
+    gaps, wide = {"pgd-10 over pgd": ten - pgd}, False
     if "autoattack" in s.right:  # run on what the others left, so its share includes theirs
-        gaps["pgd over all with autoattack"] = pgd - share_of(s.survivors)
-        flag |= over(gaps["pgd over all with autoattack"], GAP)
+        gaps["pgd over all with autoattack"] = gap = pgd - share_of(s.survivors)
+        wide = over(gap, GAP)
     said = ", ".join(f"{name} {100 * gap:.1f} points" for name, gap in gaps.items())
-    return Measurement(flag, max(gaps.values()), said, gaps)
+    # In weak models, too, PGD-10 often leaves more than PGD; a wide gap to AutoAttack is rare.
+    return Measurement(wide or over(ten - pgd, 0.03), max(gaps.values()), said, gaps, masks=wide)

@@ -1,4 +1,4 @@
-"""Escalation: attacks that are each made for one way of hiding gradients, flagged or not.
+"""Escalation: the answers to what checks and layers showed, most to one way of hiding gradients.
 
 Each answer is a generator of attacks. What it sets up, such as hooks on the model, stays in place
 while its attacks run one after another on the images that nothing has broken so far.
@@ -15,6 +15,8 @@ from surestep.attacks.outcomes import share_of
 from surestep.auditing import stand_ins
 from surestep.auditing._check import Check
 from surestep.auditing._subject import Subject
+from surestep.auditing.budgets import Budget
+from surestep.auditing.checks import logits_not_probabilities
 from surestep.evaluation import suite
 from surestep.evaluation.suite import Attack
 
@@ -29,11 +31,13 @@ class Planned(NamedTuple):
 
 Planning = Generator[Planned, None, None]
 Answer = Callable[[Subject, set[str]], Planning]
-"""Called with the names of the checks that flagged."""
+"""Called with the names of the checks that flagged. What it costs stands in ``most_forwards``."""
+GRADIENT = 3
+"""What a gradient costs, in forward passes, at most: ``Attack.passes`` counts it as two."""
 
 
 def escalate(s: Subject, checks: Iterable[Check]) -> list[dict[str, Any]]:
-    """Run the attacks that the flags call for; return why each was run and what it left."""
+    """Run what each of the ``ANSWERS`` plans; return why each attack was run and what it left."""
     flagged = {check.name for check in checks if check.flagged}
     steps: list[dict[str, Any]] = []
     for answer in ANSWERS:
@@ -47,10 +51,12 @@ def escalate(s: Subject, checks: Iterable[Check]) -> list[dict[str, Any]]:
                 # those, too, shows that this attack has gradients that tell something. On a random
                 # model they try all, so that each tells by itself how much it breaks.
                 further = s.right["clean"] if s.random else s.only_without_gradients
-                on = left | further if suite.by_gradient(name) else left
+                attack = attack or suite.parse(name, s.threat, s.sources)
+                by_gradient = attack.uses_gradient and not attack.has_parts
+                on = left | further if by_gradient else left
                 if not on.any():
                     continue
-                s.attack({name: attack or suite.parse(name, s.threat, s.sources)}, on)
+                s.attack({name: attack}, on)
                 s.right[name] &= left
                 steps.append({"name": name, "why": why, "accuracy": share_of(s.survivors)})
     return steps
@@ -68,7 +74,7 @@ def _straight_through(s: Subject, flagged: set[str]) -> Planning:
 
 def _undo_softmax(s: Subject, flagged: set[str]) -> Planning:
     """Attack the logarithm of what a model returns as probabilities."""
-    if "logits-not-probabilities" in flagged:
+    if logits_not_probabilities.name in flagged:
         inverse = stand_ins.LogProbabilities(s.model)
         yield Planned(
             "log-probabilities",
@@ -146,3 +152,28 @@ ANSWERS: tuple[Answer, ...] = (
     _autoattack,
 )
 """In the order in which they run: those made for one way of hiding first."""
+
+
+def most_forwards(
+    budget: Budget, *, straight: bool, probabilities: bool, random: bool, switches: int
+) -> int:
+    """Return how many forward passes the answers take at most for an image that withstands them.
+
+    Args:
+        budget: what may be spent.
+        straight: whether layers have a straight-through gradient.
+        probabilities: whether the model returns probabilities.
+        random: whether its passes differ.
+        switches: number of modules that decide without a gradient.
+    """
+    pgd = GRADIENT * budget.steps
+    forwards: dict[Answer, int] = {
+        _straight_through: 4 * pgd * straight,
+        _undo_softmax: 2 * pgd * probabilities,
+        _expect: 2 * pgd * stand_ins.EOT_SAMPLES * random,
+        _bpda: 2 * pgd * budget.restarts,
+        _switch: pgd * switches,
+        _longer: 2 * pgd * budget.restarts + budget.late_queries,
+        _autoattack: 12_050 * budget.autoattack,  # in suite.py, where a gradient is two, 9,700
+    }
+    return sum(forwards[answer] for answer in ANSWERS)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from surestep.attacks.inputs import forward_logits
 from surestep.attacks.lending import hookable, hooked
@@ -68,7 +69,7 @@ def on_stand_in(stand_in: nn.Module, threat: ThreatModel, steps: int, restarts: 
         partial(pgd, stand_in, threat=threat, steps=steps, loss=loss)
         for loss in ("margin", "ce") * restarts
     ]
-    return Attack(partial(in_turn, attacks=tries), 4 * steps * restarts)
+    return Attack(partial(in_turn, attacks=tries), 4 * steps * restarts, uses_gradient=True)
 
 
 def blocking_layers(model: nn.Module, x: Tensor) -> list[str]:
@@ -95,7 +96,7 @@ def blocking_layers(model: nn.Module, x: Tensor) -> list[str]:
 def _alone(module: nn.Module, given: Tensor) -> Tensor | None:
     """Return what a layer by itself makes of its input; None if that is no tensor of floats."""
     try:
-        out = module(given)
+        out = module(given.clone())  # a leaf that requires a gradient cannot be changed in place
     except Exception as e:  # a layer that takes more than one argument
         if out_of_memory(e):
             raise
@@ -110,8 +111,6 @@ def _is_flat(module: nn.Module, given: Tensor) -> bool:
         out = _alone(module, given)
         if out is None:
             return False
-        if torch.equal(out, given):
-            return not out.requires_grad
         if not out.requires_grad:
             return True
         (grad,) = torch.autograd.grad((out * torch.randn_like(out)).sum(), given, allow_unused=True)
@@ -170,19 +169,40 @@ def bpda(model: nn.Module, x: Tensor, names: list[str]) -> Iterator[nn.Module]:
     with ExitStack() as hooks:
         for name in names:
             module = model.get_submodule(name)
-            seen: list[tuple[Tensor, Tensor]] = []
-
-            def note(_m: nn.Module, args: Any, out: Tensor, seen: list[Any] = seen) -> None:
-                seen.append((args[0].detach(), out.detach()))
-
-            with module.register_forward_hook(note), torch.no_grad():
-                forward_logits(model, x)
-            # Copies, since a forward in inference mode makes tensors that nothing can be fitted to.
-            smooth = _surrogate(*(tensor.clone() for tensor in seen[0]))
+            smooth = _surrogate(*_first_call(model, module, x))
             if smooth is not None:
-                through = partial(_backward_through, smooth)
-                hooks.enter_context(module.register_forward_hook(through))
+                hooks.enter_context(hooked(_led_through(module, smooth)))
         yield model
+
+
+def _first_call(model: nn.Module, module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a module first takes and returns when the model answers for images."""
+    given: list[Tensor] = []
+    returned: list[Tensor] = []
+    # Copies: the module, or the next one, may work in place.
+    before = module.register_forward_pre_hook(lambda _m, args: given.append(args[0].clone()))
+    after = module.register_forward_hook(lambda _m, _args, out: returned.append(out.clone()))
+    with before, after, torch.no_grad():
+        forward_logits(model, x)
+    # And again: nothing can be fitted to tensors that a forward made in inference mode.
+    return given[0].clone(), returned[0].clone()
+
+
+def _led_through(
+    module: nn.Module, smooth: Callable[[Tensor], Tensor]
+) -> Iterator[RemovableHandle]:
+    """Hook a layer: its output is unchanged, to the bit, with the gradient of ``smooth``."""
+    given: list[Tensor] = []
+
+    def before(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        given.append(args[0].clone())  # before a layer that works in place overwrites it
+
+    def after(_module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> Tensor:
+        soft = smooth(given.pop())
+        return out.detach() + (soft - soft.detach()).to(out.dtype)
+
+    yield module.register_forward_pre_hook(before)
+    yield module.register_forward_hook(after)
 
 
 MOST_SWITCHES = 3
@@ -291,15 +311,7 @@ def on_switch(model: nn.Module, name: str, threat: ThreatModel, steps: int) -> A
         except UserError:  # a module that runs on some images only
             return x
 
-    return Attack(run, 2 * steps)
-
-
-def _backward_through(
-    smooth: Callable[[Tensor], Tensor], _module: nn.Module, args: tuple[Any, ...], out: Tensor
-) -> Tensor:
-    """Return a layer's output unchanged, to the bit, with the gradient of ``smooth``."""
-    soft = smooth(args[0])
-    return out.detach() + (soft - soft.detach()).to(out.dtype)
+    return Attack(run, 2 * steps, uses_gradient=True)
 
 
 def _surrogate(given: Tensor, out: Tensor) -> Callable[[Tensor], Tensor] | None:

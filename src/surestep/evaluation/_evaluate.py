@@ -105,8 +105,8 @@ def evaluate(
     user_sources = list(sources)
     # An audit passes an adapted model: adapting it again would cast the pixels before they are
     # normalised.
-    once = preprocess is None and any(isinstance(part, Adapted) for part in model.modules())
-    judged = model if once else Adapted(model, preprocess)
+    adapted = preprocess is None and any(isinstance(part, Adapted) for part in model.modules())
+    judged = model if adapted else Adapted(model, preprocess)
     advice = f"lower batch_size ({batch_size})"
     if isinstance(attacks, Mapping):
         by_name = _own_attacks(attacks, eps)
@@ -175,8 +175,9 @@ def _own_attacks(
         raise UserError(
             f"an attack cannot be called {min(taken)!r}, a name the result needs: rename it"
         )
-    for name in ("autoattack", "autoattack-bpda"):
-        run = made[name].run if name in made else auto.PARTS
+    # RobustBench's entries take the accuracy under these names.
+    for name in sorted({"autoattack", "autoattack-bpda"} & made.keys()):
+        run = made[name].run
         if not isinstance(run, Mapping) or run.keys() != auto.PARTS.keys():
             raise UserError(f"{name!r} means the four attacks of AutoAttack: rename your own")
     if eps:

@@ -135,7 +135,7 @@ def logits(
         return map_batches(batch_size, run, x)
 
 
-def of_precision(precision: torch.dtype, model: nn.Module, x: Tensor, batch_size: int) -> list[str]:
+def of_precision(model: nn.Module, x: Tensor, precision: torch.dtype, batch_size: int) -> list[str]:
     """Describe that a model answers differently under autocast to a precision, if it does.
 
     One that is random, that quantises or whose logits saturate may.
@@ -220,10 +220,10 @@ def differing_rows(first: Tensor, second: Tensor, limit: float) -> Tensor:
     They do if they give another class, if other entries are finite, or if their distance is more
     than ``limit`` times the longer of the two.
     """
-    whole = first.isfinite()
-    one, two = (z.where(whole & z.isfinite(), 0).to(finest(z.device)) for z in (first, second))
+    finite = first.isfinite()
+    one, two = (z.where(finite & z.isfinite(), 0).to(finest(z.device)) for z in (first, second))
     far = (one - two).norm(dim=1) > limit * torch.maximum(one.norm(dim=1), two.norm(dim=1))
-    return far | (whole != second.isfinite()).any(1) | (first.argmax(1) != second.argmax(1))
+    return far | (finite != second.isfinite()).any(1) | (first.argmax(1) != second.argmax(1))
 
 
 def differ_on_many(first: Tensor, second: Tensor, limit: float) -> bool:

@@ -7,6 +7,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from surestep.files import digest
 from surestep.randomness import forked_rng, seed_everything
 from surestep.threat import ThreatModel
 
-_ROUNDED = 0.01  # share of images that rounding on another machine may misclassify
+_TURNED = 0.01  # share of images that rounding on another machine may misclassify
 _KEPT = 16  # images of the first batch whose logits the state keeps
 
 
@@ -36,7 +37,8 @@ class Outcome(NamedTuple):
 
     Attributes:
         broken: positions of the images that it broke, ascending.
-        steps: the number of steps that each of these took; empty if the attack does not tell.
+        steps: the number of steps that each of these took, -1 where it is not known; empty if the
+            attack does not tell.
         parts: how many each part of the attack broke; empty if it has no parts.
         seconds: wall time.
     """
@@ -90,10 +92,10 @@ class Judge:
         self.labels: list[Tensor] = []
         self.worst: list[Tensor] = []
         self.n_done = self.n_robust = self.batch_index = 0
-        self.worst_case = 1.0  # of the images so far, for ``tell``
+        self.worst_case = 1.0  # of the images so far, for ``progress`` and ``tell``
         self.total = 0  # 0: unknown
         self.kept_images: list[tuple[Tensor, Tensor]] = []
-        self.doubts: list[str] | None = None
+        self.signs: list[str] | None = None  # that attacks are misled; None: not looked for
 
     def run_batch(self, x: Tensor, y: Tensor) -> None:
         """Run every attack on a batch, except those whose results the state holds."""
@@ -141,8 +143,9 @@ class Judge:
         self.right[name].append(ok)
         if name in self.first_wrong:
             steps = torch.full((len(targets),), -1)
-            # An attack that returns points alone does not tell the step: its last one.
-            steps[broken] = torch.tensor(outcome.steps or self.attacks[name].last_step)
+            # Without a number, or wrong in full precision alone: broken by its last step.
+            told = torch.tensor(outcome.steps or -1)
+            steps[broken] = torch.where(told < 0, self.attacks[name].last_step, told)
             self.first_wrong[name].append(steps)
         for part, count in outcome.parts.items():
             self.parts[name][part] += count
@@ -167,15 +170,15 @@ class Judge:
 
     def look_for_doubts(self, sources: Sequence[nn.Module], batch_size: int) -> None:
         """Look for what may mislead attacks, on the images that were kept for this."""
-        self.doubts = []
+        self.signs = []
         if self.kept_images:
             x, y = (torch.cat(parts) for parts in zip(*self.kept_images, strict=True))
             with self._seeded("doubts", x.device):
-                self.doubts += doubts.of_model(
+                self.signs += doubts.of_model(
                     self.model, x, y, self.threat, self.attacks.values(), batch_size
                 )
-                self.doubts += doubts.of_sources(sources, x, y, batch_size)
-                self.doubts += doubts.of_precision(self.precision, self.model, x, batch_size)
+                self.signs += doubts.of_sources(sources, x, y, batch_size)
+                self.signs += doubts.of_precision(self.model, x, self.precision, batch_size)
 
     def _clean(self, x: Tensor, y: Tensor) -> Tensor:
         fingerprint = digest(x, y) if self.state.kept else ""
@@ -217,11 +220,11 @@ class Judge:
         moved = len(kept)
         if kept.shape == now.shape:
             moved = int(doubts.differing_rows(kept.to(now.dtype), now, limit).sum())
-        turned = int((clean == misclassified(out, y).cpu()).sum())
+        turned = int((clean != ~misclassified(out, y).cpu()).sum())
         # Another machine may round an image or two to the other side of a boundary or a threshold.
         # A random model that has its own generator draws anew: its passes differ from each other.
         if passes_agree(out, again) and (
-            moved > len(kept) // 8 or turned > max(2, _ROUNDED * len(x))
+            moved > len(kept) // 8 or turned > max(2, _TURNED * len(x))
         ):
             told = (
                 f"it classifies {turned} of {len(x)} images differently"
@@ -244,14 +247,12 @@ class Judge:
         """
         attack = self.attacks[name]
         if not isinstance(attack.run, Mapping):
-            return self._run(name, attack.run, attack.last_step, x, y, targets)
+            return self._run(name, attack.run, x, y, targets)
         broken: list[int] = []
         parts, seconds, left = {}, 0.0, targets.clone()
         for part, run in attack.run.items():
             label = f"{name}: {part}"
-            outcome = self._known_or_run(
-                label, partial(self._run, label, run, attack.last_step, x, y, left)
-            )
+            outcome = self._known_or_run(label, partial(self._run, label, run, x, y, left))
             left[outcome.broken] = False
             broken += outcome.broken
             parts[part] = len(outcome.broken)
@@ -259,13 +260,7 @@ class Judge:
         return Outcome(sorted(broken), [], parts, seconds)
 
     def _run(
-        self,
-        name: str,
-        run: suite.AttackFn,
-        last_step: int,
-        x: Tensor,
-        y: Tensor,
-        targets: Tensor,
+        self, name: str, run: suite.AttackFn, x: Tensor, y: Tensor, targets: Tensor
     ) -> Outcome:
         """Run an attack, or a part of one; arguments as for ``_attack``."""
         if self.tell:
@@ -281,28 +276,30 @@ class Judge:
         if len(rows):
             at = rows.to(x.device)
             with self._seeded(name, x.device):
-                with autocast(x.device, self.precision):
-                    found = run(self.model, x[at], y[at])
-                found = AttackResult(found) if isinstance(found, Tensor) else found
-                if not isinstance(found, AttackResult) or found.x_adv.shape != x[at].shape:
-                    what = (
-                        f"points of shape {tuple(found.x_adv.shape)}"
-                        if isinstance(found, AttackResult)
-                        else f"a {type(found).__name__}"
-                    )
-                    raise UserError(
-                        f"the attack {name!r} returned {what}, expected a tensor x_adv of shape "
-                        f"{tuple(x[at].shape)}: return one point for each image"
-                    )
-                # Whatever an attack returns, only a point of the threat model counts.
-                x_adv = torch.where(found.x_adv.isfinite(), found.x_adv, x[at])
-                wrong = targets[rows] & ~self._right(self.threat.project(x_adv, x[at]), y[at])
+                found = self._points(name, run, x[at], y[at])
+                wrong = targets[rows] & ~self._right(found.x_adv, y[at])
             broken = rows[wrong].tolist()
             if found.first_wrong is not None:
-                # A point that is wrong in full precision alone counts as the attack's last one.
-                first = found.first_wrong.cpu()[wrong]
-                steps = torch.where(first < 0, last_step, first).tolist()
+                steps = found.first_wrong.cpu()[wrong].tolist()
         return Outcome(broken, steps, {}, time.perf_counter() - begin)
+
+    def _points(self, name: str, run: suite.AttackFn, x: Tensor, y: Tensor) -> AttackResult:
+        """Return what an attack found, in the ball: only a point of the threat model counts."""
+        with autocast(x.device, self.precision):
+            found = run(self.model, x.clone(), y)  # it may write into its images
+        found = AttackResult(found) if isinstance(found, Tensor) else found
+        if not isinstance(found, AttackResult) or found.x_adv.shape != x.shape:
+            what = (
+                f"points of shape {tuple(found.x_adv.shape)}"
+                if isinstance(found, AttackResult)
+                else f"a {type(found).__name__}"
+            )
+            raise UserError(
+                f"the attack {name!r} returned {what}, expected a tensor x_adv of shape "
+                f"{tuple(x.shape)}: return one point for each image"
+            )
+        x_adv = torch.where(found.x_adv.isfinite(), found.x_adv, x)
+        return replace(found, x_adv=self.threat.project(x_adv, x))
 
     @contextlib.contextmanager
     def _seeded(self, name: str, device: torch.device) -> Iterator[None]:
@@ -376,7 +373,7 @@ class Judge:
         )
 
     def _doubts(self, right: Mapping[str, Tensor]) -> list[str] | None:
-        if self.doubts is None:
+        if self.signs is None:
             return None
         # An attack on the survivors cannot be compared with those that ran on all images.
         on_all = {k: attack for k, attack in self.attacks.items() if not attack.survivors_only}
@@ -385,7 +382,7 @@ class Judge:
         # Use Square of the last AutoAttack: if the -bpda variant also ran, only its gradient
         # attacks saw usable gradients.
         square = [some["square"] for some in parts if "square" in some]
-        return self.doubts + doubts.of_results(left, on_all, square[-1] if square else None)
+        return self.signs + doubts.of_results(left, on_all, square[-1] if square else None)
 
     def _by_step(self, name: str, clean: int) -> list[float] | None:
         points = self.attacks[name].points_tried

@@ -86,3 +86,13 @@ def wilson_interval(right: int, n: int) -> tuple[float, float]:
 def share_interval(share: float, n: int) -> tuple[float, float]:
     """Return the ``wilson_interval`` of a share of n images that was computed before."""
     return wilson_interval(round(share * n), n)
+
+
+def at_least(right: int, n: int) -> float:
+    """Return the lower end of the ``wilson_interval``: what the share surely is at least."""
+    return wilson_interval(right, n)[0]
+
+
+def at_most(right: int, n: int) -> float:
+    """Return the upper end of the ``wilson_interval``: what the share surely is at most."""
+    return wilson_interval(right, n)[1]

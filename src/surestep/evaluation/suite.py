@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from surestep import attacks
 from surestep.activations import straight_through
 from surestep.attacks import auto, nearest
+from surestep.attacks.ascent import Ascent
 from surestep.attacks.inputs import count_classes
 from surestep.attacks.outcomes import in_turn
-from surestep.attacks.white_box import pgd_step_size, search
+from surestep.attacks.white_box import i_fgsm_ascent, mi_fgsm_ascent, pgd_ascent, search
 from surestep.errors import UserError, look_up
 from surestep.evaluation.adapt import Adapted
 from surestep.threat import ThreatModel
@@ -61,7 +62,8 @@ class Attack:
             theirs.
         points_tried: number of points that an iterative attack tries, including its start.
         uses_gradient: whether it uses the model's gradient; set it for an attack of your own. If
-            so, an evaluation looks for gradients that are lost (``doubts``).
+            so, an evaluation looks for gradients that are lost (``doubts``), and an audit takes
+            what it breaks for something that gradients see.
         gradient_steps: number of steps along the model's gradient, 0 if it uses none; None if it
             searches in another way, or if this is unknown.
         bpda: whether gradients go straight through the layers that provide this.
@@ -79,6 +81,11 @@ class Attack:
     def last_step(self) -> int:
         """The number of steps before the last of its points."""
         return (self.points_tried or 1) - 1
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether it consists of attacks of its own, some with gradients and some without."""
+        return isinstance(self.run, Mapping)
 
 
 def as_attacks(given: Mapping[str, Any]) -> dict[str, Attack]:
@@ -154,16 +161,7 @@ def parse(name: str, threat: ThreatModel, sources: Sequence[nn.Module] = ()) -> 
             not have the threat model's norm or foolbox is not installed.
     """
     match = _NAME.fullmatch(name)
-    kind = KINDS[match["kind"]] if match else None
-    if (
-        match is None
-        or kind is None
-        or (match["count"] is None and kind.counts and kind.usual is None)
-        or (match["count"] is not None and not kind.counts)
-        or (match["restarts"] is not None and not kind.restarts)
-        or (match["loss"] is not None and not kind.loss)
-        or (match["bpda"] is not None and not kind.uses_gradient)
-    ):
+    if match is None or not (kind := KINDS[match["kind"]]).takes(match):
         meant = _OTHER_NAMES.get(name.lower())
         hint = f"did you mean {meant}? " if meant else ""
         raise UserError(
@@ -171,7 +169,7 @@ def parse(name: str, threat: ThreatModel, sources: Sequence[nn.Module] = ()) -> 
         )
     count, restarts = int(match["count"] or kind.usual or 0), int(match["restarts"] or 1)
     made = kind.make(Spec(match["kind"], count, restarts, match["loss"] or "ce", threat, sources))
-    steps = kind.gradient_steps if made.gradient_steps is None else made.gradient_steps
+    steps = made.gradient_steps if kind.uses_gradient else 0
     made = replace(made, uses_gradient=kind.uses_gradient, gradient_steps=steps)
     return _bpda(made) if match["bpda"] else made
 
@@ -190,20 +188,6 @@ def with_bpda(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(every))
 
 
-def gradient_free(name: str) -> bool:
-    """Tell from an attack's name whether it needs no gradient of the model."""
-    match = _NAME.fullmatch(name)
-    return match is not None and not KINDS[match["kind"]].uses_gradient
-
-
-def by_gradient(name: str) -> bool:
-    """Tell from an attack's name whether it counts as one by gradients.
-
-    AutoAttack does not: it ends with Square.
-    """
-    return not gradient_free(name) and name != "autoattack"
-
-
 def _bpda(attack: Attack) -> Attack:
     """Return the attack with gradients that go straight through the layers that provide them."""
     if isinstance(attack.run, Mapping):
@@ -218,32 +202,26 @@ def _straight(run: AttackFn, model: nn.Module, x: Tensor, y: Tensor) -> AttackRe
 
 
 def _plain(
-    attack: Callable[..., Tensor], threat: ThreatModel, passes: float, **options: Any
+    attack: Callable[..., Tensor],
+    threat: ThreatModel,
+    passes: float,
+    gradient_steps: int | None = None,
+    **options: Any,
 ) -> Attack:
     """Return an attack that is one function of (model, x, y, threat) and options."""
-    return Attack(partial(attack, threat=threat, **options), passes)
+    run = partial(attack, threat=threat, **options)
+    return Attack(run, passes, gradient_steps=gradient_steps)
 
 
-def _iterative(spec: Spec) -> Attack:
-    eps, steps = spec.threat.eps, spec.count
-    size = pgd_step_size(eps, steps) if spec.kind == "pgd" else eps / steps
+def _iterative(spec: Spec, ascent_of: Callable[[ThreatModel, int, str], Ascent]) -> Attack:
+    """Return the attack whose ascent ``ascent_of`` makes of a threat, steps and a loss."""
+    steps = spec.count
 
     def run(model: nn.Module, x: Tensor, y: Tensor) -> AttackResult:
         # The dlr loss, which scales the margin, needs three classes.
-        two = spec.loss == "dlr" and count_classes(model, x) < 3
-        best = search(
-            model,
-            x,
-            y,
-            spec.threat,
-            steps,
-            size,
-            spec.restarts,
-            "margin" if two else spec.loss,
-            start_radius=None if spec.kind == "pgd" else 0.0,
-            decay=1.0 if spec.kind == "mi-fgsm" else None,
-            stop_when_wrong=True,
-        )
+        too_few_classes = spec.loss == "dlr" and count_classes(model, x) < 3
+        ascent = ascent_of(spec.threat, steps, "margin" if too_few_classes else spec.loss)
+        best = search(model, x, y, ascent, spec.restarts, stop_when_wrong=True)
         return AttackResult(best.x_adv, best.first_wrong)
 
     passes, points = 2 * steps * spec.restarts, (steps + 1) * spec.restarts
@@ -326,8 +304,7 @@ class Kind:
         usual: the default of that number; None if it must be given.
         restarts: whether the name may have xRESTARTS.
         loss: whether the name may have -LOSS.
-        gradient_steps: number of steps along the model's gradient, 0 if it uses none; None if
-            ``make`` sets it, or if it searches in another way.
+        uses_gradient: whether they use the model's gradient.
     """
 
     make: Callable[[Spec], Attack]
@@ -335,12 +312,19 @@ class Kind:
     usual: int | None = None
     restarts: bool = False
     loss: bool = False
-    gradient_steps: int | None = None
+    uses_gradient: bool = True
 
-    @property
-    def uses_gradient(self) -> bool:
-        """Whether it uses the model's gradient."""
-        return self.gradient_steps != 0
+    def takes(self, name: re.Match[str]) -> bool:
+        """Tell whether attacks of this kind may have these parts in their name."""
+        if self.counts and self.usual is None and not name["count"]:
+            return False
+        allowed = {
+            "count": self.counts,
+            "restarts": self.restarts,
+            "loss": self.loss,
+            "bpda": self.uses_gradient,
+        }
+        return all(may or not name[part] for part, may in allowed.items())
 
     def written(self, name: str) -> str:
         """Return the pattern of its names, for people."""
@@ -351,34 +335,30 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     "fgsm": Kind(
-        lambda s: _plain(attacks.fgsm, s.threat, 2, loss=s.loss),
-        loss=True,
-        gradient_steps=1,
+        lambda s: _plain(attacks.fgsm, s.threat, 2, gradient_steps=1, loss=s.loss), loss=True
     ),
     "r-fgsm": Kind(
-        lambda s: _plain(attacks.r_fgsm, s.threat, 2, loss=s.loss),
-        loss=True,
-        gradient_steps=1,
+        lambda s: _plain(attacks.r_fgsm, s.threat, 2, gradient_steps=1, loss=s.loss), loss=True
     ),
-    "i-fgsm": Kind(_iterative, "STEPS", loss=True),
-    "mi-fgsm": Kind(_iterative, "STEPS", loss=True),
+    "i-fgsm": Kind(lambda s: _iterative(s, i_fgsm_ascent), "STEPS", loss=True),
+    "mi-fgsm": Kind(lambda s: _iterative(s, mi_fgsm_ascent), "STEPS", loss=True),
     "noise": Kind(
         lambda s: _plain(attacks.random_noise, s.threat, s.count, samples=s.count),
         "SAMPLES",
-        gradient_steps=0,
+        uses_gradient=False,
     ),
-    "pgd": Kind(_iterative, "STEPS", restarts=True, loss=True),
-    "apgd-ce": Kind(lambda s: _plain(auto.apgd_ce, s.threat, 200), gradient_steps=100),
-    "apgd-t": Kind(lambda s: _plain(auto.apgd_t, s.threat, 1800), gradient_steps=100),
+    "pgd": Kind(lambda s: _iterative(s, pgd_ascent), "STEPS", restarts=True, loss=True),
+    "apgd-ce": Kind(lambda s: _plain(auto.apgd_ce, s.threat, 200, gradient_steps=100)),
+    "apgd-t": Kind(lambda s: _plain(auto.apgd_t, s.threat, 1800, gradient_steps=100)),
     "fab-t": Kind(lambda s: _plain(auto.fab_t, s.threat, 2700)),
     "square": Kind(
         lambda s: _plain(auto.square, s.threat, s.count, queries=s.count),
         "QUERIES",
         auto.QUERIES,
-        gradient_steps=0,
+        uses_gradient=False,
     ),
     "autoattack": Kind(_autoattack),
-    "transfer": Kind(_transfer, gradient_steps=0),
+    "transfer": Kind(_transfer, uses_gradient=False),
     "cw-l2": Kind(
         lambda s: _nearest(s, nearest.cw_l2, nearest.SEARCHES), "STEPS", nearest.CW_STEPS
     ),

@@ -178,8 +178,8 @@ class TestTraining:
             ("fgsm", [0, 1]),
             ("sat-r2", [0, 1]),
         ]
-        first = f"runs and results go to {tmp_path}: to continue this comparison, give --out "
-        assert told[0] == first + str(tmp_path)
+        continues = "the same comparison with this folder continues"
+        assert told[0] == f"runs and results go to {tmp_path}: {continues}"
         assert told[1:3] == ["training fgsm-seed0 (1 of 4)", "  epoch 1/1"]
 
     def test_a_plug_in_that_was_changed_since(self, world, tmp_path, monkeypatch):

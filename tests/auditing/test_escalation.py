@@ -31,9 +31,17 @@ def test_bpda_explains_what_only_square_had_broken(net, images):
     assert int(s.only_without_gradients.sum()) < 5
 
 
-@pytest.mark.parametrize("uses_gradient", [False, True])
-def test_an_answer_that_needs_no_gradient_clears_none(net, images, monkeypatch, uses_gradient):
-    """What it breaks is no sign that gradients see something, whatever it is called."""
+@pytest.mark.parametrize(
+    ("uses_gradient", "has_parts", "clears"),
+    [(False, False, False), (True, False, True), (True, True, False)],
+)
+def test_only_a_gradient_attack_clears_gradients(
+    net, images, monkeypatch, uses_gradient, has_parts, clears
+):
+    """What another breaks is no sign that gradients see something, whatever it is called.
+
+    Of one with parts, such as AutoAttack, a part without gradients may have broken it.
+    """
     s = subject(net, images)
     first = torch.arange(60) < 30
     s.right = {"clean": torch.ones(60, dtype=torch.bool), "square-20": ~first}
@@ -44,11 +52,12 @@ def test_an_answer_that_needs_no_gradient_clears_none(net, images, monkeypatch, 
         seen.append(len(x))
         return 1 - x
 
-    boundary = Planned("boundary", "why", Attack(away, uses_gradient=uses_gradient))
+    run = {"part": away} if has_parts else away
+    boundary = Planned("boundary", "why", Attack(run, uses_gradient=uses_gradient))
     monkeypatch.setattr(escalation, "ANSWERS", (lambda *_: (p for p in [boundary]),))
     escalate(s, [])
-    assert sum(seen) == (60 if uses_gradient else 30)
-    assert bool(s.only_without_gradients[first].all()) is not uses_gradient
+    assert sum(seen) == (60 if clears else 30)
+    assert bool(s.only_without_gradients[first].all()) is not clears
 
 
 def test_of_a_random_model_each_attack_tells_by_itself(net, images):

@@ -209,6 +209,10 @@ def test_what_gradients_cannot_judge_is_not_called_robust(checks, signs):
         assert (f"gradient attacks are blind here ({signs}): {advice}" in text) is bool(signs)
 
 
+def test_blind_attacks_that_break_a_model_all_the_same_have_broken_it():
+    assert said_of(0.1, claims=(0.2, 0.2), checks=[flagged("a", blind=True)])[0] == "not robust"
+
+
 @pytest.mark.parametrize(
     ("found", "alone", "verdict"),
     [

@@ -320,7 +320,9 @@ def test_only_what_decides_is_a_switch():
     assert stand_ins.switches(model, x) == ["some", "gate"]
     x, y = torch.rand(20, 1, 8, 8), torch.zeros(20, dtype=torch.int64)
     threat = surestep.Linf(0.3)
-    moved = stand_ins.on_switch(model, "gate", threat, 10).run(model, x, y)
+    attack = stand_ins.on_switch(model, "gate", threat, 10)
+    assert attack.uses_gradient
+    moved = attack.run(model, x, y)
     turned = [model.gate(z.flatten(1)).argmax(1) for z in (x, moved)]
     assert (turned[0] != turned[1]).float().mean() > 0.5
     assert (moved - x).abs().max() <= 0.3 + 1e-6

@@ -40,6 +40,21 @@ MASKS = {
 }
 
 
+class Gated(nn.Module):
+    """Scales a net's answer by what an argmax decides."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.gate = net, nn.Linear(64, 2)
+
+    def forward(self, x):
+        return self.net(x) * (1 + self.gate(x.flatten(1)).argmax(1, keepdim=True))
+
+
+PLAIN = {"straight": False, "probabilities": False, "random": False, "switches": 0}
+"""What calls for no answer of the audit: the arguments of ``most_forwards``."""
+
+
 UNSEEN = {"quantised", "detached", "no gradient at all", "thermometer", "nan gradients"}
 """What gradient attacks cannot see at all: these masks make a weak model look robust."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from constructed import MASKS, Layer, subject
+from constructed import MASKS, PLAIN, Gated, Layer, subject
 from torch import nn
 
 import surestep
@@ -18,6 +18,7 @@ from surestep.auditing import (
     CHECKS,
     Check,
     _audit,
+    _estimate,
     _subject,
     audit,
     binarization,
@@ -247,6 +248,12 @@ def test_the_documents_table_of_budgets():
         assert budget.fast is (name == "quick")
 
 
+def test_the_first_attacks_of_a_budget():
+    pgd = ("pgd-50", "pgd-50-margin")
+    first = ("fgsm", "fgsm-margin", "pgd-10", "noise-50", *pgd, "square-200")
+    assert budgets.BUDGETS["quick"].attacks == first
+
+
 def test_what_an_audit_spends_whatever_its_budget(monkeypatch):
     monkeypatch.undo()  # the tests' smaller numbers
     assert substitute.STEPS == 250
@@ -284,6 +291,27 @@ def test_an_audit_takes_no_longer_than_estimated(net, images, monkeypatch, maske
     found = audit(model, images, surestep.Linf(0.01), budget="quick", n=30)
     assert found.escalation
     assert 0.5 * most < found.seconds <= most
+
+
+@pytest.mark.parametrize(
+    ("masked", "has"),
+    [
+        (lambda net: net, {}),
+        (sparse, {"straight": True, "probabilities": True}),
+        (MASKS["noise"], {"random": True}),
+        (Gated, {"switches": 1}),
+    ],
+)
+def test_an_estimate_counts_what_a_model_calls_for(net, images, monkeypatch, masked, has):
+    asked = []
+    monkeypatch.setattr(_estimate, "most_forwards", lambda _, **kinds: asked.append(kinds) or 0)
+    estimate(masked(net), surestep.data.as_images(images), "quick", 30)
+    assert asked == [{**PLAIN, **has}]
+
+
+def test_a_gradient_counts_as_three_passes():
+    attacks = suite.parse_all(["pgd-20", "square-20"], surestep.Linf(0.1)).values()
+    assert list(map(_estimate._forwards, attacks)) == [60, 20]
 
 
 @pytest.mark.usefixtures("little_else")

@@ -545,6 +545,18 @@ def test_the_course_of_pgd_is_that_of_a_plain_loop(net, images):
     assert not all(wrong[-1])
 
 
+@pytest.mark.usefixtures("in_order")
+def test_nan_gradients_do_not_end_the_course_of_pgd(net, images):
+    """A NaN would stay in the point, and break the model."""
+    x, y = (part[:20] for part in images)
+    budget = budgets.Budget(20, 20, 60, 30, 1, 200, autoattack=False)
+    model = FLAGGED["broken-gradients"](net)
+    s = Subject(Adapted(model).eval(), x, y, surestep.L2(0.05), budget, 0, 25, lambda _: None)
+    s.right["clean"] = torch.ones(20, dtype=torch.bool)
+    assert all(map(math.isfinite, s.pgd_course.losses))
+    assert not s.pgd_course.ever_wrong.any()
+
+
 def test_what_is_broken_only_on_the_way(ask, net, monkeypatch):
     def watch(_, x, y):
         seen = torch.zeros(len(x), 51, 2)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from constructed import MASKS, Layer, flagged, quantise, subject
+from constructed import MASKS, PLAIN, Gated, Layer, flagged, quantise, subject
 from torch import nn
 
 import surestep
@@ -138,21 +138,6 @@ def test_layers_with_a_way_through_are_attacked_through_it(plain, run, net, monk
     assert steps["pgd-40-margin-bpda"]["accuracy"] < 0.1
     assert hidden.straight_through is False
     assert not any("bpda" in step["name"] for step in plain.escalation)
-
-
-class Gated(nn.Module):
-    """Scales the answer by what an argmax decides."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net, self.gate = net, nn.Linear(64, 2)
-
-    def forward(self, x):
-        return self.net(x) * (1 + self.gate(x.flatten(1)).argmax(1, keepdim=True))
-
-
-PLAIN = {"straight": False, "probabilities": False, "random": False, "switches": 0}
-"""What calls for no answer."""
 
 
 @pytest.mark.parametrize(

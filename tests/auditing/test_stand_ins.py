@@ -131,6 +131,17 @@ def test_a_network_is_fitted_to_what_a_layer_was_given(images, monkeypatch):
     assert torch.equal(returned, code_and_overwrite(images[0].clone()))
 
 
+def test_a_network_is_fitted_to_what_a_forward_in_inference_mode_makes(images):
+    class Inferring(nn.Sequential):
+        @torch.inference_mode()
+        def forward(self, x):
+            return super().forward(x)
+
+    model = Inferring(Layer(lambda z: 1 * z), Layer(code_and_overwrite), nn.Flatten())
+    with stand_ins.bpda(model, images[0], ["1"]):
+        assert len(model[1]._forward_hooks) == 1
+
+
 def test_a_layer_that_others_count_on_to_overwrite_its_input_still_does(images):
     """As a block whose shortcut is what its first activation has left."""
 

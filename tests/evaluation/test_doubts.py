@@ -231,6 +231,9 @@ def test_classes_that_are_left_out_are_no_chance():
     out = torch.tensor([[1.0, 2.0, -math.inf], [math.nan, 1.0, 0.0]])
     assert logit_distance(out, out.clone()) == 0
     assert logit_distance(out, out.roll(1, 1)) == math.inf
+    # What is left may differ all the same.
+    assert doubts.differing_rows(out, out * torch.tensor([2.0, 2.0, 1.0]), 0.01).all()
+    assert not doubts.differing_rows(out, out.clone(), 0.01).any()
 
 
 def test_a_stop_changes_no_doubt(net, images, tmp_path):

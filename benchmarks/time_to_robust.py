@@ -11,9 +11,8 @@ cross entropy and on the margin, from a full-radius start, on test images. Secon
 training steps, on all cores, with the same engine for all; no validation runs, and nothing is
 selected. Each run has its own process. Run it on an idle machine; each seed runs all the recipes
 asked for in turn, so that slow minutes affect all of them. All rows count for accuracy, whatever
-the machine. Seconds are reported separately for each machine, and
-only of rows that had all cores (--threads 1 is for training two seeds side by side, for their
-accuracy).
+the machine. Seconds are reported separately for each machine, and only of rows that had all cores
+(--threads 1 is for training two seeds side by side, for their accuracy).
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def open_target(
     normalises = of_run or name.startswith("hf:") or (_of_timm(name) and not weights)
     if (mean is None) != (std is None):  # before anything is loaded, or downloaded
         raise UserError("mean and std go together: give both or neither")
-    if normalises and (mean is not None or std is not None):
+    if normalises and mean is not None:
         raise UserError(f"{name} normalises its images itself: leave mean and std out")
     torch_device = pick_device(device)
     asked = {"dataset": dataset, "data": root, "image_size": image_size, "norm": norm, "eps": eps}

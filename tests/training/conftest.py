@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 import surestep
 from surestep import files, methods
 from surestep.methods import Method
-from surestep.training import FitResult, TrainStep, checkpoint
+from surestep.training import FitResult, TrainStep, checkpoint, preparing, validating
 
 TIMES = {"images_per_second", "train_seconds", "val_seconds"}
 THREAT = surestep.Linf(0.1)
@@ -224,3 +224,17 @@ def stopping() -> Callable[..., None]:
                 run()
 
     return stop
+
+
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images validation attacks at a time, where there is no room for more."""
+    found, evaluate = [], validating.evaluate
+
+    def judge(*args: Any, batch_size: int, **kwargs: Any) -> Any:
+        found.append(batch_size)
+        return evaluate(*args, batch_size=batch_size, **kwargs)
+
+    monkeypatch.setattr(validating, "evaluate", judge)
+    monkeypatch.setattr(preparing, "ROOM_TO_JUDGE", 0)
+    return found

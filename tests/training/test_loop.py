@@ -26,7 +26,6 @@ from surestep.training import (
     checkpoint,
     display,
     picking,
-    preparing,
     validating,
 )
 from surestep.training.run_folder import RunFolder
@@ -282,16 +281,8 @@ class TestARun:
         tiny.train("converge-smooth", label_smoothing=0.3, epochs=0.4)
         assert seen == [0.3, 0.3]
 
-    def test_validation_attacks_as_many_images_as_a_step_has(self, tiny, monkeypatch):
+    def test_validation_attacks_as_many_images_as_a_step_has(self, tiny, sizes):
         """Where there is no room for more."""
-        sizes, evaluate = [], validating.evaluate
-
-        def judge(*args, batch_size, **kwargs):
-            sizes.append(batch_size)
-            return evaluate(*args, batch_size=batch_size, **kwargs)
-
-        monkeypatch.setattr(validating, "evaluate", judge)
-        monkeypatch.setattr(preparing, "ROOM_TO_JUDGE", 0)
         tiny.train(epochs=1)
         tiny.train(epochs=1, batch_size=4)
         tiny.train(epochs=1, batch_size=1000)

@@ -395,15 +395,7 @@ class TestLoaders:
         with pytest.raises(UserError, match="workers -1: give 0 or more"):
             tiny.train(workers=-1)
 
-    def test_validation_attacks_as_many_as_the_loader_has_at_a_time(self, tiny, monkeypatch):
-        sizes, evaluate = [], validating.evaluate
-
-        def judge(*args, batch_size, **kwargs):
-            sizes.append(batch_size)
-            return evaluate(*args, batch_size=batch_size, **kwargs)
-
-        monkeypatch.setattr(validating, "evaluate", judge)
-        monkeypatch.setattr(preparing, "ROOM_TO_JUDGE", 0)
+    def test_validation_attacks_as_many_as_the_loader_has_at_a_time(self, tiny, sizes):
         pairs = DataLoader(TensorDataset(*tiny.data()), 4)
         tiny.train(data=pairs, validation=tiny.data(8), epochs=1)
         assert sizes == [4]

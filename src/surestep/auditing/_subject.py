@@ -176,7 +176,7 @@ class Subject:
         """
         broken = torch.zeros(len(self.x), dtype=torch.bool)
         for name, attack in self.ran.items():
-            if attack.uses_gradient == gradients and not attack.has_parts:
+            if attack.by_gradient is gradients:
                 broken |= self.broke[name]
         return broken
 

@@ -52,8 +52,7 @@ def escalate(s: Subject, checks: Iterable[Check]) -> list[dict[str, Any]]:
                 # model they try all, so that each tells by itself how much it breaks.
                 further = s.right["clean"] if s.random else s.only_without_gradients
                 attack = attack or suite.parse(name, s.threat, s.sources)
-                by_gradient = attack.uses_gradient and not attack.has_parts
-                on = left | further if by_gradient else left
+                on = left | further if attack.by_gradient else left
                 if not on.any():
                     continue
                 s.attack({name: attack}, on)

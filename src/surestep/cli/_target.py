@@ -59,12 +59,13 @@ _OPTIONS = (
 )
 
 
-def budget_option(what: str, default: str = f" [default: {BUDGET}]") -> Callable[..., Any]:
+def budget_option(what: str, default: str | None = BUDGET) -> Callable[..., Any]:
     """Return the option ``--budget``, None if not given; ``what`` begins its help."""
+    told = f" [default: {default}]" if default else ""
     return click.option(
         "--budget",
         type=click.Choice(["quick", "standard", "thorough"]),
-        help=f"{what}; standard and thorough end with AutoAttack.{default}",
+        help=f"{what}; standard and thorough end with AutoAttack.{told}",
     )
 
 

@@ -59,7 +59,7 @@ _TRAINING = [
     help="Attacks of the evaluation, as for `surestep evaluate`. "
     "[default: fgsm,pgd-100,pgd-100-margin]",
 )
-@budget_option("Set of attacks, instead of --attacks", default="")
+@budget_option("Set of attacks, instead of --attacks", default=None)
 @click.option(
     "--audit/--no-audit", default=True, show_default=True, help="Audit every run with budget quick."
 )

@@ -83,9 +83,9 @@ class Attack:
         return (self.points_tried or 1) - 1
 
     @property
-    def has_parts(self) -> bool:
-        """Whether it consists of attacks of its own, some with gradients and some without."""
-        return isinstance(self.run, Mapping)
+    def by_gradient(self) -> bool | None:
+        """Whether what it breaks is something that gradients see; None if only its parts tell."""
+        return None if isinstance(self.run, Mapping) else self.uses_gradient
 
 
 def as_attacks(given: Mapping[str, Any]) -> dict[str, Attack]:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surestep import files
-from surestep.auditing import _audit
+from surestep import auditing, files
 from surestep.errors import UserError
 from surestep.evaluation import result
 from surestep.report import _page
@@ -59,7 +58,7 @@ class Report:
         # Apart from what is checked here, the parts are taken to be what surestep itself made.
         for name, kind, command in (
             ("evaluation", (result.FORMAT, result.VERSION), "evaluate"),
-            ("audit", (_audit.FORMAT, _audit.VERSION), "audit"),
+            ("audit", (auditing.FORMAT, auditing.VERSION), "audit"),
         ):
             value = getattr(self, name)
             if value is None:
